@@ -1,0 +1,36 @@
+# `make help` lists the targets. Each prepares its own environment on first use (.ci/setup), unless
+# PYTHON names the Python of an environment that already has the dependencies.
+SHELL := /bin/bash
+PYTHON ?=
+PROCESSES ?= 2
+ARGUMENTS ?=
+
+export PYTHONPATH := $(CURDIR):$(CURDIR)/integrations
+use_python = python=$(or $(PYTHON),$$(.ci/setup)) &&
+
+.PHONY: help pretrain test test-full lint docs bench
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*  ## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+pretrain:  ## pretrain a small model on text that ships with Python (ARGUMENTS="key=value ...")
+	@$(use_python) OMP_NUM_THREADS=1 $$python -m torch.distributed.run --standalone \
+	    --nproc-per-node $(PROCESSES) examples/pretrain_gpt_mor.py \
+	    --config examples/configs/tiny.yaml $(ARGUMENTS)
+
+test:  ## run the tests
+	@$(use_python) $$python -m pytest -q -m "not full"
+
+test-full:  ## run the tests and the exhaustive sweeps
+	@$(use_python) $$python -m pytest -q
+
+lint:  ## ruff, pyright and the import contracts
+	@$(use_python) $$python -m ruff check . && $$python -m ruff format --check . \
+	    && $$python -m pyright --pythonpath "$$(command -v $$python)" \
+	    && $$python -c "from importlinter.cli import lint_imports_command as lint; lint()"
+
+docs:  ## build the documentation site
+	@$(use_python) $$python -m mkdocs build --quiet --strict --config-file docs/mkdocs.yml
+
+bench:  ## compare training steps with and without recursion
+	@$(use_python) OMP_NUM_THREADS=1 $$python examples/benchmarks/training_step.py $(ARGUMENTS)

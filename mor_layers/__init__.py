@@ -1,0 +1,53 @@
+"""Mixture-of-Recursions and Mixture-of-Experts as composable PyTorch layers."""
+
+from mor_layers.attention import KVPolicy, StepContext, attend, causal_mask
+from mor_layers.config import DecoderConfig, RecursionConfig, from_mapping, load_config
+from mor_layers.published import config_from_published, load_published, published_names
+from mor_layers.recursion import RecursionBlock, RecursionLayers, RecursionOutput
+from mor_layers.routers import (
+    ExpertChoice,
+    FixedDepth,
+    RandomDepth,
+    Router,
+    RouterConfig,
+    TokenChoice,
+    register_router,
+    registered_routers,
+)
+from mor_layers.routing import LocalPlacement, Placement, RoutingDecision, Tokens
+from mor_layers.sharing import Sharing, SharingSchedule
+from mor_layers.transformer import DecoderOutput, DecoderStack, MoRTransformer
+
+__all__ = [
+    "DecoderConfig",
+    "DecoderOutput",
+    "DecoderStack",
+    "ExpertChoice",
+    "FixedDepth",
+    "KVPolicy",
+    "LocalPlacement",
+    "MoRTransformer",
+    "Placement",
+    "RandomDepth",
+    "RecursionBlock",
+    "RecursionConfig",
+    "RecursionLayers",
+    "RecursionOutput",
+    "Router",
+    "RouterConfig",
+    "RoutingDecision",
+    "Sharing",
+    "SharingSchedule",
+    "StepContext",
+    "TokenChoice",
+    "Tokens",
+    "attend",
+    "causal_mask",
+    "config_from_published",
+    "from_mapping",
+    "load_config",
+    "load_published",
+    "published_names",
+    "register_router",
+    "registered_routers",
+]

@@ -1,0 +1,185 @@
+"""What attention sees at a recursion step, per KV policy.
+
+Legend: `b` batch, `k` tokens that run the step (queries), `m` tokens whose keys they see,
+`n` query heads, `g` key-value heads, `d` head size.
+
+| policy                | keys and values at step r                            | projects |
+|-----------------------|------------------------------------------------------|----------|
+| `recursion_wise`      | of the tokens that run r                             | q, k, v  |
+| `recursive_sharing`   | of all tokens that ran step 1, computed there        | q        |
+| `sharing_with_update` | as sharing, the rows of tokens that run r recomputed | q, k, v  |
+
+Source: arXiv 2507.10524, section 2.2.2. Under `sharing_with_update` every step starts again from
+step 1's rows, as the released implementation does.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mor_layers.routing import Tokens, put_rows, take_rows
+
+KVPolicy = Literal["recursion_wise", "recursive_sharing", "sharing_with_update"]
+KV_POLICIES: tuple[str, ...] = get_args(KVPolicy)
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What the layers of a block are told about the step they run. Recursion-wise as it stands."""
+
+    step: int
+    """0-based recursion step."""
+    tokens: Tokens
+    """The tokens whose states the layers get."""
+
+    @property
+    def keys(self) -> Tokens:
+        """The tokens whose keys and values the step's queries may see."""
+        return self.tokens
+
+    @property
+    def projects_keys(self) -> bool:
+        """Whether layers must compute keys and values at this step."""
+        return True
+
+    def exchange(
+        self,
+        layer: int,
+        key: Float[Tensor, "k b g d"] | None,
+        value: Float[Tensor, "k b g d"] | None,
+    ) -> tuple[Float[Tensor, "m b g d"], Float[Tensor, "m b g d"]]:
+        """Hand in what a layer projected (positions already applied), get what it attends to.
+
+        Args:
+            layer: 0-based index of the layer in the block.
+            key, value: None exactly where `projects_keys` is False.
+        """
+        assert key is not None and value is not None
+        return key, value
+
+    @cached_property
+    def causal_mask(self) -> Bool[Tensor, "b 1 k m"] | None:
+        """True where a query may see a key; None where plain causal attention is that."""
+        return causal_mask(self.tokens, self.keys)
+
+
+@dataclass(frozen=True)
+class SharingContext(StepContext):
+    """Recursive sharing: step 1's keys and values serve every step."""
+
+    first: Tokens
+    """The tokens that ran step 1."""
+    store: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Step 1's keys and values by layer; alive for one forward pass."""
+
+    @property
+    def keys(self) -> Tokens:
+        return self.first
+
+    @property
+    def projects_keys(self) -> bool:
+        return self.step == 0
+
+    def exchange(
+        self, layer: int, key: Tensor | None, value: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if self.step == 0:
+            assert key is not None and value is not None
+            self.store[layer] = (key, value)
+        return self.store[layer]
+
+
+@dataclass(frozen=True)
+class UpdatingContext(SharingContext):
+    """Sharing with update: as sharing, with the running tokens' rows recomputed."""
+
+    @property
+    def projects_keys(self) -> bool:
+        return True
+
+    def exchange(
+        self, layer: int, key: Tensor | None, value: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        shared_key, shared_value = super().exchange(layer, key, value)
+        if self.step == 0:
+            return shared_key, shared_value
+        assert key is not None and value is not None
+        return self._update(shared_key, key), self._update(shared_value, value)
+
+    def _update(self, shared: Tensor, fresh: Tensor) -> Tensor:
+        rows = self._rows_in_first
+        if self.tokens.is_padding is not None:  # a padding slot holds no state to write
+            is_padding = self.tokens.is_padding[..., None, None]
+            fresh = torch.where(is_padding, take_rows(shared, rows), fresh)
+        return put_rows(shared, fresh, rows)
+
+    @cached_property
+    def _rows_in_first(self) -> Int[Tensor, "k b"]:
+        positions, count = self.first.positions, self.first.shape[0]
+        row = torch.arange(count, device=positions.device)[:, None].expand_as(positions)
+        row_of = row.new_zeros(self.first.sequence_length, positions.shape[1])
+        return row_of.scatter(0, positions, row).gather(0, self.tokens.positions)
+
+
+def begin_step(
+    policy: KVPolicy, step: int, tokens: Tokens, earlier: StepContext | None
+) -> StepContext:
+    """The context of a step under a policy; `earlier` is the one of the step before."""
+    if policy == "recursion_wise":
+        return StepContext(step, tokens)
+    kind = SharingContext if policy == "recursive_sharing" else UpdatingContext
+    if earlier is None:
+        return kind(step, tokens, first=tokens)
+    assert isinstance(earlier, kind)
+    return kind(step, tokens, earlier.first, earlier.store)
+
+
+def causal_mask(queries: Tokens, keys: Tokens) -> Bool[Tensor, "b 1 k m"] | None:
+    """True where a query may see a key: at or before its position, in its document, no padding.
+
+    Every query may see its own key, padding too, so that no row of the softmax is empty. None
+    where plain causal attention gives the same for all tokens that are not padding.
+    """
+    if queries is keys and queries.documents is None and queries.padding_trails:
+        return None
+    q = queries.positions.T[:, :, None]  # [k b] -> [b k 1]
+    k = keys.positions.T[:, None, :]  # [m b] -> [b 1 m]
+    mask = k <= q
+    if keys.is_padding is not None:
+        mask = mask & ~keys.is_padding.T[:, None, :]
+    if queries.documents is not None and keys.documents is not None:
+        mask = mask & (queries.documents.T[:, :, None] == keys.documents.T[:, None, :])
+    return (mask | (k == q))[:, None]
+
+
+def attend(
+    query: Float[Tensor, "k b n d"],
+    key: Float[Tensor, "m b g d"],
+    value: Float[Tensor, "m b g d"],
+    mask: Bool[Tensor, "b 1 k m"] | None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Float[Tensor, "k b n d"]:
+    """Grouped-query attention over selected tokens through `scaled_dot_product_attention`.
+
+    Args:
+        mask: True where a query may see a key; None for plain causal attention, which needs
+            queries and keys of the same tokens.
+    """
+    assert mask is not None or query.shape[0] == key.shape[0]
+    out = F.scaled_dot_product_attention(
+        query.permute(1, 2, 0, 3),  # [k b n d] -> [b n k d]
+        key.permute(1, 2, 0, 3),
+        value.permute(1, 2, 0, 3),
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=query.shape[2] != key.shape[2],
+    )
+    return out.permute(2, 0, 1, 3)

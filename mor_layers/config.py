@@ -1,0 +1,223 @@
+"""Settings, and how a YAML file becomes them.
+
+One frozen dataclass per component; each router's settings stand beside the router. A wrong
+setting is an error before anything is built.
+"""
+
+import dataclasses
+import importlib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mor_layers.attention import KV_POLICIES, KVPolicy
+from mor_layers.routers import FixedDepth, RouterConfig, registered_routers
+from mor_layers.sharing import SHARING_SCHEMES, Sharing, SharingSchedule
+
+
+@dataclass(frozen=True)
+class RecursionConfig:
+    """How a recursion block is shared, routed and attended to."""
+
+    num_recursions: int
+    """Times the shared block runs (paper: N_r). At least 1."""
+    sharing: Sharing = "middle_cycle"
+    """Which weights run at which depth: cycle, sequence, middle_cycle or middle_sequence."""
+    router: RouterConfig = field(default_factory=FixedDepth)
+    """Who goes on at each step. In YAML a mapping with `type`: a registered name, or
+    `package.module:ClassName` of a RouterConfig of your own."""
+    kv_policy: KVPolicy = "recursion_wise"
+    """Keys and values at later steps: recursion_wise, recursive_sharing, sharing_with_update."""
+    share_norms: bool = True
+    """Whether the steps share norm weights, or each step has its own."""
+
+    def __post_init__(self) -> None:
+        if self.num_recursions < 1:
+            raise ValueError(f"num_recursions={self.num_recursions} must be at least 1.")
+        if self.sharing not in SHARING_SCHEMES:
+            raise ValueError(
+                f"sharing={self.sharing!r} is unknown. Use one of {', '.join(SHARING_SCHEMES)}."
+            )
+        if self.kv_policy not in KV_POLICIES:
+            raise ValueError(
+                f"kv_policy={self.kv_policy!r} is unknown. Use one of {', '.join(KV_POLICIES)}."
+            )
+        self.router.validate(self.num_recursions)
+        if self.sharing in ("cycle", "middle_cycle"):
+            return
+        if not isinstance(self.router, FixedDepth):
+            raise ValueError(
+                f"sharing={self.sharing!r} cannot route tokens with "
+                f"{type(self.router).__name__}: its layers repeat one by one, so no step runs the "
+                "whole block. Use cycle or middle_cycle, or router FixedDepth."
+            )
+        if self.kv_policy != "recursion_wise":
+            raise ValueError(
+                f"kv_policy={self.kv_policy!r} needs cycle or middle_cycle sharing, "
+                f"not {self.sharing!r}. Use kv_policy='recursion_wise'."
+            )
+
+    def schedule(self, num_unrolled_layers: int) -> SharingSchedule:
+        """Which layer runs at which depth of a model of `num_unrolled_layers`."""
+        return SharingSchedule(num_unrolled_layers, self.num_recursions, self.sharing)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder in the Llama layout: RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases."""
+
+    vocab_size: int
+    """Number of token ids."""
+    hidden_size: int
+    """Width of the residual stream."""
+    ffn_hidden_size: int
+    """Width of the MLP."""
+    num_unrolled_layers: int
+    """Depth counted with repeats."""
+    num_heads: int
+    """Query heads; divides `hidden_size`."""
+    num_kv_heads: int | None = None
+    """Key-value heads; divides `num_heads`. Default: `num_heads`."""
+    rms_norm_epsilon: float = 1e-5
+    """Added to the mean square before the root."""
+    rope_base: float = 10000.0
+    """Base of the rotary position embedding."""
+    tie_embeddings: bool = False
+    """Whether input and output embeddings are one matrix."""
+    recursion: RecursionConfig | None = None
+    """The recursion; None: a plain decoder."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "ffn_hidden_size", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.num_unrolled_layers < 1:
+            raise ValueError(f"num_unrolled_layers={self.num_unrolled_layers} must be at least 1.")
+        if self.hidden_size % self.num_heads or self.head_size % 2:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be an even multiple of "
+                f"num_heads={self.num_heads}, since RoPE turns pairs of a head's numbers."
+            )
+        if self.kv_heads < 1 or self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}."
+            )
+        if self.recursion is not None:
+            self.recursion.schedule(self.num_unrolled_layers)
+
+    @property
+    def kv_heads(self) -> int:
+        """`num_kv_heads`, its default filled in."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_size(self) -> int:
+        """Numbers per head."""
+        return self.hidden_size // self.num_heads
+
+
+def load_config[T](kind: type[T], path: str | Path) -> T:
+    """Settings of `kind` from a YAML file, interpolations resolved.
+
+    Raises:
+        ValueError: a setting is unknown, missing, of the wrong type, or not allowed.
+        FileNotFoundError: there is no such file.
+    """
+    from omegaconf import OmegaConf
+
+    return from_mapping(kind, OmegaConf.to_container(OmegaConf.load(path), resolve=True))
+
+
+def from_mapping[T](kind: type[T], values: object, where: str = "") -> T:
+    """Settings of the dataclass `kind` from plain mappings, as YAML gives them.
+
+    Args:
+        values: a mapping with the dataclass's fields.
+        where: name of the place in the file, for errors.
+
+    Raises:
+        ValueError: a setting is unknown, missing, of the wrong type, or not allowed.
+    """
+    place = where or kind.__name__
+    if not isinstance(values, dict):
+        raise ValueError(f"{place}: expected a mapping of settings, got {values!r}.")
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(
+            f"{place}: unknown setting {', '.join(map(repr, unknown))}. "
+            f"Allowed: {', '.join(sorted(fields)) or 'none'}."
+        )
+    missing = sorted(
+        name
+        for name, f in fields.items()
+        if name not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    )
+    if missing:
+        raise ValueError(f"{place}: missing setting {', '.join(map(repr, missing))}.")
+    hints = typing.get_type_hints(kind)
+    return kind(
+        **{
+            name: _convert(hints[name], value, f"{where}.{name}" if where else name)
+            for name, value in values.items()
+        }
+    )
+
+
+def _convert(hint: Any, value: object, where: str) -> object:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (hint,) = (argument for argument in arguments if argument is not type(None))
+        return _convert(hint, value, where)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise ValueError(f"{where}={value!r}: use one of {', '.join(map(str, arguments))}.")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where}={value!r}: expected a list.")
+        return tuple(_convert(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if hint is RouterConfig:
+        return _router(value, where)
+    if dataclasses.is_dataclass(hint):
+        return from_mapping(hint, value, where)  # type: ignore[arg-type]
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ValueError(f"{where}={value!r}: expected {hint.__name__}.")
+    return value
+
+
+def _router(value: object, where: str) -> RouterConfig:
+    known = ", ".join(sorted(registered_routers()))
+    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
+        raise ValueError(
+            f"{where}: expected a mapping with `type`, one of {known}, or "
+            f"'package.module:ClassName' of your own; got {value!r}."
+        )
+    settings = {name: v for name, v in value.items() if name != "type"}
+    return from_mapping(_router_class(value["type"], where, known), settings, where)
+
+
+def _router_class(name: str, where: str, known: str) -> type[RouterConfig]:
+    if name in registered_routers():
+        return registered_routers()[name]
+    module_name, colon, class_name = name.partition(":")
+    if not colon:
+        raise ValueError(
+            f"{where}.type={name!r} is not registered. Use one of {known}, or "
+            "'package.module:ClassName' of your own."
+        )
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{where}.type={name!r} cannot be imported: {error}.") from error
+    if not (isinstance(found, type) and issubclass(found, RouterConfig)):
+        raise ValueError(f"{where}.type={name!r} is no subclass of RouterConfig.")
+    return found

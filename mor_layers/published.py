@@ -1,0 +1,179 @@
+"""Names and settings of the published Mixture-of-Recursions checkpoints.
+
+The released implementation (Bae et al. 2025) lists every unrolled layer under its own name and
+ties their tensors. Here each tensor has one name; this file says which is which.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mor_layers.config import DecoderConfig, RecursionConfig
+from mor_layers.routers import ExpertChoice, FixedDepth, RouterConfig, TokenChoice
+from mor_layers.transformer import MoRTransformer
+
+_LAYER = {
+    "attention_norm.weights.{norm}": "input_layernorm.weight",
+    "attention.query.weight": "self_attn.q_proj.weight",
+    "attention.key.weight": "self_attn.k_proj.weight",
+    "attention.value.weight": "self_attn.v_proj.weight",
+    "attention.output.weight": "self_attn.o_proj.weight",
+    "mlp_norm.weights.{norm}": "post_attention_layernorm.weight",
+    "mlp.gate.weight": "mlp.gate_proj.weight",
+    "mlp.up.weight": "mlp.up_proj.weight",
+    "mlp.down.weight": "mlp.down_proj.weight",
+}
+
+
+def config_from_published(settings: Mapping[str, Any]) -> DecoderConfig:
+    """Our settings for the published ones.
+
+    Args:
+        settings: `architecture` (a Llama configuration), `recursive`, `kv_sharing` and `mor`,
+            named as in the released implementation's YAML files.
+    """
+    architecture = settings["architecture"]
+    return DecoderConfig(
+        vocab_size=architecture["vocab_size"],
+        hidden_size=architecture["hidden_size"],
+        ffn_hidden_size=architecture["intermediate_size"],
+        num_unrolled_layers=architecture["num_hidden_layers"],
+        num_heads=architecture["num_attention_heads"],
+        num_kv_heads=architecture["num_key_value_heads"],
+        rms_norm_epsilon=architecture["rms_norm_eps"],
+        rope_base=architecture["rope_theta"],
+        recursion=_recursion(settings),
+    )
+
+
+def _recursion(settings: Mapping[str, Any]) -> RecursionConfig | None:
+    recursive, sharing = settings["recursive"], settings["kv_sharing"]
+    if not recursive["enable"]:
+        return None
+    kv_policy = "recursion_wise"
+    if sharing["enable"]:
+        kv_policy = "sharing_with_update" if sharing["update_cache"] else "recursive_sharing"
+    return RecursionConfig(
+        num_recursions=recursive["num_recursion"],
+        sharing=recursive["sharing"],
+        router=_router(settings["mor"]),
+        kv_policy=kv_policy,
+        share_norms=recursive["ln_share"],
+    )
+
+
+def _router(mor: Mapping[str, Any]) -> RouterConfig:
+    if not mor["enable"]:
+        return FixedDepth()
+    own = mor[mor["type"]]
+    z_loss = mor["z_coeff"] if mor["z_loss"] else 0.0
+    if mor["type"] == "expert":
+        return ExpertChoice(
+            architecture=mor["router_type"],
+            activation=own["router_func"],
+            alpha=own["alpha"],
+            temperature=mor["temp"],
+            capacity_factors=tuple(float(c) for c in mor["capacity"].split(",")),
+            warmup_steps=own["cap_warmup_step"],
+            predictor=own["sampling"],
+            predictor_coefficient=own["coeff"] if own["sampling"] == "aux_loss" else None,
+            z_loss_coefficient=z_loss,
+            combine=own["gating"],
+        )
+    return TokenChoice(
+        architecture=mor["router_type"],
+        activation=own["router_func"],
+        alpha=own["alpha"],
+        temperature=mor["temp"],
+        balancing=own["balancing"],
+        balancing_coefficient=own["coeff"] if own["balancing"] == "loss" else own["u"],
+        z_loss_coefficient=z_loss,
+        combine=own["gating"],
+    )
+
+
+def published_names(config: DecoderConfig) -> dict[str, str]:
+    """Published name of each tensor of a `MoRTransformer` with these settings."""
+    names = {
+        "embedding.weight": "model.embed_tokens.weight",
+        "norm.weights.0": "model.norm.weight",
+        "output.weight": "lm_head.weight",
+    }
+    recursion = config.recursion or RecursionConfig(1, sharing="cycle")
+    schedule = recursion.schedule(config.num_unrolled_layers)
+    routed = not isinstance(recursion.router, FixedDepth)
+    size, steps = schedule.block_size, recursion.num_recursions
+    if schedule.prelude:
+        names |= _layer("prelude.layers.0", "model.layers.0")
+    for layer in range(size):
+        ours = f"recursions.{0 if schedule.is_cyclic else layer}.layers.layers."
+        ours += str(layer if schedule.is_cyclic else 0)
+        for norm in range(1 if recursion.share_norms else steps):
+            if isinstance(recursion.router, ExpertChoice):
+                theirs = f"model.layers.{schedule.prelude}.block.{layer}"
+            elif routed:
+                theirs = f"model.layers.{schedule.prelude}.block_list.0.{layer}"
+            else:
+                stride = norm * size + layer if schedule.is_cyclic else layer * steps + norm
+                theirs = f"model.layers.{schedule.prelude + stride}"
+            renamed = _layer(ours, theirs, norm)
+            names |= {o: t for o, t in renamed.items() if norm == 0 or ".weights." in o}
+    if schedule.coda:
+        # A routed model lists one entry per step, or one for all of them.
+        entries = {ExpertChoice: steps, TokenChoice: 1}.get(type(recursion.router), size * steps)
+        names |= _layer("coda.layers.0", f"model.layers.{schedule.prelude + entries}")
+    names |= dict(_router_names(recursion, f"model.layers.{schedule.prelude}"))
+    return names
+
+
+def _layer(ours: str, theirs: str, norm: int = 0) -> dict[str, str]:
+    return {f"{ours}.{o.format(norm=norm)}": f"{theirs}.{t}" for o, t in _LAYER.items()}
+
+
+def _router_names(recursion: RecursionConfig, first: str) -> Iterator[tuple[str, str]]:
+    router, ours = recursion.router, "recursions.0.router"
+    if isinstance(router, ExpertChoice):
+        stem, number = first.rsplit(".", 1)
+        for step in range(recursion.num_recursions):
+            theirs = f"{stem}.{int(number) + step}"
+            yield from _scorer(f"{ours}.scorers.{step}", f"{theirs}.mor_router", router)
+            if router.predictor == "aux_router":
+                yield from _scorer(f"{ours}.predictors.{step}", f"{theirs}.mlp_router", router)
+    elif isinstance(router, TokenChoice):
+        yield from _scorer(f"{ours}.scorer", f"{first}.mor_router", router)
+        if router.balancing == "loss_free":
+            yield f"{ours}.depth_bias", f"{first}.router_bias"
+
+
+def _scorer(
+    ours: str, theirs: str, router: ExpertChoice | TokenChoice
+) -> Iterator[tuple[str, str]]:
+    if router.architecture == "linear":
+        yield f"{ours}.weights.0", f"{theirs}.router.weight"
+    else:
+        yield f"{ours}.weights.0", f"{theirs}.router.0.weight"
+        yield f"{ours}.weights.1", f"{theirs}.router.2.weight"
+
+
+def load_published(model: MoRTransformer, weights: Mapping[str, Tensor]) -> None:
+    """Put a published checkpoint's weights into `model`.
+
+    Raises:
+        ValueError: a weight is missing, or has another shape.
+    """
+    state = model.state_dict()
+    with torch.no_grad():
+        for ours, theirs in published_names(model.config).items():
+            if theirs not in weights:
+                raise ValueError(
+                    f"the checkpoint has no {theirs!r} (for {ours!r}). Are these the settings it "
+                    "was trained with?"
+                )
+            if weights[theirs].shape != state[ours].shape:
+                raise ValueError(
+                    f"{theirs!r} has shape {tuple(weights[theirs].shape)}; {ours!r} needs "
+                    f"{tuple(state[ours].shape)}."
+                )
+            state[ours].copy_(weights[theirs])

@@ -1,0 +1,166 @@
+"""Token-choice routing: every token picks its depth once, before the first step.
+
+Source: arXiv 2507.10524, section 2.2.1; the loss-free bias from Wang et al. 2024 (arXiv
+2408.15664). The published code gates only where a token exits; so do we.
+
+Legend: `b` batch, `n` candidates of a step, `k` tokens selected, `h` hidden, `r` depths.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mor_layers import losses
+from mor_layers.routers.base import (
+    Router,
+    RouterConfig,
+    Scorer,
+    register_router,
+    require_choice,
+    require_not_negative,
+    require_positive,
+)
+from mor_layers.routers.expert_choice import Architecture, Combination
+from mor_layers.routing import RoutingDecision
+
+TokenActivation = Literal["softmax", "sigmoid"]
+Balancing = Literal["loss", "loss_free", "none"]
+
+
+@register_router("token_choice")
+@dataclass(frozen=True)
+class TokenChoice(RouterConfig):
+    """Settings of token-choice routing; the defaults are the published best ones."""
+
+    architecture: Architecture = "linear"
+    """Scorer: `linear` (h → N_r) or `mlp` (h → 2h → N_r, GELU)."""
+    activation: TokenActivation = "softmax"
+    """From logits to the probability of each depth."""
+    alpha: float = 1.0
+    """Probability = alpha · sigmoid(logit). Above 0; must stay 1 with `softmax`."""
+    temperature: float = 1.0
+    """Hidden states are divided by it before scoring. Above 0."""
+    balancing: Balancing = "loss"
+    """What keeps the depths in balance: a `loss`, a bias on the choice (`loss_free`), `none`."""
+    balancing_coefficient: float | None = None
+    """Weight of the balancing loss (default 0.1), or the step u by which the loss-free bias moves
+    after each optimizer step (default 0.001)."""
+    z_loss_coefficient: float = 0.0
+    """Weight of the z-loss. 0: none."""
+    combine: Combination = "weighted"
+    """A token that exits becomes `weighted`: H_1 + g · f(x), or `additive`: H_1 + f(x)."""
+
+    def __post_init__(self) -> None:
+        name = "TokenChoice"
+        require_choice(name, "architecture", self.architecture, get_args(Architecture))
+        require_choice(name, "activation", self.activation, get_args(TokenActivation))
+        require_choice(name, "balancing", self.balancing, get_args(Balancing))
+        require_choice(name, "combine", self.combine, get_args(Combination))
+        require_positive(name, alpha=self.alpha, temperature=self.temperature)
+        require_not_negative(name, z_loss_coefficient=self.z_loss_coefficient)
+        if self.activation == "softmax" and self.alpha != 1.0:
+            raise ValueError(
+                f"{name}.alpha={self.alpha} has no effect with activation='softmax'. "
+                "Leave it out, or use activation='sigmoid'."
+            )
+        if self.balancing_coefficient is not None:
+            require_not_negative(name, balancing_coefficient=self.balancing_coefficient)
+            if self.balancing == "none":
+                raise ValueError(
+                    f"{name}.balancing_coefficient={self.balancing_coefficient} has no effect "
+                    "with balancing='none'. Leave it out, or use 'loss' or 'loss_free'."
+                )
+
+    @property
+    def balancing_weight(self) -> float:
+        """`balancing_coefficient`, its default filled in."""
+        if self.balancing_coefficient is not None:
+            return self.balancing_coefficient
+        return {"loss": 0.1, "loss_free": 0.001, "none": 0.0}[self.balancing]
+
+    def build(self, hidden_size: int, num_recursions: int) -> "TokenChoiceRouter":
+        return TokenChoiceRouter(self, hidden_size, num_recursions)
+
+
+class TokenChoiceRouter(Router):
+    """Plans `(depth, gate)` of each token at the first step; later steps follow the plan."""
+
+    combines_with_origin = True
+    depth_bias: Tensor
+
+    def __init__(self, config: TokenChoice, hidden_size: int, num_recursions: int) -> None:
+        super().__init__(num_recursions)
+        self.config = config
+        self.scorer = Scorer(config.architecture, hidden_size, num_recursions)
+        self.register_buffer("depth_bias", torch.zeros(num_recursions))
+
+    def logits(self, hidden: Tensor, step: int) -> Tensor | None:
+        return self.scorer(hidden / self.config.temperature) if step == 0 else None
+
+    def decide(
+        self,
+        logits: Tensor | None,
+        step: int,
+        previous: RoutingDecision,
+        causal: bool = False,
+    ) -> RoutingDecision:
+        if step > 0:
+            assert previous.plan is not None
+            is_selected = previous.plan[..., 0] >= step
+            if previous.tokens.is_padding is not None:
+                is_selected = is_selected & ~previous.tokens.is_padding
+            return previous.keep_where(is_selected)
+        assert logits is not None
+        probabilities = self._activate(logits)
+        depth = (probabilities.detach() + self.depth_bias.float()).argmax(dim=-1)
+        gate = probabilities.gather(-1, depth[..., None])[..., 0]
+        # [n b] + [n b] -> [n b 2]: depth is a small whole number, exact in fp32
+        plan = torch.stack([depth.to(gate.dtype), gate], dim=-1)
+        terms, metrics = self._losses(logits, probabilities, depth, previous)
+        return previous.with_plan(plan).keep_valid().with_losses(terms, metrics)
+
+    def combine(
+        self,
+        step: int,
+        selected: Tensor,
+        output: Tensor,
+        decision: RoutingDecision,
+        origin: Tensor | None,
+    ) -> Tensor:
+        assert origin is not None and decision.plan is not None
+        depth, gate = decision.plan.unbind(dim=-1)
+        gated = output * gate[..., None].to(output.dtype)
+        exit_state = origin + (output if self.config.combine == "additive" else gated)
+        return torch.where((depth == step)[..., None], exit_state, output)
+
+    def advance(self, tokens_per_step: Tensor) -> None:
+        if self.config.balancing != "loss_free":
+            return
+        counts = tokens_per_step.to(self.depth_bias)
+        counts = counts - F.pad(counts[1:], (0, 1))  # tokens that ran a step -> that ended there
+        shares = counts / counts.sum().clamp(min=1.0)
+        self.depth_bias += self.config.balancing_weight * (shares.mean() - shares).sign()
+
+    def _activate(self, logits: Tensor) -> Tensor:
+        if self.config.activation == "softmax":
+            return logits.softmax(dim=-1)
+        return self.config.alpha * logits.sigmoid()
+
+    def _losses(
+        self, logits: Tensor, probabilities: Tensor, depth: Tensor, previous: RoutingDecision
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        counted = previous.tokens.counted
+        is_depth = F.one_hot(depth, self.num_recursions).bool()
+        balancing = losses.balancing_loss(probabilities, is_depth, counted)
+        metrics = {"balancing_loss": balancing.detach()}
+        terms = {}
+        if self.config.balancing == "loss":
+            terms["balancing_loss"] = self.config.balancing_weight * balancing
+        if self.config.z_loss_coefficient:
+            z = losses.z_loss(logits, counted)
+            terms["router_z_loss"] = self.config.z_loss_coefficient * z
+            metrics["router_z_loss"] = z.detach()
+        return terms, metrics

@@ -1,0 +1,295 @@
+"""What a router decides, and how tokens are taken out for a step and put back.
+
+Legend: `b` batch, `s` sequence, `n` candidates of a step, `k` tokens that run it, `h` hidden,
+`p` numbers a router plans per token. Tensors are sequence first, as in Megatron and in
+`torch.nn.Transformer*`.
+
+Selections of unequal length share one rectangle: a sequence with fewer selected tokens than the
+widest is filled at the end with padding slots. A padding slot holds an unselected candidate, is
+never written back, and comes after every real token, so plain causal attention never sees it.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Which token of the sequence stands in each row of a `[k b ...]` tensor.
+
+    `is_padding=None` says that no row is padding, `documents=None` that each sequence is one
+    document; both are known on the host, so that the common case costs no mask.
+    """
+
+    positions: Int[Tensor, "k b"]
+    """Place in the sequence, ascending among the rows that are not padding."""
+    sequence_length: int
+    """Length `s` of the whole sequence the positions refer to."""
+    documents: Int[Tensor, "k b"] | None = None
+    """Number of the document that each token belongs to."""
+    is_padding: Bool[Tensor, "k b"] | None = None
+    """True in rows that hold no token."""
+    document_lengths: Int[Tensor, "k b"] | None = None
+    """Tokens in each token's document over the whole sequence; None where `is_plain`."""
+    padding_trails: bool = True
+    """Whether padding rows come after all others, which makes plain causal attention exact."""
+
+    @classmethod
+    def whole_sequence(
+        cls,
+        length: int,
+        batch: int,
+        device: torch.device | str | None = None,
+        documents: Int[Tensor, "s b"] | None = None,
+        is_padding: Bool[Tensor, "s b"] | None = None,
+    ) -> "Tokens":
+        """Every token of `batch` sequences, in order.
+
+        Args:
+            documents: any numbers that change where a new document begins.
+            is_padding: True where the sequence holds no token.
+
+        Raises:
+            ValueError: `documents` or `is_padding` is not `[length, batch]`.
+        """
+        for name, given in (("documents", documents), ("is_padding", is_padding)):
+            if given is not None and given.shape != (length, batch):
+                raise ValueError(
+                    f"{name} has shape {tuple(given.shape)}; expected [s b] = "
+                    f"({length}, {batch}), sequence first."
+                )
+        positions = torch.arange(length, device=device)[:, None].expand(length, batch)
+        if documents is None and is_padding is None:
+            return cls(positions, length)
+        if documents is not None:  # renumbered 0, 1, ... along the sequence
+            begins = documents[1:] != documents[:-1]
+            documents = torch.cat([torch.zeros_like(begins[:1]), begins]).cumsum(dim=0)
+        group = torch.zeros_like(positions) if documents is None else documents
+        counted = torch.ones_like(positions) if is_padding is None else (~is_padding).long()
+        lengths = torch.zeros_like(positions).scatter_add(0, group, counted).gather(0, group)
+        return cls(positions, length, documents, is_padding, lengths, is_padding is None)
+
+    @property
+    def shape(self) -> torch.Size:
+        """`(k, b)`."""
+        return self.positions.shape
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is neither padding nor more than one document."""
+        return self.documents is None and self.is_padding is None
+
+    @property
+    def counted(self) -> Float[Tensor, "k b"] | None:
+        """1 for tokens and 0 for padding; None where there is no padding."""
+        return None if self.is_padding is None else self.is_padding.logical_not().float()
+
+    @property
+    def count(self) -> Float[Tensor, ""]:
+        """Number of rows that hold a token."""
+        if self.counted is not None:
+            return self.counted.sum()
+        return torch.tensor(float(self.positions.numel()), device=self.positions.device)
+
+    def take(self, rows: Int[Tensor, "k b"], is_padding: Bool[Tensor, "k b"] | None) -> "Tokens":
+        """The tokens of the named rows; `is_padding` says which of those are padding slots."""
+        return Tokens(
+            positions=self.positions.gather(0, rows),
+            sequence_length=self.sequence_length,
+            documents=None if self.documents is None else self.documents.gather(0, rows),
+            is_padding=is_padding,
+            document_lengths=(
+                None if self.document_lengths is None else self.document_lengths.gather(0, rows)
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class RoutingDecision:
+    """Which of a step's candidates run it. The only thing that travels between steps."""
+
+    tokens: Tokens
+    """The selected tokens, `[k b]`."""
+    rows: Int[Tensor, "k b"] | None = None
+    """Row of each selected token among the candidates; None: all candidates, in order."""
+    gates: Float[Tensor, "k b"] | None = None
+    """What the block's output is multiplied by; None where the router does not gate."""
+    plan: Float[Tensor, "k b p"] | None = None
+    """What the router noted about each selected token for later steps."""
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    """Auxiliary losses of this step by name, multiplied by their coefficients: add them up."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Scalars for the log by name, detached."""
+
+    @classmethod
+    def everything(cls, tokens: Tokens) -> "RoutingDecision":
+        """The decision before the first step: every token is a candidate."""
+        return cls(tokens=tokens)
+
+    def keep_all(self) -> "RoutingDecision":
+        """This decision's tokens once more, without sorting or gathering."""
+        return RoutingDecision(self.tokens, plan=self.plan)
+
+    def taken(self, values: Float[Tensor, "n b"]) -> Float[Tensor, "k b"]:
+        """Of one value per candidate, those of the selected tokens."""
+        return values if self.rows is None else values.gather(0, self.rows)
+
+    def is_selected(self, num_candidates: int) -> Bool[Tensor, "n b"]:
+        """Which candidates the decision kept."""
+        tokens = self.tokens
+        kept = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.positions.device)
+        if tokens.is_padding is not None:
+            kept = tokens.is_padding.logical_not()
+        if self.rows is None:
+            return kept
+        return kept.new_zeros(num_candidates, kept.shape[1]).scatter(0, self.rows, kept)
+
+    def with_plan(self, plan: Float[Tensor, "k b p"]) -> "RoutingDecision":
+        """This decision with a plan for its tokens, which later selections take along."""
+        return replace(self, plan=plan)
+
+    def with_gates(
+        self, gates: Float[Tensor, "k b"], losses: dict[str, Tensor], metrics: dict[str, Tensor]
+    ) -> "RoutingDecision":
+        """This decision with gates, and what else the router has to say."""
+        return replace(self, gates=gates, losses=losses, metrics=metrics)
+
+    def with_losses(
+        self, losses: dict[str, Tensor], metrics: dict[str, Tensor]
+    ) -> "RoutingDecision":
+        """This decision with auxiliary losses and metrics."""
+        return replace(self, losses=losses, metrics=metrics)
+
+    def keep_where(self, is_selected: Bool[Tensor, "n b"]) -> "RoutingDecision":
+        """The marked tokens, in order; padding must not be marked.
+
+        Sequences with fewer than the widest are filled up with padding slots. Waits for the
+        device once, to learn the width. It is at least 1: a step whose tokens have all exited still
+        runs, on padding, so that every rank of a collective takes part and every parameter gets a
+        gradient.
+        """
+        width = max(1, int(is_selected.sum(dim=0).max()))
+        rows = is_selected.logical_not().to(torch.uint8).sort(dim=0, stable=True).indices[:width]
+        is_padding = is_selected.gather(0, rows).logical_not()
+        return self._take(rows, is_padding)
+
+    def _take(self, rows: Tensor, is_padding: Tensor | None) -> "RoutingDecision":
+        plan = None if self.plan is None else take_rows(self.plan, rows)
+        return RoutingDecision(self.tokens.take(rows, is_padding), rows, plan=plan)
+
+    def keep_valid(self) -> "RoutingDecision":
+        """Every token once more; padding that stood between tokens moves to the end."""
+        if self.tokens.padding_trails:
+            return self.keep_all()
+        assert self.tokens.is_padding is not None
+        return self.keep_where(self.tokens.is_padding.logical_not())
+
+    def keep_top(self, weights: Float[Tensor, "n b"], share: float) -> "RoutingDecision":
+        """Of every document, the tokens of largest weight.
+
+        Args:
+            weights: one per candidate; only their order matters.
+            share: of the document's length, in (0, 1]: `max(1, floor(share · length))` stay. A
+                share of 1 keeps everything and neither sorts nor gathers.
+        """
+        if share >= 1.0:
+            return self.keep_valid()
+        weights = weights.detach()
+        if self.tokens.is_plain:
+            capacity = max(1, math.floor(share * self.tokens.sequence_length))
+            if capacity == weights.shape[0]:
+                return self.keep_all()
+            rows = weights.topk(capacity, dim=0, sorted=False).indices.sort(dim=0).values
+            return self._take(rows, None)
+        return self.keep_where(self._is_top(weights, share))
+
+    def _is_top(self, weights: Float[Tensor, "n b"], share: float) -> Bool[Tensor, "n b"]:
+        tokens = self.tokens
+        assert tokens.document_lengths is not None
+        if tokens.is_padding is not None:
+            weights = weights.masked_fill(tokens.is_padding, -torch.inf)
+        # Two stable sorts order by document, then weight; the place within the document is a rank.
+        order = weights.sort(dim=0, descending=True, stable=True).indices
+        row = torch.arange(len(weights), device=weights.device)[:, None].expand_as(order)
+        begin = torch.zeros_like(order)
+        if tokens.documents is not None:
+            documents, by_document = tokens.documents.gather(0, order).sort(dim=0, stable=True)
+            order = order.gather(0, by_document)
+            begins = documents[1:] != documents[:-1]
+            begin[1:] = torch.where(begins, row[1:], 0)
+            begin = begin.cummax(dim=0).values
+        rank = torch.empty_like(order).scatter_(0, order, row - begin)
+        # float64, as Python rounds share · length on the plain path.
+        capacity = (tokens.document_lengths.double() * share).floor().clamp(min=1)
+        is_selected = rank < capacity
+        return is_selected if tokens.is_padding is None else is_selected & ~tokens.is_padding
+
+
+def take_rows(values: Float[Tensor, "n b h"], rows: Int[Tensor, "k b"]) -> Float[Tensor, "k b h"]:
+    """Rows of each sequence: `out[i, j] = values[rows[i, j], j]`."""
+    return values.flatten(0, 1).index_select(0, _flat(rows)).unflatten(0, rows.shape)
+
+
+def put_rows(
+    values: Float[Tensor, "n b h"], updated: Float[Tensor, "k b h"], rows: Int[Tensor, "k b"]
+) -> Float[Tensor, "n b h"]:
+    """`values` with `values[rows[i, j], j] = updated[i, j]`; the rows of a sequence differ."""
+    flat = values.flatten(0, 1).index_copy(0, _flat(rows), updated.flatten(0, 1))
+    return flat.unflatten(0, values.shape[:2])
+
+
+def _flat(rows: Int[Tensor, "k b"]) -> Int[Tensor, " kb"]:
+    batch = rows.shape[1]
+    return (rows * batch + torch.arange(batch, device=rows.device)).flatten()
+
+
+class Placement(Protocol):
+    """Where the rows of hidden states live: all here, or spread over ranks.
+
+    A placement is what makes the one main path of `RecursionBlock` parallel. Routers decide over
+    the full sequence on every rank; hidden states may be a shard of it.
+    """
+
+    def gather(self, logits: Float[Tensor, "shard b c"]) -> Float[Tensor, "n b c"]:
+        """Router logits of all candidates from those of the candidates that live here."""
+        ...
+
+    def select(
+        self, candidates: Float[Tensor, "shard b h"], decision: RoutingDecision
+    ) -> Float[Tensor, "shard2 b h"]:
+        """Hidden states of the selected tokens, spread the same way."""
+        ...
+
+    def shard(self, decision: RoutingDecision) -> RoutingDecision:
+        """The part of a decision that belongs to the rows which `select` gives this rank."""
+        ...
+
+    def write_back(
+        self,
+        candidates: Float[Tensor, "shard b h"],
+        updated: Float[Tensor, "shard2 b h"],
+        decision: RoutingDecision,
+    ) -> Float[Tensor, "shard b h"]:
+        """The candidates with the selected tokens' new states in their places."""
+        ...
+
+
+class LocalPlacement:
+    """All rows are here."""
+
+    def gather(self, logits: Tensor) -> Tensor:
+        return logits
+
+    def select(self, candidates: Tensor, decision: RoutingDecision) -> Tensor:
+        return candidates if decision.rows is None else take_rows(candidates, decision.rows)
+
+    def shard(self, decision: RoutingDecision) -> RoutingDecision:
+        return decision
+
+    def write_back(self, candidates: Tensor, updated: Tensor, decision: RoutingDecision) -> Tensor:
+        return updated if decision.rows is None else put_rows(candidates, updated, decision.rows)

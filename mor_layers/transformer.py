@@ -1,0 +1,303 @@
+"""MoRTransformer: a small complete decoder in the Llama layout, from the parts of this package.
+
+Legend: `b` batch, `s` sequence, `k` tokens that run a step, `h` hidden, `n` query heads, `g`
+key-value heads, `d` head size, `v` vocabulary. Token ids are batch first, as tokenizers give them;
+inside, states are sequence first.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from mor_layers.attention import StepContext, attend
+from mor_layers.config import DecoderConfig, RecursionConfig
+from mor_layers.recursion import RecursionBlock, RecursionOutput
+from mor_layers.routing import Tokens
+
+
+@dataclass(frozen=True)
+class DecoderOutput:
+    """What a forward pass of `MoRTransformer` gives."""
+
+    logits: Float[Tensor, "b s v"]
+    """Logits of the next token."""
+    recursions: tuple[RecursionOutput, ...]
+    """One per recursion block: decisions, depths, losses."""
+    lm_loss: Float[Tensor, ""] | None = None
+    """Mean cross entropy in nats per token, where labels were given."""
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """Auxiliary losses of all recursions by name, coefficients multiplied in."""
+        total: dict[str, Tensor] = {}
+        for recursion in self.recursions:
+            for name, loss in recursion.losses.items():
+                total[name] = total[name] + loss if name in total else loss
+        return total
+
+    @property
+    def loss(self) -> Float[Tensor, ""]:
+        """What to minimise: the language-model loss and every auxiliary loss.
+
+        Raises:
+            ValueError: the forward pass had no labels.
+        """
+        if self.lm_loss is None:
+            raise ValueError("there is no loss without labels. Call model(ids, labels=...).")
+        return sum(self.losses.values(), self.lm_loss)
+
+    @property
+    def depths(self) -> Int[Tensor, "b s"]:
+        """Steps each token took, summed over recursions."""
+        return sum((r.depths for r in self.recursions[1:]), self.recursions[0].depths).T
+
+
+class StepNorm(nn.Module):
+    """RMSNorm whose weight is shared by all steps, or is one per step."""
+
+    def __init__(self, hidden_size: int, epsilon: float, num_weights: int = 1) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.ones(hidden_size)) for _ in range(num_weights)
+        )
+
+    def forward(self, hidden: Float[Tensor, "k b h"], step: int = 0) -> Float[Tensor, "k b h"]:
+        weight = self.weights[step if len(self.weights) > 1 else 0]
+        return F.rms_norm(hidden.float(), weight.shape, eps=self.epsilon).to(hidden) * weight
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with RoPE, under any KV policy."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_size = config.head_size
+        width, kv_width = config.hidden_size, config.kv_heads * config.head_size
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, kv_width, bias=False)
+        self.value = nn.Linear(width, kv_width, bias=False)
+        self.output = nn.Linear(width, width, bias=False)
+
+    def forward(
+        self, hidden: Float[Tensor, "k b h"], context: StepContext, rotary: "Rotary"
+    ) -> Float[Tensor, "k b h"]:
+        query = rotary.turn(self._heads(self.query(hidden)))
+        key = value = None
+        if context.projects_keys:
+            key = rotary.turn(self._heads(self.key(hidden)))
+            value = self._heads(self.value(hidden))
+        key, value = context.exchange(self.layer, key, value)
+        out = attend(query, key, value, context.causal_mask)
+        return self.output(out.flatten(2))  # [k b n d] -> [k b h]
+
+    def _heads(self, values: Tensor) -> Tensor:
+        return values.unflatten(-1, (-1, self.head_size))  # [k b nd] -> [k b n d]
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=False)
+        self.up = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=False)
+        self.down = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden: Float[Tensor, "k b h"]) -> Float[Tensor, "k b h"]:
+        return self.down(F.silu(self.gate(hidden)) * self.up(hidden))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm and inside a residual."""
+
+    def __init__(self, config: DecoderConfig, layer: int, num_norms: int = 1) -> None:
+        super().__init__()
+        self.attention_norm = StepNorm(config.hidden_size, config.rms_norm_epsilon, num_norms)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = StepNorm(config.hidden_size, config.rms_norm_epsilon, num_norms)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, hidden: Float[Tensor, "k b h"], context: StepContext, rotary: "Rotary"
+    ) -> Float[Tensor, "k b h"]:
+        normed = self.attention_norm(hidden, context.step)
+        hidden = hidden + self.attention(normed, context, rotary)
+        return hidden + self.mlp(self.mlp_norm(hidden, context.step))
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Cosines and sines at given positions; turns heads by them (Su et al. 2021, halves paired)."""
+
+    cos: Float[Tensor, "k b 1 d"]
+    sin: Float[Tensor, "k b 1 d"]
+
+    @classmethod
+    def at(
+        cls, positions: Int[Tensor, "k b"], head_size: int, base: float, dtype: torch.dtype
+    ) -> "Rotary":
+        """The rotation of each position, computed in fp32."""
+        exponent = torch.arange(0, head_size, 2, device=positions.device).float() / head_size
+        angles = positions[..., None].float() * base**-exponent  # [k b] -> [k b d/2]
+        angles = torch.cat([angles, angles], dim=-1)[:, :, None]
+        return cls(angles.cos().to(dtype), angles.sin().to(dtype))
+
+    def turn(self, heads: Float[Tensor, "k b n d"]) -> Float[Tensor, "k b n d"]:
+        first, second = heads.chunk(2, dim=-1)
+        return heads * self.cos + torch.cat([-second, first], dim=-1) * self.sin
+
+
+class DecoderStack(nn.Module):
+    """Decoder layers one after another: what a RecursionBlock wraps, and prelude and coda too."""
+
+    def __init__(self, config: DecoderConfig, num_layers: int, num_norms: int = 1) -> None:
+        super().__init__()
+        self.head_size, self.rope_base = config.head_size, config.rope_base
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer, num_norms) for layer in range(num_layers)
+        )
+
+    def forward(
+        self, hidden: Float[Tensor, "k b h"], context: StepContext
+    ) -> Float[Tensor, "k b h"]:
+        positions = context.tokens.positions
+        rotary = Rotary.at(positions, self.head_size, self.rope_base, hidden.dtype)
+        for layer in self.layers:
+            hidden = layer(hidden, context, rotary)
+        return hidden
+
+
+class MoRTransformer(nn.Module):
+    """A decoder-only language model whose middle is a recursion.
+
+    Args:
+        config: sizes and the recursion; without a recursion it is a plain decoder.
+        recompute: recompute the recursion's layers in the backward pass.
+    """
+
+    def __init__(self, config: DecoderConfig, recompute: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        recursion = config.recursion or RecursionConfig(1, sharing="cycle")
+        schedule = recursion.schedule(config.num_unrolled_layers)
+        num_norms = 1 if recursion.share_norms else recursion.num_recursions
+
+        def block(num_layers: int) -> RecursionBlock:
+            router = recursion.router.build(config.hidden_size, recursion.num_recursions)
+            stack = DecoderStack(config, num_layers, num_norms)
+            return RecursionBlock(stack, router, recursion.kv_policy, recompute=recompute)
+
+        # A cyclic step runs the whole block; in a sequence each layer repeats on its own.
+        sizes = [schedule.block_size] if schedule.is_cyclic else [1] * schedule.block_size
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.prelude = DecoderStack(config, schedule.prelude)
+        self.recursions = nn.ModuleList(block(size) for size in sizes)
+        self.coda = DecoderStack(config, schedule.coda)
+        self.norm = StepNorm(config.hidden_size, config.rms_norm_epsilon)
+        self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.apply(self._initialize)
+        if config.tie_embeddings:
+            self.output.weight = self.embedding.weight
+
+    @staticmethod
+    def _initialize(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+
+    def forward(
+        self,
+        ids: Int[Tensor, "b s"],
+        labels: Int[Tensor, "b s"] | None = None,
+        documents: Int[Tensor, "b s"] | None = None,
+        is_padding: Bool[Tensor, "b s"] | None = None,
+        causal_routing: bool = False,
+    ) -> DecoderOutput:
+        """Logits of every next token, and the loss where `labels` are given.
+
+        Args:
+            ids: token ids.
+            labels: the id that follows each token; negative where none should be learnt.
+            documents: numbers that change where a document begins; tokens see and compete with
+                those of their own document only.
+            is_padding: True where `ids` holds no token. Never routed, counted or seen.
+            causal_routing: let no token's depth depend on later tokens, as generation does.
+
+        Raises:
+            ValueError: `ids` is not `[b s]`, or a mask has another shape.
+        """
+        if ids.dim() != 2 or not ids.numel():
+            raise ValueError(f"ids has shape {tuple(ids.shape)}; expected [b s], neither empty.")
+        documents = None if documents is None else documents.T
+        is_padding = None if is_padding is None else is_padding.T
+        tokens = Tokens.whole_sequence(*ids.T.shape, ids.device, documents, is_padding)
+        context = StepContext(0, tokens)
+        hidden = self.prelude(self.embedding(ids.T), context)
+        outputs = []
+        for recursion in self.recursions:
+            outputs.append(recursion(hidden, tokens, causal_routing))
+            hidden = outputs[-1].hidden
+        hidden = self.norm(self.coda(hidden, context))
+        logits = self.output(hidden).transpose(0, 1)  # [s b v] -> [b s v]
+        lm_loss = None
+        if labels is not None:
+            if is_padding is not None:
+                labels = labels.masked_fill(is_padding.T, -1)
+            labels = labels.clamp(min=-1)
+            lm_loss = F.cross_entropy(
+                logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-1
+            )
+        return DecoderOutput(logits, tuple(outputs), lm_loss)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        ids: Int[Tensor, "b s"],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Int[Tensor, " b"]]:
+        """Continue each sequence, one token at a time, with causal routing and no cache.
+
+        Args:
+            ids: prompts of one length.
+            max_new_tokens: how many tokens to yield.
+            temperature: 0 takes the likeliest token; above 0 samples.
+            generator: source of randomness for sampling.
+
+        Raises:
+            ValueError: a negative temperature, or fewer than one token asked for.
+        """
+        if temperature < 0 or max_new_tokens < 1:
+            raise ValueError(
+                f"temperature={temperature} must be 0 or more and "
+                f"max_new_tokens={max_new_tokens} at least 1."
+            )
+        for _ in range(max_new_tokens):
+            logits = self(ids, causal_routing=True).logits[:, -1].float()
+            if temperature == 0:
+                token = logits.argmax(dim=-1)
+            else:
+                probabilities = (logits / temperature).softmax(dim=-1)
+                token = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+            yield token
+            ids = torch.cat([ids, token[:, None]], dim=1)
+
+    def advance(self, outputs: list[DecoderOutput]) -> None:
+        """Let routers change their state after an optimizer step.
+
+        Args:
+            outputs: the forward passes that the step learnt from. With several processes, sum
+                the counts over all of them and call each router's `advance` yourself.
+        """
+        for i, recursion in enumerate(self.recursions):
+            counts = [
+                torch.stack([d.tokens.count for d in output.recursions[i].decisions])
+                for output in outputs
+            ]
+            recursion.router.advance(torch.stack(counts).sum(dim=0))
