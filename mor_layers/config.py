@@ -9,6 +9,7 @@ import importlib
 import types
 import typing
 from dataclasses import dataclass, field
+from inspect import isabstract
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ class RecursionConfig:
         if self.kv_policy not in KV_POLICIES:
             raise ValueError(
                 f"kv_policy={self.kv_policy!r} is unknown. Use one of {', '.join(KV_POLICIES)}."
+            )
+        if not isinstance(self.router, RouterConfig):
+            raise ValueError(
+                f"router={self.router!r} is no RouterConfig. Give one, such as ExpertChoice() or "
+                "FixedDepth(); a name and settings are for YAML."
             )
         self.router.validate(self.num_recursions)
         if self.sharing in ("cycle", "middle_cycle"):
@@ -95,6 +101,9 @@ class DecoderConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.num_unrolled_layers < 1:
             raise ValueError(f"num_unrolled_layers={self.num_unrolled_layers} must be at least 1.")
+        for name in ("rms_norm_epsilon", "rope_base"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
         if self.hidden_size % self.num_heads or self.head_size % 2:
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be an even multiple of "
@@ -144,7 +153,7 @@ def from_mapping[T](kind: type[T], values: object, where: str = "") -> T:
     if not isinstance(values, dict):
         raise ValueError(f"{place}: expected a mapping of settings, got {values!r}.")
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(fields))
+    unknown = sorted(set(values) - set(fields), key=str)
     if unknown:
         raise ValueError(
             f"{place}: unknown setting {', '.join(map(repr, unknown))}. "
@@ -216,8 +225,13 @@ def _router_class(name: str, where: str, known: str) -> type[RouterConfig]:
         )
     try:
         found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{where}.type={name!r} cannot be imported: {error}.") from error
-    if not (isinstance(found, type) and issubclass(found, RouterConfig)):
-        raise ValueError(f"{where}.type={name!r} is no subclass of RouterConfig.")
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{where}.type={name!r} cannot be imported: {error}. Use one of {known}, or "
+            "'package.module:ClassName' of your own."
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, RouterConfig)) or isabstract(found):
+        raise ValueError(
+            f"{where}.type={name!r} must be a subclass of RouterConfig that has `build`."
+        )
     return found

@@ -72,8 +72,9 @@ def _router(mor: Mapping[str, Any]) -> RouterConfig:
     if mor["type"] == "expert":
         return ExpertChoice(
             architecture=mor["router_type"],
-            activation=own["router_func"],
-            alpha=own["alpha"],
+            # Without an activation the released code leaves alpha out.
+            activation=own["router_func"] or "none",
+            alpha=own["alpha"] if own["router_func"] else 1.0,
             temperature=mor["temp"],
             capacity_factors=tuple(float(c) for c in mor["capacity"].split(",")),
             warmup_steps=own["cap_warmup_step"],

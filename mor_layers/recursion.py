@@ -7,7 +7,8 @@ Legend: `b` batch, `s` sequence, `n` candidates of a step, `k` tokens that run i
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -25,11 +26,11 @@ class RecursionLayers(Protocol):
     Its residual stream is inside: the result is a full hidden state, not a delta. The context says
     which tokens the rows are (`context.tokens`: positions, documents, padding), which step runs,
     and what attention may see; a module without attention can ignore it. The wrapper assumes
-    nothing about causality.
+    nothing about causality. `arguments` are those given to `RecursionBlock.forward`.
     """
 
     def __call__(
-        self, hidden: Float[Tensor, "k b h"], context: StepContext
+        self, hidden: Float[Tensor, "k b h"], context: StepContext, **arguments: Any
     ) -> Float[Tensor, "k b h"]: ...
 
 
@@ -99,6 +100,7 @@ class RecursionBlock(nn.Module):
         hidden: Float[Tensor, "s b h"],
         tokens: Tokens | None = None,
         causal_routing: bool = False,
+        **arguments: Any,
     ) -> RecursionOutput:
         """Run the recursion.
 
@@ -107,6 +109,7 @@ class RecursionBlock(nn.Module):
             tokens: positions, documents and padding; by default one document a sequence and no
                 padding.
             causal_routing: let no token's depth depend on later tokens, as generation needs.
+            arguments: handed to the layers as they are.
         """
         if tokens is None:
             tokens = Tokens.whole_sequence(*hidden.shape[:2], device=hidden.device)
@@ -119,7 +122,7 @@ class RecursionBlock(nn.Module):
             if self.router.combines_with_origin:
                 origin = self.placement.select(origin, decision)
             context = begin_step(self.kv_policy, step, decision.tokens, context)
-            output = self._run_layers(selected, context)
+            output = self._run_layers(selected, context, arguments)
             updated = self._combine(step, selected, output, decision, origin)
             steps.append((candidates, decision))
             candidates = updated
@@ -134,13 +137,16 @@ class RecursionBlock(nn.Module):
     ) -> RoutingDecision:
         logits = self.router.logits(candidates, step)
         if logits is not None:
-            logits = self.placement.gather(logits)
+            logits = self.placement.gather(logits, previous.tokens.shape[0])
         return self.router.decide(logits, step, previous, causal)
 
-    def _run_layers(self, selected: Tensor, context: StepContext) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.layers, selected, context, use_reentrant=False)  # type: ignore[return-value]
-        return self.layers(selected, context)
+    def _run_layers(
+        self, selected: Tensor, context: StepContext, arguments: dict[str, Any]
+    ) -> Tensor:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self.layers(selected, context, **arguments)
+        run = partial(self.layers, **arguments)
+        return cast(Tensor, checkpoint(run, selected, context, use_reentrant=False))
 
     def _combine(
         self, step: int, selected: Tensor, output: Tensor, decision: RoutingDecision, origin: Tensor

@@ -67,8 +67,9 @@ class Tokens:
         if documents is None and is_padding is None:
             return cls(positions, length)
         if documents is not None:  # renumbered 0, 1, ... along the sequence
-            begins = documents[1:] != documents[:-1]
-            documents = torch.cat([torch.zeros_like(begins[:1]), begins]).cumsum(dim=0)
+            begins = torch.zeros_like(documents, dtype=torch.bool)
+            begins[1:] = documents[1:] != documents[:-1]
+            documents = begins.cumsum(dim=0)
         group = torch.zeros_like(positions) if documents is None else documents
         counted = torch.ones_like(positions) if is_padding is None else (~is_padding).long()
         lengths = torch.zeros_like(positions).scatter_add(0, group, counted).gather(0, group)
@@ -255,8 +256,8 @@ class Placement(Protocol):
     the full sequence on every rank; hidden states may be a shard of it.
     """
 
-    def gather(self, logits: Float[Tensor, "shard b c"]) -> Float[Tensor, "n b c"]:
-        """Router logits of all candidates from those of the candidates that live here."""
+    def gather(self, logits: Float[Tensor, "shard b c"], count: int) -> Float[Tensor, "n b c"]:
+        """Router logits of all `count` candidates from those of the candidates that live here."""
         ...
 
     def select(
@@ -282,7 +283,7 @@ class Placement(Protocol):
 class LocalPlacement:
     """All rows are here."""
 
-    def gather(self, logits: Tensor) -> Tensor:
+    def gather(self, logits: Tensor, count: int) -> Tensor:
         return logits
 
     def select(self, candidates: Tensor, decision: RoutingDecision) -> Tensor:

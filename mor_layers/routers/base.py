@@ -3,6 +3,7 @@
 Legend: `b` batch, `n` candidates of a step, `k` tokens selected, `h` hidden, `c` logits a token.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import pairwise
@@ -50,7 +51,7 @@ class Router(nn.Module, ABC):
             logits: what `logits` gave for this step.
             step: 0-based recursion step.
             previous: the candidates, `previous.tokens`, and what was planned for them. Its
-                `keep`, `keep_top`, `keep_all` and `keep_valid` make the result.
+                `keep_where`, `keep_top`, `keep_all` and `keep_valid` make the result.
             causal: a token's fate may depend on earlier tokens only, as generation needs.
         """
 
@@ -83,6 +84,16 @@ class Router(nn.Module, ABC):
             tokens_per_step: how many tokens of the global batch ran each step.
         """
         return
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        # Buffers steer the choice by small steps that bf16 would round away: they keep their dtype.
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
 
 
 @dataclass(frozen=True)
@@ -197,14 +208,14 @@ def require_choice(owner: str, field: str, value: str, allowed: tuple[str, ...])
 
 
 def require_positive(owner: str, **values: float) -> None:
-    """Raise ValueError where a value is not above 0."""
+    """Raise ValueError where a value is not above 0 and finite."""
     for field, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{owner}.{field}={value} must be above 0.")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{owner}.{field}={value} must be above 0, and finite.")
 
 
 def require_not_negative(owner: str, **values: float) -> None:
-    """Raise ValueError where a value is below 0."""
+    """Raise ValueError where a value is below 0 or not finite."""
     for field, value in values.items():
-        if not value >= 0:
-            raise ValueError(f"{owner}.{field}={value} must be 0 or more.")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{owner}.{field}={value} must be 0 or more, and finite.")

@@ -1,0 +1,23 @@
+"""Mixture-of-Recursions inside Megatron-Core transformer stacks."""
+
+from mor_megatron.attention import SDPACoreAttention
+from mor_megatron.layer import RecursionLayer, RecursionSubmodules
+from mor_megatron.norms import Norm
+from mor_megatron.specs import default_layer_spec, recursion_block_spec, recursion_layer_spec
+from mor_megatron.statistics import RoutingReport
+from mor_megatron.training import recursion_layers, routing_reports, token_depths, update_routers
+
+__all__ = [
+    "Norm",
+    "RecursionLayer",
+    "RecursionSubmodules",
+    "RoutingReport",
+    "SDPACoreAttention",
+    "default_layer_spec",
+    "recursion_block_spec",
+    "recursion_layer_spec",
+    "recursion_layers",
+    "routing_reports",
+    "token_depths",
+    "update_routers",
+]

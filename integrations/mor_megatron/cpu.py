@@ -1,0 +1,207 @@
+"""Megatron-Core 0.19 on a CPU with gloo, for development and continuous integration.
+
+Megatron-Core is written for one CUDA device per process. `enable()` supplies what it takes from
+that device:
+
+* names of `torch.cuda` that raise without a driver are replaced for the whole process;
+* device and type *literals* (`"cuda"`, `"torch.cuda.FloatTensor"`) are rewritten in the compiled
+  code of the Megatron functions that hold them, and nowhere else;
+* the few functions that want a CUDA tensor by other means are replaced where Megatron finds them.
+
+Importing this module changes nothing. Line numbers are those of megatron-core 0.19.2.
+"""
+
+import contextlib
+import functools
+import inspect
+import logging
+from collections.abc import Iterator
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+import torch
+
+_LITERALS = {
+    "cuda": "cpu",
+    "torch.cuda.FloatTensor": "torch.FloatTensor",
+    "torch.cuda.HalfTensor": "torch.HalfTensor",
+    "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
+}
+_PINNING_FACTORIES = frozenset({"empty", "empty_like", "full", "ones", "tensor", "zeros"})
+
+
+def enable() -> None:
+    """Makes megatron-core 0.19 run on this process's CPU. Calling it again does nothing.
+
+    Call it before a Megatron model is built. `torch.distributed` needs the gloo backend.
+
+    Raises:
+        RuntimeError: where CUDA is available, or for another version of megatron-core.
+    """
+    import megatron.core
+
+    version = megatron.core.__version__
+    if torch.cuda.is_available():
+        raise RuntimeError(
+            "cpu.enable() was called where CUDA is available. It is only for machines without a"
+            " GPU: remove the call, or hide the GPUs by setting CUDA_VISIBLE_DEVICES to nothing."
+        )
+    if not version.startswith("0.19."):
+        raise RuntimeError(
+            "cpu.enable() stands in for the CUDA calls of megatron-core 0.19.*, and this is"
+            f" {version}. Install megatron-core==0.19.2."
+        )
+    _enable_once()
+
+
+@functools.cache
+def _enable_once() -> None:
+    _replace_torch_cuda()
+    _replace_random_state()
+    _rewrite_literals()
+    _replace_device_transfers()
+
+
+class _InOrder:
+    """A CUDA stream or event on a device that finishes each operation before it starts the next."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def record(self, stream: Any = None) -> None:
+        pass
+
+    def record_event(self, event: Any = None) -> "_InOrder":
+        return event or self
+
+    def synchronize(self) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+
+def _replace_torch_cuda() -> None:
+    device, stream = torch.device("cpu"), _InOrder()
+    for name, stand_in in {
+        # A device for new tensors: rotary_pos_embedding.py:78, p2p_communication.py:211,
+        # mappings.py:95, layers.py:305, router.py:98, param_and_grad_buffer.py:1162.
+        "current_device": lambda: device,
+        # p2p_communication.py:419, fully_parallel.py:286, filesystem_async.py:248.
+        "synchronize": lambda device=None: None,
+        # param_and_grad_buffer.py:632, token_dispatcher.py:922, shared_experts.py:226,
+        # pipeline_parallel/utils.py:398.
+        "current_stream": lambda device=None: stream,
+        # token_dispatcher.py:925, param_and_grad_buffer.py:686, shared_experts.py:237.
+        "stream": contextlib.nullcontext,
+        # token_dispatcher.py:469, shared_experts.py:192, distributed_data_parallel.py:297.
+        "Stream": _InOrder,
+        # moe_layer.py:434, dynamic_context.py:1301.
+        "Event": _InOrder,
+        # random.py:303, rerun_state_machine.py:979.
+        "get_rng_state": lambda device=None: torch.get_rng_state(),
+        # rerun_state_machine.py:992.
+        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+        # random.py:305, :490.
+        "manual_seed": torch.default_generator.manual_seed,
+    }.items():
+        setattr(torch.cuda, name, stand_in)
+
+
+def _replace_random_state() -> None:
+    """The CPU generator plays the CUDA generator of `CudaRNGStatesTracker`."""
+    from megatron.core.tensor_parallel import random
+
+    def get_state(
+        device: Any = None, clone: bool = False, graph_safe: bool = False
+    ) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
+        torch.set_rng_state(state)
+
+    # random.py:118 needs a driver; :177 queues the new state until CUDA is initialised.
+    random._get_cuda_rng_state, random._set_cuda_rng_state = get_state, set_state
+    # random.py:334 warns when the CPU generator moves within a fork. Here a fork is for that.
+    logging.getLogger(random.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
+
+
+def _rewrite_literals() -> None:
+    from megatron.core import utils
+    from megatron.core.dist_checkpointing import exchange_utils
+    from megatron.core.dist_checkpointing.strategies import state_dict_saver
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.tensor_parallel import data
+    from megatron.core.transformer import utils as transformer_utils
+
+    for owner in (
+        schedules,  # autocast :504, total_num_tokens :749, :1121, :2292
+        optimizer,  # :315, :690-702, :1249; parameter types :1009-1028
+        distrib_optimizer,  # parameter types :401-466, :758
+        clip_grads,  # :96-112, :180, :231; gradient type :174
+        utils.local_multi_tensor_l2_norm,  # :1332
+        transformer_utils,  # causal masks :39, :44
+        data,  # broadcast_data :37
+        exchange_utils,  # :97-109, :329
+        state_dict_saver,  # :204
+    ):
+        for function in _functions_of(owner):
+            function.__code__ = _without_cuda(function.__code__)
+
+
+def _functions_of(owner: Any) -> Iterator[FunctionType]:
+    """Functions that a module or a class defines, or a function, without their decorators."""
+    if isinstance(owner, (ModuleType, type)):
+        module = getattr(owner, "__module__", owner.__name__)
+        for member in vars(owner).values():
+            if getattr(member, "__module__", None) == module:
+                yield from _functions_of(member)
+    elif isinstance(function := inspect.unwrap(owner), FunctionType):
+        yield function
+
+
+def _without_cuda(constant: Any) -> Any:
+    """A constant of compiled code, nested code and tuples too, with CUDA's literals replaced."""
+    if isinstance(constant, CodeType):
+        return constant.replace(co_consts=tuple(map(_without_cuda, constant.co_consts)))
+    if isinstance(constant, tuple):
+        return tuple(map(_without_cuda, constant))
+    return _LITERALS.get(constant, constant) if isinstance(constant, str) else constant
+
+
+class _TorchWithoutPinning:
+    """`torch` for a module that pins pages for copies to a device: the same, without pinning."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(torch, name)
+        if name not in _PINNING_FACTORIES:
+            return value
+        return lambda *args, pin_memory=False, **kwargs: value(*args, **kwargs)
+
+
+def _replace_device_transfers() -> None:
+    from megatron.core.inference.contexts import dynamic_context
+    from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.transformer.moe import router, token_dispatcher
+
+    # language_module.py:307, optimizer.py:586, distrib_optimizer.py:1374, exchange_utils.py:339.
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    # dynamic_context.py:869-953.
+    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
+    # rope_utils.py:63, dynamic_context.py:975-1124.
+    rope_utils.torch = dynamic_context.torch = _TorchWithoutPinning()
+    # token_dispatcher.py:926-943 turns split sizes into numpy arrays only on their way from a
+    # device, and the collectives of mappings.py:447 do not take tensors.
+    token_dispatcher.maybe_move_tensor_to_cpu = _split_sizes
+    # router.py:727 compiles a counter at its first use, which on a CPU takes a C++ compiler.
+    router.TopKRouter._apply_expert_bias = inspect.unwrap(router.TopKRouter._apply_expert_bias)
+
+
+def _split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor

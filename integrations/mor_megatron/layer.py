@@ -1,0 +1,240 @@
+"""RecursionLayer: a whole Mixture-of-Recursions as one layer of an unmodified GPTModel.
+
+Legend: `s` sequence, `b` batch, `h` hidden, `r` rotary size; under sequence parallelism a rank
+holds `s / tp` rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
+    get_data_parallel_rng_tracker_name,
+)
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.module import GraphableMegatronModule
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    get_transformer_layer_offset,
+)
+from megatron.core.transformer.utils import sharded_state_dict_default
+from megatron.core.utils import get_pg_rank, make_viewless_tensor
+from torch import Tensor
+
+from mor_layers import RecursionBlock, RecursionConfig, RecursionOutput, Tokens
+from mor_megatron.attention import StepRotation
+from mor_megatron.auxiliary_loss import RouterLossScaler, listen_for_loss_scale
+from mor_megatron.moe import StepTopKRouter
+from mor_megatron.placement import SequenceParallelPlacement
+from mor_megatron.stack import StepStack
+from mor_megatron.statistics import RoutingStatistics
+from mor_megatron.validation import validate
+
+
+@dataclass
+class RecursionSubmodules:
+    """Specs of what a RecursionLayer builds."""
+
+    layer_specs: Sequence[ModuleSpec]
+    """The K layers of the shared block, in order: ordinary Megatron layer specs."""
+
+
+class _Recursion(RecursionBlock):
+    """A RecursionBlock whose routers draw alike on all tensor-parallel ranks."""
+
+    def _route(self, *args: Any) -> Any:
+        tracker = get_cuda_rng_tracker()
+        name = get_data_parallel_rng_tracker_name()
+        if name not in tracker.get_states():
+            return super()._route(*args)
+        with tracker.fork(name):
+            return super()._route(*args)
+
+
+class RecursionLayer(TransformerLayer):
+    """Stands where a TransformerLayer stands and runs a recursion block.
+
+    Its K layers are built once from ordinary Megatron layer specs and run `num_recursions` times:
+    weights are tied because there is one copy. Name it in a `TransformerBlockSubmodules`, beside
+    ordinary layers, once or several times (`recursion_layer_spec`, `recursion_block_spec`).
+
+    Args:
+        config: the model's configuration. Two of its fields are set: checkpoints of unlike layers
+            (`hetereogenous_dist_checkpoint`), and the function by which schedules announce the loss
+            scale, which routers' losses need.
+        submodules: specs of the shared layers.
+        layer_number: 1-based place among this stage's layers.
+        recursion: steps, router, KV policy, norms.
+        first_layer: layers of the unrolled model before this one; numbers the steps' layers in
+            Megatron's logs. Default: this layer's place in the list.
+
+    Raises:
+        ValueError: settings that cannot run, see `validation`.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: RecursionSubmodules,
+        layer_number: int = 1,
+        *,
+        recursion: RecursionConfig,
+        first_layer: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        vp_stage: int | None = None,
+        **unused: Any,
+    ) -> None:
+        validate(config, recursion)
+        config.hetereogenous_dist_checkpoint = True
+        listen_for_loss_scale(config)
+        # Not TransformerLayer's: that would build one layer's parts.
+        GraphableMegatronModule.__init__(self, config=config, vp_stage=vp_stage)
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups()
+        self.pg_collection = pg_collection
+        self.tp_group = pg_collection.tp
+        self.submodules_config = submodules
+        self.is_mtp_layer = self.is_moe_layer = False
+        self.layer_number = layer_number + get_transformer_layer_offset(
+            config, vp_stage, get_pg_rank(pg_collection.pp)
+        )
+        placement = SequenceParallelPlacement(self.tp_group) if config.sequence_parallel else None
+        stack = StepStack(
+            config,
+            submodules.layer_specs,
+            recursion,
+            self.layer_number - 1 if first_layer is None else first_layer,
+            pg_collection,
+            vp_stage,
+        )
+        router = recursion.router.build(config.hidden_size, recursion.num_recursions)
+        router.to(next(stack.parameters()).device, config.params_dtype)
+        for parameter in router.parameters():
+            # Ranks score the tokens they hold: finalize_model_grads sums what they learn.
+            setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010
+        self.recursion = _Recursion(stack, router, recursion.kv_policy, placement)
+        self.statistics = RoutingStatistics(recursion.num_recursions)
+
+    @property
+    def expert_routers(self) -> list[StepTopKRouter]:
+        """The routers over experts of the shared layers, in order."""
+        return [m for m in self.recursion.layers.modules() if isinstance(m, StepTopKRouter)]
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        inference_context: Any = None,
+        packed_seq_params: Any = None,
+        padding_mask: Tensor | None = None,
+        attention_bias: Tensor | None = None,
+        **unused: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`[s b h] -> [s b h]`, or `[s/tp b h]` under sequence parallelism.
+
+        Args:
+            attention_mask: None for one document a sequence. Else Megatron's causal mask
+                `[b 1 s s]`, True where attention is barred; where a token cannot see the one
+                before it a document begins.
+            rotary_pos_emb: `[s 1 1 r]`, or None without rotary positions.
+            padding_mask: `[b s]`, True where there is no token.
+
+        Raises:
+            ValueError: an input the recursion does not implement.
+        """
+        for name, given in (
+            ("packed_seq_params", packed_seq_params),
+            ("inference_context", inference_context),
+            ("attention_bias", attention_bias),
+        ):
+            if given is not None:
+                raise ValueError(
+                    f"RecursionLayer does not take {name}. Several documents in a sequence go "
+                    "through attention_mask (reset_attention_mask=True in GPTDatasetConfig)."
+                )
+        tokens = self._tokens(hidden_states, attention_mask, padding_mask)
+        rotation = self._rotation(rotary_pos_emb, hidden_states)
+        output = self.recursion(hidden_states, tokens, rotation=rotation)
+        # Recomputation runs the forward pass twice, the first time without gradients.
+        if torch.is_grad_enabled() or not self.training:
+            self.statistics.record(tokens, output)
+        hidden = self._attach_losses(output)
+        hidden = make_viewless_tensor(hidden, hidden.requires_grad, keep_graph=True)
+        return hidden, context
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Each shared weight once, under `recursion.layers`; the router under `recursion.router`."""
+        assert not sharded_offsets, "layers of a recursion have keys of their own"
+        parts = {f"layers.{index}.": layer for index, layer in enumerate(self.recursion.layers)}  # type: ignore[arg-type]
+        state: dict[str, Any] = {}
+        for name, module in {**parts, "router.": self.recursion.router}.items():
+            state |= sharded_state_dict_default(
+                module, f"{prefix}recursion.{name}", (), metadata, tp_group=self.tp_group
+            )
+        return state
+
+    def _tokens(
+        self, hidden: Tensor, attention_mask: Tensor | None, padding_mask: Tensor | None
+    ) -> Tokens:
+        length, batch = hidden.shape[:2]
+        if self.config.sequence_parallel:
+            if padding_mask is not None and padding_mask.shape[1] == length:
+                padding_mask = gather_from_sequence_parallel_region(
+                    padding_mask.T.contiguous(), group=self.tp_group
+                ).T
+            length *= self.tp_group.size()
+        documents = None
+        if attention_mask is not None:
+            documents = documents_of(attention_mask.expand(batch, -1, -1, -1))
+        is_padding = None if padding_mask is None else padding_mask.T.bool()
+        return Tokens.whole_sequence(length, batch, hidden.device, documents, is_padding)
+
+    def _rotation(self, rotary_pos_emb: Tensor | None, hidden: Tensor) -> StepRotation | None:
+        if rotary_pos_emb is None:
+            return None
+        attention: Any = self.recursion.layers[0].self_attention  # type: ignore[index,union-attr]
+        scale = attention._yarn_concentration_factor
+        return StepRotation.table(rotary_pos_emb, scale, hidden.dtype)
+
+    def _attach_losses(self, output: RecursionOutput) -> Tensor:
+        if not (self.training and torch.is_grad_enabled() and output.losses):
+            return output.hidden
+        loss = torch.stack(list(output.losses.values())).sum()
+        if self.config.calculate_per_token_loss:
+            # Gradients are divided by the global number of tokens in the end.
+            loss = loss * output.decisions[0].tokens.count
+        return RouterLossScaler.apply(output.hidden, loss)  # type: ignore[return-value]
+
+
+def documents_of(is_barred: Tensor) -> Tensor | None:
+    """Document numbers `[s b]` from a causal mask `[b 1 s s]`; None if each sequence is one.
+
+    Waits for the device once.
+
+    Raises:
+        ValueError: the mask is not causal attention within consecutive documents.
+    """
+    barred = is_barred[:, 0]
+    begins = barred.diagonal(offset=-1, dim1=1, dim2=2)  # token t cannot see t-1
+    documents = torch.cat([torch.zeros_like(begins[:, :1]), begins], dim=1).cumsum(dim=1)
+    same = documents[:, :, None] == documents[:, None, :]
+    expected = same.logical_not() | torch.ones_like(barred).triu(1)
+    has_documents, is_other = torch.stack([begins.any(), (barred != expected).any()]).tolist()
+    if is_other:
+        raise ValueError(
+            "attention_mask is not causal attention within consecutive documents, which is what a "
+            "recursion can follow. Pass None, or the mask of reset_attention_mask=True."
+        )
+    return documents.T if has_documents else None

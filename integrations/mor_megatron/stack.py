@@ -1,0 +1,201 @@
+"""The layers of a recursion block: ordinary Megatron layers from the user's own spec, built once.
+
+Legend: `k` tokens that run a step, `b` batch, `h` hidden; under sequence parallelism a rank holds
+`k / tp` rows of them.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol, cast, runtime_checkable
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+
+from mor_layers import RecursionConfig, StepContext
+from mor_megatron.attention import RecursiveSelfAttention, SDPACoreAttention, StepRotation
+from mor_megatron.moe import RecursiveMoELayer, StepTopKRouter
+from mor_megatron.placement import shard_of_padding
+
+
+@runtime_checkable
+class StepAware(Protocol):
+    """A module inside a layer that must know which step runs."""
+
+    def begin_step(self, step: int, layer_number: int) -> None:
+        """The next forward pass runs `step` as unrolled layer `layer_number` (1-based)."""
+        ...
+
+
+class StepNorms(nn.ModuleList):
+    """A norm of its own for each step."""
+
+    _step = 0
+
+    def begin_step(self, step: int, layer_number: int) -> None:
+        self._step = step
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self[self._step](hidden)
+
+
+class StepStack(nn.ModuleList):
+    """`K` Megatron layers that run as one step of a recursion.
+
+    Args:
+        config: the model's configuration.
+        layer_specs: the user's specs of the K layers.
+        recursion: for the number of steps and whether they share norms.
+        first_layer: layers of the unrolled model before this block.
+        pg_collection: the model's process groups.
+        vp_stage: virtual pipeline stage the block lives in.
+
+    Raises:
+        ValueError: a spec that cannot run inside a recursion.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_specs: Sequence[ModuleSpec],
+        recursion: RecursionConfig,
+        first_layer: int,
+        pg_collection: ProcessGroupCollection,
+        vp_stage: int | None,
+    ) -> None:
+        inner = inner_config(config, recursion.num_recursions)
+        super().__init__(
+            build_module(
+                recursive_layer_spec(spec, recursion),
+                config=inner,
+                layer_number=first_layer + index + 1,
+                pg_collection=pg_collection,
+                vp_stage=vp_stage,
+                add_layer_offset=False,
+            )
+            for index, spec in enumerate(layer_specs)
+        )
+        self.first_layer = first_layer
+        self.tp_group = pg_collection.tp if config.sequence_parallel else None
+        for index, layer in enumerate(self):
+            cast(Any, layer).self_attention.index_in_block = index
+        self._step_aware = [
+            [m for m in layer.modules() if isinstance(m, StepAware)] for layer in self
+        ]
+
+    def forward(
+        self, hidden: Tensor, context: StepContext, rotation: StepRotation | None = None
+    ) -> Tensor:
+        """`[k b h] -> [k b h]`; `rotation` is the rotary table of the whole sequence, if any."""
+        if rotation is not None:
+            rotation = rotation.at(context.tokens.positions)
+        is_padding = context.tokens.is_padding
+        if self.tp_group is not None:
+            is_padding = shard_of_padding(context.tokens, self.tp_group)
+        for index, layer in enumerate(self):
+            layer_number = self.first_layer + context.step * len(self) + index + 1
+            for module in self._step_aware[index]:
+                module.begin_step(context.step, layer_number)
+            hidden, _ = layer(
+                hidden_states=hidden,
+                attention_mask=context,
+                rotary_pos_emb=rotation,
+                padding_mask=None if is_padding is None else is_padding.T,
+            )
+        return hidden
+
+
+def inner_config(config: TransformerConfig, num_recursions: int) -> TransformerConfig:
+    """The configuration of a layer that runs `num_recursions` times.
+
+    Expert routers take the weight of their auxiliary losses from it, and divide by the same weight
+    for the log: with a share of it per step, a layer's losses count once in the graph and each
+    step's is logged as it is.
+    """
+    inner = copy.copy(config)
+    coefficient = config.moe_aux_loss_coeff
+    if isinstance(coefficient, list):
+        inner.moe_aux_loss_coeff = [c / num_recursions for c in coefficient]
+    else:
+        inner.moe_aux_loss_coeff = coefficient / num_recursions
+    if config.moe_z_loss_coeff is not None:
+        inner.moe_z_loss_coeff = config.moe_z_loss_coeff / num_recursions
+    return inner
+
+
+def recursive_layer_spec(spec: ModuleSpec, recursion: RecursionConfig) -> ModuleSpec:
+    """The user's layer spec with the parts that must know of the recursion exchanged.
+
+    Attention becomes `RecursiveSelfAttention` (on `SDPACoreAttention` where it was the local core),
+    a mixture of experts `RecursiveMoELayer`; parameters and their names stay.
+
+    Raises:
+        ValueError: a layer without plain self-attention, or one with cross-attention.
+    """
+    if not (isinstance(spec.module, type) and issubclass(spec.module, TransformerLayer)):
+        raise ValueError(
+            f"a recursion runs TransformerLayers, not {spec.module!r}. Use a spec such as "
+            "get_gpt_layer_local_spec() or get_gpt_layer_with_transformer_engine_spec()."
+        )
+    parts = cast(Any, spec.submodules)
+    attention = parts.self_attention
+    if not isinstance(attention, ModuleSpec) or attention.module is not SelfAttention:
+        raise ValueError(
+            f"a recursion runs layers with SelfAttention, not {attention!r}. Multi-latent and "
+            "other attentions compute positions of their own."
+        )
+    if parts.cross_attention is not IdentityOp:
+        raise ValueError(
+            "a recursion has no cross-attention: its queries would lose their places. Put such "
+            "layers before or after it."
+        )
+    attention_parts = cast(Any, attention.submodules)
+    if attention_parts.core_attention is DotProductAttention:
+        attention_parts = replace(attention_parts, core_attention=SDPACoreAttention)
+    changes: dict[str, Any] = {
+        "self_attention": replace(
+            attention, module=RecursiveSelfAttention, submodules=attention_parts
+        ),
+        "mlp": _recursive_mlp(parts.mlp, recursion.num_recursions),
+    }
+    if not recursion.share_norms:
+        for name in ("input_layernorm", "pre_mlp_layernorm"):
+            changes[name] = partial(
+                _step_norms, getattr(parts, name), recursion.num_recursions, name
+            )
+    return replace(spec, submodules=replace(parts, **changes))
+
+
+def _recursive_mlp(builder: Any, num_recursions: int) -> Any:
+    if not (isinstance(builder, partial) and builder.func is MoELayer):
+        return builder
+    parts = builder.keywords["submodules"]
+    if parts.router is not TopKRouter:
+        raise ValueError(
+            f"a mixture of experts inside a recursion needs Megatron's TopKRouter, "
+            f"not {parts.router!r}."
+        )
+    return partial(
+        RecursiveMoELayer,
+        submodules=replace(parts, router=StepTopKRouter),
+        num_recursions=num_recursions,
+        **{name: value for name, value in builder.keywords.items() if name != "submodules"},
+    )
+
+
+def _step_norms(builder: Any, num_recursions: int, place: str, **arguments: Any) -> StepNorms:
+    if builder is IdentityOp:
+        raise ValueError(
+            f"share_norms=False needs a norm of its own at {place}; this layer spec fuses it into "
+            "the next linear layer. Use a local layer spec, or share_norms=True."
+        )
+    return StepNorms(builder(**arguments) for _ in range(num_recursions))

@@ -1,0 +1,70 @@
+"""What routing did: counts kept while a model runs, and the report made of them."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mor_layers import RecursionOutput, Tokens
+
+
+@dataclass
+class RoutingStatistics:
+    """Sums over the forward passes since `clear`; detached, on the model's device."""
+
+    num_recursions: int
+    tokens_per_step: Tensor | None = None
+    """Tokens that entered the recursion, then those that ran each step, `[1 + r]`."""
+    last_step_positions: Tensor | None = None
+    """How often the token at each position ran the last step, `[s]`."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Sums of what the decisions measured, by `step_<r>/<name>` (1-based)."""
+    metric_counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    """Forward passes behind each of them."""
+    depths: Tensor | None = None
+    """Steps each token of the last forward pass took, `[b s]`."""
+
+    @torch.no_grad()
+    def record(self, tokens: Tokens, output: RecursionOutput) -> None:
+        """Add one forward pass over `tokens`."""
+        decisions = output.decisions
+        counts = torch.stack([tokens.count, *(decision.tokens.count for decision in decisions)])
+        last = decisions[-1].tokens
+        ran = torch.ones_like(last.positions) if last.counted is None else last.counted.long()
+        positions = torch.zeros(last.sequence_length, dtype=torch.long, device=ran.device)
+        positions = positions.index_add(0, last.positions.flatten(), ran.flatten())
+        self.tokens_per_step = _sum(self.tokens_per_step, counts)
+        if self.last_step_positions is not None and len(positions) != len(self.last_step_positions):
+            self.last_step_positions = None  # another sequence length: start over
+        self.last_step_positions = _sum(self.last_step_positions, positions)
+        for step, decision in enumerate(decisions, start=1):
+            for name, value in decision.metrics.items():
+                key = f"step_{step}/{name}"
+                self.metrics[key] = _sum(self.metrics.get(key), value)
+                self.metric_counts[key] += 1
+        self.depths = output.depths.T
+
+    def clear(self) -> None:
+        """Forget everything but the depths of the last forward pass."""
+        self.tokens_per_step = self.last_step_positions = None
+        self.metrics.clear()
+        self.metric_counts.clear()
+
+
+@dataclass(frozen=True)
+class RoutingReport:
+    """What one recursion did with the global batch."""
+
+    shares: tuple[float, ...]
+    """Tokens that ran each step over tokens that entered the recursion."""
+    dead_positions: float
+    """Share of positions in the sequence whose tokens never ran the last step."""
+    metrics: dict[str, float]
+    """Means over forward passes by `step_<r>/<name>`: sampling_loss, sampling_accuracy, ..."""
+    expert_load: Tensor | None
+    """Tokens that each expert got, `[step layer expert]`; None without a mixture of experts."""
+
+
+def _sum(total: Tensor | None, value: Tensor) -> Tensor:
+    return value.clone() if total is None else total + value

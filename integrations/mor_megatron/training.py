@@ -1,0 +1,93 @@
+"""What a training loop calls around its optimizer step."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from mor_megatron.layer import RecursionLayer
+from mor_megatron.statistics import RoutingReport
+
+
+def recursion_layers(model: nn.Module | Iterable[nn.Module]) -> Iterator[RecursionLayer]:
+    """The RecursionLayers of a model or of its chunks, in order."""
+    for chunk in [model] if isinstance(model, nn.Module) else model:
+        yield from (m for m in chunk.modules() if isinstance(m, RecursionLayer))
+
+
+@torch.no_grad()
+def update_routers(model: nn.Module | Iterable[nn.Module]) -> None:
+    """Let routers change their state: capacity warm-up, loss-free bias.
+
+    Call it on every rank once after each optimizer step, outside recomputation, and before
+    `routing_reports`, which forgets the counts. Counts are those of the global batch, so replicas
+    stay alike.
+    """
+    for layer in recursion_layers(model):
+        counts = _tokens_per_step(layer)
+        torch.distributed.all_reduce(counts, group=_data_group())
+        layer.recursion.router.advance(counts[1:])
+
+
+@torch.no_grad()
+def routing_reports(model: nn.Module | Iterable[nn.Module]) -> list[RoutingReport]:
+    """What every recursion did since the last call, over the global batch; forgets it.
+
+    Call it on every rank: all ranks get the same list, from every pipeline stage.
+    """
+    own = [_report(layer) for layer in recursion_layers(model)]
+    group = parallel_state.get_pipeline_model_parallel_group()
+    stages: list[list[RoutingReport] | None] = [None] * group.size()
+    torch.distributed.all_gather_object(stages, own, group=group)
+    return [report for stage in stages if stage for report in stage]
+
+
+def token_depths(model: nn.Module | Iterable[nn.Module]) -> Tensor:
+    """Steps that each token of this rank's last forward pass took, `[b s]`; summed over recursions.
+
+    Raises:
+        ValueError: this rank holds no recursion, or none has run.
+    """
+    depths = [layer.statistics.depths for layer in recursion_layers(model)]
+    if not depths or any(d is None for d in depths):
+        raise ValueError(
+            f"no depths to report: {len(depths)} recursions on this rank, and not all have run. "
+            "Run the model first, on the pipeline stage that holds the recursion."
+        )
+    return torch.stack(depths).sum(dim=0)  # type: ignore[arg-type]
+
+
+def _report(layer: RecursionLayer) -> RoutingReport:
+    statistics, group = layer.statistics, _data_group()
+    counts = _tokens_per_step(layer)
+    positions = statistics.last_step_positions
+    positions = counts.new_zeros(1) if positions is None else positions.float()
+    names = sorted(statistics.metrics)
+    means = [statistics.metrics[n].float() / statistics.metric_counts[n] for n in names]
+    metrics = torch.stack(means) if means else counts.new_zeros(0)
+    for values in (counts, positions, metrics):
+        torch.distributed.all_reduce(values, group=group)
+    loads = [router.load.clone() for router in layer.expert_routers]
+    for router, load in zip(layer.expert_routers, loads, strict=True):
+        torch.distributed.all_reduce(load, group=router.tp_dp_cp_group)
+        router.load.zero_()
+    statistics.clear()
+    return RoutingReport(
+        shares=tuple((counts[1:] / counts[0].clamp(min=1)).tolist()),
+        dead_positions=(positions == 0).float().mean().item(),
+        metrics=dict(zip(names, (metrics / group.size()).tolist(), strict=True)),
+        expert_load=torch.stack(loads, dim=1).cpu() if loads else None,
+    )
+
+
+def _tokens_per_step(layer: RecursionLayer) -> Tensor:
+    counts = layer.statistics.tokens_per_step
+    if counts is None:
+        device = next(layer.parameters()).device
+        return torch.zeros(1 + layer.statistics.num_recursions, device=device)
+    return counts.clone()
+
+
+def _data_group() -> torch.distributed.ProcessGroup:
+    return parallel_state.get_data_parallel_group()

@@ -1,0 +1,104 @@
+"""What cannot run, said before anything is built."""
+
+from megatron.core.transformer import TransformerConfig
+
+from mor_layers import RecursionConfig
+
+
+def validate(config: TransformerConfig, recursion: RecursionConfig) -> None:
+    """Refuse settings under which a recursion would compute something else than it should.
+
+    Raises:
+        ValueError: for the first such setting: what it is, why not, and what to use.
+    """
+    for is_wrong, given, reason in _rules(config, recursion):
+        if is_wrong:
+            raise ValueError(f"{given} cannot be used with a recursion: {reason}")
+
+
+def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[bool, str, str]]:
+    selective = config.recompute_modules if config.recompute_granularity == "selective" else []
+    selective = selective or []
+    has_moe = config.num_moe_experts is not None
+    balancing = config.moe_router_load_balancing_type
+    balancing = balancing if isinstance(balancing, list) else [balancing]
+    interleaved = config.virtual_pipeline_model_parallel_size is not None
+    return [
+        (
+            config.context_parallel_size > 1,
+            f"context_parallel_size={config.context_parallel_size}",
+            "its ranks hold stripes of the sequence. Use tensor parallelism with "
+            "sequence_parallel=True.",
+        ),
+        (
+            config.multi_latent_attention,
+            "multi_latent_attention=True",
+            "it computes positions of its own. Use grouped-query attention.",
+        ),
+        (
+            config.rotary_interleaved,
+            "rotary_interleaved=True",
+            "selected tokens are turned in halves. Use rotary_interleaved=False.",
+        ),
+        (
+            bool(config.no_rope_freq),
+            f"no_rope_freq={config.no_rope_freq}",
+            "a shared layer has no depth of its own. Leave it out.",
+        ),
+        (
+            config.attention_output_gate,
+            "attention_output_gate=True",
+            "gated attention is not implemented for selected tokens. Leave it out.",
+        ),
+        (
+            config.mtp_num_layers is not None,
+            f"mtp_num_layers={config.mtp_num_layers}",
+            "multi-token prediction counts layers that a recursion does not have. Leave it out.",
+        ),
+        (
+            config.cuda_graph_impl != "none",
+            f"cuda_graph_impl={config.cuda_graph_impl!r}",
+            "the number of selected tokens varies. Use cuda_graph_impl='none'.",
+        ),
+        (
+            config.fine_grained_activation_offloading or config.cpu_offloading,
+            "activation offloading",
+            "a layer that runs several times would overwrite what it offloaded. Use "
+            "recompute_granularity instead.",
+        ),
+        (
+            "layernorm" in selective and not recursion.share_norms,
+            "recompute_modules with 'layernorm' and share_norms=False",
+            "a recomputed norm would be the last step's. Leave 'layernorm' out.",
+        ),
+        (
+            interleaved and config.batch_p2p_comm,
+            f"virtual_pipeline_model_parallel_size={config.virtual_pipeline_model_parallel_size} "
+            "with batch_p2p_comm=True",
+            "with two stages the previous and the next rank are the same and batched sends cross, "
+            "which gives wrong losses silently. Set overlap_p2p_comm=True, batch_p2p_comm=False.",
+        ),
+        (
+            config.variable_seq_lengths and config.moe_token_dispatcher_type != "alltoall",
+            f"variable_seq_lengths=True with moe_token_dispatcher_type="
+            f"{config.moe_token_dispatcher_type!r}",
+            "Megatron needs moe_token_dispatcher_type='alltoall' there, even for a dense model.",
+        ),
+        (
+            has_moe and "global_aux_loss" in balancing,
+            "moe_router_load_balancing_type='global_aux_loss'",
+            "it averages counts of steps that run different numbers of tokens. Use 'aux_loss' or "
+            "'seq_aux_loss'.",
+        ),
+        (
+            has_moe and "quantile_balancing" in balancing,
+            "moe_router_load_balancing_type='quantile_balancing'",
+            "Megatron does not implement it with padding. Use 'aux_loss' or an expert bias.",
+        ),
+        (
+            has_moe and config.calculate_per_token_loss,
+            "calculate_per_token_loss=True with a mixture of experts",
+            "Megatron scales the experts' losses by the tokens of a step, not of the sequence. "
+            "Use calculate_per_token_loss=False.",
+        ),
+    ]

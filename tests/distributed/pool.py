@@ -1,0 +1,208 @@
+"""Long-lived worker processes that run a test function on several ranks.
+
+Importing Megatron takes seconds, so a worker imports it once and then serves every distributed
+test of the session.
+"""
+
+import faulthandler
+import gc
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+# Seconds that the other ranks have to answer once one rank failed, and to give in after a hang.
+_GRACE = 5.0
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What every rank of one run is told."""
+
+    search_path: list[str]
+    call: (
+        bytes  # pickled (function, keyword arguments); by reference, so it needs search_path first
+    )
+    rendezvous: str
+    world_size: int
+    timeout: float
+
+
+class WorkerPool:
+    """Runs functions on gloo ranks, in processes that outlive the run.
+
+    Args:
+        max_workers: largest world size; workers start when a run first needs them.
+        timeout: seconds a run may take before it counts as hung.
+    """
+
+    def __init__(self, max_workers: int = 4, timeout: float = 120.0) -> None:
+        self.max_workers = max_workers
+        self.timeout = timeout
+        self._context = multiprocessing.get_context("spawn")
+        self._workers: list[tuple[Any, Connection]] = []
+        self._directory = tempfile.TemporaryDirectory(prefix="worker_pool_")
+        self._runs = 0
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        world_size: int = 1,
+        timeout: float | None = None,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """Calls `function(**kwargs)` on `world_size` ranks with `torch.distributed` initialised.
+
+        Args:
+            function: defined at the top level of an importable module (it travels by name).
+            world_size: number of ranks, at most `max_workers`.
+            timeout: seconds, instead of the pool's.
+            **kwargs: the same for every rank, picklable.
+
+        Returns:
+            What the function returned, by rank; tensors must be on the CPU.
+
+        Raises:
+            AssertionError: a rank failed or died. The message holds what every failing rank says,
+                the first of them first.
+            TimeoutError: a rank hung. The message holds its stack.
+        """
+        if not 1 <= world_size <= self.max_workers:
+            raise ValueError(
+                f"world_size={world_size} is not between 1 and max_workers={self.max_workers}"
+            )
+        timeout = timeout or self.timeout
+        self._start(world_size)
+        self._runs += 1
+        rendezvous = os.path.join(self._directory.name, f"rendezvous_{self._runs}")
+        message = _Run(
+            list(sys.path), pickle.dumps((function, kwargs)), rendezvous, world_size, timeout
+        )
+        for rank in range(world_size):
+            self._workers[rank][1].send((rank, message))
+        return self._collect(function.__name__, world_size, timeout)
+
+    def close(self) -> None:
+        """Ends the workers. A later run starts new ones."""
+        for process, connection in self._workers:
+            process.kill()
+            process.join()
+            connection.close()
+        self._workers.clear()
+
+    def _start(self, count: int) -> None:
+        for rank in range(len(self._workers), count):
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(
+                target=_serve, args=(theirs, self._stack_file(rank)), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def _collect(self, name: str, world_size: int, timeout: float) -> list[Any]:
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        pending = {self._workers[rank][1]: rank for rank in range(world_size)}
+        error = AssertionError
+        hung_at = time.monotonic() + timeout
+        # A hanging worker writes its stack and ends by itself, so it is given time to.
+        deadline = hung_at + _GRACE
+        while pending and (ready := wait(list(pending), max(0.0, deadline - time.monotonic()))):
+            for connection in ready:
+                rank = pending.pop(connection)
+                try:
+                    succeeded, value = pickle.loads(connection.recv_bytes())
+                except (EOFError, ConnectionResetError):
+                    succeeded, value = False, self._obituary(rank)
+                if not succeeded and not failures:
+                    error = TimeoutError if time.monotonic() >= hung_at else AssertionError
+                    deadline = min(deadline, time.monotonic() + _GRACE)
+                (results if succeeded else failures)[rank] = value
+        failures |= {rank: "gave no answer" for rank in pending.values()}
+        if pending or any(not process.is_alive() for process, _ in self._workers):
+            self.close()
+        if failures:
+            details = "\n".join(f"--- rank {rank}\n{text}" for rank, text in failures.items())
+            raise error(f"{name} failed on ranks {list(failures)} of {world_size}\n{details}")
+        return [results[rank] for rank in range(world_size)]
+
+    def _obituary(self, rank: int) -> str:
+        process, _ = self._workers[rank]
+        process.join()
+        return f"ended with exit code {process.exitcode}\n{self._stack_file(rank).read_text()}"
+
+    def _stack_file(self, rank: int) -> Path:
+        return Path(self._directory.name, f"stack_{rank}.txt")
+
+
+def _serve(connection: Connection, stack_file: Path) -> None:
+    """A worker's life: one run after another until the parent closes the pipe."""
+    import torch
+
+    torch.set_num_threads(1)
+    with stack_file.open("w") as stacks, suppress(EOFError, KeyboardInterrupt):
+        faulthandler.enable(stacks)
+        while True:
+            rank, run = connection.recv()
+            faulthandler.dump_traceback_later(run.timeout, exit=True, file=stacks)
+            answer = _answer(rank, run)
+            faulthandler.cancel_dump_traceback_later()
+            connection.send_bytes(answer)
+
+
+def _answer(rank: int, run: _Run) -> bytes:
+    try:
+        sys.path[:] = run.search_path
+        function, kwargs = pickle.loads(run.call)
+        return pickle.dumps((True, _on_rank(rank, run, function, kwargs)))
+    except Exception:
+        return pickle.dumps((False, traceback.format_exc()))
+
+
+def _on_rank(rank: int, run: _Run, function: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+    import torch
+
+    torch.manual_seed(0)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{run.rendezvous}",
+        rank=rank,
+        world_size=run.world_size,
+        timeout=timedelta(seconds=run.timeout),
+    )
+    try:
+        return function(**kwargs)
+    finally:
+        _forget_run()
+
+
+def _forget_run() -> None:
+    """Resets what Megatron keeps in module globals, and leaves the process group."""
+    import torch
+
+    if "megatron.core" in sys.modules:
+        from megatron.core import num_microbatches_calculator, parallel_state
+        from megatron.core.tensor_parallel import random
+        from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+        from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+        from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
+
+        parallel_state.destroy_model_parallel()
+        random.initialize_rng_tracker(force_reset=True)
+        destroy_moe_metrics_tracker()
+        num_microbatches_calculator.destroy_num_microbatches_calculator()
+        MoEAuxLossAutoScaler.main_loss_backward_scale = None
+        MTPLossAutoScaler.main_loss_backward_scale = torch.tensor(1.0)
+    gc.collect()
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,71 @@
+"""The worker pool tells failures, hangs and deaths apart, and survives them."""
+
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed.pool import WorkerPool
+
+
+@pytest.fixture(scope="module")
+def small_pool() -> Iterator[WorkerPool]:
+    workers = WorkerPool(max_workers=2, timeout=60.0)
+    yield workers
+    workers.close()
+
+
+def sum_of_ranks(offset: int) -> tuple[int, Tensor]:
+    total = torch.tensor(torch.distributed.get_rank() + offset)
+    torch.distributed.all_reduce(total)
+    return os.getpid(), total
+
+
+def fail_on_rank(rank: int) -> None:
+    if torch.distributed.get_rank() == rank:
+        raise ValueError("a deliberate failure")
+    torch.distributed.barrier()
+
+
+def sleep_on_rank(rank: int) -> None:
+    if torch.distributed.get_rank() == rank:
+        time.sleep(60)
+
+
+def die_on_rank(rank: int) -> None:
+    if torch.distributed.get_rank() == rank:
+        os._exit(3)
+    torch.distributed.barrier()
+
+
+def test_results_come_back_by_rank_from_the_same_processes(small_pool: WorkerPool) -> None:
+    first = small_pool.run(sum_of_ranks, 2, offset=1)
+    second = small_pool.run(sum_of_ranks, 2, offset=2)
+    assert [total.item() for _, total in first + second] == [3, 3, 5, 5]
+    assert [process for process, _ in first] == [process for process, _ in second]
+
+
+def test_a_failing_rank_is_shown_first_with_its_traceback(small_pool: WorkerPool) -> None:
+    with pytest.raises(AssertionError, match=r"(?s)ranks \[1.*--- rank 1\n.*a deliberate failure"):
+        small_pool.run(fail_on_rank, 2, rank=1)
+    assert small_pool.run(sum_of_ranks, 2, offset=0)[0][1] == 1
+
+
+def test_a_hang_ends_with_the_stack_of_the_rank_that_hangs(small_pool: WorkerPool) -> None:
+    with pytest.raises(TimeoutError, match=r"(?s)ranks \[1\].*sleep_on_rank"):
+        small_pool.run(sleep_on_rank, 2, timeout=1.0, rank=1)
+    assert small_pool.run(sum_of_ranks, 2, offset=0)[0][1] == 1
+
+
+def test_a_dead_rank_is_an_error(small_pool: WorkerPool) -> None:
+    with pytest.raises(AssertionError, match=r"rank 1\nended with exit code 3"):
+        small_pool.run(die_on_rank, 2, rank=1)
+    assert small_pool.run(sum_of_ranks, 2, offset=0)[0][1] == 1
+
+
+def test_an_impossible_world_size_is_refused(small_pool: WorkerPool) -> None:
+    with pytest.raises(ValueError, match="world_size=3 is not between 1 and max_workers=2"):
+        small_pool.run(sum_of_ranks, 3, offset=0)
