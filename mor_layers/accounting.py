@@ -6,7 +6,7 @@ see, `h` hidden, `r` recursion step. Counts are of one sequence.
 FLOPs are those of matrix products, `2 · rows · inner · columns`, as `torch.utils.flop_counter`
 counts them: 2 for each weight a token meets, and `4 · k · m · query size` for attention, masked
 pairs included. In the backward pass each product becomes two, one for either factor. Norms,
-activations, rotations and softmax are not counted, nor activations that are computed again.
+activations, rotations, softmax and what recomputation runs again are not counted.
 """
 
 import math
@@ -36,11 +36,9 @@ class MLPShape:
     """Width of the expert that every token takes beside them. 0: none."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.experts_per_token <= (self.num_experts or 1):
-            raise ValueError(
-                f"experts_per_token={self.experts_per_token} must lie between 1 and "
-                f"num_experts={self.num_experts}, and be 1 without experts."
-            )
+        top_k, experts = self.experts_per_token, self.num_experts or 1
+        if not 1 <= top_k <= experts:
+            raise ValueError(f"experts_per_token={top_k} must lie in 1..{experts} (num_experts).")
 
     def weights(self, hidden_size: int, experts: int) -> int:
         """Weights of so many experts and the shared one."""
@@ -50,10 +48,9 @@ class MLPShape:
 
 @dataclass(frozen=True)
 class ScorerMatrix:
-    """One matrix of a router."""
+    """One matrix of a router, of so many weights."""
 
     weights: int
-    """Rows times columns."""
     backward_products: int = 2
     """Its products in the backward pass: 1 if its input is detached, 0 if no gradient arrives."""
 
@@ -72,30 +69,21 @@ class RouterShape:
         """The shape of a built-in router; None for FixedDepth, which has nothing to count."""
         router, steps = config.router, config.num_recursions
         factors = router.capacity_factors_for(steps)
-        if isinstance(router, FixedDepth):
-            return None
-        if isinstance(router, RandomDepth):
-            return cls(((),) * steps, factors)
+        if isinstance(router, FixedDepth | RandomDepth):
+            return None if isinstance(router, FixedDepth) else cls(((),) * steps, factors)
         if not isinstance(router, ExpertChoice | TokenChoice):
-            raise ValueError(
-                f"the matrices of {type(router).__name__} are not known. Describe them: "
-                "ModelShape.from_decoder(config, router=RouterShape(...))."
-            )
-
-        def scorer(logits: int, first: int = 2, last: int = 2) -> tuple[ScorerMatrix, ...]:
-            if router.architecture == "linear":
-                return (ScorerMatrix(hidden_size * logits, first),)
-            wide = 2 * hidden_size
-            return ScorerMatrix(hidden_size * wide, first), ScorerMatrix(wide * logits, last)
-
-        if isinstance(router, ExpertChoice):  # a predictor reads detached states
-            predictor = scorer(1, first=1) if router.predictor == "aux_router" else ()
-            return cls((scorer(1) + predictor,) * steps, factors)
-        # An additive combination does not read the gate: only losses then teach the scorer.
-        reads_gate = router.combine == "weighted"
-        learns = reads_gate or router.balancing == "loss" or router.z_loss_coefficient > 0
-        products = 2 if learns else 0
-        return cls((scorer(steps, products, products), *((),) * (steps - 1)), factors)
+            raise ValueError(f"{type(router).__name__} is not built in: give its RouterShape too.")
+        h, logits = hidden_size, 1 if isinstance(router, ExpertChoice) else steps
+        weights = (h * logits,) if router.architecture == "linear" else (2 * h * h, 2 * h * logits)
+        scorer = tuple(ScorerMatrix(w) for w in weights)
+        if isinstance(router, ExpertChoice):
+            if router.predictor == "aux_router":  # a twin that reads detached states
+                scorer += (ScorerMatrix(weights[0], 1), *scorer[1:])
+            return cls((scorer,) * steps, factors)
+        has_loss = router.balancing == "loss" or router.z_loss_coefficient > 0
+        if router.combine == "additive" and not has_loss:  # nothing reads the gate
+            scorer = tuple(ScorerMatrix(w, 0) for w in weights)
+        return cls((scorer, *((),) * (steps - 1)), factors)
 
 
 @dataclass(frozen=True)
@@ -118,12 +106,10 @@ class StackShape:
     """Whether the steps share norm weights."""
 
     def __post_init__(self) -> None:
-        router, steps = self.router, self.num_recursions
-        if (
-            router
-            and not len(router.scorers) == len(router.capacity_factors or "x" * steps) == steps
-        ):
-            raise ValueError(f"{router} needs one entry for each of num_recursions={steps} steps.")
+        router = self.router or RouterShape(((),) * self.num_recursions)
+        for entries in (router.scorers, router.capacity_factors):
+            if entries is not None and len(entries) != self.num_recursions:
+                raise ValueError(f"{entries} must have {self.num_recursions} entries, one a step.")
 
 
 @dataclass(frozen=True)
@@ -149,17 +135,17 @@ class ModelShape:
         recursion = config.recursion or RecursionConfig(1, sharing="cycle")
         schedule = recursion.schedule(config.num_unrolled_layers)
         router = router or RouterShape.from_recursion(recursion, config.hidden_size)
-        mlp, steps = MLPShape(config.ffn_hidden_size), recursion.num_recursions
-        policy, shares_norms = recursion.kv_policy, recursion.share_norms
+        mlp = MLPShape(config.ffn_hidden_size)
+        how = recursion.num_recursions, router, recursion.kv_policy, recursion.share_norms
         # A cyclic step runs the whole block; in a sequence each layer repeats on its own.
         sizes = (schedule.block_size,) if schedule.is_cyclic else (1,) * schedule.block_size
         stacks = (
             *(StackShape("prelude", 1, mlp),) * schedule.prelude,
-            *(StackShape("block", k, mlp, steps, router, policy, shares_norms) for k in sizes),
+            *(StackShape("block", n, mlp, *how) for n in sizes),
             *(StackShape("coda", 1, mlp),) * schedule.coda,
         )
-        h, kv_size = config.hidden_size, config.kv_heads * config.head_size
-        return cls(config.vocab_size, h, h, kv_size, stacks, config.tie_embeddings)
+        sizes = config.hidden_size, config.hidden_size, config.kv_heads * config.head_size
+        return cls(config.vocab_size, *sizes, stacks, config.tie_embeddings)
 
     def plain(self) -> Self:
         """The model without recursion that is as deep: every repeat has weights of its own."""
@@ -194,16 +180,13 @@ class Parts:
 
 @dataclass(frozen=True)
 class StepAccount:
-    """One run of one stack."""
+    """One run of a stack by `tokens` (k) tokens, which add `kv_numbers` to the cache."""
 
     stack: str
-    """The stack's name."""
     tokens: float
-    """Tokens of a sequence that run it (k)."""
     forward: Parts
     backward: Parts
     kv_numbers: float
-    """Numbers that all its layers add to the key-value cache."""
 
 
 @dataclass(frozen=True)
@@ -222,16 +205,15 @@ class Accounting:
         """FLOPs forward and backward."""
         return self.forward + self.backward
 
-    @property
-    def flops_per_token(self) -> tuple[float, float]:
-        """Of the forward pass, and of training."""
-        return self.forward.total / self.sequence_length, self.training.total / self.sequence_length
+    def flops_per_token(self, training: bool = True) -> float:
+        """FLOPs of training, or of the forward pass alone."""
+        return (self.training if training else self.forward).total / self.sequence_length
 
     def kv_bytes(self, bytes_per_number: int = 2) -> float:
         """Bytes of a whole sequence's key-value cache, as generation stores it.
 
-        Rows per layer of a recursion: Σ k_r for `recursion_wise`; k_1 for `recursive_sharing`;
-        Σ k_r for `sharing_with_update`, whose recomputed rows stand beside step 1's.
+        Rows per layer of a recursion: Σ k_r, since `sharing_with_update` too keeps what each step
+        computes; `recursive_sharing` k_1 only; `exit_state` one more for each token that exits.
         """
         return bytes_per_number * sum(step.kv_numbers for step in self.steps)
 
@@ -248,9 +230,9 @@ def account(
     Args:
         tokens_per_step: tokens that run each step of the routed stacks, in order of execution,
             padding slots included. Needed where settings do not fix them (token-choice); elsewhere
-            instead of `max(1, floor(c_r · s))`. Of means, attention counts the squared mean.
-        causal_half: count half of attention's k · m pairs, not all that `scaled_dot_product_attention`
-            formally computes. For limits: a kernel that skips masked blocks comes near it.
+            instead of `max(1, floor(c_r · s))`. Attention squares them, means too.
+        causal_half: count half of attention's k · m pairs, not all that the formula of
+            `scaled_dot_product_attention` has: a limit for kernels that skip masked blocks.
         recomputes_scores: count what a fused kernel computes again in the backward pass, as
             flop_counter does for FlashAttention. Model FLOPs (MFU) leave it out.
 
@@ -258,21 +240,41 @@ def account(
         ValueError: `tokens_per_step` is missing, has another length, rises, or exceeds `s`.
     """
     shape = model if isinstance(model, ModelShape) else ModelShape.from_decoder(model)
-    steps = [
-        _step(shape, stack, step, tokens, causal_half, recomputes_scores)
-        for stack, tokens in _tokens(shape, sequence_length, tokens_per_step)
-        for step in range(stack.num_recursions)
-    ]
-    head = 2 * sequence_length * shape.hidden_size * shape.vocab_size
+    h, steps = shape.hidden_size, []
+    for stack, step, n, k, first in _runs(shape, sequence_length, tokens_per_step):
+        layers, mlp = stack.num_layers, stack.mlp
+        projected, m = {  # tokens whose keys are computed, and tokens whose keys are seen
+            "recursion_wise": (k, k),
+            "recursive_sharing": (0 if step else k, first),
+            "sharing_with_update": (k, first),
+            "exit_state": (n, sequence_length),  # candidates run the step or exit before it
+        }[stack.kv_policy]
+        kv_numbers = layers * 2 * projected * shape.kv_size
+        product = layers * k * m * shape.query_size * (1 if causal_half else 2)
+        scorer = stack.router.scorers[step] if stack.router else ()
+        forward = Parts(
+            projections=2 * h * (layers * 2 * k * shape.query_size + kv_numbers),
+            attention=2 * product,  # scores, and the weighted sum of values
+            mlp=layers * 2 * k * mlp.weights(h, mlp.experts_per_token),
+            expert_router=layers * 2 * k * h * (mlp.num_experts or 0),
+            depth_router=2 * n * sum(matrix.weights for matrix in scorer),
+        )
+        backward = replace(
+            forward + forward,
+            attention=(5 if recomputes_scores else 4) * product,
+            depth_router=2 * n * sum(x.weights * x.backward_products for x in scorer),
+        )
+        steps.append(StepAccount(stack.name, k, forward, backward, kv_numbers))
+    head = 2 * sequence_length * h * shape.vocab_size
     forward = sum((step.forward for step in steps), Parts(output=head))
     backward = sum((step.backward for step in steps), Parts(output=2 * head))
     return Accounting(sequence_length, count_parameters(shape), tuple(steps), forward, backward)
 
 
-def _tokens(
+def _runs(
     shape: ModelShape, s: int, given: Sequence[float] | None
-) -> Iterator[tuple[StackShape, tuple[float, ...]]]:
-    """Each stack with the candidates of its first step, then the tokens that run each step."""
+) -> Iterator[tuple[StackShape, int, float, float, float]]:
+    """Each run of a stack: its step, its candidates, the tokens that run it and the first step."""
     routed = sum(stack.num_recursions for stack in shape.stacks if stack.router)
     if given is not None and len(given) != routed:
         raise ValueError(f"tokens_per_step={given} must have {routed} entries, one a routed step.")
@@ -285,40 +287,10 @@ def _tokens(
             if stack.router.capacity_factors is None:
                 raise ValueError("the router may keep any share of tokens. Give tokens_per_step.")
             tokens = tuple(max(1, math.floor(c * s)) for c in stack.router.capacity_factors)
-        if not all(0 <= later <= earlier for earlier, later in pairwise((s, *tokens))):
-            raise ValueError(f"tokens per step {tokens} must not rise, nor leave 0..{s}.")
-        yield stack, (s, *tokens)
-
-
-def _step(
-    shape: ModelShape,
-    stack: StackShape,
-    step: int,
-    tokens: Sequence[float],
-    causal_half: bool,
-    recomputes_scores: bool,
-) -> StepAccount:
-    n, k = tokens[step], tokens[step + 1]
-    m = k if stack.kv_policy == "recursion_wise" else tokens[1]
-    h, layers, mlp = shape.hidden_size, stack.num_layers, stack.mlp
-    projects_keys = stack.kv_policy != "recursive_sharing" or step == 0
-    kv_size = 2 * shape.kv_size if projects_keys else 0
-    # One product over pairs: scores, or the weighted sum of values.
-    product = layers * k * m * shape.query_size * (1 if causal_half else 2)
-    scorer = stack.router.scorers[step] if stack.router else ()
-    forward = Parts(
-        projections=layers * 2 * k * h * (2 * shape.query_size + kv_size),
-        attention=2 * product,
-        mlp=layers * 2 * k * mlp.weights(h, mlp.experts_per_token),
-        expert_router=layers * 2 * k * h * (mlp.num_experts or 0),
-        depth_router=2 * n * sum(matrix.weights for matrix in scorer),
-    )
-    backward = replace(
-        forward + forward,
-        attention=(5 if recomputes_scores else 4) * product,
-        depth_router=2 * n * sum(matrix.weights * matrix.backward_products for matrix in scorer),
-    )
-    return StepAccount(stack.name, k, forward, backward, kv_numbers=layers * k * kv_size)
+        for step, (n, k) in enumerate(pairwise((s, *tokens))):
+            if not 0 <= k <= n:
+                raise ValueError(f"tokens per step {tokens} must not rise, nor leave 0..{s}.")
+            yield stack, step, n, k, tokens[0]
 
 
 def count_parameters(shape: ModelShape) -> Parts:
@@ -326,13 +298,13 @@ def count_parameters(shape: ModelShape) -> Parts:
     h, matrix = shape.hidden_size, shape.vocab_size * shape.hidden_size
     count = Parts(embedding=matrix, norms=h, output=0 if shape.tie_embeddings else matrix)
     for stack in shape.stacks:
-        layers, mlp = stack.num_layers, stack.mlp
+        layers, experts = stack.num_layers, stack.mlp.num_experts
         scorers = stack.router.scorers if stack.router else ()
         count += Parts(
             norms=layers * 2 * h * (1 if stack.shares_norms else stack.num_recursions),
             projections=layers * 2 * h * (shape.query_size + shape.kv_size),
-            mlp=layers * mlp.weights(h, mlp.num_experts or 1),
-            expert_router=layers * h * (mlp.num_experts or 0),
+            mlp=layers * stack.mlp.weights(h, experts or 1),
+            expert_router=layers * h * (experts or 0),
             depth_router=sum(matrix.weights for scorer in scorers for matrix in scorer),
         )
     return count
@@ -352,7 +324,7 @@ def flop_ratio(
     shape = model if isinstance(model, ModelShape) else ModelShape.from_decoder(model)
     cost = account(shape, sequence_length, tokens_per_step, causal_half)
     whole = account(baseline or shape.plain(), sequence_length, causal_half=causal_half)
-    return cost.training.total / whole.training.total
+    return cost.flops_per_token() / whole.flops_per_token()
 
 
 def table(accounts: Mapping[str, Accounting]) -> list[dict[str, str]]:
@@ -361,15 +333,14 @@ def table(accounts: Mapping[str, Accounting]) -> list[dict[str, str]]:
     for name, cost in accounts.items():
         first = next(iter(accounts.values()))
         kv, first_kv = (a.kv_bytes(1) / a.sequence_length for a in (cost, first))
-        forward, training = cost.flops_per_token
         rows.append(
             {
                 "model": name,
                 "parameters (M)": f"{cost.parameters.total / 1e6:.1f}",
                 "tokens per step": " ".join(f"{step.tokens:g}" for step in cost.steps),
-                "forward (MFLOP/token)": f"{forward / 1e6:.1f}",
-                "training (MFLOP/token)": f"{training / 1e6:.1f}",
-                "FLOP ratio": f"{training / first.flops_per_token[1]:.3f}",
+                "forward (MFLOP/token)": f"{cost.flops_per_token(training=False) / 1e6:.1f}",
+                "training (MFLOP/token)": f"{cost.flops_per_token() / 1e6:.1f}",
+                "FLOP ratio": f"{cost.flops_per_token() / first.flops_per_token():.3f}",
                 "KV (numbers/token)": f"{kv:.0f}",
                 "KV ratio": f"{kv / first_kv:.3f}",
             }

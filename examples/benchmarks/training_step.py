@@ -121,7 +121,9 @@ class Contender:
         return self.model(ids, self.positions, None, labels=labels).mean()
 
 
-def compare(decoder: DecoderConfig, ids: Tensor, turns: int, recursions: list[int]) -> Iterator[Row]:
+def compare(
+    decoder: DecoderConfig, ids: Tensor, turns: int, recursions: list[int]
+) -> Iterator[Row]:
     """A row for every case, each against the plain model in the same run."""
     plain = Contender(decoder, PLAIN, ids)
     plain.step()
@@ -178,7 +180,8 @@ def _build(decoder: DecoderConfig, recursion: RecursionConfig) -> GPTModel:
     if recursion == PLAIN:  # ordinary Megatron layers, not a recursion of one step
         layers: list[Any] = []
         for spec in block.layer_specs or []:
-            layers += spec.submodules.layer_specs if spec.module is RecursionLayer else [spec]  # type: ignore[union-attr]
+            if spec.module is RecursionLayer:
+                layers += spec.submodules.layer_specs  # type: ignore[union-attr]
         block = replace(block, layer_specs=layers)
     return GPTModel(
         config,

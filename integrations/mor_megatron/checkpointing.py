@@ -245,7 +245,9 @@ def _check_fit(source: Path, request: ShardedStateDict) -> None:
 
 def _shapes(request: ShardedStateDict) -> dict[str, tuple[int, ...] | None]:
     """Global shapes by name; None where Megatron pads (the vocabulary) and any shape will do."""
-    built = dict_list_map_outplace(lambda leaf: leaf, request)  # factories are applied in place
+    built: Any = dict_list_map_outplace(
+        lambda leaf: leaf, request
+    )  # factories are applied in place
     apply_factories(built)
     return {
         leaf.key: None if leaf.allow_shape_mismatch else leaf.global_shape

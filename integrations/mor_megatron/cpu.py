@@ -90,7 +90,7 @@ def _replace_torch_cuda() -> None:
         # A device for new tensors: rotary_pos_embedding.py:78, p2p_communication.py:211,
         # mappings.py:95, layers.py:305, router.py:98, param_and_grad_buffer.py:1162.
         "current_device": lambda: device,
-        # p2p_communication.py:419, fully_parallel.py:286, filesystem_async.py:248.
+        # p2p_communication.py:419, fully_parallel.py:287, filesystem_async.py:248.
         "synchronize": lambda device=None: None,
         # param_and_grad_buffer.py:632, token_dispatcher.py:922, shared_experts.py:226,
         # pipeline_parallel/utils.py:398.
@@ -123,9 +123,9 @@ def _replace_random_state() -> None:
     def set_state(state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
         torch.set_rng_state(state)
 
-    # random.py:118 needs a driver; :177 queues the new state until CUDA is initialised.
+    # random.py:118 needs a driver; :174 queues the new state until CUDA is initialised.
     random._get_cuda_rng_state, random._set_cuda_rng_state = get_state, set_state
-    # random.py:334 warns when the CPU generator moves within a fork. Here a fork is for that.
+    # random.py:333 warns when the CPU generator moves within a fork. Here a fork is for that.
     logging.getLogger(random.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
@@ -197,7 +197,7 @@ def _replace_device_transfers() -> None:
     # rope_utils.py:63, dynamic_context.py:975-1124.
     rope_utils.torch = dynamic_context.torch = _TorchWithoutPinning()
     # token_dispatcher.py:926-943 turns split sizes into numpy arrays only on their way from a
-    # device, and the collectives of mappings.py:447 do not take tensors.
+    # device, and the collectives of mappings.py:445 do not take tensors.
     token_dispatcher.maybe_move_tensor_to_cpu = _split_sizes
     # router.py:727 compiles a counter at its first use, which on a CPU takes a C++ compiler.
     router.TopKRouter._apply_expert_bias = inspect.unwrap(router.TopKRouter._apply_expert_bias)

@@ -129,7 +129,7 @@ def _set_step(part: Any, step: int) -> None:
         for group in part.optimizer.param_groups:
             group["step"] = step
         return
-    # A tensor for each parameter: distrib_optimizer.py:1028 lets all of them share one, which Adam
+    # A tensor for each parameter: distrib_optimizer.py:1032 lets all of them share one, which Adam
     # then advances once per parameter.
     for state in part.optimizer.state.values():
         state["step"] = torch.tensor(float(step))
@@ -151,7 +151,7 @@ def _corrected(part: Any) -> Iterator[None]:
         set_states(parameter, {"step": None, **tensors})
 
     def shard_by_unpadded_offsets(*args: Any, **kwargs: Any) -> ShardedStateDict | None:
-        # :1790 cuts tensors that have no padding between buckets (:1397) by offsets that include
+        # :1790 cuts tensors that have no padding between buckets (:1399) by offsets that include
         # it, so everything after the first bucket would be shifted.
         with ExitStack() as stack:
             for buffer in part.buffers:

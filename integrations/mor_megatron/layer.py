@@ -68,9 +68,7 @@ class RecursionLayer(TransformerLayer):
             scale, which routers' losses need.
         submodules: specs of the shared layers.
         layer_number: 1-based place among this stage's layers.
-        recursion: steps, router, KV policy, norms.
-        first_layer: layers of the unrolled model before this one; numbers the steps' layers in
-            Megatron's logs. Default: this layer's place in the list.
+        recursion: steps, router, KV policy, norms; `sharing` is not read, a step runs all K.
 
     Raises:
         ValueError: settings that cannot run, see `validation`.
@@ -83,7 +81,6 @@ class RecursionLayer(TransformerLayer):
         layer_number: int = 1,
         *,
         recursion: RecursionConfig,
-        first_layer: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         vp_stage: int | None = None,
         **unused: Any,
@@ -107,7 +104,7 @@ class RecursionLayer(TransformerLayer):
             config,
             submodules.layer_specs,
             recursion,
-            self.layer_number - 1 if first_layer is None else first_layer,
+            self.layer_number - 1,
             pg_collection,
             vp_stage,
         )
@@ -175,7 +172,7 @@ class RecursionLayer(TransformerLayer):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Each shared weight once, under `recursion.layers`; the router under `recursion.router`."""
+        """Each shared weight once (`recursion.layers`), and the router (`recursion.router`)."""
         assert not sharded_offsets, "layers of a recursion have keys of their own"
         parts = {f"layers.{index}.": layer for index, layer in enumerate(self.recursion.layers)}  # type: ignore[arg-type]
         state: dict[str, Any] = {}
@@ -216,6 +213,37 @@ class RecursionLayer(TransformerLayer):
             # Gradients are divided by the global number of tokens in the end.
             loss = loss * output.decisions[0].tokens.count
         return RouterLossScaler.apply(output.hidden, loss)  # type: ignore[return-value]
+
+
+class AbsorbedLayer(TransformerLayer):
+    """A place in the layer list whose work the RecursionLayer before it does.
+
+    Megatron counts layers, and numbers stages and checkpoint keys by them: with one entry for each
+    unrolled layer, all of that holds as it is.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int = 1,
+        pg_collection: ProcessGroupCollection | None = None,
+        vp_stage: int | None = None,
+        **unused: Any,
+    ) -> None:
+        GraphableMegatronModule.__init__(self, config=config, vp_stage=vp_stage)
+        pp_group = None if pg_collection is None else pg_collection.pp
+        offset = get_transformer_layer_offset(config, vp_stage, get_pg_rank(pp_group))
+        self.layer_number = layer_number + offset
+        self.is_mtp_layer = self.is_moe_layer = False
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, *args: Any, context: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        return hidden_states, context
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Nothing."""
+        return {}
 
 
 def documents_of(is_barred: Tensor) -> Tensor | None:

@@ -9,11 +9,12 @@ layer, a block of 2 that runs 3 times, and a coda layer.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cache
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_submodules,
     get_gpt_layer_with_transformer_engine_submodules,
@@ -21,12 +22,18 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    get_transformer_layer_offset,
+)
 
 from mor_layers import RecursionConfig
 from mor_megatron.attention import SDPACoreAttention
-from mor_megatron.layer import RecursionLayer, RecursionSubmodules
+from mor_megatron.layer import AbsorbedLayer, RecursionLayer, RecursionSubmodules
 from mor_megatron.norms import Norm
 
 
@@ -49,7 +56,8 @@ def default_layer_spec(config: TransformerConfig, is_moe: bool | None = None) ->
             run the experts one by one and say nothing.
     """
     num_experts = None if is_moe is False else config.num_moe_experts
-    if has_transformer_engine() and torch.cuda.is_available():
+    uses_engine = config.transformer_impl == "transformer_engine" and torch.cuda.is_available()
+    if uses_engine and has_transformer_engine():
         parts = get_gpt_layer_with_transformer_engine_submodules(
             num_experts=num_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
@@ -83,30 +91,24 @@ def default_layer_spec(config: TransformerConfig, is_moe: bool | None = None) ->
 
 
 def recursion_layer_spec(
-    layer_specs: Sequence[ModuleSpec], recursion: RecursionConfig, first_layer: int | None = None
+    layer_specs: Sequence[ModuleSpec], recursion: RecursionConfig
 ) -> ModuleSpec:
     """One entry of `TransformerBlockSubmodules.layer_specs`: a recursion over the given layers.
 
     Args:
         layer_specs: the K layers of the shared block.
         recursion: steps, router, KV policy, norms; `sharing` is not read, a step runs all K.
-        first_layer: layers of the unrolled model before it; numbers its layers in Megatron's logs.
+
+    Raises:
+        ValueError: there is no layer.
     """
     if not layer_specs:
         raise ValueError("a recursion needs at least one layer. Pass the specs of its layers.")
     return ModuleSpec(
         module=RecursionLayer,
         submodules=cast(Any, RecursionSubmodules(tuple(layer_specs))),
-        params={"recursion": recursion, "first_layer": first_layer},
+        params={"recursion": recursion},
     )
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """An entry of the layer list, and the unrolled layers it stands for."""
-
-    spec: ModuleSpec
-    num_layers: int
 
 
 def recursion_block_spec(
@@ -118,10 +120,10 @@ def recursion_block_spec(
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage: `transformer_layer_spec` of an unmodified GPTModel.
 
-    Each recursion lives inside one stage. With `pipeline_model_parallel_layout` set (in unrolled
-    layers), stages are as it says, else they are as even as the recursion allows.
-    `config.pipeline_model_parallel_layout` is set to the list's entries: Megatron derives
-    checkpoint keys from it, which so do not depend on the number of stages.
+    There is one entry for each unrolled layer, so that stages, checkpoint keys and logs are
+    numbered as Megatron expects. Each recursion lives inside one stage: give stages whole parts
+    through `config.pipeline_model_parallel_layout` (which is set here, as evenly as the recursion
+    allows, where nothing says how to divide the layers).
 
     Args:
         config: `num_layers` counts the unrolled depth.
@@ -139,88 +141,95 @@ def recursion_block_spec(
             "virtual_pipeline_model_parallel_size=None."
         )
     layer_spec = layer_spec or default_layer_spec(config)
-    entries = _entries(config, recursion, layer_spec, dense_layer_spec or layer_spec)
-    size = config.pipeline_model_parallel_size
-    rank = 0
-    if size > 1:
-        given = config.pipeline_model_parallel_layout
-        stages = _stages_of(given, entries) if given else _even_stages(entries, size)
-        rank = parallel_state.get_pipeline_model_parallel_rank()
-        config.pipeline_model_parallel_layout = _layout(stages, size)
-        entries = stages[rank]
-    layer_norm = Norm
-    if has_transformer_engine() and _is_transformer_engine(layer_spec):
-        from megatron.core.extensions.transformer_engine import TENorm
-
-        layer_norm = TENorm
+    parts = recursion_parts(config, recursion, layer_spec, dense_layer_spec or layer_spec)
+    set_pipeline_layout(config, [len(part) for part in parts])
+    first = get_transformer_layer_offset(config)
+    check_whole(config, [len(part) for part in parts], first, get_num_layers_to_build(config))
+    entries = [spec for part in parts for spec in part]
     return TransformerBlockSubmodules(
-        layer_specs=[entry.spec for entry in entries],
-        layer_norm=cast(Any, layer_norm),
+        layer_specs=entries[first : first + get_num_layers_to_build(config)],
+        layer_norm=cast(Any, _final_norm(layer_spec)),
     )
 
 
-def _entries(
+def recursion_parts(
     config: TransformerConfig,
     recursion: RecursionConfig,
     layer_spec: ModuleSpec,
     dense_layer_spec: ModuleSpec,
-) -> list[_Entry]:
+) -> list[list[ModuleSpec]]:
+    """The model's layers in parts that no stage may cut, one entry for each unrolled layer."""
     schedule = recursion.schedule(config.num_layers)
     # A cyclic step runs the whole block; in a sequence each layer repeats on its own.
     sizes = [schedule.block_size] if schedule.is_cyclic else [1] * schedule.block_size
-    entries = [_Entry(dense_layer_spec, 1)] * schedule.prelude
-    done = schedule.prelude
-    for size in sizes:
-        spec = recursion_layer_spec([layer_spec] * size, recursion, first_layer=done)
-        entries.append(_Entry(spec, size * recursion.num_recursions))
-        done += size * recursion.num_recursions
-    return entries + [_Entry(dense_layer_spec, 1)] * schedule.coda
-
-
-def _even_stages(entries: list[_Entry], size: int) -> list[list[_Entry]]:
-    """Consecutive entries, none empty, with the deepest stage as shallow as possible."""
-    if size > len(entries):
-        raise ValueError(
-            f"pipeline_model_parallel_size={size} exceeds the {len(entries)} parts of the model "
-            f"({', '.join(str(e.num_layers) for e in entries)} unrolled layers), and a recursion "
-            f"inside one stage is not cut. Use {len(entries)} stages or fewer."
-        )
-    if size == 1:
-        return [entries]
-    candidates = [
-        [entries[:cut], *_even_stages(entries[cut:], size - 1)]
-        for cut in range(1, len(entries) - size + 2)
+    absorbed = ModuleSpec(module=AbsorbedLayer)
+    blocks = [
+        [recursion_layer_spec([layer_spec] * size, recursion)]
+        + [absorbed] * (size * recursion.num_recursions - 1)
+        for size in sizes
     ]
-    return min(candidates, key=lambda stages: max(map(_depth, stages)))
+    dense = [dense_layer_spec]
+    return [dense] * schedule.prelude + blocks + [dense] * schedule.coda
 
 
-def _depth(stage: list[_Entry]) -> int:
-    return sum(entry.num_layers for entry in stage)
+def set_pipeline_layout(config: TransformerConfig, depths: Sequence[int]) -> None:
+    """Divide parts of the given unrolled depths into stages, unless `config` says how already.
 
-
-def _stages_of(layout: PipelineParallelLayerLayout, entries: list[_Entry]) -> list[list[_Entry]]:
-    rest, stages = list(entries), []
-    for row in layout.layout:
-        wanted = sum(kind.name == "decoder" for kind in row[0])
-        stage: list[_Entry] = []
-        while rest and _depth(stage) < wanted:
-            stage.append(rest.pop(0))
-        if _depth(stage) != wanted:
-            raise ValueError(
-                f"pipeline_model_parallel_layout={layout!r} gives stage {len(stages)} {wanted} "
-                f"unrolled layers, which cuts a recursion. The model's parts have "
-                f"{', '.join(str(e.num_layers) for e in entries)} layers: put whole parts into "
-                "stages, or leave the layout out."
-            )
-        stages.append(stage)
-    return stages
-
-
-def _layout(stages: list[list[_Entry]], size: int) -> PipelineParallelLayerLayout:
-    rows = [["decoder"] * len(stage) for stage in stages]
+    Raises:
+        ValueError: there are more stages than parts.
+    """
+    size = config.pipeline_model_parallel_size
+    is_given = (
+        config.pipeline_model_parallel_layout,
+        config.num_layers_in_first_pipeline_stage,
+        config.num_layers_in_last_pipeline_stage,
+    )
+    if size == 1 or any(is_given):
+        return
+    if size > len(depths):
+        raise ValueError(
+            f"pipeline_model_parallel_size={size} exceeds the {len(depths)} parts of the model "
+            f"({', '.join(map(str, depths))} unrolled layers), and a recursion inside one stage is "
+            f"not cut. Use {len(depths)} stages or fewer."
+        )
+    rows = [["decoder"] * sum(stage) for stage in _even_stages(tuple(depths), size)]
     rows[0].insert(0, "embedding")
     rows[-1].append("loss")
-    return PipelineParallelLayerLayout(rows, size)
+    config.pipeline_model_parallel_layout = PipelineParallelLayerLayout(rows, size)
+
+
+def check_whole(config: TransformerConfig, depths: Sequence[int], first: int, count: int) -> None:
+    """Raise ValueError where a stage of `count` layers from `first` cuts one of the parts."""
+    borders = {0, *accumulate(depths)}
+    if first in borders and first + count in borders:
+        return
+    layout = "|".join("t" * depth if depth == 1 else f"t*{depth}" for depth in depths)
+    raise ValueError(
+        f"a pipeline stage of layers {first + 1} to {first + count} (pipeline_model_parallel_size="
+        f"{config.pipeline_model_parallel_size}) cuts a recursion: the parts of the model have "
+        f"{', '.join(map(str, depths))} unrolled layers. Put whole parts into stages with "
+        f"pipeline_model_parallel_layout, for example 'E{layout}L' for a stage each."
+    )
+
+
+@cache
+def _even_stages(depths: tuple[int, ...], size: int) -> tuple[tuple[int, ...], ...]:
+    """Consecutive parts in stages, none empty, with the deepest stage as shallow as possible."""
+    if size == 1:
+        return (depths,)
+    candidates = [
+        (depths[:cut], *_even_stages(depths[cut:], size - 1))
+        for cut in range(1, len(depths) - size + 2)
+    ]
+    return min(candidates, key=lambda stages: max(map(sum, stages)))
+
+
+def _final_norm(layer_spec: ModuleSpec) -> type:
+    if not (has_transformer_engine() and _is_transformer_engine(layer_spec)):
+        return Norm
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm
 
 
 def _is_transformer_engine(layer_spec: ModuleSpec) -> bool:

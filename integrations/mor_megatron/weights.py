@@ -2,20 +2,21 @@
 
 Megatron names a whole tensor the same in every layout (the keys of `sharded_state_dict`), so a
 translation of whole tensors and a cut along each rank's shards is all it takes. The translation is
-linear: it serves gradients as well.
+linear and has an inverse: it serves gradients as well, and the way back.
 
 Legend: `g` key-value heads, `q` query heads per key-value head, `d` head size, `h` hidden.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-from mor_layers import DecoderConfig, RecursionConfig
 from torch import Tensor, nn
+
+from mor_layers import DecoderConfig, RecursionConfig
 
 
 def megatron_tensors(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
@@ -24,33 +25,102 @@ def megatron_tensors(weights: Mapping[str, Tensor], config: DecoderConfig) -> di
     Raises:
         ValueError: a tensor is missing.
     """
+    result = {}
+    for theirs, ours in _names(config, weights).items():
+        missing = [name for name in ours if name not in weights]
+        if missing:
+            raise ValueError(
+                f"the weights have no {missing[0]!r}. Are these the settings they belong to?"
+            )
+        result[theirs] = _fuse(theirs, [weights[name] for name in ours], config)
+    return result
+
+
+def decoder_tensors(tensors: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
+    """The inverse of `megatron_tensors`.
+
+    Raises:
+        ValueError: a tensor is missing.
+    """
+    # Only a cyclic block has a router with tensors, and it is the only one.
+    routers = [
+        f"recursions.0.router.{name.split('.recursion.router.')[1]}"
+        for name in tensors
+        if ".recursion.router." in name
+    ]
+    result = {}
+    for theirs, ours in _names(config, routers).items():
+        if theirs not in tensors:
+            raise ValueError(
+                f"the weights have no {theirs!r}. Are these the settings they belong to?"
+            )
+        result |= dict(zip(ours, _split(theirs, tensors[theirs], config), strict=True))
+    return result
+
+
+def _names(config: DecoderConfig, routers: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """For each of Megatron's tensors, ours that it is made of; `routers` names a router's."""
     recursion = config.recursion or RecursionConfig(1, sharing="cycle")
     schedule = recursion.schedule(config.num_unrolled_layers)
-    sizes = [schedule.block_size] if schedule.is_cyclic else [1] * schedule.block_size
     num_norms = 1 if recursion.share_norms else recursion.num_recursions
-    result = {
-        "embedding.word_embeddings.weight": _get(weights, "embedding.weight"),
-        "decoder.final_layernorm.weight": _get(weights, "norm.weights.0"),
+    names: dict[str, tuple[str, ...]] = {
+        "embedding.word_embeddings.weight": ("embedding.weight",),
+        "decoder.final_layernorm.weight": ("norm.weights.0",),
     }
     if not config.tie_embeddings:
-        result["output_layer.weight"] = _get(weights, "output.weight")
-    entry = 0
+        names["output_layer.weight"] = ("output.weight",)
     for layer in range(schedule.prelude):
-        result |= _layer(weights, f"prelude.layers.{layer}", f"decoder.layers.{entry}", config)
-        entry += 1
+        names |= _layer_names(f"decoder.layers.{layer}", f"prelude.layers.{layer}", 1)
+    sizes = [schedule.block_size] if schedule.is_cyclic else [1] * schedule.block_size
+    depth = schedule.prelude
     for block, size in enumerate(sizes):
-        theirs = f"decoder.layers.{entry}.recursion"
+        theirs, ours = f"decoder.layers.{depth}.recursion", f"recursions.{block}"
         for layer in range(size):
-            ours = f"recursions.{block}.layers.layers.{layer}"
-            result |= _layer(weights, ours, f"{theirs}.layers.{layer}", config, num_norms)
-        router = f"recursions.{block}.router."
-        for name in (name for name in weights if name.startswith(router)):
-            result[f"{theirs}.router.{name.removeprefix(router)}"] = weights[name]
-        entry += 1
+            inner = f"{ours}.layers.layers.{layer}"
+            names |= _layer_names(f"{theirs}.layers.{layer}", inner, num_norms)
+        for name in (name for name in routers if name.startswith(f"{ours}.router.")):
+            names[f"{theirs}.{name.removeprefix(f'{ours}.')}"] = (name,)
+        depth += size * recursion.num_recursions
     for layer in range(schedule.coda):
-        result |= _layer(weights, f"coda.layers.{layer}", f"decoder.layers.{entry}", config)
-        entry += 1
+        names |= _layer_names(f"decoder.layers.{depth + layer}", f"coda.layers.{layer}", 1)
+    return names
+
+
+def _layer_names(theirs: str, ours: str, num_norms: int) -> dict[str, tuple[str, ...]]:
+    names = {
+        f"self_attention.{_QKV}": ("attention.query", "attention.key", "attention.value"),
+        "self_attention.linear_proj.weight": ("attention.output",),
+        f"mlp.{_GATED}": ("mlp.gate", "mlp.up"),
+        "mlp.linear_fc2.weight": ("mlp.down",),
+    }
+    result = {
+        f"{theirs}.{t}": tuple(f"{ours}.{o}.weight" for o in parts) for t, parts in names.items()
+    }
+    for norm, place in (("attention", "self_attention.linear_qkv"), ("mlp", "mlp.linear_fc1")):
+        for step in range(num_norms):
+            own = f"{step}." if num_norms > 1 else ""
+            result[f"{theirs}.{place}.layer_norm_{own}weight"] = (
+                f"{ours}.{norm}_norm.weights.{step}",
+            )
     return result
+
+
+_QKV, _GATED = "linear_qkv.weight", "linear_fc1.weight"
+
+
+def _fuse(name: str, parts: list[Tensor], config: DecoderConfig) -> Tensor:
+    if name.endswith(_QKV):  # [g q d h], [g 1 d h], [g 1 d h] -> [g (q+2) d, h]
+        heads = (config.kv_heads, -1, config.head_size)
+        return torch.cat([part.unflatten(0, heads) for part in parts], dim=1).flatten(0, 2)
+    return torch.cat(parts) if name.endswith(_GATED) else parts[0]
+
+
+def _split(name: str, tensor: Tensor, config: DecoderConfig) -> list[Tensor]:
+    if name.endswith(_QKV):
+        heads = tensor.unflatten(0, (config.kv_heads, -1, config.head_size))
+        queries = heads.shape[1] - 2
+        return [part.flatten(0, 2) for part in heads.split([queries, 1, 1], dim=1)]
+    return list(tensor.chunk(2)) if name.endswith(_GATED) else [tensor]
 
 
 def load_tensors(chunks: list[nn.Module], tensors: Mapping[str, Tensor]) -> None:
@@ -84,33 +154,3 @@ def _shards(chunk: Any) -> Iterator[ShardedTensor]:
             yield from replace(entry, data=entry.data.detach()).build()
         elif isinstance(entry, ShardedTensor):
             yield entry
-
-
-def _layer(
-    weights: Mapping[str, Tensor], ours: str, theirs: str, config: DecoderConfig, num_norms: int = 1
-) -> dict[str, Tensor]:
-    def get(name: str) -> Tensor:
-        return _get(weights, f"{ours}.{name}.weight")
-
-    heads = (config.kv_heads, -1, config.head_size)
-    fused = [get(f"attention.{part}").unflatten(0, heads) for part in ("query", "key", "value")]
-    layer = {
-        # [g q d h], [g 1 d h], [g 1 d h] -> [g (q+2) d, h]
-        "self_attention.linear_qkv.weight": torch.cat(fused, dim=1).flatten(0, 2),
-        "self_attention.linear_proj.weight": get("attention.output"),
-        "mlp.linear_fc1.weight": torch.cat([get("mlp.gate"), get("mlp.up")]),
-        "mlp.linear_fc2.weight": get("mlp.down"),
-    }
-    for name, place in (("attention", "self_attention.linear_qkv"), ("mlp", "mlp.linear_fc1")):
-        for step in range(num_norms):
-            own = f"{step}." if num_norms > 1 else ""
-            layer[f"{place}.layer_norm_{own}weight"] = _get(
-                weights, f"{ours}.{name}_norm.weights.{step}"
-            )
-    return {f"{theirs}.{name}": tensor for name, tensor in layer.items()}
-
-
-def _get(weights: Mapping[str, Tensor], name: str) -> Tensor:
-    if name not in weights:
-        raise ValueError(f"the weights have no {name!r}. Are these the settings they belong to?")
-    return weights[name]

@@ -298,7 +298,7 @@ def _shards(entry: ShardedTensor | ShardedTensorFactory, data: Tensor) -> list[S
 def _reference_values(shard: ShardedTensor) -> Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(shard.key.encode()))
     values = 0.1 * torch.randn(shard.global_shape, generator=generator)
-    return values + 1 if shard.key.endswith("norm.weight") else values
+    return values + 1 if shard.key.endswith(("norm.weight", "norm_weight")) else values
 
 
 def _gather(chunks: list[Any], read: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Long-lived worker processes that run a test function on several ranks.
 
 Importing Megatron takes seconds, so a worker imports it once and then serves every distributed
-test of the session.
+test of a pytest run.
 """
 
 import faulthandler

@@ -1,0 +1,92 @@
+"""The worker pool of distributed tests, and the options and summary of tests/test_reference.py."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.pool import WorkerPool
+
+BACKENDS = ("core", "megatron")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("reference cases")
+    group.addoption(
+        "--reference-dir",
+        type=Path,
+        default=Path(__file__).parent / "reference",
+        metavar="DIR",
+        help="folder of NAME.json + NAME.safetensors to compare with (default: tests/reference)",
+    )
+    group.addoption(
+        "--backend",
+        choices=("all", *BACKENDS),
+        default="all",
+        help="run the reference cases through this backend only (default: all)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "backend(name): runs reference cases through this backend")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "reference_case" not in metafunc.fixturenames:
+        return
+    folder = metafunc.config.getoption("--reference-dir")
+    paths = [p for p in sorted(folder.glob("*.json")) if p.with_suffix(".safetensors").exists()]
+    if not paths:
+        raise pytest.UsageError(
+            f"--reference-dir {folder} holds no reference case. Name a folder of NAME.json + "
+            "NAME.safetensors, such as tests/reference."
+        )
+    metafunc.parametrize("reference_case", paths, ids=[p.stem for p in paths], indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    chosen = config.getoption("--backend")
+    if chosen == "all":
+        return
+    backends = [item.get_closest_marker("backend") for item in items]
+    left_out = [
+        item
+        for item, mark in zip(items, backends, strict=True)
+        if mark is not None and mark.args[0] != chosen
+    ]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[WorkerPool]:
+    """Long-lived processes that every distributed test shares."""
+    workers = WorkerPool()
+    yield workers
+    workers.close()
+
+
+@pytest.fixture
+def reference_case(request: pytest.FixtureRequest):
+    """Settings and tensors of one run of the published implementation."""
+    from tests.reference_cases import load_case
+
+    return load_case(request.param)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    rows = [
+        tuple(value)
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.stats.get(outcome, [])
+        for name, value in report.user_properties
+        if name == "reference_difference"
+    ]
+    if not rows:
+        return
+    terminalreporter.section("largest difference from the published implementation")
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    for case, backend, difference, where in sorted(set(rows)):
+        terminalreporter.write_line(
+            f"{case:{widths[0]}}  {backend:{widths[1]}}  {difference:8.1e}  {where}"
+        )
