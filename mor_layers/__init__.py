@@ -1,10 +1,18 @@
 """Mixture-of-Recursions and Mixture-of-Experts as composable PyTorch layers."""
 
+from mor_layers.adapters import EncoderLayers, PointwiseLayers
 from mor_layers.attention import KVPolicy, StepContext, attend, causal_mask
 from mor_layers.config import DecoderConfig, RecursionConfig, from_mapping, load_config
-from mor_layers.published import config_from_published, load_published, published_names
+from mor_layers.moe import ExpertRouters, ExpertUse, MoE, MoEConfig
+from mor_layers.published import (
+    config_from_published,
+    from_published,
+    load_published,
+    published_names,
+)
 from mor_layers.recursion import RecursionBlock, RecursionLayers, RecursionOutput
 from mor_layers.routers import (
+    DepthAndWidth,
     ExpertChoice,
     FixedDepth,
     RandomDepth,
@@ -16,18 +24,26 @@ from mor_layers.routers import (
 )
 from mor_layers.routing import LocalPlacement, Placement, RoutingDecision, Tokens
 from mor_layers.sharing import Sharing, SharingSchedule
+from mor_layers.thresholds import Thresholds, turn_dial
 from mor_layers.transformer import DecoderOutput, DecoderStack, MoRTransformer
 
 __all__ = [
     "DecoderConfig",
     "DecoderOutput",
     "DecoderStack",
+    "DepthAndWidth",
+    "EncoderLayers",
     "ExpertChoice",
+    "ExpertRouters",
+    "ExpertUse",
     "FixedDepth",
     "KVPolicy",
     "LocalPlacement",
+    "MoE",
+    "MoEConfig",
     "MoRTransformer",
     "Placement",
+    "PointwiseLayers",
     "RandomDepth",
     "RecursionBlock",
     "RecursionConfig",
@@ -39,15 +55,18 @@ __all__ = [
     "Sharing",
     "SharingSchedule",
     "StepContext",
+    "Thresholds",
     "TokenChoice",
     "Tokens",
     "attend",
     "causal_mask",
     "config_from_published",
     "from_mapping",
+    "from_published",
     "load_config",
     "load_published",
     "published_names",
     "register_router",
     "registered_routers",
+    "turn_dial",
 ]

@@ -17,7 +17,7 @@ from typing import Self
 
 from mor_layers.attention import KVPolicy
 from mor_layers.config import DecoderConfig, RecursionConfig
-from mor_layers.routers import ExpertChoice, FixedDepth, RandomDepth, TokenChoice
+from mor_layers.routers import DepthAndWidth, ExpertChoice, FixedDepth, RandomDepth, TokenChoice
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,10 @@ class MLPShape:
     """SwiGLU and its like, three matrices; otherwise two."""
     num_experts: int | None = None
     """Routed experts; None: a dense MLP without a router."""
-    experts_per_token: int = 1
-    """Routed experts that each token takes."""
+    experts_per_token: float = 1
+    """Routed experts that each token takes; the mean where their number varies."""
+    num_expert_routers: int = 1
+    """Routers over the experts: one, or one a step."""
     shared_ffn_hidden_size: int = 0
     """Width of the expert that every token takes beside them. 0: none."""
 
@@ -40,7 +42,21 @@ class MLPShape:
         if not 1 <= top_k <= experts:
             raise ValueError(f"experts_per_token={top_k} must lie in 1..{experts} (num_experts).")
 
-    def weights(self, hidden_size: int, experts: int) -> int:
+    @classmethod
+    def of_layer(cls, config: DecoderConfig, recursion: RecursionConfig | None = None) -> Self:
+        """What follows attention in a `MoRTransformer`: in its recursion, or outside of it."""
+        moe = config.moe
+        if moe is None:
+            return cls(config.ffn_hidden_size)
+        width, per_token, routers = moe.ffn_hidden_size, float(moe.experts_per_token), 1
+        if recursion is not None and recursion.num_recursions > 1:
+            per_token = recursion.mean_experts[0] if recursion.mean_experts else per_token
+            routers = recursion.num_recursions if recursion.expert_routers == "per_step" else 1
+        return cls(
+            width or config.ffn_hidden_size, True, moe.num_experts, per_token, routers
+        )
+
+    def weights(self, hidden_size: int, experts: float) -> float:
         """Weights of so many experts and the shared one."""
         width = experts * self.ffn_hidden_size + self.shared_ffn_hidden_size
         return (3 if self.gated else 2) * hidden_size * width
@@ -71,6 +87,11 @@ class RouterShape:
         factors = router.capacity_factors_for(steps)
         if isinstance(router, FixedDepth | RandomDepth):
             return None if isinstance(router, FixedDepth) else cls(((),) * steps, factors)
+        if isinstance(router, DepthAndWidth):
+            h, out = hidden_size, steps - 1
+            weights = (h * out,) if router.architecture == "linear" else (2 * h * h, 2 * h * out)
+            scorer = tuple(ScorerMatrix(w) for w in weights)
+            return cls((scorer, *((),) * (steps - 1)), factors)
         if not isinstance(router, ExpertChoice | TokenChoice):
             raise ValueError(f"{type(router).__name__} is not built in: give its RouterShape too.")
         h, logits = hidden_size, 1 if isinstance(router, ExpertChoice) else steps
@@ -135,13 +156,13 @@ class ModelShape:
         recursion = config.recursion or RecursionConfig(1, sharing="cycle")
         schedule = recursion.schedule(config.num_unrolled_layers)
         router = router or RouterShape.from_recursion(recursion, config.hidden_size)
-        mlp = MLPShape(config.ffn_hidden_size)
+        mlp, block = MLPShape.of_layer(config), MLPShape.of_layer(config, recursion)
         how = recursion.num_recursions, router, recursion.kv_policy, recursion.share_norms
         # A cyclic step runs the whole block; in a sequence each layer repeats on its own.
         sizes = (schedule.block_size,) if schedule.is_cyclic else (1,) * schedule.block_size
         stacks = (
             *(StackShape("prelude", 1, mlp),) * schedule.prelude,
-            *(StackShape("block", n, mlp, *how) for n in sizes),
+            *(StackShape("block", n, block, *how) for n in sizes),
             *(StackShape("coda", 1, mlp),) * schedule.coda,
         )
         sizes = config.hidden_size, config.hidden_size, config.kv_heads * config.head_size
@@ -304,7 +325,7 @@ def count_parameters(shape: ModelShape) -> Parts:
             norms=layers * 2 * h * (1 if stack.shares_norms else stack.num_recursions),
             projections=layers * 2 * h * (shape.query_size + shape.kv_size),
             mlp=layers * stack.mlp.weights(h, experts or 1),
-            expert_router=layers * h * (experts or 0),
+            expert_router=layers * h * (experts or 0) * stack.mlp.num_expert_routers,
             depth_router=sum(matrix.weights for scorer in scorers for matrix in scorer),
         )
     return count

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mor_layers.attention import KV_POLICIES, KVPolicy
+from mor_layers.moe import ExpertRouters, MoEConfig
 from mor_layers.routers import FixedDepth, RouterConfig, registered_routers
 from mor_layers.sharing import SHARING_SCHEMES, Sharing, SharingSchedule
 
@@ -30,9 +31,13 @@ class RecursionConfig:
     """Who goes on at each step. In YAML a mapping with `type`: a registered name, or
     `package.module:ClassName` of a RouterConfig of your own."""
     kv_policy: KVPolicy = "recursion_wise"
-    """Keys and values at later steps: recursion_wise, recursive_sharing, sharing_with_update."""
+    """Keys and values at later steps: recursion_wise, recursive_sharing, sharing_with_update,
+    exit_state."""
     share_norms: bool = True
     """Whether the steps share norm weights, or each step has its own."""
+    expert_routers: ExpertRouters = "shared"
+    """Where layers have experts: whether the steps share the router over them, or each step has
+    its own (`per_step`)."""
 
     def __post_init__(self) -> None:
         if self.num_recursions < 1:
@@ -45,12 +50,23 @@ class RecursionConfig:
             raise ValueError(
                 f"kv_policy={self.kv_policy!r} is unknown. Use one of {', '.join(KV_POLICIES)}."
             )
+        if self.expert_routers not in typing.get_args(ExpertRouters):
+            raise ValueError(
+                f"expert_routers={self.expert_routers!r} is unknown. Use one of "
+                f"{', '.join(typing.get_args(ExpertRouters))}."
+            )
         if not isinstance(self.router, RouterConfig):
             raise ValueError(
                 f"router={self.router!r} is no RouterConfig. Give one, such as ExpertChoice() or "
                 "FixedDepth(); a name and settings are for YAML."
             )
         self.router.validate(self.num_recursions)
+        if self.kv_policy == "exit_state" and not self.share_norms:
+            raise ValueError(
+                "kv_policy='exit_state' projects an exited token once for all later steps, which "
+                "share_norms=False would make different at each. Use share_norms=True, or another "
+                "kv_policy."
+            )
         if self.sharing in ("cycle", "middle_cycle"):
             return
         if not isinstance(self.router, FixedDepth):
@@ -63,6 +79,24 @@ class RecursionConfig:
             raise ValueError(
                 f"kv_policy={self.kv_policy!r} needs cycle or middle_cycle sharing, "
                 f"not {self.sharing!r}. Use kv_policy='recursion_wise'."
+            )
+
+    @property
+    def mean_experts(self) -> tuple[float, ...] | None:
+        """Mean number of experts that a token shall take at each step; None: as the layers say."""
+        return self.router.mean_experts_for(self.num_recursions)
+
+    def require_experts(self, has_experts: bool) -> None:
+        """Raise ValueError where a setting over experts can have no effect."""
+        if not has_experts and self.expert_routers != "shared":
+            raise ValueError(
+                f"expert_routers={self.expert_routers!r} needs layers with experts. Leave it out, "
+                "or give the model a mixture of experts."
+            )
+        if not has_experts and self.mean_experts is not None:
+            raise ValueError(
+                f"mean_experts={self.mean_experts[0]} needs layers with experts. Leave it out, or "
+                "give the model a mixture of experts."
             )
 
     def schedule(self, num_unrolled_layers: int) -> SharingSchedule:
@@ -94,6 +128,8 @@ class DecoderConfig:
     """Whether input and output embeddings are one matrix."""
     recursion: RecursionConfig | None = None
     """The recursion; None: a plain decoder."""
+    moe: MoEConfig | None = None
+    """The mixture of experts in every layer, prelude and coda too; None: a dense MLP."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "ffn_hidden_size", "num_heads"):
@@ -115,6 +151,9 @@ class DecoderConfig:
             )
         if self.recursion is not None:
             self.recursion.schedule(self.num_unrolled_layers)
+            self.recursion.require_experts(self.moe is not None)
+            if self.moe is not None:
+                self.moe.check_mean(self.recursion.mean_experts)
 
     @property
     def kv_heads(self) -> int:

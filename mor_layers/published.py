@@ -158,6 +158,21 @@ def _scorer(
         yield f"{ours}.weights.1", f"{theirs}.router.2.weight"
 
 
+def from_published(settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> MoRTransformer:
+    """A model with a published checkpoint's settings and weights.
+
+    Args:
+        settings: see `config_from_published`.
+        weights: tensors by published name, for example from `safetensors.torch.load_file`.
+
+    Raises:
+        ValueError: a weight is missing, or has another shape.
+    """
+    model = MoRTransformer(config_from_published(settings))
+    load_published(model, weights)
+    return model
+
+
 def load_published(model: MoRTransformer, weights: Mapping[str, Tensor]) -> None:
     """Put a published checkpoint's weights into `model`.
 

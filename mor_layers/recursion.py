@@ -2,10 +2,11 @@
 
 THE MAIN PATH, read this first: route -> select -> block -> combine, once a step.
 
-Legend: `b` batch, `s` sequence, `n` candidates of a step, `k` tokens that run it, `h` hidden.
+Legend: `b` batch, `s` sequence, `n` candidates of a step, `k` tokens that run it, `h` hidden,
+`r` steps, `j` layers of the block, `e` experts.
 """
 
-from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
@@ -15,7 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mor_layers.attention import KVPolicy, StepContext, begin_step
+from mor_layers.attention import Exited, KVPolicy, StepContext, begin_step
+from mor_layers.moe import ExpertUse
 from mor_layers.routers.base import Router
 from mor_layers.routing import LocalPlacement, Placement, RoutingDecision, Tokens
 
@@ -42,15 +44,35 @@ class RecursionOutput:
     """Final hidden states of all tokens."""
     decisions: tuple[RoutingDecision, ...]
     """Who ran each step."""
+    expert_use: tuple[dict[int, ExpertUse], ...] = ()
+    """What the experts of each layer did at each step; empty without a mixture of experts."""
 
     @property
     def losses(self) -> dict[str, Tensor]:
         """Auxiliary losses by name, summed over steps, multiplied by their coefficients."""
-        total: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
-        for decision in self.decisions:
-            for name, loss in decision.losses.items():
-                total[name] = total[name].to(loss.device) + loss
-        return dict(total)
+        uses = (use for step in self.expert_use for use in step.values())
+        return summed([*(d.losses for d in self.decisions), *(use.losses for use in uses)])
+
+    @property
+    def observations(self) -> dict[str, Tensor]:
+        """What the router observed for `Router.adjust`, by name."""
+        return summed([decision.observations for decision in self.decisions])
+
+    @property
+    def expert_load(self) -> Float[Tensor, "r j e"]:
+        """Tokens that each expert computed, by step and layer."""
+        return self._cells("load")
+
+    @property
+    def expert_drops(self) -> Float[Tensor, "r j e"]:
+        """Tokens that each expert turned away, by step and layer."""
+        return self._cells("dropped")
+
+    def _cells(self, name: str) -> Tensor:
+        if not any(self.expert_use):
+            raise ValueError("the layers of this recursion have no experts. Set DecoderConfig.moe.")
+        steps = ([getattr(use, name) for use in step.values()] for step in self.expert_use)
+        return torch.stack([torch.stack(layers) for layers in steps])
 
     @property
     def depths(self) -> Int[Tensor, "s b"]:
@@ -64,6 +86,15 @@ class RecursionOutput:
                 ran = tokens.is_padding.logical_not().long()
             depths = depths.scatter_add(0, tokens.positions, ran)
         return depths
+
+
+def summed(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Sums by name."""
+    total: dict[str, Tensor] = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total[name] + value if name in total else value
+    return total
 
 
 class RecursionBlock(nn.Module):
@@ -116,21 +147,25 @@ class RecursionBlock(nn.Module):
         candidates, origin = hidden, hidden
         decision, context = RoutingDecision.everything(tokens), None
         steps: list[tuple[Tensor, RoutingDecision]] = []
+        expert_use = []
         for step in range(self.router.num_recursions):
-            decision = self._route(candidates, step, decision, causal_routing)
+            previous = decision
+            decision = self._route(candidates, step, previous, causal_routing)
             selected = self.placement.select(candidates, decision)
             if self.router.combines_with_origin:
                 origin = self.placement.select(origin, decision)
-            context = begin_step(self.kv_policy, step, decision.tokens, context)
+            exited = self._exited(candidates, previous, decision)
+            context = begin_step(self.kv_policy, step, decision.tokens, context, exited)
             output = self._run_layers(selected, context, arguments)
             updated = self._combine(step, selected, output, decision, origin)
             steps.append((candidates, decision))
+            expert_use.append(context.expert_use)
             candidates = updated
         # Selections nest, so states are put back inside out.
         hidden = candidates
         for outer, nested in reversed(steps):
             hidden = self.placement.write_back(outer, hidden, nested)
-        return RecursionOutput(hidden, tuple(taken for _, taken in steps))
+        return RecursionOutput(hidden, tuple(taken for _, taken in steps), tuple(expert_use))
 
     def _route(
         self, candidates: Tensor, step: int, previous: RoutingDecision, causal: bool
@@ -139,6 +174,14 @@ class RecursionBlock(nn.Module):
         if logits is not None:
             logits = self.placement.gather(logits, previous.tokens.shape[0])
         return self.router.decide(logits, step, previous, causal)
+
+    def _exited(
+        self, candidates: Tensor, previous: RoutingDecision, decision: RoutingDecision
+    ) -> Exited | None:
+        rest = previous.rest(decision) if self.kv_policy == "exit_state" else None
+        if rest is None:
+            return None
+        return Exited(rest.tokens, self.placement.select(candidates, rest))
 
     def _run_layers(
         self, selected: Tensor, context: StepContext, arguments: dict[str, Any]

@@ -10,6 +10,7 @@ key-value heads, `d` head size, `r` depths, `v` vocabulary. A token's state is `
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Protocol
 
 import torch
@@ -70,9 +71,6 @@ def split_documents(
     return [document for document in found if document.positions]
 
 
-# --- Recursions -------------------------------------------------------------------------------
-
-
 def fixed_depth(
     hidden: Float[Tensor, "s b h"],
     block: Block,
@@ -82,7 +80,7 @@ def fixed_depth(
 ) -> Recursion:
     """Every token runs every step."""
     state, depth = _Grid(hidden), torch.zeros(hidden.shape[:2], dtype=torch.long)
-    for document in split_documents(*hidden.shape[:2], documents, is_padding):
+    for document in split_documents(len(hidden), hidden.shape[1], documents, is_padding):
         memory: Memory = {}
         for step in range(num_recursions):
             output = block(step, state.of(document), document.positions, memory)
@@ -113,7 +111,7 @@ def expert_choice(
         threshold: choose causally, by the predictor's probability; None: choose the largest.
     """
     state, depth = _Grid(hidden), torch.zeros(hidden.shape[:2], dtype=torch.long)
-    found = split_documents(*hidden.shape[:2], documents, is_padding)
+    found = split_documents(len(hidden), hidden.shape[1], documents, is_padding)
     memories: list[Memory] = [{} for _ in found]
     candidates = [list(document.positions) for document in found]
     sampling, z = torch.zeros(()), torch.zeros(())
@@ -133,7 +131,7 @@ def expert_choice(
                 weights[position] = alpha * _activate(activation, logits[position])
             if threshold is None or factor == 1.0:
                 capacity = max(1, math.floor(factor * len(document.positions)))
-                by_weight = sorted(candidates[number], key=lambda p: -weights[p].item())  # noqa: B023
+                by_weight = sorted(candidates[number], key=lambda p: -weights[p].item())
                 chosen = sorted(by_weight[:capacity])
             else:
                 chosen = [
@@ -179,7 +177,7 @@ def token_choice(
     """
     state, depth = _Grid(hidden), torch.zeros(hidden.shape[:2], dtype=torch.long)
     all_logits, all_probabilities, all_depths = [], [], []
-    for document in split_documents(*hidden.shape[:2], documents, is_padding):
+    for document in split_documents(len(hidden), hidden.shape[1], documents, is_padding):
         sequence, planned, gates, memory = document.sequence, {}, {}, {}
         for position in document.positions:
             token_logits = logits(hidden[position, sequence])
@@ -191,7 +189,7 @@ def token_choice(
             best = 0
             for i in range(num_recursions):
                 biased = [
-                    float(probabilities[j]) + (0.0 if bias is None else float(bias[j]))
+                    probabilities[j].item() + (0.0 if bias is None else float(bias[j]))
                     for j in (best, i)
                 ]
                 best = i if biased[1] > biased[0] else best
@@ -247,16 +245,12 @@ def capacity_factor(final: float, training_steps: int, warmup_steps: int) -> flo
 
 def loss_free_update(bias: Sequence[float], depths: Sequence[int], rate: float) -> list[float]:
     """The bias on each depth after an optimizer step that saw tokens of these `depths`."""
-    shares = [sum(depth == i for depth in depths) / len(depths) for i in range(len(bias))]
-    mean = sum(shares) / len(shares)
     updated = []
-    for value, share in zip(bias, shares, strict=True):
-        direction = (mean > share) - (mean < share)
-        updated.append(value + rate * direction)
+    for i, value in enumerate(bias):
+        share = Fraction(sum(depth == i for depth in depths), len(depths))
+        mean = Fraction(1, len(bias))
+        updated.append(value + rate * ((mean > share) - (mean < share)))
     return updated
-
-
-# --- Losses -----------------------------------------------------------------------------------
 
 
 def sampling_loss(logits: Sequence[Tensor], is_selected: Sequence[bool]) -> Tensor:
@@ -284,7 +278,7 @@ def z_loss(logits: Sequence[Float[Tensor, " r"]]) -> Tensor:
     """Mean of the squared log of the sum of exponentials."""
     total = torch.zeros((), dtype=torch.float64)
     for values in logits:
-        total = total + torch.log(sum(torch.exp(value.double()) for value in values)) ** 2
+        total = total + torch.log(torch.stack([torch.exp(v.double()) for v in values]).sum()) ** 2
     return (total / max(1, len(logits))).float()
 
 
@@ -292,9 +286,6 @@ def _activate(activation: str, logit: Tensor) -> Tensor:
     if activation == "sigmoid":
         return 1 / (1 + torch.exp(-logit))
     return torch.tanh(logit) if activation == "tanh" else logit
-
-
-# --- Attention and the decoder ----------------------------------------------------------------
 
 
 def attention(
@@ -352,7 +343,7 @@ def decoder_block(
 
     def run(step: int, states: Tensor, positions: list[int], memory: Memory) -> Tensor:
         for layer in range(num_layers):
-            own = _within(weights, f"layers.{layer}")
+            own = within(weights, f"layers.{layer}")
             states = _decoder_layer(own, config, policy, layer, step, states, positions, memory)
         return states
 
@@ -418,20 +409,20 @@ def transformer(
     hidden = torch.stack([torch.stack([weights["embedding.weight"][i] for i in t]) for t in ids.T])
     routed = None
     if ends:
-        block = decoder_block(_within(weights, "prelude"), 1, config)
+        block = decoder_block(within(weights, "prelude"), 1, config)
         hidden = fixed_depth(hidden, block, 1, **where).hidden
     if sharing.endswith("sequence"):
         for layer in range(size):
-            block = decoder_block(_within(weights, f"recursions.{layer}.layers"), 1, config)
+            block = decoder_block(within(weights, f"recursions.{layer}.layers"), 1, config)
             hidden = fixed_depth(hidden, block, steps, **where).hidden
     else:
-        block = decoder_block(_within(weights, "recursions.0.layers"), size, config, policy)
-        router = _within(weights, "recursions.0.router")
+        block = decoder_block(within(weights, "recursions.0.layers"), size, config, policy)
+        router = within(weights, "recursions.0.router")
         settings = None if recursion is None else recursion.router
-        routed = _route(hidden, block, settings, router, steps, causal_routing, where)
+        routed = route(hidden, block, settings, router, steps, causal_routing, where)
         hidden = routed.hidden
     if ends:
-        block = decoder_block(_within(weights, "coda"), 1, config)
+        block = decoder_block(within(weights, "coda"), 1, config)
         hidden = fixed_depth(hidden, block, 1, **where).hidden
     logits = [
         torch.stack(
@@ -446,7 +437,7 @@ def transformer(
     return torch.stack(logits).transpose(0, 1), routed
 
 
-def _route(
+def route(
     hidden: Tensor,
     block: Block,
     settings: Any,
@@ -463,12 +454,12 @@ def _route(
         return expert_choice(
             hidden,
             block,
-            lambda r, x: score(_within(weights, f"scorers.{r}"), x / settings.temperature)[0],
+            lambda r, x: score(within(weights, f"scorers.{r}"), x / settings.temperature)[0],
             [capacity_factor(factor, trained, warmup) for factor in factors],
             settings.activation,
             settings.alpha,
             settings.combine,
-            None if own else lambda r, x: score(_within(weights, f"predictors.{r}"), x)[0],
+            None if own else lambda r, x: score(within(weights, f"predictors.{r}"), x)[0],
             settings.threshold if causal else None,
             **where,
         )
@@ -476,7 +467,7 @@ def _route(
         return token_choice(
             hidden,
             block,
-            lambda x: score(_within(weights, "scorer"), x / settings.temperature),
+            lambda x: score(within(weights, "scorer"), x / settings.temperature),
             steps,
             settings.activation,
             settings.alpha,
@@ -516,7 +507,7 @@ def _rotate(head: Float[Tensor, " d"], position: int, base: float) -> Float[Tens
     return torch.stack(turned)
 
 
-def _within(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def within(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The entries below `prefix`, named without it."""
     start = prefix + "."
     return {name[len(start) :]: w for name, w in weights.items() if name.startswith(start)}

@@ -126,6 +126,8 @@ class RoutingDecision:
     """Auxiliary losses of this step by name, multiplied by their coefficients: add them up."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Scalars for the log by name, detached."""
+    observations: dict[str, Tensor] = field(default_factory=dict)
+    """What `Router.adjust` wants to know of the global batch, such as histograms: add them up."""
 
     @classmethod
     def everything(cls, tokens: Tokens) -> "RoutingDecision":
@@ -166,18 +168,40 @@ class RoutingDecision:
         """This decision with auxiliary losses and metrics."""
         return replace(self, losses=losses, metrics=metrics)
 
+    def with_observations(self, observations: dict[str, Tensor]) -> "RoutingDecision":
+        """This decision with what it observed."""
+        return replace(self, observations=observations)
+
     def keep_where(self, is_selected: Bool[Tensor, "n b"]) -> "RoutingDecision":
-        """The marked tokens, in order; padding must not be marked.
+        """The marked tokens, in order; padding is left out even where it is marked.
 
         Sequences with fewer than the widest are filled up with padding slots. Waits for the
         device once, to learn the width. It is at least 1: a step whose tokens have all exited still
         runs, on padding, so that every rank of a collective takes part and every parameter gets a
         gradient.
         """
+        if self.tokens.is_padding is not None:
+            is_selected = is_selected & ~self.tokens.is_padding
         width = max(1, int(is_selected.sum(dim=0).max()))
         rows = is_selected.logical_not().to(torch.uint8).sort(dim=0, stable=True).indices[:width]
         is_padding = is_selected.gather(0, rows).logical_not()
         return self._take(rows, is_padding)
+
+    def rest(self, taken: "RoutingDecision") -> "RoutingDecision | None":
+        """Of this decision's tokens, those that the next one did not take; None: it took all.
+
+        Waits for the device once, as `keep_where`, unless every sequence lost equally many.
+        """
+        if taken.rows is None:
+            return None
+        count = len(self.tokens.positions)
+        is_left = taken.is_selected(count).logical_not()
+        if self.tokens.is_padding is None and taken.tokens.is_padding is None:
+            order = is_left.logical_not().to(torch.uint8).sort(dim=0, stable=True).indices
+            return self._take(order[: count - len(taken.rows)], None)
+        if self.tokens.is_padding is not None:
+            is_left = is_left & ~self.tokens.is_padding
+        return self.keep_where(is_left)
 
     def _take(self, rows: Tensor, is_padding: Tensor | None) -> "RoutingDecision":
         plan = None if self.plan is None else take_rows(self.plan, rows)
@@ -211,7 +235,6 @@ class RoutingDecision:
 
     def _is_top(self, weights: Float[Tensor, "n b"], share: float) -> Bool[Tensor, "n b"]:
         tokens = self.tokens
-        assert tokens.document_lengths is not None
         if tokens.is_padding is not None:
             weights = weights.masked_fill(tokens.is_padding, -torch.inf)
         # Two stable sorts order by document, then weight; the place within the document is a rank.
@@ -225,10 +248,12 @@ class RoutingDecision:
             begin[1:] = torch.where(begins, row[1:], 0)
             begin = begin.cummax(dim=0).values
         rank = torch.empty_like(order).scatter_(0, order, row - begin)
+        lengths = tokens.document_lengths
+        if lengths is None:  # plain until a ragged selection
+            lengths = torch.full_like(rank, tokens.sequence_length)
         # float64, as Python rounds share · length on the plain path.
-        capacity = (tokens.document_lengths.double() * share).floor().clamp(min=1)
-        is_selected = rank < capacity
-        return is_selected if tokens.is_padding is None else is_selected & ~tokens.is_padding
+        capacity = (lengths.double() * share).floor().clamp(min=1)
+        return rank < capacity
 
 
 def take_rows(values: Float[Tensor, "n b h"], rows: Int[Tensor, "k b"]) -> Float[Tensor, "k b h"]:

@@ -6,16 +6,17 @@ inside, states are sequence first.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mor_layers.attention import StepContext, attend
+from mor_layers.attention import StepContext
 from mor_layers.config import DecoderConfig, RecursionConfig
-from mor_layers.recursion import RecursionBlock, RecursionOutput
+from mor_layers.moe import ExpertUse, MoE
+from mor_layers.recursion import RecursionBlock, RecursionOutput, summed
 from mor_layers.routing import Tokens
 
 
@@ -29,15 +30,16 @@ class DecoderOutput:
     """One per recursion block: decisions, depths, losses."""
     lm_loss: Float[Tensor, ""] | None = None
     """Mean cross entropy in nats per token, where labels were given."""
+    prelude_experts: dict[int, ExpertUse] = field(default_factory=dict)
+    """What the experts of each layer before the recursion did."""
+    coda_experts: dict[int, ExpertUse] = field(default_factory=dict)
+    """What the experts of each layer after it did."""
 
     @property
     def losses(self) -> dict[str, Tensor]:
-        """Auxiliary losses of all recursions by name, coefficients multiplied in."""
-        total: dict[str, Tensor] = {}
-        for recursion in self.recursions:
-            for name, loss in recursion.losses.items():
-                total[name] = total[name] + loss if name in total else loss
-        return total
+        """Auxiliary losses of all routers by name, coefficients multiplied in."""
+        ends = (*self.prelude_experts.values(), *self.coda_experts.values())
+        return summed([*(r.losses for r in self.recursions), *(use.losses for use in ends)])
 
     @property
     def loss(self) -> Float[Tensor, ""]:
@@ -66,9 +68,14 @@ class StepNorm(nn.Module):
             nn.Parameter(torch.ones(hidden_size)) for _ in range(num_weights)
         )
 
-    def forward(self, hidden: Float[Tensor, "k b h"], step: int = 0) -> Float[Tensor, "k b h"]:
-        weight = self.weights[step if len(self.weights) > 1 else 0]
-        return F.rms_norm(hidden.float(), weight.shape, eps=self.epsilon).to(hidden) * weight
+    def forward(
+        self, hidden: Float[Tensor, "k b h"], step: int | Int[Tensor, "k b"] = 0
+    ) -> Float[Tensor, "k b h"]:
+        weight = self.weights[0]
+        if len(self.weights) > 1:  # one step for all rows, or one for each while generating
+            is_int = isinstance(step, int)
+            weight = self.weights[step] if is_int else torch.stack(tuple(self.weights))[step]
+        return F.rms_norm(hidden.float(), hidden.shape[-1:], eps=self.epsilon).to(hidden) * weight
 
 
 class Attention(nn.Module):
@@ -85,15 +92,17 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, width, bias=False)
 
     def forward(
-        self, hidden: Float[Tensor, "k b h"], context: StepContext, rotary: "Rotary"
+        self, hidden: Float[Tensor, "kx b h"], context: StepContext, rotary: "Rotary"
     ) -> Float[Tensor, "k b h"]:
-        query = rotary.turn(self._heads(self.query(hidden)))
+        """`hidden` has the rows of `context.with_exited`; the result those that run the step."""
+        running = hidden[: context.tokens.shape[0]]
+        query = rotary.turn(self._heads(self.query(running)))
         key = value = None
         if context.projects_keys:
-            key = rotary.turn(self._heads(self.key(hidden)))
-            value = self._heads(self.value(hidden))
-        key, value = context.exchange(self.layer, key, value)
-        out = attend(query, key, value, context.causal_mask)
+            projected = hidden[: context.num_projected]
+            key = rotary.turn(self._heads(self.key(projected)))
+            value = self._heads(self.value(projected))
+        out = context.attend(self.layer, query, key, value)
         return self.output(out.flatten(2))  # [k b n d] -> [k b h]
 
     def _heads(self, values: Tensor) -> Tensor:
@@ -116,19 +125,35 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and MLP, each behind a norm and inside a residual."""
 
-    def __init__(self, config: DecoderConfig, layer: int, num_norms: int = 1) -> None:
+    def __init__(
+        self, config: DecoderConfig, layer: int, num_norms: int = 1, num_steps: int = 1
+    ) -> None:
         super().__init__()
         self.attention_norm = StepNorm(config.hidden_size, config.rms_norm_epsilon, num_norms)
         self.attention = Attention(config, layer)
         self.mlp_norm = StepNorm(config.hidden_size, config.rms_norm_epsilon, num_norms)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config) if config.moe is None else _experts(config, num_steps)
 
     def forward(
         self, hidden: Float[Tensor, "k b h"], context: StepContext, rotary: "Rotary"
     ) -> Float[Tensor, "k b h"]:
-        normed = self.attention_norm(hidden, context.step)
+        normed = self.attention_norm(context.with_exited(hidden), context.step)
         hidden = hidden + self.attention(normed, context, rotary)
-        return hidden + self.mlp(self.mlp_norm(hidden, context.step))
+        normed = self.mlp_norm(hidden, context.step)
+        if not isinstance(self.mlp, MoE):
+            return hidden + self.mlp(normed)
+        output, use = self.mlp(normed, context.step, context.tokens.is_padding)
+        context.expert_use[self.attention.layer] = use
+        return hidden + output
+
+
+def _experts(config: DecoderConfig, num_steps: int) -> MoE:
+    assert config.moe is not None
+    width, recursion = config.ffn_hidden_size, config.recursion
+    if num_steps == 1 or recursion is None:
+        return MoE(config.hidden_size, width, config.moe)
+    routers, means = recursion.expert_routers, recursion.mean_experts
+    return MoE(config.hidden_size, width, config.moe, num_steps, routers, means)
 
 
 @dataclass(frozen=True)
@@ -149,28 +174,51 @@ class Rotary:
         return cls(angles.cos().to(dtype), angles.sin().to(dtype))
 
     def turn(self, heads: Float[Tensor, "k b n d"]) -> Float[Tensor, "k b n d"]:
+        """Turn the first `k` rows' heads."""
         first, second = heads.chunk(2, dim=-1)
-        return heads * self.cos + torch.cat([-second, first], dim=-1) * self.sin
+        cos, sin = self.cos[: len(heads)], self.sin[: len(heads)]
+        return heads * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 class DecoderStack(nn.Module):
-    """Decoder layers one after another: what a RecursionBlock wraps, and prelude and coda too."""
+    """Decoder layers one after another: what a RecursionBlock wraps, and prelude and coda too.
 
-    def __init__(self, config: DecoderConfig, num_layers: int, num_norms: int = 1) -> None:
+    Args:
+        num_norms: weights of each norm: one, or one a step.
+        num_steps: recursion steps that the stack runs in.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, num_layers: int, num_norms: int = 1, num_steps: int = 1
+    ) -> None:
         super().__init__()
         self.head_size, self.rope_base = config.head_size, config.rope_base
         self.layers = nn.ModuleList(
-            DecoderLayer(config, layer, num_norms) for layer in range(num_layers)
+            DecoderLayer(config, layer, num_norms, num_steps) for layer in range(num_layers)
         )
 
     def forward(
         self, hidden: Float[Tensor, "k b h"], context: StepContext
     ) -> Float[Tensor, "k b h"]:
-        positions = context.tokens.positions
+        positions = context.projected_positions
         rotary = Rotary.at(positions, self.head_size, self.rope_base, hidden.dtype)
         for layer in self.layers:
             hidden = layer(hidden, context, rotary)
         return hidden
+
+    def advance(self, step: int, uses: list[dict[int, ExpertUse]]) -> None:
+        """Let the layers' routers over experts change their state after an optimizer step.
+
+        Args:
+            uses: `StepContext.expert_use` of the runs of `step` that it learnt from.
+        """
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer.mlp, MoE):
+                own = [use[index] for use in uses]
+                wanted = torch.stack([use.load + use.dropped for use in own]).sum(dim=0)
+                histograms = [use.histogram for use in own if use.histogram is not None]
+                histogram = torch.stack(histograms).sum(dim=0) if histograms else None
+                layer.mlp.router.advance(step, wanted, histogram)
 
 
 class MoRTransformer(nn.Module):
@@ -190,7 +238,7 @@ class MoRTransformer(nn.Module):
 
         def block(num_layers: int) -> RecursionBlock:
             router = recursion.router.build(config.hidden_size, recursion.num_recursions)
-            stack = DecoderStack(config, num_layers, num_norms)
+            stack = DecoderStack(config, num_layers, num_norms, recursion.num_recursions)
             return RecursionBlock(stack, router, recursion.kv_policy, recompute=recompute)
 
         # A cyclic step runs the whole block; in a sequence each layer repeats on its own.
@@ -236,13 +284,13 @@ class MoRTransformer(nn.Module):
         documents = None if documents is None else documents.T
         is_padding = None if is_padding is None else is_padding.T
         tokens = Tokens.whole_sequence(*ids.T.shape, ids.device, documents, is_padding)
-        context = StepContext(0, tokens)
-        hidden = self.prelude(self.embedding(ids.T), context)
+        before, after = StepContext(0, tokens), StepContext(0, tokens)
+        hidden = self.prelude(self.embedding(ids.T), before)
         outputs = []
         for recursion in self.recursions:
             outputs.append(recursion(hidden, tokens, causal_routing))
             hidden = outputs[-1].hidden
-        hidden = self.norm(self.coda(hidden, context))
+        hidden = self.norm(self.coda(hidden, after))
         logits = self.output(hidden).transpose(0, 1)  # [s b v] -> [b s v]
         lm_loss = None
         if labels is not None:
@@ -252,9 +300,10 @@ class MoRTransformer(nn.Module):
             lm_loss = F.cross_entropy(
                 logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-1
             )
-        return DecoderOutput(logits, tuple(outputs), lm_loss)
+        return DecoderOutput(
+            logits, tuple(outputs), lm_loss, before.expert_use, after.expert_use
+        )
 
-    @torch.no_grad()
     def generate(
         self,
         ids: Int[Tensor, "b s"],
@@ -278,6 +327,16 @@ class MoRTransformer(nn.Module):
                 f"temperature={temperature} must be 0 or more and "
                 f"max_new_tokens={max_new_tokens} at least 1."
             )
+        return self._generate(ids, max_new_tokens, temperature, generator)
+
+    @torch.no_grad()
+    def _generate(
+        self,
+        ids: Tensor,
+        max_new_tokens: int,
+        temperature: float,
+        generator: torch.Generator | None,
+    ) -> Iterator[Tensor]:
         for _ in range(max_new_tokens):
             logits = self(ids, causal_routing=True).logits[:, -1].float()
             if temperature == 0:
@@ -289,15 +348,18 @@ class MoRTransformer(nn.Module):
             ids = torch.cat([ids, token[:, None]], dim=1)
 
     def advance(self, outputs: list[DecoderOutput]) -> None:
-        """Let routers change their state after an optimizer step.
+        """Let routers, over depth and over experts, change their state after an optimizer step.
 
         Args:
             outputs: the forward passes that the step learnt from. With several processes, sum
-                the counts over all of them and call each router's `advance` yourself.
+                what these say over all of them and call each router's methods yourself.
         """
         for i, recursion in enumerate(self.recursions):
-            counts = [
-                torch.stack([d.tokens.count for d in output.recursions[i].decisions])
-                for output in outputs
-            ]
+            own = [output.recursions[i] for output in outputs]
+            counts = [torch.stack([d.tokens.count for d in run.decisions]) for run in own]
             recursion.router.advance(torch.stack(counts).sum(dim=0))
+            recursion.router.adjust(summed([run.observations for run in own]))
+            for step in range(recursion.router.num_recursions):
+                recursion.layers.advance(step, [run.expert_use[step] for run in own])
+        self.prelude.advance(0, [output.prelude_experts for output in outputs])
+        self.coda.advance(0, [output.coda_experts for output in outputs])

@@ -25,9 +25,9 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from torch import Tensor
+from torch import Tensor, nn
 
-from mor_layers.attention import StepContext, attend
+from mor_layers.attention import Exited, StepContext, attend
 
 
 class SDPACoreAttention(MegatronModule):
@@ -124,10 +124,10 @@ class StepRotation:
         return StepRotation(self.cos[:, 0][positions], self.sin[:, 0][positions])
 
     def turn(self, heads: Tensor) -> Tensor:
-        """`[k b n d] -> [k b n d]`; a head's numbers beyond `r` stay."""
-        size = self.cos.shape[-1]
+        """`[k b n d] -> [k b n d]`, the first `k` positions; a head's numbers beyond `r` stay."""
+        size, cos, sin = self.cos.shape[-1], self.cos[: len(heads)], self.sin[: len(heads)]
         turned, rest = heads[..., :size], heads[..., size:]
-        turned = turned * self.cos + _rotate_half(turned, False) * self.sin
+        turned = turned * cos + _rotate_half(turned, False) * sin
         return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
 
@@ -139,7 +139,12 @@ class RecursiveSelfAttention(SelfAttention):
     """
 
     index_in_block: int
-    """0-based place in the recursion block; set by the stack that owns the layer."""
+    """0-based place in the recursion block."""
+
+    def join_block(self, index: int, input_norm: nn.Module) -> None:
+        """Learn one's place in the block, and the norm that the layer applies before attention."""
+        self.index_in_block = index
+        self.__dict__["input_norm"] = input_norm  # it is the layer's: not registered here
 
     def forward(  # type: ignore[override]
         self,
@@ -154,7 +159,11 @@ class RecursiveSelfAttention(SelfAttention):
         extra = len(query) - count  # rows that only fill up the ranks
         query = self._turn(query[:count], rotary_pos_emb)
         if key is not None and value is not None:
-            key, value = self._turn(key[:count], rotary_pos_emb), value[:count]
+            key, value = key[:count], value[:count]
+            if context.exited is not None:
+                exited = self._project_exited(context.exited)
+                key, value = torch.cat([key, exited[0]]), torch.cat([value, exited[1]])
+            key = self._turn(key, rotary_pos_emb)
         key, value = context.exchange(self.index_in_block, key, value)
         out = self._attend(query, key, value, context)
         out = F.pad(out, (0, 0, 0, 0, 0, extra)) if extra else out
@@ -165,12 +174,24 @@ class RecursiveSelfAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if context.projects_keys:
             return self.get_query_key_value_tensors(hidden)  # type: ignore[return-value]
-        if not self._can_project_queries_alone:
+        if not self._can_project_parts:
             return self.get_query_key_value_tensors(hidden)[0], None, None
-        return self._project_queries(hidden), None, None
+        query = self._project_part(hidden, slice(None, -2))
+        return query if self.q_layernorm is None else self.q_layernorm(query), None, None
+
+    def _project_exited(self, exited: Exited) -> tuple[Tensor, Tensor]:
+        """Keys and values of tokens that just exited, `[x b g d]`."""
+        count, hidden = len(exited.tokens.positions), self.input_norm(exited.hidden)
+        if not self._can_project_parts:
+            _, key, value = self.get_query_key_value_tensors(hidden)[:3]  # type: ignore[misc]
+            return key[:count], value[:count]
+        # [x b 2gd] -> [x b g 2 d]
+        both = self._project_part(hidden, slice(-2, None))[:count].unflatten(2, (-1, 2))
+        key, value = both.unbind(dim=3)
+        return key if self.k_layernorm is None else self.k_layernorm(key), value
 
     @property
-    def _can_project_queries_alone(self) -> bool:
+    def _can_project_parts(self) -> bool:
         # Fused gradient accumulation writes into the whole weight's buffer; a rank with less than
         # a group of queries has no weight of its own; other classes compute with the whole weight.
         return (
@@ -179,24 +200,24 @@ class RecursiveSelfAttention(SelfAttention):
             and self.config.num_query_groups >= self.world_size
         )
 
-    def _project_queries(self, hidden: Tensor) -> Tensor:
+    def _project_part(self, hidden: Tensor, part: slice) -> Tensor:
+        """`[p/tp b h] -> [p b n d]`, of each group's heads (q.. k v) the named ones."""
         linear = self.linear_qkv
         groups, size = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
 
-        def queries(fused: Tensor) -> Tensor:  # [groups (q.. k v) d, ...] -> [groups q.. d, ...]
-            return fused.unflatten(0, (groups, -1, size))[:, :-2].flatten(0, 2)
+        def taken(fused: Tensor) -> Tensor:  # [groups (q.. k v) d, ...] -> [groups part d, ...]
+            return fused.unflatten(0, (groups, -1, size))[:, part].flatten(0, 2)
 
         out = linear_with_grad_accumulation_and_async_allreduce(
             input=hidden,
-            weight=queries(linear.weight),
-            bias=None if linear.bias is None else queries(linear.bias),
+            weight=taken(linear.weight),
+            bias=None if linear.bias is None else taken(linear.bias),
             gradient_accumulation_fusion=False,
             allreduce_dgrad=linear.allreduce_dgrad,
             sequence_parallel=linear.sequence_parallel,
             tp_group=linear.tp_group,
         )
-        query = out.unflatten(-1, (-1, size))
-        return query if self.q_layernorm is None else self.q_layernorm(query)
+        return out.unflatten(-1, (-1, size))
 
     @staticmethod
     def _turn(heads: Tensor, rotation: StepRotation | None) -> Tensor:

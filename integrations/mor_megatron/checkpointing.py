@@ -126,7 +126,8 @@ def load(
     _check_fit(source, request)
     state: Any = dist_checkpointing.load(request, str(source))
     for index, chunk in enumerate(chunks):
-        _unwrapped(chunk).load_state_dict(state["model"][f"chunk_{index}"])
+        # A chunk that uses another's layers has nothing of its own, and then no entry.
+        _unwrapped(chunk).load_state_dict(state["model"].get(f"chunk_{index}", {}))
     if optimizer is not None:
         distributed_optimizer.load_state(optimizer, state["optimizer"], state["shared_optimizer"])
     if scheduler is not None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from mor_layers import RecursionBlock, RecursionConfig, RecursionOutput, Tokens
 from mor_megatron.attention import StepRotation
 from mor_megatron.auxiliary_loss import RouterLossScaler, listen_for_loss_scale
-from mor_megatron.moe import StepTopKRouter
+from mor_megatron.expert_router import StepTopKRouter
 from mor_megatron.placement import SequenceParallelPlacement
 from mor_megatron.stack import StepStack
 from mor_megatron.statistics import RoutingStatistics
@@ -73,6 +73,9 @@ class RecursionLayer(TransformerLayer):
     Raises:
         ValueError: settings that cannot run, see `validation`.
     """
+
+    is_entry = True
+    """Whether tokens are routed here; not on later stages of a block spread over the pipeline."""
 
     def __init__(
         self,
@@ -146,16 +149,11 @@ class RecursionLayer(TransformerLayer):
         Raises:
             ValueError: an input the recursion does not implement.
         """
-        for name, given in (
-            ("packed_seq_params", packed_seq_params),
-            ("inference_context", inference_context),
-            ("attention_bias", attention_bias),
-        ):
-            if given is not None:
-                raise ValueError(
-                    f"RecursionLayer does not take {name}. Several documents in a sequence go "
-                    "through attention_mask (reset_attention_mask=True in GPTDatasetConfig)."
-                )
+        refuse_inputs(
+            packed_seq_params=packed_seq_params,
+            inference_context=inference_context,
+            attention_bias=attention_bias,
+        )
         tokens = self._tokens(hidden_states, attention_mask, padding_mask)
         rotation = self._rotation(rotary_pos_emb, hidden_states)
         output = self.recursion(hidden_states, tokens, rotation=rotation)
@@ -244,6 +242,16 @@ class AbsorbedLayer(TransformerLayer):
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Nothing."""
         return {}
+
+
+def refuse_inputs(**inputs: Any) -> None:
+    """Raise ValueError for the first of these inputs that is given."""
+    for name, given in inputs.items():
+        if given is not None:
+            raise ValueError(
+                f"RecursionLayer does not take {name}. Several documents in a sequence go "
+                "through attention_mask (reset_attention_mask=True in GPTDatasetConfig)."
+            )
 
 
 def documents_of(is_barred: Tensor) -> Tensor | None:

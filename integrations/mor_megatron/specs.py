@@ -148,7 +148,7 @@ def recursion_block_spec(
     entries = [spec for part in parts for spec in part]
     return TransformerBlockSubmodules(
         layer_specs=entries[first : first + get_num_layers_to_build(config)],
-        layer_norm=cast(Any, _final_norm(layer_spec)),
+        layer_norm=cast(Any, final_norm(layer_spec)),
     )
 
 
@@ -224,7 +224,8 @@ def _even_stages(depths: tuple[int, ...], size: int) -> tuple[tuple[int, ...], .
     return min(candidates, key=lambda stages: max(map(sum, stages)))
 
 
-def _final_norm(layer_spec: ModuleSpec) -> type:
+def final_norm(layer_spec: ModuleSpec) -> type:
+    """The norm after the last layer: Transformer Engine's where the layers are its."""
     if not (has_transformer_engine() and _is_transformer_engine(layer_spec)):
         return Norm
     from megatron.core.extensions.transformer_engine import TENorm

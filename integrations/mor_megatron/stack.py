@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from mor_layers import RecursionConfig, StepContext
 from mor_megatron.attention import RecursiveSelfAttention, SDPACoreAttention, StepRotation
-from mor_megatron.moe import RecursiveMoELayer, StepTopKRouter
+from mor_megatron.expert_router import StepTopKRouter
+from mor_megatron.moe import RecursiveMoELayer
 from mor_megatron.placement import shard_of_padding
 
 
@@ -85,9 +86,10 @@ class StepStack(nn.ModuleList):
             for index, spec in enumerate(layer_specs)
         )
         self.first_layer = first_layer
+        self.layers_per_step = len(self)  # more where other stages hold layers of the block too
         self.tp_group = pg_collection.tp if config.sequence_parallel else None
         for index, layer in enumerate(self):
-            cast(Any, layer).self_attention.index_in_block = index
+            cast(Any, layer).self_attention.join_block(index, layer.input_layernorm)
         self._step_aware = [
             [m for m in layer.modules() if isinstance(m, StepAware)] for layer in self
         ]
@@ -97,12 +99,12 @@ class StepStack(nn.ModuleList):
     ) -> Tensor:
         """`[k b h] -> [k b h]`; `rotation` is the rotary table of the whole sequence, if any."""
         if rotation is not None:
-            rotation = rotation.at(context.tokens.positions)
+            rotation = rotation.at(context.projected_positions)
         is_padding = context.tokens.is_padding
         if self.tp_group is not None:
             is_padding = shard_of_padding(context.tokens, self.tp_group)
         for index, layer in enumerate(self):
-            layer_number = self.first_layer + context.step * len(self) + index + 1
+            layer_number = self.first_layer + context.step * self.layers_per_step + index + 1
             for module in self._step_aware[index]:
                 module.begin_step(context.step, layer_number)
             hidden, _ = layer(
@@ -119,9 +121,12 @@ def inner_config(config: TransformerConfig, num_recursions: int) -> TransformerC
 
     Expert routers take the weight of their auxiliary losses from it, and divide by the same weight
     for the log: with a share of it per step, a layer's losses count once in the graph and each
-    step's is logged as it is.
+    step's is logged as it is. How many rows a step sends to experts is known only then, which
+    dispatchers expect where there is a capacity: without one, it is set so high that it never binds.
     """
     inner = copy.copy(config)
+    if config.num_moe_experts is not None and config.moe_expert_capacity_factor is None:
+        inner.moe_expert_capacity_factor = float(config.num_moe_experts)
     coefficient = config.moe_aux_loss_coeff
     if isinstance(coefficient, list):
         inner.moe_aux_loss_coeff = [c / num_recursions for c in coefficient]
@@ -165,7 +170,7 @@ def recursive_layer_spec(spec: ModuleSpec, recursion: RecursionConfig) -> Module
         "self_attention": replace(
             attention, module=RecursiveSelfAttention, submodules=attention_parts
         ),
-        "mlp": _recursive_mlp(parts.mlp, recursion.num_recursions),
+        "mlp": _recursive_mlp(parts.mlp, recursion),
     }
     if not recursion.share_norms:
         for name in ("input_layernorm", "pre_mlp_layernorm"):
@@ -175,8 +180,10 @@ def recursive_layer_spec(spec: ModuleSpec, recursion: RecursionConfig) -> Module
     return replace(spec, submodules=replace(parts, **changes))
 
 
-def _recursive_mlp(builder: Any, num_recursions: int) -> Any:
-    if not (isinstance(builder, partial) and builder.func is MoELayer):
+def _recursive_mlp(builder: Any, recursion: RecursionConfig) -> Any:
+    is_moe = isinstance(builder, partial) and builder.func is MoELayer
+    recursion.require_experts(is_moe)
+    if not is_moe:
         return builder
     parts = builder.keywords["submodules"]
     if parts.router is not TopKRouter:
@@ -187,7 +194,7 @@ def _recursive_mlp(builder: Any, num_recursions: int) -> Any:
     return partial(
         RecursiveMoELayer,
         submodules=replace(parts, router=StepTopKRouter),
-        num_recursions=num_recursions,
+        recursion=recursion,
         **{name: value for name, value in builder.keywords.items() if name != "submodules"},
     )
 

@@ -22,6 +22,8 @@ class RoutingStatistics:
     """Sums of what the decisions measured, by `step_<r>/<name>` (1-based)."""
     metric_counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     """Forward passes behind each of them."""
+    observations: dict[str, Tensor] = field(default_factory=dict)
+    """Sums of what the decisions observed for `Router.adjust`, by name."""
     depths: Tensor | None = None
     """Steps each token of the last forward pass took, `[b s]`."""
 
@@ -43,11 +45,14 @@ class RoutingStatistics:
                 key = f"step_{step}/{name}"
                 self.metrics[key] = _sum(self.metrics.get(key), value)
                 self.metric_counts[key] += 1
+        for name, value in output.observations.items():
+            self.observations[name] = _sum(self.observations.get(name), value)
         self.depths = output.depths.T
 
     def clear(self) -> None:
         """Forget everything but the depths of the last forward pass."""
         self.tokens_per_step = self.last_step_positions = None
+        self.observations.clear()
         self.metrics.clear()
         self.metric_counts.clear()
 
@@ -64,6 +69,13 @@ class RoutingReport:
     """Means over forward passes by `step_<r>/<name>`: sampling_loss, sampling_accuracy, ..."""
     expert_load: Tensor | None
     """Tokens that each expert got, `[step layer expert]`; None without a mixture of experts."""
+    expert_drops: Tensor | None = None
+    """Tokens that each expert turned away, `[step layer expert]`."""
+    expert_balance: Tensor | None = None
+    """Each cell's term of the balance loss, `[step layer expert]`; over experts they sum to it, and
+    to 1 where load is even."""
+    expert_z_loss: Tensor | None = None
+    """The z-loss of each step and layer, `[step layer]`."""
 
 
 def _sum(total: Tensor | None, value: Tensor) -> Tensor:

@@ -1,11 +1,14 @@
 """What a training loop calls around its optimizer step."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from mor_megatron.expert_router import StepTopKRouter
 from mor_megatron.layer import RecursionLayer
 from mor_megatron.statistics import RoutingReport
 
@@ -18,7 +21,9 @@ def recursion_layers(model: nn.Module | Iterable[nn.Module]) -> Iterator[Recursi
 
 @torch.no_grad()
 def update_routers(model: nn.Module | Iterable[nn.Module]) -> None:
-    """Let routers change their state: capacity warm-up, loss-free bias.
+    """Let routers change their state: capacity warm-up, loss-free bias over depth, thresholds.
+
+    (The loss-free bias over experts is updated by `finalize_model_grads`.)
 
     Call it on every rank once after each optimizer step, outside recomputation, and before
     `routing_reports`, which forgets the counts. Counts are those of the global batch, so replicas
@@ -28,6 +33,13 @@ def update_routers(model: nn.Module | Iterable[nn.Module]) -> None:
         counts = _tokens_per_step(layer)
         torch.distributed.all_reduce(counts, group=_data_group())
         layer.recursion.router.advance(counts[1:])
+        observations = dict(layer.statistics.observations)
+        layer.statistics.observations.clear()
+        for value in observations.values():
+            torch.distributed.all_reduce(value, group=_data_group())
+        layer.recursion.router.adjust(observations)
+        for router in layer.expert_routers:
+            router.advance()
 
 
 @torch.no_grad()
@@ -36,11 +48,17 @@ def routing_reports(model: nn.Module | Iterable[nn.Module]) -> list[RoutingRepor
 
     Call it on every rank: all ranks get the same list, from every pipeline stage.
     """
-    own = [_report(layer) for layer in recursion_layers(model)]
+    own = [(layer.is_entry, _report(layer)) for layer in recursion_layers(model)]
     group = parallel_state.get_pipeline_model_parallel_group()
-    stages: list[list[RoutingReport] | None] = [None] * group.size()
+    stages: list[list[tuple[bool, RoutingReport]] | None] = [None] * group.size()
     torch.distributed.all_gather_object(stages, own, group=group)
-    return [report for stage in stages if stage for report in stage]
+    reports: list[RoutingReport] = []
+    for is_entry, report in (part for stage in stages if stage for part in stage):
+        if is_entry:
+            reports.append(report)
+        else:  # further layers of the same block
+            reports[-1] = _with_layers(reports[-1], report)
+    return reports
 
 
 def token_depths(model: nn.Module | Iterable[nn.Module]) -> Tensor:
@@ -68,17 +86,42 @@ def _report(layer: RecursionLayer) -> RoutingReport:
     metrics = torch.stack(means) if means else counts.new_zeros(0)
     for values in (counts, positions, metrics):
         torch.distributed.all_reduce(values, group=group)
-    loads = [router.load.clone() for router in layer.expert_routers]
-    for router, load in zip(layer.expert_routers, loads, strict=True):
-        torch.distributed.all_reduce(load, group=router.tp_dp_cp_group)
-        router.load.zero_()
     statistics.clear()
     return RoutingReport(
         shares=tuple((counts[1:] / counts[0].clamp(min=1)).tolist()),
         dead_positions=(positions == 0).float().mean().item(),
         metrics=dict(zip(names, (metrics / group.size()).tolist(), strict=True)),
-        expert_load=torch.stack(loads, dim=1).cpu() if loads else None,
+        **_expert_report(layer.expert_routers),
     )
+
+
+def _with_layers(report: RoutingReport, further: RoutingReport) -> RoutingReport:
+    names = ("expert_load", "expert_drops", "expert_balance", "expert_z_loss")
+    parts = {name: (getattr(report, name), getattr(further, name)) for name in names}
+    return replace(report, **{n: torch.cat(p, dim=1) for n, p in parts.items() if p[0] is not None})
+
+
+def _expert_report(routers: list[StepTopKRouter]) -> dict[str, Any]:
+    if not routers:
+        return {"expert_load": None}
+    reports = []
+    for router in routers:
+        cells = {name: buffer.clone() for name, buffer in router.cells.named_buffers()}
+        for value in cells.values():
+            torch.distributed.all_reduce(value, group=router.tp_dp_cp_group)
+        router.cells.clear()
+        wanted, tokens = cells["load"] + cells["drops"], cells["tokens"].clamp(min=1)
+        share = wanted / wanted.sum(dim=-1, keepdim=True).clamp(min=1)
+        mean = cells["scores"] / tokens[:, None]
+        reports.append(
+            {
+                "expert_load": cells["load"],
+                "expert_drops": cells["drops"],
+                "expert_balance": wanted.shape[-1] * share * mean,
+                "expert_z_loss": cells["squares"] / tokens,
+            }
+        )
+    return {n: torch.stack([r[n] for r in reports], dim=1).cpu() for n in reports[0]}
 
 
 def _tokens_per_step(layer: RecursionLayer) -> Tensor:

@@ -16,6 +16,12 @@ def validate(config: TransformerConfig, recursion: RecursionConfig) -> None:
             raise ValueError(f"{given} cannot be used with a recursion: {reason}")
 
 
+def _has_transformer_engine() -> bool:
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return HAVE_TE
+
+
 def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[bool, str, str]]:
     selective = config.recompute_modules if config.recompute_granularity == "selective" else []
     selective = selective or []
@@ -67,6 +73,11 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             "recompute_granularity instead.",
         ),
         (
+            "layernorm" in selective and not _has_transformer_engine(),
+            "recompute_modules with 'layernorm' and no Transformer Engine",
+            "Megatron's local layers raise a NameError there. Leave 'layernorm' out.",
+        ),
+        (
             "layernorm" in selective and not recursion.share_norms,
             "recompute_modules with 'layernorm' and share_norms=False",
             "a recomputed norm would be the last step's. Leave 'layernorm' out.",
@@ -94,6 +105,25 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             has_moe and "quantile_balancing" in balancing,
             "moe_router_load_balancing_type='quantile_balancing'",
             "Megatron does not implement it with padding. Use 'aux_loss' or an expert bias.",
+        ),
+        (
+            has_moe and config.moe_pad_expert_input_to_capacity,
+            "moe_pad_expert_input_to_capacity=True",
+            "steps and ranks run different numbers of tokens. Leave it out.",
+        ),
+        (
+            recursion.mean_experts is not None
+            and (config.moe_router_score_function != "softmax" or "seq_aux_loss" in balancing),
+            f"mean_experts with moe_router_score_function={config.moe_router_score_function!r} and "
+            f"moe_router_load_balancing_type={config.moe_router_load_balancing_type!r}",
+            "the threshold is one on softmax probabilities. Use 'softmax', and 'aux_loss' or "
+            "'none'.",
+        ),
+        (
+            recursion.mean_experts is not None
+            and not 1 <= max(recursion.mean_experts) <= config.moe_router_topk > 1,
+            f"mean_experts={recursion.mean_experts} with moe_router_topk={config.moe_router_topk}",
+            "moe_router_topk is the most that a token may take. Use at least the mean, and 2.",
         ),
         (
             has_moe and config.calculate_per_token_loss,

@@ -5,6 +5,7 @@ Legend: `b` batch, `n` candidates of a step, `k` tokens selected, `h` hidden, `c
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -14,9 +15,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mor_layers.routing import RoutingDecision
+from mor_layers.thresholds import PreciseBuffers
 
 
-class Router(nn.Module, ABC):
+class Router(PreciseBuffers, ABC):
     """Decides, step by step, which tokens go on. Subclass it to bring your own.
 
     The work is in three parts, so that one router serves one process and many. `logits` looks at
@@ -85,15 +87,31 @@ class Router(nn.Module, ABC):
         """
         return
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        # Buffers steer the choice by small steps that bf16 would round away: they keep their dtype.
-        before = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            moved = getattr(self, name)
-            if moved.dtype != buffer.dtype:
-                setattr(self, name, buffer.to(moved.device))
-        return self
+    def tune(
+        self, shares: tuple[float, ...], observe: Callable[[int], Float[Tensor, "t c"]]
+    ) -> None:
+        """Set what decides with `causal=True` so that each step runs about a share of all tokens.
+
+        Args:
+            shares: of all tokens, for each step; never rising.
+            observe: runs some text through the model, as it is tuned by now, and gives the logits
+                of every candidate of a step.
+
+        Raises:
+            ValueError: there is nothing to tune.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no thresholds to tune. Give it a method `tune`, or serve "
+            "the model as it is."
+        )
+
+    def adjust(self, observations: dict[str, Tensor]) -> None:
+        """Called after `advance`, for routers whose decisions carry observations.
+
+        Args:
+            observations: what the decisions observed, summed over the global batch.
+        """
+        return
 
 
 @dataclass(frozen=True)
@@ -108,8 +126,17 @@ class RouterConfig(ABC):
         """Raise ValueError where these settings do not fit `num_recursions` steps."""
         return
 
+    @property
+    def needs_updates(self) -> bool:
+        """Whether the router must be told of optimizer steps through `advance`."""
+        return False
+
     def capacity_factors_for(self, num_recursions: int) -> tuple[float, ...] | None:
         """Expected share of tokens at each step, where the settings fix it."""
+        return None
+
+    def mean_experts_for(self, num_recursions: int) -> tuple[float, ...] | None:
+        """Mean number of experts that a token shall take at each step; None: as the layers say."""
         return None
 
 
@@ -199,6 +226,17 @@ class Scorer(nn.Module):
                 values = nn.functional.gelu(values)
             values = nn.functional.linear(values, weight.float())
         return values
+
+
+def bar_above(values: Float[Tensor, " t"], count: float) -> float:
+    """A number that `count` of the values, rounded, exceed: halfway between two neighbours."""
+    kept = min(len(values), max(0, round(count)))
+    if kept == 0:
+        return torch.finfo(torch.float32).max
+    if kept == len(values):
+        return torch.finfo(torch.float32).min
+    ordered = values.double().sort(descending=True).values
+    return float(ordered[kept - 1] + ordered[kept]) / 2
 
 
 def require_choice(owner: str, field: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -1,8 +1,10 @@
 """Routers that learn nothing: what an adaptive depth has to beat."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mor_layers.routers.base import (
@@ -62,7 +64,10 @@ class RandomDepth(RouterConfig):
 
 
 class RandomDepthRouter(Router):
-    """Draws from torch's generator; with `causal=True` each token is drawn on its own."""
+    """Draws from torch's generator; with `causal=True` from each token's position alone.
+
+    So generation repeats what a forward pass over the whole sequence decides.
+    """
 
     def __init__(self, config: RandomDepth, num_recursions: int) -> None:
         super().__init__(num_recursions)
@@ -75,12 +80,19 @@ class RandomDepthRouter(Router):
         previous: RoutingDecision,
         causal: bool = False,
     ) -> RoutingDecision:
-        draws = torch.rand(previous.tokens.shape, device=previous.tokens.positions.device)
-        share = self.capacity_factors[step]
+        positions, share = previous.tokens.positions, self.capacity_factors[step]
         if causal and share < 1.0:
             before = self.capacity_factors[step - 1] if step else 1.0
-            is_selected = draws < share / before
-            if previous.tokens.is_padding is not None:
-                is_selected = is_selected & ~previous.tokens.is_padding
-            return previous.keep_where(is_selected)
-        return previous.keep_top(draws, share)
+            return previous.keep_where(_scattered(positions, step) * before < share)
+        return previous.keep_top(torch.rand(positions.shape, device=positions.device), share)
+
+    def tune(self, shares: tuple[float, ...], observe: Callable[[int], Tensor]) -> None:
+        self.capacity_factors = shares
+
+
+def _scattered(positions: Int[Tensor, "n b"], step: int) -> Float[Tensor, "n b"]:
+    """A number in [0, 1) from each position and the step, as if drawn (after SplitMix64)."""
+    state = (positions + 1) * -0x61C8864680B583EB + (step + 1) * 0x2545F4914F6CDD1D
+    for factor in (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15):
+        state = (state ^ ((state >> 30) & 0x3FFFFFFFF)) * factor
+    return ((state >> 40) & 0xFFFFFF).float() / 0x1000000

@@ -8,6 +8,7 @@ Legend: `b` batch, `n` candidates of a step, `k` tokens selected, `h` hidden.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -19,6 +20,7 @@ from mor_layers.routers.base import (
     Router,
     RouterConfig,
     Scorer,
+    bar_above,
     checked_capacity_factors,
     register_router,
     require_choice,
@@ -87,6 +89,10 @@ class ExpertChoice(RouterConfig):
             return self.predictor_coefficient
         return 0.001 if self.predictor == "aux_loss" else 1.0
 
+    @property
+    def needs_updates(self) -> bool:
+        return self.warmup_steps > 0
+
     def validate(self, num_recursions: int) -> None:
         checked_capacity_factors(self.capacity_factors, num_recursions)
 
@@ -106,6 +112,7 @@ class ExpertChoiceRouter(Router):
     """
 
     training_steps: Tensor
+    bars: Tensor
 
     def __init__(self, config: ExpertChoice, hidden_size: int, num_recursions: int) -> None:
         super().__init__(num_recursions)
@@ -119,7 +126,10 @@ class ExpertChoiceRouter(Router):
             for _ in range(num_recursions if config.predictor == "aux_router" else 0)
         )
         self.register_buffer("training_steps", torch.zeros((), dtype=torch.int64))
-        self._training_steps: int | None = None  # the buffer as the host last saw it
+        # Logits set by `tune`; inf where `threshold` decides.
+        self.register_buffer("bars", torch.full((num_recursions,), math.inf))
+        self._training_steps: int | None = None  # the buffers as the host last saw them
+        self._bars: list[float] | None = None
 
     def logits(self, hidden: Tensor, step: int) -> Tensor:
         logits = self.scorers[step](hidden / self.config.temperature)
@@ -137,15 +147,11 @@ class ExpertChoiceRouter(Router):
         assert logits is not None
         own, predicting = logits[..., 0], logits[..., -1]
         weights = self.config.alpha * self._activate(own)
-        capacity_factor = self.capacity_factor(step)
-        if causal and capacity_factor < 1.0:
-            bar = math.log(self.config.threshold / (1.0 - self.config.threshold))
-            is_selected = predicting > bar
-            if previous.tokens.is_padding is not None:
-                is_selected = is_selected & ~previous.tokens.is_padding
-            decision = previous.keep_where(is_selected)
+        bar = self._bar(step) if causal else None
+        if bar is not None:
+            decision = previous.keep_where(predicting > bar)
         else:
-            decision = previous.keep_top(weights, capacity_factor)
+            decision = previous.keep_top(weights, self.capacity_factor(step))
         terms, metrics = self._losses(own, predicting, decision, previous)
         return decision.with_gates(decision.taken(weights), terms, metrics)
 
@@ -164,6 +170,25 @@ class ExpertChoiceRouter(Router):
     def advance(self, tokens_per_step: Tensor) -> None:
         self.training_steps += 1
         self._training_steps = None
+
+    @torch.no_grad()
+    def tune(self, shares: tuple[float, ...], observe: Callable[[int], Tensor]) -> None:
+        total = None
+        for step, share in enumerate(shares):
+            predicting = observe(step)[:, -1]
+            total = len(predicting) if total is None else total
+            self.bars[step] = bar_above(predicting, share * total)
+            self._bars = None
+
+    def _bar(self, step: int) -> float | None:
+        """What the predictor's logit must exceed for a step; None: everyone runs it."""
+        if self._bars is None:
+            self._bars = self.bars.tolist()
+        if self._bars[step] < math.inf:
+            return self._bars[step]
+        if self.capacity_factor(step) == 1.0:
+            return None
+        return math.log(self.config.threshold / (1.0 - self.config.threshold))
 
     def capacity_factor(self, step: int) -> float:
         """Share of the sequence that runs a step now, warm-up included."""
@@ -201,4 +226,4 @@ class ExpertChoiceRouter(Router):
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
-        self._training_steps = None
+        self._training_steps = self._bars = None

@@ -6,6 +6,7 @@ Source: arXiv 2507.10524, section 2.2.1; the loss-free bias from Wang et al. 202
 Legend: `b` batch, `n` candidates of a step, `k` tokens selected, `h` hidden, `r` depths.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -81,6 +82,10 @@ class TokenChoice(RouterConfig):
             return self.balancing_coefficient
         return {"loss": 0.1, "loss_free": 0.001, "none": 0.0}[self.balancing]
 
+    @property
+    def needs_updates(self) -> bool:
+        return self.balancing == "loss_free"
+
     def build(self, hidden_size: int, num_recursions: int) -> "TokenChoiceRouter":
         return TokenChoiceRouter(self, hidden_size, num_recursions)
 
@@ -109,10 +114,7 @@ class TokenChoiceRouter(Router):
     ) -> RoutingDecision:
         if step > 0:
             assert previous.plan is not None
-            is_selected = previous.plan[..., 0] >= step
-            if previous.tokens.is_padding is not None:
-                is_selected = is_selected & ~previous.tokens.is_padding
-            return previous.keep_where(is_selected)
+            return previous.keep_where(previous.plan[..., 0] >= step)
         assert logits is not None
         probabilities = self._activate(logits)
         depth = (probabilities.detach() + self.depth_bias.float()).argmax(dim=-1)
@@ -141,8 +143,23 @@ class TokenChoiceRouter(Router):
             return
         counts = tokens_per_step.to(self.depth_bias)
         counts = counts - F.pad(counts[1:], (0, 1))  # tokens that ran a step -> that ended there
-        shares = counts / counts.sum().clamp(min=1.0)
-        self.depth_bias += self.config.balancing_weight * (shares.mean() - shares).sign()
+        # sign(mean share - share) in whole numbers: an even share must not move by a rounding.
+        direction = (counts.sum() - self.num_recursions * counts).sign()
+        self.depth_bias += self.config.balancing_weight * direction
+
+    @torch.no_grad()
+    def tune(self, shares: tuple[float, ...], observe: Callable[[int], Tensor]) -> None:
+        if shares[0] < 1.0:
+            raise ValueError(f"shares={shares}: TokenChoice runs step 1 for every token. Use 1.")
+        probabilities = self._activate(observe(0))
+        reached = torch.tensor([*shares, 0.0], device=probabilities.device)
+        wanted = -reached.diff()  # share of tokens that end at each step
+        bias, step = self.depth_bias.float().clone(), 0.5
+        for _ in range(400):  # raise what is chosen too seldom, by ever less
+            depth = (probabilities + bias).argmax(dim=-1)
+            bias += step * (wanted - depth.bincount(minlength=len(bias)) / len(depth))
+            step *= 0.98
+        self.depth_bias.copy_(bias)
 
     def _activate(self, logits: Tensor) -> Tensor:
         if self.config.activation == "softmax":

@@ -1,0 +1,107 @@
+"""A router of your own in fewer than 30 lines, named in YAML and trained for a few steps on text.
+
+    python examples/custom_router.py [number of steps]
+
+A token of `halting` depth goes on for as long as its score is above one half, and a loss holds the
+mean score of a step at `share`. It looks at no other token, so it generates as it was trained.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pydoc_data.topics import topics
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from mor_layers import (
+    DecoderConfig,
+    DecoderOutput,
+    MoRTransformer,
+    Router,
+    RouterConfig,
+    from_mapping,
+    register_router,
+)
+from mor_layers.losses import masked_mean
+
+
+@register_router("halting")
+@dataclass(frozen=True)
+class Halting(RouterConfig):
+    share: float = 0.5  # mean score that the loss holds at each step
+    coefficient: float = 1.0  # weight of that loss
+
+    def build(self, hidden_size: int, num_recursions: int) -> Router:
+        return HaltingRouter(self, hidden_size, num_recursions)
+
+
+class HaltingRouter(Router):
+    def __init__(self, config: Halting, hidden_size: int, num_recursions: int) -> None:
+        super().__init__(num_recursions)
+        self.config = config
+        self.scorers = nn.ModuleList(nn.Linear(hidden_size, 1) for _ in range(num_recursions))
+
+    def logits(self, hidden, step):
+        return self.scorers[step](hidden)  # [n b h] -> [n b 1]
+
+    def decide(self, logits, step, previous, causal=False):
+        scores = logits[..., 0].sigmoid()
+        decision = previous.keep_where(scores > 0.5) if step else previous.keep_valid()
+        excess = masked_mean(scores, previous.tokens.counted) - self.config.share
+        losses = {"halting_loss": self.config.coefficient * excess.square()}
+        return decision.with_gates(decision.taken(scores), losses, metrics={})
+
+
+MODEL = """
+vocab_size: 256
+hidden_size: 64
+ffn_hidden_size: 160
+num_unrolled_layers: 5
+num_heads: 4
+recursion:
+  num_recursions: 3
+  sharing: middle_cycle
+  router: {type: halting, share: 0.5}
+"""
+
+
+def text_batches(batch: int = 16, length: int = 64) -> Iterator[torch.Tensor]:
+    """Random passages `[b s]` of Python's own documentation, byte by byte."""
+    text = torch.tensor(list("\n".join(topics.values()).encode()))
+    while True:
+        starts = torch.randint(len(text) - length, (batch, 1))
+        yield text[starts + torch.arange(length)]
+
+
+def train(steps: int) -> Iterator[DecoderOutput]:
+    """A fresh model on random passages; yields each step's output."""
+    config = from_mapping(DecoderConfig, OmegaConf.to_object(OmegaConf.create(MODEL)))
+    model = MoRTransformer(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _, ids in zip(range(steps), text_batches(), strict=False):
+        output = model(ids, labels=torch.cat([ids[:, 1:], ids.new_full((len(ids), 1), -1)], dim=1))
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.advance([output])
+        yield output
+
+
+def shares(output: DecoderOutput) -> list[float]:
+    """Share of the tokens that ran each step."""
+    return [(output.depths > step).float().mean().item() for step in range(3)]
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+    for i, output in enumerate(train(steps), start=1):
+        if i == 1 or i % 20 == 0:
+            per_step = "  ".join(f"{share:4.0%}" for share in shares(output))
+            print(f"step {i:4}  loss {output.lm_loss:.3f}  tokens that ran each step {per_step}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Continue a text and show how deep each token was computed, in colour.
+
+    python examples/generate.py "Once upon a time" --model runs/exported --max-new-tokens 60
+
+Without --model a small model with random weights babbles. With --calibrate FILE the thresholds are set
+from the text of a file first; --dial then turns compute down or up without training.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from mor_layers.calibration import calibrate
+from mor_layers.decoding import CacheSettings
+from mor_layers.depth_batching import DepthBatchingEngine
+from mor_layers.sampling import Sampling
+from mor_layers.scheduling import Request
+from serving.loading import ServedModel, load
+
+COLOURS = ("bright_black", "blue", "cyan", "green", "yellow", "red", "magenta")
+"""By steps; deeper ones share the last."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    options = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    add = options.add_argument
+    add("prompt", nargs="?", default="Once upon a time")
+    add("--model", help="folder with config.yaml, weights and tokenizer.json; default: random")
+    add("--max-new-tokens", type=int, default=100)
+    add("--temperature", type=float, default=0.0)
+    add("--top-k", type=int, default=0)
+    add("--top-p", type=float, default=1.0)
+    add("--seed", type=int, default=0)
+    add("--stop", action="append", default=[], help="string that ends the text; may be repeated")
+    add("--int8-kv", action="store_true", help="keep keys and values in 8 bits; not exact")
+    add("--calibrate", metavar="FILE", help="held-out text to set thresholds from")
+    add("--dial", type=float, default=1.0, help="compute relative to training; with --calibrate")
+    return options
+
+
+def style(depth: int) -> str:
+    """Colour of a token that took so many steps."""
+    return COLOURS[min(depth, len(COLOURS) - 1)]
+
+
+def generate(served: ServedModel, options: argparse.Namespace, console: Console) -> None:
+    """Prompt and continuation, token by token as they come, and a summary."""
+    decode = served.tokenizer.decode
+    ids = tuple(served.tokenizer.encode(options.prompt))
+    request = Request(
+        ids,
+        options.max_new_tokens,
+        Sampling(options.temperature, options.top_k, options.top_p, options.seed),
+        stop=tuple(options.stop),
+    )
+    # All steps of every token, in pages: one sequence can then not run out.
+    shape = served.model.config
+    layers = shape.num_unrolled_layers + 2
+    row = 2 * shape.kv_heads * shape.head_size * 8 * layers
+    length = len(ids) + options.max_new_tokens
+    settings = CacheSettings(row * 2 * (length + 64), 1, length, is_int8=options.int8_kv)
+    engine = DepthBatchingEngine(served.model, settings, decode=decode)
+    depths: list[int] = []
+    began = time.perf_counter()
+    for event in engine.stream(request):
+        if event.prompt_depths:
+            for token, depth in zip(ids, event.prompt_depths, strict=True):
+                console.print(Text(decode([token]), style=f"{style(depth)} italic"), end="")
+        if event.depth is not None:
+            depths.append(event.depth)
+        console.print(Text(event.text, style=style(event.depth or 0)), end="")
+    seconds = time.perf_counter() - began
+    legend = Text("\n\nsteps: ")
+    for depth in range(max(depths) + 1):
+        share = depths.count(depth) / len(depths)
+        legend.append(f" {depth} ({share:.0%}) ", style=f"reverse {style(depth)}")
+    mean = sum(depths) / len(depths)
+    legend.append(f"  mean {mean:.2f}, {len(depths) / seconds:.1f} tokens/s")
+    console.print(legend)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Generate; exits with 2 where the arguments are wrong."""
+    options = parser().parse_args(arguments)
+    console = Console(soft_wrap=True, highlight=False)
+    try:
+        if options.dial != 1.0 and options.calibrate is None:
+            raise ValueError("--dial needs held-out text to set thresholds from: --calibrate FILE.")
+        served = load(options.model)
+        if options.calibrate is not None:
+            ids = served.tokenizer.encode(Path(options.calibrate).read_text("utf-8"))
+            pieces = [torch.tensor(p)[None] for p in _pieces(ids, 256)][:64]
+            reached = calibrate(served.model, pieces, options.dial)
+            console.print(f"mean depth on {options.calibrate}: {reached.mean_depth:.2f}")
+        generate(served, options, console)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _pieces(ids: list[int], length: int) -> list[list[int]]:
+    return [ids[i : i + length] for i in range(0, len(ids), length)]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

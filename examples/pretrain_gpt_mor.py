@@ -1,0 +1,198 @@
+"""Pretrain a GPT with Mixture-of-Recursions and Mixture-of-Experts through Megatron-Core.
+
+    torchrun --nproc-per-node 2 examples/pretrain_gpt_mor.py \\
+        --config examples/configs/tiny.yaml training.steps=200
+
+The same script runs on CPU processes (gloo) and on GPUs (NCCL). `--help` lists every setting.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from pretraining import demonstration, distributed, model, run_folder
+from pretraining.command_line import load_settings
+from pretraining.datasets import Datasets, batches, build_datasets, unigram_entropy
+from pretraining.display import Costs, Display
+from pretraining.history import History, Routing, Row
+from pretraining.report import Report, render
+from pretraining.settings import Settings
+from pretraining.summary import write_summary
+from pretraining.text import TextTokenizer, prepare
+from pretraining.training import Batches, Trainer
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Train, or resume, the run that the arguments describe; exits with 2 where they are wrong."""
+    try:
+        settings = load_settings(arguments)
+        settings.data_parallel_size(distributed.world_size())
+        with distributed.process_groups(settings.parallel):
+            pretrain(settings)
+    except (*distributed.ERRORS, FloatingPointError) as error:
+        if distributed.is_first_rank():
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def pretrain(settings: Settings) -> None:
+    """From text to a trained model, its checkpoint, report.html and summary.json."""
+    console = Console() if distributed.is_first_rank() else None
+    if distributed.on_first_rank(lambda: run_folder.is_complete(settings)):
+        if console is not None:
+            console.print(
+                f"{settings.output} is complete: all {settings.training.steps} steps are done. See "
+                f"{settings.output}/report.html. For another run choose another output=.",
+                soft_wrap=True,
+            )
+        return
+    text = distributed.on_first_rank(lambda: prepare(settings.data))
+    distributed.on_first_rank(lambda: run_folder.claim(settings, text))
+    tokenizer = TextTokenizer(text.tokenizer, settings.data.end_of_document)
+    data = build_datasets(settings, text, tokenizer)
+    distributed.seed(settings.training.seed, step=0)
+    built = model.build_model(settings, tokenizer.vocab_size)
+    trainer = Trainer(settings, built, tokenizer.vocab_size)
+    trainer.resume()
+    session = Session(settings, trainer, data, tokenizer, console)
+    with session.display:
+        session.train()
+        if trainer.step == settings.training.steps:
+            session.finish()
+    session.history.close()
+
+
+class Session:
+    """One process's work from a start or a resume to the next stop."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        trainer: Trainer,
+        data: Datasets,
+        tokenizer: TextTokenizer,
+        console: Console | None,
+    ) -> None:
+        self.settings, self.trainer, self.data, self.tokenizer = settings, trainer, data, tokenizer
+        self.folder = Path(settings.output)
+        self.shape = model.shape(settings, tokenizer.vocab_size)
+        self.unigram_entropy = unigram_entropy(data.held_out, tokenizer.vocab_size)
+        self.history = History(self.folder, trainer.step, console is not None)
+        self.display = Display(
+            settings.output, settings.training.steps, self.unigram_entropy, console
+        )
+        self.is_stopping = distributed.StopRequest()
+        self.validation: tuple[float, Routing | None] | None = None
+        self.train_seconds, self.train_tokens = 0.0, 0
+
+    def train(self) -> None:
+        """Take steps until the run is done, or told to stop; leaves a checkpoint."""
+        settings, trainer = self.settings, self.trainer
+        if trainer.step > 0:
+            self.display.say(f"resumed at step {trainer.step} of {settings.training.steps}")
+        train_batches = batches(self.data.train, settings, first_step=trainer.step)
+        while trainer.step < settings.last_step and not self.is_stopping():
+            row = self.step(train_batches)
+            self.history.add(row)
+            if row.tokens_per_second is not None or row.validation_loss is not None:
+                self.display.show(row, self.costs(row))
+            if trainer.step % settings.training.checkpoint_every == 0:
+                trainer.save()
+        trainer.save()
+        if trainer.step < settings.training.steps:
+            self.display.say(
+                f"stopped after step {trainer.step} of {settings.training.steps}, with a "
+                "checkpoint. Run again to go on."
+            )
+
+    def step(self, train_batches: Batches) -> Row:
+        """One optimizer step, and what is due after it."""
+        settings, trainer = self.settings, self.trainer
+        started = time.monotonic()
+        result = trainer.train_step(train_batches)
+        self.train_seconds += time.monotonic() - started
+        self.train_tokens += settings.training.global_batch_size * settings.data.sequence_length
+        speed = routing = None
+        is_last = trainer.step == settings.training.steps
+        if trainer.step % settings.log_every == 0 or is_last:
+            speed = self.train_tokens / self.train_seconds
+            routing = Routing.from_reports(result.routing)
+            self.train_seconds, self.train_tokens = 0.0, 0
+        self.validation = None
+        if trainer.step % settings.evaluation.every == 0 or is_last:
+            self.validation = self.validate()
+        return Row(
+            trainer.step,
+            result.loss,
+            result.learning_rate,
+            result.gradient_norm,
+            speed,
+            routing,
+            self.validation[0] if self.validation else None,
+        )
+
+    def validate(self) -> tuple[float, Routing | None]:
+        """Held-out loss in nats per token, and the routing of the held-out tokens."""
+        loss, reports = self.trainer.evaluate(self.data.held_out)
+        return loss, Routing.from_reports(reports)
+
+    def costs(self, row: Row) -> Costs:
+        """What the work of a step amounts to."""
+        shares = row.routing.shares if row.routing else None
+        flops = model.flops_per_token(self.shape, self.settings, shares)
+        peak = self.settings.peak_tflops
+        utilization = None
+        if peak is not None and row.tokens_per_second is not None:
+            utilization = flops * row.tokens_per_second / (peak * 1e12 * distributed.world_size())
+        return Costs(flops, utilization)
+
+    def finish(self) -> None:
+        """Show the trained model at work, and write report.html and summary.json."""
+        loss, routing = self.validation or self.validate()
+        self.display.say(
+            f"validation loss {loss:.3f}, unigram entropy {self.unigram_entropy:.3f} "
+            "(nats per token)"
+        )
+        sample = demonstration.continuation(self.trainer, self.settings, self.tokenizer)
+        passage = demonstration.depths(self.trainer, self.data.held_out, self.tokenizer)
+        if not distributed.is_first_rank():
+            return
+        self.display.say(f"a continuation:\n{sample}\n")
+        parameters = model.parameters(self.shape)
+        flops = model.flops_per_token(self.shape, self.settings, routing and routing.shares)
+        report = Report(
+            title=f"Pretraining {self.settings.output}",
+            facts={
+                "Held-out loss": f"{loss:.3f} nats per token",
+                "Unigram entropy": f"{self.unigram_entropy:.3f} nats per token",
+                "Optimizer steps": f"{self.settings.training.steps:,}",
+                "Parameters": f"{parameters:,}",
+                "Training FLOPs per token": f"{flops:.4g}",
+            },
+            rows=self.history.rows,
+            unigram_entropy=self.unigram_entropy,
+            depth_shares=routing and routing.depth_shares,
+            expert_load=routing and routing.expert_load,
+            passage=passage,
+            sample=sample,
+        )
+        run_folder.write_atomically(self.folder / "report.html", render(report))
+        write_summary(
+            self.folder / "summary.json",
+            self.settings,
+            self.history,
+            validation_loss=loss,
+            depth_shares=routing and routing.depth_shares,
+            unigram_entropy=self.unigram_entropy,
+            parameters=parameters,
+            flops_per_token=flops,
+            sample=sample,
+        )
+        self.display.say(f"wrote {self.folder}/report.html and summary.json")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,176 @@
+"""The model: an unmodified GPTModel whose block comes from `recursion_block_spec`."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch.nn import functional as F
+
+from mor_layers import DecoderConfig, RecursionConfig, accounting
+from mor_megatron import Norm, default_layer_spec, recursion_block_spec
+from mor_megatron.specs import has_transformer_engine
+from pretraining.settings import Settings
+
+VOCABULARY_MULTIPLE = 128
+"""The embedding is filled up to a multiple of this times the tensor-parallel size."""
+
+
+def padded_vocabulary(settings: Settings, vocab_size: int) -> int:
+    """Rows of the embedding."""
+    multiple = VOCABULARY_MULTIPLE * settings.parallel.tensor
+    return -(-vocab_size // multiple) * multiple
+
+
+def build_model(settings: Settings, vocab_size: int) -> GPTModel:
+    """This process's part of the model, on its device."""
+    config = transformer_config(settings)
+    model = GPTModel(
+        config,
+        transformer_layer_spec=_block(settings, config),
+        vocab_size=padded_vocabulary(settings, vocab_size),
+        max_sequence_length=settings.data.sequence_length,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=settings.model.tie_embeddings,
+        position_embedding_type="rope",
+        rotary_base=settings.model.rope_base,
+    )
+    return model.to(torch.cuda.current_device())
+
+
+def transformer_config(settings: Settings) -> TransformerConfig:
+    """Megatron's configuration for these settings."""
+    model, parallel, training = settings.model, settings.parallel, settings.training
+    has_cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
+    fields: dict[str, Any] = {
+        "num_layers": model.num_unrolled_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_heads,
+        "num_query_groups": model.num_kv_heads,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "tensor_model_parallel_size": parallel.tensor,
+        "sequence_parallel": parallel.sequence_parallel,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": 1 if parallel.expert > 1 else None,
+        "bf16": training.precision == "bf16",
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        # Without CUDA there are no fused kernels, and weights are drawn on the host.
+        "use_cpu_initialization": not has_cuda,
+        "masked_softmax_fusion": False,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": has_cuda,
+        "gradient_accumulation_fusion": False,
+    }
+    if training.recompute == "full":
+        fields |= {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    elif training.recompute == "selective":
+        fields |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    if model.moe is not None:
+        ends = [0] * _unshared_layers(settings)
+        fields |= {
+            "num_moe_experts": model.moe.num_experts,
+            "moe_router_topk": model.moe.experts_per_token,
+            "moe_ffn_hidden_size": model.moe.ffn_hidden_size,
+            "moe_layer_freq": [*ends, *[1] * (model.num_unrolled_layers - 2 * len(ends)), *ends],
+            "moe_router_load_balancing_type": "aux_loss",
+            "moe_aux_loss_coeff": model.moe.balance_coefficient,
+            "moe_z_loss_coeff": model.moe.z_loss_coefficient or None,
+            "moe_token_dispatcher_type": model.moe.dispatcher,
+            "moe_grouped_gemm": has_cuda and has_transformer_engine(),
+        }
+    return TransformerConfig(**fields)
+
+
+def shape(settings: Settings, vocab_size: int) -> accounting.ModelShape:
+    """What the cost of the model depends on; the scorers of a router of your own are left out."""
+    model = settings.model
+    recursion = settings.recursion or RecursionConfig(1, sharing="middle_cycle")
+    decoder = DecoderConfig(
+        vocab_size=padded_vocabulary(settings, vocab_size),
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_unrolled_layers=model.num_unrolled_layers,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        tie_embeddings=model.tie_embeddings,
+        recursion=recursion,
+    )
+    router = _router_shape(recursion, model.hidden_size)
+    dense = accounting.ModelShape.from_decoder(decoder, router)
+    if model.moe is None:
+        return dense
+    experts = accounting.MLPShape(
+        model.moe.ffn_hidden_size,
+        num_experts=model.moe.num_experts,
+        experts_per_token=model.moe.experts_per_token,
+    )
+    stacks = (replace(s, mlp=experts) if s.name == "block" else s for s in dense.stacks)
+    return replace(dense, stacks=tuple(stacks))
+
+
+def parameters(model: accounting.ModelShape) -> int:
+    """Parameters of the whole model, each shared weight once."""
+    return int(accounting.count_parameters(model).total)
+
+
+def flops_per_token(
+    model: accounting.ModelShape, settings: Settings, shares: Sequence[float] | None
+) -> float:
+    """Training FLOPs per token where `shares` of the tokens run each recursion step."""
+    sequence = settings.data.sequence_length
+    tokens = None
+    if shares is not None and any(stack.router for stack in model.stacks):
+        tokens = [share * sequence for share in shares]
+    return accounting.account(model, sequence, tokens).flops_per_token()
+
+
+def _block(settings: Settings, config: TransformerConfig) -> TransformerBlockSubmodules:
+    inner = default_layer_spec(config)
+    without_experts = copy.copy(config)
+    without_experts.num_moe_experts = None
+    without_experts.moe_grouped_gemm = False
+    dense = default_layer_spec(without_experts)
+    if settings.recursion is not None:
+        return recursion_block_spec(config, settings.recursion, inner, dense_layer_spec=dense)
+    ends = _unshared_layers(settings)
+    layers = [dense] * ends + [inner] * (config.num_layers - 2 * ends) + [dense] * ends
+    first = get_transformer_layer_offset(config)
+    return TransformerBlockSubmodules(
+        layer_specs=layers[first : first + get_num_layers_to_build(config)], layer_norm=Norm
+    )
+
+
+def _unshared_layers(settings: Settings) -> int:
+    """Layers before the recursion, and as many after it; one without recursion."""
+    return 1 if settings.schedule is None else settings.schedule.prelude
+
+
+def _router_shape(recursion: RecursionConfig, hidden_size: int) -> accounting.RouterShape | None:
+    try:
+        return accounting.RouterShape.from_recursion(recursion, hidden_size)
+    except ValueError:  # a router of the user's own
+        steps = recursion.num_recursions
+        return accounting.RouterShape(((),) * steps, recursion.router.capacity_factors_for(steps))

@@ -1,0 +1,107 @@
+"""The folder of a run: whose it is, and whether the run is complete."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from mor_layers import from_mapping
+from mor_megatron import checkpointing
+from pretraining.settings import Settings
+from pretraining.text import PreparedText
+
+FREE_TO_CHANGE = (
+    "output",
+    "log_every",
+    "peak_tflops",
+    "evaluation",
+    "parallel",
+    "training.stop_after",
+    "training.micro_batch_size",
+    "training.recompute",
+    "training.checkpoint_every",
+    "data.prepared_folder",
+    "data.workers",
+)
+"""Settings that do not change what a run computes, beyond rounding."""
+
+
+def is_complete(settings: Settings) -> bool:
+    """Whether the run in this folder took all its steps and was summed up.
+
+    Raises:
+        ValueError: it is a run with other settings.
+    """
+    folder = Path(settings.output)
+    claimed = folder / "run.json"
+    if claimed.exists():
+        _check_same(folder, json.loads(claimed.read_text("utf-8"))["settings"], settings)
+    done = checkpointing.latest_step(folder / "checkpoints") == settings.training.steps
+    return done and (folder / "summary.json").exists()
+
+
+def claim(settings: Settings, text: PreparedText) -> None:
+    """Note in the folder which settings and which text its run has.
+
+    Raises:
+        ValueError: the folder has a run on other text.
+    """
+    folder = Path(settings.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    claimed = folder / "run.json"
+    if not claimed.exists():
+        claim = {"text": str(text.prefix), "settings": settings_mapping(settings)}
+        write_atomically(claimed, json.dumps(claim, indent=2) + "\n")
+        return
+    earlier = json.loads(claimed.read_text("utf-8"))["text"]
+    if Path(earlier).parts[-2:] != text.prefix.parts[-2:]:
+        raise ValueError(
+            f"{folder} has a run on other text ({earlier}, now {text.prefix}). Choose another "
+            "output=, or remove the folder."
+        )
+
+
+def settings_mapping(settings: Settings) -> dict[str, Any]:
+    """The full settings as plain mappings, the router with its `type`."""
+    values = dataclasses.asdict(settings)
+    if settings.recursion is not None:
+        kind = type(settings.recursion.router)
+        values["recursion"]["router"]["type"] = f"{kind.__module__}:{kind.__qualname__}"
+    return values
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is either whole or not there."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, "utf-8")
+    os.replace(partial, path)
+
+
+def _check_same(folder: Path, earlier: dict[str, Any], settings: Settings) -> None:
+    # Read like any other, so that settings newer than the run have their defaults.
+    before = _flat(
+        settings_mapping(from_mapping(Settings, earlier, where=str(folder / "run.json")))
+    )
+    now = _flat(settings_mapping(settings))
+    differences = [
+        f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
+        for name in sorted(before | now)
+        if before.get(name) != now.get(name) and not name.startswith(FREE_TO_CHANGE)
+    ]
+    if differences:
+        raise ValueError(
+            f"{folder} has a run with other settings: {'; '.join(differences)}. Choose another "
+            "output=, or remove the folder to start over."
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat

@@ -1,0 +1,400 @@
+"""Every setting of `pretrain_gpt_mor.py`: what it means, and which values fit together.
+
+A YAML file and `key=value` overrides become one frozen `Settings`. Whatever is wrong with it is
+found here, before a process group, a file or a model exists.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mor_layers import RecursionConfig, SharingSchedule
+
+Precision = Literal["fp32", "bf16"]
+Recompute = Literal["none", "full", "selective"]
+Dispatcher = Literal["allgather", "alltoall"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_at_least(minimum: float, owner: str, **values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not value >= minimum:
+            raise ValueError(f"{owner}.{name}={value} must be at least {minimum}.")
+
+
+def _require_share(owner: str, **values: float) -> None:
+    for name, value in values.items():
+        if not 0.0 < value < 1.0:
+            raise ValueError(f"{owner}.{name}={value} must lie in (0, 1).")
+
+
+@dataclass(frozen=True)
+class MoESettings:
+    """A mixture of experts in place of the MLP, but for the unshared first and last layer."""
+
+    num_experts: int = 4
+    """Experts per layer."""
+    experts_per_token: int = 2
+    """Experts each token is sent to. From 1 to `num_experts`."""
+    ffn_hidden_size: int = 256
+    """Inner width of one expert."""
+    balance_coefficient: float = 0.01
+    """Weight of the load balancing loss. 0: none."""
+    z_loss_coefficient: float = 0.001
+    """Weight of the z-loss on the expert router's logits. 0: none."""
+    dispatcher: Dispatcher = "alltoall"
+    """How tokens reach their experts: `allgather` or `alltoall`."""
+
+    def __post_init__(self) -> None:
+        owner = "model.moe"
+        _require_at_least(2, owner, num_experts=self.num_experts)
+        _require_at_least(1, owner, ffn_hidden_size=self.ffn_hidden_size)
+        _require_at_least(
+            0,
+            owner,
+            balance_coefficient=self.balance_coefficient,
+            z_loss_coefficient=self.z_loss_coefficient,
+        )
+        _require(
+            1 <= self.experts_per_token <= self.num_experts,
+            f"{owner}.experts_per_token={self.experts_per_token} must lie between 1 and "
+            f"num_experts={self.num_experts}.",
+        )
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """A GPT in the Llama layout: RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases."""
+
+    hidden_size: int = 192
+    """Width of the residual stream; a multiple of `num_heads`."""
+    ffn_hidden_size: int = 512
+    """Inner width of the dense MLPs."""
+    num_unrolled_layers: int = 8
+    """Depth counted with repeats: every run of a shared layer counts."""
+    num_heads: int = 6
+    """Query heads; a multiple of `num_kv_heads`."""
+    num_kv_heads: int = 2
+    """Key-value heads."""
+    rope_base: int = 10000
+    """Base of the rotary position embedding."""
+    tie_embeddings: bool = False
+    """Whether input and output embeddings are one matrix."""
+    moe: MoESettings | None = None
+    """Mixture of experts; null: dense MLPs everywhere."""
+
+    def __post_init__(self) -> None:
+        owner = "model"
+        for name in ("hidden_size", "ffn_hidden_size", "num_heads", "num_kv_heads", "rope_base"):
+            _require_at_least(1, owner, **{name: getattr(self, name)})
+        _require_at_least(1, owner, num_unrolled_layers=self.num_unrolled_layers)
+        _require(
+            self.hidden_size % (2 * self.num_heads) == 0,
+            f"{owner}.hidden_size={self.hidden_size} must be an even multiple of "
+            f"num_heads={self.num_heads}, since RoPE turns pairs of a head's numbers.",
+        )
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"{owner}.num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}.",
+        )
+
+
+@dataclass(frozen=True)
+class ParallelSettings:
+    """How the work is spread over processes; what they leave over is data parallel."""
+
+    tensor: int = 1
+    """Processes that share each layer's matrices."""
+    sequence_parallel: bool = False
+    """Whether these processes also share the sequence outside the matrices."""
+    pipeline: int = 1
+    """Processes that share the layers. The recursion stays within one of them."""
+    expert: int = 1
+    """Processes that share the experts; divides `model.moe.num_experts`."""
+    distributed_optimizer: bool = False
+    """Whether optimizer state is spread over the data-parallel processes."""
+    overlap_grad_reduce: bool = False
+    """Whether gradients are reduced while the backward pass still runs."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(
+            1, "parallel", tensor=self.tensor, pipeline=self.pipeline, expert=self.expert
+        )
+        _require(
+            self.tensor > 1 or not self.sequence_parallel,
+            "parallel.sequence_parallel=True has no effect with parallel.tensor=1. "
+            "Set it to False, or parallel.tensor to 2 or more.",
+        )
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The text, and how it becomes token ids."""
+
+    path: str | None = None
+    """A text file, a folder of .txt files, a .jsonl file with a `text` field a line, or the prefix
+    of an existing .bin/.idx pair. null: the documentation and source code that ship with Python."""
+    tokenizer: str | None = None
+    """A tokenizer.json of the `tokenizers` library. null: a byte-level BPE is trained on the text,
+    which an existing .bin/.idx pair does not have."""
+    vocabulary_size: int = 4096
+    """Size of the BPE that is trained. At least 257: the bytes and the end of a document."""
+    end_of_document: str = "<|endoftext|>"
+    """Token between documents; `tokenizer` must have it."""
+    sequence_length: int = 256
+    """Tokens in a training sequence."""
+    held_out_share: float = 0.05
+    """Share of the documents kept for validation. In (0, 1)."""
+    prepared_folder: str = "runs/prepared-text"
+    """Where token ids and tokenizers are kept for later runs."""
+    workers: int = 0
+    """Processes that read ahead. 0: the training process reads."""
+
+    def __post_init__(self) -> None:
+        owner = "data"
+        _require_at_least(0, owner, workers=self.workers)
+        _require_at_least(1, owner, sequence_length=self.sequence_length)
+        _require_at_least(257, owner, vocabulary_size=self.vocabulary_size)
+        _require_share(owner, held_out_share=self.held_out_share)
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Optimization with AdamW and a warmup-stable-decay schedule."""
+
+    steps: int = 500
+    """Optimizer steps of the whole run."""
+    stop_after: int | None = None
+    """Stop, with a checkpoint, once this step of the run is done; run again to go on. null: at
+    `steps`."""
+    global_batch_size: int = 8
+    """Sequences per optimizer step, over all processes."""
+    micro_batch_size: int = 8
+    """Sequences that one process runs at once."""
+    learning_rate: float = 3e-3
+    """Learning rate between warmup and decay."""
+    final_learning_rate: float = 0.0
+    """Learning rate at the last step."""
+    warmup_steps: int = 20
+    """Steps of linear warmup from 0."""
+    decay_steps: int = 200
+    """Steps of linear decay at the end."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay."""
+    adam_beta2: float = 0.95
+    """Decay of Adam's second moment. In (0, 1)."""
+    gradient_clip: float = 1.0
+    """Largest norm of the gradient. 0: not clipped."""
+    precision: Precision = "fp32"
+    """Numbers the layers compute with: `fp32` or `bf16` (with fp32 master weights)."""
+    recompute: Recompute = "none"
+    """Activations computed again in the backward pass: `none`, `full`, or `selective`: those of
+    the attention core."""
+    seed: int = 1
+    """Of the initial weights and of the order of the text."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; there is always one at the end."""
+
+    def __post_init__(self) -> None:
+        owner = "training"
+        _require_at_least(
+            1,
+            owner,
+            steps=self.steps,
+            stop_after=self.stop_after,
+            global_batch_size=self.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            checkpoint_every=self.checkpoint_every,
+        )
+        _require_at_least(
+            0,
+            owner,
+            warmup_steps=self.warmup_steps,
+            decay_steps=self.decay_steps,
+            final_learning_rate=self.final_learning_rate,
+            weight_decay=self.weight_decay,
+            gradient_clip=self.gradient_clip,
+            seed=self.seed,
+        )
+        _require(self.learning_rate > 0, f"{owner}.learning_rate={self.learning_rate} must be > 0.")
+        _require_share(owner, adam_beta2=self.adam_beta2)
+        _require(
+            self.final_learning_rate <= self.learning_rate,
+            f"{owner}.final_learning_rate={self.final_learning_rate} must not exceed "
+            f"learning_rate={self.learning_rate}.",
+        )
+        _require(
+            self.warmup_steps + max(self.decay_steps, 1) <= self.steps,
+            f"{owner}.warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps} do not "
+            f"fit into steps={self.steps}. Shorten them, or train longer.",
+        )
+        _require(
+            self.stop_after is None or self.stop_after <= self.steps,
+            f"{owner}.stop_after={self.stop_after} is beyond steps={self.steps}. "
+            "Use a smaller number, or null.",
+        )
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is measured on held-out text, and how the model is shown at work."""
+
+    every: int = 50
+    """Steps between validation losses; there is always one at the end."""
+    batches: int = 8
+    """Global batches of held-out text per validation loss, always the same ones."""
+    prompt: str = "def "
+    """Beginning of the sample continuation."""
+    sample_tokens: int = 96
+    """Tokens of the sample continuation; with the prompt within `data.sequence_length`."""
+    temperature: float = 0.7
+    """Of the sample continuation. 0: the likeliest token each time."""
+
+    def __post_init__(self) -> None:
+        owner = "evaluation"
+        _require_at_least(1, owner, every=self.every, batches=self.batches)
+        _require_at_least(0, owner, sample_tokens=self.sample_tokens, temperature=self.temperature)
+        _require(self.prompt != "", f"{owner}.prompt is empty. Give it at least one character.")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A training run. Running it again with the same `output` resumes it."""
+
+    output: str = "runs/tiny"
+    """Folder for checkpoints, TensorBoard files, summary.json and report.html."""
+    model: ModelSettings = field(default_factory=ModelSettings)
+    recursion: RecursionConfig | None = None
+    """How the layers are shared and routed; null: an ordinary GPT without recursion."""
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    log_every: int = 5
+    """Steps between log rows."""
+    peak_tflops: float | None = None
+    """Peak of one device in TFLOP/s at the chosen precision, for the utilization (MFU)."""
+
+    def __post_init__(self) -> None:
+        _require(self.output != "", "output is empty. Name a folder, e.g. output=runs/mine.")
+        _require_at_least(1, "settings", log_every=self.log_every)
+        _require(
+            self.peak_tflops is None or self.peak_tflops > 0,
+            f"peak_tflops={self.peak_tflops} must be above 0, or null where it is not known.",
+        )
+        self._check_layers()
+        self._check_tensor_parallel()
+        self._check_experts()
+        _require(
+            self.evaluation.sample_tokens < self.data.sequence_length,
+            f"evaluation.sample_tokens={self.evaluation.sample_tokens} leaves no room for the "
+            f"prompt in data.sequence_length={self.data.sequence_length}. Use fewer.",
+        )
+
+    @property
+    def last_step(self) -> int:
+        """Step at which this process ends."""
+        return self.training.stop_after or self.training.steps
+
+    @property
+    def schedule(self) -> SharingSchedule | None:
+        """Which layer runs at which depth; None without recursion."""
+        if self.recursion is None:
+            return None
+        return self.recursion.schedule(self.model.num_unrolled_layers)
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Copies of the model among `world_size` processes.
+
+        Raises:
+            ValueError: the processes do not divide into the parallelism or the batch that is set.
+        """
+        tensor, pipeline, expert = (
+            self.parallel.tensor,
+            self.parallel.pipeline,
+            self.parallel.expert,
+        )
+        _require(
+            world_size % (tensor * pipeline) == 0,
+            f"{world_size} processes cannot hold copies of parallel.tensor={tensor} × "
+            f"pipeline={pipeline} processes. Start a multiple of {tensor * pipeline} "
+            "(torchrun --nproc-per-node), or lower these settings.",
+        )
+        copies = world_size // (tensor * pipeline)
+        _require(
+            copies * tensor % expert == 0,
+            f"parallel.expert={expert} must divide the {copies * tensor} processes of a pipeline "
+            f"stage ({world_size} processes, parallel.pipeline={pipeline}).",
+        )
+        micro = self.training.micro_batch_size
+        _require(
+            self.training.global_batch_size % (micro * copies) == 0,
+            f"training.global_batch_size={self.training.global_batch_size} is not a multiple of "
+            f"micro_batch_size={micro} × {copies} data-parallel copies. "
+            f"Use a multiple of {micro * copies}.",
+        )
+        return copies
+
+    def _check_layers(self) -> None:
+        stages, layers = self.parallel.pipeline, self.model.num_unrolled_layers
+        if self.schedule is None:
+            _require(
+                layers >= 3,
+                f"model.num_unrolled_layers={layers} without recursion must be at least 3: the "
+                "first, the last, and something between.",
+            )
+            _require(
+                layers % stages == 0,
+                f"model.num_unrolled_layers={layers} must be a multiple of "
+                f"parallel.pipeline={stages}.",
+            )
+            return
+        blocks = 1 if self.schedule.is_cyclic else self.schedule.block_size
+        parts = self.schedule.prelude + blocks + self.schedule.coda
+        _require(
+            stages <= parts,
+            f"parallel.pipeline={stages} exceeds the {parts} parts of the model: a recursion stays "
+            f"within one stage. Use {parts} or fewer.",
+        )
+
+    def _check_tensor_parallel(self) -> None:
+        size = self.parallel.tensor
+        widths = {
+            "model.num_heads": self.model.num_heads,
+            "model.num_kv_heads": self.model.num_kv_heads,
+            "model.ffn_hidden_size": self.model.ffn_hidden_size,
+        }
+        if self.model.moe is not None:
+            widths["model.moe.ffn_hidden_size"] = self.model.moe.ffn_hidden_size
+        if self.parallel.sequence_parallel:
+            widths["data.sequence_length"] = self.data.sequence_length
+        for name, value in widths.items():
+            _require(
+                value % size == 0,
+                f"{name}={value} must be a multiple of parallel.tensor={size}.",
+            )
+
+    def _check_experts(self) -> None:
+        moe, expert = self.model.moe, self.parallel.expert
+        if self.recursion is not None:
+            self.recursion.require_experts(moe is not None)
+        if moe is None:
+            _require(
+                expert == 1,
+                f"parallel.expert={expert} has no effect without experts. "
+                "Set it to 1, or set model.moe.",
+            )
+            return
+        _require(
+            moe.num_experts % expert == 0,
+            f"parallel.expert={expert} must divide model.moe.num_experts={moe.num_experts}.",
+        )
+        _require(
+            self.parallel.tensor == 1 or self.parallel.sequence_parallel,
+            f"model.moe with parallel.tensor={self.parallel.tensor} needs "
+            "parallel.sequence_parallel=True: Megatron-Core trains experts under tensor "
+            "parallelism only with it.",
+        )

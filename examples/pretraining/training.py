@@ -1,0 +1,261 @@
+"""Optimizer steps, validation losses and the state between them, with Megatron-Core's parts."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from torch import Tensor, nn
+
+from mor_megatron import (
+    RoutingReport,
+    checkpointing,
+    recursion_layers,
+    routing_reports,
+    token_depths,
+    update_routers,
+)
+from pretraining import distributed
+from pretraining.datasets import batches
+from pretraining.model import padded_vocabulary
+from pretraining.settings import Settings
+
+Batches = Iterator[dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did, over the global batch."""
+
+    loss: float
+    """Language-model loss in nats per token, before the step."""
+    learning_rate: float
+    """Of this step."""
+    gradient_norm: float
+    """Before clipping."""
+    routing: list[RoutingReport]
+    """What each recursion did."""
+
+
+class Trainer:
+    """Model, optimizer and schedule of a run.
+
+    Args:
+        settings: the run's settings.
+        model: this process's part of the model.
+        vocab_size: tokens of the tokenizer.
+    """
+
+    def __init__(self, settings: Settings, model: GPTModel, vocab_size: int) -> None:
+        self.settings = settings
+        self.vocab_size = vocab_size
+        self.step = 0
+        """Optimizer steps taken."""
+        self.model = _data_parallel(settings, model)
+        self.optimizer = _optimizer(settings, self.model)
+        self.scheduler = _scheduler(settings, self.optimizer)
+        self.checkpoints = Path(settings.output) / "checkpoints"
+        copies = parallel_state.get_data_parallel_world_size()
+        training = settings.training
+        self.microbatches = training.global_batch_size // (training.micro_batch_size * copies)
+        model.config.grad_scale_func = self.optimizer.scale_loss
+        model.config.finalize_model_grads_func = finalize_model_grads
+        if settings.parallel.overlap_grad_reduce:
+            model.config.no_sync_func = self.model.no_sync
+
+    def train_step(self, data: Batches) -> StepResult:
+        """Take one optimizer step.
+
+        Raises:
+            FloatingPointError: the loss or the gradient is not finite.
+        """
+        distributed.seed(self.settings.training.seed, self.step)
+        self.model.train()
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        loss = self._run(data, self.microbatches, forward_only=False)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        succeeded, norm, _ = self.optimizer.step()
+        if not (succeeded and math.isfinite(loss) and math.isfinite(norm or 0.0)):
+            raise FloatingPointError(
+                f"step {self.step + 1}: loss {loss}, gradient norm {norm}. Lower "
+                f"training.learning_rate={self.settings.training.learning_rate}, and run again to "
+                "go on from the last checkpoint."
+            )
+        self.scheduler.step(increment=1)
+        update_routers(self.model)
+        get_moe_metrics_tracker().clear()
+        self.step += 1
+        return StepResult(loss, float(learning_rate), norm or 0.0, routing_reports(self.model))
+
+    def evaluate(self, held_out: Any) -> tuple[float, list[RoutingReport]]:
+        """Mean loss over the held-out split in nats per token, and what the recursions did."""
+        self.model.eval()
+        number = self.settings.evaluation.batches * self.microbatches
+        loss = self._run(batches(held_out, self.settings), number, forward_only=True)
+        return loss, routing_reports(self.model)
+
+    def next_token_logits(self, tokens: Tensor, is_padding: Tensor) -> Tensor:
+        """Logits `[v]` of the token after the last real one, on every rank; evaluation mode.
+
+        Args:
+            tokens: `[1 s]`, the same on every rank.
+            is_padding: `[1 s]`, True after the last real token.
+        """
+        batch = {"tokens": tokens, "padding_mask": is_padding}
+        last = int(is_padding.logical_not().sum()) - 1
+        outputs = self._logits(batch)
+        size = padded_vocabulary(self.settings, self.vocab_size)
+        logits = torch.empty(size, device=distributed.device())
+        if outputs:
+            logits.copy_(outputs[0][0, last])
+        source = parallel_state.get_pipeline_model_parallel_last_rank()
+        group = parallel_state.get_pipeline_model_parallel_group()
+        torch.distributed.broadcast(logits, source, group=group)
+        return logits[: self.vocab_size]
+
+    def depths(self, tokens: Tensor) -> list[int] | None:
+        """Recursion steps that each token of a sequence `[1 s]` takes; None without recursion."""
+        self._logits({"tokens": tokens})
+        own = token_depths(self.model)[0].tolist() if any(recursion_layers(self.model)) else None
+        group = parallel_state.get_pipeline_model_parallel_group()
+        stages: list[list[int] | None] = [None] * group.size()
+        torch.distributed.all_gather_object(stages, own, group=group)
+        found = [depths for depths in stages if depths is not None]
+        return [sum(depths) for depths in zip(*found, strict=True)] if found else None
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment, if there is none."""
+        if checkpointing.latest_step(self.checkpoints) != self.step:
+            checkpointing.save(
+                self.checkpoints, self.step, [self.model], self.optimizer, self.scheduler
+            )
+
+    def resume(self) -> None:
+        """Go on from the latest checkpoint, if there is one."""
+        if checkpointing.latest_step(self.checkpoints) is not None:
+            restored = checkpointing.load(
+                self.checkpoints, [self.model], self.optimizer, self.scheduler
+            )
+            self.step = restored.step
+
+    def _run(self, data: Batches, microbatches: int, forward_only: bool) -> float:
+        """Mean loss over the micro-batches of all ranks."""
+        training, sequence = self.settings.training, self.settings.data.sequence_length
+        size = torch.Size((training.micro_batch_size, sequence))
+        losses = self._schedule(data, microbatches, size, forward_only=forward_only)
+        # Only last pipeline stages report; the others add nothing to either sum.
+        total = torch.zeros(2, device=distributed.device())
+        if losses:
+            total[0], total[1] = torch.stack(losses).sum(), len(losses)
+        torch.distributed.all_reduce(total)
+        return (total[0] / total[1]).item()
+
+    def _logits(self, batch: dict[str, Tensor]) -> list[Tensor]:
+        """Logits `[b s v]` in evaluation mode; an empty list before the last pipeline stage."""
+        self.model.eval()
+        return self._schedule(
+            iter([batch]), 1, batch["tokens"].shape, forward_only=True, collect_non_loss_data=True
+        )
+
+    def _schedule(
+        self, data: Batches, microbatches: int, size: torch.Size, **options: Any
+    ) -> list[Tensor]:
+        return get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=data,
+            model=[self.model],
+            num_microbatches=microbatches,
+            micro_batch_size=size[0],
+            seq_length=size[1],
+            **options,
+        )
+
+
+def _forward_step(data: Batches, model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+    """One micro-batch through this stage: per-token losses, or logits where there are no labels."""
+    batch = {
+        name: value.to(distributed.device(), non_blocking=True)
+        for name, value in next(data).items()
+    }
+    tokens = batch["tokens"]
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    output = model(
+        tokens,
+        positions,
+        None,
+        labels=batch.get("labels"),
+        padding_mask=batch.get("padding_mask"),
+        runtime_gather_output="labels" not in batch,  # the loss takes each rank's share of logits
+    )
+    if "labels" not in batch:
+        return output, lambda logits, non_loss_data: logits.float()
+    mask = batch["loss_mask"]
+
+    def mean_loss(losses: Tensor) -> tuple[Tensor, Tensor]:
+        mean = (losses.float() * mask).sum() / mask.sum().clamp(min=1)
+        return mean, mean.detach().clone()
+
+    return output, mean_loss
+
+
+def _data_parallel(settings: Settings, model: GPTModel) -> DistributedDataParallel:
+    config = DistributedDataParallelConfig(
+        use_distributed_optimizer=settings.parallel.distributed_optimizer,
+        overlap_grad_reduce=settings.parallel.overlap_grad_reduce,
+        grad_reduce_in_fp32=True,
+    )
+    module = Float16Module(model.config, model) if model.config.bf16 else model
+    return DistributedDataParallel(model.config, config, module)
+
+
+def _optimizer(settings: Settings, model: DistributedDataParallel) -> MegatronOptimizer:
+    training = settings.training
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=training.learning_rate,
+        min_lr=training.final_learning_rate,
+        weight_decay=training.weight_decay,
+        adam_beta2=training.adam_beta2,
+        clip_grad=training.gradient_clip,
+        bf16=training.precision == "bf16",
+        params_dtype=model.config.params_dtype,
+        use_distributed_optimizer=settings.parallel.distributed_optimizer,
+    )
+    return get_megatron_optimizer(config, [model])
+
+
+def _scheduler(settings: Settings, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Linear warmup, a constant learning rate, linear decay; in steps."""
+    training = settings.training
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=training.learning_rate,
+        min_lr=training.final_learning_rate,
+        lr_warmup_steps=training.warmup_steps,
+        lr_decay_steps=training.steps,
+        lr_decay_style="WSD",
+        wsd_decay_steps=training.decay_steps,
+        lr_wsd_decay_style="linear",
+        start_wd=training.weight_decay,
+        end_wd=training.weight_decay,
+        wd_incr_steps=training.steps,
+        wd_incr_style="constant",
+    )
+    scheduler.step(increment=1)  # the first step is already part of the warmup
+    return scheduler

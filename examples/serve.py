@@ -1,0 +1,79 @@
+"""Serve a MoRTransformer over HTTP, in the OpenAI completions protocol.
+
+    python examples/serve.py --model runs/exported --port 8000
+    curl localhost:8000/v1/completions -d '{"prompt": "Once", "max_tokens": 20, "stream": true}'
+
+Without --model a small model with random weights answers. Beside the protocol: `top_k`, `timeout`, and
+in answers `depths`, the recursion steps that each token cost. GET /metrics, /health and /v1/models.
+On SIGINT or SIGTERM the server takes no new calls, and ends the running ones within --grace seconds.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+import uvicorn
+
+from mor_layers.decoding import CacheSettings
+from mor_layers.depth_batching import DepthBatchingEngine
+from serving.app import Limits, Service
+from serving.loading import ServedModel, load
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    options = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    add = options.add_argument
+    add("--model", help="folder with config.yaml, weights and tokenizer.json; default: random")
+    add("--host", default="127.0.0.1")
+    add("--port", type=int, default=8000)
+    add("--device", default="cpu")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--kv-mib", type=float, default=256, help="memory for keys and values (default: 256)")
+    add("--int8-kv", action="store_true", help="keep keys and values in 8 bits; not exact")
+    add("--slots", type=int, default=64, help="sequences in flight (default: 64)")
+    add("--max-length", type=int, default=2048, help="prompt and continuation (default: 2048)")
+    add("--chunk-size", type=int, default=64, help="prompt tokens at once (default: 64)")
+    add("--max-tokens", type=int, default=512, help="most that a call may ask for (default: 512)")
+    add("--max-waiting", type=int, default=256, help="calls beyond get 429 (default: 256)")
+    add("--timeout", type=float, default=120, help="seconds for a call (default: 120)")
+    add("--grace", type=int, default=10, help="seconds to finish at shutdown (default: 10)")
+    return options
+
+
+def build_engine(options: argparse.Namespace, served: ServedModel) -> DepthBatchingEngine:
+    """The engine that the options describe."""
+    model = served.model.to(options.device, getattr(torch, options.dtype))
+    cache = CacheSettings(
+        int(options.kv_mib * 2**20), options.slots, options.max_length, is_int8=options.int8_kv
+    )
+    return DepthBatchingEngine(model, cache, options.chunk_size, decode=served.tokenizer.decode)
+
+
+def build(options: argparse.Namespace) -> Service:
+    """The service that the options describe."""
+    served = load(options.model)
+    limits = Limits(options.max_tokens, options.max_waiting, timeout=options.timeout)
+    return Service(build_engine(options, served), served.name, served.tokenizer, limits)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Serve until told to stop; exits with 2 where the arguments are wrong."""
+    options = parser().parse_args(arguments)
+    try:
+        service = build(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    uvicorn.run(
+        service.app(),
+        host=options.host,
+        port=options.port,
+        log_level="warning",
+        timeout_graceful_shutdown=options.grace,
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

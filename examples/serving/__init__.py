@@ -1,0 +1,1 @@
+"""An HTTP server for MoRTransformers that speaks the OpenAI completions protocol."""

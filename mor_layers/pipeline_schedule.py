@@ -1,0 +1,87 @@
+"""When each pass of a pipeline runs: 1F1B, interleaved where stages have several chunks.
+
+A schedule is played through, event by event, in Megatron-Core's order. Times are whatever the
+durations are given in.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward or backward pass of a chunk, when it runs."""
+
+    stage: int
+    chunk: int
+    microbatch: int
+    is_forward: bool
+    start: float
+    end: float
+
+
+def simulate(durations: list[list[tuple[float, float]]], num_microbatches: int) -> tuple[Pass, ...]:
+    """Play a schedule through: 1F1B, interleaved where stages have several chunks.
+
+    Args:
+        durations: of the forward and the backward pass, by stage and chunk.
+
+    Returns:
+        All passes of an optimizer step, those of a stage in order.
+    """
+    stages, chunks = len(durations), len(durations[0])
+    ends: dict[tuple[int, int, int, bool], float] = {}
+    orders = [_order(p, stages, chunks, num_microbatches) for p in range(stages)]
+    done, clock = [0] * stages, [0.0] * stages
+    passes: list[list[Pass]] = [[] for _ in range(stages)]
+    waiting = True
+    while waiting:
+        waiting = False
+        for p, order in enumerate(orders):
+            while done[p] < len(order):
+                chunk, microbatch, is_forward = order[done[p]]
+                needed = _before(p, chunk, is_forward, stages, chunks)
+                if needed is not None and (*needed, microbatch) not in ends:
+                    break
+                ready = 0.0 if needed is None else ends[(*needed, microbatch)]  # type: ignore[index]
+                start = max(clock[p], ready)
+                clock[p] = start + durations[p][chunk][not is_forward]
+                ends[p, chunk, is_forward, microbatch] = clock[p]  # type: ignore[index]
+                passes[p].append(Pass(p, chunk, microbatch, is_forward, start, clock[p]))
+                done[p] += 1
+                waiting = True
+    assert done == [len(order) for order in orders], "the schedule does not end"
+    return tuple(run for stage in passes for run in stage)
+
+
+def _before(
+    p: int, chunk: int, is_forward: bool, stages: int, chunks: int
+) -> tuple[int, int, bool] | None:
+    """The pass of the same microbatch that a pass waits for."""
+    if is_forward:
+        if p > 0:
+            return p - 1, chunk, True
+        return (stages - 1, chunk - 1, True) if chunk else None
+    if p < stages - 1:
+        return p + 1, chunk, False
+    return (0, chunk + 1, False) if chunk < chunks - 1 else (p, chunk, True)
+
+
+def _order(p: int, stages: int, chunks: int, microbatches: int) -> list[tuple[int, int, bool]]:
+    """Chunk, microbatch and direction of each pass of a stage, in Megatron's order."""
+    group = stages if chunks > 1 else microbatches
+    table = [
+        (chunk, microbatch)
+        for first in range(0, microbatches, group)
+        for chunk in range(chunks)
+        for microbatch in range(first, min(first + group, microbatches))
+    ]
+    warmup = stages - p - 1
+    if chunks > 1:
+        warmup = 2 * warmup + (chunks - 1) * group
+    warmup = min(warmup, len(table))
+    forward = [(chunk, microbatch, True) for chunk, microbatch in table]
+    backward = [(chunks - 1 - chunk, microbatch, False) for chunk, microbatch in table]
+    order = forward[:warmup]
+    for ahead, behind in zip(forward[warmup:], backward, strict=False):
+        order += [ahead, behind]
+    return order + backward[len(table) - warmup :]

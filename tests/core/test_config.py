@@ -1,0 +1,530 @@
+"""Settings: what YAML may say, and how a wrong one is answered."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mor_layers import (
+    DecoderConfig,
+    ExpertChoice,
+    FixedDepth,
+    MoRTransformer,
+    RandomDepth,
+    RecursionConfig,
+    SharingSchedule,
+    TokenChoice,
+    from_mapping,
+    load_config,
+)
+
+DECODER = {
+    "vocab_size": 16,
+    "hidden_size": 16,
+    "ffn_hidden_size": 8,
+    "num_unrolled_layers": 8,
+    "num_heads": 4,
+}
+
+
+def decoder(**changes: Any) -> DecoderConfig:
+    return DecoderConfig(**(DECODER | changes))
+
+
+def recursion(**changes: Any) -> RecursionConfig:
+    return RecursionConfig(**({"num_recursions": 3} | changes))
+
+
+def routed(router: Any) -> RecursionConfig:
+    return RecursionConfig(3, router=router)
+
+
+NAN, INFINITY = float("nan"), float("inf")
+
+# name: (what builds it, what the message says was given, what it says is allowed)
+BY_CONSTRUCTOR: dict[str, tuple[Callable[[], object], str, str]] = {
+    "no recursion at all": (
+        lambda: recursion(num_recursions=0),
+        "num_recursions=0",
+        "at least 1",
+    ),
+    "a negative number of recursions": (
+        lambda: SharingSchedule(8, -2, "cycle"),
+        "num_recursions=-2",
+        "at least 1",
+    ),
+    "an unknown sharing scheme": (
+        lambda: recursion(sharing="spiral"),
+        "sharing='spiral'",
+        "cycle, sequence, middle_cycle, middle_sequence",
+    ),
+    "an unknown scheme of a schedule": (
+        lambda: SharingSchedule(8, 2, "Cycle"),  # type: ignore[arg-type]
+        "sharing='Cycle'",
+        "cycle, sequence, middle_cycle, middle_sequence",
+    ),
+    "an unknown kv policy": (
+        lambda: recursion(kv_policy="recursion-wise"),
+        "kv_policy='recursion-wise'",
+        "recursion_wise, recursive_sharing, sharing_with_update",
+    ),
+    "a router's name instead of its settings": (
+        lambda: routed("expert_choice"),
+        "router='expert_choice'",
+        "ExpertChoice()",
+    ),
+    "a router's class instead of its settings": (
+        lambda: routed(ExpertChoice),
+        "ExpertChoice'>",
+        "ExpertChoice()",
+    ),
+    "expert-choice over a sequence": (
+        lambda: recursion(sharing="sequence", router=ExpertChoice()),
+        "sharing='sequence' cannot route tokens with ExpertChoice",
+        "cycle or middle_cycle, or router FixedDepth",
+    ),
+    "token-choice over a middle sequence": (
+        lambda: recursion(sharing="middle_sequence", router=TokenChoice()),
+        "sharing='middle_sequence' cannot route tokens with TokenChoice",
+        "cycle or middle_cycle, or router FixedDepth",
+    ),
+    "random depth over a sequence": (
+        lambda: recursion(sharing="sequence", router=RandomDepth()),
+        "sharing='sequence' cannot route tokens with RandomDepth",
+        "cycle or middle_cycle, or router FixedDepth",
+    ),
+    "shared keys over a sequence": (
+        lambda: recursion(sharing="sequence", kv_policy="recursive_sharing"),
+        "kv_policy='recursive_sharing'",
+        "cycle or middle_cycle",
+    ),
+    "updated keys over a middle sequence": (
+        lambda: recursion(sharing="middle_sequence", kv_policy="sharing_with_update"),
+        "kv_policy='sharing_with_update'",
+        "kv_policy='recursion_wise'",
+    ),
+    "layers that do not divide": (
+        lambda: decoder(num_unrolled_layers=10, recursion=recursion()),
+        "cannot split 8 shared layers into 3",
+        "Use 8 or 11.",
+    ),
+    "too few layers for the ends": (
+        lambda: decoder(num_unrolled_layers=1, recursion=recursion()),
+        "num_unrolled_layers=1",
+        "Use 5.",
+    ),
+    "more recursions than layers": (
+        lambda: decoder(num_unrolled_layers=2, recursion=recursion(sharing="cycle")),
+        "cannot split 2 shared layers into 3",
+        "Use 3.",
+    ),
+    "no words": (lambda: decoder(vocab_size=0), "vocab_size=0", "at least 1"),
+    "no width": (lambda: decoder(hidden_size=0), "hidden_size=0", "at least 1"),
+    "no MLP": (lambda: decoder(ffn_hidden_size=-1), "ffn_hidden_size=-1", "at least 1"),
+    "no heads": (lambda: decoder(num_heads=0), "num_heads=0", "at least 1"),
+    "no layers": (
+        lambda: decoder(num_unrolled_layers=0),
+        "num_unrolled_layers=0",
+        "at least 1",
+    ),
+    "heads that do not divide the width": (
+        lambda: decoder(num_heads=3),
+        "hidden_size=16",
+        "even multiple of num_heads=3",
+    ),
+    "heads of an odd size": (
+        lambda: decoder(num_heads=16),
+        "hidden_size=16",
+        "even multiple of num_heads=16",
+    ),
+    "key-value heads that do not divide the heads": (
+        lambda: decoder(num_kv_heads=3),
+        "num_kv_heads=3",
+        "divide num_heads=4",
+    ),
+    "no key-value heads": (
+        lambda: decoder(num_kv_heads=0),
+        "num_kv_heads=0",
+        "divide num_heads=4",
+    ),
+    "a norm without epsilon": (
+        lambda: decoder(rms_norm_epsilon=0.0),
+        "rms_norm_epsilon=0.0",
+        "above 0",
+    ),
+    "a negative rotation": (lambda: decoder(rope_base=-1.0), "rope_base=-1.0", "above 0"),
+    "too few capacities": (
+        lambda: routed(ExpertChoice(capacity_factors=(1.0, 0.5))),
+        "capacity_factors=(1.0, 0.5) has 2 entries for 3",
+        "Use 3 non-increasing numbers in (0, 1]",
+    ),
+    "no capacities": (
+        lambda: routed(ExpertChoice(capacity_factors=())),
+        "capacity_factors=() has 0 entries for 3",
+        "Use 3 non-increasing numbers in (0, 1]",
+    ),
+    "increasing capacities": (
+        lambda: ExpertChoice(capacity_factors=(0.5, 0.8)),
+        "capacity_factors=(0.5, 0.8) increase",
+        "non-increasing numbers in (0, 1]",
+    ),
+    "a capacity of nothing": (
+        lambda: ExpertChoice(capacity_factors=(1.0, 0.0)),
+        "capacity_factors=(1.0, 0.0)",
+        "(0, 1]",
+    ),
+    "a capacity above everything": (
+        lambda: ExpertChoice(capacity_factors=(1.5, 1.0)),
+        "capacity_factors=(1.5, 1.0)",
+        "(0, 1]",
+    ),
+    "a capacity that is no number": (
+        lambda: ExpertChoice(capacity_factors=(1.0, NAN)),
+        "capacity_factors=(1.0, nan)",
+        "(0, 1]",
+    ),
+    "increasing random capacities": (
+        lambda: RandomDepth((0.5, 0.8)),
+        "capacity_factors=(0.5, 0.8) increase",
+        "non-increasing",
+    ),
+    "too many random capacities": (
+        lambda: routed(RandomDepth((1.0, 0.5, 0.5, 0.1))),
+        "has 4 entries for 3",
+        "Use 3",
+    ),
+    "an unknown expert-choice scorer": (
+        lambda: ExpertChoice(architecture="wide_mlp"),  # type: ignore[arg-type]
+        "ExpertChoice.architecture='wide_mlp'",
+        "linear, mlp",
+    ),
+    "an unknown expert-choice activation": (
+        lambda: ExpertChoice(activation="softmax"),  # type: ignore[arg-type]
+        "ExpertChoice.activation='softmax'",
+        "sigmoid, tanh, none",
+    ),
+    "an unknown predictor": (
+        lambda: ExpertChoice(predictor="oracle"),  # type: ignore[arg-type]
+        "ExpertChoice.predictor='oracle'",
+        "aux_loss, aux_router",
+    ),
+    "an unknown expert-choice combination": (
+        lambda: ExpertChoice(combine="replace"),  # type: ignore[arg-type]
+        "ExpertChoice.combine='replace'",
+        "weighted, additive",
+    ),
+    "no alpha": (lambda: ExpertChoice(alpha=0.0), "ExpertChoice.alpha=0.0", "above 0"),
+    "an endless alpha": (lambda: ExpertChoice(alpha=INFINITY), "alpha=inf", "finite"),
+    "absolute zero": (
+        lambda: ExpertChoice(temperature=0.0),
+        "ExpertChoice.temperature=0.0",
+        "above 0",
+    ),
+    "a temperature that is no number": (
+        lambda: TokenChoice(temperature=NAN),
+        "TokenChoice.temperature=nan",
+        "above 0",
+    ),
+    "a negative warm-up": (
+        lambda: ExpertChoice(warmup_steps=-1),
+        "ExpertChoice.warmup_steps=-1",
+        "0 or more",
+    ),
+    "a certain threshold": (
+        lambda: ExpertChoice(threshold=1.0),
+        "ExpertChoice.threshold=1.0",
+        "(0, 1)",
+    ),
+    "an impossible threshold": (
+        lambda: ExpertChoice(threshold=0.0),
+        "ExpertChoice.threshold=0.0",
+        "(0, 1)",
+    ),
+    "a negative predictor loss": (
+        lambda: ExpertChoice(predictor_coefficient=-0.1),
+        "predictor_coefficient=-0.1",
+        "0 or more",
+    ),
+    "a negative expert-choice z-loss": (
+        lambda: ExpertChoice(z_loss_coefficient=-1e-3),
+        "z_loss_coefficient=-0.001",
+        "0 or more",
+    ),
+    "a negative token-choice z-loss": (
+        lambda: TokenChoice(z_loss_coefficient=-1e-3),
+        "z_loss_coefficient=-0.001",
+        "0 or more",
+    ),
+    "an unknown token-choice scorer": (
+        lambda: TokenChoice(architecture="deep"),  # type: ignore[arg-type]
+        "TokenChoice.architecture='deep'",
+        "linear, mlp",
+    ),
+    "an unknown token-choice activation": (
+        lambda: TokenChoice(activation="tanh"),  # type: ignore[arg-type]
+        "TokenChoice.activation='tanh'",
+        "softmax, sigmoid",
+    ),
+    "an unknown balancing": (
+        lambda: TokenChoice(balancing="bias"),  # type: ignore[arg-type]
+        "TokenChoice.balancing='bias'",
+        "loss, loss_free, none",
+    ),
+    "an alpha that softmax ignores": (
+        lambda: TokenChoice(alpha=0.5),
+        "TokenChoice.alpha=0.5",
+        "activation='sigmoid'",
+    ),
+    "a coefficient of no balancing": (
+        lambda: TokenChoice(balancing="none", balancing_coefficient=0.1),
+        "balancing_coefficient=0.1",
+        "'loss' or 'loss_free'",
+    ),
+    "a negative balancing": (
+        lambda: TokenChoice(balancing_coefficient=-0.1),
+        "balancing_coefficient=-0.1",
+        "0 or more",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_CONSTRUCTOR)
+def test_a_wrong_setting_is_named_with_what_is_allowed(name):
+    build, given, allowed = BY_CONSTRUCTOR[name]
+    with pytest.raises(ValueError, match=r"\.$") as error:
+        build()
+    assert given in str(error.value)
+    assert allowed in str(error.value)
+
+
+A_ROUTER = "fixed_depth, "
+
+# name: (a recursion's YAML, what the message says was given, what it says is allowed)
+BY_YAML: dict[str, tuple[str, str, str]] = {
+    "an unknown setting": ("{num_recursions: 2, depth: 3}", "'depth'", "num_recursions, router"),
+    "a setting that is a number": ("{num_recursions: 2, 3: 4, x: 1}", "3, 'x'", "num_recursions"),
+    "a missing setting": ("{sharing: cycle}", "RecursionConfig", "'num_recursions'"),
+    "a list": ("[1, 2]", "[1, 2]", "a mapping"),
+    "text for a number": ("{num_recursions: three}", "num_recursions='three'", "int"),
+    "a fraction for a count": ("{num_recursions: 2.5}", "num_recursions=2.5", "int"),
+    "a truth for a count": ("{num_recursions: true}", "num_recursions=True", "int"),
+    "nothing for a count": ("{num_recursions: null}", "num_recursions=None", "int"),
+    "a number for a truth": ("{num_recursions: 2, share_norms: 1}", "share_norms=1", "bool"),
+    "an unknown scheme": (
+        "{num_recursions: 2, sharing: middle}",
+        "sharing='middle'",
+        "cycle, sequence, middle_cycle, middle_sequence",
+    ),
+    "an unknown policy": (
+        "{num_recursions: 2, kv_policy: none}",
+        "kv_policy='none'",
+        "recursion_wise, recursive_sharing, sharing_with_update",
+    ),
+    "a router without type": (
+        "{num_recursions: 2, router: {alpha: 1.0}}",
+        "{'alpha': 1.0}",
+        A_ROUTER,
+    ),
+    "a router that is a name": (
+        "{num_recursions: 2, router: expert_choice}",
+        "'expert_choice'",
+        "a mapping with `type`",
+    ),
+    "a type that is no name": (
+        "{num_recursions: 2, router: {type: 3}}",
+        "{'type': 3}",
+        A_ROUTER,
+    ),
+    "a router nobody registered": (
+        "{num_recursions: 2, router: {type: expert_choise}}",
+        "router.type='expert_choise'",
+        A_ROUTER,
+    ),
+    "a router's module that is not there": (
+        "{num_recursions: 2, router: {type: 'not_there:Router'}}",
+        "router.type='not_there:Router'",
+        "package.module:ClassName",
+    ),
+    "a router's class that is not there": (
+        "{num_recursions: 2, router: {type: 'mor_layers:NotThere'}}",
+        "router.type='mor_layers:NotThere'",
+        "package.module:ClassName",
+    ),
+    "a router without module": (
+        "{num_recursions: 2, router: {type: ':Router'}}",
+        "router.type=':Router'",
+        "package.module:ClassName",
+    ),
+    "a class that is no router": (
+        "{num_recursions: 2, router: {type: 'mor_layers:DecoderConfig'}}",
+        "router.type='mor_layers:DecoderConfig'",
+        "subclass of RouterConfig",
+    ),
+    "a router that builds nothing": (
+        "{num_recursions: 2, router: {type: 'mor_layers:RouterConfig'}}",
+        "router.type='mor_layers:RouterConfig'",
+        "subclass of RouterConfig that has `build`",
+    ),
+    "another router's setting": (
+        "{num_recursions: 2, router: {type: expert_choice, balancing: loss}}",
+        "router: unknown setting 'balancing'",
+        "activation, alpha",
+    ),
+    "a setting of a router that has none": (
+        "{num_recursions: 2, router: {type: fixed_depth, alpha: 1.0}}",
+        "router: unknown setting 'alpha'",
+        "none",
+    ),
+    "text for a router's number": (
+        "{num_recursions: 2, router: {type: expert_choice, alpha: big}}",
+        "router.alpha='big'",
+        "float",
+    ),
+    "a number for a list": (
+        "{num_recursions: 2, router: {type: expert_choice, capacity_factors: 0.5}}",
+        "router.capacity_factors=0.5",
+        "a list",
+    ),
+    "text for a list": (
+        "{num_recursions: 2, router: {type: expert_choice, capacity_factors: '1.0,0.5'}}",
+        "router.capacity_factors='1.0,0.5'",
+        "a list",
+    ),
+    "text in a list": (
+        "{num_recursions: 2, router: {type: expert_choice, capacity_factors: [1.0, half]}}",
+        "router.capacity_factors[1]='half'",
+        "float",
+    ),
+    "capacities of another depth": (
+        "{num_recursions: 2, router: {type: random_depth, capacity_factors: [1.0]}}",
+        "capacity_factors=(1.0,) has 1 entries for 2",
+        "Use 2",
+    ),
+    "an unknown choice of a router": (
+        "{num_recursions: 2, router: {type: token_choice, balancing: Loss}}",
+        "router.balancing='Loss'",
+        "loss, loss_free, none",
+    ),
+    "a router a sequence cannot have": (
+        "{num_recursions: 2, sharing: sequence, router: {type: token_choice}}",
+        "sharing='sequence' cannot route tokens with TokenChoice",
+        "cycle or middle_cycle",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_YAML)
+def test_a_wrong_file_is_answered_with_what_is_allowed(name, tmp_path: Path):
+    text, given, allowed = BY_YAML[name]
+    path = tmp_path / "recursion.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"\.$") as error:
+        load_config(RecursionConfig, path)
+    assert given in str(error.value)
+    assert allowed in str(error.value)
+
+
+def test_a_wrong_setting_deep_in_a_file_is_named_with_its_place():
+    wrong = DECODER | {
+        "recursion": {"num_recursions": 3, "router": {"type": "fixed_depth", "x": 1}}
+    }
+    with pytest.raises(ValueError, match=r"recursion\.router: unknown setting 'x'"):
+        from_mapping(DecoderConfig, wrong)
+    with pytest.raises(ValueError, match=r"recursion\.num_recursions='3': expected int"):
+        from_mapping(DecoderConfig, DECODER | {"recursion": {"num_recursions": "3"}})
+
+
+def test_a_missing_file_is_an_error(tmp_path: Path):
+    with pytest.raises(FileNotFoundError):
+        load_config(RecursionConfig, tmp_path / "none.yaml")
+
+
+def test_a_file_gives_what_the_constructors_give(tmp_path: Path):
+    path = tmp_path / "model.yaml"
+    path.write_text(
+        """
+width: 16
+model:
+  vocab_size: 16
+  hidden_size: ${width}
+  ffn_hidden_size: 8
+  num_unrolled_layers: 8
+  num_heads: 4
+  num_kv_heads: null
+  rope_base: 500000
+  recursion:
+    num_recursions: 3
+    sharing: middle_cycle
+    kv_policy: sharing_with_update
+    share_norms: false
+    router: {type: expert_choice, capacity_factors: [1, 0.5, 0.25], predictor: aux_router}
+"""
+    )
+
+    @dataclasses.dataclass(frozen=True)
+    class File:
+        width: int
+        model: DecoderConfig
+
+    expected = decoder(
+        rope_base=500000.0,
+        recursion=recursion(
+            kv_policy="sharing_with_update",
+            share_norms=False,
+            router=ExpertChoice(capacity_factors=(1.0, 0.5, 0.25), predictor="aux_router"),
+        ),
+    )
+    assert load_config(File, path) == File(16, expected)
+    assert isinstance(load_config(File, path).model.rope_base, float)
+
+
+@pytest.mark.parametrize("router", [ExpertChoice(), TokenChoice(), RandomDepth(), FixedDepth()])
+def test_settings_survive_the_way_through_a_mapping(router):
+    config = recursion(router=router)
+    name = {
+        "ExpertChoice": "expert_choice", "TokenChoice": "token_choice",
+        "RandomDepth": "random_depth", "FixedDepth": "fixed_depth",
+    }[type(router).__name__]  # fmt: skip
+    mapping = dataclasses.asdict(config)
+    mapping["router"]["type"] = name
+    assert from_mapping(RecursionConfig, mapping) == config
+
+
+def test_defaults_are_the_papers_choice():
+    config = recursion()
+    assert config == RecursionConfig(3, "middle_cycle", FixedDepth(), "recursion_wise", True)
+    assert ExpertChoice().capacity_factors_for(4) == (1.0, 0.75, 0.5, 0.25)
+
+
+def test_settings_are_hashable_and_compare_by_value():
+    assert len({decoder(recursion=recursion()), decoder(recursion=recursion())}) == 1
+
+
+@pytest.mark.parametrize(
+    "kind", [RecursionConfig, DecoderConfig, ExpertChoice, TokenChoice, RandomDepth]
+)
+def test_every_setting_is_documented_below_its_field(kind):
+    lines = [line.strip() for line in inspect.getsource(kind).splitlines()]
+    for field in dataclasses.fields(kind):
+        (index,) = [i for i, line in enumerate(lines) if line.startswith(f"{field.name}: ")]
+        assert lines[index + 1].startswith('"""'), field.name
+
+
+@pytest.mark.parametrize("sharing", ["cycle", "sequence", "middle_cycle", "middle_sequence"])
+def test_what_is_accepted_can_be_built_and_run(sharing):
+    for policy in ("recursion_wise", "recursive_sharing", "sharing_with_update"):
+        for router in (FixedDepth(), RandomDepth(), ExpertChoice(), TokenChoice()):
+            options = {"sharing": sharing, "kv_policy": policy, "router": router}
+            try:
+                config = decoder(
+                    num_unrolled_layers=6 if "middle" not in sharing else 8,
+                    recursion=recursion(**options),
+                )
+            except ValueError:
+                continue
+            model = MoRTransformer(config)
+            assert model(torch.zeros(1, 4, dtype=torch.long)).logits.isfinite().all()

@@ -1,0 +1,68 @@
+"""Which weights run at which depth."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mor_layers import SharingSchedule
+from mor_layers.sharing import SHARING_SCHEMES
+
+
+@pytest.mark.parametrize(
+    ("sharing", "num_unrolled_layers", "order"),
+    [
+        ("cycle", 6, "AB AB AB"),
+        ("sequence", 6, "AAA BBB"),
+        ("middle_cycle", 8, "A BC BC BC D"),
+        ("middle_sequence", 8, "A BBB CCC D"),
+    ],
+)
+def test_each_scheme_runs_its_layers_in_the_papers_order(sharing, num_unrolled_layers, order):
+    schedule = SharingSchedule(num_unrolled_layers, 3, sharing)
+    letters = "".join("ABCD"[layer] for layer in schedule.unrolled)
+    assert letters == order.replace(" ", "")
+
+
+@given(
+    sharing=st.sampled_from(SHARING_SCHEMES),
+    num_recursions=st.integers(1, 7),
+    block_size=st.integers(1, 5),
+)
+def test_every_layer_of_the_block_runs_once_per_recursion(sharing, num_recursions, block_size):
+    ends = 2 if sharing.startswith("middle") else 0
+    schedule = SharingSchedule(block_size * num_recursions + ends, num_recursions, sharing)
+    assert schedule.block_size == block_size
+    assert schedule.prelude + schedule.coda == ends
+    assert len(schedule.unrolled) == schedule.num_unrolled_layers
+    assert schedule.num_unique_layers == len(set(schedule.unrolled)) == block_size + ends
+    shared = schedule.unrolled[schedule.prelude : len(schedule.unrolled) - schedule.coda]
+    assert all(shared.count(layer) == num_recursions for layer in set(shared))
+    if schedule.is_cyclic:
+        assert shared == shared[:block_size] * num_recursions
+    else:
+        assert shared == tuple(sorted(shared))
+    if ends:
+        assert {schedule.unrolled[0], schedule.unrolled[-1]}.isdisjoint(shared)
+
+
+@given(
+    sharing=st.sampled_from(SHARING_SCHEMES),
+    num_recursions=st.integers(1, 7),
+    num_unrolled_layers=st.integers(1, 40),
+)
+def test_a_count_that_does_not_divide_names_the_nearest_that_do(
+    sharing, num_recursions, num_unrolled_layers
+):
+    ends = 2 if sharing.startswith("middle") else 0
+    allowed = [ends + size * num_recursions for size in range(1, 50)]
+    if num_unrolled_layers in allowed:
+        SharingSchedule(num_unrolled_layers, num_recursions, sharing)
+        return
+    with pytest.raises(ValueError, match=f"num_unrolled_layers={num_unrolled_layers}") as error:
+        SharingSchedule(num_unrolled_layers, num_recursions, sharing)
+    nearest = [n for n in allowed if n < num_unrolled_layers][-1:]
+    nearest += [n for n in allowed if n > num_unrolled_layers][:1]
+    advice = str(error.value).rsplit("Use ", 1)[1]
+    assert [int(number) for number in re.findall(r"\d+", advice)] == nearest

@@ -1,0 +1,172 @@
+"""What a run leaves behind for people and programs, and shows while it goes on."""
+
+import io
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+
+from mor_megatron import RoutingReport
+from pretraining.command_line import load_settings
+from pretraining.demonstration import TokenDepth
+from pretraining.display import Costs, Display
+from pretraining.history import History, Routing, Row
+from pretraining.report import Report, render
+from pretraining.summary import write_summary
+
+ROUTING = Routing(
+    shares=[1.0, 0.75, 0.25],
+    dead_positions=0.1,
+    metrics={"step_2/sampling_accuracy": 0.8, "step_3/sampling_accuracy": 0.9},
+    expert_load=[[0.25, 0.75], [0.5, 0.5], [0.4, 0.6]],
+)
+ROWS = [
+    Row(1, 6.5, 0.001, 1.2),
+    Row(2, 6.1, 0.002, 1.1, 1000.0, ROUTING, 6.2),
+    Row(3, 5.9, 0.002, 1.0),
+    Row(4, 5.5, 0.001, 0.9, 3000.0, ROUTING, 5.6),
+]
+REPORT = Report(
+    title="Pretraining runs/<test>",
+    facts={"Held-out loss": "5.600 nats per token"},
+    rows=ROWS,
+    unigram_entropy=6.3,
+    depth_shares=ROUTING.depth_shares,
+    expert_load=ROUTING.expert_load,
+    passage=[TokenDepth("def", 3), TokenDepth(" <f>", 1), TokenDepth("\n", 2)],
+    sample="def f():\n    return 1 < 2",
+)
+
+
+def test_the_report_holds_all_its_parts_and_needs_nothing_beside_it():
+    page = render(REPORT)
+    assert page.count("<svg") == 4
+    for heading in ("Loss", "Depth", "Load per recursion step and expert", "A continuation"):
+        assert f"<h2>{heading}" in page
+    assert not re.search(r"<(script|link|img|iframe)|\bsrc=|url\((?!#)", page)
+    links = set(re.findall(r'href="([^"]+)"', page))
+    assert all(link.startswith(("#", "data:image/png;base64,")) for link in links)
+
+
+def test_text_in_the_report_is_text_and_not_markup():
+    page = render(REPORT)
+    assert "Pretraining runs/&lt;test&gt;" in page
+    assert "return 1 &lt; 2" in page
+    assert '<span style="background:#fdd49e" title="1 steps"> &lt;f&gt;</span>' in page
+
+
+def test_tokens_of_unlike_depth_have_unlike_colours():
+    page = render(REPORT)
+    colours = re.findall(r'<span style="background:(#\w+)" title=', page)
+    assert len(colours) == len(set(colours)) == 3
+
+
+def test_a_run_without_recursion_has_a_report_without_routing():
+    rows = [replace(row, routing=None) for row in ROWS]
+    plain = replace(REPORT, rows=rows, depth_shares=None, expert_load=None, passage=[])
+    page = render(plain)
+    assert page.count("<svg") == 1
+    assert "<h2>Depth" not in page
+
+
+def test_a_run_that_was_never_logged_has_a_report():
+    assert "<svg" in render(replace(REPORT, rows=ROWS[:1], depth_shares=None, expert_load=None))
+
+
+def test_depth_shares_are_those_who_ran_a_step_but_not_the_next():
+    assert Routing([0.9, 0.6, 0.1], 0.0, {}).depth_shares == pytest.approx([0.1, 0.3, 0.5, 0.1])
+
+
+def test_several_recursions_are_taken_together():
+    reports = [
+        RoutingReport((1.0, 0.5), 0.2, {"step_1/x": 1.0}, torch.tensor([[[3.0, 1]], [[1, 1]]])),
+        RoutingReport((1.0, 0.3), 0.4, {"step_1/x": 3.0}, torch.tensor([[[1.0, 3]], [[0, 2]]])),
+    ]
+    together = Routing.from_reports(reports)
+    assert together.shares == pytest.approx([1.0, 0.4])
+    assert together.dead_positions == pytest.approx(0.3)
+    assert together.expert_load == [[0.5, 0.5], [0.25, 0.75]]
+    assert Routing.from_reports([]) is None
+
+
+def test_a_resumed_history_forgets_what_came_after_the_checkpoint(tmp_path):
+    first = History(tmp_path, 0, is_writer=True)
+    for row in ROWS:
+        first.add(row)
+    first.close()
+    with (tmp_path / "history.jsonl").open("a") as file:
+        file.write('{"step": 5, "los')  # the process was killed here
+    resumed = History(tmp_path, 2, is_writer=True)
+    assert resumed.rows == ROWS[:2]
+    resumed.add(ROWS[2])
+    resumed.close()
+    assert History(tmp_path, 9, is_writer=True).rows == ROWS[:3]
+    assert any((tmp_path / "tensorboard").iterdir())
+
+
+def test_ranks_that_do_not_write_leave_no_history(tmp_path):
+    silent = History(tmp_path, 0, is_writer=False)
+    silent.add(ROWS[0])
+    silent.close()
+    assert silent.rows == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_summary_has_what_programs_look_for(tmp_path):
+    history = History(tmp_path, 0, is_writer=True)
+    for row in ROWS:
+        history.add(row)
+    path = tmp_path / "summary.json"
+    settings = load_settings(["recursion.num_recursions=3", "recursion.router.type=expert_choice"])
+    write_summary(
+        path,
+        settings,
+        history,
+        validation_loss=5.6,
+        depth_shares=ROUTING.depth_shares,
+        unigram_entropy=6.3,
+        parameters=1234,
+        flops_per_token=1e6,
+        sample="def f",
+    )
+    summary = json.loads(path.read_text())
+    assert summary["tokens_per_second"] == 2000.0
+    assert summary["depth_shares"] == pytest.approx([0, 0.25, 0.5, 0.25])
+    assert summary["versions"]["megatron-core"].startswith("0.")
+    assert summary["settings"]["recursion"]["router"]["alpha"] == 0.1
+    assert {"validation_loss", "unigram_entropy", "parameters", "flops_per_token"} <= set(summary)
+
+
+def _shown(terminal: bool) -> str:
+    console = Console(file=io.StringIO(), force_terminal=terminal, color_system=None, width=100)
+    with Display("runs/test", 4, 6.3, console) as display:
+        display.say("resumed at step 1 of 4")
+        display.show(ROWS[1], Costs(2e7, None))
+        display.show(ROWS[3], Costs(2e7, 0.25))
+    return console.file.getvalue()
+
+
+def test_without_a_terminal_each_row_is_a_line():
+    lines = _shown(terminal=False).splitlines()
+    assert lines[0] == "resumed at step 1 of 4"
+    assert lines[1].startswith("step 2/4 · loss 6.100 · validation 6.200 (unigram 6.300)")
+    assert "MFU" not in lines[1]
+    assert "MFU 25.0%" in lines[2]
+    assert "share of tokens 1.00 0.75 0.25 · dead 10%" in lines[2]
+    assert len(lines) == 3
+
+
+def test_a_terminal_shows_shares_and_expert_load_per_step():
+    shown = _shown(terminal=True)
+    for expected in ("4 of 4", "5.500", "load of 2 experts", "0.25 0.75", "████", "left"):
+        assert expected in shown
+
+
+def test_ranks_without_a_console_show_nothing(capsys):
+    with Display("runs/test", 4, 6.3, None) as display:
+        display.say("hello")
+        display.show(ROWS[1], Costs(2e7, None))
+    assert capsys.readouterr().out == ""
