@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 import uvicorn
 
-from mor_layers.decoding import CacheSettings
+from mor_layers.caches import CacheSettings
 from mor_layers.depth_batching import DepthBatchingEngine
 from serving.app import Limits, Service
 from serving.loading import ServedModel, load

@@ -52,9 +52,7 @@ class MLPShape:
         if recursion is not None and recursion.num_recursions > 1:
             per_token = recursion.mean_experts[0] if recursion.mean_experts else per_token
             routers = recursion.num_recursions if recursion.expert_routers == "per_step" else 1
-        return cls(
-            width or config.ffn_hidden_size, True, moe.num_experts, per_token, routers
-        )
+        return cls(width or config.ffn_hidden_size, True, moe.num_experts, per_token, routers)
 
     def weights(self, hidden_size: int, experts: float) -> float:
         """Weights of so many experts and the shared one."""

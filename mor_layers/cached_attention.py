@@ -14,7 +14,6 @@ span, `n` query heads, `g` key-value heads, `d` head size, `m` rows seen, `z` al
 import math
 import warnings
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -56,9 +55,7 @@ class IndexedAttention:
         self.places = self.is_seen.reshape(-1).nonzero()[:, 0]
         self.scores = torch.full(vectors.shape, -torch.inf, dtype=arena.dtype)
         num_rows = arena.data.shape[1] if self.gathered_rows is None else len(self.gathered_rows)
-        self.pattern = _pattern(
-            self.bounds, self.keys, num_rows * 2 * num_kv_heads, arena.dtype
-        )
+        self.pattern = _pattern(self.bounds, self.keys, num_rows * 2 * num_kv_heads, arena.dtype)
 
     def __call__(
         self, arena: KVArena, layer: int, query: Float[Tensor, "t n d"]
@@ -212,9 +209,7 @@ class CachedContext(StepContext):
     def projects_keys(self) -> bool:
         return len(self.rows) > 0
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor | None, value: Tensor | None
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tensor:
         layer += self.first_layer
         if key is not None and value is not None:
             self.arena.write(layer, self.rows, key[:, 0], value[:, 0])

@@ -61,9 +61,7 @@ def turned(shares: tuple[float, ...], dial: float) -> tuple[float, ...]:
         high *= 2
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (
-            (middle, high) if sum(s**middle for s in shares) > target else (low, middle)
-        )
+        low, high = (middle, high) if sum(s**middle for s in shares) > target else (low, middle)
     return tuple(share**high for share in shares)
 
 

@@ -22,35 +22,12 @@ from torch import Tensor
 
 from mor_layers.attention import Exited
 from mor_layers.cached_attention import CachedAttention, CachedContext
-from mor_layers.kv_cache import CACHE_POLICIES, KVArena, PagedRows, TokensInFlight, Visible
+from mor_layers.caches import Caches, CacheSettings
+from mor_layers.kv_cache import TokensInFlight, Visible
 from mor_layers.recursion import RecursionBlock
 from mor_layers.routing import RoutingDecision, Tokens
 from mor_layers.scheduling import Span
 from mor_layers.transformer import DecoderStack, MoRTransformer
-
-
-@dataclass(frozen=True)
-class CacheSettings:
-    """What the caches of a `Decoder` may take."""
-
-    kv_bytes: int
-    """Bytes for keys and values. All of them are allocated at once, rounded down to whole pages."""
-    num_slots: int = 64
-    """Sequences that may be in flight."""
-    max_length: int = 2048
-    """Longest sequence, prompt and continuation together."""
-    page_size: int = 16
-    """Rows that a list grows by."""
-    is_int8: bool = False
-    """Keep 8-bit integers with one fp32 scale per head. Not exact."""
-    shares: tuple[float, ...] | None = None
-    """Expected share of tokens at each step, by which memory is divided up and requests are
-    admitted. Default: what the router's settings say; all tokens where they do not."""
-
-    def __post_init__(self) -> None:
-        for name in ("kv_bytes", "num_slots", "max_length", "page_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
 
 
 @dataclass(frozen=True)
@@ -72,7 +49,9 @@ class Rows:
     def take(self, index: Int[Tensor, " k"]) -> "Rows":
         """Some of the tokens."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return Rows(**{n: None if f is None else f.index_select(0, index) for n, f in fields.items()})
+        return Rows(
+            **{n: None if f is None else f.index_select(0, index) for n, f in fields.items()}
+        )
 
     def without(self, slot: int) -> "Rows":
         """The tokens of all other sequences."""
@@ -122,95 +101,21 @@ class Decoder:
         self.blocks = [block for block in model.recursions if isinstance(block, RecursionBlock)]
         # Layers that repeat one by one route nothing: their tokens go through all in one tick.
         self.is_pooled = len(self.blocks) == 1
-        steps = self.blocks[0].router.num_recursions
-        self.num_heads, self.num_steps = config.num_heads, steps
+        self.num_heads, self.num_steps = config.num_heads, self.blocks[0].router.num_recursions
         self.num_prelude = len(model.prelude.layers)
-        self.num_straight = 0 if self.is_pooled else len(self.blocks) * steps
+        self.num_straight = 0 if self.is_pooled else len(self.blocks) * self.num_steps
         num_outer = self.num_prelude + self.num_straight + len(model.coda.layers)
         num_inner = len(self.blocks[0].layers.layers) if self.is_pooled else 0
-        kind = CACHE_POLICIES[self.blocks[0].kv_policy]
-        self.shares = settings.shares or _expected_shares(model)
-        if len(self.shares) != steps:
-            raise ValueError(f"shares={self.shares} must have {steps} entries, one a step.")
-        self._rows_for = kind.rows_for
-
-        def bytes_per_page(layers: int) -> int:
-            row = KVArena.bytes_per_row(
-                layers, config.kv_heads, config.head_size, embedding.dtype, settings.is_int8
-            )
-            return row * settings.page_size
-
-        # Memory is divided so that both kinds of pages are expected to run out together.
-        inner_rows = sum(kind.rows_for(self.shares, 1.0))
-        per_token = bytes_per_page(num_outer) + bytes_per_page(num_inner) * inner_rows
-        tokens = settings.kv_bytes / per_token
-        num_outer_pages = int(tokens) if num_outer else 0
-        rest = settings.kv_bytes - num_outer_pages * bytes_per_page(num_outer)
-        num_inner_pages = rest // bytes_per_page(num_inner) if num_inner else 0
-        if (num_outer and not num_outer_pages) or (num_inner and not num_inner_pages):
-            raise ValueError(
-                f"kv_bytes={settings.kv_bytes} is less than one page of {settings.page_size} "
-                f"tokens, {int(per_token) + 1} bytes. Give more, or a smaller page_size."
-            )
-
-        def arena(layers: int, pages: int) -> KVArena:
-            return KVArena(
-                layers,
-                pages * settings.page_size,
-                config.kv_heads,
-                config.head_size,
-                embedding.dtype,
-                self.device,
-                settings.is_int8,
-            )
-
-        slots, length = settings.num_slots, settings.max_length
-        self.outer = arena(num_outer, num_outer_pages)
-        self.outer_pages = PagedRows(
-            num_outer_pages, settings.page_size, slots, length, self.device
-        )
-        self.inner = arena(num_inner, num_inner_pages)
-        self.policy = kind(slots, steps, num_inner_pages, settings.page_size, length, self.device)
+        self.caches = Caches(model, settings, num_outer, num_inner)
+        self.policy, self.outer_pages = self.caches.policy, self.caches.outer_pages
 
         self._waiting: list[Rows] = []  # by the step they run next, from 1 on
         self._exited: list[tuple[int, Rows]] = []  # steps run; rows whose states are to be stored
         self._spans: dict[int, Span] = {}
-        self._left = torch.zeros(slots, dtype=torch.long, device=self.device)
-        size = (slots, max_span)
+        self._left = torch.zeros(settings.num_slots, dtype=torch.long, device=self.device)
+        size = (settings.num_slots, max_span)
         self._final = torch.zeros(*size, embedding.shape[1], dtype=embedding.dtype).to(self.device)
         self._depths = torch.zeros(size, dtype=torch.long, device=self.device)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes allocated for keys and values."""
-        return self.outer.num_bytes + self.inner.num_bytes
-
-    @property
-    def num_bytes_in_use(self) -> int:
-        """Bytes of the pages that sequences hold."""
-        total = 0
-        pools = ((self.outer, self.outer_pages), (self.inner, self.policy.pages))
-        for arena, pages in pools:
-            if pages.num_pages:
-                total += arena.num_bytes // pages.num_pages * pages.pages_in_use
-        return total
-
-    @property
-    def pages(self) -> tuple[int, int]:
-        """Pages there are: of layers that run once, of the recursion."""
-        return self.outer_pages.num_pages, self.policy.pages.num_pages
-
-    @property
-    def pages_free(self) -> tuple[int, int]:
-        return self.outer_pages.pages_free, self.policy.pages.pages_free
-
-    def demand(self, length: int) -> tuple[int, int]:
-        """Pages that a sequence is expected to take."""
-        outer = self.outer_pages.pages_for(length) if self.outer_pages.num_pages else 0
-        if not self.policy.pages.num_pages:
-            return outer, 0
-        rows = self._rows_for(tuple(share * length for share in self.shares), length)
-        return outer, sum(self.policy.pages.pages_for(round(count)) for count in rows)
 
     @torch.inference_mode()
     def tick(self, spans: list[Span], make_room: Callable[[], int]) -> Finished:
@@ -241,8 +146,7 @@ class Decoder:
         self._left[slot] = 0
         self._waiting = [rows.without(slot) for rows in self._waiting]
         self._exited = [(step, rows.without(slot)) for step, rows in self._exited]
-        self.policy.release(slot)
-        self.outer_pages.release(torch.tensor([slot], device=self.device))
+        self.caches.release(slot)
 
     def _enter(self, spans: list[Span], make_room: Callable[[], int]) -> Rows:
         """Embedding and prelude; and all other layers where nothing is routed."""
@@ -282,9 +186,9 @@ class Decoder:
 
     def _outer_context(self, slots: Tensor, positions: Tensor, rows: Tensor) -> CachedContext:
         visible = Visible(self.outer_pages.row_of, slots, positions + 1)
-        attention = CachedAttention(visible, slots, self.outer, self.num_heads)
+        attention = CachedAttention(visible, slots, self.caches.outer, self.num_heads)
         tokens = Tokens(positions[:, None], self.settings.max_length)
-        return CachedContext(0, tokens, self.outer, 0, rows, attention)
+        return CachedContext(0, tokens, self.caches.outer, 0, rows, attention)
 
     @staticmethod
     def _layers(stack: DecoderStack, hidden: Tensor, context: CachedContext) -> Tensor:
@@ -345,10 +249,10 @@ class Decoder:
         context = CachedContext(
             step,
             Tokens(tokens.positions[:, None], self.settings.max_length),
-            self.inner,
+            self.caches.inner,
             0,
             entered.rows,
-            CachedAttention(entered.visible, tokens.slots, self.inner, self.num_heads),
+            CachedAttention(entered.visible, tokens.slots, self.caches.inner, self.num_heads),
             self._exited_states(exited),
         )
         self._exited = []
@@ -415,12 +319,3 @@ def _joined(parts: list[tuple[int, Rows]]) -> TokensInFlight:
         torch.cat([r.positions for r in rows]),
         torch.cat([r.entries for r in rows]),
     )
-
-
-def _expected_shares(model: MoRTransformer) -> tuple[float, ...]:
-    """Share of tokens that the router's settings let through at each step; 1 where unknown."""
-    recursion = model.config.recursion
-    if recursion is None:
-        return (1.0,)
-    steps = recursion.num_recursions
-    return recursion.router.capacity_factors_for(steps) or (1.0,) * steps

@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from mor_layers.decoding import CacheSettings, Decoder, Finished
+from mor_layers.caches import CacheSettings
+from mor_layers.decoding import Decoder, Finished
 from mor_layers.sampling import Sampler, sample
 from mor_layers.scheduling import FinishReason, Progress, Request, Scheduler
 from mor_layers.text_stream import TextStream
@@ -85,10 +86,11 @@ class DepthBatchingEngine:
                 f"chunk_size={chunk_size} and tokens_per_tick={tokens_per_tick} must be at least 1."
             )
         self.decoder = Decoder(model, cache, chunk_size)
+        self.caches = self.decoder.caches
         self.scheduler = Scheduler(
             cache.num_slots,
-            self.decoder.pages,
-            self.decoder.demand,
+            self.caches.pages,
+            self.caches.demand,
             chunk_size,
             tokens_per_tick,
             clock,
@@ -121,7 +123,7 @@ class DepthBatchingEngine:
             ValueError: it can never be served: too long, unknown tokens, or stop strings without
                 an engine that decodes.
         """
-        longest = self.decoder.settings.max_length
+        longest = self.caches.settings.max_length
         if len(request.ids) + request.max_new_tokens > longest:
             raise ValueError(
                 f"{len(request.ids)} tokens of prompt and max_new_tokens="
@@ -160,7 +162,7 @@ class DepthBatchingEngine:
         """
         for progress in self.scheduler.overdue():
             self._pending.append(self._finish(progress, "timeout"))
-        self.scheduler.admit(self.decoder.pages_free)
+        self.scheduler.admit(self.caches.pages_free)
         finished = self.decoder.tick(self.scheduler.plan(), self._make_room)
         self.counters.ticks += 1
         events = self._generated(finished)

@@ -140,9 +140,7 @@ class PagedRows:
         before = self._pages(self.counts)
         return int((self._pages(self.counts + added) - before).sum())
 
-    def append(
-        self, lists: Int[Tensor, " t"]
-    ) -> tuple[Int[Tensor, " t"], Int[Tensor, " t"]]:
+    def append(self, lists: Int[Tensor, " t"]) -> tuple[Int[Tensor, " t"], Int[Tensor, " t"]]:
         """Lengthen lists by one entry for each time they are named.
 
         Returns:

@@ -275,9 +275,7 @@ class Experts(nn.Module):
         self.up = nn.Parameter(torch.empty(into).normal_(std=0.02))
         self.down = nn.Parameter(torch.empty(*out, ffn_hidden_size).normal_(std=0.02))
 
-    def forward(
-        self, hidden: Float[Tensor, "t h"], assignment: Assignment
-    ) -> Float[Tensor, "t h"]:
+    def forward(self, hidden: Float[Tensor, "t h"], assignment: Assignment) -> Float[Tensor, "t h"]:
         """Sum over each token's experts, weighted by its gates.
 
         Waits for the device once, to learn how many tokens each expert has.

@@ -300,9 +300,7 @@ class MoRTransformer(nn.Module):
             lm_loss = F.cross_entropy(
                 logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-1
             )
-        return DecoderOutput(
-            logits, tuple(outputs), lm_loss, before.expert_use, after.expert_use
-        )
+        return DecoderOutput(logits, tuple(outputs), lm_loss, before.expert_use, after.expert_use)
 
     def generate(
         self,

@@ -228,7 +228,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--vocab", default=1024, help="vocabulary (1024)", **number)
     parser.add_argument("--sequence", default=512, help="tokens in a sequence (512)", **number)
     parser.add_argument("--micro-batch", default=2, help="sequences (2)", **number)
-    parser.add_argument("--turns", default=5, help="turns per comparison (5)", **number)
+    parser.add_argument("--turns", default=3, help="turns per comparison (3)", **number)
     parser.add_argument(
         "--recursions", type=int, nargs="+", default=[2, 3, 4], metavar="N", help="steps (2 3 4)"
     )

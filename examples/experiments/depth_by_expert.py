@@ -3,7 +3,7 @@
     python examples/experiments/depth_by_expert.py --output runs/depth_by_expert
     python examples/experiments/depth_by_expert.py --quick
 
-Every model reads the same text in the same order, from every seed. The learning rate is constant
+With the same seed every model reads the same text in the same order. The learning rate is constant
 after a warm-up, so that one run is measured twice: after `--steps` steps (equal tokens), and when
 it has spent the FLOPs that the model of fixed depth 3 spends in those (equal FLOPs). Validation
 chooses depths causally, as generation must. FLOPs are `mor_layers.accounting`'s at the tokens that
@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from mor_layers import (
     DecoderConfig,
     DepthAndWidth,
@@ -33,7 +35,6 @@ from mor_layers import (
     turn_dial,
 )
 from mor_layers.accounting import account
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pretraining.settings import DataSettings
@@ -301,7 +302,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             runs.append(run)
         results[name] = row = summary(found[name], runs, plan)
         losses = "   ".join(
-            f"{row[k]['mean']:.3f} ± {row[k]['spread']:.3f}" for k in ("equal_tokens", "equal_flops")
+            f"{row[k]['mean']:.3f} ± {row[k]['spread']:.3f}"
+            for k in ("equal_tokens", "equal_flops")
         )
         print(
             f"{name:34} {row['parameters']:11,} {row['flops_per_token'] / 1e6:11.2f}  {losses}"

@@ -109,7 +109,7 @@ class Service:
     async def metrics(self, _: HTTPRequest) -> Response:
         """In Prometheus' text format."""
         engine = self.worker.engine
-        counters, decoder = engine.counters, engine.decoder
+        counters, caches = engine.counters, engine.caches
         rows = [
             ("ticks_total", "counter", "Runs of the shared block.", counters.ticks),
             ("prompt_tokens_total", "counter", "Prompt tokens computed.", counters.prompt_tokens),
@@ -119,12 +119,16 @@ class Service:
             ("requests_finished_total", "counter", "Requests that ended.", counters.finished),
             ("requests_running", "gauge", "Requests that have a slot.", engine.num_running),
             ("requests_waiting", "gauge", "Requests that wait for one.", engine.num_waiting),
-            ("kv_bytes", "gauge", "Bytes for keys and values.", decoder.num_bytes),
-            ("kv_bytes_in_use", "gauge", "Bytes of pages in use.", decoder.num_bytes_in_use),
+            ("kv_bytes", "gauge", "Bytes for keys and values.", caches.num_bytes),
+            ("kv_bytes_in_use", "gauge", "Bytes of pages in use.", caches.num_bytes_in_use),
         ]
         lines = []
         for name, kind, text, value in rows:
-            lines += [f"# HELP mor_{name} {text}", f"# TYPE mor_{name} {kind}", f"mor_{name} {value}"]
+            lines += [
+                f"# HELP mor_{name} {text}",
+                f"# TYPE mor_{name} {kind}",
+                f"mor_{name} {value}",
+            ]
         lines += ["# HELP mor_answers_total Answers by status.", "# TYPE mor_answers_total counter"]
         lines += [f'mor_answers_total{{status="{s}"}} {n}' for s, n in sorted(self.answers.items())]
         return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")

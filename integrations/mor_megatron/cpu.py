@@ -60,6 +60,7 @@ def _enable_once() -> None:
     _replace_random_state()
     _rewrite_literals()
     _replace_device_transfers()
+    _replace_uneven_collectives()
 
 
 class _InOrder:
@@ -183,6 +184,42 @@ class _TorchWithoutPinning:
         if name not in _PINNING_FACTORIES:
             return value
         return lambda *args, pin_memory=False, **kwargs: value(*args, **kwargs)
+
+
+def _replace_uneven_collectives() -> None:
+    """gloo gathers and scatters equal parts only; experts get unequal numbers of tokens."""
+    from megatron.core.tensor_parallel import mappings
+
+    even_gather = mappings._gather_along_first_dim  # mappings.py:118
+    even_scatter = mappings._reduce_scatter_along_first_dim  # mappings.py:159
+
+    def filled(part: torch.Tensor, rows: int) -> torch.Tensor:
+        return torch.cat([part, part.new_zeros(rows - len(part), *part.shape[1:])])
+
+    def gather(
+        input_: torch.Tensor, group: Any, output_split_sizes: Any = None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        sizes = None if output_split_sizes is None else [int(n) for n in output_split_sizes]
+        if sizes is None or group.size() == 1 or (len(set(sizes)) == 1 and sizes[0]):
+            return even_gather(input_, group, output_split_sizes, *args, **kwargs)
+        if not max(sizes):
+            return input_
+        parts = even_gather(filled(input_, max(sizes)), group).chunk(len(sizes))
+        return torch.cat([part[:rows] for part, rows in zip(parts, sizes, strict=True)])
+
+    def reduce_scatter(
+        input_: torch.Tensor, group: Any, input_split_sizes: Any = None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        sizes = None if input_split_sizes is None else [int(n) for n in input_split_sizes]
+        if sizes is None or group.size() == 1 or (len(set(sizes)) == 1 and sizes[0]):
+            return even_scatter(input_, group, input_split_sizes, *args, **kwargs)
+        if not max(sizes):
+            return input_
+        parts = torch.cat([filled(part, max(sizes)) for part in input_.split(sizes)])
+        return even_scatter(parts, group)[: sizes[group.rank()]]
+
+    mappings._gather_along_first_dim = gather
+    mappings._reduce_scatter_along_first_dim = reduce_scatter
 
 
 def _replace_device_transfers() -> None:

@@ -131,7 +131,7 @@ class StepTopKRouter(TopKRouter):
         self, logits: Tensor, padding_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Probabilities and a map of who goes where, `[t e]` each; padding goes nowhere."""
-        length, batch = logits.shape[:2]
+        batch = logits.shape[1]
         logits = logits.view(-1, self.num_experts)
         is_padding = None if padding_mask is None else padding_mask.reshape(-1)
         logits = self.apply_z_loss(logits, padding_mask=is_padding)
@@ -142,16 +142,12 @@ class StepTopKRouter(TopKRouter):
             probs, wanted = self._narrow(logits, probs, wanted)
         taken = self._within_capacity(probs.detach(), wanted, is_padding)
         probs = probs * taken
-        has_padding = is_padding is not None
         even, scores = compute_routing_scores_for_aux_loss(
             logits, self.topk, self.score_function, self.config.moe_router_fusion, is_padding
         )
         if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
-            if self.mean_experts is not None:
-                probs = self._balance_width(probs, scores, wanted, is_padding)
-            else:
-                probs = self._apply_aux_loss(probs, scores, even, has_padding)
-                probs = self._apply_seq_aux_loss(probs, scores, even, length, batch, has_padding)
+            chosen = even if self.mean_experts is None else wanted
+            probs = self._balance(probs, scores, chosen, is_padding, batch)
         # Recomputation runs the forward pass twice, the first time without gradients.
         if torch.is_grad_enabled() or not self.training:
             self.cells.add(self.step, logits, scores, wanted, taken, is_padding)
@@ -248,25 +244,37 @@ class StepTopKRouter(TopKRouter):
             rank = rank[group.rank() * count : (group.rank() + 1) * count]
         return wanted & (rank < capacity)
 
-    def _balance_width(
-        self, probs: Tensor, scores: Tensor, wanted: Tensor, is_padding: Tensor | None
+    def _balance(
+        self, probs: Tensor, scores: Tensor, chosen: Tensor, is_padding: Tensor | None, batch: int
     ) -> Tensor:
-        """The switch loss where tokens take different numbers of experts."""
-        coefficient = self.get_aux_loss_coeff("aux_loss")
-        if coefficient == 0:
-            return probs
-        own = torch.tensor(len(wanted), dtype=torch.float32, device=wanted.device)
+        """Megatron's balance losses, for any number of experts a token, and 0 without a token.
+
+        Megatron's own divide by the number of tokens: a step that none of a rank's tokens run
+        would give nan.
+        """
+        count = torch.tensor(len(chosen), dtype=torch.float32, device=chosen.device)
         if is_padding is not None:
-            own = (~is_padding).sum().float()
-        counts = torch.cat([wanted.sum(dim=0).float(), own[None]])
-        counts = reduce_from_tensor_model_parallel_region(counts, self.tp_cp_group)
-        share = counts[:-1] / counts[:-1].sum().clamp(min=1)
-        mean = scores.sum(dim=0) / counts[-1].clamp(min=1)
-        return self.attach_and_log_load_balancing_loss(
-            probs,
-            coefficient,
-            coefficient * self.num_experts * (share * mean).sum(),
-            "load_balancing_loss",
-            self.tp_cp_group,
-            valid_token_count=own,
-        )
+            count = (~is_padding).sum().float()
+        # One account for all tokens, or one a sequence (rows are sequence first).
+        for name, log, groups in (
+            ("aux_loss", "load_balancing_loss", 1),
+            ("seq_aux_loss", "seq_load_balancing_loss", batch),
+        ):
+            coefficient = self.get_aux_loss_coeff(name)
+            if coefficient == 0:
+                continue
+            shape = (-1, groups * self.num_experts)
+            own, given = (x.reshape(shape).sum(dim=0) for x in (chosen, scores))
+            total = torch.cat([own.float(), count[None]])
+            total = reduce_from_tensor_model_parallel_region(total, self.tp_cp_group)
+            share = total[:-1] / total[:-1].sum().clamp(min=1)
+            mean = given / (total[-1].clamp(min=1) / groups)
+            probs = self.attach_and_log_load_balancing_loss(
+                probs,
+                coefficient,
+                coefficient * self.num_experts * (share * mean).sum(),
+                log,
+                self.tp_cp_group,
+                valid_token_count=count,
+            )
+        return probs

@@ -1,9 +1,10 @@
 """Megatron's mixture of experts inside a recursion: one layer's weights, several steps' accounts.
 
 A layer that runs `N_r` times has `N_r` (step, expert) rows of load and as many auxiliary losses.
-Only tokens that run the step are dispatched; padding goes to no expert. Each loss enters the graph divided by `N_r` (through the coefficients of the layer's own
-configuration, see `stack.inner_config`), so that a repeated layer weighs as much as any other, and
-is logged as it is under the number of the unrolled layer that ran.
+Only tokens that run the step are dispatched; padding goes to no expert. Each loss enters the graph
+divided by `N_r` (through the coefficients of the layer's own configuration, see
+`stack.inner_config`), so that a repeated layer weighs as much as any other, and is logged as it is
+under the number of the unrolled layer that ran.
 
 Legend: `s` sequence, `b` batch, `e` experts.
 """

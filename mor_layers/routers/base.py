@@ -198,6 +198,19 @@ def checked_capacity_factors(
     return tuple(factors)
 
 
+class CalledParameters(nn.ParameterList):
+    """Parameters that are read by a call, `parameters(i)`.
+
+    What must happen before a module's parameters are used, such as waiting for those that an
+    optimizer gathers meanwhile, hangs on calls of the module that holds them.
+    """
+
+    __call__ = nn.Module.__call__
+
+    def forward(self, index: int) -> Tensor:
+        return self[index]
+
+
 class Scorer(nn.Module):
     """Logits of tokens from their hidden states, computed in fp32: `h → out` or `h → 2h → out`.
 
@@ -209,7 +222,7 @@ class Scorer(nn.Module):
         sizes = [hidden_size, num_logits]
         if architecture == "mlp":
             sizes.insert(1, 2 * hidden_size)
-        self.weights = nn.ParameterList(
+        self.weights = CalledParameters(
             nn.Parameter(torch.empty(out, into)) for into, out in pairwise(sizes)
         )
         self.reset_parameters()
@@ -221,10 +234,10 @@ class Scorer(nn.Module):
 
     def forward(self, hidden: Float[Tensor, "n b h"]) -> Float[Tensor, "n b c"]:
         values = hidden.float()
-        for i, weight in enumerate(self.weights):
+        for i in range(len(self.weights)):
             if i:
                 values = nn.functional.gelu(values)
-            values = nn.functional.linear(values, weight.float())
+            values = nn.functional.linear(values, self.weights(i).float())
         return values
 
 

@@ -9,12 +9,13 @@ Ours; no publication. Every token's depth is planned from the state that enters 
     x <- x + (1 + g_r - stopgrad(g_r)) (f(x) - x)   later: replaces the state, gradient reaches g_r
 
 `tau_r` follows the quantile, over the global batch, that lets the wanted share of those that ran
-step r-1 run step r. It undoes what moves the logits of all tokens alike, so the gradient of a gate
-leaves that out as well: it takes `a_r` relative to its mean over the sequence. Otherwise all logits
-drift together for ever, faster than a threshold can follow. A choice depends on its own token alone, so generation needs no predictor. There
-is no balance loss over depth: the thresholds fix the shares. It goes well with `exit_state` keys and
-values. With `mean_experts`, layers with experts hold that mean in the same way (`mor_layers.moe`);
-`turn_dial` shifts both kinds of thresholds at inference.
+step r-1 run step r: no balance loss over depth is needed. It undoes what moves the logits of all
+tokens alike, so the gradient of a gate leaves that out as well: it takes `a_r` relative to its mean
+over the sequence. Otherwise all logits drift together for ever, faster than a threshold can follow.
+
+A choice depends on its own token alone, so generation needs no predictor. It goes well with
+`exit_state` keys and values. With `mean_experts`, layers with experts hold that mean in the same way
+(`mor_layers.moe`); `turn_dial` shifts both kinds of thresholds at inference.
 
 Legend: `b` batch, `n` candidates of a step, `k` tokens selected, `r` steps after the first.
 """
@@ -74,7 +75,9 @@ class DepthAndWidth(RouterConfig):
         """`continue_shares`, their default filled in."""
         if self.continue_shares is not None:
             return self.continue_shares
-        return tuple((num_recursions - r) / (num_recursions - r + 1) for r in range(1, num_recursions))
+        return tuple(
+            (num_recursions - r) / (num_recursions - r + 1) for r in range(1, num_recursions)
+        )
 
     @property
     def needs_updates(self) -> bool:

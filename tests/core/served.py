@@ -68,8 +68,8 @@ class Recorder:
         """Run until all have ended; the caches must be empty then."""
         while not self.engine.is_idle:
             self.step()
-        assert self.engine.decoder.num_bytes_in_use == 0
-        assert self.engine.decoder.pages_free == self.engine.decoder.pages
+        assert self.engine.caches.num_bytes_in_use == 0
+        assert self.engine.caches.pages_free == self.engine.caches.pages
         return list(self.served.values())
 
 
@@ -86,7 +86,9 @@ def serve(model: MoRTransformer, requests: Sequence[Request], **arguments: Any) 
 
 
 @torch.no_grad()
-def full_forward(model: MoRTransformer, request: Request, served: Served) -> tuple[Tensor, list[int]]:
+def full_forward(
+    model: MoRTransformer, request: Request, served: Served
+) -> tuple[Tensor, list[int]]:
     """Logits that the continuation was picked from, and depths, by one pass over the whole text."""
     ids = torch.tensor([[*request.ids, *served.tokens]])
     output = model.eval()(ids, causal_routing=True)

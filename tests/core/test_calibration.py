@@ -5,7 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mor_layers import DepthAndWidth, ExpertChoice, FixedDepth, RandomDepth, RouterConfig, TokenChoice
+from mor_layers import (
+    DepthAndWidth,
+    ExpertChoice,
+    FixedDepth,
+    RandomDepth,
+    RouterConfig,
+    TokenChoice,
+)
 from mor_layers.calibration import calibrate, turned
 from mor_layers.scheduling import Request
 from tests.core.served import assert_exact, prompt, serve

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
+
 from mor_layers import (
     DecoderConfig,
     DecoderStack,
@@ -30,7 +32,6 @@ from tests.core.small_models import (
     small_config,
     small_model,
 )
-from torch import Tensor
 
 STEPS = 3
 DOCUMENTS = columns([0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, 1])
@@ -294,9 +295,9 @@ def test_a_single_step_leaves_nothing_to_plan() -> None:
 
 
 def test_a_dial_without_thresholds_is_refused() -> None:
-    with pytest.raises(ValueError, match="depth=0.5"):
+    with pytest.raises(ValueError, match=r"depth=0\.5"):
         turn_dial(small_model(small_config()), depth=0.5)
-    with pytest.raises(ValueError, match="width=0.5"):
+    with pytest.raises(ValueError, match=r"width=0\.5"):
         turn_dial(small_model(small_config(DepthAndWidth())), width=0.5)
 
 

@@ -8,7 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mor_layers import DepthAndWidth, ExpertChoice, FixedDepth, KVPolicy, MoRTransformer, RouterConfig
+from mor_layers import (
+    DepthAndWidth,
+    ExpertChoice,
+    FixedDepth,
+    KVPolicy,
+    MoRTransformer,
+    RouterConfig,
+)
 from mor_layers.depth_batching import CacheSettings, DepthBatchingEngine
 from mor_layers.moe import MoEConfig
 from mor_layers.sampling import Sampling
@@ -32,8 +39,7 @@ POLICIES: tuple[KVPolicy, ...] = (
 )
 SHARINGS = ("cycle", "middle_cycle")
 COMBINATIONS = [
-    pytest.param(*c, id="-".join(c))
-    for c in itertools.product(ALL_ROUTERS, POLICIES, SHARINGS)
+    pytest.param(*c, id="-".join(c)) for c in itertools.product(ALL_ROUTERS, POLICIES, SHARINGS)
 ]
 
 
@@ -50,9 +56,7 @@ def others(model: MoRTransformer, recorder: Recorder) -> None:
 
 
 @pytest.mark.parametrize(("router", "policy", "sharing"), COMBINATIONS)
-def test_decoding_equals_the_full_forward_pass(
-    router: str, policy: KVPolicy, sharing: str
-) -> None:
+def test_decoding_equals_the_full_forward_pass(router: str, policy: KVPolicy, sharing: str) -> None:
     model = model_for(router, policy, sharing, block_size=2)
     request = Request(prompt(9), 5)
     in_company = Recorder(model, chunk_size=4)
@@ -201,7 +205,9 @@ def any_company(draw: st.DrawFn) -> dict:
     )
     return {
         "requests": [
-            Request(prompt(draw(st.integers(1, 12)), seed), draw(st.integers(1, 6)), draw(samplings))
+            Request(
+                prompt(draw(st.integers(1, 12)), seed), draw(st.integers(1, 6)), draw(samplings)
+            )
             for seed in range(count)
         ],
         "arrivals": [draw(st.integers(0, 8)) for _ in range(count)],
@@ -353,7 +359,7 @@ def test_a_stream_that_is_left_early_gives_its_pages_back() -> None:
     assert next(events).token is not None
     events.close()
     engine.step()
-    assert engine.is_idle and engine.decoder.num_bytes_in_use == 0
+    assert engine.is_idle and engine.caches.num_bytes_in_use == 0
 
 
 def test_half_precision_runs_the_other_way_of_attention() -> None:

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from mor_layers import ExpertChoice, KVPolicy, accounting, reference
 from mor_layers.cached_attention import CachedAttention, GatheredAttention, IndexedAttention
-from mor_layers.decoding import CacheSettings, Decoder
+from mor_layers.caches import CacheSettings
+from mor_layers.decoding import Decoder
 from mor_layers.kv_cache import KVArena, PagedRows, Visible
 from mor_layers.scheduling import Request
 from tests.core.served import Recorder, prompt
@@ -108,12 +109,12 @@ def test_bytes_are_those_allocated(policy: KVPolicy, sharing: str, is_int8: bool
     model = small_model(small_config(ExpertChoice(), 3, sharing, policy, block_size=2))
     for kv_bytes in (20_000, 100_001):
         settings = CacheSettings(kv_bytes, 3, 50, page_size=4, is_int8=is_int8)
-        decoder = Decoder(model, settings, 8)
-        tensors = [a.data for a in (decoder.outer, decoder.inner)]
-        tensors += [a.scales for a in (decoder.outer, decoder.inner) if a.scales is not None]
-        assert decoder.num_bytes == sum(t.numel() * t.element_size() for t in tensors)
-        assert kv_bytes * 0.9 < decoder.num_bytes <= kv_bytes
-        assert decoder.num_bytes_in_use == 0
+        caches = Decoder(model, settings, 8).caches
+        tensors = [a.data for a in (caches.outer, caches.inner)]
+        tensors += [a.scales for a in (caches.outer, caches.inner) if a.scales is not None]
+        assert caches.num_bytes == sum(t.numel() * t.element_size() for t in tensors)
+        assert kv_bytes * 0.9 < caches.num_bytes <= kv_bytes
+        assert caches.num_bytes_in_use == 0
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -136,10 +137,10 @@ def test_a_sequence_holds_what_its_policy_keeps(policy: KVPolicy) -> None:
     row = 2 * 6 * 4  # keys and values of one head of 6 numbers, in fp32
     pending = sum(len(rows.slots) for _, rows in decoder._exited)
     in_use = row * (2 * len(depths) + 2 * (rows - pending))
-    assert decoder.num_bytes_in_use == in_use
+    assert decoder.caches.num_bytes_in_use == in_use
     if policy != "exit_state":
         cost = accounting.account(model.config, len(depths), ran)
-        assert decoder.num_bytes_in_use == cost.kv_bytes(bytes_per_number=4)
+        assert decoder.caches.num_bytes_in_use == cost.kv_bytes(bytes_per_number=4)
 
 
 @pytest.mark.parametrize("num_recursions", [2, 3, 4])
@@ -149,7 +150,7 @@ def test_expected_bytes_are_the_published_shares_of_a_full_cache(num_recursions:
     for policy in ("recursion_wise", "recursive_sharing"):
         config = small_config(ExpertChoice(), num_recursions, "cycle", policy)
         decoder = Decoder(small_model(config), CacheSettings(1 << 20, page_size=1), 8)
-        rows[policy] = decoder.demand(length)[1] / (num_recursions * length)
+        rows[policy] = decoder.caches.demand(length)[1] / (num_recursions * length)
     assert rows["recursion_wise"] == pytest.approx((num_recursions + 1) / (2 * num_recursions))
     assert rows["recursive_sharing"] == pytest.approx(1 / num_recursions)
 

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
+
 from mor_layers import (
     DecoderConfig,
     DepthAndWidth,
@@ -27,7 +29,6 @@ from tests.core.small_models import (
     small_config,
     small_model,
 )
-from torch import Tensor
 
 HIDDEN, EXPERTS, STEPS = 12, 5, 3
 PADDING = columns([0, 0, 1, 0, 0, 1, 1], [1, 0, 0, 0, 0, 0, 0]).bool()
@@ -163,9 +164,7 @@ def test_one_token_is_enough() -> None:
 def test_experts_run_once_on_their_tokens_and_on_no_others(monkeypatch) -> None:
     layer, rows = layer_of("top 2"), []
     plain = torch.nn.functional.linear
-    monkeypatch.setattr(
-        "mor_layers.moe.F.linear", lambda x, w: rows.append(len(x)) or plain(x, w)
-    )
+    monkeypatch.setattr("mor_layers.moe.F.linear", lambda x, w: rows.append(len(x)) or plain(x, w))
     _, use = layer(random_states(7, 2, HIDDEN), 0, PADDING)
     logits, *products = rows
     assert logits == 14

@@ -72,7 +72,8 @@ def test_seeds_and_places_give_different_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"temperature": float("nan")}]
+    "arguments",
+    [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"temperature": float("nan")}],
 )
 def test_wrong_settings_are_named(arguments) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):

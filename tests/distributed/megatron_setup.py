@@ -30,10 +30,11 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
-from mor_megatron import cpu
-from mor_megatron.norms import Norm
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mor_megatron import cpu
+from mor_megatron.norms import Norm
 
 VOCAB_SIZE = 64
 MAX_SEQUENCE_LENGTH = 64

@@ -10,9 +10,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from mor_megatron import checkpointing
 from torch import Tensor
 
+from mor_megatron import checkpointing
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pool import WorkerPool
 

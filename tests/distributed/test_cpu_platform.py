@@ -13,10 +13,10 @@ from megatron.core.inference.config import InferenceConfig
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 from megatron.core.transformer import TransformerConfig
-from mor_megatron import cpu
-from mor_megatron.norms import Norm
 from torch import Tensor
 
+from mor_megatron import cpu
+from mor_megatron.norms import Norm
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pool import WorkerPool
 

@@ -1,0 +1,364 @@
+"""Throughput of generation with a recursion, over that of a plain model in the same engine.
+
+    python examples/benchmarks/generation.py --shapes 360M --json throughput.json
+
+Weights are random and depths are drawn with the shares that expert choice trains for, (N_r-r+1)/N_r.
+Requests keep coming, so prompts, every write of keys and values, logits and sampling are all in the
+figures. Models take turns and the median of the turns' ratios counts. On a CPU, time is processor time
+of one thread, which other processes on the machine disturb least.
+
+Two comparisons: `equal_batch`, as many sequences in flight; `equal_kv`, as many bytes for keys and
+values as some plain sequences take, filled with as many sequences as fit. Beside each ratio stand what
+arithmetic alone allows (FLOPs), and what reading weights and keys alone allows (bytes): a processor that
+waits for memory is near the second, one that waits for its multipliers near the first.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import count
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mor_layers import DecoderConfig, KVPolicy, MoRTransformer, RandomDepth, RecursionConfig
+from mor_layers.accounting import account
+from mor_layers.caches import CacheSettings
+from mor_layers.depth_batching import DepthBatchingEngine
+from mor_layers.kv_cache import CACHE_POLICIES
+from mor_layers.scheduling import Request
+
+Budget = Literal["equal_batch", "equal_kv"]
+
+SHAPES = {  # hidden, query heads, key-value heads, MLP, layers that a plain model has
+    "small": (192, 6, 2, 512, 18),
+    "135M": (576, 9, 3, 1536, 30),
+    "360M": (960, 15, 5, 2560, 34),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison."""
+
+    shape: str
+    num_recursions: int
+    kv_policy: str
+    budget: Budget
+    throughput_ratio: float
+    """Generated tokens per second over the plain model's."""
+    kv_bytes_ratio: float
+    """Bytes that the routed layers keep of a token, over those of layers that keep everything."""
+    flop_limit: float
+    byte_limit: float
+    sequences: float
+    """In flight, in the mean."""
+    plain_sequences: float
+    tokens_per_second: float
+    plain_tokens_per_second: float
+    engine_share: float
+    """Of the time, what is spent outside the layers and the logits."""
+
+
+def decoder_config(shape: str, vocabulary: int, steps: int, policy: KVPolicy) -> DecoderConfig:
+    """A model of the shape; layers are added until they divide."""
+    hidden, heads, kv_heads, ffn, layers = SHAPES[shape]
+    recursion = None
+    if steps > 1:
+        recursion = RecursionConfig(steps, "middle_cycle", RandomDepth(), policy)
+        layers += -(layers - 2) % steps
+    return DecoderConfig(
+        vocabulary, hidden, ffn, layers, heads, kv_heads, tie_embeddings=True, recursion=recursion
+    )
+
+
+class Load:
+    """An engine that is never without work.
+
+    Args:
+        slots: sequences in flight at most.
+        kv_bytes: memory for keys and values.
+    """
+
+    def __init__(
+        self, model: MoRTransformer, options: argparse.Namespace, slots: int, kv_bytes: int
+    ) -> None:
+        self.model, self.options, self.slots = model, options, slots
+        length = options.prompt + options.new_tokens
+        settings = CacheSettings(kv_bytes, slots, length + 1, page_size=8)
+        self.engine = DepthBatchingEngine(model, settings, chunk_size=options.prompt)
+        self._random, self._numbers = random.Random(0), count()
+        self._inside = 0.0
+        decoder: Any = self.engine.decoder
+        decoder._layers = self._timed(decoder._layers)
+        model.output.forward = self._timed(model.output.forward)  # type: ignore[method-assign]
+
+    def _timed(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            began = clock()
+            try:
+                return run(*arguments)
+            finally:
+                self._inside += clock() - began
+
+        return timed
+
+    def run(self, tokens: int) -> tuple[float, float, float]:
+        """Generate so many tokens: tokens a second, sequences in flight, the engine's own share."""
+        counters, vocabulary = self.engine.counters, self.model.config.vocab_size
+        goal, self._inside = counters.generated_tokens + tokens, 0.0
+        first, in_flight, ticks, began = counters.generated_tokens, 0, 0, clock()
+        while counters.generated_tokens < goal:
+            while self.engine.num_running + self.engine.num_waiting < self.slots + 2:
+                is_first_round = next(self._numbers) < self.slots
+                # The first ones are of all ages, as in a server that has run for long.
+                new = self._random.randint(1, self.options.new_tokens) if is_first_round else None
+                ids = tuple(self._random.randrange(vocabulary) for _ in range(self.options.prompt))
+                self.engine.submit(Request(ids, new or self.options.new_tokens))
+            self.engine.step()
+            in_flight, ticks = in_flight + self.engine.num_running, ticks + 1
+        seconds = clock() - began
+        done = counters.generated_tokens - first
+        return done / seconds, in_flight / ticks, 1 - self._inside / seconds
+
+
+def clock() -> float:
+    """Seconds of this thread's processor; of the wall where a GPU works."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def sequence_bytes(config: DecoderConfig, length: int) -> float:
+    """Expected bytes of one sequence's keys and values, in fp32."""
+    return account(config, length).kv_bytes(bytes_per_number=4)
+
+
+def generated_flops(config: DecoderConfig, options: argparse.Namespace) -> float:
+    """FLOPs of a generated token, its share of the prompt included."""
+    length = options.prompt + options.new_tokens
+    cost = account(config, length, causal_half=True)
+    # Logits are computed where a token is generated only.
+    logits = cost.forward.output / length
+    return (cost.forward.total - cost.forward.output) / options.new_tokens + logits
+
+
+def generated_bytes(config: DecoderConfig, options: argparse.Namespace, sequences: float) -> float:
+    """Bytes of weights and keys that are read for a generated token."""
+    length = options.prompt + options.new_tokens / 2
+    cost = account(config, round(length))
+    depth = sum(_shares(config))
+    weights = (cost.parameters.total - cost.parameters.embedding) * 4
+    weights += 4 * config.vocab_size * config.hidden_size  # the embedding, read for the logits
+    runs = 2 if config.recursion is not None else 0
+    layers = (config.num_unrolled_layers - runs) / len(_shares(config))
+    row = 2 * 4 * config.kv_heads * config.head_size
+    seen = sum(_seen(config)) * layers + runs
+    # A tick reads the weights once, and finishes sequences / depth tokens.
+    return weights * depth / sequences + seen * row * length
+
+
+def _shares(config: DecoderConfig) -> tuple[float, ...]:
+    if config.recursion is None:
+        return (1.0,)
+    steps = config.recursion.num_recursions
+    return config.recursion.router.capacity_factors_for(steps) or (1.0,) * steps
+
+
+def _seen(config: DecoderConfig) -> list[float]:
+    """For each step, rows that its queries see times the share of tokens that run it."""
+    shares = _shares(config)
+    is_wise = config.recursion is None or config.recursion.kv_policy == "recursion_wise"
+    return [share * (share if is_wise else shares[0]) for share in shares]
+
+
+def kv_bytes_ratio(config: DecoderConfig) -> float:
+    """Rows that the routed layers keep, over one for each step of each token."""
+    assert config.recursion is not None
+    kind, shares = CACHE_POLICIES[config.recursion.kv_policy], _shares(config)
+    return sum(kind.rows_for(shares, 1.0)) / len(shares)
+
+
+def compare(
+    shape: str, steps: int, policy: KVPolicy, plain: MoRTransformer, options: argparse.Namespace
+) -> Iterator[Row]:
+    """One recursion against the plain model, under both budgets."""
+    torch.manual_seed(1)
+    model = MoRTransformer(decoder_config(shape, options.vocabulary, steps, policy))
+    model = model.to(options.device)
+    length = options.prompt + options.new_tokens
+    sizes = [sequence_bytes(m.config, length) for m in (plain, model)]
+    for budget in options.budgets:
+        if budget == "equal_batch":
+            # Memory for half as much again: nobody has to give way.
+            slots = [options.batch] * 2
+            memory = [round(1.5 * options.batch * size) + (1 << 20) for size in sizes]
+        else:
+            # A sequence's pages are rounded up; the plain ones must fit too.
+            total = round(options.kv_sequences * sizes[0] * 1.05)
+            memory = [total, total]
+            slots = [max(1, int(total / size)) for size in sizes]
+        loads = [
+            Load(m, options, s, b) for m, s, b in zip((plain, model), slots, memory, strict=True)
+        ]
+        for load in loads:  # fill up
+            load.run(2 * load.slots)
+        rounds = [[load.run(options.tokens) for load in loads] for _ in range(options.turns)]
+        ratio = statistics.median(own[0] / base[0] for base, own in rounds)
+        speed, in_flight, share = (statistics.median(r[1][i] for r in rounds) for i in range(3))
+        base_in_flight = statistics.median(r[0][1] for r in rounds)
+        flops = [generated_flops(m.config, options) for m in (plain, model)]
+        read = [
+            generated_bytes(m.config, options, n)
+            for m, n in ((plain, base_in_flight), (model, in_flight))
+        ]
+        yield Row(
+            shape,
+            steps,
+            policy,
+            budget,
+            ratio,
+            kv_bytes_ratio(model.config),
+            flops[0] / flops[1],
+            read[0] / read[1],
+            in_flight,
+            base_in_flight,
+            speed,
+            statistics.median(base[0] for base, _ in rounds),
+            share,
+        )
+
+
+def hugging_face(plain: MoRTransformer, options: argparse.Namespace) -> float:
+    """Tokens a second of `generate` of a Llama of the plain model's shape, at the same batch."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    own = plain.config
+    config = LlamaConfig(
+        vocab_size=own.vocab_size,
+        hidden_size=own.hidden_size,
+        intermediate_size=own.ffn_hidden_size,
+        num_hidden_layers=own.num_unrolled_layers,
+        num_attention_heads=own.num_heads,
+        num_key_value_heads=own.kv_heads,
+        tie_word_embeddings=True,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config).to(options.device).eval()
+    ids = torch.randint(own.vocab_size, (options.batch, options.prompt), device=options.device)
+    speeds = []
+    for _ in range(options.turns):
+        began = clock()
+        with torch.inference_mode():
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=options.new_tokens,
+                min_new_tokens=options.new_tokens,
+                do_sample=False,
+            )
+        speeds.append(options.batch * options.new_tokens / (clock() - began))
+    return statistics.median(speeds)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    options = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    add = options.add_argument
+    add("--shapes", nargs="+", choices=SHAPES, default=["small", "360M"])
+    add("--recursions", nargs="+", type=int, default=[2, 3, 4])
+    add(
+        "--policies",
+        nargs="+",
+        choices=CACHE_POLICIES,
+        default=["recursion_wise", "recursive_sharing"],
+    )
+    add(
+        "--budgets",
+        nargs="+",
+        choices=("equal_batch", "equal_kv"),
+        default=["equal_batch", "equal_kv"],
+    )
+    add("--batch", type=int, default=64, help="sequences in flight, equal_batch (default: 64)")
+    add("--kv-sequences", type=int, default=16, help="plain ones of equal_kv (default: 16)")
+    add("--prompt", type=int, default=32)
+    add("--new-tokens", type=int, default=32)
+    add("--tokens", type=int, default=192, help="generated tokens of one turn (default: 192)")
+    add("--turns", type=int, default=3)
+    add("--vocabulary", type=int, default=2048, help="the logits cost both models alike")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--hugging-face", action="store_true", help="also time `generate` of transformers")
+    add("--json", metavar="FILE", help="write the rows here")
+    return options
+
+
+def main() -> None:
+    """Compare and print."""
+    options = parser().parse_args()
+    if options.device == "cpu":
+        torch.set_num_threads(1)
+    console, rows, references = Console(), [], {}
+    for shape in options.shapes:
+        torch.manual_seed(0)
+        plain = MoRTransformer(decoder_config(shape, options.vocabulary, 1, "recursion_wise"))
+        plain = plain.to(options.device)
+        if options.hugging_face:
+            references[shape] = hugging_face(plain, options)
+            console.print(f"{shape}: transformers generates {references[shape]:.1f} tokens/s")
+        for steps in options.recursions:
+            for policy in options.policies:
+                for row in compare(shape, steps, policy, plain, options):
+                    rows.append(row)
+                    console.print(
+                        f"{shape} N_r={steps} {policy} {budget_name(row)}: "
+                        f"x{row.throughput_ratio:.2f} (FLOPs allow x{row.flop_limit:.2f})"
+                    )
+    console.print(table(rows))
+    if options.json:
+        settings = {k: v for k, v in vars(options).items() if k != "json"}
+        report = {
+            "settings": settings,
+            "rows": [asdict(row) for row in rows],
+            "hugging_face_tokens_per_second": references,
+        }
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=1)
+
+
+def budget_name(row: Row) -> str:
+    """As people say it."""
+    return row.budget.replace("_", " ")
+
+
+def table(rows: list[Row]) -> Table:
+    """The rows beside their limits."""
+    made = Table("shape", "N_r", "KV policy", "budget", "sequences", "throughput", "FLOP limit")
+    for name in ("byte limit", "KV bytes", "tokens/s", "engine's own"):
+        made.add_column(name)
+    for row in rows:
+        made.add_row(
+            row.shape,
+            str(row.num_recursions),
+            row.kv_policy,
+            budget_name(row),
+            f"{row.sequences:.0f} : {row.plain_sequences:.0f}",
+            f"×{row.throughput_ratio:.2f}",
+            f"×{row.flop_limit:.2f}",
+            f"×{row.byte_limit:.2f}",
+            f"{row.kv_bytes_ratio:.3f}",
+            f"{row.tokens_per_second:.1f} : {row.plain_tokens_per_second:.1f}",
+            f"{row.engine_share:.1%}",
+        )
+    return made
+
+
+if __name__ == "__main__":
+    main()
