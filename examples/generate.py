@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from mor_layers.calibration import calibrate
 from mor_layers.caches import CacheSettings
+from mor_layers.calibration import calibrate
 from mor_layers.depth_batching import DepthBatchingEngine
 from mor_layers.sampling import Sampling
 from mor_layers.scheduling import Request

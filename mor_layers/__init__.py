@@ -2,7 +2,18 @@
 
 from mor_layers.adapters import EncoderLayers, PointwiseLayers
 from mor_layers.attention import KVPolicy, StepContext, attend, causal_mask
+from mor_layers.caches import CacheSettings
+from mor_layers.calibration import Calibration, calibrate
 from mor_layers.config import DecoderConfig, RecursionConfig, from_mapping, load_config
+from mor_layers.depth_batching import DepthBatchingEngine, Event
+from mor_layers.early_exit import (
+    Acceleration,
+    Confidence,
+    Criterion,
+    Divergence,
+    ExitProbability,
+    with_early_exit,
+)
 from mor_layers.moe import ExpertRouters, ExpertUse, MoE, MoEConfig
 from mor_layers.published import (
     config_from_published,
@@ -23,16 +34,27 @@ from mor_layers.routers import (
     registered_routers,
 )
 from mor_layers.routing import LocalPlacement, Placement, RoutingDecision, Tokens
+from mor_layers.sampling import Sampling
+from mor_layers.scheduling import Request
 from mor_layers.sharing import Sharing, SharingSchedule
 from mor_layers.thresholds import Thresholds, turn_dial
 from mor_layers.transformer import DecoderOutput, DecoderStack, MoRTransformer
 
 __all__ = [
+    "Acceleration",
+    "CacheSettings",
+    "Calibration",
+    "Confidence",
+    "Criterion",
     "DecoderConfig",
     "DecoderOutput",
     "DecoderStack",
     "DepthAndWidth",
+    "DepthBatchingEngine",
+    "Divergence",
     "EncoderLayers",
+    "Event",
+    "ExitProbability",
     "ExpertChoice",
     "ExpertRouters",
     "ExpertUse",
@@ -49,9 +71,11 @@ __all__ = [
     "RecursionConfig",
     "RecursionLayers",
     "RecursionOutput",
+    "Request",
     "Router",
     "RouterConfig",
     "RoutingDecision",
+    "Sampling",
     "Sharing",
     "SharingSchedule",
     "StepContext",
@@ -59,6 +83,7 @@ __all__ = [
     "TokenChoice",
     "Tokens",
     "attend",
+    "calibrate",
     "causal_mask",
     "config_from_published",
     "from_mapping",
@@ -69,4 +94,5 @@ __all__ = [
     "register_router",
     "registered_routers",
     "turn_dial",
+    "with_early_exit",
 ]

@@ -39,9 +39,15 @@ class Criterion(ABC):
     def observe(self, hidden: Float[Tensor, "n b h"], read_out: ReadOut) -> Float[Tensor, "n b c"]:
         """What the criterion looks at in a state."""
 
+    def remember(
+        self, seen: list[Float[Tensor, "n b c"]], new: Float[Tensor, "n b c"]
+    ) -> list[Float[Tensor, "n b c"]]:
+        """What `is_met` gets to see, and later steps again."""
+        return [*seen, new][-self.numbers - 1 :]
+
     @abstractmethod
     def is_met(self, *observed: Float[Tensor, "n b c"]) -> Bool[Tensor, "n b"]:
-        """Whether to stop, from the last observations, earliest first: `numbers` and the new one."""
+        """Whether to stop, from what is remembered, earliest first: `numbers` and the new one."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +136,8 @@ class ExitProbability(Criterion):
     def is_met(self, *observed: Tensor) -> Tensor:
         return -torch.expm1(observed[-1][..., 0]) > self.threshold
 
-    def accumulate(self, so_far: Tensor, new: Tensor) -> Tensor:
-        """log Π (1 - λ)."""
-        return so_far + new
+    def remember(self, seen: list[Tensor], new: Tensor) -> list[Tensor]:
+        return [new + seen[0] if seen else new]  # log Π (1 - λ)
 
 
 class EarlyExitRouter(Router):
@@ -165,9 +170,7 @@ class EarlyExitRouter(Router):
         if logits is None:
             return previous.keep_valid()
         seen = [] if previous.plan is None else list(previous.plan.split(logits.shape[-1], dim=-1))
-        if isinstance(self.criterion, ExitProbability) and seen:
-            logits, seen = self.criterion.accumulate(seen[-1], logits), []
-        seen = [*seen, logits][-self.criterion.numbers - 1 :]
+        seen = self.criterion.remember(seen, logits)
         noted = previous.with_plan(torch.cat(seen, dim=-1))
         if step == 0 or len(seen) <= self.criterion.numbers:
             return noted.keep_valid()

@@ -184,7 +184,7 @@ class RecursiveSelfAttention(SelfAttention):
         count, hidden = len(exited.tokens.positions), self.input_norm(exited.hidden)
         if not self._can_project_parts:
             _, key, value = self.get_query_key_value_tensors(hidden)[:3]  # type: ignore[misc]
-            return key[:count], value[:count]
+            return key[:count], value[:count]  # type: ignore[return-value]
         # [x b 2gd] -> [x b g 2 d]
         both = self._project_part(hidden, slice(-2, None))[:count].unflatten(2, (-1, 2))
         key, value = both.unbind(dim=3)

@@ -133,4 +133,4 @@ def _tokens_per_step(layer: RecursionLayer) -> Tensor:
 
 
 def _data_group() -> torch.distributed.ProcessGroup:
-    return parallel_state.get_data_parallel_group()
+    return parallel_state.get_data_parallel_group()  # type: ignore[return-value]

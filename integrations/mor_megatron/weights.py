@@ -151,6 +151,6 @@ def _shards(chunk: Any) -> Iterator[ShardedTensor]:
     entries = chunk.sharded_state_dict(metadata={"non_homogeneous_layers": True})
     for entry in entries.values():
         if isinstance(entry, ShardedTensorFactory):  # a gated linear_fc1: two halves of a parameter
-            yield from replace(entry, data=entry.data.detach()).build()
+            yield from replace(entry, data=entry.data.detach()).build()  # type: ignore[misc]
         elif isinstance(entry, ShardedTensor):
             yield entry

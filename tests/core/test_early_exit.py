@@ -18,7 +18,7 @@ from tests.core.small_models import HIDDEN_SIZE, random_ids, small_config, small
 
 GATE = torch.linspace(-1, 1, HIDDEN_SIZE)
 CRITERIA: dict[str, tuple[Criterion, Criterion, Criterion]] = {  # never, some, at once
-    "confidence": (Confidence(1.0), Confidence(0.3), Confidence(1e-6)),
+    "confidence": (Confidence(1.0), Confidence(0.55), Confidence(1e-6)),
     "divergence": (Divergence(1e-9), Divergence(0.4), Divergence(1e9)),
     "acceleration": (Acceleration(1e-9), Acceleration(1.0), Acceleration(1e9)),
     "exit_probability": (
@@ -72,9 +72,7 @@ def test_a_first_token_exits_where_the_criterion_says(name: str) -> None:
             with torch.no_grad():
                 plain = model(ids)
                 states.append(plain.recursions[0].hidden[0, 0])
-                expected = expected_depth(
-                    criterion, states, lambda x, m=model: m.output(m.norm(x))
-                )
+                expected = expected_depth(criterion, states, lambda x, m=model: m.output(m.norm(x)))
                 with_early_exit(model, criterion)
                 assert model(ids, causal_routing=True).depths.item() == expected
             depths.add(expected)
