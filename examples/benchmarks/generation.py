@@ -2,8 +2,8 @@
 
     python examples/benchmarks/generation.py --shapes 360M --json throughput.json
 
-Weights are random and depths are drawn with the shares that expert choice trains for, (N_r-r+1)/N_r.
-Requests keep coming, so prompts, every write of keys and values, logits and sampling are all in the
+Weights are random; expert-choice routers are calibrated so that steps keep the shares that they train
+for, (N_r-r+1)/N_r. Requests keep coming, so prompts, every write of keys and values, logits and sampling are all in the
 figures. Models take turns and the median of the turns' ratios counts. On a CPU, time is processor time
 of one thread, which other processes on the machine disturb least.
 
@@ -19,7 +19,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from typing import Any, Literal
 
@@ -27,11 +27,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mor_layers import DecoderConfig, KVPolicy, MoRTransformer, RandomDepth, RecursionConfig
+from mor_layers import DecoderConfig, ExpertChoice, KVPolicy, MoRTransformer, RecursionConfig
 from mor_layers.accounting import account
 from mor_layers.caches import CacheSettings
+from mor_layers.calibration import calibrate
 from mor_layers.depth_batching import DepthBatchingEngine
 from mor_layers.kv_cache import CACHE_POLICIES
+from mor_layers.sampling import Sampling
 from mor_layers.scheduling import Request
 
 Budget = Literal["equal_batch", "equal_kv"]
@@ -55,7 +57,10 @@ class Row:
     """Generated tokens per second over the plain model's."""
     kv_bytes_ratio: float
     """Bytes that the routed layers keep of a token, over those of layers that keep everything."""
+    mean_depth: float
+    """Steps that a token took."""
     flop_limit: float
+    """What FLOPs allow, at that depth."""
     byte_limit: float
     sequences: float
     """In flight, in the mean."""
@@ -71,7 +76,7 @@ def decoder_config(shape: str, vocabulary: int, steps: int, policy: KVPolicy) ->
     hidden, heads, kv_heads, ffn, layers = SHAPES[shape]
     recursion = None
     if steps > 1:
-        recursion = RecursionConfig(steps, "middle_cycle", RandomDepth(), policy)
+        recursion = RecursionConfig(steps, "middle_cycle", ExpertChoice(), policy)
         layers += -(layers - 2) % steps
     return DecoderConfig(
         vocabulary, hidden, ffn, layers, heads, kv_heads, tie_embeddings=True, recursion=recursion
@@ -90,9 +95,14 @@ class Load:
         self, model: MoRTransformer, options: argparse.Namespace, slots: int, kv_bytes: int
     ) -> None:
         self.model, self.options, self.slots = model, options, slots
-        length = options.prompt + options.new_tokens
+        self.longest_prompt = options.prompt + options.prompt // 2
+        length = self.longest_prompt + options.new_tokens
         settings = CacheSettings(kv_bytes, slots, length + 1, page_size=8)
-        self.engine = DepthBatchingEngine(model, settings, chunk_size=options.prompt)
+        # No prompt waits for its turn: that would hold the plain model up, whose ticks are fewer.
+        every = slots * self.longest_prompt
+        self.engine = DepthBatchingEngine(
+            model, settings, self.longest_prompt, tokens_per_tick=every
+        )
         self._random, self._numbers = random.Random(0), count()
         self._inside = 0.0
         decoder: Any = self.engine.decoder
@@ -109,23 +119,32 @@ class Load:
 
         return timed
 
-    def run(self, tokens: int) -> tuple[float, float, float]:
-        """Generate so many tokens: tokens a second, sequences in flight, the engine's own share."""
+    def run(self, tokens: int) -> tuple[float, float, float, float]:
+        """Generate so many tokens.
+
+        Returns:
+            Tokens a second, sequences in flight, mean depth, and the engine's own share.
+        """
         counters, vocabulary = self.engine.counters, self.model.config.vocab_size
         goal, self._inside = counters.generated_tokens + tokens, 0.0
-        first, in_flight, ticks, began = counters.generated_tokens, 0, 0, clock()
+        before, in_flight, ticks, began = replace(counters), 0, 0, clock()
         while counters.generated_tokens < goal:
             while self.engine.num_running + self.engine.num_waiting < self.slots + 2:
-                is_first_round = next(self._numbers) < self.slots
-                # The first ones are of all ages, as in a server that has run for long.
-                new = self._random.randint(1, self.options.new_tokens) if is_first_round else None
-                ids = tuple(self._random.randrange(vocabulary) for _ in range(self.options.prompt))
-                self.engine.submit(Request(ids, new or self.options.new_tokens))
+                number, new = next(self._numbers), self.options.new_tokens
+                if number < self.slots:  # of all ages, as in a server that has run for long
+                    new = self._random.randint(1, new)
+                size = self._random.randint(self.options.prompt // 2 + 1, self.longest_prompt)
+                ids = tuple(self._random.randrange(vocabulary) for _ in range(size))
+                self.engine.submit(Request(ids, new, Sampling(1.0, seed=number)))
             self.engine.step()
             in_flight, ticks = in_flight + self.engine.num_running, ticks + 1
         seconds = clock() - began
-        done = counters.generated_tokens - first
-        return done / seconds, in_flight / ticks, 1 - self._inside / seconds
+        done = counters.generated_tokens - before.generated_tokens
+        # The last token of a request is never computed.
+        computed = done + counters.prompt_tokens - before.prompt_tokens
+        computed -= counters.finished - before.finished
+        depth = (counters.steps - before.steps) / computed
+        return done / seconds, in_flight / ticks, depth, 1 - self._inside / seconds
 
 
 def clock() -> float:
@@ -141,20 +160,26 @@ def sequence_bytes(config: DecoderConfig, length: int) -> float:
     return account(config, length).kv_bytes(bytes_per_number=4)
 
 
-def generated_flops(config: DecoderConfig, options: argparse.Namespace) -> float:
-    """FLOPs of a generated token, its share of the prompt included."""
+def generated_flops(config: DecoderConfig, options: argparse.Namespace, depth: float) -> float:
+    """FLOPs of a generated token of the given mean depth, its share of the prompt included."""
     length = options.prompt + options.new_tokens
-    cost = account(config, length, causal_half=True)
+    tokens, shares = None, _shares(config)
+    if len(shares) > 1:
+        deeper = (depth - 1) / (sum(shares) - 1)
+        tokens = [length * min(1.0, share * deeper) for share in shares[1:]]
+        tokens = [length, *tokens]
+    cost = account(config, length, tokens, causal_half=True)
     # Logits are computed where a token is generated only.
     logits = cost.forward.output / length
     return (cost.forward.total - cost.forward.output) / options.new_tokens + logits
 
 
-def generated_bytes(config: DecoderConfig, options: argparse.Namespace, sequences: float) -> float:
+def generated_bytes(
+    config: DecoderConfig, options: argparse.Namespace, depth: float, sequences: float
+) -> float:
     """Bytes of weights and keys that are read for a generated token."""
     length = options.prompt + options.new_tokens / 2
     cost = account(config, round(length))
-    depth = sum(_shares(config))
     weights = (cost.parameters.total - cost.parameters.embedding) * 4
     weights += 4 * config.vocab_size * config.hidden_size  # the embedding, read for the logits
     runs = 2 if config.recursion is not None else 0
@@ -193,13 +218,15 @@ def compare(
     torch.manual_seed(1)
     model = MoRTransformer(decoder_config(shape, options.vocabulary, steps, policy))
     model = model.to(options.device)
+    text = torch.randint(options.vocabulary, (4, 2 * options.prompt), device=options.device)
+    calibrate(model, [text])
     length = options.prompt + options.new_tokens
     sizes = [sequence_bytes(m.config, length) for m in (plain, model)]
     for budget in options.budgets:
         if budget == "equal_batch":
             # Memory for half as much again: nobody has to give way.
             slots = [options.batch] * 2
-            memory = [round(1.5 * options.batch * size) + (1 << 20) for size in sizes]
+            memory = [round(2 * options.batch * size) + (1 << 20) for size in sizes]
         else:
             # A sequence's pages are rounded up; the plain ones must fit too.
             total = round(options.kv_sequences * sizes[0] * 1.05)
@@ -212,12 +239,10 @@ def compare(
             load.run(2 * load.slots)
         rounds = [[load.run(options.tokens) for load in loads] for _ in range(options.turns)]
         ratio = statistics.median(own[0] / base[0] for base, own in rounds)
-        speed, in_flight, share = (statistics.median(r[1][i] for r in rounds) for i in range(3))
-        base_in_flight = statistics.median(r[0][1] for r in rounds)
-        flops = [generated_flops(m.config, options) for m in (plain, model)]
+        base, own = ([statistics.median(r[i][j] for r in rounds) for j in range(4)] for i in (0, 1))
+        flops = [generated_flops(m.config, options, r[2]) for m, r in ((plain, base), (model, own))]
         read = [
-            generated_bytes(m.config, options, n)
-            for m, n in ((plain, base_in_flight), (model, in_flight))
+            generated_bytes(m.config, options, r[2], r[1]) for m, r in ((plain, base), (model, own))
         ]
         yield Row(
             shape,
@@ -226,13 +251,14 @@ def compare(
             budget,
             ratio,
             kv_bytes_ratio(model.config),
-            flops[0] / flops[1],
-            read[0] / read[1],
-            in_flight,
-            base_in_flight,
-            speed,
-            statistics.median(base[0] for base, _ in rounds),
-            share,
+            mean_depth=own[2],
+            flop_limit=flops[0] / flops[1],
+            byte_limit=read[0] / read[1],
+            sequences=own[1],
+            plain_sequences=base[1],
+            tokens_per_second=own[0],
+            plain_tokens_per_second=base[0],
+            engine_share=own[3],
         )
 
 
@@ -291,7 +317,7 @@ def parser() -> argparse.ArgumentParser:
     add("--kv-sequences", type=int, default=16, help="plain ones of equal_kv (default: 16)")
     add("--prompt", type=int, default=32)
     add("--new-tokens", type=int, default=32)
-    add("--tokens", type=int, default=192, help="generated tokens of one turn (default: 192)")
+    add("--tokens", type=int, default=768, help="generated tokens of one turn (default: 768)")
     add("--turns", type=int, default=3)
     add("--vocabulary", type=int, default=2048, help="the logits cost both models alike")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -340,8 +366,8 @@ def budget_name(row: Row) -> str:
 
 def table(rows: list[Row]) -> Table:
     """The rows beside their limits."""
-    made = Table("shape", "N_r", "KV policy", "budget", "sequences", "throughput", "FLOP limit")
-    for name in ("byte limit", "KV bytes", "tokens/s", "engine's own"):
+    made = Table("shape", "N_r", "KV policy", "budget", "sequences", "throughput", "depth")
+    for name in ("FLOP limit", "byte limit", "KV bytes", "tokens/s", "engine's own"):
         made.add_column(name)
     for row in rows:
         made.add_row(
@@ -351,6 +377,7 @@ def table(rows: list[Row]) -> Table:
             budget_name(row),
             f"{row.sequences:.0f} : {row.plain_sequences:.0f}",
             f"×{row.throughput_ratio:.2f}",
+            f"{row.mean_depth:.2f}",
             f"×{row.flop_limit:.2f}",
             f"×{row.byte_limit:.2f}",
             f"{row.kv_bytes_ratio:.3f}",
