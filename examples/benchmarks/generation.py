@@ -3,9 +3,9 @@
     python examples/benchmarks/generation.py --shapes 360M --json throughput.json
 
 Weights are random; expert-choice routers are calibrated so that steps keep the shares that they train
-for, (N_r-r+1)/N_r. Requests keep coming, so prompts, every write of keys and values, logits and sampling are all in the
-figures. Models take turns and the median of the turns' ratios counts. On a CPU, time is processor time
-of one thread, which other processes on the machine disturb least.
+for, (N_r-r+1)/N_r. Requests keep coming, so prompts, every write of keys and values, logits and sampling
+are all in the figures. Models take turns and the median of the turns' ratios counts. On a CPU, time is
+processor time of one thread, which other processes on the machine disturb least.
 
 Two comparisons: `equal_batch`, as many sequences in flight; `equal_kv`, as many bytes for keys and
 values as some plain sequences take, filled with as many sequences as fit. Beside each ratio stand what
@@ -78,9 +78,7 @@ def decoder_config(shape: str, vocabulary: int, steps: int, policy: KVPolicy) ->
     if steps > 1:
         recursion = RecursionConfig(steps, "middle_cycle", ExpertChoice(), policy)
         layers += -(layers - 2) % steps
-    return DecoderConfig(
-        vocabulary, hidden, ffn, layers, heads, kv_heads, tie_embeddings=True, recursion=recursion
-    )
+    return DecoderConfig(vocabulary, hidden, ffn, layers, heads, kv_heads, recursion=recursion)
 
 
 class Load:
@@ -181,7 +179,6 @@ def generated_bytes(
     length = options.prompt + options.new_tokens / 2
     cost = account(config, round(length))
     weights = (cost.parameters.total - cost.parameters.embedding) * 4
-    weights += 4 * config.vocab_size * config.hidden_size  # the embedding, read for the logits
     runs = 2 if config.recursion is not None else 0
     layers = (config.num_unrolled_layers - runs) / len(_shares(config))
     row = 2 * 4 * config.kv_heads * config.head_size
@@ -218,9 +215,9 @@ def compare(
     torch.manual_seed(1)
     model = MoRTransformer(decoder_config(shape, options.vocabulary, steps, policy))
     model = model.to(options.device)
-    text = torch.randint(options.vocabulary, (4, 2 * options.prompt), device=options.device)
-    calibrate(model, [text])
     length = options.prompt + options.new_tokens
+    text = torch.randint(options.vocabulary, (8, length), device=options.device)
+    calibrate(model, [text])
     sizes = [sequence_bytes(m.config, length) for m in (plain, model)]
     for budget in options.budgets:
         if budget == "equal_batch":
@@ -274,7 +271,7 @@ def hugging_face(plain: MoRTransformer, options: argparse.Namespace) -> float:
         num_hidden_layers=own.num_unrolled_layers,
         num_attention_heads=own.num_heads,
         num_key_value_heads=own.kv_heads,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         eos_token_id=None,
         pad_token_id=0,
     )

@@ -297,6 +297,7 @@ RECOMPUTE = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("recompute", ["full", "moe"])
 def test_recomputation_bumps_no_count_twice(pool: WorkerPool, recompute: str) -> None:
     ((logged, report, steps),) = pool.run(moe_logs, recompute={})
@@ -308,6 +309,7 @@ def test_recomputation_bumps_no_count_twice(pool: WorkerPool, recompute: str) ->
     assert other_steps == steps == 1
 
 
+@pytest.mark.full
 def test_each_steps_expert_losses_are_logged_under_their_own_layer(pool: WorkerPool) -> None:
     ((logged, report, _),) = pool.run(moe_logs, recompute={})
     for name in ("load_balancing_loss", "z_loss"):
@@ -331,6 +333,7 @@ def expert_router_gradient(coefficient_only: bool, num_recursions: int) -> Tenso
     return setup.gather_gradients([model])["decoder.layers.0.recursion.layers.0.mlp.router.weight"]
 
 
+@pytest.mark.full
 def test_a_repeated_layers_expert_losses_count_once_in_the_graph(pool: WorkerPool) -> None:
     run = partial(pool.run, expert_router_gradient, coefficient_only=True)
     (once,), (thrice,) = run(num_recursions=1), run(num_recursions=3)
@@ -369,6 +372,7 @@ def save_or_resume(
     return loss, setup.gather_parameters(chunks)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("saved", ["one rank", "TP2+SP"])
 def test_a_checkpoint_of_one_layout_goes_on_at_any_other(
     pool: WorkerPool, tmp_path: Path, saved: str
@@ -446,6 +450,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], RecursionConfig, str]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", REFUSALS)
 def test_what_cannot_run_is_refused_with_the_fix_named(pool: WorkerPool, name: str) -> None:
     config, recursion, expected = REFUSALS[name]
