@@ -11,7 +11,13 @@ from mor_megatron.pipeline import (
 )
 from mor_megatron.specs import default_layer_spec, recursion_block_spec, recursion_layer_spec
 from mor_megatron.statistics import RoutingReport
-from mor_megatron.training import recursion_layers, routing_reports, token_depths, update_routers
+from mor_megatron.training import (
+    causal_routing,
+    recursion_layers,
+    routing_reports,
+    token_depths,
+    update_routers,
+)
 
 __all__ = [
     "Norm",
@@ -20,6 +26,7 @@ __all__ = [
     "RoutingReport",
     "SDPACoreAttention",
     "carried_length",
+    "causal_routing",
     "connect_stages",
     "default_layer_spec",
     "recursion_block_spec",

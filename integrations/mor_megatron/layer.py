@@ -76,6 +76,9 @@ class RecursionLayer(TransformerLayer):
 
     is_entry = True
     """Whether tokens are routed here; not on later stages of a block spread over the pipeline."""
+    causal_routing = False
+    """Whether no token's depth may depend on later tokens: as generation needs, see
+    `training.causal_routing`."""
 
     def __init__(
         self,
@@ -156,7 +159,7 @@ class RecursionLayer(TransformerLayer):
         )
         tokens = self._tokens(hidden_states, attention_mask, padding_mask)
         rotation = self._rotation(rotary_pos_emb, hidden_states)
-        output = self.recursion(hidden_states, tokens, rotation=rotation)
+        output = self.recursion(hidden_states, tokens, self.causal_routing, rotation=rotation)
         # Recomputation runs the forward pass twice, the first time without gradients.
         if torch.is_grad_enabled() or not self.training:
             self.statistics.record(tokens, output)

@@ -189,7 +189,7 @@ class RecursionStage(RecursionLayer):
         self, step: int, state: CarriedState, flight: Flight, is_again: bool
     ) -> CarriedState:
         previous = replace(state.decision, rows=None)
-        decision = self.recursion._route(state.rows, step, previous, False)
+        decision = self.recursion._route(state.rows, step, previous, self.causal_routing)
         selected = self.recursion.placement.select(state.rows, decision)
         if step == 0:
             flight.tokens = previous.tokens

@@ -1,6 +1,7 @@
 """What a training loop calls around its optimizer step."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,23 @@ def recursion_layers(model: nn.Module | Iterable[nn.Module]) -> Iterator[Recursi
     """The RecursionLayers of a model or of its chunks, in order."""
     for chunk in [model] if isinstance(model, nn.Module) else model:
         yield from (m for m in chunk.modules() if isinstance(m, RecursionLayer))
+
+
+@contextmanager
+def causal_routing(model: nn.Module | Iterable[nn.Module]) -> Iterator[None]:
+    """Within it, no token's depth depends on later tokens: the model runs as it generates.
+
+    Expert-choice then follows its predictor instead of comparing all tokens of a sequence.
+    """
+    layers = list(recursion_layers(model))
+    before = [layer.causal_routing for layer in layers]
+    try:
+        for layer in layers:
+            layer.causal_routing = True
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer.causal_routing = was
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ class WorkerPool:
         timeout: seconds a run may take before it counts as hung.
     """
 
-    def __init__(self, max_workers: int = 4, timeout: float = 120.0) -> None:
+    def __init__(self, max_workers: int = 4, timeout: float = 300.0) -> None:
         self.max_workers = max_workers
         self.timeout = timeout
         self._context = multiprocessing.get_context("spawn")
@@ -188,7 +188,7 @@ def _on_rank(rank: int, run: _Run, function: Callable[..., Any], kwargs: dict[st
 
 
 def _forget_run() -> None:
-    """Resets what Megatron keeps in module globals, and leaves the process group."""
+    """Resets what Megatron and the plug keep in globals, and leaves the process group."""
     import torch
 
     if "megatron.core" in sys.modules:
@@ -204,5 +204,9 @@ def _forget_run() -> None:
         num_microbatches_calculator.destroy_num_microbatches_calculator()
         MoEAuxLossAutoScaler.main_loss_backward_scale = None
         MTPLossAutoScaler.main_loss_backward_scale = torch.tensor(1.0)
+    if "mor_megatron.auxiliary_loss" in sys.modules:
+        from mor_megatron.auxiliary_loss import RouterLossScaler
+
+        RouterLossScaler.scale = None
     gc.collect()
     torch.distributed.destroy_process_group()
