@@ -17,7 +17,7 @@ from pretraining import demonstration, distributed, model, run_folder
 from pretraining.command_line import load_settings
 from pretraining.datasets import Datasets, batches, build_datasets, unigram_entropy
 from pretraining.display import Costs, Display
-from pretraining.history import History, Routing, Row
+from pretraining.history import History, Routing, Row, Validation
 from pretraining.report import Report, render
 from pretraining.settings import Settings
 from pretraining.summary import write_summary
@@ -85,7 +85,7 @@ class Session:
             settings.output, settings.training.steps, self.unigram_entropy, console
         )
         self.is_stopping = distributed.StopRequest()
-        self.validation: tuple[float, Routing | None] | None = None
+        self.validation: Validation | None = None
         self.train_seconds, self.train_tokens = 0.0, 0
 
     def train(self) -> None:
@@ -131,13 +131,22 @@ class Session:
             result.gradient_norm,
             speed,
             routing,
-            self.validation[0] if self.validation else None,
+            self.validation and self.validation.loss,
+            self.validation and self.validation.causal_loss,
         )
 
-    def validate(self) -> tuple[float, Routing | None]:
-        """Held-out loss in nats per token, and the routing of the held-out tokens."""
+    def validate(self) -> Validation:
+        """Held-out loss and routing: as in training, and as in generation."""
         loss, reports = self.trainer.evaluate(self.data.held_out)
-        return loss, Routing.from_reports(reports)
+        if not reports:
+            return Validation(loss)
+        causal_loss, causal_reports = self.trainer.evaluate(self.data.held_out, causal=True)
+        return Validation(
+            loss,
+            Routing.from_reports(reports),
+            causal_loss,
+            Routing.from_reports(causal_reports),
+        )
 
     def costs(self, row: Row) -> Costs:
         """What the work of a step amounts to."""
@@ -151,31 +160,31 @@ class Session:
 
     def finish(self) -> None:
         """Show the trained model at work, and write report.html and summary.json."""
-        loss, routing = self.validation or self.validate()
-        self.display.say(
-            f"validation loss {loss:.3f}, unigram entropy {self.unigram_entropy:.3f} "
-            "(nats per token)"
-        )
+        validation = self.validation or self.validate()
+        losses = {"Held-out loss": validation.loss, "Unigram entropy": self.unigram_entropy}
+        if validation.causal_loss is not None:
+            losses["Held-out loss, routed as in generation"] = validation.causal_loss
+        for name, value in losses.items():
+            self.display.say(f"{name}: {value:.3f} nats per token")
         sample = demonstration.continuation(self.trainer, self.settings, self.tokenizer)
         passage = demonstration.depths(self.trainer, self.data.held_out, self.tokenizer)
         if not distributed.is_first_rank():
             return
         self.display.say(f"a continuation:\n{sample}\n")
         parameters = model.parameters(self.shape)
+        routing = validation.routing
         flops = model.flops_per_token(self.shape, self.settings, routing and routing.shares)
         report = Report(
             title=f"Pretraining {self.settings.output}",
-            facts={
-                "Held-out loss": f"{loss:.3f} nats per token",
-                "Unigram entropy": f"{self.unigram_entropy:.3f} nats per token",
+            facts={name: f"{value:.3f} nats per token" for name, value in losses.items()}
+            | {
                 "Optimizer steps": f"{self.settings.training.steps:,}",
                 "Parameters": f"{parameters:,}",
                 "Training FLOPs per token": f"{flops:.4g}",
             },
             rows=self.history.rows,
             unigram_entropy=self.unigram_entropy,
-            depth_shares=routing and routing.depth_shares,
-            expert_load=routing and routing.expert_load,
+            validation=validation,
             passage=passage,
             sample=sample,
         )
@@ -184,8 +193,7 @@ class Session:
             self.folder / "summary.json",
             self.settings,
             self.history,
-            validation_loss=loss,
-            depth_shares=routing and routing.depth_shares,
+            validation=validation,
             unigram_entropy=self.unigram_entropy,
             parameters=parameters,
             flops_per_token=flops,

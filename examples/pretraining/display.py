@@ -42,7 +42,7 @@ class Display:
     ) -> None:
         self._title, self._steps, self._entropy = title, steps, unigram_entropy
         self._console = console
-        self._validation_loss: float | None = None
+        self._validated: Row | None = None
         self._start: tuple[float, int] | None = None
         self._live = None
         if console is not None and console.is_terminal:
@@ -71,7 +71,7 @@ class Display:
         """Show a step."""
         self._start = self._start or (time.monotonic(), row.step)
         if row.validation_loss is not None:
-            self._validation_loss = row.validation_loss
+            self._validated = row
         if self._live is not None:
             self._live.update(self._panel(row, costs))
         else:
@@ -88,7 +88,10 @@ class Display:
     def _line(self, row: Row, costs: Costs) -> str:
         parts = [f"step {row.step}/{self._steps}", f"loss {row.loss:.3f}"]
         if row.validation_loss is not None:
-            parts.append(f"validation {row.validation_loss:.3f} (unigram {self._entropy:.3f})")
+            causal = row.causal_validation_loss
+            notes = [] if causal is None else [f"routed as in generation {causal:.3f}"]
+            notes.append(f"unigram {self._entropy:.3f}")
+            parts.append(f"validation {row.validation_loss:.3f} ({', '.join(notes)})")
         parts += [f"{name} {value}" for name, value in self._speed(row, costs)]
         if row.routing is not None:
             parts.append("share of tokens " + " ".join(f"{s:.2f}" for s in row.routing.shares))
@@ -109,11 +112,16 @@ class Display:
 
     def _panel(self, row: Row, costs: Costs) -> Panel:
         numbers = Table.grid(padding=(0, 2))
-        validation = "–" if self._validation_loss is None else f"{self._validation_loss:.3f}"
+        held_out, causal = "–", None
+        if self._validated is not None:
+            held_out = f"{self._validated.validation_loss:.3f}"
+            causal = self._validated.causal_validation_loss
+        if causal is not None:
+            held_out += f", {causal:.3f} routed as in generation"
         for name, value in (
             ("step", f"{row.step} of {self._steps}"),
             ("loss", f"{row.loss:.3f}"),
-            ("validation loss", f"{validation}  (unigram entropy {self._entropy:.3f})"),
+            ("validation loss", f"{held_out}  (unigram entropy {self._entropy:.3f})"),
             *self._speed(row, costs),
         ):
             numbers.add_row(Text(name, style="dim"), value)

@@ -49,6 +49,19 @@ class Routing:
 
 
 @dataclass(frozen=True)
+class Validation:
+    """What held-out text says of the model."""
+
+    loss: float
+    """In nats per token, tokens routed as in training."""
+    routing: Routing | None = None
+    """Of the held-out tokens; None without recursion."""
+    causal_loss: float | None = None
+    """Tokens routed as in generation; None without recursion."""
+    causal_routing: Routing | None = None
+
+
+@dataclass(frozen=True)
 class Row:
     """One optimizer step."""
 
@@ -62,7 +75,9 @@ class Row:
     """Since the row before that has it."""
     routing: Routing | None = None
     validation_loss: float | None = None
-    """Held-out loss after this step, in nats per token."""
+    """Held-out loss after this step, in nats per token, tokens routed as in training."""
+    causal_validation_loss: float | None = None
+    """The same with tokens routed as in generation, where none knows the later ones."""
 
 
 class History:
@@ -121,6 +136,7 @@ def _scalars(row: Row) -> dict[str, float]:
     scalars = {
         "loss/train": row.loss,
         "loss/validation": row.validation_loss,
+        "loss/validation_causal": row.causal_validation_loss,
         "optimizer/learning_rate": row.learning_rate,
         "optimizer/gradient_norm": row.gradient_norm,
         "speed/tokens_per_second": row.tokens_per_second,

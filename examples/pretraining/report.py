@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pretraining.demonstration import TokenDepth
-from pretraining.history import Row
+from pretraining.history import Row, Validation
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
@@ -33,10 +33,8 @@ class Report:
     """The run, step by step."""
     unigram_entropy: float
     """Of the held-out text, in nats per token."""
-    depth_shares: Sequence[float] | None
-    """Share of held-out tokens that took 0, 1, ... steps; None without recursion."""
-    expert_load: Sequence[Sequence[float]] | None
-    """Share of each step's assignments per expert, on held-out text; None without experts."""
+    validation: Validation
+    """Of the trained model."""
     passage: Sequence[TokenDepth]
     """A held-out passage; empty without recursion."""
     sample: str
@@ -50,11 +48,11 @@ def render(report: Report) -> str:
         for name, value in report.facts.items()
     )
     sections = [f"<table>{facts}</table>", "<h2>Loss</h2>", _loss_figure(report)]
-    if report.depth_shares is not None:
-        sections += ["<h2>Depth</h2>", _depth_figure(report.depth_shares)]
+    if report.validation.routing is not None:
+        sections += ["<h2>Depth</h2>", _depth_figure(report.validation)]
     if any(row.routing for row in report.rows):
         sections += ["<h2>Routing during training</h2>", _routing_figure(report.rows)]
-    if report.expert_load is not None:
+    if report.validation.routing is not None and report.validation.routing.expert_load is not None:
         sections += ["<h2>Load per recursion step and expert</h2>", _load_figure(report)]
     if report.passage:
         sections += ["<h2>Depth of each token in held-out text</h2>", _passage(report.passage)]
@@ -73,6 +71,9 @@ def _loss_figure(report: Report) -> str:
     axes.plot(
         *_series(report.rows, lambda r: r.validation_loss), "o-", color="#08519c", label="held out"
     )
+    causal = _series(report.rows, lambda r: r.causal_validation_loss)
+    if causal[0]:
+        axes.plot(*causal, "s:", color="#6a51a3", label="held out, routed as in generation")
     axes.axhline(report.unigram_entropy, linestyle="--", color="#d94801", label="unigram entropy")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("nats per token")
@@ -80,12 +81,25 @@ def _loss_figure(report: Report) -> str:
     return _svg(figure, "training and held-out loss over optimizer steps")
 
 
-def _depth_figure(shares: Sequence[float]) -> str:
+def _depth_figure(validation: Validation) -> str:
+    ways = [("as in training", validation.routing), ("as in generation", validation.causal_routing)]
+    named = [(name, routing.depth_shares) for name, routing in ways if routing is not None]
     figure, (axes,) = _figure(1)
-    first = 0 if shares[0] > 0 else 1
-    depths = range(first, len(shares))
-    bars = axes.bar([str(d) for d in depths], shares[first:], color=[_color(d) for d in depths])
-    axes.bar_label(bars, fmt="{:.2f}")
+    first = 0 if any(shares[0] > 0 for _, shares in named) else 1
+    for way, (name, shares) in enumerate(named):
+        depths = range(first, len(shares))
+        bars = axes.bar(
+            [depth + 0.4 * way for depth in depths],
+            shares[first:],
+            width=0.36,
+            color=[_color(depth) for depth in depths],
+            hatch="//" if way else None,
+            edgecolor="#777",
+            label=f"routed {name}",
+        )
+        axes.bar_label(bars, fmt="{:.2f}")
+    axes.set_xticks([depth + 0.2 * (len(named) - 1) for depth in depths], map(str, depths))
+    axes.legend(frameon=False)
     axes.set_xlabel("recursion steps a token took")
     axes.set_ylabel("share of held-out tokens")
     return _svg(figure, "histogram of depths")
@@ -121,22 +135,23 @@ def _routing_figure(rows: Sequence[Row]) -> str:
 
 def _load_figure(report: Report) -> str:
     """Load of each (step, expert) cell on held-out text, and the cells' spread during training."""
-    assert report.expert_load is not None
+    load = report.validation.routing and report.validation.routing.expert_load
+    assert load is not None
     figure, (cells, spread) = _figure(2)
-    balanced = 1 / len(report.expert_load[0])
-    cells.imshow(report.expert_load, cmap="Blues", vmin=0, vmax=2 * balanced, aspect="auto")
-    for step, experts in enumerate(report.expert_load):
-        for expert, load in enumerate(experts):
-            dark = load > 1.4 * balanced
+    balanced = 1 / len(load[0])
+    cells.imshow(load, cmap="Blues", vmin=0, vmax=2 * balanced, aspect="auto")
+    for step, experts in enumerate(load):
+        for expert, share in enumerate(experts):
+            dark = share > 1.4 * balanced
             cells.text(
-                expert, step, f"{load:.2f}", ha="center", va="center", color="w" if dark else "k"
+                expert, step, f"{share:.2f}", ha="center", va="center", color="w" if dark else "k"
             )
-    cells.set_xticks(range(len(report.expert_load[0])))
-    cells.set_yticks(range(len(report.expert_load)), range(1, len(report.expert_load) + 1))
+    cells.set_xticks(range(len(load[0])))
+    cells.set_yticks(range(len(load)), range(1, len(load) + 1))
     cells.set_xlabel("expert")
     cells.set_ylabel("recursion step")
     cells.set_title(f"share of a step's tokens (balanced: {balanced:.2f})")
-    for step in range(len(report.expert_load)):
+    for step in range(len(load)):
         spread.plot(
             *_series(report.rows, lambda r, step=step: _largest_load(r, step)),
             color=_color(step + 1),

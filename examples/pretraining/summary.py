@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pretraining.history import History
+from pretraining.history import History, Validation
 from pretraining.run_folder import settings_mapping, write_atomically
 from pretraining.settings import Settings
 
@@ -18,8 +18,7 @@ def write_summary(
     settings: Settings,
     history: History,
     *,
-    validation_loss: float,
-    depth_shares: list[float] | None,
+    validation: Validation,
     unigram_entropy: float,
     parameters: int,
     flops_per_token: float,
@@ -28,16 +27,19 @@ def write_summary(
     """Write the summary of a complete run.
 
     Losses and entropy are in nats per token, FLOPs those of training; `tokens_per_second` is the
-    median over the run. `depth_shares[d]` is the share of held-out tokens that took `d` steps.
+    median over the run. `depth_shares[d]` is the share of held-out tokens that took `d` steps;
+    `causal_` figures are those of tokens routed as in generation.
     """
     speeds = [row.tokens_per_second for row in history.rows if row.tokens_per_second is not None]
     summary = {
-        "validation_loss": validation_loss,
+        "validation_loss": validation.loss,
+        "causal_validation_loss": validation.causal_loss,
         "unigram_entropy": unigram_entropy,
         "tokens_per_second": statistics.median(speeds) if speeds else None,
         "parameters": parameters,
         "flops_per_token": flops_per_token,
-        "depth_shares": depth_shares,
+        "depth_shares": validation.routing and validation.routing.depth_shares,
+        "causal_depth_shares": validation.causal_routing and validation.causal_routing.depth_shares,
         "steps": settings.training.steps,
         "sample": sample,
         "versions": {

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from mor_megatron import (
     RoutingReport,
+    causal_routing,
     checkpointing,
     recursion_layers,
     routing_reports,
@@ -102,15 +104,20 @@ class Trainer:
         self.step += 1
         return StepResult(loss, float(learning_rate), norm or 0.0, routing_reports(self.model))
 
-    def evaluate(self, held_out: Any) -> tuple[float, list[RoutingReport]]:
-        """Mean loss over the held-out split in nats per token, and what the recursions did."""
+    def evaluate(self, held_out: Any, causal: bool = False) -> tuple[float, list[RoutingReport]]:
+        """Mean loss over the held-out split in nats per token, and what the recursions did.
+
+        Args:
+            causal: route as in generation, where no token's depth may depend on later tokens.
+        """
         self.model.eval()
         number = self.settings.evaluation.batches * self.microbatches
-        loss = self._run(batches(held_out, self.settings), number, forward_only=True)
+        with causal_routing(self.model) if causal else nullcontext():
+            loss = self._run(batches(held_out, self.settings), number, forward_only=True)
         return loss, routing_reports(self.model)
 
     def next_token_logits(self, tokens: Tensor, is_padding: Tensor) -> Tensor:
-        """Logits `[v]` of the token after the last real one, on every rank; evaluation mode.
+        """Logits `[v]` of the token after the last real one, on every rank; causal routing.
 
         Args:
             tokens: `[1 s]`, the same on every rank.
@@ -118,7 +125,8 @@ class Trainer:
         """
         batch = {"tokens": tokens, "padding_mask": is_padding}
         last = int(is_padding.logical_not().sum()) - 1
-        outputs = self._logits(batch)
+        with causal_routing(self.model):
+            outputs = self._logits(batch)
         size = padded_vocabulary(self.settings, self.vocab_size)
         logits = torch.empty(size, device=distributed.device())
         if outputs:
@@ -129,8 +137,10 @@ class Trainer:
         return logits[: self.vocab_size]
 
     def depths(self, tokens: Tensor) -> list[int] | None:
-        """Recursion steps that each token of a sequence `[1 s]` takes; None without recursion."""
-        self._logits({"tokens": tokens})
+        """Recursion steps that each token of a sequence `[1 s]` takes in generation; None without
+        recursion."""
+        with causal_routing(self.model):
+            self._logits({"tokens": tokens})
         own = token_depths(self.model)[0].tolist() if any(recursion_layers(self.model)) else None
         group = parallel_state.get_pipeline_model_parallel_group()
         stages: list[list[int] | None] = [None] * group.size()

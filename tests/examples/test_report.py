@@ -13,7 +13,7 @@ from mor_megatron import RoutingReport
 from pretraining.command_line import load_settings
 from pretraining.demonstration import TokenDepth
 from pretraining.display import Costs, Display
-from pretraining.history import History, Routing, Row
+from pretraining.history import History, Routing, Row, Validation
 from pretraining.report import Report, render
 from pretraining.summary import write_summary
 
@@ -25,17 +25,17 @@ ROUTING = Routing(
 )
 ROWS = [
     Row(1, 6.5, 0.001, 1.2),
-    Row(2, 6.1, 0.002, 1.1, 1000.0, ROUTING, 6.2),
+    Row(2, 6.1, 0.002, 1.1, 1000.0, ROUTING, 6.2, 6.25),
     Row(3, 5.9, 0.002, 1.0),
     Row(4, 5.5, 0.001, 0.9, 3000.0, ROUTING, 5.6),
 ]
+VALIDATION = Validation(5.6, ROUTING, 5.7, Routing([1.0, 0.7, 0.3], 0.1, {}))
 REPORT = Report(
     title="Pretraining runs/<test>",
     facts={"Held-out loss": "5.600 nats per token"},
     rows=ROWS,
     unigram_entropy=6.3,
-    depth_shares=ROUTING.depth_shares,
-    expert_load=ROUTING.expert_load,
+    validation=VALIDATION,
     passage=[TokenDepth("def", 3), TokenDepth(" <f>", 1), TokenDepth("\n", 2)],
     sample="def f():\n    return 1 < 2",
 )
@@ -66,14 +66,14 @@ def test_tokens_of_unlike_depth_have_unlike_colours():
 
 def test_a_run_without_recursion_has_a_report_without_routing():
     rows = [replace(row, routing=None) for row in ROWS]
-    plain = replace(REPORT, rows=rows, depth_shares=None, expert_load=None, passage=[])
+    plain = replace(REPORT, rows=rows, validation=Validation(5.6), passage=[])
     page = render(plain)
     assert page.count("<svg") == 1
     assert "<h2>Depth" not in page
 
 
 def test_a_run_that_was_never_logged_has_a_report():
-    assert "<svg" in render(replace(REPORT, rows=ROWS[:1], depth_shares=None, expert_load=None))
+    assert "<svg" in render(replace(REPORT, rows=ROWS[:1], validation=Validation(5.6)))
 
 
 def test_depth_shares_are_those_who_ran_a_step_but_not_the_next():
@@ -125,8 +125,7 @@ def test_the_summary_has_what_programs_look_for(tmp_path):
         path,
         settings,
         history,
-        validation_loss=5.6,
-        depth_shares=ROUTING.depth_shares,
+        validation=VALIDATION,
         unigram_entropy=6.3,
         parameters=1234,
         flops_per_token=1e6,
@@ -134,7 +133,9 @@ def test_the_summary_has_what_programs_look_for(tmp_path):
     )
     summary = json.loads(path.read_text())
     assert summary["tokens_per_second"] == 2000.0
+    assert (summary["validation_loss"], summary["causal_validation_loss"]) == (5.6, 5.7)
     assert summary["depth_shares"] == pytest.approx([0, 0.25, 0.5, 0.25])
+    assert summary["causal_depth_shares"] == pytest.approx([0, 0.3, 0.4, 0.3])
     assert summary["versions"]["megatron-core"].startswith("0.")
     assert summary["settings"]["recursion"]["router"]["alpha"] == 0.1
     assert {"validation_loss", "unigram_entropy", "parameters", "flops_per_token"} <= set(summary)
@@ -152,7 +153,9 @@ def _shown(terminal: bool) -> str:
 def test_without_a_terminal_each_row_is_a_line():
     lines = _shown(terminal=False).splitlines()
     assert lines[0] == "resumed at step 1 of 4"
-    assert lines[1].startswith("step 2/4 · loss 6.100 · validation 6.200 (unigram 6.300)")
+    assert lines[1].startswith(
+        "step 2/4 · loss 6.100 · validation 6.200 (routed as in generation 6.250, unigram 6.300)"
+    )
     assert "MFU" not in lines[1]
     assert "MFU 25.0%" in lines[2]
     assert "share of tokens 1.00 0.75 0.25 · dead 10%" in lines[2]
