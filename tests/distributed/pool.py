@@ -208,5 +208,18 @@ def _forget_run() -> None:
         from mor_megatron.auxiliary_loss import RouterLossScaler
 
         RouterLossScaler.scale = None
-    gc.collect()
+    _free_models()
     torch.distributed.destroy_process_group()
+
+
+def _free_models() -> None:
+    """Lets go of models, and with them of process groups: each polls from a thread of its own."""
+    if "megatron.core.models.gpt" in sys.modules:
+        from megatron.core.distributed import DistributedDataParallel
+        from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+        RotaryEmbedding.forward.cache_clear()  # of a method: it keeps the module
+        # Hooks on the autograd graph keep a DDP where the garbage collector cannot see them.
+        for wrapped in [o for o in gc.get_objects() if type(o) is DistributedDataParallel]:
+            vars(wrapped).clear()
+    gc.collect()

@@ -41,11 +41,25 @@ def die_on_rank(rank: int) -> None:
     torch.distributed.barrier()
 
 
+def train_and_count_threads() -> int:
+    from tests.distributed import megatron_setup as setup
+
+    setup.initialize()
+    config = setup.tiny_config(num_moe_experts=2, moe_ffn_hidden_size=16)
+    setup.forward_backward(setup.data_parallel(setup.tiny_gpt(config)), setup.random_tokens(1, 4))
+    return len(os.listdir("/proc/self/task"))
+
+
 def test_results_come_back_by_rank_from_the_same_processes(small_pool: WorkerPool) -> None:
     first = small_pool.run(sum_of_ranks, 2, offset=1)
     second = small_pool.run(sum_of_ranks, 2, offset=2)
     assert [total.item() for _, total in first + second] == [3, 3, 5, 5]
     assert [process for process, _ in first] == [process for process, _ in second]
+
+
+def test_no_run_leaves_its_process_groups_behind(small_pool: WorkerPool) -> None:
+    threads = [small_pool.run(train_and_count_threads, 1)[0] for _ in range(4)]
+    assert threads[3] <= threads[1]
 
 
 def test_a_failing_rank_is_shown_first_with_its_traceback(small_pool: WorkerPool) -> None:
