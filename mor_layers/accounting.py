@@ -151,10 +151,10 @@ class ModelShape:
     @classmethod
     def from_decoder(cls, config: DecoderConfig, router: RouterShape | None = None) -> Self:
         """The shape of a `MoRTransformer`; `router` only where it is one of your own."""
-        recursion = config.recursion or RecursionConfig(1, sharing="cycle")
-        schedule = recursion.schedule(config.num_unrolled_layers)
+        recursion, schedule = config.effective_recursion, config.schedule
         router = router or RouterShape.from_recursion(recursion, config.hidden_size)
-        mlp, block = MLPShape.of_layer(config), MLPShape.of_layer(config, recursion)
+        block, mlp = MLPShape.of_layer(config, recursion), MLPShape.of_layer(config)
+        mlp = MLPShape(config.ffn_hidden_size) if config.dense_ends else mlp
         how = recursion.num_recursions, router, recursion.kv_policy, recursion.share_norms
         # A cyclic step runs the whole block; in a sequence each layer repeats on its own.
         sizes = (schedule.block_size,) if schedule.is_cyclic else (1,) * schedule.block_size

@@ -129,7 +129,10 @@ class DecoderConfig:
     recursion: RecursionConfig | None = None
     """The recursion; None: a plain decoder."""
     moe: MoEConfig | None = None
-    """The mixture of experts in every layer, prelude and coda too; None: a dense MLP."""
+    """The mixture of experts in place of the MLP; None: a dense MLP."""
+    dense_ends: bool = False
+    """Whether the unshared layers at both ends (without recursion, the first and the last one) keep
+    a dense MLP beside `moe`."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "ffn_hidden_size", "num_heads"):
@@ -154,6 +157,22 @@ class DecoderConfig:
             self.recursion.require_experts(self.moe is not None)
             if self.moe is not None:
                 self.moe.check_mean(self.recursion.mean_experts)
+        if self.dense_ends and (self.moe is None or not self.schedule.prelude):
+            raise ValueError(
+                "dense_ends=True needs moe, and layers outside the recursion. Leave it out, or set "
+                "moe and sharing middle_cycle or middle_sequence."
+            )
+
+    @property
+    def effective_recursion(self) -> RecursionConfig:
+        """The recursion; where there is none, one step through the layers between the ends."""
+        plain = RecursionConfig(1, sharing="middle_cycle" if self.dense_ends else "cycle")
+        return self.recursion or plain
+
+    @property
+    def schedule(self) -> SharingSchedule:
+        """Which layer runs at which depth."""
+        return self.effective_recursion.schedule(self.num_unrolled_layers)
 
     @property
     def kv_heads(self) -> int:

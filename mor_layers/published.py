@@ -102,8 +102,7 @@ def published_names(config: DecoderConfig) -> dict[str, str]:
         "norm.weights.0": "model.norm.weight",
         "output.weight": "lm_head.weight",
     }
-    recursion = config.recursion or RecursionConfig(1, sharing="cycle")
-    schedule = recursion.schedule(config.num_unrolled_layers)
+    recursion, schedule = config.effective_recursion, config.schedule
     routed = not isinstance(recursion.router, FixedDepth)
     size, steps = schedule.block_size, recursion.num_recursions
     if schedule.prelude:

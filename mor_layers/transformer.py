@@ -6,7 +6,7 @@ inside, states are sequence first.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mor_layers.attention import StepContext
-from mor_layers.config import DecoderConfig, RecursionConfig
+from mor_layers.config import DecoderConfig
 from mor_layers.moe import ExpertUse, MoE
 from mor_layers.recursion import RecursionBlock, RecursionOutput, summed
 from mor_layers.routing import Tokens
@@ -232,8 +232,10 @@ class MoRTransformer(nn.Module):
     def __init__(self, config: DecoderConfig, recompute: bool = False) -> None:
         super().__init__()
         self.config = config
-        recursion = config.recursion or RecursionConfig(1, sharing="cycle")
-        schedule = recursion.schedule(config.num_unrolled_layers)
+        recursion, schedule = config.effective_recursion, config.schedule
+        ends = config
+        if config.dense_ends:
+            ends = replace(config, moe=None, dense_ends=False, recursion=None)
         num_norms = 1 if recursion.share_norms else recursion.num_recursions
 
         def block(num_layers: int) -> RecursionBlock:
@@ -244,9 +246,9 @@ class MoRTransformer(nn.Module):
         # A cyclic step runs the whole block; in a sequence each layer repeats on its own.
         sizes = [schedule.block_size] if schedule.is_cyclic else [1] * schedule.block_size
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.prelude = DecoderStack(config, schedule.prelude)
+        self.prelude = DecoderStack(ends, schedule.prelude)
         self.recursions = nn.ModuleList(block(size) for size in sizes)
-        self.coda = DecoderStack(config, schedule.coda)
+        self.coda = DecoderStack(ends, schedule.coda)
         self.norm = StepNorm(config.hidden_size, config.rms_norm_epsilon)
         self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.apply(self._initialize)

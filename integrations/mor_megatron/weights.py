@@ -4,7 +4,8 @@ Megatron names a whole tensor the same in every layout (the keys of `sharded_sta
 translation of whole tensors and a cut along each rank's shards is all it takes. The translation is
 linear and has an inverse: it serves gradients as well, and the way back.
 
-Legend: `g` key-value heads, `q` query heads per key-value head, `d` head size, `h` hidden.
+Legend: `g` key-value heads, `q` query heads per key-value head, `d` head size, `h` hidden, `e`
+experts, `f` width of an expert, `r` recursion steps.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,26 +14,21 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, is_main_replica
 from torch import Tensor, nn
 
-from mor_layers import DecoderConfig, RecursionConfig
+from mor_layers import DecoderConfig, MoEConfig, RecursionConfig
 
 
 def megatron_tensors(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
     """Whole tensors by Megatron's names from those of a `MoRTransformer`'s state dict.
 
     Raises:
-        ValueError: a tensor is missing.
+        ValueError: a tensor is missing, or the experts have loss-free biases.
     """
     result = {}
     for theirs, ours in _names(config, weights).items():
-        missing = [name for name in ours if name not in weights]
-        if missing:
-            raise ValueError(
-                f"the weights have no {missing[0]!r}. Are these the settings they belong to?"
-            )
-        result[theirs] = _fuse(theirs, [weights[name] for name in ours], config)
+        result[theirs] = _fuse(theirs, [_named(weights, name) for name in ours], config)
     return result
 
 
@@ -40,7 +36,7 @@ def decoder_tensors(tensors: Mapping[str, Tensor], config: DecoderConfig) -> dic
     """The inverse of `megatron_tensors`.
 
     Raises:
-        ValueError: a tensor is missing.
+        ValueError: a tensor is missing, or the experts have loss-free biases.
     """
     # Only a cyclic block has a router with tensors, and it is the only one.
     routers = [
@@ -48,20 +44,23 @@ def decoder_tensors(tensors: Mapping[str, Tensor], config: DecoderConfig) -> dic
         for name in tensors
         if ".recursion.router." in name
     ]
-    result = {}
+    result: dict[str, Tensor] = {}
     for theirs, ours in _names(config, routers).items():
-        if theirs not in tensors:
-            raise ValueError(
-                f"the weights have no {theirs!r}. Are these the settings they belong to?"
-            )
-        result |= dict(zip(ours, _split(theirs, tensors[theirs], config), strict=True))
+        parts = _split(theirs, _named(tensors, theirs), config)
+        result |= dict(zip(ours, parts, strict=True))
     return result
+
+
+def _named(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in tensors:
+        raise ValueError(f"the weights have no {name!r}. Are these the settings they belong to?")
+    return tensors[name]
 
 
 def _names(config: DecoderConfig, routers: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """For each of Megatron's tensors, ours that it is made of; `routers` names a router's."""
-    recursion = config.recursion or RecursionConfig(1, sharing="cycle")
-    schedule = recursion.schedule(config.num_unrolled_layers)
+    recursion, schedule = config.effective_recursion, config.schedule
+    ends = None if config.dense_ends else config.moe
     num_norms = 1 if recursion.share_norms else recursion.num_recursions
     names: dict[str, tuple[str, ...]] = {
         "embedding.word_embeddings.weight": ("embedding.weight",),
@@ -70,32 +69,47 @@ def _names(config: DecoderConfig, routers: Iterable[str]) -> dict[str, tuple[str
     if not config.tie_embeddings:
         names["output_layer.weight"] = ("output.weight",)
     for layer in range(schedule.prelude):
-        names |= _layer_names(f"decoder.layers.{layer}", f"prelude.layers.{layer}", 1)
+        names |= _layer_names(f"decoder.layers.{layer}", f"prelude.layers.{layer}", ends)
     sizes = [schedule.block_size] if schedule.is_cyclic else [1] * schedule.block_size
     depth = schedule.prelude
     for block, size in enumerate(sizes):
         theirs, ours = f"decoder.layers.{depth}.recursion", f"recursions.{block}"
         for layer in range(size):
-            inner = f"{ours}.layers.layers.{layer}"
-            names |= _layer_names(f"{theirs}.layers.{layer}", inner, num_norms)
+            inner, outer = f"{ours}.layers.layers.{layer}", f"{theirs}.layers.{layer}"
+            if config.recursion is None:
+                names |= _layer_names(f"decoder.layers.{depth + layer}", inner, config.moe)
+            else:
+                names |= _layer_names(outer, inner, config.moe, recursion, num_norms)
         for name in (name for name in routers if name.startswith(f"{ours}.router.")):
             names[f"{theirs}.{name.removeprefix(f'{ours}.')}"] = (name,)
         depth += size * recursion.num_recursions
     for layer in range(schedule.coda):
-        names |= _layer_names(f"decoder.layers.{depth + layer}", f"coda.layers.{layer}", 1)
+        names |= _layer_names(f"decoder.layers.{depth + layer}", f"coda.layers.{layer}", ends)
     return names
 
 
-def _layer_names(theirs: str, ours: str, num_norms: int) -> dict[str, tuple[str, ...]]:
+def _layer_names(
+    theirs: str,
+    ours: str,
+    moe: MoEConfig | None,
+    recursion: RecursionConfig | None = None,
+    num_norms: int = 1,
+) -> dict[str, tuple[str, ...]]:
     names = {
         f"self_attention.{_QKV}": ("attention.query", "attention.key", "attention.value"),
         "self_attention.linear_proj.weight": ("attention.output",),
-        f"mlp.{_GATED}": ("mlp.gate", "mlp.up"),
-        "mlp.linear_fc2.weight": ("mlp.down",),
     }
+    if moe is None:
+        names |= {f"mlp.{_GATED}": ("mlp.gate", "mlp.up"), "mlp.linear_fc2.weight": ("mlp.down",)}
     result = {
         f"{theirs}.{t}": tuple(f"{ours}.{o}.weight" for o in parts) for t, parts in names.items()
     }
+    if moe is not None:
+        experts = _expert_names(moe, recursion)
+        result |= {
+            f"{theirs}.mlp.{t}": tuple(f"{ours}.mlp.{o}" for o in parts)
+            for t, parts in experts.items()
+        }
     for norm, place in (("attention", "self_attention.linear_qkv"), ("mlp", "mlp.linear_fc1")):
         for step in range(num_norms):
             own = f"{step}." if num_norms > 1 else ""
@@ -105,13 +119,36 @@ def _layer_names(theirs: str, ours: str, num_norms: int) -> dict[str, tuple[str,
     return result
 
 
+def _expert_names(moe: MoEConfig, recursion: RecursionConfig | None) -> dict[str, tuple[str, ...]]:
+    if moe.bias_update_rate:
+        raise ValueError(
+            f"MoEConfig.bias_update_rate={moe.bias_update_rate} adds to softmax scores, Megatron's "
+            "expert bias to sigmoid scores only. Use a balance loss in models that go there."
+        )
+    steps = 1 if recursion is None else recursion.num_recursions
+    has_own = recursion is not None and recursion.expert_routers == "per_step"
+    names: dict[str, tuple[str, ...]] = {
+        f"experts.{_EXPERTS}": ("experts.gate", "experts.up"),
+        "experts.experts.linear_fc2.weight": ("experts.down",),
+        _EXPERT_ROUTER: tuple(f"router.weights.{r}" for r in range(steps if has_own else 1)),
+    }
+    if recursion is not None and recursion.mean_experts is not None:
+        names["router.widths.values"] = ("router.widths.values",)
+    return names
+
+
 _QKV, _GATED = "linear_qkv.weight", "linear_fc1.weight"
+_EXPERTS, _EXPERT_ROUTER = "experts.linear_fc1.weight", "router.weight"
 
 
 def _fuse(name: str, parts: list[Tensor], config: DecoderConfig) -> Tensor:
     if name.endswith(_QKV):  # [g q d h], [g 1 d h], [g 1 d h] -> [g (q+2) d, h]
         heads = (config.kv_heads, -1, config.head_size)
         return torch.cat([part.unflatten(0, heads) for part in parts], dim=1).flatten(0, 2)
+    if name.endswith(_EXPERTS):  # [e f h], [e f h] -> [e 2f h]
+        return torch.cat(parts, dim=1)
+    if name.endswith(f"mlp.{_EXPERT_ROUTER}") and len(parts) > 1:  # r of [e h] -> [r e h]
+        return torch.stack(parts)
     return torch.cat(parts) if name.endswith(_GATED) else parts[0]
 
 
@@ -120,6 +157,10 @@ def _split(name: str, tensor: Tensor, config: DecoderConfig) -> list[Tensor]:
         heads = tensor.unflatten(0, (config.kv_heads, -1, config.head_size))
         queries = heads.shape[1] - 2
         return [part.flatten(0, 2) for part in heads.split([queries, 1, 1], dim=1)]
+    if name.endswith(_EXPERTS):
+        return list(tensor.chunk(2, dim=1))
+    if name.endswith(f"mlp.{_EXPERT_ROUTER}"):
+        return list(tensor.unbind()) if tensor.dim() == 3 else [tensor]
     return list(tensor.chunk(2)) if name.endswith(_GATED) else [tensor]
 
 
@@ -142,6 +183,29 @@ def load_tensors(chunks: list[nn.Module], tensors: Mapping[str, Tensor]) -> None
                     )
                 assert shard.data is not None
                 shard.data.copy_(whole[shard.global_slice()])
+
+
+def whole_tensors(chunks: list[nn.Module]) -> dict[str, Tensor] | None:
+    """The inverse of `load_tensors`: on the first rank whole tensors on the host, elsewhere None.
+
+    Every rank calls it. The model must fit into the first rank's memory; a larger one goes through
+    a checkpoint.
+    """
+    own = [
+        (shard.key, shard.global_shape, shard.global_slice(), shard.data.cpu())
+        for chunk in chunks
+        for shard in _shards(chunk)
+        if is_main_replica(shard.replica_id) and shard.data is not None
+    ]
+    is_first = torch.distributed.get_rank() == 0
+    ranks: list[Any] | None = [None] * torch.distributed.get_world_size() if is_first else None
+    torch.distributed.gather_object(own, ranks)
+    if ranks is None:
+        return None
+    tensors: dict[str, Tensor] = {}
+    for key, shape, where, part in (entry for rank in ranks for entry in rank):
+        tensors.setdefault(key, part.new_empty(shape))[where] = part
+    return tensors
 
 
 def _shards(chunk: Any) -> Iterator[ShardedTensor]:

@@ -1,0 +1,172 @@
+"""Weights go from a MoRTransformer into GPTModel at any layout and back, experts included."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from mor_layers import (
+    DecoderConfig,
+    DepthAndWidth,
+    ExpertChoice,
+    MoEConfig,
+    MoRTransformer,
+    RecursionConfig,
+)
+from mor_megatron import Norm, causal_routing, default_layer_spec, recursion_block_spec
+from mor_megatron.weights import decoder_tensors, load_tensors, megatron_tensors, whole_tensors
+from tests.distributed import megatron_setup as setup
+from tests.distributed.pool import WorkerPool
+
+EXPERTS = MoEConfig(4, 2, ffn_hidden_size=24)
+WISE = RecursionConfig(3, router=ExpertChoice())
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": {"recursion": WISE},
+    "per-step norms": {"recursion": RecursionConfig(3, share_norms=False)},
+    "one by one": {"recursion": RecursionConfig(3, sharing="middle_sequence")},
+    "experts": {"recursion": WISE, "moe": EXPERTS},
+    "dense ends": {"recursion": WISE, "moe": EXPERTS, "dense_ends": True},
+    "an expert router a step": {
+        "recursion": RecursionConfig(3, router=ExpertChoice(), expert_routers="per_step"),
+        "moe": EXPERTS,
+    },
+    "depth and width": {
+        "recursion": RecursionConfig(3, router=DepthAndWidth(mean_experts=1.5)),
+        "moe": EXPERTS,
+    },
+    "no recursion": {"moe": EXPERTS, "dense_ends": True},
+}
+LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
+    "one rank": (1, {}, False),
+    "ep": (2, {"ep": 2}, False),
+    "pp": (2, {"pp": 2}, False),
+    "tp+sp": (2, {"tp": 2}, True),
+}
+SAMPLE = [
+    ("dense", "tp+sp"),
+    ("dense ends", "ep"),
+    ("an expert router a step", "tp+sp"),
+    ("no recursion", "pp"),
+    ("depth and width", "one rank"),
+]
+CASES = [
+    pytest.param(m, l, marks=() if (m, l) in SAMPLE else pytest.mark.full)
+    for m in MODELS
+    for l in LAYOUTS  # noqa: E741
+    if l != "ep" or "moe" in MODELS[m]
+]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What there and back came to, on one rank."""
+
+    logits: float
+    """Largest difference from the torch model's, on ranks that have logits."""
+    changed: list[str] | None
+    """Tensors that are not what they were; None where there are none."""
+
+
+def there_and_back(model: dict[str, Any], layout: dict[str, Any], sp: bool) -> Found:
+    setup.initialize(**layout)
+    torch.manual_seed(0)
+    decoder = DecoderConfig(64, 32, 64, num_unrolled_layers=8, num_heads=4, **model)
+    ours = MoRTransformer(decoder).eval()
+    with torch.no_grad():
+        for tensor in ours.state_dict().values():
+            if tensor.is_floating_point() and tensor.isfinite().all():
+                tensor.add_(0.1 * torch.randn_like(tensor))
+    ids = torch.randint(0, 64, (2, 12))
+    theirs = gpt(decoder, sp)
+    load_tensors([theirs], megatron_tensors(ours.state_dict(), decoder))
+    with torch.no_grad(), causal_routing(theirs):
+        logits = logits_through_stages(theirs, ids)
+        expected = ours(ids, causal_routing=True).logits
+    whole, changed = whole_tensors([theirs]), None
+    if whole is not None:
+        back, state = decoder_tensors(whole, decoder), ours.state_dict()
+        assert back.keys() == state.keys()
+        changed = [name for name in state if not torch.equal(back[name], state[name])]
+    return Found(0.0 if logits is None else (logits - expected).abs().max().item(), changed)
+
+
+def logits_through_stages(model: GPTModel, ids: torch.Tensor) -> torch.Tensor | None:
+    """Logits `[b s v]` through Megatron's own schedule; None before the last stage."""
+
+    def forward_step(data: Any, model: GPTModel) -> Any:
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        return model(ids, positions, None), lambda logits, non_loss_data: logits
+
+    outputs = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=None,
+        model=[model],
+        num_microbatches=1,
+        micro_batch_size=len(ids),
+        seq_length=ids.shape[1],
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    return outputs[0] if outputs else None
+
+
+def gpt(decoder: DecoderConfig, sequence_parallel: bool) -> GPTModel:
+    """The same model through Megatron, whatever its weights."""
+    options: dict[str, Any] = {}
+    if decoder.moe is not None:
+        at_ends = [0 if decoder.dense_ends else 1]
+        options = {
+            "num_moe_experts": decoder.moe.num_experts,
+            "moe_router_topk": decoder.moe.experts_per_token,
+            "moe_ffn_hidden_size": decoder.moe.ffn_hidden_size,
+            "moe_layer_freq": [*at_ends, *[1] * (decoder.num_unrolled_layers - 2), *at_ends],
+            "moe_token_dispatcher_type": "alltoall",
+        }
+    config = setup.tiny_config(
+        num_layers=decoder.num_unrolled_layers,
+        num_query_groups=decoder.num_heads,
+        sequence_parallel=sequence_parallel,
+        layernorm_epsilon=decoder.rms_norm_epsilon,
+        **options,
+    )
+    without_experts = copy.copy(config)
+    without_experts.num_moe_experts = None
+    dense, inner = default_layer_spec(without_experts), default_layer_spec(config)
+    ends = dense if decoder.dense_ends else inner
+    if decoder.recursion is not None:
+        block = recursion_block_spec(config, decoder.recursion, inner, dense_layer_spec=ends)
+    else:
+        layers = [ends, *[inner] * (config.num_layers - 2), ends]
+        first = get_transformer_layer_offset(config)
+        here = slice(first, first + get_num_layers_to_build(config))
+        block = TransformerBlockSubmodules(layer_specs=layers[here], layer_norm=Norm)
+    return GPTModel(
+        config,
+        block,
+        vocab_size=decoder.vocab_size,
+        max_sequence_length=64,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        position_embedding_type="rope",
+        rotary_base=int(decoder.rope_base),
+        parallel_output=False,
+        share_embeddings_and_output_weights=decoder.tie_embeddings,
+    ).eval()
+
+
+@pytest.mark.parametrize(("model", "layout"), CASES)
+def test_weights_go_there_and_back(pool: WorkerPool, model: str, layout: str) -> None:
+    ranks, parallel, sp = LAYOUTS[layout]
+    found = pool.run(there_and_back, ranks, model=MODELS[model], layout=parallel, sp=sp)
+    assert [f.changed for f in found] == [[], *[None] * (ranks - 1)]
+    assert max(f.logits for f in found) < 1e-5
