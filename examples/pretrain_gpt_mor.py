@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         settings = load_settings(arguments)
         settings.data_parallel_size(distributed.world_size())
-        with distributed.process_groups(settings.parallel):
+        with distributed.process_groups(settings):
             pretrain(settings)
     except (*distributed.ERRORS, FloatingPointError) as error:
         if distributed.is_first_rank():
@@ -54,8 +54,8 @@ def pretrain(settings: Settings) -> None:
     tokenizer = TextTokenizer(text.tokenizer, settings.data.end_of_document)
     data = build_datasets(settings, text, tokenizer)
     distributed.seed(settings.training.seed, step=0)
-    built = model.build_model(settings, tokenizer.vocab_size)
-    trainer = Trainer(settings, built, tokenizer.vocab_size)
+    chunks = model.build_model(settings, tokenizer.vocab_size)
+    trainer = Trainer(settings, chunks, tokenizer.vocab_size)
     trainer.resume()
     session = Session(settings, trainer, data, tokenizer, console)
     with session.display:

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from mor_megatron import cpu
-from pretraining.settings import ParallelSettings
+from pretraining.settings import Settings
 
 ERRORS = (OSError, ValueError)
 """What settings and files can cause, as opposed to faults of the program."""
@@ -35,7 +35,7 @@ def device() -> torch.device:
 
 
 @contextlib.contextmanager
-def process_groups(settings: ParallelSettings) -> Iterator[None]:
+def process_groups(settings: Settings) -> Iterator[None]:
     """Connects the processes: NCCL where there is CUDA, else gloo on Megatron's CPU platform."""
     if "RANK" not in os.environ:
         raise ValueError(
@@ -47,17 +47,28 @@ def process_groups(settings: ParallelSettings) -> Iterator[None]:
     else:
         cpu.enable()
     torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        with model_parallel(settings):
+            yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def model_parallel(settings: Settings) -> Iterator[None]:
+    """Lays the connected processes out as the settings say."""
+    parallel = settings.parallel
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=settings.tensor,
-        pipeline_model_parallel_size=settings.pipeline,
-        expert_model_parallel_size=settings.expert,
-        expert_tensor_parallel_size=1 if settings.expert > 1 else None,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=settings.virtual_stages,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1 if parallel.expert > 1 else None,
     )
     try:
         yield
     finally:
         parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
 
 
 def seed(settings_seed: int, step: int) -> None:

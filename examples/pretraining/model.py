@@ -1,6 +1,7 @@
-"""The model: an unmodified GPTModel whose block comes from `recursion_block_spec`."""
+"""The model: unmodified GPTModels whose layers come from `mor_megatron`'s specs."""
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,35 +18,49 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch.nn import functional as F
 
 from mor_layers import DecoderConfig, RecursionConfig, accounting
-from mor_megatron import Norm, default_layer_spec, recursion_block_spec
+from mor_megatron import (
+    Norm,
+    connect_stages,
+    default_layer_spec,
+    recursion_block_spec,
+    recursion_pipeline_spec,
+)
 from mor_megatron.specs import has_transformer_engine
 from pretraining.settings import Settings
 
 VOCABULARY_MULTIPLE = 128
-"""The embedding is filled up to a multiple of this times the tensor-parallel size."""
+"""The embedding is filled up to a multiple of this, so that it is the same for every usual
+tensor-parallel size."""
 
 
 def padded_vocabulary(settings: Settings, vocab_size: int) -> int:
     """Rows of the embedding."""
-    multiple = VOCABULARY_MULTIPLE * settings.parallel.tensor
+    multiple = math.lcm(VOCABULARY_MULTIPLE, settings.parallel.tensor)
     return -(-vocab_size // multiple) * multiple
 
 
-def build_model(settings: Settings, vocab_size: int) -> GPTModel:
-    """This process's part of the model, on its device."""
+def build_model(settings: Settings, vocab_size: int) -> list[GPTModel]:
+    """This process's part of the model, on its device: a chunk for each of its virtual stages."""
     config = transformer_config(settings)
-    model = GPTModel(
-        config,
-        transformer_layer_spec=_block(settings, config),
-        vocab_size=padded_vocabulary(settings, vocab_size),
-        max_sequence_length=settings.data.sequence_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        share_embeddings_and_output_weights=settings.model.tie_embeddings,
-        position_embedding_type="rope",
-        rotary_base=settings.model.rope_base,
-    )
-    return model.to(torch.cuda.current_device())
+    stages = [None] if settings.virtual_stages is None else range(settings.virtual_stages)
+    chunks = [
+        GPTModel(
+            config,
+            transformer_layer_spec=_block(settings, config, stage),
+            vocab_size=padded_vocabulary(settings, vocab_size),
+            max_sequence_length=settings.data.sequence_length,
+            pre_process=parallel_state.is_pipeline_first_stage(False, stage),
+            post_process=parallel_state.is_pipeline_last_stage(False, stage),
+            share_embeddings_and_output_weights=settings.model.tie_embeddings,
+            position_embedding_type="rope",
+            rotary_base=settings.model.rope_base,
+            vp_stage=stage,
+        )
+        for stage in stages
+    ]
+    if settings.virtual_stages is not None:
+        connect_stages(chunks)
+    return [chunk.to(torch.cuda.current_device()) for chunk in chunks]
 
 
 def transformer_config(settings: Settings) -> TransformerConfig:
@@ -68,6 +83,10 @@ def transformer_config(settings: Settings) -> TransformerConfig:
         "tensor_model_parallel_size": parallel.tensor,
         "sequence_parallel": parallel.sequence_parallel,
         "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": settings.virtual_stages,
+        # Batched sends cross between two stages where each is the other's next.
+        "overlap_p2p_comm": settings.virtual_stages is not None,
+        "batch_p2p_comm": settings.virtual_stages is None,
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": 1 if parallel.expert > 1 else None,
         "bf16": training.precision == "bf16",
@@ -147,12 +166,19 @@ def flops_per_token(
     return accounting.account(model, sequence, tokens).flops_per_token()
 
 
-def _block(settings: Settings, config: TransformerConfig) -> TransformerBlockSubmodules:
+def _block(
+    settings: Settings, config: TransformerConfig, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     inner = default_layer_spec(config)
     without_experts = copy.copy(config)
     without_experts.num_moe_experts = None
     without_experts.moe_grouped_gemm = False
     dense = default_layer_spec(without_experts)
+    if settings.virtual_stages is not None:
+        # Generation pads, and the number of tokens that it routes to a step is not fixed.
+        return recursion_pipeline_spec(
+            config, settings.recursion, inner, vp_stage, dense, documents=True
+        )
     if settings.recursion is not None:
         return recursion_block_spec(config, settings.recursion, inner, dense_layer_spec=dense)
     ends = _unshared_layers(settings)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mor_layers import RecursionConfig, SharingSchedule
+from mor_layers.pipeline_accounting import PipelineLayout
 
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "full", "selective"]
@@ -111,7 +112,10 @@ class ParallelSettings:
     sequence_parallel: bool = False
     """Whether these processes also share the sequence outside the matrices."""
     pipeline: int = 1
-    """Processes that share the layers. The recursion stays within one of them."""
+    """Processes that share the layers: stages."""
+    pipeline_layout: PipelineLayout = "one_stage"
+    """Where a recursion lies: within `one_stage`, or `steps_as_stages`: its layers are spread over
+    all stages, and each step is a virtual stage."""
     expert: int = 1
     """Processes that share the experts; divides `model.moe.num_experts`."""
     distributed_optimizer: bool = False
@@ -127,6 +131,11 @@ class ParallelSettings:
             self.tensor > 1 or not self.sequence_parallel,
             "parallel.sequence_parallel=True has no effect with parallel.tensor=1. "
             "Set it to False, or parallel.tensor to 2 or more.",
+        )
+        _require(
+            self.pipeline > 1 or self.pipeline_layout == "one_stage",
+            f"parallel.pipeline_layout={self.pipeline_layout!r} has no effect with "
+            "parallel.pipeline=1. Use 'one_stage', or set parallel.pipeline to 2 or more.",
         )
 
 
@@ -306,6 +315,13 @@ class Settings:
             return None
         return self.recursion.schedule(self.model.num_unrolled_layers)
 
+    @property
+    def virtual_stages(self) -> int | None:
+        """Steps that are virtual pipeline stages; None where a recursion lies within one stage."""
+        if self.recursion is None or self.parallel.pipeline_layout == "one_stage":
+            return None
+        return self.recursion.num_recursions
+
     def data_parallel_size(self, world_size: int) -> int:
         """Copies of the model among `world_size` processes.
 
@@ -336,10 +352,21 @@ class Settings:
             f"micro_batch_size={micro} × {copies} data-parallel copies. "
             f"Use a multiple of {micro * copies}.",
         )
+        microbatches = self.training.global_batch_size // (micro * copies)
+        _require(
+            self.virtual_stages is None or microbatches % pipeline == 0,
+            f"training.global_batch_size={self.training.global_batch_size} leaves {microbatches} "
+            f"micro-batches of {micro} to each of {copies} data-parallel copies, which go round "
+            f"parallel.pipeline={pipeline} stages in groups of {pipeline}. Use a multiple of "
+            f"{micro * copies * pipeline}, or a smaller training.micro_batch_size.",
+        )
         return copies
 
     def _check_layers(self) -> None:
         stages, layers = self.parallel.pipeline, self.model.num_unrolled_layers
+        if self.parallel.pipeline_layout == "steps_as_stages":
+            self._check_steps_as_stages()
+            return
         if self.schedule is None:
             _require(
                 layers >= 3,
@@ -357,7 +384,34 @@ class Settings:
         _require(
             stages <= parts,
             f"parallel.pipeline={stages} exceeds the {parts} parts of the model: a recursion stays "
-            f"within one stage. Use {parts} or fewer.",
+            f"within one stage. Use {parts} or fewer, or parallel.pipeline_layout=steps_as_stages.",
+        )
+
+    def _check_steps_as_stages(self) -> None:
+        given, stages = "parallel.pipeline_layout='steps_as_stages'", self.parallel.pipeline
+        instead = "or parallel.pipeline_layout=one_stage"
+        if self.recursion is None or self.schedule is None:
+            raise ValueError(f"{given} needs a recursion. Set recursion, {instead}.")
+        steps, size = self.recursion.num_recursions, self.schedule.block_size
+        _require(
+            self.schedule.is_cyclic and steps > 1,
+            f"{given} with recursion.sharing={self.recursion.sharing!r}, num_recursions={steps}: "
+            f"nothing goes round. Use 'cycle' or 'middle_cycle' and 2 recursions or more, "
+            f"{instead}.",
+        )
+        _require(
+            self.recursion.kv_policy != "exit_state",
+            f"{given} keeps only what step 1 makes for later steps, not recursion.kv_policy="
+            f"'exit_state'. Use 'recursion_wise', 'recursive_sharing' or 'sharing_with_update', "
+            f"{instead}.",
+        )
+        ends = self.schedule.prelude + self.schedule.coda
+        fitting = [n * steps + ends for n in (size - size % stages, size - size % stages + stages)]
+        _require(
+            size % stages == 0,
+            f"{given} spreads the block's {size} layers over parallel.pipeline={stages} stages, "
+            f"which is not even. Use model.num_unrolled_layers="
+            f"{' or '.join(str(n) for n in fitting if n > ends)}, {instead}.",
         )
 
     def _check_tensor_parallel(self) -> None:

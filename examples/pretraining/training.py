@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mor_megatron import (
     RoutingReport,
     causal_routing,
     checkpointing,
+    recursion_forward_backward,
     recursion_layers,
     routing_reports,
     token_depths,
@@ -58,26 +60,28 @@ class Trainer:
 
     Args:
         settings: the run's settings.
-        model: this process's part of the model.
+        chunks: this process's part of the model, see `build_model`.
         vocab_size: tokens of the tokenizer.
     """
 
-    def __init__(self, settings: Settings, model: GPTModel, vocab_size: int) -> None:
+    def __init__(self, settings: Settings, chunks: list[GPTModel], vocab_size: int) -> None:
         self.settings = settings
         self.vocab_size = vocab_size
         self.step = 0
         """Optimizer steps taken."""
-        self.model = _data_parallel(settings, model)
-        self.optimizer = _optimizer(settings, self.model)
+        self.chunks = _data_parallel(settings, chunks)
+        self.optimizer = _optimizer(settings, self.chunks)
         self.scheduler = _scheduler(settings, self.optimizer)
         self.checkpoints = Path(settings.output) / "checkpoints"
         copies = parallel_state.get_data_parallel_world_size()
         training = settings.training
         self.microbatches = training.global_batch_size // (training.micro_batch_size * copies)
-        model.config.grad_scale_func = self.optimizer.scale_loss
-        model.config.finalize_model_grads_func = finalize_model_grads
+        config = chunks[0].config
+        config.grad_scale_func = self.optimizer.scale_loss
+        config.finalize_model_grads_func = finalize_model_grads
         if settings.parallel.overlap_grad_reduce:
-            model.config.no_sync_func = self.model.no_sync
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
     def train_step(self, data: Batches) -> StepResult:
         """Take one optimizer step.
@@ -86,8 +90,9 @@ class Trainer:
             FloatingPointError: the loss or the gradient is not finite.
         """
         distributed.seed(self.settings.training.seed, self.step)
-        self.model.train()
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss = self._run(data, self.microbatches, forward_only=False)
         learning_rate = self.optimizer.param_groups[0]["lr"]
@@ -99,10 +104,10 @@ class Trainer:
                 "go on from the last checkpoint."
             )
         self.scheduler.step(increment=1)
-        update_routers(self.model)
+        update_routers(self.chunks)
         get_moe_metrics_tracker().clear()
         self.step += 1
-        return StepResult(loss, float(learning_rate), norm or 0.0, routing_reports(self.model))
+        return StepResult(loss, float(learning_rate), norm or 0.0, routing_reports(self.chunks))
 
     def evaluate(self, held_out: Any, causal: bool = False) -> tuple[float, list[RoutingReport]]:
         """Mean loss over the held-out split in nats per token, and what the recursions did.
@@ -110,11 +115,11 @@ class Trainer:
         Args:
             causal: route as in generation, where no token's depth may depend on later tokens.
         """
-        self.model.eval()
+        self._set_evaluation_mode()
         number = self.settings.evaluation.batches * self.microbatches
-        with causal_routing(self.model) if causal else nullcontext():
+        with causal_routing(self.chunks) if causal else nullcontext():
             loss = self._run(batches(held_out, self.settings), number, forward_only=True)
-        return loss, routing_reports(self.model)
+        return loss, routing_reports(self.chunks)
 
     def next_token_logits(self, tokens: Tensor, is_padding: Tensor) -> Tensor:
         """Logits `[v]` of the token after the last real one, on every rank; causal routing.
@@ -125,7 +130,7 @@ class Trainer:
         """
         batch = {"tokens": tokens, "padding_mask": is_padding}
         last = int(is_padding.logical_not().sum()) - 1
-        with causal_routing(self.model):
+        with causal_routing(self.chunks):
             outputs = self._logits(batch)
         size = padded_vocabulary(self.settings, self.vocab_size)
         logits = torch.empty(size, device=distributed.device())
@@ -139,9 +144,10 @@ class Trainer:
     def depths(self, tokens: Tensor) -> list[int] | None:
         """Recursion steps that each token of a sequence `[1 s]` takes in generation; None without
         recursion."""
-        with causal_routing(self.model):
+        with causal_routing(self.chunks):
             self._logits({"tokens": tokens})
-        own = token_depths(self.model)[0].tolist() if any(recursion_layers(self.model)) else None
+        is_entry = any(layer.is_entry for layer in recursion_layers(self.chunks))
+        own = token_depths(self.chunks)[0].tolist() if is_entry else None
         group = parallel_state.get_pipeline_model_parallel_group()
         stages: list[list[int] | None] = [None] * group.size()
         torch.distributed.all_gather_object(stages, own, group=group)
@@ -152,14 +158,14 @@ class Trainer:
         """Write a checkpoint of this moment, if there is none."""
         if checkpointing.latest_step(self.checkpoints) != self.step:
             checkpointing.save(
-                self.checkpoints, self.step, [self.model], self.optimizer, self.scheduler
+                self.checkpoints, self.step, self.chunks, self.optimizer, self.scheduler
             )
 
     def resume(self) -> None:
         """Go on from the latest checkpoint, if there is one."""
         if checkpointing.latest_step(self.checkpoints) is not None:
             restored = checkpointing.load(
-                self.checkpoints, [self.model], self.optimizer, self.scheduler
+                self.checkpoints, self.chunks, self.optimizer, self.scheduler
             )
             self.step = restored.step
 
@@ -177,23 +183,35 @@ class Trainer:
 
     def _logits(self, batch: dict[str, Tensor]) -> list[Tensor]:
         """Logits `[b s v]` in evaluation mode; an empty list before the last pipeline stage."""
-        self.model.eval()
+        self._set_evaluation_mode()
+        # Virtual stages are run by no fewer micro-batches than there are stages.
+        copies = 1 if self.settings.virtual_stages is None else self.settings.parallel.pipeline
         return self._schedule(
-            iter([batch]), 1, batch["tokens"].shape, forward_only=True, collect_non_loss_data=True
+            iter([batch] * copies),
+            copies,
+            batch["tokens"].shape,
+            forward_only=True,
+            collect_non_loss_data=True,
         )
 
     def _schedule(
         self, data: Batches, microbatches: int, size: torch.Size, **options: Any
     ) -> list[Tensor]:
-        return get_forward_backward_func()(
+        is_virtual = self.settings.virtual_stages is not None
+        run = recursion_forward_backward if is_virtual else get_forward_backward_func()
+        return run(
             forward_step_func=_forward_step,
-            data_iterator=data,
-            model=[self.model],
+            data_iterator=list(tee(data, len(self.chunks))),
+            model=self.chunks,
             num_microbatches=microbatches,
             micro_batch_size=size[0],
             seq_length=size[1],
             **options,
         )
+
+    def _set_evaluation_mode(self) -> None:
+        for chunk in self.chunks:
+            chunk.eval()
 
 
 def _forward_step(data: Batches, model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
@@ -223,17 +241,24 @@ def _forward_step(data: Batches, model: nn.Module) -> tuple[Tensor, Callable[...
     return output, mean_loss
 
 
-def _data_parallel(settings: Settings, model: GPTModel) -> DistributedDataParallel:
+def _data_parallel(settings: Settings, chunks: list[GPTModel]) -> list[DistributedDataParallel]:
     config = DistributedDataParallelConfig(
         use_distributed_optimizer=settings.parallel.distributed_optimizer,
         overlap_grad_reduce=settings.parallel.overlap_grad_reduce,
         grad_reduce_in_fp32=True,
     )
-    module = Float16Module(model.config, model) if model.config.bf16 else model
-    return DistributedDataParallel(model.config, config, module)
+    return [
+        DistributedDataParallel(
+            chunk.config,
+            config,
+            Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk,
+            disable_bucketing=index > 0,  # other chunks compute while these are reduced
+        )
+        for index, chunk in enumerate(chunks)
+    ]
 
 
-def _optimizer(settings: Settings, model: DistributedDataParallel) -> MegatronOptimizer:
+def _optimizer(settings: Settings, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
     training = settings.training
     config = OptimizerConfig(
         optimizer="adam",
@@ -243,10 +268,10 @@ def _optimizer(settings: Settings, model: DistributedDataParallel) -> MegatronOp
         adam_beta2=training.adam_beta2,
         clip_grad=training.gradient_clip,
         bf16=training.precision == "bf16",
-        params_dtype=model.config.params_dtype,
+        params_dtype=chunks[0].config.params_dtype,
         use_distributed_optimizer=settings.parallel.distributed_optimizer,
     )
-    return get_megatron_optimizer(config, [model])
+    return get_megatron_optimizer(config, chunks)
 
 
 def _scheduler(settings: Settings, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

@@ -38,6 +38,8 @@ WRONG = {
     "parallel.sequence_parallel=false": "needs parallel.sequence_parallel=True",
     "parallel.expert=3": "must divide model.moe.num_experts=4",
     "parallel.pipeline=4": "exceeds the 3 parts of the model",
+    "parallel.pipeline_layout=steps_as_stages": "has no effect with parallel.pipeline=1",
+    "parallel.pipeline_layout=diagonal": "use one of one_stage, steps_as_stages",
     "model.moe.ffn_hidden_size=255": "model.moe.ffn_hidden_size=255 must be a multiple",
     "data.held_out_share=0": "held_out_share=0.0 must lie in (0, 1)",
     "data.vocabulary_size=100": "vocabulary_size=100 must be at least 257",
@@ -73,6 +75,26 @@ def test_a_wrong_setting_is_answered_with_what_is_allowed(override, answer):
     assert answer in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "answer"),
+    [
+        (["parallel.pipeline=4"], "model.num_unrolled_layers=14, or parallel"),
+        (["parallel.pipeline=3", "model.num_unrolled_layers=17"], "=11 or 20, or parallel"),
+        (["recursion=null"], "needs a recursion"),
+        (["recursion.num_recursions=1", "recursion.router.type=fixed_depth"], "nothing goes round"),
+        (
+            ["recursion.sharing=middle_sequence", "recursion.router.type=fixed_depth"],
+            "Use 'cycle' or 'middle_cycle'",
+        ),
+        (["recursion.kv_policy=exit_state"], "Use 'recursion_wise'"),
+    ],
+)
+def test_steps_that_cannot_be_stages_are_answered(overrides, answer):
+    spread = ["parallel.pipeline=2", "parallel.pipeline_layout=steps_as_stages"]
+    with pytest.raises(ValueError, match=answer):
+        load_settings([*TINY, *spread, *overrides])
+
+
 def test_routers_over_experts_need_experts():
     with pytest.raises(ValueError, match="needs layers with experts"):
         load_settings([*TINY, "model.moe=null", "recursion.expert_routers=per_step"])
@@ -84,6 +106,11 @@ def test_routers_over_experts_need_experts():
         (3, [], "3 processes cannot hold copies of parallel.tensor=2"),
         (2, ["parallel.expert=4"], "parallel.expert=4 must divide the 2 processes"),
         (4, [], "Use a multiple of 16"),
+        (
+            4,
+            ["parallel.pipeline=2", "parallel.pipeline_layout=steps_as_stages"],
+            "in groups of 2. Use a multiple of 16",
+        ),
     ],
 )
 def test_a_wrong_number_of_processes_is_answered(world_size, overrides, answer):
