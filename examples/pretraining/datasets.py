@@ -29,9 +29,22 @@ class Datasets:
     """The two splits of the text."""
 
     train: GPTDataset
-    """Samples for every step of the whole run."""
+    """Samples for every step of the whole run, `PackedDocuments` where they are kept apart."""
     held_out: GPTDataset
     """Samples of the documents kept back: the global batches of one validation loss."""
+
+
+class PackedDocuments(GPTDataset):
+    """A GPTDataset whose samples number their documents: `documents` `[s]`, from 0.
+
+    An end of document belongs to the document that it ends, as in Megatron. Positions go on from
+    document to document: rotary positions are relative.
+    """
+
+    def __getitem__(self, idx: int | None) -> dict[str, Tensor]:
+        sample = super().__getitem__(idx)
+        is_end = (sample["tokens"] == self.config.tokenizer.eod).long()  # type: ignore[union-attr]
+        return sample | {"documents": is_end.cumsum(0) - is_end}
 
 
 def build_datasets(settings: Settings, text: PreparedText, tokenizer: TextTokenizer) -> Datasets:
@@ -50,14 +63,13 @@ def build_datasets(settings: Settings, text: PreparedText, tokenizer: TextTokeni
         path_to_cache=str(Path(settings.output) / "sample-order"),
         tokenizer=tokenizer,  # type: ignore[arg-type]
         reset_position_ids=False,
-        reset_attention_mask=False,
+        reset_attention_mask=False,  # its masks would be made and sent with `s` numbers per token
         eod_mask_loss=False,
         create_attention_mask=False,
     )
     sizes = [settings.training.steps * batch, settings.evaluation.batches * batch, 0]
-    train, held_out, _ = BlendedMegatronDatasetBuilder(
-        GPTDataset, sizes, lambda: True, config
-    ).build()
+    kind = PackedDocuments if settings.data.reset_attention_mask else GPTDataset
+    train, held_out, _ = BlendedMegatronDatasetBuilder(kind, sizes, lambda: True, config).build()
     return Datasets(train, held_out)
 
 

@@ -47,13 +47,14 @@ def continuation(trainer: Trainer, settings: Settings, tokenizer: TextTokenizer)
 
 def depths(trainer: Trainer, held_out: GPTDataset, tokenizer: TextTokenizer) -> list[TokenDepth]:
     """A held-out passage with the depth of each token; empty without recursion. All ranks call."""
-    tokens = held_out[0]["tokens"][None].to(distributed.device())
-    taken = trainer.depths(tokens)
+    sample = held_out[0]
+    tokens = sample["tokens"]
+    taken = trainer.depths({n: sample[n][None] for n in ("tokens", "documents") if n in sample})
     if taken is None:
         return []
     return [
         TokenDepth(tokenizer.decode([token]), depth)
-        for token, depth in zip(tokens[0].tolist(), taken, strict=True)
+        for token, depth in zip(tokens.tolist(), taken, strict=True)
     ]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from mor_layers import DecoderConfig, RecursionConfig, accounting
 from mor_megatron import (
     Norm,
+    SDPACoreAttention,
     connect_stages,
     default_layer_spec,
     recursion_block_spec,
@@ -169,11 +170,11 @@ def flops_per_token(
 def _block(
     settings: Settings, config: TransformerConfig, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    inner = default_layer_spec(config)
+    inner = _layer_spec(settings, config)
     without_experts = copy.copy(config)
     without_experts.num_moe_experts = None
     without_experts.moe_grouped_gemm = False
-    dense = default_layer_spec(without_experts)
+    dense = _layer_spec(settings, without_experts)
     if settings.virtual_stages is not None:
         # Generation pads, and the number of tokens that it routes to a step is not fixed.
         return recursion_pipeline_spec(
@@ -187,6 +188,18 @@ def _block(
     return TransformerBlockSubmodules(
         layer_specs=layers[first : first + get_num_layers_to_build(config)], layer_norm=Norm
     )
+
+
+def _layer_spec(settings: Settings, config: TransformerConfig) -> ModuleSpec:
+    """Megatron's layer; its attention follows a mask where documents are kept apart."""
+    spec = default_layer_spec(config)
+    if not settings.data.reset_attention_mask:
+        return spec
+    # Transformer Engine's core attention, declared causal, would ignore the mask.
+    attention = spec.submodules.self_attention
+    parts = replace(attention.submodules, core_attention=SDPACoreAttention)
+    attention = replace(attention, submodules=parts)
+    return replace(spec, submodules=replace(spec.submodules, self_attention=attention))
 
 
 def _unshared_layers(settings: Settings) -> int:

@@ -154,7 +154,10 @@ class DataSettings:
     end_of_document: str = "<|endoftext|>"
     """Token between documents; `tokenizer` must have it."""
     sequence_length: int = 256
-    """Tokens in a training sequence."""
+    """Tokens in a training sequence, of as many documents as it takes."""
+    reset_attention_mask: bool = True
+    """Whether a token attends and is routed within its own document alone. False: across those
+    before it in the sequence too."""
     held_out_share: float = 0.05
     """Share of the documents kept for validation. In (0, 1)."""
     prepared_folder: str = "runs/prepared-text"

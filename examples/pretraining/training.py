@@ -141,11 +141,14 @@ class Trainer:
         torch.distributed.broadcast(logits, source, group=group)
         return logits[: self.vocab_size]
 
-    def depths(self, tokens: Tensor) -> list[int] | None:
-        """Recursion steps that each token of a sequence `[1 s]` takes in generation; None without
-        recursion."""
+    def depths(self, batch: dict[str, Tensor]) -> list[int] | None:
+        """Recursion steps that each token takes in generation; None without recursion.
+
+        Args:
+            batch: `tokens` `[1 s]`, and `documents` where they are kept apart.
+        """
         with causal_routing(self.chunks):
-            self._logits({"tokens": tokens})
+            self._logits(batch)
         is_entry = any(layer.is_entry for layer in recursion_layers(self.chunks))
         own = token_depths(self.chunks)[0].tolist() if is_entry else None
         group = parallel_state.get_pipeline_model_parallel_group()
@@ -225,7 +228,7 @@ def _forward_step(data: Batches, model: nn.Module) -> tuple[Tensor, Callable[...
     output = model(
         tokens,
         positions,
-        None,
+        _attention_mask(batch.get("documents")),
         labels=batch.get("labels"),
         padding_mask=batch.get("padding_mask"),
         runtime_gather_output="labels" not in batch,  # the loss takes each rank's share of logits
@@ -239,6 +242,14 @@ def _forward_step(data: Batches, model: nn.Module) -> tuple[Tensor, Callable[...
         return mean, mean.detach().clone()
 
     return output, mean_loss
+
+
+def _attention_mask(documents: Tensor | None) -> Tensor | None:
+    """Megatron's `[b 1 s s]`, True where attention is barred, from `[b s]`; None: plain causal."""
+    if documents is None:
+        return None
+    is_same = documents[:, None, :, None] == documents[:, None, None, :]
+    return is_same.tril().logical_not()
 
 
 def _data_parallel(settings: Settings, chunks: list[GPTModel]) -> list[DistributedDataParallel]:

@@ -25,6 +25,7 @@ SMALL = [
     "recursion.router.warmup_steps=4",
     "parallel.tensor=1",
     "parallel.sequence_parallel=false",
+    "parallel.distributed_optimizer=true",
     "data.vocabulary_size=300",
     "data.sequence_length=32",
     "data.held_out_share=0.2",
@@ -39,7 +40,7 @@ SMALL = [
     "evaluation.sample_tokens=3",
     "log_every=2",
 ]
-"""Changes that make the run of tiny.yaml a small one on one process: 4 steps in the blink of an eye."""
+"""Changes that make the run of tiny.yaml a small one on one process, of four steps."""
 
 
 def write_text(folder: Path) -> list[str]:

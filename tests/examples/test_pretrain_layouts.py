@@ -19,11 +19,7 @@ LAYOUTS = {
     "PP=2, one stage": (2, ["parallel.pipeline=2"]),
     "PP=2 x DP=2, steps as stages, overlap": (
         4,
-        [
-            *STEPS_AS_STAGES,
-            "parallel.distributed_optimizer=true",
-            "parallel.overlap_grad_reduce=true",
-        ],
+        [*STEPS_AS_STAGES, "parallel.overlap_grad_reduce=true"],
     ),
     "TP=2 x PP=2, steps as stages": (4, [*STEPS_AS_STAGES, *SEQUENCE]),
     "EP=2 x PP=2, steps as stages": (4, [*STEPS_AS_STAGES, "parallel.expert=2"]),

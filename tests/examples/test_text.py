@@ -142,6 +142,16 @@ def test_held_out_documents_are_in_no_training_sample(stories, tmp_path):
     assert tokenizer.decode(sample["tokens"].tolist())
 
 
+def test_samples_number_their_documents(stories, tmp_path):
+    datasets, tokenizer = _datasets(replace(stories, sequence_length=1200), tmp_path)
+    sample = datasets.train[0]
+    ends = (sample["tokens"] == tokenizer.eod).nonzero().flatten().tolist()
+    assert len(ends) > 1
+    assert sample["documents"][0] == 0
+    for number, end in enumerate(ends):  # an end belongs to the document it ends
+        assert sample["documents"][end : end + 2].tolist() == [number, number + 1][: 1200 - end]
+
+
 def test_unigram_entropy_is_that_of_the_held_out_documents(stories, tmp_path):
     datasets, tokenizer = _datasets(stories, tmp_path)
     held_out = datasets.held_out
