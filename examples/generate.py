@@ -60,12 +60,9 @@ def generate(served: ServedModel, options: argparse.Namespace, console: Console)
         Sampling(options.temperature, options.top_k, options.top_p, options.seed),
         stop=tuple(options.stop),
     )
-    # All steps of every token, in pages: one sequence can then not run out.
-    shape = served.model.config
-    layers = shape.num_unrolled_layers + 2
-    row = 2 * shape.kv_heads * shape.head_size * 8 * layers
-    length = len(ids) + options.max_new_tokens
-    settings = CacheSettings(row * 2 * (length + 64), 1, length, is_int8=options.int8_kv)
+    settings = CacheSettings.for_all_steps(
+        served.model, len(ids) + options.max_new_tokens, is_int8=options.int8_kv
+    )
     engine = DepthBatchingEngine(served.model, settings, decode=decode)
     depths: list[int] = []
     began = time.perf_counter()

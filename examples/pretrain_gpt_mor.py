@@ -23,6 +23,7 @@ from pretraining.settings import Settings
 from pretraining.summary import write_summary
 from pretraining.text import TextTokenizer, prepare
 from pretraining.training import Batches, Trainer
+from serving.loading import save
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -55,7 +56,7 @@ def pretrain(settings: Settings) -> None:
     data = build_datasets(settings, text, tokenizer)
     distributed.seed(settings.training.seed, step=0)
     chunks = model.build_model(settings, tokenizer.vocab_size)
-    trainer = Trainer(settings, chunks, tokenizer.vocab_size)
+    trainer = Trainer(settings, chunks)
     trainer.resume()
     session = Session(settings, trainer, data, tokenizer, console)
     with session.display:
@@ -166,11 +167,18 @@ class Session:
             losses["Held-out loss, routed as in generation"] = validation.causal_loss
         for name, value in losses.items():
             self.display.say(f"{name}: {value:.3f} nats per token")
-        sample = demonstration.continuation(self.trainer, self.settings, self.tokenizer)
-        passage = demonstration.depths(self.trainer, self.data.held_out, self.tokenizer)
+        trained, sample, passage = None, "", []
+        if self.settings.evaluation.sample_tokens > 0:
+            size = self.tokenizer.vocab_size
+            trained = model.torch_model(self.settings, self.trainer.chunks, size)
         if not distributed.is_first_rank():
             return
-        self.display.say(f"a continuation:\n{sample}\n")
+        if trained is not None:
+            sample = demonstration.continuation(trained, self.settings, self.tokenizer)
+            passage = demonstration.depths(trained, self.data.held_out[0], self.tokenizer)
+            save(trained, self.folder / "model", self.tokenizer.path)
+            self.display.say(f"a continuation:\n{sample}\n")
+            self.display.say(f"wrote {self.folder}/model, for examples/generate.py and serve.py")
         parameters = model.parameters(self.shape)
         routing = validation.routing
         flops = model.flops_per_token(self.shape, self.settings, routing and routing.shares)

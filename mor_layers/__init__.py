@@ -4,7 +4,13 @@ from mor_layers.adapters import EncoderLayers, PointwiseLayers
 from mor_layers.attention import KVPolicy, StepContext, attend, causal_mask
 from mor_layers.caches import CacheSettings
 from mor_layers.calibration import Calibration, calibrate
-from mor_layers.config import DecoderConfig, RecursionConfig, from_mapping, load_config
+from mor_layers.config import (
+    DecoderConfig,
+    RecursionConfig,
+    from_mapping,
+    load_config,
+    to_mapping,
+)
 from mor_layers.depth_batching import DepthBatchingEngine, Event
 from mor_layers.early_exit import (
     Acceleration,
@@ -93,6 +99,7 @@ __all__ = [
     "published_names",
     "register_router",
     "registered_routers",
+    "to_mapping",
     "turn_dial",
     "with_early_exit",
 ]

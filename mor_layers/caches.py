@@ -5,6 +5,7 @@ divided so that both are expected to run out together.
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -34,6 +35,19 @@ class CacheSettings:
         for name in ("kv_bytes", "num_slots", "max_length", "page_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+
+    @classmethod
+    def for_all_steps(
+        cls, model: MoRTransformer, max_length: int, num_slots: int = 1, is_int8: bool = False
+    ) -> Self:
+        """Memory that cannot run out: for every token of `num_slots` texts to run every step."""
+        config, dtype = model.config, model.embedding.weight.dtype
+        layers, page = config.num_unrolled_layers, cls.page_size
+        row = KVArena.bytes_per_row(layers, config.kv_heads, config.head_size, dtype, is_int8)
+        # Each list ends within a page, and the division of the memory within another one.
+        kv_bytes = (num_slots * (max_length + page) + page) * row
+        shares = (1.0,) * config.effective_recursion.num_recursions
+        return cls(kv_bytes, num_slots, max_length, is_int8=is_int8, shares=shares)
 
 
 class Caches:

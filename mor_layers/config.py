@@ -235,6 +235,22 @@ def from_mapping[T](kind: type[T], values: object, where: str = "") -> T:
     )
 
 
+def to_mapping(config: Any) -> dict[str, Any]:
+    """A dataclass of settings as plain mappings and lists, which `from_mapping` takes back."""
+    values = {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, RouterConfig):
+        kind = type(config)
+        names = {known: name for name, known in registered_routers().items()}
+        values["type"] = names.get(kind, f"{kind.__module__}:{kind.__qualname__}")
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_mapping(value)
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
 def _convert(hint: Any, value: object, where: str) -> object:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):

@@ -1,14 +1,16 @@
-"""The trained model at work: a continuation of a prompt, and the depth it gives to each token."""
+"""The trained model at work: a continuation of a prompt, and the depth it gives to each token.
+
+Both run where generation does: on one process, in the torch model, by the engine that serves it.
+"""
 
 from dataclasses import dataclass
 
 import torch
-from megatron.core.datasets.gpt_dataset import GPTDataset
+from torch import Tensor
 
-from pretraining import distributed
+from mor_layers import CacheSettings, DepthBatchingEngine, MoRTransformer, Request, Sampling
 from pretraining.settings import Settings
 from pretraining.text import TextTokenizer
-from pretraining.training import Trainer
 
 
 @dataclass(frozen=True)
@@ -21,44 +23,41 @@ class TokenDepth:
     """Recursion steps it took."""
 
 
-def continuation(trainer: Trainer, settings: Settings, tokenizer: TextTokenizer) -> str:
-    """The prompt and what the model makes of it; every rank calls it.
+def continuation(model: MoRTransformer, settings: Settings, tokenizer: TextTokenizer) -> str:
+    """The prompt and what the model makes of it."""
+    evaluation = settings.evaluation
+    prompt = tokenizer.encode(evaluation.prompt)[: settings.data.sequence_length // 2]
+    request = Request(
+        tuple(prompt),
+        evaluation.sample_tokens,
+        Sampling(evaluation.temperature, seed=settings.training.seed),
+        stop_ids=(tokenizer.eod,),
+    )
+    length = len(prompt) + evaluation.sample_tokens
+    engine = DepthBatchingEngine(model, CacheSettings.for_all_steps(model, length))
+    tokens = [event.token for event in engine.stream(request) if event.token is not None]
+    return tokenizer.decode([*prompt, *(token for token in tokens if token != tokenizer.eod)])
 
-    The whole sequence is run again for every token.
+
+@torch.no_grad()
+def depths(
+    model: MoRTransformer, sample: dict[str, Tensor], tokenizer: TextTokenizer
+) -> list[TokenDepth]:
+    """A held-out passage with the depth of each token; empty without recursion.
+
+    Args:
+        sample: `tokens` `[s]`, and `documents` where they are kept apart.
     """
-    ids = tokenizer.encode(settings.evaluation.prompt)[: settings.data.sequence_length // 2]
-    device = distributed.device()
-    generator = torch.Generator(device).manual_seed(settings.training.seed)
-    tokens = torch.zeros(1, settings.data.sequence_length, dtype=torch.long, device=device)
-    is_padding = torch.ones_like(tokens, dtype=torch.bool)
-    tokens[0, : len(ids)] = torch.tensor(ids)
-    end = min(len(ids) + settings.evaluation.sample_tokens, settings.data.sequence_length)
-    for position in range(len(ids), end):
-        is_padding[0, :position] = False
-        logits = trainer.next_token_logits(tokens, is_padding)
-        chosen = _choose(logits, settings.evaluation.temperature, generator)
-        torch.distributed.broadcast(chosen, src=0)
-        if chosen.item() == tokenizer.eod:
-            break
-        tokens[0, position] = chosen
-        ids.append(int(chosen))
-    return tokenizer.decode(ids)
-
-
-def depths(trainer: Trainer, held_out: GPTDataset, tokenizer: TextTokenizer) -> list[TokenDepth]:
-    """A held-out passage with the depth of each token; empty without recursion. All ranks call."""
-    sample = held_out[0]
-    tokens = sample["tokens"]
-    taken = trainer.depths({n: sample[n][None] for n in ("tokens", "documents") if n in sample})
-    if taken is None:
+    if model.config.recursion is None:
         return []
+    tokens, documents = sample["tokens"], sample.get("documents")
+    device = model.embedding.weight.device
+    taken = model(
+        tokens[None].to(device),
+        documents=None if documents is None else documents[None].to(device),
+        causal_routing=True,
+    ).depths[0]
     return [
         TokenDepth(tokenizer.decode([token]), depth)
-        for token, depth in zip(tokens.tolist(), taken, strict=True)
+        for token, depth in zip(tokens.tolist(), taken.tolist(), strict=True)
     ]
-
-
-def _choose(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
-    if temperature == 0.0:
-        return logits.argmax()[None]
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)

@@ -15,9 +15,10 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import nn
 from torch.nn import functional as F
 
-from mor_layers import DecoderConfig, RecursionConfig, accounting
+from mor_layers import DecoderConfig, MoEConfig, MoRTransformer, RecursionConfig, accounting
 from mor_megatron import (
     Norm,
     SDPACoreAttention,
@@ -27,6 +28,7 @@ from mor_megatron import (
     recursion_pipeline_spec,
 )
 from mor_megatron.specs import has_transformer_engine
+from mor_megatron.weights import decoder_tensors, whole_tensors
 from pretraining.settings import Settings
 
 VOCABULARY_MULTIPLE = 128
@@ -124,31 +126,58 @@ def transformer_config(settings: Settings) -> TransformerConfig:
     return TransformerConfig(**fields)
 
 
-def shape(settings: Settings, vocab_size: int) -> accounting.ModelShape:
-    """What the cost of the model depends on; the scorers of a router of your own are left out."""
-    model = settings.model
-    recursion = settings.recursion or RecursionConfig(1, sharing="middle_cycle")
-    decoder = DecoderConfig(
-        vocab_size=padded_vocabulary(settings, vocab_size),
+def decoder_config(settings: Settings, vocab_size: int) -> DecoderConfig:
+    """The same model in plain PyTorch."""
+    model, experts = settings.model, None
+    if model.moe is not None:
+        experts = MoEConfig(
+            model.moe.num_experts,
+            model.moe.experts_per_token,
+            model.moe.ffn_hidden_size,
+            model.moe.balance_coefficient,
+            model.moe.z_loss_coefficient,
+        )
+    return DecoderConfig(
+        vocab_size=vocab_size,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
         num_unrolled_layers=model.num_unrolled_layers,
         num_heads=model.num_heads,
         num_kv_heads=model.num_kv_heads,
+        rope_base=model.rope_base,
         tie_embeddings=model.tie_embeddings,
-        recursion=recursion,
+        recursion=settings.recursion,
+        moe=experts,
+        dense_ends=experts is not None and _unshared_layers(settings) > 0,
     )
-    router = _router_shape(recursion, model.hidden_size)
-    dense = accounting.ModelShape.from_decoder(decoder, router)
-    if model.moe is None:
-        return dense
-    experts = accounting.MLPShape(
-        model.moe.ffn_hidden_size,
-        num_experts=model.moe.num_experts,
-        experts_per_token=model.moe.experts_per_token,
-    )
-    stacks = (replace(s, mlp=experts) if s.name == "block" else s for s in dense.stacks)
-    return replace(dense, stacks=tuple(stacks))
+
+
+def torch_model(
+    settings: Settings, chunks: list[nn.Module], vocab_size: int
+) -> MoRTransformer | None:
+    """The model in plain PyTorch, without padding of the vocabulary, on the first rank's device.
+
+    Every rank calls it; the others get None.
+    """
+    tensors = whole_tensors(chunks)
+    if tensors is None:
+        return None
+    config = decoder_config(settings, vocab_size)
+    weights = decoder_tensors(tensors, config)
+    if config.tie_embeddings:
+        weights["output.weight"] = weights["embedding.weight"]
+    for name in ("embedding.weight", "output.weight"):
+        weights[name] = weights[name][:vocab_size]
+    model = MoRTransformer(config)
+    model.load_state_dict(weights)
+    return model.to(torch.cuda.current_device())
+
+
+def shape(settings: Settings, vocab_size: int) -> accounting.ModelShape:
+    """What the cost of the model depends on; the scorers of a router of your own are left out."""
+    config = decoder_config(settings, padded_vocabulary(settings, vocab_size))
+    router = _router_shape(config.effective_recursion, config.hidden_size)
+    return accounting.ModelShape.from_decoder(config, router)
 
 
 def parameters(model: accounting.ModelShape) -> int:
@@ -176,7 +205,7 @@ def _block(
     without_experts.moe_grouped_gemm = False
     dense = _layer_spec(settings, without_experts)
     if settings.virtual_stages is not None:
-        # Generation pads, and the number of tokens that it routes to a step is not fixed.
+        # Routed as in generation, how many tokens run a step is not fixed.
         return recursion_pipeline_spec(
             config, settings.recursion, inner, vp_stage, dense, documents=True
         )

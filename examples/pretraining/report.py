@@ -38,7 +38,7 @@ class Report:
     passage: Sequence[TokenDepth]
     """A held-out passage; empty without recursion."""
     sample: str
-    """Prompt and continuation."""
+    """Prompt and continuation; may be empty."""
 
 
 def render(report: Report) -> str:
@@ -56,7 +56,8 @@ def render(report: Report) -> str:
         sections += ["<h2>Load per recursion step and expert</h2>", _load_figure(report)]
     if report.passage:
         sections += ["<h2>Depth of each token in held-out text</h2>", _passage(report.passage)]
-    sections += ["<h2>A continuation</h2>", f"<pre>{html.escape(report.sample)}</pre>"]
+    if report.sample:
+        sections += ["<h2>A continuation</h2>", f"<pre>{html.escape(report.sample)}</pre>"]
     title = html.escape(report.title)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'

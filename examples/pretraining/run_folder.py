@@ -1,12 +1,11 @@
 """The folder of a run: whose it is, and whether the run is complete."""
 
-import dataclasses
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from mor_layers import from_mapping
+from mor_layers import from_mapping, to_mapping
 from mor_megatron import checkpointing
 from pretraining.settings import Settings
 from pretraining.text import PreparedText
@@ -51,7 +50,7 @@ def claim(settings: Settings, text: PreparedText) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     claimed = folder / "run.json"
     if not claimed.exists():
-        claim = {"text": str(text.prefix), "settings": settings_mapping(settings)}
+        claim = {"text": str(text.prefix), "settings": to_mapping(settings)}
         write_atomically(claimed, json.dumps(claim, indent=2) + "\n")
         return
     earlier = json.loads(claimed.read_text("utf-8"))["text"]
@@ -60,15 +59,6 @@ def claim(settings: Settings, text: PreparedText) -> None:
             f"{folder} has a run on other text ({earlier}, now {text.prefix}). Choose another "
             "output=, or remove the folder."
         )
-
-
-def settings_mapping(settings: Settings) -> dict[str, Any]:
-    """The full settings as plain mappings, the router with its `type`."""
-    values = dataclasses.asdict(settings)
-    if settings.recursion is not None:
-        kind = type(settings.recursion.router)
-        values["recursion"]["router"]["type"] = f"{kind.__module__}:{kind.__qualname__}"
-    return values
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -80,10 +70,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 def _check_same(folder: Path, earlier: dict[str, Any], settings: Settings) -> None:
     # Read like any other, so that settings newer than the run have their defaults.
-    before = _flat(
-        settings_mapping(from_mapping(Settings, earlier, where=str(folder / "run.json")))
-    )
-    now = _flat(settings_mapping(settings))
+    before = _flat(to_mapping(from_mapping(Settings, earlier, where=str(folder / "run.json"))))
+    now = _flat(to_mapping(settings))
     differences = [
         f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted(before | now)
@@ -103,5 +91,5 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+            flat[prefix + name] = value
     return flat

@@ -261,7 +261,8 @@ class EvaluationSettings:
     prompt: str = "def "
     """Beginning of the sample continuation."""
     sample_tokens: int = 96
-    """Tokens of the sample continuation; with the prompt within `data.sequence_length`."""
+    """Tokens of the sample continuation; with the prompt within `data.sequence_length`. 0: the
+    trained model is not collected on one process, for a sample, depths and `output`/model."""
     temperature: float = 0.7
     """Of the sample continuation. 0: the likeliest token each time."""
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from mor_layers import to_mapping
 from pretraining.history import History, Validation
-from pretraining.run_folder import settings_mapping, write_atomically
+from pretraining.run_folder import write_atomically
 from pretraining.settings import Settings
 
 
@@ -47,7 +48,7 @@ def write_summary(
             "torch": torch.__version__,
             **{name: _version(name) for name in ("megatron-core", "transformer-engine")},
         },
-        "settings": settings_mapping(settings),
+        "settings": to_mapping(settings),
     }
     write_atomically(path, json.dumps(summary, indent=2) + "\n")
 

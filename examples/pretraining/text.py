@@ -72,6 +72,7 @@ class TextTokenizer:
                 f"data.end_of_document={end_of_document!r} is no token of {path}. Name the token "
                 "that stands between documents there."
             )
+        self.path = path
         self.eod: int = eod
         self.vocab_size: int = self.tokenizer.get_vocab_size()
         self.unique_identifiers = {"content": _hash([path.read_text("utf-8"), end_of_document])}

@@ -28,14 +28,11 @@ from mor_megatron import (
     causal_routing,
     checkpointing,
     recursion_forward_backward,
-    recursion_layers,
     routing_reports,
-    token_depths,
     update_routers,
 )
 from pretraining import distributed
 from pretraining.datasets import batches
-from pretraining.model import padded_vocabulary
 from pretraining.settings import Settings
 
 Batches = Iterator[dict[str, Tensor]]
@@ -61,12 +58,10 @@ class Trainer:
     Args:
         settings: the run's settings.
         chunks: this process's part of the model, see `build_model`.
-        vocab_size: tokens of the tokenizer.
     """
 
-    def __init__(self, settings: Settings, chunks: list[GPTModel], vocab_size: int) -> None:
+    def __init__(self, settings: Settings, chunks: list[GPTModel]) -> None:
         self.settings = settings
-        self.vocab_size = vocab_size
         self.step = 0
         """Optimizer steps taken."""
         self.chunks = _data_parallel(settings, chunks)
@@ -115,47 +110,12 @@ class Trainer:
         Args:
             causal: route as in generation, where no token's depth may depend on later tokens.
         """
-        self._set_evaluation_mode()
+        for chunk in self.chunks:
+            chunk.eval()
         number = self.settings.evaluation.batches * self.microbatches
         with causal_routing(self.chunks) if causal else nullcontext():
             loss = self._run(batches(held_out, self.settings), number, forward_only=True)
         return loss, routing_reports(self.chunks)
-
-    def next_token_logits(self, tokens: Tensor, is_padding: Tensor) -> Tensor:
-        """Logits `[v]` of the token after the last real one, on every rank; causal routing.
-
-        Args:
-            tokens: `[1 s]`, the same on every rank.
-            is_padding: `[1 s]`, True after the last real token.
-        """
-        batch = {"tokens": tokens, "padding_mask": is_padding}
-        last = int(is_padding.logical_not().sum()) - 1
-        with causal_routing(self.chunks):
-            outputs = self._logits(batch)
-        size = padded_vocabulary(self.settings, self.vocab_size)
-        logits = torch.empty(size, device=distributed.device())
-        if outputs:
-            logits.copy_(outputs[0][0, last])
-        source = parallel_state.get_pipeline_model_parallel_last_rank()
-        group = parallel_state.get_pipeline_model_parallel_group()
-        torch.distributed.broadcast(logits, source, group=group)
-        return logits[: self.vocab_size]
-
-    def depths(self, batch: dict[str, Tensor]) -> list[int] | None:
-        """Recursion steps that each token takes in generation; None without recursion.
-
-        Args:
-            batch: `tokens` `[1 s]`, and `documents` where they are kept apart.
-        """
-        with causal_routing(self.chunks):
-            self._logits(batch)
-        is_entry = any(layer.is_entry for layer in recursion_layers(self.chunks))
-        own = token_depths(self.chunks)[0].tolist() if is_entry else None
-        group = parallel_state.get_pipeline_model_parallel_group()
-        stages: list[list[int] | None] = [None] * group.size()
-        torch.distributed.all_gather_object(stages, own, group=group)
-        found = [depths for depths in stages if depths is not None]
-        return [sum(depths) for depths in zip(*found, strict=True)] if found else None
 
     def save(self) -> None:
         """Write a checkpoint of this moment, if there is none."""
@@ -174,9 +134,17 @@ class Trainer:
 
     def _run(self, data: Batches, microbatches: int, forward_only: bool) -> float:
         """Mean loss over the micro-batches of all ranks."""
-        training, sequence = self.settings.training, self.settings.data.sequence_length
-        size = torch.Size((training.micro_batch_size, sequence))
-        losses = self._schedule(data, microbatches, size, forward_only=forward_only)
+        is_virtual = self.settings.virtual_stages is not None
+        run = recursion_forward_backward if is_virtual else get_forward_backward_func()
+        losses: list[Tensor] = run(
+            forward_step_func=_forward_step,
+            data_iterator=list(tee(data, len(self.chunks))),
+            model=self.chunks,
+            num_microbatches=microbatches,
+            micro_batch_size=self.settings.training.micro_batch_size,
+            seq_length=self.settings.data.sequence_length,
+            forward_only=forward_only,
+        )
         # Only last pipeline stages report; the others add nothing to either sum.
         total = torch.zeros(2, device=distributed.device())
         if losses:
@@ -184,41 +152,9 @@ class Trainer:
         torch.distributed.all_reduce(total)
         return (total[0] / total[1]).item()
 
-    def _logits(self, batch: dict[str, Tensor]) -> list[Tensor]:
-        """Logits `[b s v]` in evaluation mode; an empty list before the last pipeline stage."""
-        self._set_evaluation_mode()
-        # Virtual stages are run by no fewer micro-batches than there are stages.
-        copies = 1 if self.settings.virtual_stages is None else self.settings.parallel.pipeline
-        return self._schedule(
-            iter([batch] * copies),
-            copies,
-            batch["tokens"].shape,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
-
-    def _schedule(
-        self, data: Batches, microbatches: int, size: torch.Size, **options: Any
-    ) -> list[Tensor]:
-        is_virtual = self.settings.virtual_stages is not None
-        run = recursion_forward_backward if is_virtual else get_forward_backward_func()
-        return run(
-            forward_step_func=_forward_step,
-            data_iterator=list(tee(data, len(self.chunks))),
-            model=self.chunks,
-            num_microbatches=microbatches,
-            micro_batch_size=size[0],
-            seq_length=size[1],
-            **options,
-        )
-
-    def _set_evaluation_mode(self) -> None:
-        for chunk in self.chunks:
-            chunk.eval()
-
 
 def _forward_step(data: Batches, model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-    """One micro-batch through this stage: per-token losses, or logits where there are no labels."""
+    """One micro-batch through this stage, and the mean of its per-token losses."""
     batch = {
         name: value.to(distributed.device(), non_blocking=True)
         for name, value in next(data).items()
@@ -229,12 +165,8 @@ def _forward_step(data: Batches, model: nn.Module) -> tuple[Tensor, Callable[...
         tokens,
         positions,
         _attention_mask(batch.get("documents")),
-        labels=batch.get("labels"),
-        padding_mask=batch.get("padding_mask"),
-        runtime_gather_output="labels" not in batch,  # the loss takes each rank's share of logits
+        labels=batch["labels"],
     )
-    if "labels" not in batch:
-        return output, lambda logits, non_loss_data: logits.float()
     mask = batch["loss_mask"]
 
     def mean_loss(losses: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,14 +4,24 @@ A folder holds `config.yaml` (a DecoderConfig), `weights.safetensors` or `weight
 MoRTransformer), and `tokenizer.json`. Without a tokenizer a text is its UTF-8 bytes.
 """
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_model, save_model
 
-from mor_layers import DecoderConfig, ExpertChoice, MoRTransformer, RecursionConfig, load_config
+from mor_layers import (
+    DecoderConfig,
+    ExpertChoice,
+    MoRTransformer,
+    RecursionConfig,
+    load_config,
+    to_mapping,
+)
 
 
 class Tokenizer(Protocol):
@@ -70,7 +80,7 @@ def load(folder: str | None, seed: int = 0) -> ServedModel:
     path = Path(folder)
     config = load_config(DecoderConfig, path / "config.yaml")
     model = MoRTransformer(config)
-    model.load_state_dict(_weights(path))
+    _load_weights(model, path)
     tokenizer = path / "tokenizer.json"
     if tokenizer.is_file():
         return ServedModel(path.name, model, FileTokenizer(tokenizer))
@@ -80,6 +90,23 @@ def load(folder: str | None, seed: int = 0) -> ServedModel:
             "bytes. Put its tokenizer there."
         )
     return ServedModel(path.name, model, ByteTokenizer())
+
+
+def save(model: MoRTransformer, folder: Path, tokenizer: Path | None = None) -> None:
+    """Write a folder that `load` reads; an earlier one in its place is replaced when it is whole.
+
+    Args:
+        tokenizer: a tokenizer.json to copy.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    OmegaConf.save(to_mapping(model.config), partial / "config.yaml")
+    save_model(model, str(partial / "weights.safetensors"))
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, partial / "tokenizer.json")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
 def random_model(seed: int = 0) -> ServedModel:
@@ -95,12 +122,11 @@ def random_model(seed: int = 0) -> ServedModel:
     return ServedModel("random", model, ByteTokenizer())
 
 
-def _weights(path: Path) -> dict[str, torch.Tensor]:
+def _load_weights(model: MoRTransformer, path: Path) -> None:
     safe, pickled = path / "weights.safetensors", path / "weights.pt"
     if safe.is_file():
-        from safetensors.torch import load_file
-
-        return load_file(safe)
-    if pickled.is_file():
-        return torch.load(pickled, map_location="cpu", weights_only=True)
-    raise ValueError(f"{path} has neither weights.safetensors nor weights.pt.")
+        load_model(model, safe)
+    elif pickled.is_file():
+        model.load_state_dict(torch.load(pickled, map_location="cpu", weights_only=True))
+    else:
+        raise ValueError(f"{path} has neither weights.safetensors nor weights.pt.")
