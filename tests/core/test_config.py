@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from mor_layers import (
     DecoderConfig,
     ExpertChoice,
     FixedDepth,
+    MoE,
+    MoEConfig,
     MoRTransformer,
     RandomDepth,
     RecursionConfig,
@@ -20,6 +23,7 @@ from mor_layers import (
     TokenChoice,
     from_mapping,
     load_config,
+    to_mapping,
 )
 
 DECODER = {
@@ -106,6 +110,21 @@ BY_CONSTRUCTOR: dict[str, tuple[Callable[[], object], str, str]] = {
         lambda: recursion(sharing="middle_sequence", kv_policy="sharing_with_update"),
         "kv_policy='sharing_with_update'",
         "kv_policy='recursion_wise'",
+    ),
+    "dense ends without experts": (
+        lambda: decoder(recursion=recursion(), dense_ends=True),
+        "dense_ends=True needs moe",
+        "Leave it out",
+    ),
+    "dense ends where all layers are shared": (
+        lambda: decoder(
+            num_unrolled_layers=9,
+            recursion=recursion(sharing="cycle"),
+            moe=MoEConfig(4),
+            dense_ends=True,
+        ),
+        "dense_ends=True needs",
+        "middle_cycle or middle_sequence",
     ),
     "layers that do not divide": (
         lambda: decoder(num_unrolled_layers=10, recursion=recursion()),
@@ -528,3 +547,24 @@ def test_what_is_accepted_can_be_built_and_run(sharing):
                 continue
             model = MoRTransformer(config)
             assert model(torch.zeros(1, 4, dtype=torch.long)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("router", [ExpertChoice(capacity_factors=(1.0, 0.5, 0.2)), TokenChoice()])
+def test_settings_go_to_mappings_and_back(router, tmp_path):
+    config = decoder(
+        recursion=recursion(router=router, expert_routers="per_step"),
+        moe=MoEConfig(4, capacity_factor=1.5),
+        dense_ends=True,
+    )
+    path = tmp_path / "config.yaml"
+    OmegaConf.save(to_mapping(config), path)
+    assert load_config(DecoderConfig, path) == config
+
+
+def test_only_layers_between_dense_ends_have_experts():
+    for own in (recursion(), None):
+        model = MoRTransformer(decoder(recursion=own, moe=MoEConfig(4), dense_ends=True))
+        ends = [*model.prelude.layers, *model.coda.layers]
+        assert [isinstance(layer.mlp, MoE) for layer in ends] == [False, False]
+        inner = [layer for block in model.recursions for layer in block.layers.layers]
+        assert all(isinstance(layer.mlp, MoE) for layer in inner)

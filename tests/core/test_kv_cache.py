@@ -9,6 +9,7 @@ from mor_layers import ExpertChoice, KVPolicy, accounting, reference
 from mor_layers.cached_attention import CachedAttention, GatheredAttention, IndexedAttention
 from mor_layers.caches import CacheSettings
 from mor_layers.decoding import Decoder
+from mor_layers.depth_batching import DepthBatchingEngine
 from mor_layers.kv_cache import KVArena, PagedRows, Visible
 from mor_layers.scheduling import Request
 from tests.core.served import Recorder, prompt
@@ -162,3 +163,17 @@ def test_less_than_a_page_is_an_error() -> None:
         CacheSettings(100, page_size=0)
     with pytest.raises(ValueError, match="3 entries, one a step"):
         Decoder(small_model(small_config()), CacheSettings(1 << 20, shares=(1.0,)), 8)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("block_size", [1, 3])
+def test_memory_for_all_steps_does_not_run_out(policy, block_size) -> None:
+    router = ExpertChoice(capacity_factors=(1.0, 1.0, 1.0))  # everyone runs every step
+    model = small_model(small_config(router, kv_policy=policy, block_size=block_size))
+    settings = CacheSettings.for_all_steps(model, max_length=23, num_slots=3)
+    engine = DepthBatchingEngine(model, settings)
+    for size in (1, 7, 18):
+        engine.submit(Request(tuple(prompt(size)), 23 - size))
+    reasons = [event.finish_reason for event in engine.run() if event.finish_reason]
+    assert reasons == ["length"] * 3
+    assert engine.counters.preemptions == 0

@@ -1,0 +1,34 @@
+"""A folder with a model is what was saved."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mor_layers import DecoderConfig, ExpertChoice, MoEConfig, MoRTransformer, RecursionConfig
+from serving.loading import load, save
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_saved_model_is_loaded_again(tmp_path: Path, tied: bool) -> None:
+    recursion = RecursionConfig(2, router=ExpertChoice(warmup_steps=3))
+    config = DecoderConfig(
+        256, 16, 16, 4, 2, tie_embeddings=tied, recursion=recursion, moe=MoEConfig(2)
+    )
+    model = MoRTransformer(config)
+    model.recursions[0].router.bars[1] = 0.25
+    for _ in range(2):  # the second replaces the first
+        save(model, tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    loaded = load(str(tmp_path / "model"))
+    assert loaded.name == "model" and loaded.model.config == config
+    for name, tensor in loaded.model.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    assert (loaded.model.output.weight is loaded.model.embedding.weight) == tied
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    save(MoRTransformer(DecoderConfig(256, 16, 16, 1, 2)), tmp_path / "model")
+    (tmp_path / "model" / "weights.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"neither weights\.safetensors nor weights\.pt"):
+        load(str(tmp_path / "model"))
