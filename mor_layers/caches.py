@@ -43,7 +43,7 @@ class CacheSettings:
         """Memory that cannot run out: for every token of `num_slots` texts to run every step."""
         config, dtype = model.config, model.embedding.weight.dtype
         layers, page = config.num_unrolled_layers, cls.page_size
-        row = KVArena.bytes_per_row(layers, config.kv_heads, config.head_size, dtype, is_int8)
+        row = KVArena.bytes_per_row(layers, model.num_heads[1], config.head_size, dtype, is_int8)
         # Each list ends within a page, and the division of the memory within another one.
         kv_bytes = (num_slots * (max_length + page) + page) * row
         shares = (1.0,) * config.effective_recursion.num_recursions
@@ -72,7 +72,7 @@ class Caches:
         self.settings, self.shares = settings, settings.shares or expected_shares(model)
         if len(self.shares) != steps:
             raise ValueError(f"shares={self.shares} must have {steps} entries, one a step.")
-        heads, size, page = config.kv_heads, config.head_size, settings.page_size
+        heads, size, page = model.num_heads[1], config.head_size, settings.page_size
         outer_bytes, inner_bytes = (
             page * KVArena.bytes_per_row(layers, heads, size, weight.dtype, settings.is_int8)
             for layers in (num_outer, num_inner)

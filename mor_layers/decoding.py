@@ -101,7 +101,7 @@ class Decoder:
         self.blocks = [block for block in model.recursions if isinstance(block, RecursionBlock)]
         # Layers that repeat one by one route nothing: their tokens go through all in one tick.
         self.is_pooled = len(self.blocks) == 1
-        self.num_heads, self.num_steps = config.num_heads, self.blocks[0].router.num_recursions
+        self.num_heads, self.num_steps = model.num_heads[0], self.blocks[0].router.num_recursions
         self.num_prelude = len(model.prelude.layers)
         self.num_straight = 0 if self.is_pooled else len(self.blocks) * self.num_steps
         num_outer = self.num_prelude + self.num_straight + len(model.coda.layers)

@@ -91,6 +91,12 @@ class Attention(nn.Module):
         self.value = nn.Linear(width, kv_width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
 
+    @property
+    def num_heads(self) -> tuple[int, int]:
+        """Query and key-value heads that are computed here; see `tensor_parallel`."""
+        rows = len(self.query.weight), len(self.key.weight)
+        return rows[0] // self.head_size, rows[1] // self.head_size
+
     def forward(
         self, hidden: Float[Tensor, "kx b h"], context: StepContext, rotary: "Rotary"
     ) -> Float[Tensor, "k b h"]:
@@ -259,6 +265,11 @@ class MoRTransformer(nn.Module):
     def _initialize(module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
+
+    @property
+    def num_heads(self) -> tuple[int, int]:
+        """Query and key-value heads of each layer that are computed here."""
+        return self.recursions[0].layers.layers[0].attention.num_heads  # type: ignore[union-attr]
 
     def forward(
         self,

@@ -185,11 +185,11 @@ def load_tensors(chunks: list[nn.Module], tensors: Mapping[str, Tensor]) -> None
                 shard.data.copy_(whole[shard.global_slice()])
 
 
-def whole_tensors(chunks: list[nn.Module]) -> dict[str, Tensor] | None:
-    """The inverse of `load_tensors`: on the first rank whole tensors on the host, elsewhere None.
+def whole_tensors(chunks: list[nn.Module], on_all_ranks: bool = False) -> dict[str, Tensor] | None:
+    """The inverse of `load_tensors`: whole tensors on the host.
 
-    Every rank calls it. The model must fit into the first rank's memory; a larger one goes through
-    a checkpoint.
+    Every rank calls it; ranks but the first get None unless `on_all_ranks`. The model must fit into
+    the memory of those that get it; a larger one goes through a checkpoint.
     """
     own = [
         (shard.key, shard.global_shape, shard.global_slice(), shard.data.cpu())
@@ -197,10 +197,13 @@ def whole_tensors(chunks: list[nn.Module]) -> dict[str, Tensor] | None:
         for shard in _shards(chunk)
         if is_main_replica(shard.replica_id) and shard.data is not None
     ]
-    is_first = torch.distributed.get_rank() == 0
-    ranks: list[Any] | None = [None] * torch.distributed.get_world_size() if is_first else None
-    torch.distributed.gather_object(own, ranks)
-    if ranks is None:
+    ranks: list[Any] = [None] * torch.distributed.get_world_size()
+    if on_all_ranks:
+        torch.distributed.all_gather_object(ranks, own)
+    elif torch.distributed.get_rank() == 0:
+        torch.distributed.gather_object(own, ranks)
+    else:
+        torch.distributed.gather_object(own)
         return None
     tensors: dict[str, Tensor] = {}
     for key, shape, where, part in (entry for rank in ranks for entry in rank):

@@ -1,5 +1,6 @@
 """The Megatron backend of the reference cases: an unmodified GPTModel with a RecursionLayer."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor
 from mor_layers import (
     ExpertChoice,
     MoRTransformer,
-    RecursionConfig,
     RecursionOutput,
     config_from_published,
     load_published,
@@ -29,6 +29,8 @@ def run_case(
     """The case on this rank of a tensor-parallel group; the whole result on every rank."""
     setup.initialize(tp=tp)
     decoder = config_from_published(case)
+    # Without recursion, one step of a RecursionLayer does what ordinary layers do.
+    decoder = replace(decoder, recursion=decoder.effective_recursion)
     torch_model = MoRTransformer(decoder)
     load_published(torch_model, published_parameters(tensors))
     (model,) = setup.data_parallel([_gpt(torch_model, sequence_parallel)])
@@ -85,7 +87,7 @@ def _gpt(torch_model: MoRTransformer, sequence_parallel: bool) -> GPTModel:
     )
     model = GPTModel(
         config,
-        recursion_block_spec(config, decoder.recursion or RecursionConfig(1, sharing="cycle")),
+        recursion_block_spec(config, decoder.recursion),
         vocab_size=decoder.vocab_size,
         max_sequence_length=setup.MAX_SEQUENCE_LENGTH,
         position_embedding_type="rope",

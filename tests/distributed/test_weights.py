@@ -134,7 +134,7 @@ def gpt(decoder: DecoderConfig, sequence_parallel: bool) -> GPTModel:
         }
     config = setup.tiny_config(
         num_layers=decoder.num_unrolled_layers,
-        num_query_groups=decoder.num_heads,
+        num_query_groups=decoder.kv_heads,
         sequence_parallel=sequence_parallel,
         layernorm_epsilon=decoder.rms_norm_epsilon,
         **options,
