@@ -9,6 +9,7 @@ from tests.examples.pretraining_runs import history, pretrain_on_rank, write_tex
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(pool: WorkerPool, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     common = [*write_text(tmp_path), "parallel.tensor=2", "parallel.sequence_parallel=true"]
+    common += ["training.micro_batch_size=4"]
 
     def pretrain(*settings: str) -> str:
         return pool.run(pretrain_on_rank, 2, settings=[*common, *settings])[0]

@@ -227,6 +227,19 @@ def test_a_checkpoint_that_was_being_written_is_not_used(
 
 
 @pytest.mark.full
+def test_a_run_that_is_told_to_stop_leaves_a_checkpoint(text, on_one_process, tmp_path):
+    folder = tmp_path / "run"
+    settings = [*text, *LONGER, *LAYOUT, continued(on_one_process[0], folder)]
+    with started("nodes.sh", settings, PROCESSES=2) as node:
+        wait_until(lambda: steps_noted(folder) >= 2, [node])
+        node.process.terminate()
+        node.process.wait(DEADLINE)
+        assert "stopped after step" in node.printed
+    latest = (folder / "checkpoints" / "latest").read_text()
+    assert latest == f"step_{steps_noted(folder):08d}"
+
+
+@pytest.mark.full
 def test_without_the_node_that_never_comes_back_a_run_goes_on_in_another_layout(
     pool: WorkerPool, text, on_one_process, tmp_path
 ):
