@@ -6,9 +6,10 @@ holds `s / tp` rows.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
@@ -31,6 +32,7 @@ from mor_megatron.auxiliary_loss import RouterLossScaler, listen_for_loss_scale
 from mor_megatron.expert_router import StepTopKRouter
 from mor_megatron.placement import SequenceParallelPlacement
 from mor_megatron.stack import StepStack
+from mor_megatron.static_cache import StaticCache
 from mor_megatron.statistics import RoutingStatistics
 from mor_megatron.validation import validate
 
@@ -148,17 +150,18 @@ class RecursionLayer(TransformerLayer):
                 before it a document begins.
             rotary_pos_emb: `[s 1 1 r]`, or None without rotary positions.
             padding_mask: `[b s]`, True where there is no token.
+            inference_context: Megatron's static one. The input is then the tokens that come next,
+                routing is causal, and the masks are not read.
 
         Raises:
             ValueError: an input the recursion does not implement.
         """
-        refuse_inputs(
-            packed_seq_params=packed_seq_params,
-            inference_context=inference_context,
-            attention_bias=attention_bias,
-        )
-        tokens = self._tokens(hidden_states, attention_mask, padding_mask)
+        refuse_inputs(packed_seq_params=packed_seq_params, attention_bias=attention_bias)
         rotation = self._rotation(rotary_pos_emb, hidden_states)
+        if inference_context is not None:
+            refuse_inputs(padding_mask=padding_mask)
+            return self._generate(hidden_states, inference_context, rotation), context
+        tokens = self._tokens(hidden_states, attention_mask, padding_mask)
         output = self.recursion(hidden_states, tokens, self.causal_routing, rotation=rotation)
         # Recomputation runs the forward pass twice, the first time without gradients.
         if torch.is_grad_enabled() or not self.training:
@@ -205,6 +208,26 @@ class RecursionLayer(TransformerLayer):
         attention: Any = self.recursion.layers[0].self_attention  # type: ignore[index,union-attr]
         scale = attention._yarn_concentration_factor
         return StepRotation.table(rotary_pos_emb, scale, hidden.dtype)
+
+    def _generate(
+        self, hidden: Tensor, memory: StaticInferenceContext, rotation: StepRotation | None
+    ) -> Tensor:
+        """`[n b h] -> [n b h]` for the tokens that come next, or first, in each sequence."""
+        if self.config.sequence_parallel or not memory.is_static_batching():
+            raise ValueError(
+                f"a recursion generates with a StaticInferenceContext and sequence_parallel=False, "
+                f"not with {type(memory).__name__} and "
+                f"sequence_parallel={self.config.sequence_parallel}. For continuous batching use "
+                "mor_layers.DepthBatchingEngine, see mor_megatron.generation."
+            )
+        stack = cast(StepStack, self.recursion.layers)
+        length, batch = hidden.shape[:2]
+        steps, policy = self.statistics.num_recursions, self.recursion.kv_policy
+        cache = StaticCache(memory, policy, steps, stack.layers_per_step, stack.first_layer, batch)
+        tokens = cache.entering(length, hidden.device)
+        output = self.recursion(hidden, tokens, True, rotation=rotation, cache=cache)
+        self.statistics.record(tokens, output)
+        return output.hidden
 
     def _attach_losses(self, output: RecursionOutput) -> Tensor:
         if not (self.training and torch.is_grad_enabled() and output.losses):

@@ -26,6 +26,7 @@ from mor_megatron.attention import RecursiveSelfAttention, SDPACoreAttention, St
 from mor_megatron.expert_router import StepTopKRouter
 from mor_megatron.moe import RecursiveMoELayer
 from mor_megatron.placement import shard_of_padding
+from mor_megatron.static_cache import CachedStep, StaticCache
 
 
 @runtime_checkable
@@ -95,9 +96,20 @@ class StepStack(nn.ModuleList):
         ]
 
     def forward(
-        self, hidden: Tensor, context: StepContext, rotation: StepRotation | None = None
+        self,
+        hidden: Tensor,
+        context: StepContext,
+        rotation: StepRotation | None = None,
+        cache: StaticCache | None = None,
     ) -> Tensor:
-        """`[k b h] -> [k b h]`; `rotation` is the rotary table of the whole sequence, if any."""
+        """`[k b h] -> [k b h]`.
+
+        Args:
+            rotation: rotary table of the whole sequence, if any.
+            cache: where the rows of earlier tokens are, in generation.
+        """
+        if cache is not None:
+            context = CachedStep.of(context, cache)
         if rotation is not None:
             rotation = rotation.at(context.projected_positions)
         is_padding = context.tokens.is_padding
