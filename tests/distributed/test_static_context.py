@@ -80,7 +80,7 @@ def refusals() -> list[str]:
         memory = StaticInferenceContext(1, room)
         layer = model.decoder.layers[1]
         hidden = torch.zeros(4 // (1 + sequence_parallel), 1, 32)
-        with pytest.raises(ValueError, match="Static|inference context") as caught:
+        with pytest.raises(ValueError, match=r"Static|inference context") as caught:
             layer(hidden, inference_context=memory)
         messages.append(str(caught.value))
     return messages
