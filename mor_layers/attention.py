@@ -208,7 +208,7 @@ class ExitStateContext(StepContext):
     def causal_mask(self) -> Bool[Tensor, "b 1 k m"] | None:
         if not self.exited_tokens:
             return causal_mask(self.tokens, self.tokens)
-        mask = _visible(self.tokens, self.keys)
+        mask = visible(self.tokens, self.keys)
         # Not "the key at one's own position": a padding slot among the keys may hold it too.
         own = torch.eye(*mask.shape[1:], dtype=torch.bool, device=mask.device)
         return (mask | own)[:, None]
@@ -275,10 +275,11 @@ def causal_mask(queries: Tokens, keys: Tokens) -> Bool[Tensor, "b 1 k m"] | None
     if queries is keys and queries.documents is None and queries.padding_trails:
         return None
     own = queries.positions.T[:, :, None] == keys.positions.T[:, None, :]
-    return (_visible(queries, keys) | own)[:, None]
+    return (visible(queries, keys) | own)[:, None]
 
 
-def _visible(queries: Tokens, keys: Tokens) -> Bool[Tensor, "b k m"]:
+def visible(queries: Tokens, keys: Tokens) -> Bool[Tensor, "b k m"]:
+    """True where a query may see a key: at or before its position, in its document, no padding."""
     q = queries.positions.T[:, :, None]  # [k b] -> [b k 1]
     k = keys.positions.T[:, None, :]  # [m b] -> [b 1 m]
     mask = k <= q

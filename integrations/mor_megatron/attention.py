@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rope_utils import _rotate_half
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import checkpoint, get_cuda_rng_tracker
@@ -28,6 +29,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from mor_layers.attention import Exited, StepContext, attend
+from mor_megatron.context_parallel import in_sequence_order, zigzag_positions
 
 
 class SDPACoreAttention(MegatronModule):
@@ -56,7 +58,6 @@ class SDPACoreAttention(MegatronModule):
         super().__init__(config=config)
         refused = {
             "apply_query_key_layer_scaling": config.apply_query_key_layer_scaling,
-            "context_parallel_size": config.context_parallel_size > 1,
             "window_size": config.window_size is not None,
             "softmax_type": config.softmax_type != "vanilla",
         }
@@ -67,6 +68,10 @@ class SDPACoreAttention(MegatronModule):
             )
         self.softmax_scale = softmax_scale
         self.is_causal = attn_mask_type == AttnMaskType.causal
+        self.cp_group = None
+        if config.context_parallel_size > 1:
+            cp_group = None if pg_collection is None else pg_collection.cp
+            self.cp_group = cp_group or parallel_state.get_context_parallel_group()
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
     def forward(
@@ -89,11 +94,31 @@ class SDPACoreAttention(MegatronModule):
             self.is_causal if attn_mask_type is None else attn_mask_type == AttnMaskType.causal
         )
         is_visible = None if attention_mask is None else ~attention_mask
+        if self.cp_group is not None:
+            return self._attend_over_ranks(query, key, value, is_visible, is_causal)
         if is_visible is None and not is_causal:
             is_visible = query.new_ones((1, 1, len(query), len(key)), dtype=torch.bool)
         elif is_visible is not None and is_causal:
             is_visible = is_visible & torch.ones_like(is_visible).tril(len(key) - len(query))
         return self.attend(query, key, value, is_visible)
+
+    def _attend_over_ranks(
+        self, query: Tensor, key: Tensor, value: Tensor, is_visible: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        """Of the rows that this context-parallel rank holds; a mask has their rows, or all."""
+        assert self.cp_group is not None
+        key, value = (in_sequence_order(rows, self.cp_group) for rows in (key, value))
+        dealt = zigzag_positions(len(key), self.cp_group.size(), key.device)
+        positions = dealt[self.cp_group.rank()]
+        if is_visible is None:
+            is_visible = torch.ones((1, 1, 1, len(key)), dtype=torch.bool, device=key.device)
+        elif is_visible.shape[2] == len(key):
+            is_visible = is_visible[:, :, positions]
+        if is_causal:
+            is_visible = is_visible & (
+                torch.arange(len(key), device=key.device) <= positions[:, None]
+            )
+        return self.attend(query, key, value, is_visible.expand(-1, -1, len(query), -1))
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, is_visible: Tensor | None

@@ -29,6 +29,7 @@ from torch import Tensor
 from mor_layers import RecursionBlock, RecursionConfig, RecursionOutput, Tokens
 from mor_megatron.attention import StepRotation
 from mor_megatron.auxiliary_loss import RouterLossScaler, listen_for_loss_scale
+from mor_megatron.context_parallel import Relayout, in_sequence_order
 from mor_megatron.expert_router import StepTopKRouter
 from mor_megatron.placement import SequenceParallelPlacement
 from mor_megatron.stack import StepStack
@@ -107,7 +108,7 @@ class RecursionLayer(TransformerLayer):
         self.layer_number = layer_number + get_transformer_layer_offset(
             config, vp_stage, get_pg_rank(pg_collection.pp)
         )
-        placement = SequenceParallelPlacement(self.tp_group) if config.sequence_parallel else None
+        placement = self._placement()
         stack = StepStack(
             config,
             submodules.layer_specs,
@@ -150,6 +151,8 @@ class RecursionLayer(TransformerLayer):
                 before it a document begins.
             rotary_pos_emb: `[s 1 1 r]`, or None without rotary positions.
             padding_mask: `[b s]`, True where there is no token.
+                Under context parallelism `s` is this rank's share in hidden states and rotary
+                positions; masks may have that many rows, as Megatron cuts them, or all.
             inference_context: Megatron's static one. The input is then the tokens that come next,
                 routing is causal, and the masks are not read.
 
@@ -162,11 +165,16 @@ class RecursionLayer(TransformerLayer):
             refuse_inputs(padding_mask=padding_mask)
             return self._generate(hidden_states, inference_context, rotation), context
         tokens = self._tokens(hidden_states, attention_mask, padding_mask)
+        relayout = self._relayout(hidden_states, tokens.sequence_length)
+        if relayout is not None:
+            hidden_states = relayout.to_sequence(hidden_states)
         output = self.recursion(hidden_states, tokens, self.causal_routing, rotation=rotation)
         # Recomputation runs the forward pass twice, the first time without gradients.
         if torch.is_grad_enabled() or not self.training:
             self.statistics.record(tokens, output)
         hidden = self._attach_losses(output)
+        if relayout is not None:
+            hidden = relayout.to_zigzag(hidden)
         hidden = make_viewless_tensor(hidden, hidden.requires_grad, keep_graph=True)
         return hidden, context
 
@@ -186,6 +194,23 @@ class RecursionLayer(TransformerLayer):
             )
         return state
 
+    def _placement(self) -> SequenceParallelPlacement | None:
+        """Where rows of a step live: over the ranks that share a sequence, in its order."""
+        if self.config.context_parallel_size == 1:
+            is_spread = self.config.sequence_parallel
+            return SequenceParallelPlacement(self.tp_group) if is_spread else None
+        groups = self.pg_collection
+        return SequenceParallelPlacement(
+            groups.tp_cp if self.config.sequence_parallel else groups.cp
+        )
+
+    def _relayout(self, hidden: Tensor, length: int) -> Relayout | None:
+        size, placement = self.config.context_parallel_size, self.recursion.placement
+        if size == 1:
+            return None
+        assert isinstance(placement, SequenceParallelPlacement)
+        return Relayout(length, placement.group, size, hidden.device)
+
     def _tokens(
         self, hidden: Tensor, attention_mask: Tensor | None, padding_mask: Tensor | None
     ) -> Tokens:
@@ -196,10 +221,17 @@ class RecursionLayer(TransformerLayer):
                     padding_mask.T.contiguous(), group=self.tp_group
                 ).T
             length *= self.tp_group.size()
+        is_padding = None if padding_mask is None else padding_mask.T.bool()
+        if self.config.context_parallel_size > 1:
+            if attention_mask is not None and attention_mask.shape[2] == length:
+                rows = in_sequence_order(attention_mask.movedim(2, 0), self.pg_collection.cp)
+                attention_mask = rows.movedim(0, 2)
+            if is_padding is not None and len(is_padding) == length:
+                is_padding = in_sequence_order(is_padding, self.pg_collection.cp)
+            length *= self.config.context_parallel_size
         documents = None
         if attention_mask is not None:
             documents = documents_of(attention_mask.expand(batch, -1, -1, -1))
-        is_padding = None if padding_mask is None else padding_mask.T.bool()
         return Tokens.whole_sequence(length, batch, hidden.device, documents, is_padding)
 
     def _rotation(self, rotary_pos_emb: Tensor | None, hidden: Tensor) -> StepRotation | None:
@@ -207,6 +239,8 @@ class RecursionLayer(TransformerLayer):
             return None
         attention: Any = self.recursion.layers[0].self_attention  # type: ignore[index,union-attr]
         scale = attention._yarn_concentration_factor
+        if self.config.context_parallel_size > 1:  # Megatron gives a rank the rows of its tokens
+            rotary_pos_emb = in_sequence_order(rotary_pos_emb, self.pg_collection.cp)
         return StepRotation.table(rotary_pos_emb, scale, hidden.dtype)
 
     def _generate(

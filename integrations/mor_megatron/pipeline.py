@@ -184,6 +184,13 @@ def _rules(
     )
     return [
         (
+            config.context_parallel_size > 1,
+            f"context_parallel_size={config.context_parallel_size}",
+            "what travels between stages is laid out for whole sequences. Use "
+            "recursion_block_spec, which keeps the recursion in one stage, or tensor parallelism "
+            "with sequence_parallel=True.",
+        ),
+        (
             not schedule.is_cyclic,
             f"sharing={recursion.sharing!r}",
             "its layers repeat one by one, so no step goes round. Use 'cycle' or 'middle_cycle', "

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mor_layers import RecursionConfig, StepContext
 from mor_megatron.attention import RecursiveSelfAttention, SDPACoreAttention, StepRotation
+from mor_megatron.context_parallel import GatheredStep
 from mor_megatron.expert_router import StepTopKRouter
 from mor_megatron.moe import RecursiveMoELayer
 from mor_megatron.placement import shard_of_padding
@@ -89,6 +90,7 @@ class StepStack(nn.ModuleList):
         self.first_layer = first_layer
         self.layers_per_step = len(self)  # more where other stages hold layers of the block too
         self.tp_group = pg_collection.tp if config.sequence_parallel else None
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
         for index, layer in enumerate(self):
             cast(Any, layer).self_attention.join_block(index, layer.input_layernorm)
         self._step_aware = [
@@ -110,6 +112,10 @@ class StepStack(nn.ModuleList):
         """
         if cache is not None:
             context = CachedStep.of(context, cache)
+        if self.cp_group is not None:
+            shards = 1 if self.tp_group is None else self.tp_group.size()
+            multiple = self.cp_group.size() * shards
+            context = GatheredStep.of(context, self.cp_group, multiple)
         if rotation is not None:
             rotation = rotation.at(context.projected_positions)
         is_padding = context.tokens.is_padding

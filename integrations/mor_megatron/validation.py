@@ -31,10 +31,11 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
     interleaved = config.virtual_pipeline_model_parallel_size is not None
     return [
         (
-            config.context_parallel_size > 1,
-            f"context_parallel_size={config.context_parallel_size}",
-            "its ranks hold stripes of the sequence. Use tensor parallelism with "
-            "sequence_parallel=True.",
+            config.context_parallel_size > 1 and config.moe_expert_capacity_factor is not None,
+            f"context_parallel_size={config.context_parallel_size} with "
+            f"moe_expert_capacity_factor={config.moe_expert_capacity_factor}",
+            "a full expert is decided over the tokens of a tensor-parallel group, not of the whole "
+            "sequence. Leave the capacity out.",
         ),
         (
             config.multi_latent_attention,
