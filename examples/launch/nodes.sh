@@ -41,17 +41,20 @@ export PYTHONPATH="$root:$root/integrations${PYTHONPATH:+:$PYTHONPATH}"
 
 errors=$(mktemp) || exit
 trap 'rm -f "$errors"' EXIT
+exec 3> >(tee "$errors" >&2)
+copying=$!
 "${PYTHON:-python}" -m torch.distributed.run \
     --nnodes "$NODES" \
     --nproc-per-node "${PROCESSES:-gpu}" \
     --rdzv-backend c10d \
     --rdzv-endpoint "$RENDEZVOUS" \
     --rdzv-id "$RUN_ID" \
-    --rdzv-conf "join_timeout=$JOIN_TIMEOUT" \
+    --rdzv-conf "join_timeout=$JOIN_TIMEOUT,read_timeout=$JOIN_TIMEOUT" \
     --max-restarts "${MAX_RESTARTS:-3}" \
     ${LOCAL_ADDRESS:+--local-addr "$LOCAL_ADDRESS"} \
-    "$root/examples/pretrain_gpt_mor.py" "$@" 2> >(tee "$errors" >&2) &
+    "$root/examples/pretrain_gpt_mor.py" "$@" 2>&3 &
 agent=$!
+exec 3>&-
 trap 'kill -TERM "$agent" 2>/dev/null' INT TERM # torchrun hands it on, and waits for the checkpoint
 wait "$agent"
 status=$?
@@ -60,13 +63,21 @@ while kill -0 "$agent" 2>/dev/null; do # a signal interrupted the wait
     status=$?
 done
 
-if [ "$status" -ne 0 ] && grep -q 'Rendezvous[A-Za-z]*Error' "$errors"; then
-    cat >&2 <<MESSAGE
-
-error: $NODES nodes did not come together within JOIN_TIMEOUT=$JOIN_TIMEOUT seconds at $RENDEZVOUS.
-Start the same command on all nodes within that time, the missing ones too. Where that machine itself
-is gone, name another one. Without the missing nodes: set NODES to those that are left, and parallel.*
-so that it fits their processes. The run goes on from its last checkpoint in any layout.
-MESSAGE
+wait "$copying"
+if [ "$status" -eq 0 ]; then
+    exit
+elif grep -q RendezvousTimeoutError "$errors"; then
+    failure="$NODES nodes did not come together within JOIN_TIMEOUT=$JOIN_TIMEOUT seconds."
+elif grep -q 'Rendezvous[A-Za-z]*Error' "$errors"; then
+    failure="$RENDEZVOUS, where the nodes meet, cannot be reached, or no longer."
+else
+    exit "$status"
 fi
+cat >&2 <<MESSAGE
+
+error: $failure
+Start the same command on all nodes, the missing ones too, within JOIN_TIMEOUT=$JOIN_TIMEOUT seconds;
+RENDEZVOUS must name one of them. To go on without the missing ones, set NODES to those that are left,
+and parallel.* so that it fits their processes. The run goes on from its last checkpoint in any layout.
+MESSAGE
 exit "$status"

@@ -227,6 +227,17 @@ def test_a_checkpoint_that_was_being_written_is_not_used(
 
 
 @pytest.mark.full
+def test_the_loss_of_the_node_where_all_meet_is_named(text, on_one_process, tmp_path):
+    folder = tmp_path / "run"
+    settings = [*text, *LONGER, *LAYOUT, continued(on_one_process[0], folder)]
+    with two_nodes(settings) as nodes:
+        wait_until(lambda: steps_noted(folder) >= 3, nodes)
+        nodes[0].kill()
+        assert nodes[1].process.wait(DEADLINE) != 0
+        assert "where the nodes meet, cannot be reached, or no longer" in nodes[1].printed
+
+
+@pytest.mark.full
 def test_a_run_that_is_told_to_stop_leaves_a_checkpoint(text, on_one_process, tmp_path):
     folder = tmp_path / "run"
     settings = [*text, *LONGER, *LAYOUT, continued(on_one_process[0], folder)]
@@ -249,7 +260,7 @@ def test_without_the_node_that_never_comes_back_a_run_goes_on_in_another_layout(
         wait_until(lambda: steps_noted(folder) >= 5, nodes)
         nodes[1].kill()
         assert nodes[0].process.wait(DEADLINE) != 0
-        message = "error: 2 nodes did not come together within JOIN_TIMEOUT=20 seconds"
+        message = "error: 2 nodes did not come together within JOIN_TIMEOUT=20 seconds."
         assert message in nodes[0].printed
     layout = ["parallel.tensor=2", "parallel.sequence_parallel=true"]
     printed = pool.run(pretrain_on_rank, 2, settings=[*settings, *layout])[0]
