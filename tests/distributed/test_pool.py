@@ -70,7 +70,7 @@ def test_a_failing_rank_is_shown_first_with_its_traceback(small_pool: WorkerPool
 
 def test_a_hang_ends_with_the_stack_of_the_rank_that_hangs(small_pool: WorkerPool) -> None:
     with pytest.raises(TimeoutError, match=r"(?s)ranks \[1\].*sleep_on_rank"):
-        small_pool.run(sleep_on_rank, 2, timeout=1.0, rank=1)
+        small_pool.run(sleep_on_rank, 2, timeout=5.0, rank=1)
     assert small_pool.run(sum_of_ranks, 2, offset=0)[0][1] == 1
 
 

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from pretraining.command_line import load_settings
+from pretraining.text import TextTokenizer, prepare
 from tests.distributed.pool import WorkerPool
 from tests.examples.pretraining_runs import SMALL, TINY, write_text
 
@@ -15,9 +17,7 @@ def losses_of_last_documents(*, settings: list[str]) -> list[list[float]]:
     """
     from mor_megatron import cpu
     from pretraining import distributed, model
-    from pretraining.command_line import load_settings
     from pretraining.datasets import build_datasets
-    from pretraining.text import TextTokenizer, prepare
     from pretraining.training import Trainer
 
     cpu.enable()
@@ -55,6 +55,7 @@ TOKEN_CHOICE += ["recursion.router.type=token_choice"]
 @pytest.mark.parametrize("layout", [[], STEPS_AS_STAGES], ids=["one process", "steps as stages"])
 def test_a_token_is_blind_to_earlier_documents(pool: WorkerPool, tmp_path, layout, router):
     settings = [*router, *layout, *write_text(tmp_path), f"output={tmp_path}/run"]
+    prepare(load_settings(["--config", TINY, *settings]).data)  # once, for all ranks
     losses = pool.run(losses_of_last_documents, 2 if layout else 1, settings=settings)[0]
     for before, after in losses:
         assert after == pytest.approx(before, abs=1e-6)
