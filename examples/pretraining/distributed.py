@@ -62,6 +62,7 @@ def model_parallel(settings: Settings) -> Iterator[None]:
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=settings.virtual_stages,
+        context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1 if parallel.expert > 1 else None,
     )

@@ -90,6 +90,7 @@ def transformer_config(settings: Settings) -> TransformerConfig:
         # Batched sends cross between two stages where each is the other's next.
         "overlap_p2p_comm": settings.virtual_stages is not None,
         "batch_p2p_comm": settings.virtual_stages is None,
+        "context_parallel_size": parallel.context,
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": 1 if parallel.expert > 1 else None,
         "bf16": training.precision == "bf16",

@@ -4,6 +4,7 @@ A YAML file and `key=value` overrides become one frozen `Settings`. Whatever is 
 found here, before a process group, a file or a model exists.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -116,6 +117,8 @@ class ParallelSettings:
     pipeline_layout: PipelineLayout = "one_stage"
     """Where a recursion lies: within `one_stage`, or `steps_as_stages`: its layers are spread over
     all stages, and each step is a virtual stage."""
+    context: int = 1
+    """Processes that share each sequence; `data.sequence_length` is a multiple of twice as many."""
     expert: int = 1
     """Processes that share the experts; divides `model.moe.num_experts`."""
     distributed_optimizer: bool = False
@@ -125,7 +128,12 @@ class ParallelSettings:
 
     def __post_init__(self) -> None:
         _require_at_least(
-            1, "parallel", tensor=self.tensor, pipeline=self.pipeline, expert=self.expert
+            1,
+            "parallel",
+            tensor=self.tensor,
+            pipeline=self.pipeline,
+            context=self.context,
+            expert=self.expert,
         )
         _require(
             self.tensor > 1 or not self.sequence_parallel,
@@ -300,6 +308,7 @@ class Settings:
         )
         self._check_layers()
         self._check_tensor_parallel()
+        self._check_context_parallel()
         self._check_experts()
         _require(
             self.evaluation.sample_tokens < self.data.sequence_length,
@@ -332,21 +341,19 @@ class Settings:
         Raises:
             ValueError: the processes do not divide into the parallelism or the batch that is set.
         """
-        tensor, pipeline, expert = (
-            self.parallel.tensor,
-            self.parallel.pipeline,
-            self.parallel.expert,
-        )
+        parallel = self.parallel
+        tensor, pipeline, context = parallel.tensor, parallel.pipeline, parallel.context
+        expert, model = parallel.expert, tensor * pipeline * context
         _require(
-            world_size % (tensor * pipeline) == 0,
+            world_size % model == 0,
             f"{world_size} processes cannot hold copies of parallel.tensor={tensor} × "
-            f"pipeline={pipeline} processes. Start a multiple of {tensor * pipeline} "
+            f"pipeline={pipeline} × context={context} processes. Start a multiple of {model} "
             "(torchrun --nproc-per-node), or lower these settings.",
         )
-        copies = world_size // (tensor * pipeline)
+        copies = world_size // model
         _require(
-            copies * tensor % expert == 0,
-            f"parallel.expert={expert} must divide the {copies * tensor} processes of a pipeline "
+            world_size // pipeline % expert == 0,
+            f"parallel.expert={expert} must divide the {world_size // pipeline} processes of a pipeline "
             f"stage ({world_size} processes, parallel.pipeline={pipeline}).",
         )
         micro = self.training.micro_batch_size
@@ -434,6 +441,25 @@ class Settings:
                 value % size == 0,
                 f"{name}={value} must be a multiple of parallel.tensor={size}.",
             )
+
+    def _check_context_parallel(self) -> None:
+        context, tensor = self.parallel.context, self.parallel.tensor
+        if context == 1:
+            return
+        length = self.data.sequence_length
+        spread = tensor if self.parallel.sequence_parallel else 1
+        multiple = math.lcm(2 * context, spread * context)
+        _require(
+            length % multiple == 0,
+            f"data.sequence_length={length} must be a multiple of {multiple}, for two chunks on each "
+            f"of parallel.context={context} processes"
+            + (f", which parallel.tensor={tensor} share." if spread > 1 else "."),
+        )
+        _require(
+            self.virtual_stages is None,
+            f"parallel.context={context} cannot run with parallel.pipeline_layout='steps_as_stages'. "
+            "Use one_stage, or parallel.tensor with sequence_parallel.",
+        )
 
     def _check_experts(self) -> None:
         moe, expert = self.model.moe, self.parallel.expert

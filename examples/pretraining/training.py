@@ -21,6 +21,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor, nn
 
 from mor_megatron import (
@@ -150,28 +151,27 @@ class Trainer:
         if losses:
             total[0], total[1] = torch.stack(losses).sum(), len(losses)
         torch.distributed.all_reduce(total)
-        return (total[0] / total[1]).item()
+        # Context-parallel ranks report parts of a mean.
+        return (total[0] / total[1] * self.settings.parallel.context).item()
 
 
 def _forward_step(data: Batches, model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-    """One micro-batch through this stage, and the mean of its per-token losses."""
+    """One micro-batch through this stage; this context-parallel rank's part of its mean loss."""
     batch = {
         name: value.to(distributed.device(), non_blocking=True)
         for name, value in next(data).items()
     }
     tokens = batch["tokens"]
-    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    output = model(
-        tokens,
-        positions,
-        _attention_mask(batch.get("documents")),
-        labels=batch["labels"],
-    )
-    mask = batch["loss_mask"]
+    batch["positions"] = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    attention_mask = _attention_mask(batch.pop("documents", None))
+    number = batch["loss_mask"].sum().clamp(min=1)
+    group = parallel_state.get_context_parallel_group()
+    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
+    output = model(batch["tokens"], batch["positions"], attention_mask, labels=batch["labels"])
 
     def mean_loss(losses: Tensor) -> tuple[Tensor, Tensor]:
-        mean = (losses.float() * mask).sum() / mask.sum().clamp(min=1)
-        return mean, mean.detach().clone()
+        part = (losses.float() * batch["loss_mask"]).sum() / number
+        return part, part.detach().clone()
 
     return output, mean_loss
 

@@ -25,8 +25,12 @@ LAYOUTS = {
     "EP=2 x PP=2, steps as stages": (4, [*STEPS_AS_STAGES, "parallel.expert=2"]),
     "PP=2, steps as stages, recomputation": (2, [*STEPS_AS_STAGES, "training.recompute=full"]),
     "TP=2 x EP=2": (4, [*SEQUENCE, "parallel.expert=2"]),
+    "CP=2": (2, ["parallel.context=2"]),
+    "CP=2 x TP=2": (4, [*SEQUENCE, "parallel.context=2"]),
+    "CP=2 x EP=2": (2, ["parallel.context=2", "parallel.expert=2"]),
+    "CP=2 x PP=2": (4, ["parallel.context=2", "parallel.pipeline=2"]),
 }
-IN_SHORT = ("PP=2, steps as stages",)
+IN_SHORT = ("PP=2, steps as stages", "CP=2")
 
 
 @pytest.fixture(scope="module")

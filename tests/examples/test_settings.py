@@ -36,6 +36,8 @@ WRONG = {
     "parallel.tensor=3": "must be a multiple of parallel.tensor=3",
     "parallel.tensor=1": "sequence_parallel=True has no effect",
     "parallel.sequence_parallel=false": "needs parallel.sequence_parallel=True",
+    "parallel.context=0": "parallel.context=0 must be at least 1",
+    "parallel.context=3": "data.sequence_length=256 must be a multiple of 6",
     "parallel.expert=3": "must divide model.moe.num_experts=4",
     "parallel.pipeline=4": "exceeds the 3 parts of the model",
     "parallel.pipeline_layout=steps_as_stages": "has no effect with parallel.pipeline=1",
