@@ -78,7 +78,7 @@ class StepStack(nn.ModuleList):
         inner = inner_config(config, recursion.num_recursions)
         super().__init__(
             build_module(
-                recursive_layer_spec(spec, recursion),
+                recursive_layer_spec(spec, recursion, config.context_parallel_size > 1),
                 config=inner,
                 layer_number=first_layer + index + 1,
                 pg_collection=pg_collection,
@@ -155,11 +155,17 @@ def inner_config(config: TransformerConfig, num_recursions: int) -> TransformerC
     return inner
 
 
-def recursive_layer_spec(spec: ModuleSpec, recursion: RecursionConfig) -> ModuleSpec:
+def recursive_layer_spec(
+    spec: ModuleSpec, recursion: RecursionConfig, gathers_keys: bool = False
+) -> ModuleSpec:
     """The user's layer spec with the parts that must know of the recursion exchanged.
 
     Attention becomes `RecursiveSelfAttention` (on `SDPACoreAttention` where it was the local core),
     a mixture of experts `RecursiveMoELayer`; parameters and their names stay.
+
+    Args:
+        gathers_keys: whether keys come from other ranks too; a core attention with context
+            parallelism of its own would take them for its rank's share.
 
     Raises:
         ValueError: a layer without plain self-attention, or one with cross-attention.
@@ -182,7 +188,7 @@ def recursive_layer_spec(spec: ModuleSpec, recursion: RecursionConfig) -> Module
             "layers before or after it."
         )
     attention_parts = cast(Any, attention.submodules)
-    if attention_parts.core_attention is DotProductAttention:
+    if gathers_keys or attention_parts.core_attention is DotProductAttention:
         attention_parts = replace(attention_parts, core_attention=SDPACoreAttention)
     changes: dict[str, Any] = {
         "self_attention": replace(

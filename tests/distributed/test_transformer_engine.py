@@ -174,3 +174,18 @@ def test_transformer_engine_is_chosen_where_it_can_run(pool: WorkerPool) -> None
             transformer_impl=implementation,
         )
         assert chosen == expected
+
+
+def cores_under_context_parallelism() -> list[str]:
+    setup.initialize(cp=2)
+    config = setup.tiny_config(num_layers=8)
+    recursion = RecursionConfig(3, router=ExpertChoice())
+    spec = recursion_block_spec(config, recursion, engine_layer(config))
+    (model,) = setup.tiny_gpt(config, lambda config, vp_stage: spec)
+    layers = (model.decoder.layers[0], model.decoder.layers[1].recursion.layers[0])
+    return [type(layer.self_attention.core_attention).__name__ for layer in layers]
+
+
+def test_under_context_parallelism_only_ordinary_layers_keep_a_core_of_its_own(pool) -> None:
+    cores = pool.run(cores_under_context_parallelism, 2)
+    assert cores == [["EngineCore", "SDPACoreAttention"]] * 2
