@@ -280,14 +280,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--output", type=Path, default=Path("runs/depth_by_expert"))
     parser.add_argument("--steps", type=int, help="optimizer steps of equal tokens")
     parser.add_argument("--seeds", type=int, help="how many seeds")
+    parser.add_argument("--batch", type=int, help="sequences per step")
+    parser.add_argument("--length", type=int, help="tokens per sequence")
     parser.add_argument("--quick", action="store_true", help="a tiny run that shows it works")
     given = parser.parse_args(arguments)
     plan = QUICK if given.quick else Plan()
-    plan = replace(
-        plan,
-        steps=given.steps or plan.steps,
-        seeds=tuple(range(given.seeds)) if given.seeds else plan.seeds,
-    )
+    changed = {n: getattr(given, n) for n in ("steps", "batch", "length") if getattr(given, n)}
+    seeds = tuple(range(given.seeds)) if given.seeds else plan.seeds
+    plan = replace(plan, seeds=seeds, **changed)
     given.output.mkdir(parents=True, exist_ok=True)
     text, found = Text(plan), models(plan)
     results: dict[str, Any] = {}
