@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     add = options.add_argument
     add("prompt", nargs="?", default="Once upon a time")
-    add("--model", help="folder with config.yaml, weights and tokenizer.json; default: random")
+    add("--model", help="folder that pretraining or `mor convert` wrote; default: random")
     add("--max-new-tokens", type=int, default=100)
     add("--temperature", type=float, default=0.0)
     add("--top-k", type=int, default=0)

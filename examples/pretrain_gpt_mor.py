@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mor_layers.model_folder import save_model
 from pretraining import demonstration, distributed, model, run_folder
 from pretraining.command_line import load_settings
 from pretraining.datasets import Datasets, batches, build_datasets, unigram_entropy
@@ -23,7 +24,6 @@ from pretraining.settings import Settings
 from pretraining.summary import write_summary
 from pretraining.text import TextTokenizer, prepare
 from pretraining.training import Batches, Trainer
-from serving.loading import save
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -176,7 +176,7 @@ class Session:
         if trained is not None:
             sample = demonstration.continuation(trained, self.settings, self.tokenizer)
             passage = demonstration.depths(trained, self.data.held_out[0], self.tokenizer)
-            save(trained, self.folder / "model", self.tokenizer.path)
+            save_model(trained, self.folder / "model", self.tokenizer.path)
             self.display.say(f"a continuation:\n{sample}\n")
             self.display.say(f"wrote {self.folder}/model, for examples/generate.py and serve.py")
         parameters = model.parameters(self.shape)

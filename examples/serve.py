@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     options = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     add = options.add_argument
-    add("--model", help="folder with config.yaml, weights and tokenizer.json; default: random")
+    add("--model", help="folder that pretraining or `mor convert` wrote; default: random")
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000)
     add("--device", default="cpu")

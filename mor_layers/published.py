@@ -106,7 +106,7 @@ def published_names(config: DecoderConfig) -> dict[str, str]:
     routed = not isinstance(recursion.router, FixedDepth)
     size, steps = schedule.block_size, recursion.num_recursions
     if schedule.prelude:
-        names |= _layer("prelude.layers.0", "model.layers.0")
+        names |= layer_names("prelude.layers.0", "model.layers.0")
     for layer in range(size):
         ours = f"recursions.{0 if schedule.is_cyclic else layer}.layers.layers."
         ours += str(layer if schedule.is_cyclic else 0)
@@ -118,17 +118,18 @@ def published_names(config: DecoderConfig) -> dict[str, str]:
             else:
                 stride = norm * size + layer if schedule.is_cyclic else layer * steps + norm
                 theirs = f"model.layers.{schedule.prelude + stride}"
-            renamed = _layer(ours, theirs, norm)
+            renamed = layer_names(ours, theirs, norm)
             names |= {o: t for o, t in renamed.items() if norm == 0 or ".weights." in o}
     if schedule.coda:
         # A routed model lists one entry per step, or one for all of them.
         entries = {ExpertChoice: steps, TokenChoice: 1}.get(type(recursion.router), size * steps)
-        names |= _layer("coda.layers.0", f"model.layers.{schedule.prelude + entries}")
+        names |= layer_names("coda.layers.0", f"model.layers.{schedule.prelude + entries}")
     names |= dict(_router_names(recursion, f"model.layers.{schedule.prelude}"))
     return names
 
 
-def _layer(ours: str, theirs: str, norm: int = 0) -> dict[str, str]:
+def layer_names(ours: str, theirs: str, norm: int = 0) -> dict[str, str]:
+    """Llama's name of each tensor of a dense layer, with the norms of one step."""
     return {f"{ours}.{o.format(norm=norm)}": f"{theirs}.{t}" for o, t in _LAYER.items()}
 
 

@@ -1,27 +1,17 @@
 """A model with its tokenizer: from a folder, or a small random one to try things out with.
 
-A folder holds `config.yaml` (a DecoderConfig), `weights.safetensors` or `weights.pt` (a state dict of
-MoRTransformer), and `tokenizer.json`. Without a tokenizer a text is its UTF-8 bytes.
+The folder is one of `mor_layers.model_folder`. Without a tokenizer.json a text is its UTF-8 bytes.
 """
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from omegaconf import OmegaConf
-from safetensors.torch import load_model, save_model
 
-from mor_layers import (
-    DecoderConfig,
-    ExpertChoice,
-    MoRTransformer,
-    RecursionConfig,
-    load_config,
-    to_mapping,
-)
+from mor_layers import DecoderConfig, ExpertChoice, MoRTransformer, RecursionConfig
+from mor_layers.model_folder import load_model
 
 
 class Tokenizer(Protocol):
@@ -78,35 +68,16 @@ def load(folder: str | None, seed: int = 0) -> ServedModel:
     if folder is None:
         return random_model(seed)
     path = Path(folder)
-    config = load_config(DecoderConfig, path / "config.yaml")
-    model = MoRTransformer(config)
-    _load_weights(model, path)
+    model = load_model(path)
     tokenizer = path / "tokenizer.json"
     if tokenizer.is_file():
         return ServedModel(path.name, model, FileTokenizer(tokenizer))
-    if config.vocab_size < ByteTokenizer.vocab_size:
+    if model.config.vocab_size < ByteTokenizer.vocab_size:
         raise ValueError(
-            f"{folder} has no tokenizer.json, and vocab_size={config.vocab_size} is too small for "
+            f"{folder} has no tokenizer.json, and vocab_size={model.config.vocab_size} is too small for "
             "bytes. Put its tokenizer there."
         )
     return ServedModel(path.name, model, ByteTokenizer())
-
-
-def save(model: MoRTransformer, folder: Path, tokenizer: Path | None = None) -> None:
-    """Write a folder that `load` reads; an earlier one in its place is replaced when it is whole.
-
-    Args:
-        tokenizer: a tokenizer.json to copy.
-    """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    OmegaConf.save(to_mapping(model.config), partial / "config.yaml")
-    save_model(model, str(partial / "weights.safetensors"))
-    if tokenizer is not None:
-        shutil.copyfile(tokenizer, partial / "tokenizer.json")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
 
 
 def random_model(seed: int = 0) -> ServedModel:
@@ -120,13 +91,3 @@ def random_model(seed: int = 0) -> ServedModel:
             if parameter.dim() > 1:  # unit gain, so that depths and tokens vary
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
     return ServedModel("random", model, ByteTokenizer())
-
-
-def _load_weights(model: MoRTransformer, path: Path) -> None:
-    safe, pickled = path / "weights.safetensors", path / "weights.pt"
-    if safe.is_file():
-        load_model(model, safe)
-    elif pickled.is_file():
-        model.load_state_dict(torch.load(pickled, map_location="cpu", weights_only=True))
-    else:
-        raise ValueError(f"{path} has neither weights.safetensors nor weights.pt.")

@@ -1,0 +1,14 @@
+"""Mixture-of-Recursions models in Hugging Face's transformers.
+
+Importing this package lets AutoConfig and AutoModelForCausalLM load a folder of
+`mor_layers.model_folder`.
+"""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mor_huggingface.modeling import MoRConfig, MoRForCausalLM
+
+AutoConfig.register(MoRConfig.model_type, MoRConfig)
+AutoModelForCausalLM.register(MoRConfig, MoRForCausalLM)
+
+__all__ = ["MoRConfig", "MoRForCausalLM"]

@@ -1,0 +1,172 @@
+"""Llama checkpoints as plain decoders, and decoders as Llama checkpoints.
+
+SmolLM is a Llama; Mistral differs in its name where it has no sliding window. A model with a field
+that the core lacks is refused by that field's name.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mor_layers import DecoderConfig, FixedDepth
+from mor_layers.model_folder import (
+    CONFIG,
+    StoredModel,
+    carried,
+    fitting,
+    read_config,
+    side_files,
+)
+from mor_layers.published import layer_names
+from mor_layers.tensor_files import SAFETENSORS, LazyTensors, open_tensors, write_tensors
+from mor_layers.uptraining import unrolled_layers
+
+MODEL_TYPES = ("llama", "mistral")
+_REFUSED = {
+    "qwen2": "its query, key and value projections have biases (attention_bias)",
+    "qwen3": "it normalises queries and keys (q_norm, k_norm)",
+}
+_ONLY: dict[str, Any] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "sliding_window": None,
+    "rope_scaling": None,
+}
+"""Fields that must have this value where they are given."""
+_SLIDING_BY_DEFAULT = {"mistral": {"sliding_window": 4096, "num_key_value_heads": 8}}
+
+
+def open_llama(folder: Path) -> StoredModel:
+    """A Llama checkpoint, without reading its tensors.
+
+    Raises:
+        ValueError: a field of its settings is not in the core, or a file is missing or damaged.
+        FileNotFoundError: there is no such folder.
+    """
+    values = read_config(folder)
+    config = config_from_llama(values, str(folder / CONFIG))
+    tensors = open_tensors(folder)
+    names = llama_names(config)
+    # Older files list a tied head too, and frequencies that follow from the settings.
+    left_out = {"lm_head.weight"} if config.tie_embeddings else set()
+    kept = [n for n in tensors if n not in left_out and not n.endswith("rotary_emb.inv_freq")]
+    weights = fitting(config, names, LazyTensors(kept, tensors.__getitem__), folder)
+    return StoredModel(config, weights, carried(values), side_files(folder))
+
+
+def write_llama(
+    model: StoredModel, folder: Path, written: Callable[[str], None] | None = None
+) -> None:
+    """Write a Llama checkpoint into an existing folder, tensor by tensor; a recursion unrolled.
+
+    Raises:
+        ValueError: the model routes tokens, shares keys and values, or has experts.
+    """
+    config = model.config
+    values = llama_config(config)
+    names = {theirs: ours for ours, theirs in _unrolled_names(config)}
+    tensors = LazyTensors(list(names), lambda name: model.weights[names[name]])
+    write_tensors(folder / SAFETENSORS, tensors, written)
+    dtype = str(model.weights["embedding.weight"].dtype).removeprefix("torch.")
+    values |= {"dtype": dtype, **model.facts}
+    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+    for path in model.side_files:
+        shutil.copyfile(path, folder / path.name)
+
+
+def config_from_llama(values: Mapping[str, Any], where: str = CONFIG) -> DecoderConfig:
+    """Our settings for those of a Llama's config.json.
+
+    Raises:
+        ValueError: one is missing, or is not in the core.
+    """
+    kind = values.get("model_type")
+    if kind in _REFUSED:
+        raise ValueError(f"{where}: model_type={kind!r} is not supported: {_REFUSED[kind]}.")
+    if kind not in MODEL_TYPES:
+        raise ValueError(f"{where}: model_type={kind!r}: use one of {', '.join(MODEL_TYPES)}.")
+    values = _SLIDING_BY_DEFAULT.get(kind, {}) | dict(values)
+    rope = values.get("rope_parameters") or {}
+    for name, only in _ONLY.items():
+        if values.get(name, only) != only:
+            raise ValueError(f"{where}: {name}={values[name]!r} is not supported, only {only!r}.")
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(
+            f"{where}: rope_type={rope['rope_type']!r} is not supported, only 'default'."
+        )
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    for name in (*needed, "num_attention_heads"):
+        if not isinstance(values.get(name), int):
+            raise ValueError(f"{where}: {name}={values.get(name)!r}: expected an integer.")
+    heads = values["num_attention_heads"]
+    head_size = values.get("head_dim") or values["hidden_size"] // heads
+    if head_size * heads != values["hidden_size"]:
+        raise ValueError(
+            f"{where}: head_dim={head_size} is not supported, only hidden_size / "
+            f"num_attention_heads = {values['hidden_size'] / heads:g}."
+        )
+    return DecoderConfig(
+        vocab_size=values["vocab_size"],
+        hidden_size=values["hidden_size"],
+        ffn_hidden_size=values["intermediate_size"],
+        num_unrolled_layers=values["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=values.get("num_key_value_heads") or heads,
+        rms_norm_epsilon=float(values.get("rms_norm_eps", 1e-6)),
+        rope_base=float(rope.get("rope_theta", values.get("rope_theta", 10000.0))),
+        tie_embeddings=values.get("tie_word_embeddings", False),
+    )
+
+
+def llama_config(config: DecoderConfig) -> dict[str, Any]:
+    """A Llama's settings for ours.
+
+    Raises:
+        ValueError: the model routes tokens, shares keys and values, or has experts.
+    """
+    recursion = config.effective_recursion
+    if config.moe is not None:
+        raise ValueError("moe is set, and a Llama has no experts. Keep the model in our format.")
+    if not isinstance(recursion.router, FixedDepth) or recursion.kv_policy != "recursion_wise":
+        raise ValueError(
+            f"router={type(recursion.router).__name__} with kv_policy={recursion.kv_policy!r} has "
+            "no equal among Llamas, only FixedDepth with 'recursion_wise'. Keep the model in our "
+            "format, which AutoModelForCausalLM loads after `import mor_huggingface`."
+        )
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.ffn_hidden_size,
+        "num_hidden_layers": config.num_unrolled_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_size,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rms_norm_eps": config.rms_norm_epsilon,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+
+
+def llama_names(config: DecoderConfig) -> dict[str, str]:
+    """Llama's name for each tensor of a plain decoder."""
+    assert config.recursion is None
+    return dict(_unrolled_names(config))
+
+
+def _unrolled_names(config: DecoderConfig) -> list[tuple[str, str]]:
+    """Our name and Llama's for every tensor of every unrolled layer."""
+    pairs = [("embedding.weight", "model.embed_tokens.weight")]
+    for depth, (layer, norm) in enumerate(unrolled_layers(config)):
+        pairs += layer_names(layer, f"model.layers.{depth}", norm).items()
+    pairs.append(("norm.weights.0", "model.norm.weight"))
+    if not config.tie_embeddings:
+        pairs.append(("output.weight", "lm_head.weight"))
+    return pairs

@@ -1,0 +1,152 @@
+"""Tensors in files, one at a time: safetensors and PyTorch's `.bin`, in one file or several.
+
+What is read is checked against the file's own account of it, and an error names file and tensor.
+"""
+
+import json
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+SAFETENSORS = "model.safetensors"
+_PICKLED = "pytorch_model.bin"
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors by name, made when they are asked for and not kept.
+
+    Args:
+        names: every name, in order.
+        make: gives the tensor of a name.
+    """
+
+    def __init__(self, names: list[str], make: Callable[[str], Tensor]) -> None:
+        self._names, self._make = dict.fromkeys(names), make
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def open_tensors(folder: Path) -> LazyTensors:
+    """The tensors of a folder's model.safetensors or pytorch_model.bin, or of what their index lists.
+
+    Raises:
+        ValueError: there are none, or a file is damaged; here, or when a tensor is read.
+    """
+    for name in (SAFETENSORS, _PICKLED):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            path = folder / name
+            return LazyTensors(_names(path), lambda tensor, path=path: _read(path, tensor))
+        if index.is_file():
+            return _indexed(index)
+    raise ValueError(f"{folder} has neither {SAFETENSORS} nor {_PICKLED}, nor the index of either.")
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], written: Callable[[str], None] | None = None
+) -> None:
+    """Write a safetensors file, holding one tensor at a time.
+
+    Args:
+        written: called with the name of each tensor after it.
+
+    Raises:
+        ValueError: a tensor's dtype has no name in the format.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    # The header comes first and is known last: room is left for it, which the format lets us fill
+    # with spaces.
+    room = 64 + sum(len(json.dumps(name)) + 256 for name in tensors)
+    room += -room % 8
+    with path.open("wb") as file:
+        file.write(room.to_bytes(8, "little") + b" " * room)
+        end = 0
+        for name, tensor in tensors.items():
+            if tensor.dtype not in _DTYPES:
+                raise ValueError(
+                    f"{name!r} is {tensor.dtype}; {path.name} can hold no such numbers."
+                )
+            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            begin, end = end, end + data.nbytes
+            header[name] = {
+                "dtype": _DTYPES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [begin, end],
+            }
+            file.write(data)
+            if written is not None:
+                written(name)
+        text = json.dumps(header).encode()
+        assert len(text) <= room
+        file.seek(8)
+        file.write(text)
+
+
+def _indexed(index: Path) -> LazyTensors:
+    try:
+        files: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is no index of tensors: {error}.") from error
+    for name in sorted(set(files.values())):
+        if not (index.parent / name).is_file():
+            raise ValueError(f"{index} lists {name}, which is not there.")
+    return LazyTensors(list(files), lambda tensor: _read(index.parent / files[tensor], tensor))
+
+
+def _names(path: Path) -> list[str]:
+    if path.suffix == ".bin":
+        return list(_unpickled(path))
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or cut short: {error}.") from error
+
+
+def _read(path: Path, name: str) -> Tensor:
+    if path.suffix == ".bin":
+        tensors = _unpickled(path)
+        if name not in tensors:
+            raise ValueError(f"{path} has no tensor {name!r}, which its index lists there.")
+        return tensors[name]
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}, tensor {name!r}: {error}.") from error
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    try:  # mapped, so that only what is used is read
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is damaged, or holds more than tensors: {first}") from error
