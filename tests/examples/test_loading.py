@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mor_layers import DecoderConfig, ExpertChoice, MoEConfig, MoRTransformer, RecursionConfig
-from serving.loading import load, save
+from mor_layers.model_folder import save_model
+from serving.loading import load
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -18,7 +19,7 @@ def test_a_saved_model_is_loaded_again(tmp_path: Path, tied: bool) -> None:
     model = MoRTransformer(config)
     model.recursions[0].router.bars[1] = 0.25
     for _ in range(2):  # the second replaces the first
-        save(model, tmp_path / "model")
+        save_model(model, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     loaded = load(str(tmp_path / "model"))
     assert loaded.name == "model" and loaded.model.config == config
@@ -28,7 +29,7 @@ def test_a_saved_model_is_loaded_again(tmp_path: Path, tied: bool) -> None:
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
-    save(MoRTransformer(DecoderConfig(256, 16, 16, 1, 2)), tmp_path / "model")
-    (tmp_path / "model" / "weights.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"neither weights\.safetensors nor weights\.pt"):
+    save_model(MoRTransformer(DecoderConfig(256, 16, 16, 1, 2)), tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
         load(str(tmp_path / "model"))
