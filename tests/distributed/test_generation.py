@@ -67,7 +67,7 @@ def torch_model(config: DecoderConfig) -> MoRTransformer:
     model = MoRTransformer(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # apart enough for every depth to occur
-            parameter.add_(0.2 * torch.randn_like(parameter))
+            parameter.add_(0.15 * torch.randn_like(parameter))
     return model
 
 
@@ -144,8 +144,9 @@ def test_ranks_serve_what_one_process_computes(
             logits = model(ids, causal_routing=True).logits[0]
         expected += logits[len(prompt) - 1 : -1]
     # Requests share ticks, so each row that was seen is found by its values.
-    distances = torch.cdist(torch.stack(expected), torch.stack(first.logits), p=torch.inf)
-    assert distances.min(dim=1).values.max() < 1e-5
+    wanted, seen = torch.stack(expected), torch.stack(first.logits)
+    nearest = torch.cdist(wanted, seen, p=torch.inf).argmin(dim=1)
+    torch.testing.assert_close(seen[nearest], wanted, rtol=1e-5, atol=1e-5)
 
 
 def refusal(heads: int) -> str:

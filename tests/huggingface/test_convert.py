@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mor_commands import main
 from mor_layers.model_folder import load_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "pages" / "checkpoints.md"
@@ -58,7 +59,8 @@ def test_the_commands_of_the_page_keep_logits(folder):
     assert unrolled.config.eos_token_id == 2
 
 
-def test_errors_are_told_in_a_line_and_leave_nothing(folder):
+def test_errors_are_told_in_a_line_and_leave_nothing(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
     for arguments, message in (
         (["llama", "unrolled"], "unrolled exists"),
         (["nowhere", "new"], "No such file"),
@@ -66,7 +68,9 @@ def test_errors_are_told_in_a_line_and_leave_nothing(folder):
         (["llama", "new", "--recursions", "4"], "cannot split 6 shared layers"),
     ):
         before = sorted(path.name for path in folder.iterdir())
-        result = run(folder, [["convert", *arguments]])
-        assert result.returncode == 2 and message in result.stderr
-        assert result.stderr.count("\n") == 1
+        with pytest.raises(SystemExit, match="2"):
+            main(["convert", *arguments])
+        told = capsys.readouterr().err
+        assert message in told
+        assert told.count("\n") == 1
         assert sorted(path.name for path in folder.iterdir()) == before
