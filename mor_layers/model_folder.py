@@ -125,7 +125,7 @@ def write_model(
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
     """An empty folder that takes `folder`'s name once all is written; after an error nothing is."""
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial, earlier = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "earlier"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -133,8 +133,11 @@ def written_whole(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial)
         raise
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(earlier, ignore_errors=True)
+    if folder.exists():
+        folder.rename(earlier)  # kept until the new one is in its place
     partial.rename(folder)
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def weight_names(config: DecoderConfig) -> list[str]:

@@ -9,6 +9,7 @@ What the source is shows in its files.
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -36,10 +37,8 @@ def add_arguments(options: argparse.ArgumentParser) -> None:
     add("target", type=Path, help="folder to write; must not exist")
     add("--to", choices=_WRITERS, default=MODEL_TYPE, help="format to write (default: mor)")
     add("--recursions", type=int, help="make a dense model recursive, with so many recursions")
-    add("--sharing", choices=SHARING_SCHEMES, default="middle_cycle")
-    add("--init", choices=INITIALIZATIONS, default="average", help="where shared weights come from")
-    add("--router", default="fixed_depth", help="type of the router (default: fixed_depth)")
-    add("--seed", type=int, default=0, help="of random weights and of a router")
+    for name, settings in _WITH_RECURSIONS.items():
+        add(f"--{name}", **settings)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -51,19 +50,31 @@ def run(options: argparse.Namespace) -> None:
     """
     if options.target.exists():
         raise ValueError(f"{options.target} exists. Name a new folder, or remove it.")
+    given = [name for name in _WITH_RECURSIONS if getattr(options, name) is not None]
+    if given and options.recursions is None:
+        raise ValueError(
+            f"--{given[0]} has no effect without --recursions. Leave it out, or give their number."
+        )
     model = _open(options.source)
     if options.recursions is not None:
-        values = {"num_recursions": options.recursions, "sharing": options.sharing}
-        router = {"type": options.router}
-        recursion = from_mapping(RecursionConfig, values | {"router": router}, "recursion")
-        config, weights = recursive_weights(
-            model.weights, model.config, recursion, options.init, options.seed
-        )
-        model = StoredModel(config, weights, model.facts, model.side_files)
+        model = _recursive(model, options)
     console = Console(stderr=True)
     with written_whole(options.target) as partial, Progress(console=console) as progress:
         task = progress.add_task(f"writing {options.target}", total=None)
         _WRITERS[options.to](model, partial, lambda _: progress.advance(task))
+
+
+def _recursive(model: StoredModel, options: argparse.Namespace) -> StoredModel:
+    values = {
+        "num_recursions": options.recursions,
+        "sharing": options.sharing or "middle_cycle",
+        "router": {"type": options.router or "fixed_depth"},
+    }
+    recursion = from_mapping(RecursionConfig, values, "recursion")
+    config, weights = recursive_weights(
+        model.weights, model.config, recursion, options.init or "average", options.seed or 0
+    )
+    return StoredModel(config, weights, model.facts, model.side_files)
 
 
 def _open(folder: Path) -> StoredModel:
@@ -71,6 +82,17 @@ def _open(folder: Path) -> StoredModel:
         return open_model(folder)
     return open_llama(folder)
 
+
+_WITH_RECURSIONS: dict[str, dict[str, Any]] = {
+    "sharing": {"choices": SHARING_SCHEMES, "help": "sharing scheme (default: middle_cycle)"},
+    "init": {
+        "choices": INITIALIZATIONS,
+        "help": "where shared weights come from (default: average)",
+    },
+    "router": {"help": "type of the router (default: fixed_depth)"},
+    "seed": {"type": int, "help": "of random weights and of a router (default: 0)"},
+}
+"""Options that only a model made recursive has a use for."""
 
 _WRITERS: dict[str, Callable[[StoredModel, Path, Written], None]] = {
     MODEL_TYPE: write_model,

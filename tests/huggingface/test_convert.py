@@ -66,6 +66,7 @@ def test_errors_are_told_in_a_line_and_leave_nothing(folder, monkeypatch, capsys
         (["nowhere", "new"], "No such file"),
         (["recursive", "new", "--recursions", "3"], "has a recursion"),
         (["llama", "new", "--recursions", "4"], "cannot split 6 shared layers"),
+        (["llama", "new", "--router", "expert_choice"], "--router has no effect without"),
     ):
         before = sorted(path.name for path in folder.iterdir())
         with pytest.raises(SystemExit, match="2"):
