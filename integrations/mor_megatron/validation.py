@@ -31,6 +31,11 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
     interleaved = config.virtual_pipeline_model_parallel_size is not None
     return [
         (
+            config.hybrid_context_parallel,
+            "hybrid_context_parallel=True",
+            "its groups change from sequence to sequence. Use hybrid_context_parallel=False.",
+        ),
+        (
             config.context_parallel_size > 1 and config.moe_expert_capacity_factor is not None,
             f"context_parallel_size={config.context_parallel_size} with "
             f"moe_expert_capacity_factor={config.moe_expert_capacity_factor}",

@@ -84,6 +84,7 @@ class Outcome:
     loss: float
     gradients: dict[str, Tensor]
     shares: tuple[float, ...]
+    expert_load: Tensor | None
 
 
 def loss_and_gradients(
@@ -100,7 +101,8 @@ def loss_and_gradients(
     wrapped = setup.data_parallel(chunks)
     loss = forward_backward(wrapped, setup.random_tokens(4, LENGTH), masks)
     gradients = setup.gather_gradients(wrapped)
-    return Outcome(loss, gradients, routing_reports(wrapped)[0].shares)
+    (report,) = routing_reports(wrapped)
+    return Outcome(loss, gradients, report.shares, report.expert_load)
 
 
 def forward_backward(chunks: list[Any], tokens: Tensor, masks: str | None) -> float:
@@ -182,6 +184,8 @@ def assert_alike(outcomes: list[Outcome], expected: Outcome) -> None:
     for outcome in outcomes:
         assert outcome.loss == pytest.approx(expected.loss, abs=1e-6)
         assert outcome.shares == pytest.approx(expected.shares)
+        if expected.expert_load is not None:
+            assert torch.equal(outcome.expert_load, expected.expert_load)
         assert outcome.gradients.keys() == expected.gradients.keys()
         for name, gradient in outcome.gradients.items():
             torch.testing.assert_close(

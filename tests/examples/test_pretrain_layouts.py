@@ -59,11 +59,13 @@ def test_a_run_goes_on_alike_in_every_layout(pool, on_one_process, tmp_path, nam
 
 
 @pytest.mark.full
-def test_a_run_comes_back_from_steps_as_stages(pool, on_one_process, tmp_path):
+@pytest.mark.parametrize("name", ["PP=2, steps as stages", "CP=2"])
+def test_a_run_comes_back_to_one_process(pool, on_one_process, tmp_path, name):
     text, started, whole = on_one_process
     output = continued(started, tmp_path / "run")
     stop = "training.stop_after=3"
-    pool.run(pretrain_on_rank, 2, settings=[*text, output, *STEPS_AS_STAGES, stop])
+    world_size, layout = LAYOUTS[name]
+    pool.run(pretrain_on_rank, world_size, settings=[*text, output, *layout, stop])
     printed = pool.run(pretrain_on_rank, settings=[*text, output])[0]
     assert "resumed at step 3 of 4" in printed
     assert_same_curves(tmp_path / "run", whole)
