@@ -19,10 +19,10 @@ pretrain:  ## pretrain a small model on text that ships with Python (ARGUMENTS="
 	    --config examples/configs/tiny.yaml $(ARGUMENTS)
 
 test:  ## run the tests
-	@$(use_python) $$python -m pytest -q -m "not full"
+	@$(use_python) OMP_NUM_THREADS=1 $$python -m pytest -q -m "not full"
 
 test-full:  ## run the tests and the exhaustive sweeps
-	@$(use_python) $$python -m pytest -q
+	@$(use_python) OMP_NUM_THREADS=1 $$python -m pytest -q
 
 lint:  ## ruff, pyright and the import contracts
 	@$(use_python) $$python -m ruff check . && $$python -m ruff format --check . \
