@@ -282,10 +282,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seeds", type=int, help="how many seeds")
     parser.add_argument("--batch", type=int, help="sequences per step")
     parser.add_argument("--length", type=int, help="tokens per sequence")
+    parser.add_argument("--hidden-size", type=int, help="width of the models")
     parser.add_argument("--quick", action="store_true", help="a tiny run that shows it works")
     given = parser.parse_args(arguments)
     plan = QUICK if given.quick else Plan()
-    changed = {n: getattr(given, n) for n in ("steps", "batch", "length") if getattr(given, n)}
+    sizes = ("steps", "batch", "length", "hidden_size")
+    changed = {name: getattr(given, name) for name in sizes if getattr(given, name)}
     seeds = tuple(range(given.seeds)) if given.seeds else plan.seeds
     plan = replace(plan, seeds=seeds, **changed)
     given.output.mkdir(parents=True, exist_ok=True)
