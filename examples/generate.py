@@ -3,19 +3,22 @@
     python examples/generate.py "Once upon a time" --model runs/exported --max-new-tokens 60
 
 Without --model a small model with random weights babbles. With --calibrate FILE the thresholds are set
-from the text of a file first; --dial then turns compute down or up without training.
+from the text of a file first; --dial then turns compute down or up without training, with --extra-steps
+beyond the depth that the model was trained with.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.text import Text
 
+from mor_layers import deepened
 from mor_layers.caches import CacheSettings
 from mor_layers.calibration import calibrate
 from mor_layers.depth_batching import DepthBatchingEngine
@@ -42,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     add("--int8-kv", action="store_true", help="keep keys and values in 8 bits; not exact")
     add("--calibrate", metavar="FILE", help="held-out text to set thresholds from")
     add("--dial", type=float, default=1.0, help="compute relative to training; with --calibrate")
+    add("--extra-steps", type=int, default=0, help="recursion steps beyond the trained ones")
     return options
 
 
@@ -91,6 +95,8 @@ def main(arguments: Sequence[str]) -> None:
         if options.dial != 1.0 and options.calibrate is None:
             raise ValueError("--dial needs held-out text to set thresholds from: --calibrate FILE.")
         served = load(options.model)
+        if options.extra_steps:
+            served = replace(served, model=deepened(served.model, options.extra_steps))
         if options.calibrate is not None:
             ids = served.tokenizer.encode(Path(options.calibrate).read_text("utf-8"))
             pieces = [torch.tensor(p)[None] for p in _pieces(ids, 256)][:64]

@@ -11,6 +11,7 @@ from mor_layers.config import (
     load_config,
     to_mapping,
 )
+from mor_layers.deepening import Deepened, deepened
 from mor_layers.depth_batching import DepthBatchingEngine, Event
 from mor_layers.early_exit import (
     Acceleration,
@@ -55,6 +56,7 @@ __all__ = [
     "DecoderConfig",
     "DecoderOutput",
     "DecoderStack",
+    "Deepened",
     "DepthAndWidth",
     "DepthBatchingEngine",
     "Divergence",
@@ -92,6 +94,7 @@ __all__ = [
     "calibrate",
     "causal_mask",
     "config_from_published",
+    "deepened",
     "from_mapping",
     "from_published",
     "load_config",

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mor_layers.deepening import Deepened
 from mor_layers.recursion import RecursionBlock
 from mor_layers.transformer import MoRTransformer
 
@@ -31,7 +32,9 @@ class Calibration:
         return sum(self.reached)
 
 
-def turned(shares: tuple[float, ...], dial: float) -> tuple[float, ...]:
+def turned(
+    shares: tuple[float, ...], dial: float, compute: float | None = None
+) -> tuple[float, ...]:
     """Shares that sum to `dial` times as much.
 
     The deeper a step, the more it gives or gains: shares are raised to a common power. Steps that
@@ -39,19 +42,21 @@ def turned(shares: tuple[float, ...], dial: float) -> tuple[float, ...]:
 
     Args:
         shares: of all tokens, for each step; in (0, 1], never rising.
-        dial: compute of the recursion, relative to what the shares mean. Above 0, and no more than
-            all steps for all tokens.
+        dial: compute of the recursion, relative to `compute`. Above 0, and no more than all steps
+            for all tokens.
+        compute: steps of a token in the mean that dial 1 stands for. Default: what the shares mean.
 
     Raises:
         ValueError: a dial that no shares can reach.
     """
-    target, most = dial * sum(shares), len(shares)
+    compute = sum(shares) if compute is None else compute
+    target, most = dial * compute, len(shares)
     if not 0 < target <= most + 1e-9:
         raise ValueError(
-            f"dial={dial} must be above 0 and at most {most / sum(shares):.4g}, where every token "
+            f"dial={dial} must be above 0 and at most {most / compute:.4g}, where every token "
             f"runs all {most} steps."
         )
-    if dial == 1.0:
+    if target == sum(shares):
         return shares
     always = sum(share == 1.0 for share in shares)
     if target <= always:
@@ -76,7 +81,8 @@ def calibrate(
     Args:
         model: with token routing. What its routers compare with is changed in place.
         batches: token ids of held-out text, a few thousand tokens or more.
-        dial: compute of the recursion, relative to `shares`; see `turned`.
+        dial: compute of the recursion, relative to `shares`; see `turned`. Of a model that was
+            `deepened`, relative to the steps it was trained with.
         shares: of all tokens, for each step. Default: what the router's settings train for; where
             they do not say, as for token choice, what the model does now.
 
@@ -96,7 +102,10 @@ def calibrate(
     is_training = model.training
     model.eval()
     try:
-        wanted = turned(shares or _shares(model, texts, steps), dial)
+        shares = shares or _shares(model, texts, steps)
+        router = model.config.recursion.router
+        trained = steps - router.extra_steps if isinstance(router, Deepened) else steps
+        wanted = turned(shares, dial, sum(shares[:trained]))
         block.router.tune(wanted, lambda step: _logits(model, block, texts, step))
         return Calibration(wanted, _shares(model, texts, steps))
     finally:
