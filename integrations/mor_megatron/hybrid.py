@@ -109,7 +109,7 @@ class RecursiveHybridStack(HybridStack):
                 config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
             )
 
-    def _build(self, spec: ModuleSpec, symbol: str, index: int, offset: int) -> nn.Module:
+    def _build(self, spec: ModuleSpec, symbol: str, index: int, offset: int) -> Any:
         number = index + 1 + offset
         common = {"config": self.config, "pg_collection": self.pg_collection}
         if spec.module in (RecursionLayer, AbsorbedLayer):
