@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from mor_layers.attention import Exited, StepContext, attend
 from mor_megatron.context_parallel import in_sequence_order, zigzag_positions
+from mor_megatron.quantization import filled, row_alignment
 
 
 class SDPACoreAttention(MegatronModule):
@@ -206,7 +207,8 @@ class RecursiveSelfAttention(SelfAttention):
 
     def _project_exited(self, exited: Exited) -> tuple[Tensor, Tensor]:
         """Keys and values of tokens that just exited, `[x b g d]`."""
-        count, hidden = len(exited.tokens.positions), self.input_norm(exited.hidden)
+        rows = filled(exited.hidden, row_alignment(self.config))
+        count, hidden = len(exited.tokens.positions), self.input_norm(rows)
         if not self._can_project_parts:
             _, key, value = self.get_query_key_value_tensors(hidden)[:3]  # type: ignore[misc]
             return key[:count], value[:count]  # type: ignore[return-value]

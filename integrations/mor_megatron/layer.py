@@ -32,6 +32,7 @@ from mor_megatron.auxiliary_loss import RouterLossScaler, listen_for_loss_scale
 from mor_megatron.context_parallel import Relayout, in_sequence_order
 from mor_megatron.expert_router import StepTopKRouter
 from mor_megatron.placement import SequenceParallelPlacement
+from mor_megatron.quantization import require_one_precision
 from mor_megatron.stack import StepStack
 from mor_megatron.static_cache import StaticCache
 from mor_megatron.statistics import RoutingStatistics
@@ -108,6 +109,8 @@ class RecursionLayer(TransformerLayer):
         self.layer_number = layer_number + get_transformer_layer_offset(
             config, vp_stage, get_pg_rank(pg_collection.pp)
         )
+        unrolled = len(submodules.layer_specs) * recursion.num_recursions
+        require_one_precision(config, self.layer_number - 1, unrolled)
         placement = self._placement()
         stack = StepStack(
             config,

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, cast, runtime_checkable
 
+import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
@@ -27,6 +28,7 @@ from mor_megatron.context_parallel import GatheredStep
 from mor_megatron.expert_router import StepTopKRouter
 from mor_megatron.moe import RecursiveMoELayer
 from mor_megatron.placement import shard_of_padding
+from mor_megatron.quantization import filled, row_alignment
 from mor_megatron.static_cache import CachedStep, StaticCache
 
 
@@ -88,6 +90,7 @@ class StepStack(nn.ModuleList):
             for index, spec in enumerate(layer_specs)
         )
         self.first_layer = first_layer
+        self.row_alignment = row_alignment(config)
         self.layers_per_step = len(self)  # more where other stages hold layers of the block too
         self.tp_group = pg_collection.tp if config.sequence_parallel else None
         self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
@@ -121,6 +124,11 @@ class StepStack(nn.ModuleList):
         is_padding = context.tokens.is_padding
         if self.tp_group is not None:
             is_padding = shard_of_padding(context.tokens, self.tp_group)
+        count, hidden = len(hidden), filled(hidden, self.row_alignment)
+        if extra := len(hidden) - count:
+            if is_padding is None:
+                is_padding = hidden.new_zeros(count, hidden.shape[1]).bool()
+            is_padding = F.pad(is_padding, (0, 0, 0, extra), value=True)
         for index, layer in enumerate(self):
             layer_number = self.first_layer + context.step * self.layers_per_step + index + 1
             for module in self._step_aware[index]:
@@ -131,7 +139,7 @@ class StepStack(nn.ModuleList):
                 rotary_pos_emb=rotation,
                 padding_mask=None if is_padding is None else is_padding.T,
             )
-        return hidden
+        return hidden[:count] if extra else hidden
 
 
 def inner_config(config: TransformerConfig, num_recursions: int) -> TransformerConfig:

@@ -73,6 +73,13 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             "the number of selected tokens varies. Use cuda_graph_impl='none'.",
         ),
         (
+            bool(config.fp8 or config.fp4)
+            and (config.sequence_parallel or config.context_parallel_size > 1),
+            f"fp8={config.fp8!r}, fp4={config.fp4!r} with sequence or context parallelism",
+            "selected rows are not spread over ranks in multiples of its blocks yet. Use "
+            "sequence_parallel=False and context_parallel_size=1, or bf16.",
+        ),
+        (
             config.fine_grained_activation_offloading or config.cpu_offloading,
             "activation offloading",
             "a layer that runs several times would overwrite what it offloaded. Use "
