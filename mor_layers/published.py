@@ -25,6 +25,11 @@ _LAYER = {
     "mlp.up.weight": "mlp.up_proj.weight",
     "mlp.down.weight": "mlp.down_proj.weight",
 }
+_BIASES = {f"attention.{n}.bias": f"self_attn.{n[0]}_proj.bias" for n in ("query", "key", "value")}
+_HEAD_NORMS = {
+    "attention.query_norm.weights.0": "self_attn.q_norm.weight",
+    "attention.key_norm.weights.0": "self_attn.k_norm.weight",
+}
 
 
 def config_from_published(settings: Mapping[str, Any]) -> DecoderConfig:
@@ -106,7 +111,7 @@ def published_names(config: DecoderConfig) -> dict[str, str]:
     routed = not isinstance(recursion.router, FixedDepth)
     size, steps = schedule.block_size, recursion.num_recursions
     if schedule.prelude:
-        names |= layer_names("prelude.layers.0", "model.layers.0")
+        names |= layer_names(config, "prelude.layers.0", "model.layers.0")
     for layer in range(size):
         ours = f"recursions.{0 if schedule.is_cyclic else layer}.layers.layers."
         ours += str(layer if schedule.is_cyclic else 0)
@@ -118,19 +123,21 @@ def published_names(config: DecoderConfig) -> dict[str, str]:
             else:
                 stride = norm * size + layer if schedule.is_cyclic else layer * steps + norm
                 theirs = f"model.layers.{schedule.prelude + stride}"
-            renamed = layer_names(ours, theirs, norm)
+            renamed = layer_names(config, ours, theirs, norm)
             names |= {o: t for o, t in renamed.items() if norm == 0 or ".weights." in o}
     if schedule.coda:
         # A routed model lists one entry per step, or one for all of them.
         entries = {ExpertChoice: steps, TokenChoice: 1}.get(type(recursion.router), size * steps)
-        names |= layer_names("coda.layers.0", f"model.layers.{schedule.prelude + entries}")
+        last = f"model.layers.{schedule.prelude + entries}"
+        names |= layer_names(config, "coda.layers.0", last)
     names |= dict(_router_names(recursion, f"model.layers.{schedule.prelude}"))
     return names
 
 
-def layer_names(ours: str, theirs: str, norm: int = 0) -> dict[str, str]:
-    """Llama's name of each tensor of a dense layer, with the norms of one step."""
-    return {f"{ours}.{o.format(norm=norm)}": f"{theirs}.{t}" for o, t in _LAYER.items()}
+def layer_names(config: DecoderConfig, ours: str, theirs: str, norm: int = 0) -> dict[str, str]:
+    """Llama's (Qwen's) name of each tensor of a dense layer, with the norms of one step."""
+    names = _LAYER | (_BIASES if config.qkv_bias else {}) | (_HEAD_NORMS if config.qk_norm else {})
+    return {f"{ours}.{o.format(norm=norm)}": f"{theirs}.{t}" for o, t in names.items()}
 
 
 def _router_names(recursion: RecursionConfig, first: str) -> Iterator[tuple[str, str]]:

@@ -69,7 +69,8 @@ def _names(config: DecoderConfig, routers: Iterable[str]) -> dict[str, tuple[str
     if not config.tie_embeddings:
         names["output_layer.weight"] = ("output.weight",)
     for layer in range(schedule.prelude):
-        names |= _layer_names(f"decoder.layers.{layer}", f"prelude.layers.{layer}", ends)
+        place = f"decoder.layers.{layer}"
+        names |= _layer_names(config, place, f"prelude.layers.{layer}", ends)
     sizes = [schedule.block_size] if schedule.is_cyclic else [1] * schedule.block_size
     depth = schedule.prelude
     for block, size in enumerate(sizes):
@@ -77,18 +78,21 @@ def _names(config: DecoderConfig, routers: Iterable[str]) -> dict[str, tuple[str
         for layer in range(size):
             inner, outer = f"{ours}.layers.layers.{layer}", f"{theirs}.layers.{layer}"
             if config.recursion is None:
-                names |= _layer_names(f"decoder.layers.{depth + layer}", inner, config.moe)
+                place = f"decoder.layers.{depth + layer}"
+                names |= _layer_names(config, place, inner, config.moe)
             else:
-                names |= _layer_names(outer, inner, config.moe, recursion, num_norms)
+                names |= _layer_names(config, outer, inner, config.moe, recursion, num_norms)
         for name in (name for name in routers if name.startswith(f"{ours}.router.")):
             names[f"{theirs}.{name.removeprefix(f'{ours}.')}"] = (name,)
         depth += size * recursion.num_recursions
     for layer in range(schedule.coda):
-        names |= _layer_names(f"decoder.layers.{depth + layer}", f"coda.layers.{layer}", ends)
+        place = f"decoder.layers.{depth + layer}"
+        names |= _layer_names(config, place, f"coda.layers.{layer}", ends)
     return names
 
 
 def _layer_names(
+    config: DecoderConfig,
     theirs: str,
     ours: str,
     moe: MoEConfig | None,
@@ -104,6 +108,13 @@ def _layer_names(
     result = {
         f"{theirs}.{t}": tuple(f"{ours}.{o}.weight" for o in parts) for t, parts in names.items()
     }
+    if config.qkv_bias:
+        biases = (f"{ours}.attention.{name}.bias" for name in ("query", "key", "value"))
+        result[f"{theirs}.self_attention.{_QKV_BIAS}"] = tuple(biases)
+    if config.qk_norm:
+        for name in ("query", "key"):
+            their_norm = f"{theirs}.self_attention.{name[0]}_layernorm.weight"
+            result[their_norm] = (f"{ours}.attention.{name}_norm.weights.0",)
     if moe is not None:
         experts = _expert_names(moe, recursion)
         result |= {
@@ -137,12 +148,12 @@ def _expert_names(moe: MoEConfig, recursion: RecursionConfig | None) -> dict[str
     return names
 
 
-_QKV, _GATED = "linear_qkv.weight", "linear_fc1.weight"
+_QKV, _QKV_BIAS, _GATED = "linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight"
 _EXPERTS, _EXPERT_ROUTER = "experts.linear_fc1.weight", "router.weight"
 
 
 def _fuse(name: str, parts: list[Tensor], config: DecoderConfig) -> Tensor:
-    if name.endswith(_QKV):  # [g q d h], [g 1 d h], [g 1 d h] -> [g (q+2) d, h]
+    if name.endswith((_QKV, _QKV_BIAS)):  # [g q d h], [g 1 d h] twice -> [g (q+2) d, h]
         heads = (config.kv_heads, -1, config.head_size)
         return torch.cat([part.unflatten(0, heads) for part in parts], dim=1).flatten(0, 2)
     if name.endswith(_EXPERTS):  # [e f h], [e f h] -> [e 2f h]
@@ -153,7 +164,7 @@ def _fuse(name: str, parts: list[Tensor], config: DecoderConfig) -> Tensor:
 
 
 def _split(name: str, tensor: Tensor, config: DecoderConfig) -> list[Tensor]:
-    if name.endswith(_QKV):
+    if name.endswith((_QKV, _QKV_BIAS)):
         heads = tensor.unflatten(0, (config.kv_heads, -1, config.head_size))
         queries = heads.shape[1] - 2
         return [part.flatten(0, 2) for part in heads.split([queries, 1, 1], dim=1)]
