@@ -108,16 +108,25 @@ def write_model(
     names = {f"{_PREFIX}{name}": name for name in model.weights}
     tensors = LazyTensors(list(names), lambda name: model.weights[names[name]])
     write_tensors(folder / SAFETENSORS, tensors, written)
-    dtype = str(model.weights["embedding.weight"].dtype).removeprefix("torch.")
     values = {
         "model_type": MODEL_TYPE,
         "architectures": ["MoRForCausalLM"],
-        "dtype": dtype,
+        "dtype": dtype_name(model),
         "tie_word_embeddings": model.config.tie_embeddings,
         **model.facts,
         SETTINGS: to_mapping(model.config),
     }
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+    copy_side_files(model, folder)
+
+
+def dtype_name(model: StoredModel) -> str:
+    """The dtype of its weights, as a config.json names it."""
+    return str(model.weights["embedding.weight"].dtype).removeprefix("torch.")
+
+
+def copy_side_files(model: StoredModel, folder: Path) -> None:
+    """Put a tokenizer's files beside the model's."""
     for path in model.side_files:
         shutil.copyfile(path, folder / path.name)
 
@@ -185,7 +194,16 @@ def read_config(folder: Path) -> dict[str, Any]:
         ValueError: it is no JSON mapping.
         FileNotFoundError: it is not there.
     """
-    path = folder / CONFIG
+    return read_json(folder / CONFIG)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A mapping of settings in a file.
+
+    Raises:
+        ValueError: it is no JSON mapping.
+        FileNotFoundError: it is not there.
+    """
     try:
         values = json.loads(path.read_text("utf-8"))
     except ValueError as error:

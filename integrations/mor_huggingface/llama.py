@@ -6,7 +6,6 @@ is refused by that field's name.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from mor_layers.model_folder import (
     CONFIG,
     StoredModel,
     carried,
+    copy_side_files,
+    dtype_name,
     fitting,
     read_config,
     side_files,
@@ -73,11 +74,9 @@ def write_llama(
     names = {theirs: ours for ours, theirs in _unrolled_names(config)}
     tensors = LazyTensors(list(names), lambda name: model.weights[names[name]])
     write_tensors(folder / SAFETENSORS, tensors, written)
-    dtype = str(model.weights["embedding.weight"].dtype).removeprefix("torch.")
-    values |= {"dtype": dtype, **model.facts}
+    values |= {"dtype": dtype_name(model), **model.facts}
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
-    for path in model.side_files:
-        shutil.copyfile(path, folder / path.name)
+    copy_side_files(model, folder)
 
 
 def config_from_llama(values: Mapping[str, Any], where: str = CONFIG) -> DecoderConfig:
