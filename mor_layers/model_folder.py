@@ -151,7 +151,16 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
 def weight_names(config: DecoderConfig) -> list[str]:
     """Names of a model's tensors; of tied ones the first."""
-    return list(_shapes(config))
+    return list(tensor_shapes(config))
+
+
+def tensor_shapes(config: DecoderConfig) -> dict[str, torch.Size]:
+    """Shapes of a model's tensors, of tied ones the first, in order."""
+    with torch.device("meta"):
+        state = MoRTransformer(config).state_dict()
+    if config.tie_embeddings:
+        del state["output.weight"]
+    return {name: tensor.shape for name, tensor in state.items()}
 
 
 def fitting(
@@ -173,7 +182,7 @@ def fitting(
     unknown = [name for name in tensors if name not in known]
     if unknown:
         raise ValueError(f"{where}: its settings leave no place for the tensor {unknown[0]!r}.")
-    shapes = _shapes(config)
+    shapes = tensor_shapes(config)
 
     def read(name: str) -> Tensor:
         tensor = tensors[names[name]]
@@ -221,11 +230,3 @@ def carried(values: Mapping[str, Any]) -> dict[str, Any]:
 def side_files(folder: Path) -> tuple[Path, ...]:
     """A tokenizer's files."""
     return tuple(folder / name for name in _SIDE_FILES if (folder / name).is_file())
-
-
-def _shapes(config: DecoderConfig) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        state = MoRTransformer(config).state_dict()
-    if config.tie_embeddings:
-        del state["output.weight"]
-    return {name: tensor.shape for name, tensor in state.items()}

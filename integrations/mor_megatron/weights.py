@@ -18,6 +18,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, is_ma
 from torch import Tensor, nn
 
 from mor_layers import DecoderConfig, MoEConfig, RecursionConfig
+from mor_layers.model_folder import tensor_shapes
+from mor_layers.tensor_files import LazyTensors
 
 
 def megatron_tensors(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
@@ -26,10 +28,7 @@ def megatron_tensors(weights: Mapping[str, Tensor], config: DecoderConfig) -> di
     Raises:
         ValueError: a tensor is missing, or the experts have loss-free biases.
     """
-    result = {}
-    for theirs, ours in _names(config, weights).items():
-        result[theirs] = _fuse(theirs, [_named(weights, name) for name in ours], config)
-    return result
+    return dict(megatron_view(weights, config))
 
 
 def decoder_tensors(tensors: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
@@ -38,17 +37,71 @@ def decoder_tensors(tensors: Mapping[str, Tensor], config: DecoderConfig) -> dic
     Raises:
         ValueError: a tensor is missing, or the experts have loss-free biases.
     """
+    return dict(decoder_view(tensors, config))
+
+
+def megatron_view(weights: Mapping[str, Tensor], config: DecoderConfig) -> LazyTensors:
+    """`megatron_tensors`, each made when it is asked for."""
+    names = _names(config, weights)
+    return LazyTensors(
+        list(names),
+        lambda name: _fuse(name, [_named(weights, own) for own in names[name]], config),
+    )
+
+
+def decoder_view(
+    tensors: Mapping[str, Tensor], config: DecoderConfig, where: str = "the weights"
+) -> LazyTensors:
+    """`decoder_tensors`, each made when it is asked for; the last fused tensor is kept.
+
+    Args:
+        where: they are from, for errors.
+    """
+    places = {
+        ours: (theirs, index)
+        for theirs, names in megatron_names(config, tensors).items()
+        for index, ours in enumerate(names)
+    }
+    shapes = tensor_shapes(config)
+    last: dict[str, Tensor] = {}
+
+    def read(name: str) -> Tensor:
+        theirs, index = places[name]
+        if theirs not in last:
+            last.clear()
+            last[theirs] = _named(tensors, theirs)
+        whole, shape = last[theirs], shapes[name]
+        try:
+            part = _split(theirs, whole, config)[index]
+        except (RuntimeError, IndexError):  # a shape that cannot be taken apart
+            part = whole
+        fits = part.shape == shape
+        if not (fits or (name in _VOCABULARY and part.shape[1:] == shape[1:])):
+            raise ValueError(
+                f"{where}: {theirs!r} has shape {tuple(whole.shape)}, which does not give {name!r} "
+                f"of shape {tuple(shape)}."
+            )
+        return part
+
+    return LazyTensors(list(places), read)
+
+
+_VOCABULARY = ("embedding.weight", "output.weight")  # Megatron pads them
+
+
+def megatron_names(config: DecoderConfig, tensors: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """For each of Megatron's tensors, ours that it is made of.
+
+    Args:
+        tensors: Megatron's names, among which a router's are found.
+    """
     # Only a cyclic block has a router with tensors, and it is the only one.
     routers = [
         f"recursions.0.router.{name.split('.recursion.router.')[1]}"
         for name in tensors
         if ".recursion.router." in name
     ]
-    result: dict[str, Tensor] = {}
-    for theirs, ours in _names(config, routers).items():
-        parts = _split(theirs, _named(tensors, theirs), config)
-        result |= dict(zip(ours, parts, strict=True))
-    return result
+    return _names(config, routers)
 
 
 def _named(tensors: Mapping[str, Tensor], name: str) -> Tensor:
@@ -176,7 +229,7 @@ def _split(name: str, tensor: Tensor, config: DecoderConfig) -> list[Tensor]:
 
 
 def load_tensors(chunks: list[nn.Module], tensors: Mapping[str, Tensor]) -> None:
-    """Put whole tensors by Megatron's names into this rank's chunks.
+    """Put whole tensors by Megatron's names into this rank's chunks; padded rows become zeros.
 
     Raises:
         ValueError: a parameter or buffer of the model is not among them, or has another shape.
@@ -187,6 +240,9 @@ def load_tensors(chunks: list[nn.Module], tensors: Mapping[str, Tensor]) -> None
                 if shard.key not in tensors:
                     raise ValueError(f"{shard.key!r} is in the model, but not among the weights.")
                 whole = tensors[shard.key]
+                if shard.allow_shape_mismatch and len(whole) < shard.global_shape[0]:
+                    rows = shard.global_shape[0] - len(whole)  # of a padded vocabulary
+                    whole = torch.cat([whole, whole.new_zeros(rows, *whole.shape[1:])])
                 if tuple(whole.shape) != tuple(shard.global_shape):
                     raise ValueError(
                         f"{shard.key!r} has shape {tuple(whole.shape)}; the model needs "
