@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mor_layers.model_folder import save_model
-from pretraining import demonstration, distributed, model, run_folder
+from pretraining import demonstration, distributed, initial_weights, model, run_folder
 from pretraining.command_line import load_settings
 from pretraining.datasets import Datasets, batches, build_datasets, unigram_entropy
 from pretraining.display import Costs, Display
@@ -56,7 +56,10 @@ def pretrain(settings: Settings) -> None:
     data = build_datasets(settings, text, tokenizer)
     distributed.seed(settings.training.seed, step=0)
     chunks = model.build_model(settings, tokenizer.vocab_size)
-    trainer = Trainer(settings, chunks)
+    decoder = model.decoder_config(settings, tokenizer.vocab_size)
+    if settings.training.initial_weights is not None:
+        initial_weights.load(Path(settings.training.initial_weights), chunks, decoder)
+    trainer = Trainer(settings, chunks, decoder)
     trainer.resume()
     session = Session(settings, trainer, data, tokenizer, console)
     with session.display:

@@ -133,7 +133,7 @@ class StackShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A decoder-only transformer as far as its cost depends on it: RMSNorm, no biases."""
+    """A decoder-only transformer as far as its cost depends on it: RMSNorm."""
 
     vocab_size: int
     """Rows of the embedding, padding included."""
@@ -147,6 +147,10 @@ class ModelShape:
     """All layers, in order of execution."""
     tie_embeddings: bool = False
     """Whether input and output embeddings are one matrix."""
+    qkv_bias: bool = False
+    """Whether queries, keys and values have biases; no others are counted."""
+    qk_norm_size: int = 0
+    """Weights of the norm of queries, and of that of keys, in one layer. 0: none."""
 
     @classmethod
     def from_decoder(cls, config: DecoderConfig, router: RouterShape | None = None) -> Self:
@@ -163,8 +167,16 @@ class ModelShape:
             *(StackShape("block", n, block, *how) for n in sizes),
             *(StackShape("coda", 1, mlp),) * schedule.coda,
         )
-        sizes = config.hidden_size, config.hidden_size, config.kv_heads * config.head_size
-        return cls(config.vocab_size, *sizes, stacks, config.tie_embeddings)
+        return cls(
+            config.vocab_size,
+            config.hidden_size,
+            config.num_heads * config.head_size,
+            config.kv_heads * config.head_size,
+            stacks,
+            config.tie_embeddings,
+            config.qkv_bias,
+            config.head_size if config.qk_norm else 0,
+        )
 
     def plain(self) -> Self:
         """The model without recursion that is as deep: every repeat has weights of its own."""
@@ -316,12 +328,14 @@ def count_parameters(shape: ModelShape) -> Parts:
     """Parameters, each shared weight once; buffers, such as a loss-free bias, are none."""
     h, matrix = shape.hidden_size, shape.vocab_size * shape.hidden_size
     count = Parts(embedding=matrix, norms=h, output=0 if shape.tie_embeddings else matrix)
+    biases = shape.query_size + 2 * shape.kv_size if shape.qkv_bias else 0
     for stack in shape.stacks:
         layers, experts = stack.num_layers, stack.mlp.num_experts
         scorers = stack.router.scorers if stack.router else ()
+        norms = 2 * h * (1 if stack.shares_norms else stack.num_recursions)
         count += Parts(
-            norms=layers * 2 * h * (1 if stack.shares_norms else stack.num_recursions),
-            projections=layers * 2 * h * (shape.query_size + shape.kv_size),
+            norms=layers * (norms + 2 * shape.qk_norm_size),
+            projections=layers * (2 * h * (shape.query_size + shape.kv_size) + biases),
             mlp=layers * stack.mlp.weights(h, experts or 1),
             expert_router=layers * h * (experts or 0) * stack.mlp.num_expert_routers,
             depth_router=sum(matrix.weights for scorer in scorers for matrix in scorer),

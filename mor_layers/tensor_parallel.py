@@ -46,6 +46,8 @@ def shard(model: MoRTransformer, group: ProcessGroup) -> MoRTransformer:
         attention, mlp = layer.attention, layer.mlp
         for linear in (attention.query, attention.key, attention.value):
             _keep(linear, "weight", 0, group)  # [nd h], [gd h]
+            if linear.bias is not None:
+                _keep(linear, "bias", 0, group)
         _keep(attention.output, "weight", 1, group)  # [h nd]
         _sum_over_ranks(attention.output, group)
         if isinstance(mlp, MoE):

@@ -59,7 +59,7 @@ class DecoderOutput:
 
 
 class StepNorm(nn.Module):
-    """RMSNorm whose weight is shared by all steps, or is one per step."""
+    """RMSNorm of the last dimension, whose weight is shared by all steps, or is one per step."""
 
     def __init__(self, hidden_size: int, epsilon: float, num_weights: int = 1) -> None:
         super().__init__()
@@ -85,11 +85,15 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_size = config.head_size
-        width, kv_width = config.hidden_size, config.kv_heads * config.head_size
-        self.query = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(width, kv_width, bias=False)
-        self.value = nn.Linear(width, kv_width, bias=False)
-        self.output = nn.Linear(width, width, bias=False)
+        width, kv_width = (n * config.head_size for n in (config.num_heads, config.kv_heads))
+        self.query = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.key = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.value = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.output = nn.Linear(width, config.hidden_size, bias=False)
+        self.query_norm = self.key_norm = None
+        if config.qk_norm:
+            self.query_norm = StepNorm(config.head_size, config.rms_norm_epsilon)
+            self.key_norm = StepNorm(config.head_size, config.rms_norm_epsilon)
 
     @property
     def num_heads(self) -> tuple[int, int]:
@@ -102,17 +106,18 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "k b h"]:
         """`hidden` has the rows of `context.with_exited`; the result those that run the step."""
         running = hidden[: context.tokens.shape[0]]
-        query = rotary.turn(self._heads(self.query(running)))
+        query = rotary.turn(self._heads(self.query(running), self.query_norm))
         key = value = None
         if context.projects_keys:
             projected = hidden[: context.num_projected]
-            key = rotary.turn(self._heads(self.key(projected)))
+            key = rotary.turn(self._heads(self.key(projected), self.key_norm))
             value = self._heads(self.value(projected))
         out = context.attend(self.layer, query, key, value)
         return self.output(out.flatten(2))  # [k b n d] -> [k b h]
 
-    def _heads(self, values: Tensor) -> Tensor:
-        return values.unflatten(-1, (-1, self.head_size))  # [k b nd] -> [k b n d]
+    def _heads(self, values: Tensor, norm: StepNorm | None = None) -> Tensor:
+        heads = values.unflatten(-1, (-1, self.head_size))  # [k b nd] -> [k b n d]
+        return heads if norm is None else norm(heads)
 
 
 class MLP(nn.Module):
@@ -265,6 +270,8 @@ class MoRTransformer(nn.Module):
     def _initialize(module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
     @property
     def num_heads(self) -> tuple[int, int]:

@@ -120,7 +120,7 @@ def _sources(
                 chosen = [schedule.prelude + offset[initialization]]
         for step, depth in enumerate(own):
             per_step = not config.effective_recursion.share_norms
-            for name, suffix in layer_names(ours, "", step if per_step else 0).items():
+            for name, suffix in layer_names(config, ours, "", step if per_step else 0).items():
                 is_own = per_step and suffix.endswith("layernorm.weight")
                 original = _WITHOUT_STEP.sub(".weights.0", name.removeprefix(ours))
                 names[name] = [f"{theirs[d]}{original}" for d in ([depth] if is_own else chosen)]

@@ -81,6 +81,14 @@ class ModelSettings:
     """Query heads; a multiple of `num_kv_heads`."""
     num_kv_heads: int = 2
     """Key-value heads."""
+    head_dim: int | None = None
+    """Numbers per head, even. null: `hidden_size / num_heads`."""
+    qkv_bias: bool = False
+    """Whether queries, keys and values have biases, as in Qwen2."""
+    qk_norm: bool = False
+    """Whether queries and keys are normalised, as in Qwen3."""
+    rms_norm_epsilon: float = 1e-5
+    """Added to the mean square before the root."""
     rope_base: int = 10000
     """Base of the rotary position embedding."""
     tie_embeddings: bool = False
@@ -94,9 +102,17 @@ class ModelSettings:
             _require_at_least(1, owner, **{name: getattr(self, name)})
         _require_at_least(1, owner, num_unrolled_layers=self.num_unrolled_layers)
         _require(
-            self.hidden_size % (2 * self.num_heads) == 0,
+            self.head_dim is not None or self.hidden_size % (2 * self.num_heads) == 0,
             f"{owner}.hidden_size={self.hidden_size} must be an even multiple of "
             f"num_heads={self.num_heads}, since RoPE turns pairs of a head's numbers.",
+        )
+        _require(
+            self.head_dim is None or (self.head_dim > 0 and self.head_dim % 2 == 0),
+            f"{owner}.head_dim={self.head_dim} must be even and at least 2.",
+        )
+        _require(
+            self.rms_norm_epsilon > 0,
+            f"{owner}.rms_norm_epsilon={self.rms_norm_epsilon} must be above 0.",
         )
         _require(
             self.num_heads % self.num_kv_heads == 0,
@@ -215,6 +231,9 @@ class TrainingSettings:
     the attention core."""
     seed: int = 1
     """Of the initial weights and of the order of the text."""
+    initial_weights: str | None = None
+    """Folder of the weights to start from: a model of ours, or a Megatron checkpoint in any layout
+    (`mor convert` makes both). null: random ones."""
     checkpoint_every: int = 200
     """Steps between checkpoints; there is always one at the end."""
 

@@ -24,6 +24,7 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor, nn
 
+from mor_layers import DecoderConfig
 from mor_megatron import (
     RoutingReport,
     causal_routing,
@@ -32,6 +33,7 @@ from mor_megatron import (
     routing_reports,
     update_routers,
 )
+from mor_megatron.checkpoint_models import describe
 from pretraining import distributed
 from pretraining.datasets import batches
 from pretraining.settings import Settings
@@ -59,10 +61,11 @@ class Trainer:
     Args:
         settings: the run's settings.
         chunks: this process's part of the model, see `build_model`.
+        decoder: what the model is, for its checkpoints to say.
     """
 
-    def __init__(self, settings: Settings, chunks: list[GPTModel]) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, chunks: list[GPTModel], decoder: DecoderConfig) -> None:
+        self.settings, self.decoder = settings, decoder
         self.step = 0
         """Optimizer steps taken."""
         self.chunks = _data_parallel(settings, chunks)
@@ -122,7 +125,12 @@ class Trainer:
         """Write a checkpoint of this moment, if there is none."""
         if checkpointing.latest_step(self.checkpoints) != self.step:
             checkpointing.save(
-                self.checkpoints, self.step, self.chunks, self.optimizer, self.scheduler
+                self.checkpoints,
+                self.step,
+                self.chunks,
+                self.optimizer,
+                self.scheduler,
+                describe(self.decoder),
             )
 
     def resume(self) -> None:

@@ -171,6 +171,18 @@ def test_flops_of_a_plain_model_are_what_flop_counter_sees():
 
 
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
+def test_heads_of_any_size_with_biases_and_norms_are_counted_exactly(kv_policy):
+    config = small_config(ExpertChoice(), kv_policy=kv_policy, block_size=2)
+    config = replace(config, head_dim=10, qkv_bias=True, qk_norm=True)
+    model = small_model(config)
+    measured = measure(model, random_ids(BATCH, 11))
+    cost = account(config, 11)
+    assert BATCH * cost.forward.total == measured.forward
+    assert BATCH * cost.training.total == measured.training
+    assert cost.parameters.total == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kv_policy", KV_POLICIES)
 def test_fused_attention_computes_its_scores_again(kv_policy):
     config = small_config(ExpertChoice(), kv_policy=kv_policy)
     measured = measure(small_model(config), random_ids(BATCH, 11), fused=True)

@@ -160,6 +160,11 @@ BY_CONSTRUCTOR: dict[str, tuple[Callable[[], object], str, str]] = {
         "hidden_size=16",
         "even multiple of num_heads=16",
     ),
+    "given heads of an odd size": (
+        lambda: decoder(head_dim=5),
+        "head_dim=5",
+        "even and at least 2",
+    ),
     "key-value heads that do not divide the heads": (
         lambda: decoder(num_kv_heads=3),
         "num_kv_heads=3",
