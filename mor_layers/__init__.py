@@ -28,6 +28,7 @@ from mor_layers.published import (
     published_names,
 )
 from mor_layers.recursion import RecursionBlock, RecursionLayers, RecursionOutput
+from mor_layers.relaxation import Relaxation
 from mor_layers.routers import (
     DepthAndWidth,
     ExpertChoice,
@@ -77,6 +78,7 @@ __all__ = [
     "RecursionConfig",
     "RecursionLayers",
     "RecursionOutput",
+    "Relaxation",
     "Request",
     "Router",
     "RouterConfig",
