@@ -29,6 +29,7 @@ from mor_layers.published import (
     published_names,
 )
 from mor_layers.recursion import RecursionBlock, RecursionLayers, RecursionOutput
+from mor_layers.relaxation import Relaxation
 from mor_layers.routers import (
     DepthAndWidth,
     ExpertChoice,
@@ -79,6 +80,7 @@ __all__ = [
     "RecursionConfig",
     "RecursionLayers",
     "RecursionOutput",
+    "Relaxation",
     "Request",
     "Router",
     "RouterConfig",

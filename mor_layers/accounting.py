@@ -17,6 +17,7 @@ from typing import Self
 
 from mor_layers.attention import KVPolicy
 from mor_layers.config import DecoderConfig, RecursionConfig
+from mor_layers.relaxation import Projection, Relaxation
 from mor_layers.routers import DepthAndWidth, ExpertChoice, FixedDepth, RandomDepth, TokenChoice
 
 
@@ -123,6 +124,8 @@ class StackShape:
     """Keys and values at later steps."""
     shares_norms: bool = True
     """Whether the steps share norm weights."""
+    relaxation: Relaxation | None = None
+    """Low-rank deltas of each step."""
 
     def __post_init__(self) -> None:
         router = self.router or RouterShape(((),) * self.num_recursions)
@@ -160,6 +163,7 @@ class ModelShape:
         block, mlp = MLPShape.of_layer(config, recursion), MLPShape.of_layer(config)
         mlp = MLPShape(config.ffn_hidden_size) if config.dense_ends else mlp
         how = recursion.num_recursions, router, recursion.kv_policy, recursion.share_norms
+        how += (recursion.relaxation,)
         # A cyclic step runs the whole block; in a sequence each layer repeats on its own.
         sizes = (schedule.block_size,) if schedule.is_cyclic else (1,) * schedule.block_size
         stacks = (
@@ -196,6 +200,8 @@ class Parts:
     """Scores, and the weighted sum of values; no parameters."""
     mlp: float = 0
     """Dense MLPs and experts: parameters of all, FLOPs of those that tokens take."""
+    deltas: float = 0
+    """What single steps add to the weights they share."""
     expert_router: float = 0
     depth_router: float = 0
     output: float = 0
@@ -230,6 +236,9 @@ class Accounting:
     """Every run of every stack in order, prelude and coda too. With the output they are all."""
     forward: Parts
     backward: Parts
+    once: float = 0
+    """FLOPs of a forward pass whatever the batch, beside all others: norms of the rows that `dora`
+    deltas make."""
 
     @property
     def training(self) -> Parts:
@@ -289,6 +298,7 @@ def account(
             mlp=layers * 2 * k * mlp.weights(h, mlp.experts_per_token),
             expert_router=layers * 2 * k * h * (mlp.num_experts or 0),
             depth_router=2 * n * sum(matrix.weights for matrix in scorer),
+            deltas=layers * 2 * _delta_products(shape, stack, k, projected),
         )
         backward = replace(
             forward + forward,
@@ -299,7 +309,47 @@ def account(
     head = 2 * sequence_length * h * shape.vocab_size
     forward = sum((step.forward for step in steps), Parts(output=head))
     backward = sum((step.backward for step in steps), Parts(output=2 * head))
-    return Accounting(sequence_length, count_parameters(shape), tuple(steps), forward, backward)
+    parameters, once = count_parameters(shape), _norms_of_relaxed_weights(shape)
+    return Accounting(sequence_length, parameters, tuple(steps), forward, backward, once)
+
+
+def _relaxed(shape: ModelShape, stack: StackShape) -> dict[Projection, tuple[int, int]]:
+    """Inputs and outputs of each projection that has deltas."""
+    h, width = shape.hidden_size, stack.mlp.ffn_hidden_size
+    sizes: dict[Projection, tuple[int, int]] = {
+        "query": (h, shape.query_size),
+        "key": (h, shape.kv_size),
+        "value": (h, shape.kv_size),
+        "output": (shape.query_size, h),
+        "gate": (h, width),
+        "up": (h, width),
+        "down": (width, h),
+    }
+    names = () if stack.relaxation is None else stack.relaxation.projections
+    return {name: sizes[name] for name in names}
+
+
+def _delta_weights(stack: StackShape, into: int, out: int) -> int:
+    assert stack.relaxation is not None
+    return stack.relaxation.rank_of(into, out) * (into + out)
+
+
+def _delta_products(shape: ModelShape, stack: StackShape, k: float, projected: float) -> float:
+    """Multiplications in one layer, for `k` tokens and those whose keys are `projected`."""
+    tokens = {"key": projected, "value": projected}
+    sizes = _relaxed(shape, stack).items()
+    return sum(tokens.get(name, k) * _delta_weights(stack, *size) for name, size in sizes)
+
+
+def _norms_of_relaxed_weights(shape: ModelShape) -> float:
+    flops = 0
+    for stack in shape.stacks:
+        relaxation = stack.relaxation
+        if relaxation is not None and relaxation.kind == "dora":
+            sizes = _relaxed(shape, stack).values()
+            per_layer = sum(2 * i * o * relaxation.rank_of(i, o) for i, o in sizes)
+            flops += stack.num_layers * stack.num_recursions * per_layer
+    return flops
 
 
 def _runs(
@@ -339,8 +389,16 @@ def count_parameters(shape: ModelShape) -> Parts:
             mlp=layers * stack.mlp.weights(h, experts or 1),
             expert_router=layers * h * (experts or 0) * stack.mlp.num_expert_routers,
             depth_router=sum(matrix.weights for scorer in scorers for matrix in scorer),
+            deltas=layers * stack.num_recursions * _delta_parameters(shape, stack),
         )
     return count
+
+
+def _delta_parameters(shape: ModelShape, stack: StackShape) -> int:
+    """Of one layer at one step."""
+    sizes = _relaxed(shape, stack).values()
+    has_magnitudes = stack.relaxation is not None and stack.relaxation.kind == "dora"
+    return sum(_delta_weights(stack, i, o) + (o if has_magnitudes else 0) for i, o in sizes)
 
 
 def flop_ratio(

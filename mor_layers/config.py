@@ -15,6 +15,7 @@ from typing import Any
 
 from mor_layers.attention import KV_POLICIES, KVPolicy
 from mor_layers.moe import ExpertRouters, MoEConfig
+from mor_layers.relaxation import MLP_PROJECTIONS, Relaxation
 from mor_layers.routers import FixedDepth, RouterConfig, registered_routers
 from mor_layers.sharing import SHARING_SCHEMES, Sharing, SharingSchedule
 
@@ -38,6 +39,8 @@ class RecursionConfig:
     expert_routers: ExpertRouters = "shared"
     """Where layers have experts: whether the steps share the router over them, or each step has
     its own (`per_step`)."""
+    relaxation: Relaxation | None = None
+    """Low-rank deltas that each step adds to projections; None: steps share them as they are."""
 
     def __post_init__(self) -> None:
         if self.num_recursions < 1:
@@ -61,6 +64,8 @@ class RecursionConfig:
                 "FixedDepth(); a name and settings are for YAML."
             )
         self.router.validate(self.num_recursions)
+        if self.relaxation is not None:
+            self.relaxation.check(self.num_recursions, self.kv_policy)
         if self.kv_policy == "exit_state" and not self.share_norms:
             raise ValueError(
                 "kv_policy='exit_state' projects an exited token once for all later steps, which "
@@ -92,6 +97,13 @@ class RecursionConfig:
             raise ValueError(
                 f"expert_routers={self.expert_routers!r} needs layers with experts. Leave it out, "
                 "or give the model a mixture of experts."
+            )
+        relaxed = () if self.relaxation is None else self.relaxation.projections
+        if has_experts and set(relaxed) & set(MLP_PROJECTIONS):
+            rest = tuple(name for name in relaxed if name not in MLP_PROJECTIONS)
+            raise ValueError(
+                f"Relaxation.projections={relaxed} cannot have {', '.join(MLP_PROJECTIONS)} where "
+                f"the MLP is a mixture of experts. Use projections={rest or ('output',)}."
             )
         if not has_experts and self.mean_experts is not None:
             raise ValueError(

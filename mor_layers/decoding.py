@@ -254,6 +254,7 @@ class Decoder:
             entered.rows,
             CachedAttention(entered.visible, tokens.slots, self.caches.inner, self.num_heads),
             self._exited_states(exited),
+            tuple(len(rows.slots) for rows in running),
         )
         self._exited = []
         output = self._layers(block.layers, hidden, context)

@@ -23,6 +23,7 @@ from mor_layers.model_folder import (
 )
 from mor_layers.published import layer_names
 from mor_layers.tensor_files import SAFETENSORS, LazyTensors, open_tensors, write_tensors
+from mor_layers.unrolling import unrolled_weights
 from mor_layers.uptraining import unrolled_layers
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -71,8 +72,9 @@ def write_llama(
     """
     config = model.config
     values = llama_config(config)
-    names = {theirs: ours for ours, theirs in _unrolled_names(config)}
-    tensors = LazyTensors(list(names), lambda name: model.weights[names[name]])
+    plain, weights = unrolled_weights(model.weights, config)
+    names = {theirs: ours for ours, theirs in llama_names(plain).items()}
+    tensors = LazyTensors(list(names), lambda name: weights[names[name]])
     write_tensors(folder / SAFETENSORS, tensors, written)
     values |= {"dtype": dtype_name(model), **model.facts}
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
@@ -166,15 +168,10 @@ def llama_config(config: DecoderConfig) -> dict[str, Any]:
 def llama_names(config: DecoderConfig) -> dict[str, str]:
     """Llama's name for each tensor of a plain decoder."""
     assert config.recursion is None
-    return dict(_unrolled_names(config))
-
-
-def _unrolled_names(config: DecoderConfig) -> list[tuple[str, str]]:
-    """Our name and Llama's for every tensor of every unrolled layer."""
-    pairs = [("embedding.weight", "model.embed_tokens.weight")]
-    for depth, (layer, norm) in enumerate(unrolled_layers(config)):
-        pairs += layer_names(config, layer, f"model.layers.{depth}", norm).items()
-    pairs.append(("norm.weights.0", "model.norm.weight"))
+    names = {"embedding.weight": "model.embed_tokens.weight"}
+    for depth, (layer, _) in enumerate(unrolled_layers(config)):
+        names |= layer_names(config, layer, f"model.layers.{depth}")
+    names["norm.weights.0"] = "model.norm.weight"
     if not config.tie_embeddings:
-        pairs.append(("output.weight", "lm_head.weight"))
-    return pairs
+        names["output.weight"] = "lm_head.weight"
+    return names

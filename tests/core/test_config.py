@@ -329,7 +329,11 @@ A_ROUTER = "fixed_depth, "
 
 # name: (a recursion's YAML, what the message says was given, what it says is allowed)
 BY_YAML: dict[str, tuple[str, str, str]] = {
-    "an unknown setting": ("{num_recursions: 2, depth: 3}", "'depth'", "num_recursions, router"),
+    "an unknown setting": (
+        "{num_recursions: 2, depth: 3}",
+        "'depth'",
+        "num_recursions, relaxation",
+    ),
     "a setting that is a number": ("{num_recursions: 2, 3: 4, x: 1}", "3, 'x'", "num_recursions"),
     "a missing setting": ("{sharing: cycle}", "RecursionConfig", "'num_recursions'"),
     "a list": ("[1, 2]", "[1, 2]", "a mapping"),
