@@ -22,7 +22,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mor_layers.attention import Exited, StepContext
-from mor_layers.kv_cache import KVArena, Visible
+from mor_layers.kv_cache import Visible
+from mor_layers.kv_memory import KVArena
 
 MIN_GATHERED_QUERIES = 4
 """Tokens of one sequence from which on copying its rows costs less than reading them again."""
