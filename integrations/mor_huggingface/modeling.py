@@ -16,6 +16,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from mor_huggingface.cache import MoRCache
 from mor_layers import DecoderConfig, MoRTransformer, from_mapping, to_mapping
 from mor_layers.model_folder import MODEL_TYPE, SETTINGS
+from mor_layers.thresholds import PreciseBuffers
 
 
 class MoRConfig(PretrainedConfig):
@@ -72,6 +73,8 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: MoRConfig) -> None:
         super().__init__(config)
         self.model = MoRTransformer(config.decoder_config)
+        # In a model of lower precision too: steps of biases and thresholds would be rounded away.
+        self._keep_in_fp32_modules_strict = _precise_buffers(self)
         self.post_init()
 
     @torch.no_grad()
@@ -209,6 +212,17 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
             model_kwargs["cache"]._is_user_defined = True
         elif generation_config.use_cache is not False:
             model_kwargs["cache"] = MoRCache(self.model)
+
+
+def _precise_buffers(model: nn.Module) -> set[str]:
+    """Names of the buffers that steer routers."""
+    return {
+        f"{name}.{buffer}"
+        for name, module in model.named_modules()
+        if isinstance(module, PreciseBuffers)
+        for buffer, value in module.named_buffers(recurse=False)
+        if value.is_floating_point()
+    }
 
 
 def _check_cacheable(cache: object, labels: Tensor | None, is_training: bool) -> None:

@@ -7,6 +7,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from mor_huggingface import MoRConfig, MoRForCausalLM, RouterUpdates
+from mor_huggingface.training import Counts
 from mor_layers import DepthAndWidth, ExpertChoice, TokenChoice
 from mor_layers.moe import MoEConfig
 from tests.core.small_models import random_ids, small_config, small_model
@@ -129,3 +130,24 @@ def test_recomputation_in_another_way_is_refused() -> None:
 def test_updates_of_another_model_are_refused() -> None:
     with pytest.raises(ValueError, match="not a Linear"):
         RouterUpdates().on_train_begin(None, None, None, model=torch.nn.Linear(1, 1))
+
+
+def counted(config) -> dict[str, torch.Tensor]:
+    """Buffers after a step whose batch the ranks share, counted on each of them."""
+    model = small_model(config).train()
+    counts = Counts(model)
+    model.register_forward_hook(counts.add)
+    shares = random_ids(8, 8).chunk(torch.distributed.get_world_size())
+    for ids in shares[torch.distributed.get_rank()].split(2):
+        model(ids)
+    counts.advance()
+    return {name: value.clone() for name, value in model.named_buffers()}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_two_processes_update_as_one(config, pool) -> None:
+    (one,) = pool.run(counted, world_size=1, config=config)
+    for other in pool.run(counted, world_size=2, config=config):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(value, other[name])
