@@ -23,11 +23,6 @@ class MoRCache(Cache):
         model: whose keys and values it holds, `MoRForCausalLM.model`.
     """
 
-    is_compileable = False
-    is_croppable = True
-    is_initialized = True
-    is_sliding = is_linear = is_dummy = (False,)
-
     def __init__(self, model: MoRTransformer) -> None:
         super().__init__(layers=[])
         self.model = model
@@ -74,6 +69,30 @@ class MoRCache(Cache):
                 "Start again without a cache, or leave those columns as they were."
             )
         return is_token[:, past:]
+
+    @property
+    def is_compileable(self) -> bool:
+        return False  # a step's width depends on its tokens
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.decoder is not None
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False]
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False]  # an empty list would mean that there is no length to go on from
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        return [False]
 
     @property
     def batch_size(self) -> int:
