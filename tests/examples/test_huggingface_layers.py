@@ -10,6 +10,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -62,11 +64,14 @@ def test_one_recursion_is_the_model_it_wraps_gradients_included(attention, lengt
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_scaled_rope_and_norms_of_queries_and_keys_are_the_models_own():
+def test_scaled_rope_and_what_other_layers_add_stay_the_models_own():
     scaled = llama(3, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0})
-    torch.manual_seed(1)
-    qwen = Qwen3ForCausalLM(Qwen3Config(**SIZES, num_hidden_layers=3, head_dim=4))
-    for model in (scaled, qwen):
+    others = (
+        Qwen3ForCausalLM(Qwen3Config(**SIZES, num_hidden_layers=3, head_dim=4)),
+        Qwen2ForCausalLM(Qwen2Config(**SIZES, num_hidden_layers=3)),
+        MistralForCausalLM(MistralConfig(**SIZES, num_hidden_layers=3, sliding_window=None)),
+    )
+    for model in (scaled, *others):
         expected = model(ids()).logits
         logits, _ = RecursiveLM(model, FixedDepth(), num_recursions=1)(ids())
         torch.testing.assert_close(logits, expected)
