@@ -17,6 +17,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from mor_dali import BatchOrder, MegatronSamples, Prefetch, token_batches
 from pretraining.settings import Settings
 from pretraining.text import PreparedText, TextTokenizer
 
@@ -77,6 +78,8 @@ def batches(
     dataset: GPTDataset, settings: Settings, first_step: int = 0
 ) -> Iterator[dict[str, Tensor]]:
     """This process's micro-batches, from the first one of `first_step` (0-based) on."""
+    if settings.data.loader == "dali":
+        return _dali_batches(dataset, settings, first_step)
     order = SampleOrder(
         first=first_step * settings.training.global_batch_size,
         end=len(dataset),
@@ -143,6 +146,21 @@ class SampleOrder(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return len(self.starts)
+
+
+def _dali_batches(
+    dataset: GPTDataset, settings: Settings, first_step: int
+) -> Iterator[dict[str, Tensor]]:
+    samples = MegatronSamples(dataset, numbers_documents=isinstance(dataset, PackedDocuments))
+    order = BatchOrder(
+        end=len(samples),
+        size=settings.training.micro_batch_size,
+        first=first_step * settings.training.global_batch_size,
+        rank=parallel_state.get_data_parallel_rank(),
+        ranks=parallel_state.get_data_parallel_world_size(),
+    )
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+    return token_batches(samples, order, Prefetch(device, workers=settings.data.workers))
 
 
 def _check_lengths(settings: Settings, text: PreparedText) -> None:

@@ -8,12 +8,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+import mor_dali
 from mor_layers import RecursionConfig, SharingSchedule
 from mor_layers.pipeline_accounting import PipelineLayout
 
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "full", "selective"]
 Dispatcher = Literal["allgather", "alltoall"]
+Loader = Literal["megatron", "dali"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -188,9 +190,16 @@ class DataSettings:
     """Where token ids and tokenizers are kept for later runs."""
     workers: int = 0
     """Processes that read ahead. 0: the training process reads."""
+    loader: Loader = "megatron"
+    """What makes batches: `megatron`, its dataset's samples collated by PyTorch, or `dali`, the same
+    batches through NVIDIA DALI, made ahead on the GPU where there is one."""
 
     def __post_init__(self) -> None:
         owner = "data"
+        _require(
+            self.loader != "dali" or mor_dali.is_installed(),
+            f"{owner}.loader='dali': {mor_dali.INSTALL} That is {owner}.loader=megatron.",
+        )
         _require_at_least(0, owner, workers=self.workers)
         _require_at_least(1, owner, sequence_length=self.sequence_length)
         _require_at_least(257, owner, vocabulary_size=self.vocabulary_size)
