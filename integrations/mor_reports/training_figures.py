@@ -51,7 +51,7 @@ def depth_bars(named: Sequence[tuple[str, Sequence[float]]]) -> Figure:
     """Shares of tokens by depth, from 0 on, side by side for each way of routing."""
     first = 0 if any(shares[0] > 1e-6 for _, shares in named) else 1
     figure, (axes,) = figure_of(1, width=8)
-    for way, (name, shares) in enumerate(named):
+    for way, (_, shares) in enumerate(named):
         depths = range(first, len(shares))
         bars = axes.bar(
             [depth + 0.4 * way for depth in depths],
@@ -62,13 +62,14 @@ def depth_bars(named: Sequence[tuple[str, Sequence[float]]]) -> Figure:
             edgecolor=INK,
             linewidth=0.8,
             linestyle=":" if way else "-",
-            label=f"{'right' if way else 'left'}: routed {name}",
         )
         axes.bar_label(bars, fmt="{:.2f}", color=INK, fontsize=9)
     axes.set_xticks([depth + 0.2 * (len(named) - 1) for depth in depths], map(str, depths))
     if len(named) > 1:
-        place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": len(named)}
-        legend(axes, handlelength=0, handletextpad=0, borderaxespad=0, **place)
+        sides = (
+            f"{side}: routed {n}" for side, (n, _) in zip(("left", "right"), named, strict=True)
+        )
+        axes.set_title(", ".join(sides), fontsize=9, loc="left", color=INK)
     axes.set_ylim(0, 1.1 * max(max(shares) for _, shares in named))
     axes.set_xlabel("recursion steps a token took")
     axes.set_ylabel("share of tokens")

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -155,6 +156,7 @@ def test_wandb_gets_what_tensorboard_gets_and_goes_on_as_the_same_run(tmp_path):
         for row in part:
             history.add(row)
         history.close()
+        time.sleep(1.1)  # wandb names the folder of a session after the second
     files = list((tmp_path / "wandb").rglob("run-*.wandb"))
     assert len({file.name for file in files}) == 1
     logged: dict[str, list[float]] = {}
