@@ -13,12 +13,15 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mor_layers import to_mapping
 from mor_layers.model_folder import save_model
+from mor_reports.rows import Routing, Row, Validation
+from mor_reports.trackers import TensorBoard, Tracker, Wandb
 from pretraining import demonstration, distributed, initial_weights, model, run_folder
 from pretraining.command_line import load_settings
 from pretraining.datasets import Datasets, batches, build_datasets, unigram_entropy
 from pretraining.display import Costs, Display
-from pretraining.history import History, Routing, Row, Validation
+from pretraining.history import History
 from pretraining.report import Report, render
 from pretraining.settings import Settings
 from pretraining.summary import write_summary
@@ -84,7 +87,10 @@ class Session:
         self.folder = Path(settings.output)
         self.shape = model.shape(settings, tokenizer.vocab_size)
         self.unigram_entropy = unigram_entropy(data.held_out, tokenizer.vocab_size)
-        self.history = History(self.folder, trainer.step, console is not None)
+        is_writer = console is not None
+        trackers: list[Tracker] = []
+        distributed.on_first_rank(lambda: trackers.extend(_trackers(settings, trainer.step)))
+        self.history = History(self.folder, trainer.step, trackers, is_writer)
         self.display = Display(
             settings.output, settings.training.steps, self.unigram_entropy, console
         )
@@ -211,6 +217,18 @@ class Session:
             sample=sample,
         )
         self.display.say(f"wrote {self.folder}/report.html and summary.json")
+
+
+def _trackers(settings: Settings, step: int) -> list[Tracker]:
+    """Where the numbers of each step go besides history.jsonl."""
+    folder = Path(settings.output)
+    trackers: list[Tracker] = [TensorBoard(folder / "tensorboard", purge_step=step + 1)]
+    if settings.wandb is not None:
+        wandb = settings.wandb
+        trackers.append(
+            Wandb(wandb.project, folder / "wandb", wandb.mode, folder.name, to_mapping(settings))
+        )
+    return trackers
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pretraining.history import Routing, Row
+from mor_reports.rows import Routing, Row
 
 BAR_WIDTH = 24
 

@@ -15,6 +15,7 @@ FREE_TO_CHANGE = (
     "log_every",
     "peak_tflops",
     "evaluation",
+    "wandb",
     "parallel",
     "training.stop_after",
     "training.micro_batch_size",

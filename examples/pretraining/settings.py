@@ -6,12 +6,14 @@ found here, before a process group, a file or a model exists.
 
 import math
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Literal
 
 import mor_dali
 from mor_layers import RecursionConfig, SharingSchedule
 from mor_layers.pipeline_accounting import PipelineLayout
 
+WandbMode = Literal["online", "offline"]
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "full", "selective"]
 Dispatcher = Literal["allgather", "alltoall"]
@@ -310,6 +312,23 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True)
+class WandbSettings:
+    """Weights & Biases, which then gets the numbers of each step that TensorBoard gets."""
+
+    project: str
+    """Project of wandb."""
+    mode: WandbMode = "online"
+    """`online`, or `offline`: kept in `output`/wandb, for `wandb sync`."""
+
+    def __post_init__(self) -> None:
+        _require(self.project != "", "wandb.project is empty. Name one, or set wandb=null.")
+        _require(
+            find_spec("wandb") is not None,
+            f"wandb.project={self.project!r} needs the package wandb. Install it, or set wandb=null.",
+        )
+
+
+@dataclass(frozen=True)
 class Settings:
     """A training run. Running it again with the same `output` resumes it."""
 
@@ -322,6 +341,8 @@ class Settings:
     data: DataSettings = field(default_factory=DataSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    wandb: WandbSettings | None = None
+    """Weights & Biases beside TensorBoard; null: without."""
     log_every: int = 5
     """Steps between log rows."""
     peak_tflops: float | None = None
