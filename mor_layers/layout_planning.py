@@ -5,12 +5,9 @@ are FLOPs at `efficiency` of the peak plus bytes at the slowest link of the grou
 overlapped, played through the pipeline's schedule.
 """
 
-import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import get_args
 
 from mor_layers.accounting import Accounting, ModelShape, account, count_parameters
 from mor_layers.communication_accounting import (
@@ -61,13 +58,16 @@ class Hardware:
 HARDWARE = {
     h.name: h
     for h in (
-        Hardware("a100", 312, 80, 300, 25),  # dense bf16; NVLink 3, one way; HDR 200 Gb/s
+        Hardware("a100", 312, 80, 300, 25),  # NVLink 3, one way; HDR 200 Gb/s for each device
         Hardware("h100", 989, 80, 450, 50),  # SXM; NVLink 4; NDR 400 Gb/s
         Hardware("b200", 2250, 180, 900, 50),  # NVLink 5; NDR 400 Gb/s
-        Hardware("cpu", 0.05, 4, 5, 1, 1),  # a core for each process; nothing published
+        Hardware("cpu", 0.05, 4, 5, 1, 1),  # a core for each process
     )
 }
-"""Published peaks; of the CPU a guess, to plan small runs on it."""
+"""Published peaks of dense bf16 and of links; of the CPU a guess, to plan small runs on it."""
+
+FP32_TFLOPS = {"a100": 19.5, "h100": 67, "b200": 80, "cpu": 0.05}
+"""Published peaks without tensor cores, which fp32 training does not use unless told to."""
 
 
 @dataclass(frozen=True)
@@ -252,13 +252,13 @@ def _chunk(
     traffic = end_traffic(shape, at_start, at_end, s, spread)
     for part in parts:
         run, share = steps[runs[part.index, part.step]], part.layers / part.stack.num_layers
-        router = 0.0 if part.first else run.forward.depth_router
-        ahead += (run.forward.total - router) * share / shards
-        behind += (run.backward.total - 2 * router) * share / shards
-        if layout.recompute == "full":
-            behind += (run.forward.total - router) * share / shards
-        elif layout.recompute == "selective":
-            behind += run.forward.attention * share / shards
+        flops = [
+            ((way.total - way.depth_router) * share + way.depth_router * part.first) / shards
+            for way in (run.forward, run.backward)
+        ]
+        again = {"none": 0.0, "selective": run.forward.attention * share / shards}
+        ahead += flops[0]
+        behind += flops[1] + again.get(layout.recompute, flops[0])
         before = steps[runs[part.index, part.step - 1]].tokens if part.step else s
         entries[part.index] += part.layers * kept_by_layer(
             shape, part.stack, run.tokens / layout.context, how
@@ -280,15 +280,15 @@ def _chunk(
                 routing[1].update(routing[0])
             for total, more in zip(traffic, routing, strict=True):
                 total.update(more)
-    kept, again = float(sum(entries.values())), 0.0
+    kept, for_a_moment = float(sum(entries.values())), 0.0
     if layout.recompute == "full":
         kept = len(entries) * kept_input(shape, s / layout.context, how)
-        again = max(entries.values(), default=0.0)
+        for_a_moment = max(entries.values(), default=0.0)
     if at_end:
         ahead += work.cost.forward.output / shards
         behind += work.cost.backward.output / shards
         kept += kept_by_output(shape, s / layout.context, how)
-    return (ahead, behind), kept, again, traffic
+    return (ahead, behind), kept, for_a_moment, traffic
 
 
 def _hop(work: Workload, layout: Layout) -> float:
@@ -377,96 +377,3 @@ def _play(
         held[run.stage] += kept[run.stage][run.chunk] * (1 if run.is_forward else -1)
         peaks[run.stage] = max(peaks[run.stage], held[run.stage])
     return makespan, peaks
-
-
-def refusal(work: Workload, layout: Layout) -> str | None:
-    """Why the plug or Megatron-Core would refuse a layout; None if neither does."""
-    model, s, t, c = work.model, work.sequence_length, layout.tensor, layout.context
-    schedule, recursion, moe = model.schedule, model.recursion, model.moe
-    widths = [model.num_heads, model.kv_heads, model.ffn_hidden_size]
-    widths += [moe.ffn_hidden_size or model.ffn_hidden_size] if moe else []
-    is_spread = layout.pipeline_layout == "steps_as_stages"
-    turns = math.lcm(2 * c, c * (t if layout.sequence_parallel else 1))
-    batch = layout.data * layout.micro_batch_size
-    blocks = 1 if schedule.is_cyclic else schedule.block_size
-    rules = (
-        (any(width % t for width in widths), "tensor: heads or widths do not divide"),
-        (layout.sequence_parallel and s % t != 0, "tensor: the sequence does not divide"),
-        (c > 1 and s % turns != 0, "context: the sequence does not divide"),
-        (c > 1 and is_spread, "context: not with steps as stages"),
-        (layout.expert > 1 and moe is None, "expert: no experts"),
-        (moe is not None and moe.num_experts % layout.expert != 0, "expert: experts do not divide"),
-        (t * c * layout.data % layout.expert != 0, "expert: ranks of a stage do not divide"),
-        (moe is not None and t > 1 and not layout.sequence_parallel, "expert: TP needs SP"),
-        (work.global_batch_size % batch != 0, "batch: does not divide by replicas × micro-batch"),
-        (is_spread and (recursion is None or not schedule.is_cyclic
-                        or recursion.num_recursions < 2), "pipeline: nothing goes round"),
-        (is_spread and recursion is not None and recursion.kv_policy == "exit_state",
-         "pipeline: exit_state stays in one stage"),
-        (is_spread and schedule.block_size % layout.pipeline != 0,
-         "pipeline: the block does not spread evenly"),
-        (is_spread and work.global_batch_size // batch % layout.pipeline != 0,
-         "pipeline: micro-batches do not go round in groups"),
-        (not is_spread and recursion is None
-         and model.num_unrolled_layers % layout.pipeline != 0, "pipeline: layers do not divide"),
-        (not is_spread and recursion is not None
-         and layout.pipeline > schedule.prelude + blocks + schedule.coda,
-         "pipeline: more stages than parts"),
-    )  # fmt: skip
-    return next((reason for is_wrong, reason in rules if is_wrong), None)
-
-
-@dataclass(frozen=True)
-class Search:
-    """What became of every layout."""
-
-    fitting: tuple[Plan, ...]
-    """Best first."""
-    too_large: tuple[Plan, ...]
-    """Legal, but beyond a device's memory; smallest first."""
-    refused: Counter[str]
-    """Layouts by why they are not legal."""
-
-
-def search(
-    work: Workload, devices: int, hardware: Hardware, micro_batch_sizes: tuple[int, ...],
-    recompute: tuple[Recompute, ...], efficiency: float = 0.5,
-) -> Search:  # fmt: skip
-    """Every layout of so many devices, with sequence parallelism wherever there is TP."""
-    if devices < 1:
-        raise ValueError(f"{devices} devices: there must be at least 1.")
-    if not 0 < efficiency <= 1:
-        raise ValueError(f"efficiency={efficiency} must lie in (0, 1].")
-    plans, refused = [], Counter[str]()
-    for layout in _layouts(work, devices, micro_batch_sizes, recompute):
-        reason = refusal(work, layout)
-        if reason is not None:
-            refused[reason] += 1
-            continue
-        plans.append(evaluate(work, layout, hardware, efficiency))
-    room = hardware.memory_gib * 2**30
-    fitting = sorted((p for p in plans if p.memory.total <= room), key=lambda p: p.seconds)
-    rest = sorted((p for p in plans if p.memory.total > room), key=lambda p: p.memory.total)
-    return Search(tuple(fitting), tuple(rest), refused)
-
-
-def _layouts(
-    work: Workload,
-    devices: int,
-    micro_batch_sizes: tuple[int, ...],
-    recompute: tuple[Recompute, ...],
-) -> Iterator[Layout]:
-    experts = work.model.moe.num_experts if work.model.moe else 1
-    for t in _divisors(devices, work.model.num_heads):
-        for p in _divisors(devices // t, work.model.num_unrolled_layers):
-            for c in _divisors(devices // t // p, work.sequence_length // 2):
-                data = devices // (t * p * c)
-                for e in _divisors(t * c * data, experts):
-                    for kind in get_args(PipelineLayout)[: 1 + (p > 1)]:
-                        for size in micro_batch_sizes:
-                            for how in recompute:
-                                yield Layout(t, p, kind, c, e, data, size, how, t > 1)
-
-
-def _divisors(number: int, most: int) -> list[int]:
-    return [d for d in range(1, min(number, most) + 1) if number % d == 0]
