@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GIB = 2**30
-AXES = ("tensor", "context", "expert", "pipeline", "data")
+AXES = {"tensor": "TP", "context": "CP", "expert": "EP", "pipeline": "PP", "data": "DP"}
 
 
 def describe(work: Workload, gpus: int, hardware: Hardware, efficiency: float) -> str:
@@ -66,16 +66,20 @@ def parts_table(plans: Sequence[Plan]) -> Table:
     """What the fullest rank holds, and what the busiest sends."""
     table = Table(title="Memory (GiB) and traffic of a step (GB), by kind", box=SIMPLE_HEAD)
     table.add_column("layout", no_wrap=True)
-    for column in ("weights", "grads", "Adam", "kept", *("TP", "CP", "EP", "PP", "DP")):
+    sent = [Counter[str]() for _ in plans]
+    for plan, by_axis in zip(plans, sent, strict=True):
+        for (axis, _), value in plan.traffic.items():
+            by_axis[axis] += value
+    axes = [axis for axis in AXES if any(by_axis[axis] for by_axis in sent)]
+    for column in ("weights", "grads", "Adam", "kept", *(AXES[axis] for axis in axes)):
         table.add_column(column, justify="right", no_wrap=True)
-    for plan in plans:
+    for plan, by_axis in zip(plans, sent, strict=True):
         memory = plan.memory
         parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations)
-        sent = [sum(v for (a, _), v in plan.traffic.items() if a == axis) for axis in AXES]
         table.add_row(
             name(plan),
             *(f"{part / GIB:.2f}" for part in parts),
-            *(f"{value / 1e9:.3g}" if value else "-" for value in sent),
+            *(f"{by_axis[a] / 1e9:.3g}" if by_axis[a] else "-" for a in axes),
         )
     return table
 
