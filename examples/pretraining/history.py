@@ -78,6 +78,8 @@ class Row:
     """Held-out loss after this step, in nats per token, tokens routed as in training."""
     causal_validation_loss: float | None = None
     """The same with tokens routed as in generation, where none knows the later ones."""
+    divergence: float | None = None
+    """From the teacher's distributions, in nats per token; None without one."""
 
 
 class History:
@@ -135,6 +137,7 @@ def _read(file: Path) -> list[Row]:
 def _scalars(row: Row) -> dict[str, float]:
     scalars = {
         "loss/train": row.loss,
+        "loss/divergence": row.divergence,
         "loss/validation": row.validation_loss,
         "loss/validation_causal": row.causal_validation_loss,
         "optimizer/learning_rate": row.learning_rate,
