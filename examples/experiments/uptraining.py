@@ -3,12 +3,13 @@
     python examples/experiments/uptraining.py --output runs/uptraining
     python examples/experiments/uptraining.py --quick
 
-For each seed a dense model is trained first. Recursive models of as many unrolled layers then begin
-with its weights, by every initialization, with and without the dense model as a teacher, and
-heal. All spend the same training FLOPs on healing: with a teacher, whose forward pass counts, they
-take fewer steps. Two baselines: the dense model trained on for these FLOPs, and a fresh recursive
-model that spends the dense model's FLOPs too. Results are mean and spread over the seeds; where
-spreads overlap, claim nothing. Each run is noted when it ends: started again, those are kept.
+For each seed a dense model is trained first. Recursive models of as many unrolled layers begin with its
+weights, by every initialization, with and without low-rank deltas of single steps, with and without the
+dense model as a teacher, and heal. All spend the same training FLOPs on healing: with deltas, or with a
+teacher, whose forward pass counts, they take fewer steps. Two baselines: the dense model trained on for
+these FLOPs, and a fresh recursive model that spends the dense model's FLOPs too. Results are mean and
+spread over the seeds; where spreads overlap, claim nothing. Each run is noted when it ends: started
+again, those are kept.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mor_layers import DecoderConfig, MoRTransformer, RecursionConfig
+from mor_layers import DecoderConfig, MoRTransformer, RecursionConfig, Relaxation
 from mor_layers.accounting import account
 from mor_layers.distillation import Distillation, Distiller
 from mor_layers.healing import Batch, Healing, heal
@@ -36,6 +37,7 @@ from pretraining.settings import DataSettings
 from pretraining.text import prepare
 
 DISTILLATION = Distillation(language_model_coefficient=0.5, logits_coefficient=0.5)
+RELAXATION = Relaxation(rank=8)
 DENSE, DENSE_ON, SCRATCH = "dense", "dense, trained on", "fresh, all FLOPs"
 
 
@@ -43,9 +45,9 @@ DENSE, DENSE_ON, SCRATCH = "dense", "dense, trained on", "fresh, all FLOPs"
 class Plan:
     """How long and how large."""
 
-    dense_steps: int = 600
+    dense_steps: int = 400
     """Optimizer steps of the dense model."""
-    healing_steps: int = 120
+    healing_steps: int = 80
     """Steps of healing without a teacher; with one, as many as the same FLOPs allow."""
     num_recursions: int = 3
     layers: int = 8
@@ -66,11 +68,13 @@ class Variant:
     """One way to begin and to heal."""
 
     initialization: str
+    is_relaxed: bool
     is_distilled: bool
 
     @property
     def name(self) -> str:
-        return self.initialization + (", distilled" if self.is_distilled else "")
+        relaxed = ", relaxed" if self.is_relaxed else ""
+        return self.initialization + relaxed + (", distilled" if self.is_distilled else "")
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,8 @@ class Run:
 
 def variants() -> list[Variant]:
     """All of them."""
-    return [Variant(init, distilled) for distilled in (False, True) for init in INITIALIZATIONS]
+    ways = ((relaxed, distilled) for relaxed in (False, True) for distilled in (False, True))
+    return [Variant(init, *way) for way in ways for init in INITIALIZATIONS]
 
 
 def dense_config(plan: Plan) -> DecoderConfig:
@@ -177,7 +182,11 @@ def flops_per_token(
 def student(dense: MoRTransformer, variant: Variant, seed: int, plan: Plan) -> MoRTransformer:
     """A recursive model that begins with a dense one's weights."""
     config, weights = recursive_weights(
-        dense.state_dict(), dense.config, recursion(plan), variant.initialization, seed
+        dense.state_dict(),
+        dense.config,
+        replace(recursion(plan), relaxation=RELAXATION if variant.is_relaxed else None),
+        variant.initialization,
+        seed,
     )
     model = MoRTransformer(config)
     model.load_state_dict(dict(weights))
@@ -204,6 +213,8 @@ class Results:
         """Note a run."""
         self.runs.append(run)
         rows = {
+            "distillation": asdict(DISTILLATION),
+            "relaxation": asdict(RELAXATION),
             "plan": asdict(self.plan),
             "table": self.table(),
             "runs": list(map(asdict, self.runs)),
@@ -263,7 +274,7 @@ def note(results: Results, run: Run) -> None:
     if not results.has(run.name, run.seed):
         results.add(run)
     print(
-        f"seed {run.seed}  {run.name:24} {run.steps:5} steps  {run.before:.3f} -> {run.after:.3f}",
+        f"seed {run.seed}  {run.name:28} {run.steps:5} steps  {run.before:.3f} -> {run.after:.3f}",
         flush=True,
     )
 
