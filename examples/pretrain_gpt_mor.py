@@ -17,7 +17,7 @@ from mor_layers import to_mapping
 from mor_layers.model_folder import save_model
 from mor_reports.rows import Routing, Row, Validation
 from mor_reports.trackers import TensorBoard, Tracker, Wandb
-from pretraining import demonstration, distributed, initial_weights, model, run_folder
+from pretraining import demonstration, distributed, initial_weights, model, run_folder, teacher
 from pretraining.command_line import load_settings
 from pretraining.datasets import Datasets, batches, build_datasets, unigram_entropy
 from pretraining.display import Costs, Display
@@ -62,7 +62,11 @@ def pretrain(settings: Settings) -> None:
     decoder = model.decoder_config(settings, tokenizer.vocab_size)
     if settings.training.initial_weights is not None:
         initial_weights.load(Path(settings.training.initial_weights), chunks, decoder)
-    trainer = Trainer(settings, chunks, decoder)
+    dense = None if settings.uptrain is None else teacher.open_dense(settings, tokenizer)
+    if dense is not None and not run_folder.has_checkpoint(settings):
+        teacher.load_recursive(chunks, settings, dense)
+    taught_by = teacher.build(settings, dense) if settings.is_distilled else None
+    trainer = Trainer(settings, chunks, decoder, taught_by)
     trainer.resume()
     session = Session(settings, trainer, data, tokenizer, console)
     with session.display:
@@ -143,6 +147,7 @@ class Session:
             routing,
             self.validation and self.validation.loss,
             self.validation and self.validation.causal_loss,
+            result.divergence,
         )
 
     def validate(self) -> Validation:

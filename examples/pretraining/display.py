@@ -87,6 +87,8 @@ class Display:
 
     def _line(self, row: Row, costs: Costs) -> str:
         parts = [f"step {row.step}/{self._steps}", f"loss {row.loss:.3f}"]
+        if row.divergence is not None:
+            parts.append(f"divergence {row.divergence:.3f}")
         if row.validation_loss is not None:
             causal = row.causal_validation_loss
             notes = [] if causal is None else [f"routed as in generation {causal:.3f}"]

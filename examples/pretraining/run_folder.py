@@ -41,6 +41,11 @@ def is_complete(settings: Settings) -> bool:
     return done and (folder / "summary.json").exists()
 
 
+def has_checkpoint(settings: Settings) -> bool:
+    """Whether a run would go on from a checkpoint."""
+    return checkpointing.latest_step(Path(settings.output) / "checkpoints") is not None
+
+
 def claim(settings: Settings, text: PreparedText) -> None:
     """Note in the folder which settings and which text its run has.
 

@@ -105,6 +105,8 @@ class Row:
     """Held-out loss after this step, in nats per token, tokens routed as in training."""
     causal_validation_loss: float | None = None
     """The same with tokens routed as in generation, where none knows the later ones."""
+    divergence: float | None = None
+    """From the teacher's distributions, in nats per token; None without one."""
 
 
 def line(row: Row) -> str:
@@ -140,6 +142,7 @@ def scalars(row: Row) -> dict[str, float]:
     """The numbers of a row by the names that TensorBoard and wandb show them under."""
     found: dict[str, float | None] = {
         "loss/train": row.loss,
+        "loss/divergence": row.divergence,
         "loss/validation": row.validation_loss,
         "loss/validation_causal": row.causal_validation_loss,
         "optimizer/learning_rate": row.learning_rate,
