@@ -387,6 +387,7 @@ class Settings:
     wandb: WandbSettings | None = None
     """Weights & Biases beside TensorBoard; null: without."""
     uptrain: UptrainSettings | None = None
+    """A dense model to begin with and to learn from; null: neither."""
     log_every: int = 5
     """Steps between log rows."""
     peak_tflops: float | None = None
