@@ -316,7 +316,8 @@ def _parameters(
         counted = count_parameters(replace(shape, stacks=(part.stack,)))
         share = part.layers / part.stack.num_layers
         norms = counted.norms - shape.hidden_size  # without the last one
-        own = share * (norms + counted.expert_router)
+        # Deltas of steps: as if no rank cut them, which is true of one of each pair.
+        own = share * (norms + counted.expert_router + counted.deltas)
         own += counted.depth_router if part.first else 0
         whole += own
         dense += own + share * counted.projections / layout.tensor

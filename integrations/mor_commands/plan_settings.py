@@ -42,6 +42,9 @@ class Model:
     num_unrolled_layers: int = 8
     num_heads: int = 6
     num_kv_heads: int = 2
+    head_dim: int | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
     tie_embeddings: bool = False
     moe: Experts | None = None
 
@@ -90,8 +93,8 @@ class PlanSettings:
 
 
 WITHOUT_COST: dict[str, frozenset[str]] = {
-    "": frozenset({"output", "evaluation", "log_every", "peak_tflops"}),
-    "model": frozenset({"rope_base"}),
+    "": frozenset({"output", "evaluation", "log_every", "peak_tflops", "wandb", "uptrain"}),
+    "model": frozenset({"rope_base", "rms_norm_epsilon"}),
     "model.moe": frozenset({"balance_coefficient", "z_loss_coefficient", "dispatcher"}),
     "parallel": frozenset({"overlap_grad_reduce"}),
     "data": frozenset(
@@ -100,6 +103,7 @@ WITHOUT_COST: dict[str, frozenset[str]] = {
             "end_of_document",
             "reset_attention_mask",
             "held_out_share",
+            "loader",
             "prepared_folder",
             "workers",
         }
@@ -116,6 +120,7 @@ WITHOUT_COST: dict[str, frozenset[str]] = {
             "adam_beta2",
             "gradient_clip",
             "seed",
+            "initial_weights",
             "checkpoint_every",
         }
     ),
@@ -145,6 +150,12 @@ def read_settings(path: Path, changes: Sequence[str] = ()) -> PlanSettings:
         values: Any = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    uptrain = values.get("uptrain")
+    if isinstance(uptrain, dict) and uptrain.get("distillation_coefficient", 1.0):
+        raise ValueError(
+            "uptrain runs a teacher beside the model, which a plan does not count. Plan without it "
+            "(--set uptrain=null), and leave room for its weights and forward pass."
+        )
     return from_mapping(PlanSettings, _with_cost(values, ""))
 
 
@@ -179,6 +190,9 @@ def workload(settings: PlanSettings, vocab_size: int | None = None) -> Workload:
         num_unrolled_layers=model.num_unrolled_layers,
         num_heads=model.num_heads,
         num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        qkv_bias=model.qkv_bias,
+        qk_norm=model.qk_norm,
         tie_embeddings=model.tie_embeddings,
         recursion=recursion,
         moe=experts,

@@ -54,6 +54,7 @@ def test_tiny_is_planned_for_two_processes_and_for_generation(capsys):
         ([str(TINY), "--gpus", "2", "--efficiency", "2"], "must lie in (0, 1]"),
         ([str(TINY), "--gpus", "2", "--recompute", "some"], "use none, selective, full"),
         ([str(TINY), "--gpus", "2", "--set", "training.stepz=3"], "unknown setting 'stepz'"),
+        ([str(TINY), "--gpus", "2", "--set", "uptrain.teacher=llama"], "--set uptrain=null"),
         ([str(TINY), "--gpus", "7"], "The nearest that fits: --gpus 6 "),
         ([str(CLUSTER), "--gpus", "8", "--memory-gib", "2"], "The nearest that fits: --gpus 8 "),
         ([str(CLUSTER), "--gpus", "1", "--memory-gib", "0.01"], "Use a smaller model"),
