@@ -13,12 +13,15 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mor_layers import to_mapping
 from mor_layers.model_folder import save_model
-from pretraining import demonstration, distributed, model, run_folder
+from mor_reports.rows import Routing, Row, Validation
+from mor_reports.trackers import TensorBoard, Tracker, Wandb
+from pretraining import demonstration, distributed, initial_weights, model, run_folder, teacher
 from pretraining.command_line import load_settings
 from pretraining.datasets import Datasets, batches, build_datasets, unigram_entropy
 from pretraining.display import Costs, Display
-from pretraining.history import History, Routing, Row, Validation
+from pretraining.history import History
 from pretraining.report import Report, render
 from pretraining.settings import Settings
 from pretraining.summary import write_summary
@@ -56,7 +59,14 @@ def pretrain(settings: Settings) -> None:
     data = build_datasets(settings, text, tokenizer)
     distributed.seed(settings.training.seed, step=0)
     chunks = model.build_model(settings, tokenizer.vocab_size)
-    trainer = Trainer(settings, chunks)
+    decoder = model.decoder_config(settings, tokenizer.vocab_size)
+    if settings.training.initial_weights is not None:
+        initial_weights.load(Path(settings.training.initial_weights), chunks, decoder)
+    dense = None if settings.uptrain is None else teacher.open_dense(settings, tokenizer)
+    if dense is not None and not run_folder.has_checkpoint(settings):
+        teacher.load_recursive(chunks, settings, dense)
+    taught_by = teacher.build(settings, dense) if settings.is_distilled else None
+    trainer = Trainer(settings, chunks, decoder, taught_by)
     trainer.resume()
     session = Session(settings, trainer, data, tokenizer, console)
     with session.display:
@@ -81,7 +91,10 @@ class Session:
         self.folder = Path(settings.output)
         self.shape = model.shape(settings, tokenizer.vocab_size)
         self.unigram_entropy = unigram_entropy(data.held_out, tokenizer.vocab_size)
-        self.history = History(self.folder, trainer.step, console is not None)
+        is_writer = console is not None
+        trackers: list[Tracker] = []
+        distributed.on_first_rank(lambda: trackers.extend(_trackers(settings, trainer.step)))
+        self.history = History(self.folder, trainer.step, trackers, is_writer)
         self.display = Display(
             settings.output, settings.training.steps, self.unigram_entropy, console
         )
@@ -134,6 +147,7 @@ class Session:
             routing,
             self.validation and self.validation.loss,
             self.validation and self.validation.causal_loss,
+            result.divergence,
         )
 
     def validate(self) -> Validation:
@@ -208,6 +222,18 @@ class Session:
             sample=sample,
         )
         self.display.say(f"wrote {self.folder}/report.html and summary.json")
+
+
+def _trackers(settings: Settings, step: int) -> list[Tracker]:
+    """Where the numbers of each step go besides history.jsonl."""
+    folder = Path(settings.output)
+    trackers: list[Tracker] = [TensorBoard(folder / "tensorboard", purge_step=step + 1)]
+    if settings.wandb is not None:
+        wandb = settings.wandb
+        trackers.append(
+            Wandb(wandb.project, folder / "wandb", wandb.mode, folder.name, to_mapping(settings))
+        )
+    return trackers
 
 
 if __name__ == "__main__":

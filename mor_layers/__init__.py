@@ -21,6 +21,7 @@ from mor_layers.early_exit import (
     ExitProbability,
     with_early_exit,
 )
+from mor_layers.inspection import Inspection, inspect_text
 from mor_layers.moe import ExpertRouters, ExpertUse, MoE, MoEConfig
 from mor_layers.published import (
     config_from_published,
@@ -29,6 +30,7 @@ from mor_layers.published import (
     published_names,
 )
 from mor_layers.recursion import RecursionBlock, RecursionLayers, RecursionOutput
+from mor_layers.relaxation import Relaxation
 from mor_layers.routers import (
     DepthAndWidth,
     ExpertChoice,
@@ -67,6 +69,7 @@ __all__ = [
     "ExpertRouters",
     "ExpertUse",
     "FixedDepth",
+    "Inspection",
     "KVPolicy",
     "LocalPlacement",
     "MoE",
@@ -79,6 +82,7 @@ __all__ = [
     "RecursionConfig",
     "RecursionLayers",
     "RecursionOutput",
+    "Relaxation",
     "Request",
     "Router",
     "RouterConfig",
@@ -97,6 +101,7 @@ __all__ = [
     "deepened",
     "from_mapping",
     "from_published",
+    "inspect_text",
     "load_config",
     "load_published",
     "published_names",

@@ -17,6 +17,7 @@ from typing import Self
 
 from mor_layers.attention import KVPolicy
 from mor_layers.config import DecoderConfig, RecursionConfig
+from mor_layers.relaxation import Projection, Relaxation
 from mor_layers.routers import DepthAndWidth, ExpertChoice, FixedDepth, RandomDepth, TokenChoice
 
 
@@ -123,6 +124,8 @@ class StackShape:
     """Keys and values at later steps."""
     shares_norms: bool = True
     """Whether the steps share norm weights."""
+    relaxation: Relaxation | None = None
+    """Low-rank deltas of each step."""
 
     def __post_init__(self) -> None:
         router = self.router or RouterShape(((),) * self.num_recursions)
@@ -133,7 +136,7 @@ class StackShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A decoder-only transformer as far as its cost depends on it: RMSNorm, no biases."""
+    """A decoder-only transformer as far as its cost depends on it: RMSNorm."""
 
     vocab_size: int
     """Rows of the embedding, padding included."""
@@ -147,6 +150,10 @@ class ModelShape:
     """All layers, in order of execution."""
     tie_embeddings: bool = False
     """Whether input and output embeddings are one matrix."""
+    qkv_bias: bool = False
+    """Whether queries, keys and values have biases; no others are counted."""
+    qk_norm_size: int = 0
+    """Weights of the norm of queries, and of that of keys, in one layer. 0: none."""
 
     @classmethod
     def from_decoder(cls, config: DecoderConfig, router: RouterShape | None = None) -> Self:
@@ -156,6 +163,7 @@ class ModelShape:
         block, mlp = MLPShape.of_layer(config, recursion), MLPShape.of_layer(config)
         mlp = MLPShape(config.ffn_hidden_size) if config.dense_ends else mlp
         how = recursion.num_recursions, router, recursion.kv_policy, recursion.share_norms
+        how += (recursion.relaxation,)
         # A cyclic step runs the whole block; in a sequence each layer repeats on its own.
         sizes = (schedule.block_size,) if schedule.is_cyclic else (1,) * schedule.block_size
         stacks = (
@@ -163,8 +171,16 @@ class ModelShape:
             *(StackShape("block", n, block, *how) for n in sizes),
             *(StackShape("coda", 1, mlp),) * schedule.coda,
         )
-        sizes = config.hidden_size, config.hidden_size, config.kv_heads * config.head_size
-        return cls(config.vocab_size, *sizes, stacks, config.tie_embeddings)
+        return cls(
+            config.vocab_size,
+            config.hidden_size,
+            config.num_heads * config.head_size,
+            config.kv_heads * config.head_size,
+            stacks,
+            config.tie_embeddings,
+            config.qkv_bias,
+            config.head_size if config.qk_norm else 0,
+        )
 
     def plain(self) -> Self:
         """The model without recursion that is as deep: every repeat has weights of its own."""
@@ -184,6 +200,8 @@ class Parts:
     """Scores, and the weighted sum of values; no parameters."""
     mlp: float = 0
     """Dense MLPs and experts: parameters of all, FLOPs of those that tokens take."""
+    deltas: float = 0
+    """What single steps add to the weights they share."""
     expert_router: float = 0
     depth_router: float = 0
     output: float = 0
@@ -218,6 +236,9 @@ class Accounting:
     """Every run of every stack in order, prelude and coda too. With the output they are all."""
     forward: Parts
     backward: Parts
+    once: float = 0
+    """FLOPs of a forward pass whatever the batch, beside all others: norms of the rows that `dora`
+    deltas make."""
 
     @property
     def training(self) -> Parts:
@@ -277,6 +298,7 @@ def account(
             mlp=layers * 2 * k * mlp.weights(h, mlp.experts_per_token),
             expert_router=layers * 2 * k * h * (mlp.num_experts or 0),
             depth_router=2 * n * sum(matrix.weights for matrix in scorer),
+            deltas=layers * 2 * _delta_products(shape, stack, k, projected),
         )
         backward = replace(
             forward + forward,
@@ -287,7 +309,47 @@ def account(
     head = 2 * sequence_length * h * shape.vocab_size
     forward = sum((step.forward for step in steps), Parts(output=head))
     backward = sum((step.backward for step in steps), Parts(output=2 * head))
-    return Accounting(sequence_length, count_parameters(shape), tuple(steps), forward, backward)
+    parameters, once = count_parameters(shape), _norms_of_relaxed_weights(shape)
+    return Accounting(sequence_length, parameters, tuple(steps), forward, backward, once)
+
+
+def _relaxed(shape: ModelShape, stack: StackShape) -> dict[Projection, tuple[int, int]]:
+    """Inputs and outputs of each projection that has deltas."""
+    h, width = shape.hidden_size, stack.mlp.ffn_hidden_size
+    sizes: dict[Projection, tuple[int, int]] = {
+        "query": (h, shape.query_size),
+        "key": (h, shape.kv_size),
+        "value": (h, shape.kv_size),
+        "output": (shape.query_size, h),
+        "gate": (h, width),
+        "up": (h, width),
+        "down": (width, h),
+    }
+    names = () if stack.relaxation is None else stack.relaxation.projections
+    return {name: sizes[name] for name in names}
+
+
+def _delta_weights(stack: StackShape, into: int, out: int) -> int:
+    assert stack.relaxation is not None
+    return stack.relaxation.rank_of(into, out) * (into + out)
+
+
+def _delta_products(shape: ModelShape, stack: StackShape, k: float, projected: float) -> float:
+    """Multiplications in one layer, for `k` tokens and those whose keys are `projected`."""
+    tokens = {"key": projected, "value": projected}
+    sizes = _relaxed(shape, stack).items()
+    return sum(tokens.get(name, k) * _delta_weights(stack, *size) for name, size in sizes)
+
+
+def _norms_of_relaxed_weights(shape: ModelShape) -> float:
+    flops = 0
+    for stack in shape.stacks:
+        relaxation = stack.relaxation
+        if relaxation is not None and relaxation.kind == "dora":
+            sizes = _relaxed(shape, stack).values()
+            per_layer = sum(2 * i * o * relaxation.rank_of(i, o) for i, o in sizes)
+            flops += stack.num_layers * stack.num_recursions * per_layer
+    return flops
 
 
 def _runs(
@@ -316,17 +378,27 @@ def count_parameters(shape: ModelShape) -> Parts:
     """Parameters, each shared weight once; buffers, such as a loss-free bias, are none."""
     h, matrix = shape.hidden_size, shape.vocab_size * shape.hidden_size
     count = Parts(embedding=matrix, norms=h, output=0 if shape.tie_embeddings else matrix)
+    biases = shape.query_size + 2 * shape.kv_size if shape.qkv_bias else 0
     for stack in shape.stacks:
         layers, experts = stack.num_layers, stack.mlp.num_experts
         scorers = stack.router.scorers if stack.router else ()
+        norms = 2 * h * (1 if stack.shares_norms else stack.num_recursions)
         count += Parts(
-            norms=layers * 2 * h * (1 if stack.shares_norms else stack.num_recursions),
-            projections=layers * 2 * h * (shape.query_size + shape.kv_size),
+            norms=layers * (norms + 2 * shape.qk_norm_size),
+            projections=layers * (2 * h * (shape.query_size + shape.kv_size) + biases),
             mlp=layers * stack.mlp.weights(h, experts or 1),
             expert_router=layers * h * (experts or 0) * stack.mlp.num_expert_routers,
             depth_router=sum(matrix.weights for scorer in scorers for matrix in scorer),
+            deltas=layers * stack.num_recursions * _delta_parameters(shape, stack),
         )
     return count
+
+
+def _delta_parameters(shape: ModelShape, stack: StackShape) -> int:
+    """Of one layer at one step."""
+    sizes = _relaxed(shape, stack).values()
+    has_magnitudes = stack.relaxation is not None and stack.relaxation.kind == "dora"
+    return sum(_delta_weights(stack, i, o) + (o if has_magnitudes else 0) for i, o in sizes)
 
 
 def flop_ratio(

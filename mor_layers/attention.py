@@ -77,6 +77,10 @@ class StepContext:
         """All rows whose keys and values a layer must compute: those that run, then `exited`."""
         return hidden if self.exited is None else torch.cat([hidden, self.exited.hidden])
 
+    def rows_by_step(self, count: int) -> list[tuple[int, slice]]:
+        """The step that the first `count` rows run, or each step with its rows, in their order."""
+        return [(self.step, slice(0, count))]
+
     def exchange(
         self,
         layer: int,

@@ -14,6 +14,7 @@ span, `n` query heads, `g` key-value heads, `d` head size, `m` rows seen, `z` al
 import math
 import warnings
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mor_layers.attention import Exited, StepContext
-from mor_layers.kv_cache import KVArena, Visible
+from mor_layers.kv_cache import Visible
+from mor_layers.kv_memory import KVArena
 
 MIN_GATHERED_QUERIES = 4
 """Tokens of one sequence from which on copying its rows costs less than reading them again."""
@@ -200,6 +202,8 @@ class CachedContext(StepContext):
     """How the tokens see their rows."""
     exited: Exited | None = None
     """Tokens that exited since the last tick, where the policy keeps them."""
+    counts: tuple[int, ...] = ()
+    """How many tokens run each step, where these differ: tokens stand in the order of steps."""
 
     @property
     def num_projected(self) -> int:
@@ -208,6 +212,17 @@ class CachedContext(StepContext):
     @property
     def projects_keys(self) -> bool:
         return len(self.rows) > 0
+
+    def rows_by_step(self, count: int) -> list[tuple[int, slice]]:
+        if isinstance(self.step, int):
+            return [(self.step, slice(0, count))]
+        ends = list(accumulate(self.counts))
+        starts = [0, *ends[:-1]]
+        return [
+            (step, slice(start, min(end, count)))
+            for step, (start, end) in enumerate(zip(starts, ends, strict=True))
+            if start < min(end, count)
+        ]
 
     def attend(self, layer: int, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tensor:
         layer += self.first_layer

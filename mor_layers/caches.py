@@ -9,7 +9,8 @@ from typing import Self
 
 import torch
 
-from mor_layers.kv_cache import CACHE_POLICIES, KVArena, PagedRows
+from mor_layers.kv_cache import CACHE_POLICIES
+from mor_layers.kv_memory import KVArena, PagedRows
 from mor_layers.transformer import MoRTransformer
 
 

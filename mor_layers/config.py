@@ -15,6 +15,7 @@ from typing import Any
 
 from mor_layers.attention import KV_POLICIES, KVPolicy
 from mor_layers.moe import ExpertRouters, MoEConfig
+from mor_layers.relaxation import MLP_PROJECTIONS, Relaxation
 from mor_layers.routers import FixedDepth, RouterConfig, registered_routers
 from mor_layers.sharing import SHARING_SCHEMES, Sharing, SharingSchedule
 
@@ -38,6 +39,8 @@ class RecursionConfig:
     expert_routers: ExpertRouters = "shared"
     """Where layers have experts: whether the steps share the router over them, or each step has
     its own (`per_step`)."""
+    relaxation: Relaxation | None = None
+    """Low-rank deltas that each step adds to projections; None: steps share them as they are."""
 
     def __post_init__(self) -> None:
         if self.num_recursions < 1:
@@ -61,6 +64,8 @@ class RecursionConfig:
                 "FixedDepth(); a name and settings are for YAML."
             )
         self.router.validate(self.num_recursions)
+        if self.relaxation is not None:
+            self.relaxation.check(self.num_recursions, self.kv_policy)
         if self.kv_policy == "exit_state" and not self.share_norms:
             raise ValueError(
                 "kv_policy='exit_state' projects an exited token once for all later steps, which "
@@ -93,6 +98,13 @@ class RecursionConfig:
                 f"expert_routers={self.expert_routers!r} needs layers with experts. Leave it out, "
                 "or give the model a mixture of experts."
             )
+        relaxed = () if self.relaxation is None else self.relaxation.projections
+        if has_experts and set(relaxed) & set(MLP_PROJECTIONS):
+            rest = tuple(name for name in relaxed if name not in MLP_PROJECTIONS)
+            raise ValueError(
+                f"Relaxation.projections={relaxed} cannot have {', '.join(MLP_PROJECTIONS)} where "
+                f"the MLP is a mixture of experts. Use projections={rest or ('output',)}."
+            )
         if not has_experts and self.mean_experts is not None:
             raise ValueError(
                 f"mean_experts={self.mean_experts[0]} needs layers with experts. Leave it out, or "
@@ -106,7 +118,10 @@ class RecursionConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder in the Llama layout: RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases."""
+    """A decoder in the Llama layout: RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases.
+
+    `qkv_bias` makes it a Qwen2, `qk_norm` a Qwen3.
+    """
 
     vocab_size: int
     """Number of token ids."""
@@ -117,9 +132,16 @@ class DecoderConfig:
     num_unrolled_layers: int
     """Depth counted with repeats."""
     num_heads: int
-    """Query heads; divides `hidden_size`."""
+    """Query heads; divides `hidden_size` unless `head_dim` is given."""
     num_kv_heads: int | None = None
     """Key-value heads; divides `num_heads`. Default: `num_heads`."""
+    head_dim: int | None = None
+    """Numbers per head, even. Default: `hidden_size / num_heads`; see `head_size`."""
+    qkv_bias: bool = False
+    """Whether the projections to queries, keys and values add a bias."""
+    qk_norm: bool = False
+    """Whether an RMSNorm over each head of queries and keys precedes RoPE; its weights are shared
+    by heads and steps."""
     rms_norm_epsilon: float = 1e-5
     """Added to the mean square before the root."""
     rope_base: float = 10000.0
@@ -143,10 +165,16 @@ class DecoderConfig:
         for name in ("rms_norm_epsilon", "rope_base"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
-        if self.hidden_size % self.num_heads or self.head_size % 2:
+        if self.head_dim is not None and (self.head_dim < 2 or self.head_dim % 2):
+            raise ValueError(
+                f"head_dim={self.head_dim} must be even and at least 2, since RoPE turns pairs of "
+                "a head's numbers."
+            )
+        if self.head_dim is None and (self.hidden_size % self.num_heads or self.head_size % 2):
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be an even multiple of "
-                f"num_heads={self.num_heads}, since RoPE turns pairs of a head's numbers."
+                f"num_heads={self.num_heads}, since RoPE turns pairs of a head's numbers. Or give "
+                "head_dim."
             )
         if self.kv_heads < 1 or self.num_heads % self.kv_heads:
             raise ValueError(
@@ -181,8 +209,8 @@ class DecoderConfig:
 
     @property
     def head_size(self) -> int:
-        """Numbers per head."""
-        return self.hidden_size // self.num_heads
+        """`head_dim`, its default filled in."""
+        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
 
 
 def load_config[T](kind: type[T], path: str | Path) -> T:

@@ -163,7 +163,11 @@ class Decoder:
             self._spans[span.slot] = span
         self._left.index_add_(0, slots, torch.ones_like(slots))
         ids = torch.tensor([i for span in spans for i in span.ids], dtype=torch.long)
-        hidden = self.model.embedding(ids.to(self.device))
+        return self._begin(ids.to(self.device), slots, positions, places)
+
+    def _begin(self, ids: Tensor, slots: Tensor, positions: Tensor, places: Tensor) -> Rows:
+        """Tokens behind embedding and prelude, and whatever else routes nothing."""
+        hidden = self.model.embedding(ids)
         if len(slots) and self.outer_pages.num_pages:
             _, rows = self.outer_pages.append(slots)
             context = self._outer_context(slots, positions, rows)
@@ -245,7 +249,8 @@ class Decoder:
         tokens, exited = self._in_flight(running)
         entered = self.policy.enter(tokens, exited)
         hidden = torch.cat([rows.hidden for rows in running])
-        step = tokens.steps[:, None] if len(running) > 1 else 0
+        steps = [step for step, rows in enumerate(running) if len(rows.slots)]
+        step = steps[0] if len(steps) == 1 else tokens.steps[:, None]
         context = CachedContext(
             step,
             Tokens(tokens.positions[:, None], self.settings.max_length),
@@ -254,6 +259,7 @@ class Decoder:
             entered.rows,
             CachedAttention(entered.visible, tokens.slots, self.caches.inner, self.num_heads),
             self._exited_states(exited),
+            tuple(len(rows.slots) for rows in running),
         )
         self._exited = []
         output = self._layers(block.layers, hidden, context)
@@ -294,17 +300,22 @@ class Decoder:
         for span in spans:
             del self._spans[span.slot]
         slots, positions, places = self._places(spans)
-        hidden = self._final[slots, places]
-        if self.model.coda.layers:
-            rows = self.outer_pages.row_of[slots, positions]
-            context = self._outer_context(slots, positions, rows)
-            context = replace(context, first_layer=self.num_prelude + self.num_straight)
-            hidden = self._layers(self.model.coda, hidden, context)
+        hidden = self._end(slots, positions, places)
         depths = self._depths[slots, places].split([len(span.ids) for span in spans])
         finished = [FinishedSpan(s, d.tolist()) for s, d in zip(spans, depths, strict=True)]
         ends = torch.tensor([len(span.ids) for span in spans], device=self.device).cumsum(0) - 1
         ends = ends[: sum(span.is_last for span in spans)]
         return Finished(finished, self.model.output(self.model.norm(hidden[ends])))
+
+    def _end(self, slots: Tensor, positions: Tensor, places: Tensor) -> Tensor:
+        """States of tokens that have left the recursion, behind the coda."""
+        hidden = self._final[slots, places]
+        if not self.model.coda.layers:
+            return hidden
+        rows = self.outer_pages.row_of[slots, positions]
+        context = self._outer_context(slots, positions, rows)
+        context = replace(context, first_layer=self.num_prelude + self.num_straight)
+        return self._layers(self.model.coda, hidden, context)
 
 
 def _joined(parts: list[tuple[int, Rows]]) -> TokensInFlight:

@@ -1,8 +1,7 @@
 """Keys and values kept while generating: what each policy stores, and which rows a step sees.
 
-Three parts, each of which can be read alone. `KVArena` is memory: rows of keys and values, allocated
-once. `PagedRows` is bookkeeping: it gives rows to lists, a page at a time, and takes them back. A
-`CachePolicy` says which lists a sequence has and which rows a token sees at a step:
+`kv_memory` has the memory, and gives its rows to lists, a page at a time. A `CachePolicy` says which
+lists a sequence has and which rows a token sees at a step:
 
 | policy                | rows stored per layer                      | a token at step r sees           |
 |-----------------------|--------------------------------------------|----------------------------------|
@@ -22,160 +21,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Int
 from torch import Tensor
 
 from mor_layers.attention import KVPolicy
-
-
-class KVArena:
-    """Memory for keys and values of several layers, allocated once.
-
-    Args:
-        num_layers: layers whose rows grow together: a row number means the same token in each.
-        num_rows: rows in each layer.
-        num_heads: key-value heads.
-        is_int8: store 8-bit integers and one scale (fp32) per head of each key and value.
-    """
-
-    def __init__(
-        self,
-        num_layers: int,
-        num_rows: int,
-        num_heads: int,
-        head_size: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        is_int8: bool = False,
-    ) -> None:
-        self.dtype = dtype
-        shape = (num_layers, num_rows, 2, num_heads, head_size)
-        self.data = torch.zeros(shape, dtype=torch.int8 if is_int8 else dtype, device=device)
-        self.scales = torch.zeros(shape[:-1], device=device) if is_int8 else None
-
-    @staticmethod
-    def bytes_per_row(
-        num_layers: int, num_heads: int, head_size: int, dtype: torch.dtype, is_int8: bool
-    ) -> int:
-        """Bytes that a row takes in all layers together."""
-        head = head_size + 4 if is_int8 else head_size * dtype.itemsize
-        return num_layers * 2 * num_heads * head
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes allocated."""
-        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
-
-    def write(
-        self,
-        layer: int,
-        rows: Int[Tensor, " t"],
-        key: Float[Tensor, "t g d"],
-        value: Float[Tensor, "t g d"],
-    ) -> None:
-        """Fill rows of a layer."""
-        for part, heads in enumerate((key, value)):
-            if self.scales is not None:
-                scale = heads.float().abs().amax(dim=-1).clamp(min=1e-30) / 127.0
-                self.scales[layer, :, part].index_copy_(0, rows, scale)
-                heads = (heads.float() / scale[..., None]).round().to(torch.int8)
-            self.data[layer, :, part].index_copy_(0, rows, heads)
-
-    def vectors(self, layer: int) -> Float[Tensor, "v d"]:
-        """All keys and values of a layer without a copy, key heads before value heads in a row."""
-        assert self.scales is None, "8-bit rows must be gathered"
-        return self.data[layer].flatten(0, 2)
-
-    def gather(self, layer: int, rows: Int[Tensor, " t"]) -> Float[Tensor, "t 2 g d"]:
-        """A copy of some rows, as floating point."""
-        data = self.data[layer].index_select(0, rows)
-        if self.scales is None:
-            return data
-        return (data * self.scales[layer].index_select(0, rows)[..., None]).to(self.dtype)
-
-
-class PagedRows:
-    """Hands out an arena's rows to lists that grow at their end, one page at a time.
-
-    Args:
-        num_pages: pages there are.
-        page_size: rows in a page.
-        num_lists: lists there may be; they are numbered.
-        max_rows: rows in the longest list.
-    """
-
-    def __init__(
-        self,
-        num_pages: int,
-        page_size: int,
-        num_lists: int,
-        max_rows: int,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.num_pages, self.page_size = num_pages, page_size
-        pages_per_list = -(-max_rows // page_size)
-        self.row_of = torch.zeros(
-            num_lists, pages_per_list * page_size, dtype=torch.long, device=device
-        )
-        """Row of each entry of each list."""
-        self.counts = torch.zeros(num_lists, dtype=torch.long, device=device)
-        self._free = list(range(num_pages))[::-1]
-        self._in_page = torch.arange(page_size, device=device)
-
-    @property
-    def pages_in_use(self) -> int:
-        return self.num_pages - len(self._free)
-
-    @property
-    def pages_free(self) -> int:
-        return len(self._free)
-
-    def pages_for(self, count: int) -> int:
-        """Pages of a list of `count` rows."""
-        return -(-count // self.page_size)
-
-    def pages_needed(self, lists: Int[Tensor, " t"]) -> int:
-        """Further pages that `append` to these lists would take."""
-        added = torch.bincount(lists, minlength=len(self.counts))
-        before = self._pages(self.counts)
-        return int((self._pages(self.counts + added) - before).sum())
-
-    def append(self, lists: Int[Tensor, " t"]) -> tuple[Int[Tensor, " t"], Int[Tensor, " t"]]:
-        """Lengthen lists by one entry for each time they are named.
-
-        Returns:
-            The new entries' places in their lists, and their rows.
-        """
-        if not len(lists):
-            return lists, lists
-        ordered, order = lists.sort(stable=True)
-        begins = torch.searchsorted(ordered, ordered)
-        rank = torch.empty_like(lists)
-        rank[order] = torch.arange(len(lists), device=lists.device) - begins
-        places = self.counts[lists] + rank
-        self.counts.index_add_(0, lists, torch.ones_like(lists))
-        opens_page = places % self.page_size == 0
-        opening = lists[opens_page]
-        if len(opening):
-            assert len(opening) <= len(self._free), "ask pages_needed first"
-            pages = torch.tensor(
-                [self._free.pop() for _ in range(len(opening))], device=lists.device
-            )
-            columns = places[opens_page][:, None] + self._in_page
-            rows = pages[:, None] * self.page_size + self._in_page
-            self.row_of[opening[:, None], columns] = rows
-        return places, self.row_of[lists, places]
-
-    def release(self, lists: Int[Tensor, " l"]) -> None:
-        """Empty some lists; their pages are free again."""
-        counts = self._pages(self.counts[lists])
-        first_rows = self.row_of[lists, :: self.page_size]
-        is_used = torch.arange(first_rows.shape[1], device=lists.device) < counts[:, None]
-        self._free.extend((first_rows[is_used] // self.page_size).tolist())
-        self.counts[lists] = 0
-
-    def _pages(self, counts: Tensor) -> Tensor:
-        return (counts + self.page_size - 1) // self.page_size
+from mor_layers.kv_memory import PagedRows
 
 
 @dataclass(frozen=True)
@@ -264,6 +115,40 @@ class CachePolicy(ABC):
         lists = torch.arange(first, first + self.lists_per_slot, device=self.pages.counts.device)
         self.pages.release(lists)
 
+    def lengthen(self, max_length: int) -> None:
+        """Allow sequences of `max_length`."""
+        self.max_length = max_length
+        self.pages.lengthen(max_length)
+
+    def select(self, slots: Int[Tensor, " s"]) -> Int[Tensor, " p"]:
+        """Let slot i hold a copy of what slot `slots[i]` held.
+
+        Returns:
+            For each page that there is now, the one that the arena must take its rows from.
+        """
+        per_slot = self.lists_per_slot
+        lists = slots[:, None] * per_slot + torch.arange(per_slot, device=slots.device)
+        self.num_slots = len(slots)
+        pages, owners = self.pages.select(lists.flatten())
+        self._move(slots, pages, owners // per_slot)
+        return pages
+
+    def rewind(self, depths: Int[Tensor, "s m"]) -> None:
+        """Forget tokens at the end of the sequences.
+
+        Args:
+            depths: steps that the token at each place ran; 0 where none stays.
+        """
+        self.pages.truncate(self._rows_of(depths).flatten())
+
+    @abstractmethod
+    def _rows_of(self, depths: Int[Tensor, "s m"]) -> Int[Tensor, "s l"]:
+        """Length of each list of each slot when these tokens stay."""
+
+    def _move(self, slots: Tensor, pages: Tensor, owners: Tensor) -> None:
+        """Follow the rows of `pages`, which now lie in pages 0, 1, ... and belong to `owners`."""
+        return
+
 
 class RecursionWise(CachePolicy):
     """A list for each step."""
@@ -283,6 +168,10 @@ class RecursionWise(CachePolicy):
         lists = self.lists_to_grow(tokens, exited)
         places, rows = self.pages.append(lists)
         return Entered(rows, places, Visible(self.pages.row_of, lists, places + 1))
+
+    def _rows_of(self, depths: Tensor) -> Tensor:
+        step = torch.arange(self.num_steps, device=depths.device)[:, None]
+        return (depths[:, None] > step).sum(dim=-1)  # [s m] -> [s r m] -> [s r]
 
 
 class RecursiveSharing(CachePolicy):
@@ -304,6 +193,9 @@ class RecursiveSharing(CachePolicy):
         entries = torch.cat([places, tokens.entries[len(places) :]])
         return Entered(rows, entries, Visible(self.pages.row_of, tokens.slots, entries + 1))
 
+    def _rows_of(self, depths: Tensor) -> Tensor:
+        return (depths > 0).sum(dim=-1, keepdim=True)
+
 
 class _Overlaid(RecursionWise):
     """For each step a table of the rows it sees, which come from several lists."""
@@ -321,6 +213,18 @@ class _Overlaid(RecursionWise):
         size = (num_slots, num_steps, max_length)
         self.seen = torch.zeros(size, dtype=torch.long, device=device)
         self._step = torch.arange(num_steps, device=device)
+
+    def lengthen(self, max_length: int) -> None:
+        super().lengthen(max_length)
+        self.seen = F.pad(self.seen, (0, max(0, max_length - self.seen.shape[2])))
+
+    def _move(self, slots: Tensor, pages: Tensor, owners: Tensor) -> None:
+        size, seen = self.pages.page_size, self.seen[slots]
+        num_before = 1 + max(int(self.seen.max()) // size, *pages.tolist(), 0)
+        moved = seen.new_zeros(len(slots), num_before)
+        moved[owners, pages] = torch.arange(len(pages), device=pages.device)
+        page = moved.gather(1, (seen // size).flatten(1)).view_as(seen)
+        self.seen = page * size + seen % size
 
     def _show_from(self, slots: Tensor, steps: Tensor, places: Tensor, rows: Tensor) -> None:
         """From the given step on, what stands at a place is the given row."""
@@ -372,6 +276,12 @@ class ExitState(_Overlaid):
         if exited is not None:
             self._show_from(exited.slots, exited.steps, exited.positions, rows[len(own) :])
         return Entered(rows, tokens.entries, self._visible(tokens, tokens.positions))
+
+    def _rows_of(self, depths: Tensor) -> Tensor:
+        # Rows of exited tokens are in the order in which they exited, not in that of the text:
+        # they stay, unseen, until the sequence ends.
+        exited = self.pages.counts.view(-1, self.lists_per_slot)[:, -1:]
+        return torch.cat([super()._rows_of(depths), exited], dim=1)
 
 
 CACHE_POLICIES: dict[KVPolicy, type[CachePolicy]] = {

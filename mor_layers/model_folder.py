@@ -108,16 +108,25 @@ def write_model(
     names = {f"{_PREFIX}{name}": name for name in model.weights}
     tensors = LazyTensors(list(names), lambda name: model.weights[names[name]])
     write_tensors(folder / SAFETENSORS, tensors, written)
-    dtype = str(model.weights["embedding.weight"].dtype).removeprefix("torch.")
     values = {
         "model_type": MODEL_TYPE,
         "architectures": ["MoRForCausalLM"],
-        "dtype": dtype,
+        "dtype": dtype_name(model),
         "tie_word_embeddings": model.config.tie_embeddings,
         **model.facts,
         SETTINGS: to_mapping(model.config),
     }
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+    copy_side_files(model, folder)
+
+
+def dtype_name(model: StoredModel) -> str:
+    """The dtype of its weights, as a config.json names it."""
+    return str(model.weights["embedding.weight"].dtype).removeprefix("torch.")
+
+
+def copy_side_files(model: StoredModel, folder: Path) -> None:
+    """Put a tokenizer's files beside the model's."""
     for path in model.side_files:
         shutil.copyfile(path, folder / path.name)
 
@@ -142,7 +151,16 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
 def weight_names(config: DecoderConfig) -> list[str]:
     """Names of a model's tensors; of tied ones the first."""
-    return list(_shapes(config))
+    return list(tensor_shapes(config))
+
+
+def tensor_shapes(config: DecoderConfig) -> dict[str, torch.Size]:
+    """Shapes of a model's tensors, of tied ones the first, in order."""
+    with torch.device("meta"):
+        state = MoRTransformer(config).state_dict()
+    if config.tie_embeddings:
+        del state["output.weight"]
+    return {name: tensor.shape for name, tensor in state.items()}
 
 
 def fitting(
@@ -164,7 +182,7 @@ def fitting(
     unknown = [name for name in tensors if name not in known]
     if unknown:
         raise ValueError(f"{where}: its settings leave no place for the tensor {unknown[0]!r}.")
-    shapes = _shapes(config)
+    shapes = tensor_shapes(config)
 
     def read(name: str) -> Tensor:
         tensor = tensors[names[name]]
@@ -185,7 +203,16 @@ def read_config(folder: Path) -> dict[str, Any]:
         ValueError: it is no JSON mapping.
         FileNotFoundError: it is not there.
     """
-    path = folder / CONFIG
+    return read_json(folder / CONFIG)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A mapping of settings in a file.
+
+    Raises:
+        ValueError: it is no JSON mapping.
+        FileNotFoundError: it is not there.
+    """
     try:
         values = json.loads(path.read_text("utf-8"))
     except ValueError as error:
@@ -203,11 +230,3 @@ def carried(values: Mapping[str, Any]) -> dict[str, Any]:
 def side_files(folder: Path) -> tuple[Path, ...]:
     """A tokenizer's files."""
     return tuple(folder / name for name in _SIDE_FILES if (folder / name).is_file())
-
-
-def _shapes(config: DecoderConfig) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        state = MoRTransformer(config).state_dict()
-    if config.tie_embeddings:
-        del state["output.weight"]
-    return {name: tensor.shape for name, tensor in state.items()}

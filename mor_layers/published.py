@@ -25,6 +25,11 @@ _LAYER = {
     "mlp.up.weight": "mlp.up_proj.weight",
     "mlp.down.weight": "mlp.down_proj.weight",
 }
+_BIASES = {f"attention.{n}.bias": f"self_attn.{n[0]}_proj.bias" for n in ("query", "key", "value")}
+_HEAD_NORMS = {
+    "attention.query_norm.weights.0": "self_attn.q_norm.weight",
+    "attention.key_norm.weights.0": "self_attn.k_norm.weight",
+}
 
 
 def config_from_published(settings: Mapping[str, Any]) -> DecoderConfig:
@@ -44,6 +49,7 @@ def config_from_published(settings: Mapping[str, Any]) -> DecoderConfig:
         num_kv_heads=architecture["num_key_value_heads"],
         rms_norm_epsilon=architecture["rms_norm_eps"],
         rope_base=architecture["rope_theta"],
+        tie_embeddings=architecture.get("tie_word_embeddings", False),
         recursion=_recursion(settings),
     )
 
@@ -100,37 +106,71 @@ def published_names(config: DecoderConfig) -> dict[str, str]:
     names = {
         "embedding.weight": "model.embed_tokens.weight",
         "norm.weights.0": "model.norm.weight",
-        "output.weight": "lm_head.weight",
     }
+    if not config.tie_embeddings:
+        names["output.weight"] = "lm_head.weight"
     recursion, schedule = config.effective_recursion, config.schedule
-    routed = not isinstance(recursion.router, FixedDepth)
     size, steps = schedule.block_size, recursion.num_recursions
     if schedule.prelude:
-        names |= layer_names("prelude.layers.0", "model.layers.0")
-    for layer in range(size):
-        ours = f"recursions.{0 if schedule.is_cyclic else layer}.layers.layers."
-        ours += str(layer if schedule.is_cyclic else 0)
+        names |= layer_names(config, "prelude.layers.0", "model.layers.0")
+    for ours, places in _shared_layers(config).items():
         for norm in range(1 if recursion.share_norms else steps):
-            if isinstance(recursion.router, ExpertChoice):
-                theirs = f"model.layers.{schedule.prelude}.block.{layer}"
-            elif routed:
-                theirs = f"model.layers.{schedule.prelude}.block_list.0.{layer}"
-            else:
-                stride = norm * size + layer if schedule.is_cyclic else layer * steps + norm
-                theirs = f"model.layers.{schedule.prelude + stride}"
-            renamed = layer_names(ours, theirs, norm)
-            names |= {o: t for o, t in renamed.items() if norm == 0 or ".weights." in o}
+            renamed = layer_names(config, ours, places[norm], norm)
+            names |= {o: t for o, t in renamed.items() if norm == 0 or _is_norm(o)}
     if schedule.coda:
         # A routed model lists one entry per step, or one for all of them.
         entries = {ExpertChoice: steps, TokenChoice: 1}.get(type(recursion.router), size * steps)
-        names |= layer_names("coda.layers.0", f"model.layers.{schedule.prelude + entries}")
+        last = f"model.layers.{schedule.prelude + entries}"
+        names |= layer_names(config, "coda.layers.0", last)
     names |= dict(_router_names(recursion, f"model.layers.{schedule.prelude}"))
     return names
 
 
-def layer_names(ours: str, theirs: str, norm: int = 0) -> dict[str, str]:
-    """Llama's name of each tensor of a dense layer, with the norms of one step."""
-    return {f"{ours}.{o.format(norm=norm)}": f"{theirs}.{t}" for o, t in _LAYER.items()}
+def published_aliases(config: DecoderConfig) -> dict[str, str]:
+    """Further names of tensors that a published checkpoint lists more than once.
+
+    For each, the one of `published_names` whose tensor it shares.
+    """
+    own_norms = not config.effective_recursion.share_norms
+    aliases = {}
+    for ours, (first, *later) in _shared_layers(config).items():
+        for name, theirs in layer_names(config, ours, first).items():
+            if not (own_norms and _is_norm(name)):
+                end = theirs.removeprefix(first)
+                aliases |= {f"{place}{end}": theirs for place in later}
+    if config.tie_embeddings:
+        aliases["lm_head.weight"] = "model.embed_tokens.weight"
+    return aliases
+
+
+def _shared_layers(config: DecoderConfig) -> dict[str, list[str]]:
+    """For each shared layer its published name at every step."""
+    recursion, schedule = config.effective_recursion, config.schedule
+    first, size, steps = schedule.prelude, schedule.block_size, recursion.num_recursions
+
+    def place(layer: int, step: int) -> str:
+        if isinstance(recursion.router, ExpertChoice):
+            return f"model.layers.{first + step}.block.{layer}"
+        if not isinstance(recursion.router, FixedDepth):
+            return f"model.layers.{first}.block_list.{step}.{layer}"
+        stride = step * size + layer if schedule.is_cyclic else layer * steps + step
+        return f"model.layers.{first + stride}"
+
+    ours = (
+        "recursions.0.layers.layers.{}" if schedule.is_cyclic else "recursions.{}.layers.layers.0"
+    )
+    return {ours.format(n): [place(n, step) for step in range(steps)] for n in range(size)}
+
+
+def _is_norm(ours: str) -> bool:
+    """Whether a layer's tensor is of a norm that steps may have of their own."""
+    return "attention_norm." in ours or "mlp_norm." in ours
+
+
+def layer_names(config: DecoderConfig, ours: str, theirs: str, norm: int = 0) -> dict[str, str]:
+    """Llama's (Qwen's) name of each tensor of a dense layer, with the norms of one step."""
+    names = _LAYER | (_BIASES if config.qkv_bias else {}) | (_HEAD_NORMS if config.qk_norm else {})
+    return {f"{ours}.{o.format(norm=norm)}": f"{theirs}.{t}" for o, t in names.items()}
 
 
 def _router_names(recursion: RecursionConfig, first: str) -> Iterator[tuple[str, str]]:

@@ -350,6 +350,10 @@ def decoder_block(
     return run
 
 
+_PROJECTIONS = ("query", "key", "value")
+_QUERY_NORM, _KEY_NORM = "attention.query_norm.weights.0", "attention.key_norm.weights.0"
+
+
 def _decoder_layer(
     weights: Mapping[str, Tensor],
     config: Any,
@@ -364,9 +368,16 @@ def _decoder_layer(
     queries, fresh = [], {}
     for state, position in zip(states, positions, strict=True):
         normed = _rms_norm(state, _norm(weights, "attention_norm", step), config.rms_norm_epsilon)
-        query = (weights["attention.query.weight"] @ normed).view(-1, size)
-        key = (weights["attention.key.weight"] @ normed).view(-1, size)
-        value = (weights["attention.value.weight"] @ normed).view(-1, size)
+        projected = [weights[f"attention.{name}.weight"] @ normed for name in _PROJECTIONS]
+        if config.qkv_bias:
+            biases = (weights[f"attention.{name}.bias"] for name in _PROJECTIONS)
+            projected = [part + bias for part, bias in zip(projected, biases, strict=True)]
+        query, key, value = (part.view(-1, size) for part in projected)
+        if config.qk_norm:
+            query, key = (
+                torch.stack([_rms_norm(head, weights[name], config.rms_norm_epsilon) for head in x])
+                for x, name in ((query, _QUERY_NORM), (key, _KEY_NORM))
+            )
         queries.append(torch.stack([_rotate(head, position, base) for head in query]))
         fresh[position] = (torch.stack([_rotate(head, position, base) for head in key]), value)
     seen = seen_keys(policy, step, layer, fresh, memory)

@@ -63,11 +63,19 @@ def open_tensors(folder: Path) -> LazyTensors:
     for name in (SAFETENSORS, _PICKLED):
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
-            path = folder / name
-            return LazyTensors(_names(path), lambda tensor, path=path: _read(path, tensor))
+            return open_tensor_file(folder / name)
         if index.is_file():
             return _indexed(index)
     raise ValueError(f"{folder} has neither {SAFETENSORS} nor {_PICKLED}, nor the index of either.")
+
+
+def open_tensor_file(path: Path) -> LazyTensors:
+    """The tensors of one file.
+
+    Raises:
+        ValueError: it is damaged; here, or when a tensor is read.
+    """
+    return LazyTensors(_names(path), lambda name: _read(path, name))
 
 
 def write_tensors(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from mor_layers.moe import MoE
+from mor_layers.relaxation import RelaxedLinear, StepDelta
 from mor_layers.transformer import DecoderLayer, MoRTransformer
 
 
@@ -46,7 +47,11 @@ def shard(model: MoRTransformer, group: ProcessGroup) -> MoRTransformer:
         attention, mlp = layer.attention, layer.mlp
         for linear in (attention.query, attention.key, attention.value):
             _keep(linear, "weight", 0, group)  # [nd h], [gd h]
+            if linear.bias is not None:
+                _keep(linear, "bias", 0, group)
+            _keep_deltas(linear, 0, group)
         _keep(attention.output, "weight", 1, group)  # [h nd]
+        _keep_deltas(attention.output, 1, group)
         _sum_over_ranks(attention.output, group)
         if isinstance(mlp, MoE):
             _keep(mlp.experts, "gate", 1, group)  # [e f h]
@@ -57,6 +62,8 @@ def shard(model: MoRTransformer, group: ProcessGroup) -> MoRTransformer:
             _keep(mlp.gate, "weight", 0, group)  # [f h]
             _keep(mlp.up, "weight", 0, group)
             _keep(mlp.down, "weight", 1, group)  # [h f]
+            for linear, dim in ((mlp.gate, 0), (mlp.up, 0), (mlp.down, 1)):
+                _keep_deltas(linear, dim, group)
             _sum_over_ranks(mlp.down, group)
     return model
 
@@ -65,6 +72,19 @@ def _keep(module: nn.Module, name: str, dim: int, group: ProcessGroup) -> None:
     whole = getattr(module, name).detach()
     own = whole.chunk(group.size(), dim)[group.rank()].clone()
     setattr(module, name, nn.Parameter(own, requires_grad=False))
+
+
+def _keep_deltas(linear: nn.Linear, dim: int, group: ProcessGroup) -> None:
+    """Of every step's delta what belongs to rows (0) or columns (1) of the weight."""
+    for delta in linear.deltas if isinstance(linear, RelaxedLinear) else ():
+        assert isinstance(delta, StepDelta)
+        if dim == 1:
+            _keep(delta, "a", 1, group)
+            delta.column_group = group
+            continue
+        _keep(delta, "b", 0, group)
+        if delta.magnitude is not None:
+            _keep(delta, "magnitude", 0, group)
 
 
 def _sum_over_ranks(module: nn.Module, group: ProcessGroup) -> None:

@@ -17,6 +17,7 @@ from mor_layers.attention import StepContext
 from mor_layers.config import DecoderConfig
 from mor_layers.moe import ExpertUse, MoE
 from mor_layers.recursion import RecursionBlock, RecursionOutput, summed
+from mor_layers.relaxation import Relaxation, RelaxedLinear, make_projection, project
 from mor_layers.routing import Tokens
 
 
@@ -59,7 +60,7 @@ class DecoderOutput:
 
 
 class StepNorm(nn.Module):
-    """RMSNorm whose weight is shared by all steps, or is one per step."""
+    """RMSNorm of the last dimension, whose weight is shared by all steps, or is one per step."""
 
     def __init__(self, hidden_size: int, epsilon: float, num_weights: int = 1) -> None:
         super().__init__()
@@ -81,15 +82,21 @@ class StepNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query self-attention with RoPE, under any KV policy."""
 
-    def __init__(self, config: DecoderConfig, layer: int) -> None:
+    def __init__(self, config: DecoderConfig, layer: int, num_steps: int = 1) -> None:
         super().__init__()
         self.layer = layer
         self.head_size = config.head_size
-        width, kv_width = config.hidden_size, config.kv_heads * config.head_size
-        self.query = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(width, kv_width, bias=False)
-        self.value = nn.Linear(width, kv_width, bias=False)
-        self.output = nn.Linear(width, width, bias=False)
+        width, kv_width = (n * config.head_size for n in (config.num_heads, config.kv_heads))
+        size, bias = config.hidden_size, config.qkv_bias
+        how = _relaxation(config, num_steps), num_steps
+        self.query = make_projection("query", size, width, *how, bias)
+        self.key = make_projection("key", size, kv_width, *how, bias)
+        self.value = make_projection("value", size, kv_width, *how, bias)
+        self.output = make_projection("output", width, size, *how)
+        self.query_norm = self.key_norm = None
+        if config.qk_norm:
+            self.query_norm = StepNorm(config.head_size, config.rms_norm_epsilon)
+            self.key_norm = StepNorm(config.head_size, config.rms_norm_epsilon)
 
     @property
     def num_heads(self) -> tuple[int, int]:
@@ -102,30 +109,40 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "k b h"]:
         """`hidden` has the rows of `context.with_exited`; the result those that run the step."""
         running = hidden[: context.tokens.shape[0]]
-        query = rotary.turn(self._heads(self.query(running)))
+        query = rotary.turn(self._heads(project(self.query, running, context), self.query_norm))
         key = value = None
         if context.projects_keys:
             projected = hidden[: context.num_projected]
-            key = rotary.turn(self._heads(self.key(projected)))
-            value = self._heads(self.value(projected))
+            key = rotary.turn(self._heads(project(self.key, projected, context), self.key_norm))
+            value = self._heads(project(self.value, projected, context))
         out = context.attend(self.layer, query, key, value)
-        return self.output(out.flatten(2))  # [k b n d] -> [k b h]
+        return project(self.output, out.flatten(2), context)  # [k b n d] -> [k b h]
 
-    def _heads(self, values: Tensor) -> Tensor:
-        return values.unflatten(-1, (-1, self.head_size))  # [k b nd] -> [k b n d]
+    def _heads(self, values: Tensor, norm: StepNorm | None = None) -> Tensor:
+        heads = values.unflatten(-1, (-1, self.head_size))  # [k b nd] -> [k b n d]
+        return heads if norm is None else norm(heads)
 
 
 class MLP(nn.Module):
     """SwiGLU."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, num_steps: int = 1) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=False)
-        self.up = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=False)
-        self.down = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
+        size, width = config.hidden_size, config.ffn_hidden_size
+        how = _relaxation(config, num_steps), num_steps
+        self.gate = make_projection("gate", size, width, *how)
+        self.up = make_projection("up", size, width, *how)
+        self.down = make_projection("down", width, size, *how)
 
-    def forward(self, hidden: Float[Tensor, "k b h"]) -> Float[Tensor, "k b h"]:
-        return self.down(F.silu(self.gate(hidden)) * self.up(hidden))
+    def forward(self, hidden: Float[Tensor, "k b h"], context: StepContext) -> Tensor:
+        """`[k b h] -> [k b h]`."""
+        gate, up = project(self.gate, hidden, context), project(self.up, hidden, context)
+        return project(self.down, F.silu(gate) * up, context)
+
+
+def _relaxation(config: DecoderConfig, num_steps: int) -> Relaxation | None:
+    """Of layers that run in so many steps; those outside the recursion run once."""
+    return config.effective_recursion.relaxation if num_steps > 1 else None
 
 
 class DecoderLayer(nn.Module):
@@ -136,9 +153,9 @@ class DecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.attention_norm = StepNorm(config.hidden_size, config.rms_norm_epsilon, num_norms)
-        self.attention = Attention(config, layer)
+        self.attention = Attention(config, layer, num_steps)
         self.mlp_norm = StepNorm(config.hidden_size, config.rms_norm_epsilon, num_norms)
-        self.mlp = MLP(config) if config.moe is None else _experts(config, num_steps)
+        self.mlp = MLP(config, num_steps) if config.moe is None else _experts(config, num_steps)
 
     def forward(
         self, hidden: Float[Tensor, "k b h"], context: StepContext, rotary: "Rotary"
@@ -147,7 +164,7 @@ class DecoderLayer(nn.Module):
         hidden = hidden + self.attention(normed, context, rotary)
         normed = self.mlp_norm(hidden, context.step)
         if not isinstance(self.mlp, MoE):
-            return hidden + self.mlp(normed)
+            return hidden + self.mlp(normed, context)
         output, use = self.mlp(normed, context.step, context.tokens.is_padding)
         context.expert_use[self.attention.layer] = use
         return hidden + output
@@ -265,6 +282,10 @@ class MoRTransformer(nn.Module):
     def _initialize(module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, RelaxedLinear):
+            module.reset_deltas()
 
     @property
     def num_heads(self) -> tuple[int, int]:

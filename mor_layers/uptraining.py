@@ -11,18 +11,27 @@ et al. 2025 (arXiv 2507.10524). With 6 shared layers in 3 recursions a block of 
 
 Layers outside the block, embeddings and the last norm are the dense model's. A block of one layer
 takes the first for `stepwise`.
+
+Where the recursion is relaxed (`mor_layers.relaxation`), each step's delta is the truncated singular
+value decomposition of what the layer at its depth has beside the shared weight: `B = U S / scale`,
+`A = Vᵀ`. At full rank, with norms of single steps, the recursive model then is the dense one (but for
+biases and norms of queries and keys, which steps share).
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from mor_layers.config import DecoderConfig, RecursionConfig
 from mor_layers.published import layer_names
+from mor_layers.relaxation import MLP_PROJECTIONS, Relaxation, row_norms
 from mor_layers.tensor_files import LazyTensors
 from mor_layers.transformer import MoRTransformer
 
@@ -55,7 +64,7 @@ def recursive_weights(
     """Settings and weights of a recursive model that begins where a dense one ended.
 
     Norms of single steps (`share_norms=False`) are those of the layers at their depths, whatever
-    the initialization, `random` excepted. A router is new, from `seed`.
+    the initialization, `random` excepted; deltas likewise. A router is new, from `seed`.
 
     Args:
         weights: of the dense model, by the names of a MoRTransformer's state dict.
@@ -85,9 +94,22 @@ def recursive_weights(
     seeds = {name: seed * len(state) + place for place, name in enumerate(state)}
     shared = {name for name in sources if name.startswith("recursions.")}
 
+    originals = _originals(dense, config)
+
+    @lru_cache(maxsize=1)  # the tensors of a delta follow one another
+    def delta(place: str) -> dict[str, Tensor]:
+        assert recursion.relaxation is not None
+        shared_weight = make(f"{place.rpartition('.deltas.')[0]}.weight")
+        if initialization != "random":
+            return start_of_delta(shared_weight, weights[originals[place]], recursion.relaxation)
+        return _fresh_delta(shared_weight, recursion.relaxation, seeds[f"{place}.a"])
+
     def make(name: str) -> Tensor:
         if name in routers:
             return routers[name]
+        place, _, part = name.rpartition(".")
+        if place in originals:
+            return delta(place)[part]
         parts = [weights[source] for source in sources.get(name, [name])]
         if initialization == "random" and name in shared:
             return _random(parts[0], seeds[name])
@@ -120,11 +142,54 @@ def _sources(
                 chosen = [schedule.prelude + offset[initialization]]
         for step, depth in enumerate(own):
             per_step = not config.effective_recursion.share_norms
-            for name, suffix in layer_names(ours, "", step if per_step else 0).items():
+            for name, suffix in layer_names(config, ours, "", step if per_step else 0).items():
                 is_own = per_step and suffix.endswith("layernorm.weight")
                 original = _WITHOUT_STEP.sub(".weights.0", name.removeprefix(ours))
                 names[name] = [f"{theirs[d]}{original}" for d in ([depth] if is_own else chosen)]
     return names
+
+
+def _originals(dense: DecoderConfig, config: DecoderConfig) -> dict[str, str]:
+    """For each delta, the weight of the dense model that its step had."""
+    relaxation = config.effective_recursion.relaxation
+    theirs, steps = [name for name, _ in unrolled_layers(dense)], Counter[str]()
+    names: dict[str, str] = {}
+    for depth, (ours, _) in enumerate(unrolled_layers(config)):
+        step = steps[ours]
+        steps[ours] += 1
+        if relaxation is None or not ours.startswith("recursions."):
+            continue
+        for name in relaxation.projections:
+            part = f"{'mlp' if name in MLP_PROJECTIONS else 'attention'}.{name}"
+            names[f"{ours}.{part}.deltas.{step}"] = f"{theirs[depth]}.{part}.weight"
+    return names
+
+
+def start_of_delta(
+    shared: Float[Tensor, "o i"], original: Float[Tensor, "o i"], relaxation: Relaxation
+) -> dict[str, Tensor]:
+    """The tensors of the `StepDelta` that brings `shared` closest to `original`.
+
+    No delta of its rank leaves a smaller sum of squares (Eckart and Young 1936). The magnitudes of
+    `dora` are those of the rows as they come out, so that both kinds start as the same model.
+    """
+    rank = relaxation.rank_of(*shared.shape)
+    u, s, v = torch.linalg.svd(original.double() - shared.double(), full_matrices=False)
+    b = (u[:, :rank] * s[:rank] / relaxation.scale).to(shared.dtype)
+    return _delta(shared, v[:rank].to(shared.dtype).contiguous(), b, relaxation)
+
+
+def _fresh_delta(shared: Tensor, relaxation: Relaxation, seed: int) -> dict[str, Tensor]:
+    rank = relaxation.rank_of(*shared.shape)
+    a = _random(shared.new_empty(rank, shared.shape[1]), seed)
+    return _delta(shared, a, shared.new_zeros(len(shared), rank), relaxation)
+
+
+def _delta(shared: Tensor, a: Tensor, b: Tensor, relaxation: Relaxation) -> dict[str, Tensor]:
+    if relaxation.kind == "lora":
+        return {"a": a, "b": b}
+    norms = row_norms(shared, a, b, relaxation.scale)
+    return {"a": a, "b": b, "magnitude": norms.to(shared.dtype)}
 
 
 _WITHOUT_STEP = re.compile(r"\.weights\.\d+$")

@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pretraining.history import Routing, Row
+from mor_reports.rows import Routing, Row
 
 BAR_WIDTH = 24
 
@@ -87,6 +87,8 @@ class Display:
 
     def _line(self, row: Row, costs: Costs) -> str:
         parts = [f"step {row.step}/{self._steps}", f"loss {row.loss:.3f}"]
+        if row.divergence is not None:
+            parts.append(f"divergence {row.divergence:.3f}")
         if row.validation_loss is not None:
             causal = row.causal_validation_loss
             notes = [] if causal is None else [f"routed as in generation {causal:.3f}"]

@@ -47,23 +47,53 @@ def build_model(settings: Settings, vocab_size: int) -> list[GPTModel]:
     config = transformer_config(settings)
     stages = [None] if settings.virtual_stages is None else range(settings.virtual_stages)
     chunks = [
-        GPTModel(
+        _gpt(
+            settings,
             config,
-            transformer_layer_spec=_block(settings, config, stage),
-            vocab_size=padded_vocabulary(settings, vocab_size),
-            max_sequence_length=settings.data.sequence_length,
-            pre_process=parallel_state.is_pipeline_first_stage(False, stage),
-            post_process=parallel_state.is_pipeline_last_stage(False, stage),
-            share_embeddings_and_output_weights=settings.model.tie_embeddings,
-            position_embedding_type="rope",
-            rotary_base=settings.model.rope_base,
-            vp_stage=stage,
+            vocab_size,
+            stage,
+            is_first=parallel_state.is_pipeline_first_stage(False, stage),
+            is_last=parallel_state.is_pipeline_last_stage(False, stage),
         )
         for stage in stages
     ]
     if settings.virtual_stages is not None:
         connect_stages(chunks)
     return [chunk.to(torch.cuda.current_device()) for chunk in chunks]
+
+
+def build_teacher(settings: Settings, vocab_size: int) -> GPTModel:
+    """The dense model of these sizes, whole on this pipeline stage, over its tensor-parallel ranks."""
+    parallel = replace(settings.parallel, pipeline=1, pipeline_layout="one_stage")
+    training = replace(settings.training, recompute="none")
+    dense = replace(settings, recursion=None, uptrain=None, parallel=parallel, training=training)
+    config = transformer_config(dense)
+    teacher = _gpt(dense, config, vocab_size, None, is_first=True, is_last=True)
+    teacher = teacher.to(torch.cuda.current_device(), config.params_dtype)
+    return teacher.requires_grad_(False).eval()
+
+
+def _gpt(
+    settings: Settings,
+    config: TransformerConfig,
+    vocab_size: int,
+    stage: int | None,
+    *,
+    is_first: bool,
+    is_last: bool,
+) -> GPTModel:
+    return GPTModel(
+        config,
+        transformer_layer_spec=_block(settings, config, stage),
+        vocab_size=padded_vocabulary(settings, vocab_size),
+        max_sequence_length=settings.data.sequence_length,
+        pre_process=is_first,
+        post_process=is_last,
+        share_embeddings_and_output_weights=settings.model.tie_embeddings,
+        position_embedding_type="rope",
+        rotary_base=settings.model.rope_base,
+        vp_stage=stage,
+    )
 
 
 def transformer_config(settings: Settings) -> TransformerConfig:
@@ -77,6 +107,10 @@ def transformer_config(settings: Settings) -> TransformerConfig:
         "ffn_hidden_size": model.ffn_hidden_size,
         "num_attention_heads": model.num_heads,
         "num_query_groups": model.num_kv_heads,
+        "kv_channels": model.head_dim or model.hidden_size // model.num_heads,
+        "add_qkv_bias": model.qkv_bias,
+        "qk_layernorm": model.qk_norm,
+        "layernorm_epsilon": model.rms_norm_epsilon,
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
         "activation_func": F.silu,
@@ -145,6 +179,10 @@ def decoder_config(settings: Settings, vocab_size: int) -> DecoderConfig:
         num_unrolled_layers=model.num_unrolled_layers,
         num_heads=model.num_heads,
         num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        qkv_bias=model.qkv_bias,
+        qk_norm=model.qk_norm,
+        rms_norm_epsilon=model.rms_norm_epsilon,
         rope_base=model.rope_base,
         tie_embeddings=model.tie_embeddings,
         recursion=settings.recursion,

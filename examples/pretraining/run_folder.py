@@ -15,6 +15,7 @@ FREE_TO_CHANGE = (
     "log_every",
     "peak_tflops",
     "evaluation",
+    "wandb",
     "parallel",
     "training.stop_after",
     "training.micro_batch_size",
@@ -38,6 +39,11 @@ def is_complete(settings: Settings) -> bool:
         _check_same(folder, json.loads(claimed.read_text("utf-8"))["settings"], settings)
     done = checkpointing.latest_step(folder / "checkpoints") == settings.training.steps
     return done and (folder / "summary.json").exists()
+
+
+def has_checkpoint(settings: Settings) -> bool:
+    """Whether a run would go on from a checkpoint."""
+    return checkpointing.latest_step(Path(settings.output) / "checkpoints") is not None
 
 
 def claim(settings: Settings, text: PreparedText) -> None:

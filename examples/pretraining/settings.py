@@ -6,12 +6,15 @@ found here, before a process group, a file or a model exists.
 
 import math
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Literal
 
 import mor_dali
 from mor_layers import RecursionConfig, SharingSchedule
 from mor_layers.pipeline_accounting import PipelineLayout
+from mor_layers.uptraining import Initialization
 
+WandbMode = Literal["online", "offline"]
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "full", "selective"]
 Dispatcher = Literal["allgather", "alltoall"]
@@ -83,6 +86,14 @@ class ModelSettings:
     """Query heads; a multiple of `num_kv_heads`."""
     num_kv_heads: int = 2
     """Key-value heads."""
+    head_dim: int | None = None
+    """Numbers per head, even. null: `hidden_size / num_heads`."""
+    qkv_bias: bool = False
+    """Whether queries, keys and values have biases, as in Qwen2."""
+    qk_norm: bool = False
+    """Whether queries and keys are normalised, as in Qwen3."""
+    rms_norm_epsilon: float = 1e-5
+    """Added to the mean square before the root."""
     rope_base: int = 10000
     """Base of the rotary position embedding."""
     tie_embeddings: bool = False
@@ -96,9 +107,17 @@ class ModelSettings:
             _require_at_least(1, owner, **{name: getattr(self, name)})
         _require_at_least(1, owner, num_unrolled_layers=self.num_unrolled_layers)
         _require(
-            self.hidden_size % (2 * self.num_heads) == 0,
+            self.head_dim is not None or self.hidden_size % (2 * self.num_heads) == 0,
             f"{owner}.hidden_size={self.hidden_size} must be an even multiple of "
             f"num_heads={self.num_heads}, since RoPE turns pairs of a head's numbers.",
+        )
+        _require(
+            self.head_dim is None or (self.head_dim > 0 and self.head_dim % 2 == 0),
+            f"{owner}.head_dim={self.head_dim} must be even and at least 2.",
+        )
+        _require(
+            self.rms_norm_epsilon > 0,
+            f"{owner}.rms_norm_epsilon={self.rms_norm_epsilon} must be above 0.",
         )
         _require(
             self.num_heads % self.num_kv_heads == 0,
@@ -224,6 +243,9 @@ class TrainingSettings:
     the attention core."""
     seed: int = 1
     """Of the initial weights and of the order of the text."""
+    initial_weights: str | None = None
+    """Folder of the weights to start from: a model of ours, or a Megatron checkpoint in any layout
+    (`mor convert` makes both). null: random ones."""
     checkpoint_every: int = 200
     """Steps between checkpoints; there is always one at the end."""
 
@@ -268,6 +290,48 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True)
+class UptrainSettings:
+    """Beginning with a dense model's weights and learning from it; null: fresh weights."""
+
+    teacher: str
+    """Folder of the dense model, in our format or a Llama's, whose tokenizer the data has. It says
+    the sizes of the model: `model.*` and, but for their recursion, the layers are the same."""
+    initialization: Initialization = "stepwise"
+    """Where shared layers come from: `stepwise`, `average`, `lower`, `upper` or `random`. The rest
+    is the dense model's."""
+    distillation_coefficient: float = 1.0
+    """Weight of the divergence between the dense model's distribution of each next token and this
+    one's. 0: the dense model gives its weights and is not run."""
+    language_model_coefficient: float = 1.0
+    """Weight of the language-model loss beside it."""
+    temperature: float = 1.0
+    """What both logits are divided by; the divergence is multiplied by its square. Above 0."""
+
+    def __post_init__(self) -> None:
+        owner, distillation = "uptrain", self.distillation_coefficient
+        _require(
+            self.teacher != "", f"{owner}.teacher is empty. Name a folder, or set uptrain=null."
+        )
+        _require_at_least(
+            0,
+            owner,
+            distillation_coefficient=distillation,
+            language_model_coefficient=self.language_model_coefficient,
+        )
+        _require(self.temperature > 0, f"{owner}.temperature={self.temperature} must be above 0.")
+        _require(
+            distillation > 0 or self.temperature == 1.0,
+            f"{owner}.temperature={self.temperature} has no effect with "
+            "distillation_coefficient=0. Leave it out, or set the coefficient above 0.",
+        )
+        _require(
+            distillation > 0 or self.language_model_coefficient == 1.0,
+            f"{owner}.language_model_coefficient={self.language_model_coefficient} weighs nothing "
+            "against distillation_coefficient=0. Leave it out, or set that above 0.",
+        )
+
+
+@dataclass(frozen=True)
 class EvaluationSettings:
     """What is measured on held-out text, and how the model is shown at work."""
 
@@ -291,6 +355,23 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True)
+class WandbSettings:
+    """Weights & Biases, which then gets the numbers of each step that TensorBoard gets."""
+
+    project: str
+    """Project of wandb."""
+    mode: WandbMode = "online"
+    """`online`, or `offline`: kept in `output`/wandb, for `wandb sync`."""
+
+    def __post_init__(self) -> None:
+        _require(self.project != "", "wandb.project is empty. Name one, or set wandb=null.")
+        _require(
+            find_spec("wandb") is not None,
+            f"wandb.project={self.project!r} needs the package wandb. Install it, or set wandb=null.",
+        )
+
+
+@dataclass(frozen=True)
 class Settings:
     """A training run. Running it again with the same `output` resumes it."""
 
@@ -303,6 +384,10 @@ class Settings:
     data: DataSettings = field(default_factory=DataSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    wandb: WandbSettings | None = None
+    """Weights & Biases beside TensorBoard; null: without."""
+    uptrain: UptrainSettings | None = None
+    """A dense model to begin with and to learn from; null: neither."""
     log_every: int = 5
     """Steps between log rows."""
     peak_tflops: float | None = None
@@ -319,6 +404,7 @@ class Settings:
         self._check_tensor_parallel()
         self._check_context_parallel()
         self._check_experts()
+        self._check_uptrain()
         _require(
             self.evaluation.sample_tokens < self.data.sequence_length,
             f"evaluation.sample_tokens={self.evaluation.sample_tokens} leaves no room for the "
@@ -343,6 +429,11 @@ class Settings:
         if self.recursion is None or self.parallel.pipeline_layout == "one_stage":
             return None
         return self.recursion.num_recursions
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether a teacher runs beside the model."""
+        return self.uptrain is not None and self.uptrain.distillation_coefficient > 0
 
     def data_parallel_size(self, world_size: int) -> int:
         """Copies of the model among `world_size` processes.
@@ -490,4 +581,28 @@ class Settings:
             f"model.moe with parallel.tensor={self.parallel.tensor} needs "
             "parallel.sequence_parallel=True: Megatron-Core trains experts under tensor "
             "parallelism only with it.",
+        )
+
+    def _check_uptrain(self) -> None:
+        if self.uptrain is None:
+            return
+        _require(
+            self.recursion is not None,
+            "uptrain makes a recursive model of a dense one, and recursion is null. Set recursion, "
+            "or uptrain=null.",
+        )
+        _require(
+            self.model.moe is None,
+            "uptrain begins with a dense model, which has no experts to give. Set model.moe=null, "
+            "or uptrain=null.",
+        )
+        _require(
+            self.training.initial_weights is None,
+            "training.initial_weights and uptrain.teacher both say where the weights come from. "
+            "Set one of them to null.",
+        )
+        _require(
+            self.model.num_unrolled_layers >= 3,
+            f"uptrain with model.num_unrolled_layers={self.model.num_unrolled_layers}: the dense "
+            "model must have at least 3 layers.",
         )

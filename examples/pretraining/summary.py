@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from mor_layers import to_mapping
-from pretraining.history import History, Validation
+from mor_reports.rows import Validation
+from pretraining.history import History
 from pretraining.run_folder import write_atomically
 from pretraining.settings import Settings
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import tee
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor, nn
 
+from mor_layers import DecoderConfig
 from mor_megatron import (
     RoutingReport,
     causal_routing,
@@ -32,9 +34,11 @@ from mor_megatron import (
     routing_reports,
     update_routers,
 )
+from mor_megatron.checkpoint_models import describe
 from pretraining import distributed
 from pretraining.datasets import batches
 from pretraining.settings import Settings
+from pretraining.teacher import Teacher
 
 Batches = Iterator[dict[str, Tensor]]
 
@@ -45,6 +49,8 @@ class StepResult:
 
     loss: float
     """Language-model loss in nats per token, before the step."""
+    divergence: float | None
+    """From the teacher's distributions, in nats per token, before the step; None without one."""
     learning_rate: float
     """Of this step."""
     gradient_norm: float
@@ -59,10 +65,18 @@ class Trainer:
     Args:
         settings: the run's settings.
         chunks: this process's part of the model, see `build_model`.
+        decoder: what the model is, for its checkpoints to say.
+        teacher: what the model learns from beside the text, on last stages.
     """
 
-    def __init__(self, settings: Settings, chunks: list[GPTModel]) -> None:
-        self.settings = settings
+    def __init__(
+        self,
+        settings: Settings,
+        chunks: list[GPTModel],
+        decoder: DecoderConfig,
+        teacher: Teacher | None = None,
+    ) -> None:
+        self.settings, self.decoder, self.teacher = settings, decoder, teacher
         self.step = 0
         """Optimizer steps taken."""
         self.chunks = _data_parallel(settings, chunks)
@@ -90,10 +104,10 @@ class Trainer:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss = self._run(data, self.microbatches, forward_only=False)
+        loss, divergence = self._run(data, self.microbatches, forward_only=False)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         succeeded, norm, _ = self.optimizer.step()
-        if not (succeeded and math.isfinite(loss) and math.isfinite(norm or 0.0)):
+        if not (succeeded and all(map(math.isfinite, (loss, divergence, norm or 0.0)))):
             raise FloatingPointError(
                 f"step {self.step + 1}: loss {loss}, gradient norm {norm}. Lower "
                 f"training.learning_rate={self.settings.training.learning_rate}, and run again to "
@@ -103,7 +117,13 @@ class Trainer:
         update_routers(self.chunks)
         get_moe_metrics_tracker().clear()
         self.step += 1
-        return StepResult(loss, float(learning_rate), norm or 0.0, routing_reports(self.chunks))
+        return StepResult(
+            loss,
+            divergence if self.settings.is_distilled else None,
+            float(learning_rate),
+            norm or 0.0,
+            routing_reports(self.chunks),
+        )
 
     def evaluate(self, held_out: Any, causal: bool = False) -> tuple[float, list[RoutingReport]]:
         """Mean loss over the held-out split in nats per token, and what the recursions did.
@@ -115,14 +135,19 @@ class Trainer:
             chunk.eval()
         number = self.settings.evaluation.batches * self.microbatches
         with causal_routing(self.chunks) if causal else nullcontext():
-            loss = self._run(batches(held_out, self.settings), number, forward_only=True)
+            loss, _ = self._run(batches(held_out, self.settings), number, forward_only=True)
         return loss, routing_reports(self.chunks)
 
     def save(self) -> None:
         """Write a checkpoint of this moment, if there is none."""
         if checkpointing.latest_step(self.checkpoints) != self.step:
             checkpointing.save(
-                self.checkpoints, self.step, self.chunks, self.optimizer, self.scheduler
+                self.checkpoints,
+                self.step,
+                self.chunks,
+                self.optimizer,
+                self.scheduler,
+                describe(self.decoder),
             )
 
     def resume(self) -> None:
@@ -133,12 +158,13 @@ class Trainer:
             )
             self.step = restored.step
 
-    def _run(self, data: Batches, microbatches: int, forward_only: bool) -> float:
-        """Mean loss over the micro-batches of all ranks."""
+    def _run(self, data: Batches, microbatches: int, forward_only: bool) -> tuple[float, float]:
+        """Mean loss, and mean divergence from the teacher, over the micro-batches of all ranks."""
         is_virtual = self.settings.virtual_stages is not None
         run = recursion_forward_backward if is_virtual else get_forward_backward_func()
-        losses: list[Tensor] = run(
-            forward_step_func=_forward_step,
+        teacher = None if forward_only else self.teacher
+        reports: list[Tensor] = run(
+            forward_step_func=partial(_forward_step, teacher=teacher),
             data_iterator=list(tee(data, len(self.chunks))),
             model=self.chunks,
             num_microbatches=microbatches,
@@ -146,16 +172,19 @@ class Trainer:
             seq_length=self.settings.data.sequence_length,
             forward_only=forward_only,
         )
-        # Only last pipeline stages report; the others add nothing to either sum.
-        total = torch.zeros(2, device=distributed.device())
-        if losses:
-            total[0], total[1] = torch.stack(losses).sum(), len(losses)
+        # Only last pipeline stages report; the others add nothing to any sum.
+        total = torch.zeros(3, device=distributed.device())
+        if reports:
+            total[:2], total[2] = torch.stack(reports).sum(dim=0), len(reports)
         torch.distributed.all_reduce(total)
         # Context-parallel ranks report parts of a mean.
-        return (total[0] / total[1] * self.settings.parallel.context).item()
+        loss, divergence = (total[:2] / total[2] * self.settings.parallel.context).tolist()
+        return loss, divergence
 
 
-def _forward_step(data: Batches, model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+def _forward_step(
+    data: Batches, model: nn.Module, teacher: Teacher | None = None
+) -> tuple[Tensor, Callable[..., Any]]:
     """One micro-batch through this stage; this context-parallel rank's part of its mean loss."""
     batch = {
         name: value.to(distributed.device(), non_blocking=True)
@@ -167,12 +196,22 @@ def _forward_step(data: Batches, model: nn.Module) -> tuple[Tensor, Callable[...
     number = batch["loss_mask"].sum().clamp(min=1)
     group = parallel_state.get_context_parallel_group()
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
-    output = model(batch["tokens"], batch["positions"], attention_mask, labels=batch["labels"])
+    given = batch["tokens"], batch["positions"], attention_mask
+    # With labels the output is the loss of each token, without them its logits.
+    output = model(*given, labels=batch["labels"] if teacher is None else None)
 
-    def mean_loss(losses: Tensor) -> tuple[Tensor, Tensor]:
-        part = (losses.float() * batch["loss_mask"]).sum() / number
-        return part, part.detach().clone()
+    def mean_loss(output: Tensor) -> tuple[Tensor, Tensor]:
+        losses, divergences = output, None
+        if teacher is not None:
+            losses, divergences = teacher.compare(output, batch["labels"], *given)
+        means = [
+            torch.zeros_like(number) if values is None else (values.float() * mask).sum() / number
+            for values in (losses, divergences)
+        ]
+        part = means[0] if teacher is None else teacher.combine(*means)
+        return part, torch.stack(means).detach()
 
+    mask = batch["loss_mask"]
     return output, mean_loss
 
 

@@ -4,9 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mor_commands import convert
+from mor_commands import convert, inspect, plan
 
-_COMMANDS = {"convert": convert}
+_COMMANDS = {"convert": convert, "inspect": inspect, "plan": plan}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,41 +1,45 @@
-"""Convert a model between Hugging Face's Llama format and ours, and make it recursive.
+"""Convert models between Hugging Face, ours, published MoR and Megatron; make dense ones recursive.
 
     mor convert llama/ recursive/ --recursions 3 --init average
+    mor convert recursive/ checkpoints/ --to megatron
+    mor convert runs/tiny/ model/
     mor convert recursive/ unrolled/ --to llama
 
-What the source is shows in its files.
+What the source is shows in its files. Afterwards both sides are opened and compared.
 """
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
-from mor_huggingface.llama import open_llama, write_llama
+from mor_commands import verification
+from mor_commands.formats import FORMATS, Format, detected, read_settings
 from mor_layers import RecursionConfig, from_mapping
-from mor_layers.model_folder import (
-    MODEL_TYPE,
-    StoredModel,
-    open_model,
-    read_config,
-    write_model,
-    written_whole,
-)
+from mor_layers.model_folder import MODEL_TYPE, StoredModel, written_whole
 from mor_layers.sharing import SHARING_SCHEMES
 from mor_layers.uptraining import INITIALIZATIONS, recursive_weights
-
-Written = Callable[[str], None]
 
 
 def add_arguments(options: argparse.ArgumentParser) -> None:
     """The command line."""
     add = options.add_argument
-    add("source", type=Path, help="folder of a Llama, or of ours")
+    add("source", type=Path, help="a model: a folder, a training run, or NAME.json of a pair")
     add("target", type=Path, help="folder to write; must not exist")
-    add("--to", choices=_WRITERS, default=MODEL_TYPE, help="format to write (default: mor)")
+    add("--to", choices=sorted(FORMATS), default=MODEL_TYPE, help="format to write (default: mor)")
+    add(
+        "--settings",
+        type=Path,
+        help="YAML of the DecoderConfig, for a Megatron checkpoint that does not hold it",
+    )
+    add(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare logits of both sides, one in memory at a time (default: yes)",
+    )
     add("--recursions", type=int, help="make a dense model recursive, with so many recursions")
     for name, settings in _WITH_RECURSIONS.items():
         add(f"--{name}", **settings)
@@ -45,7 +49,8 @@ def run(options: argparse.Namespace) -> None:
     """Convert.
 
     Raises:
-        ValueError: a file is damaged or does not fit, or the formats cannot say the same.
+        ValueError: a file is damaged or does not fit, the formats cannot say the same, or the
+            written model computes something else.
         OSError: a folder is missing or cannot be written.
     """
     if options.target.exists():
@@ -55,13 +60,46 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(
             f"--{given[0]} has no effect without --recursions. Leave it out, or give their number."
         )
-    model = _open(options.source)
+    source, target = detected(options.source), FORMATS[options.to]
+    if options.settings is not None and not source.takes_settings:
+        raise ValueError(
+            f"--settings has no effect: {options.source} is in format {source.name!r}, which says "
+            "what it holds. Leave it out."
+        )
+    model = original = source.open(options.source, read_settings(options.settings))
     if options.recursions is not None:
         model = _recursive(model, options)
     console = Console(stderr=True)
-    with written_whole(options.target) as partial, Progress(console=console) as progress:
-        task = progress.add_task(f"writing {options.target}", total=None)
-        _WRITERS[options.to](model, partial, lambda _: progress.advance(task))
+    with written_whole(options.target) as partial:
+        with Progress(console=console) as progress:
+            task = progress.add_task(f"writing {options.target}", total=len(model.weights))
+            target.write(model, partial, lambda _: progress.advance(task))
+            done = progress.tasks[0].completed  # formats fuse tensors, or repeat them
+            progress.update(task, total=done, completed=done)
+        if options.verify:
+            by_library = source if model is original else FORMATS[MODEL_TYPE]
+            largest = _difference(by_library, options.source, model, target, partial)
+            console.print(f"largest difference of logits: {largest:.2g}")
+
+
+def _difference(
+    source: Format, folder: Path, model: StoredModel, target: Format, written: Path
+) -> float:
+    """Of logits between what was read and what was written.
+
+    Raises:
+        ValueError: it is more than rounding.
+    """
+    ids = verification.probe(model.config.vocab_size)
+    if source.name == "llama":
+        expected = verification.logits_by_transformers(folder, ids)
+    else:
+        expected = verification.logits_of(model, ids)
+    if target.name == "llama":
+        found = verification.logits_by_transformers(written, ids)
+    else:
+        found = verification.logits_of(target.open(written, None), ids)
+    return verification.difference(expected, found)
 
 
 def _recursive(model: StoredModel, options: argparse.Namespace) -> StoredModel:
@@ -77,12 +115,6 @@ def _recursive(model: StoredModel, options: argparse.Namespace) -> StoredModel:
     return StoredModel(config, weights, model.facts, model.side_files)
 
 
-def _open(folder: Path) -> StoredModel:
-    if read_config(folder).get("model_type") == MODEL_TYPE:
-        return open_model(folder)
-    return open_llama(folder)
-
-
 _WITH_RECURSIONS: dict[str, dict[str, Any]] = {
     "sharing": {"choices": SHARING_SCHEMES, "help": "sharing scheme (default: middle_cycle)"},
     "init": {
@@ -93,8 +125,3 @@ _WITH_RECURSIONS: dict[str, dict[str, Any]] = {
     "seed": {"type": int, "help": "of random weights and of a router (default: 0)"},
 }
 """Options that only a model made recursive has a use for."""
-
-_WRITERS: dict[str, Callable[[StoredModel, Path, Written], None]] = {
-    MODEL_TYPE: write_model,
-    "llama": write_llama,
-}

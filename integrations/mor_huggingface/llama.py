@@ -1,11 +1,11 @@
-"""Llama checkpoints as plain decoders, and decoders as Llama checkpoints.
+"""Llama and Qwen checkpoints as plain decoders, and decoders as such checkpoints.
 
-SmolLM is a Llama; Mistral differs in its name where it has no sliding window. A model with a field
-that the core lacks is refused by that field's name.
+SmolLM is a Llama; Mistral differs in its name where it has no sliding window. Qwen2 adds biases to
+queries, keys and values, Qwen3 a norm of queries and keys. A model with a field that the core lacks
+is refused by that field's name.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,28 +15,33 @@ from mor_layers.model_folder import (
     CONFIG,
     StoredModel,
     carried,
+    copy_side_files,
+    dtype_name,
     fitting,
     read_config,
     side_files,
 )
 from mor_layers.published import layer_names
 from mor_layers.tensor_files import SAFETENSORS, LazyTensors, open_tensors, write_tensors
+from mor_layers.unrolling import unrolled_weights
 from mor_layers.uptraining import unrolled_layers
 
-MODEL_TYPES = ("llama", "mistral")
-_REFUSED = {
-    "qwen2": "its query, key and value projections have biases (attention_bias)",
-    "qwen3": "it normalises queries and keys (q_norm, k_norm)",
-}
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _ONLY: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
     "sliding_window": None,
     "rope_scaling": None,
+    "use_sliding_window": False,
 }
 """Fields that must have this value where they are given."""
-_SLIDING_BY_DEFAULT = {"mistral": {"sliding_window": 4096, "num_key_value_heads": 8}}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 4096, "num_key_value_heads": 8},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+}
+"""What fields that are not given mean, where that is not what they mean in a Llama."""
 
 
 def open_llama(folder: Path) -> StoredModel:
@@ -67,14 +72,13 @@ def write_llama(
     """
     config = model.config
     values = llama_config(config)
-    names = {theirs: ours for ours, theirs in _unrolled_names(config)}
-    tensors = LazyTensors(list(names), lambda name: model.weights[names[name]])
+    plain, weights = unrolled_weights(model.weights, config)
+    names = {theirs: ours for ours, theirs in llama_names(plain).items()}
+    tensors = LazyTensors(list(names), lambda name: weights[names[name]])
     write_tensors(folder / SAFETENSORS, tensors, written)
-    dtype = str(model.weights["embedding.weight"].dtype).removeprefix("torch.")
-    values |= {"dtype": dtype, **model.facts}
+    values |= {"dtype": dtype_name(model), **model.facts}
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
-    for path in model.side_files:
-        shutil.copyfile(path, folder / path.name)
+    copy_side_files(model, folder)
 
 
 def config_from_llama(values: Mapping[str, Any], where: str = CONFIG) -> DecoderConfig:
@@ -84,11 +88,11 @@ def config_from_llama(values: Mapping[str, Any], where: str = CONFIG) -> Decoder
         ValueError: one is missing, or is not in the core.
     """
     kind = values.get("model_type")
-    if kind in _REFUSED:
-        raise ValueError(f"{where}: model_type={kind!r} is not supported: {_REFUSED[kind]}.")
     if kind not in MODEL_TYPES:
         raise ValueError(f"{where}: model_type={kind!r}: use one of {', '.join(MODEL_TYPES)}.")
-    values = _SLIDING_BY_DEFAULT.get(kind, {}) | dict(values)
+    values = _DEFAULTS.get(kind, {}) | dict(values)
+    if kind in ("qwen2", "qwen3") and not values.get("use_sliding_window"):
+        values["sliding_window"] = None  # Qwen's window has no effect while it is off
     rope = values.get("rope_parameters") or {}
     for name, only in _ONLY.items():
         if values.get(name, only) != only:
@@ -101,13 +105,9 @@ def config_from_llama(values: Mapping[str, Any], where: str = CONFIG) -> Decoder
     for name in (*needed, "num_attention_heads"):
         if not isinstance(values.get(name), int):
             raise ValueError(f"{where}: {name}={values.get(name)!r}: expected an integer.")
-    heads = values["num_attention_heads"]
-    head_size = values.get("head_dim") or values["hidden_size"] // heads
-    if head_size * heads != values["hidden_size"]:
-        raise ValueError(
-            f"{where}: head_dim={head_size} is not supported, only hidden_size / "
-            f"num_attention_heads = {values['hidden_size'] / heads:g}."
-        )
+    heads, head_dim = values["num_attention_heads"], values.get("head_dim")
+    if head_dim is not None and head_dim * heads == values["hidden_size"]:
+        head_dim = None  # our default
     return DecoderConfig(
         vocab_size=values["vocab_size"],
         hidden_size=values["hidden_size"],
@@ -115,6 +115,9 @@ def config_from_llama(values: Mapping[str, Any], where: str = CONFIG) -> Decoder
         num_unrolled_layers=values["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=values.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        qkv_bias=kind == "qwen2",
+        qk_norm=kind == "qwen3",
         rms_norm_epsilon=float(values.get("rms_norm_eps", 1e-6)),
         rope_base=float(rope.get("rope_theta", values.get("rope_theta", 10000.0))),
         tie_embeddings=values.get("tie_word_embeddings", False),
@@ -136,9 +139,16 @@ def llama_config(config: DecoderConfig) -> dict[str, Any]:
             "no equal among Llamas, only FixedDepth with 'recursion_wise'. Keep the model in our "
             "format, which AutoModelForCausalLM loads after `import mor_huggingface`."
         )
+    if config.qkv_bias and config.qk_norm:
+        raise ValueError(
+            "qkv_bias and qk_norm are both set; Qwen2 has the one, Qwen3 the other. Keep the model "
+            "in our format."
+        )
+    kind, name = ("qwen2", "Qwen2") if config.qkv_bias else ("llama", "Llama")
+    kind, name = ("qwen3", "Qwen3") if config.qk_norm else (kind, name)
     return {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
+        "model_type": kind,
+        "architectures": [f"{name}ForCausalLM"],
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.ffn_hidden_size,
@@ -158,15 +168,10 @@ def llama_config(config: DecoderConfig) -> dict[str, Any]:
 def llama_names(config: DecoderConfig) -> dict[str, str]:
     """Llama's name for each tensor of a plain decoder."""
     assert config.recursion is None
-    return dict(_unrolled_names(config))
-
-
-def _unrolled_names(config: DecoderConfig) -> list[tuple[str, str]]:
-    """Our name and Llama's for every tensor of every unrolled layer."""
-    pairs = [("embedding.weight", "model.embed_tokens.weight")]
-    for depth, (layer, norm) in enumerate(unrolled_layers(config)):
-        pairs += layer_names(layer, f"model.layers.{depth}", norm).items()
-    pairs.append(("norm.weights.0", "model.norm.weight"))
+    names = {"embedding.weight": "model.embed_tokens.weight"}
+    for depth, (layer, _) in enumerate(unrolled_layers(config)):
+        names |= layer_names(config, layer, f"model.layers.{depth}")
+    names["norm.weights.0"] = "model.norm.weight"
     if not config.tie_embeddings:
-        pairs.append(("output.weight", "lm_head.weight"))
-    return pairs
+        names["output.weight"] = "lm_head.weight"
+    return names

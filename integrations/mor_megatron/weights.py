@@ -18,6 +18,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, is_ma
 from torch import Tensor, nn
 
 from mor_layers import DecoderConfig, MoEConfig, RecursionConfig
+from mor_layers.model_folder import tensor_shapes
+from mor_layers.tensor_files import LazyTensors
 
 
 def megatron_tensors(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
@@ -26,10 +28,7 @@ def megatron_tensors(weights: Mapping[str, Tensor], config: DecoderConfig) -> di
     Raises:
         ValueError: a tensor is missing, or the experts have loss-free biases.
     """
-    result = {}
-    for theirs, ours in _names(config, weights).items():
-        result[theirs] = _fuse(theirs, [_named(weights, name) for name in ours], config)
-    return result
+    return dict(megatron_view(weights, config))
 
 
 def decoder_tensors(tensors: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
@@ -38,17 +37,71 @@ def decoder_tensors(tensors: Mapping[str, Tensor], config: DecoderConfig) -> dic
     Raises:
         ValueError: a tensor is missing, or the experts have loss-free biases.
     """
+    return dict(decoder_view(tensors, config))
+
+
+def megatron_view(weights: Mapping[str, Tensor], config: DecoderConfig) -> LazyTensors:
+    """`megatron_tensors`, each made when it is asked for."""
+    names = _names(config, weights)
+    return LazyTensors(
+        list(names),
+        lambda name: _fuse(name, [_named(weights, own) for own in names[name]], config),
+    )
+
+
+def decoder_view(
+    tensors: Mapping[str, Tensor], config: DecoderConfig, where: str = "the weights"
+) -> LazyTensors:
+    """`decoder_tensors`, each made when it is asked for; the last fused tensor is kept.
+
+    Args:
+        where: they are from, for errors.
+    """
+    places = {
+        ours: (theirs, index)
+        for theirs, names in megatron_names(config, tensors).items()
+        for index, ours in enumerate(names)
+    }
+    shapes = tensor_shapes(config)
+    last: dict[str, Tensor] = {}
+
+    def read(name: str) -> Tensor:
+        theirs, index = places[name]
+        if theirs not in last:
+            last.clear()
+            last[theirs] = _named(tensors, theirs)
+        whole, shape = last[theirs], shapes[name]
+        try:
+            part = _split(theirs, whole, config)[index]
+        except (RuntimeError, IndexError):  # a shape that cannot be taken apart
+            part = whole
+        fits = part.shape == shape
+        if not (fits or (name in _VOCABULARY and part.shape[1:] == shape[1:])):
+            raise ValueError(
+                f"{where}: {theirs!r} has shape {tuple(whole.shape)}, which does not give {name!r} "
+                f"of shape {tuple(shape)}."
+            )
+        return part
+
+    return LazyTensors(list(places), read)
+
+
+_VOCABULARY = ("embedding.weight", "output.weight")  # Megatron pads them
+
+
+def megatron_names(config: DecoderConfig, tensors: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """For each of Megatron's tensors, ours that it is made of.
+
+    Args:
+        tensors: Megatron's names, among which a router's are found.
+    """
     # Only a cyclic block has a router with tensors, and it is the only one.
     routers = [
         f"recursions.0.router.{name.split('.recursion.router.')[1]}"
         for name in tensors
         if ".recursion.router." in name
     ]
-    result: dict[str, Tensor] = {}
-    for theirs, ours in _names(config, routers).items():
-        parts = _split(theirs, _named(tensors, theirs), config)
-        result |= dict(zip(ours, parts, strict=True))
-    return result
+    return _names(config, routers)
 
 
 def _named(tensors: Mapping[str, Tensor], name: str) -> Tensor:
@@ -69,7 +122,8 @@ def _names(config: DecoderConfig, routers: Iterable[str]) -> dict[str, tuple[str
     if not config.tie_embeddings:
         names["output_layer.weight"] = ("output.weight",)
     for layer in range(schedule.prelude):
-        names |= _layer_names(f"decoder.layers.{layer}", f"prelude.layers.{layer}", ends)
+        place = f"decoder.layers.{layer}"
+        names |= _layer_names(config, place, f"prelude.layers.{layer}", ends)
     sizes = [schedule.block_size] if schedule.is_cyclic else [1] * schedule.block_size
     depth = schedule.prelude
     for block, size in enumerate(sizes):
@@ -77,18 +131,21 @@ def _names(config: DecoderConfig, routers: Iterable[str]) -> dict[str, tuple[str
         for layer in range(size):
             inner, outer = f"{ours}.layers.layers.{layer}", f"{theirs}.layers.{layer}"
             if config.recursion is None:
-                names |= _layer_names(f"decoder.layers.{depth + layer}", inner, config.moe)
+                place = f"decoder.layers.{depth + layer}"
+                names |= _layer_names(config, place, inner, config.moe)
             else:
-                names |= _layer_names(outer, inner, config.moe, recursion, num_norms)
+                names |= _layer_names(config, outer, inner, config.moe, recursion, num_norms)
         for name in (name for name in routers if name.startswith(f"{ours}.router.")):
             names[f"{theirs}.{name.removeprefix(f'{ours}.')}"] = (name,)
         depth += size * recursion.num_recursions
     for layer in range(schedule.coda):
-        names |= _layer_names(f"decoder.layers.{depth + layer}", f"coda.layers.{layer}", ends)
+        place = f"decoder.layers.{depth + layer}"
+        names |= _layer_names(config, place, f"coda.layers.{layer}", ends)
     return names
 
 
 def _layer_names(
+    config: DecoderConfig,
     theirs: str,
     ours: str,
     moe: MoEConfig | None,
@@ -104,6 +161,13 @@ def _layer_names(
     result = {
         f"{theirs}.{t}": tuple(f"{ours}.{o}.weight" for o in parts) for t, parts in names.items()
     }
+    if config.qkv_bias:
+        biases = (f"{ours}.attention.{name}.bias" for name in ("query", "key", "value"))
+        result[f"{theirs}.self_attention.{_QKV_BIAS}"] = tuple(biases)
+    if config.qk_norm:
+        for name in ("query", "key"):
+            their_norm = f"{theirs}.self_attention.{name[0]}_layernorm.weight"
+            result[their_norm] = (f"{ours}.attention.{name}_norm.weights.0",)
     if moe is not None:
         experts = _expert_names(moe, recursion)
         result |= {
@@ -137,12 +201,12 @@ def _expert_names(moe: MoEConfig, recursion: RecursionConfig | None) -> dict[str
     return names
 
 
-_QKV, _GATED = "linear_qkv.weight", "linear_fc1.weight"
+_QKV, _QKV_BIAS, _GATED = "linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight"
 _EXPERTS, _EXPERT_ROUTER = "experts.linear_fc1.weight", "router.weight"
 
 
 def _fuse(name: str, parts: list[Tensor], config: DecoderConfig) -> Tensor:
-    if name.endswith(_QKV):  # [g q d h], [g 1 d h], [g 1 d h] -> [g (q+2) d, h]
+    if name.endswith((_QKV, _QKV_BIAS)):  # [g q d h], [g 1 d h] twice -> [g (q+2) d, h]
         heads = (config.kv_heads, -1, config.head_size)
         return torch.cat([part.unflatten(0, heads) for part in parts], dim=1).flatten(0, 2)
     if name.endswith(_EXPERTS):  # [e f h], [e f h] -> [e 2f h]
@@ -153,7 +217,7 @@ def _fuse(name: str, parts: list[Tensor], config: DecoderConfig) -> Tensor:
 
 
 def _split(name: str, tensor: Tensor, config: DecoderConfig) -> list[Tensor]:
-    if name.endswith(_QKV):
+    if name.endswith((_QKV, _QKV_BIAS)):
         heads = tensor.unflatten(0, (config.kv_heads, -1, config.head_size))
         queries = heads.shape[1] - 2
         return [part.flatten(0, 2) for part in heads.split([queries, 1, 1], dim=1)]
@@ -165,7 +229,7 @@ def _split(name: str, tensor: Tensor, config: DecoderConfig) -> list[Tensor]:
 
 
 def load_tensors(chunks: list[nn.Module], tensors: Mapping[str, Tensor]) -> None:
-    """Put whole tensors by Megatron's names into this rank's chunks.
+    """Put whole tensors by Megatron's names into this rank's chunks; padded rows become zeros.
 
     Raises:
         ValueError: a parameter or buffer of the model is not among them, or has another shape.
@@ -176,6 +240,9 @@ def load_tensors(chunks: list[nn.Module], tensors: Mapping[str, Tensor]) -> None
                 if shard.key not in tensors:
                     raise ValueError(f"{shard.key!r} is in the model, but not among the weights.")
                 whole = tensors[shard.key]
+                if shard.allow_shape_mismatch and len(whole) < shard.global_shape[0]:
+                    rows = shard.global_shape[0] - len(whole)  # of a padded vocabulary
+                    whole = torch.cat([whole, whole.new_zeros(rows, *whole.shape[1:])])
                 if tuple(whole.shape) != tuple(shard.global_shape):
                     raise ValueError(
                         f"{shard.key!r} has shape {tuple(whole.shape)}; the model needs "

@@ -18,6 +18,18 @@ from mor_layers.routing import RoutingDecision
 from mor_layers.thresholds import PreciseBuffers
 
 
+@dataclass(frozen=True)
+class StepScores:
+    """What a router makes of tokens for one step, for people to look at."""
+
+    step: int
+    """The step they are about; 0-based."""
+    values: Float[Tensor, "n b"]
+    """One number per candidate of the step that was scored."""
+    threshold: float | None = None
+    """In generation a token runs the step where its number is above it; None: not so decided."""
+
+
 class Router(PreciseBuffers, ABC):
     """Decides, step by step, which tokens go on. Subclass it to bring your own.
 
@@ -78,6 +90,13 @@ class Router(PreciseBuffers, ABC):
         if decision.gates is None:
             return output
         return selected + decision.gates[..., None].to(output.dtype) * output
+
+    def scores(self, logits: Float[Tensor, "n b c"], step: int) -> tuple[StepScores, ...]:
+        """What the logits of a step say of each candidate; here: the first logit as it is.
+
+        Nothing is decided by it. It is what `mor_layers.inspection` shows.
+        """
+        return (StepScores(step, logits[..., 0]),)
 
     def advance(self, tokens_per_step: Float[Tensor, " r"]) -> None:
         """Called once after each optimizer step, outside `forward`: the place to change state.

@@ -34,6 +34,7 @@ from mor_layers.routers.base import (
     Router,
     RouterConfig,
     Scorer,
+    StepScores,
     bar_above,
     register_router,
     require_choice,
@@ -162,6 +163,11 @@ class DepthAndWidthRouter(Router):
         assert decision.plan is not None
         gate = decision.plan[..., step, None].to(output.dtype)
         return selected + (1 + gate - gate.detach()) * (output - selected)
+
+    def scores(self, logits: Tensor, step: int) -> tuple[StepScores, ...]:
+        """The gates of the later steps: above one half where a logit is above its threshold."""
+        gates = (logits - self.depths.current()).sigmoid().unbind(dim=-1)
+        return tuple(StepScores(later, gate, 0.5) for later, gate in enumerate(gates, start=1))
 
     @torch.no_grad()
     def tune(self, shares: tuple[float, ...], observe: Callable[[int], Tensor]) -> None:

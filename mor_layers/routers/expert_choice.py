@@ -20,6 +20,7 @@ from mor_layers.routers.base import (
     Router,
     RouterConfig,
     Scorer,
+    StepScores,
     bar_above,
     checked_capacity_factors,
     register_router,
@@ -166,6 +167,12 @@ class ExpertChoiceRouter(Router):
         if self.config.combine == "additive":
             return selected + output
         return super().combine(step, selected, output, decision, origin)
+
+    def scores(self, logits: Tensor, step: int) -> tuple[StepScores, ...]:
+        """The predictor's probability that a candidate goes on."""
+        bar = self._bar(step)
+        threshold = None if bar is None else 1 / (1 + math.exp(-max(bar, -700.0)))
+        return (StepScores(step, logits[..., -1].sigmoid(), threshold),)
 
     def advance(self, tokens_per_step: Tensor) -> None:
         self.training_steps += 1

@@ -19,6 +19,7 @@ from mor_layers.routers.base import (
     Router,
     RouterConfig,
     Scorer,
+    StepScores,
     register_router,
     require_choice,
     require_not_negative,
@@ -137,6 +138,11 @@ class TokenChoiceRouter(Router):
         gated = output * gate[..., None].to(output.dtype)
         exit_state = origin + (output if self.config.combine == "additive" else gated)
         return torch.where((depth == step)[..., None], exit_state, output)
+
+    def scores(self, logits: Tensor, step: int) -> tuple[StepScores, ...]:
+        """The probability, bias included, that a token's depth is this one; the largest wins."""
+        biased = self._activate(logits) + self.depth_bias.float()
+        return tuple(StepScores(depth, p) for depth, p in enumerate(biased.unbind(dim=-1)))
 
     def advance(self, tokens_per_step: Tensor) -> None:
         if self.config.balancing != "loss_free":

@@ -22,6 +22,7 @@ from mor_layers import (
     MoRTransformer,
     RandomDepth,
     RecursionConfig,
+    Relaxation,
     Router,
     RouterConfig,
     TokenChoice,
@@ -39,6 +40,7 @@ from mor_layers.accounting import (
     table,
 )
 from mor_layers.attention import KV_POLICIES, SharingContext
+from mor_layers.relaxation import PROJECTIONS
 from tests.core.small_models import plain_config, random_ids, small_config, small_model
 
 BATCH = 3
@@ -168,6 +170,18 @@ def test_flops_of_a_plain_model_are_what_flop_counter_sees():
     assert BATCH * cost.forward.total == measured.forward
     assert BATCH * cost.training.total == measured.training
     assert cost.training.total == 3 * cost.forward.total
+
+
+@pytest.mark.parametrize("kv_policy", KV_POLICIES)
+def test_heads_of_any_size_with_biases_and_norms_are_counted_exactly(kv_policy):
+    config = small_config(ExpertChoice(), kv_policy=kv_policy, block_size=2)
+    config = replace(config, head_dim=10, qkv_bias=True, qk_norm=True)
+    model = small_model(config)
+    measured = measure(model, random_ids(BATCH, 11))
+    cost = account(config, 11)
+    assert BATCH * cost.forward.total == measured.forward
+    assert BATCH * cost.training.total == measured.training
+    assert cost.parameters.total == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
@@ -484,3 +498,31 @@ def test_a_table_compares_models_with_the_first():
     assert rows[0]["FLOP ratio"] == "1.000"
     assert rows[1]["FLOP ratio"] == f"{flop_ratio(config, 12):.3f}"
     assert table({}) == []
+
+
+RELAXED = [
+    ("fixed_depth", "recursion_wise", "cycle", "lora"),
+    ("fixed_depth", "recursion_wise", "middle_sequence", "dora"),
+    ("expert_choice", "sharing_with_update", "middle_cycle", "dora"),
+    ("token_choice", "recursive_sharing", "cycle", "lora"),
+    ("expert_choice", "exit_state", "cycle", "dora"),
+]
+
+
+@pytest.mark.parametrize(("router", "kv_policy", "sharing", "kind"), RELAXED)
+def test_deltas_are_counted_exactly(router, kv_policy, sharing, kind):
+    config = small_config(ROUTERS[router], 3, sharing, kv_policy, block_size=2)
+    assert config.recursion is not None
+    has_keys = kv_policy in ("recursion_wise", "sharing_with_update")
+    names = PROJECTIONS if has_keys else ("query", "output", "gate", "up", "down")
+    recursion = replace(config.recursion, relaxation=Relaxation(7, kind, names))
+    config = replace(config, recursion=recursion)
+    model = small_model(config)
+    measured = measure(model, random_ids(BATCH, 11))
+    cost = account_like(measured, config, 11)
+    assert (cost.once > 0) == (kind == "dora")
+    assert BATCH * cost.forward.total + cost.once == measured.forward
+    assert BATCH * cost.training.total + cost.once == measured.training
+    deltas = [p.numel() for n, p in model.named_parameters() if ".deltas." in n]
+    assert cost.parameters.deltas == sum(deltas) > 0
+    assert cost.parameters.total == sum(p.numel() for p in model.parameters())

@@ -160,6 +160,11 @@ BY_CONSTRUCTOR: dict[str, tuple[Callable[[], object], str, str]] = {
         "hidden_size=16",
         "even multiple of num_heads=16",
     ),
+    "given heads of an odd size": (
+        lambda: decoder(head_dim=5),
+        "head_dim=5",
+        "even and at least 2",
+    ),
     "key-value heads that do not divide the heads": (
         lambda: decoder(num_kv_heads=3),
         "num_kv_heads=3",
@@ -324,7 +329,11 @@ A_ROUTER = "fixed_depth, "
 
 # name: (a recursion's YAML, what the message says was given, what it says is allowed)
 BY_YAML: dict[str, tuple[str, str, str]] = {
-    "an unknown setting": ("{num_recursions: 2, depth: 3}", "'depth'", "num_recursions, router"),
+    "an unknown setting": (
+        "{num_recursions: 2, depth: 3}",
+        "'depth'",
+        "num_recursions, relaxation",
+    ),
     "a setting that is a number": ("{num_recursions: 2, 3: 4, x: 1}", "3, 'x'", "num_recursions"),
     "a missing setting": ("{sharing: cycle}", "RecursionConfig", "'num_recursions'"),
     "a list": ("[1, 2]", "[1, 2]", "a mapping"),

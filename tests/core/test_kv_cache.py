@@ -10,7 +10,8 @@ from mor_layers.cached_attention import CachedAttention, GatheredAttention, Inde
 from mor_layers.caches import CacheSettings
 from mor_layers.decoding import Decoder
 from mor_layers.depth_batching import DepthBatchingEngine
-from mor_layers.kv_cache import KVArena, PagedRows, Visible
+from mor_layers.kv_cache import Visible
+from mor_layers.kv_memory import KVArena, PagedRows
 from mor_layers.scheduling import Request
 from tests.core.served import Recorder, prompt
 from tests.core.small_models import small_config, small_model

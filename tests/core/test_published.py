@@ -15,6 +15,8 @@ from mor_layers import (
     load_published,
     published_names,
 )
+from mor_layers.published import published_aliases
+from mor_layers.published_settings import published_settings
 
 CASES = sorted((Path(__file__).parents[1] / "reference").glob("*.json"))
 
@@ -39,6 +41,22 @@ def test_every_parameter_has_one_published_name(path):
     names = names_of(model)
     assert set(dict(model.named_parameters())) <= set(names) <= set(model.state_dict())
     assert len(set(names.values())) == len(names)
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_names_that_share_a_tensor_are_the_published_ones(path):
+    settings = json.loads(path.read_text())
+    assert published_aliases(config_from_published(settings)) == settings["tied"]
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_settings_go_back(path):
+    settings = json.loads(path.read_text())
+    config = config_from_published(settings)
+    back = published_settings(config)
+    assert config_from_published(back) == config
+    for name in ("recursive", "kv_sharing", "mor"):
+        assert back[name].keys() == settings[name].keys()
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)

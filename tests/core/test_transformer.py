@@ -393,3 +393,15 @@ print(mor_layers.MoRTransformer(config)(torch.zeros(1, 3, dtype=torch.long)).log
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert "torch.Size([1, 3, 5])" in ran.stdout
+
+
+@pytest.mark.parametrize("kv_policy", [*KV_POLICIES, "exit_state"])
+def test_biases_and_norms_of_queries_and_keys_equal_the_loops(kv_policy):
+    config = small_config(ROUTERS["expert_choice"], kv_policy=kv_policy)
+    config = replace(config, head_dim=4, qkv_bias=True, qk_norm=True)
+    if kv_policy != "exit_state":  # whose loops know of neither
+        assert_equals_the_loops(config)
+    model = small_model(config).eval()
+    whole = model(random_ids(1, 9), causal_routing=True).logits
+    assert len(model.recursions[0].layers.layers[0].attention.query.bias) == 2 * 4
+    assert whole.isfinite().all()

@@ -59,7 +59,8 @@ class Served:
 def decoder_config(router: str, policy: KVPolicy, with_experts: bool) -> DecoderConfig:
     recursion = RecursionConfig(3, router=ROUTERS[router], kv_policy=policy)
     moe = MoEConfig(4, 2, ffn_hidden_size=24) if with_experts else None
-    return DecoderConfig(VOCAB_SIZE, 32, 64, 8, 4, 2, recursion=recursion, moe=moe)
+    qwen = {"head_dim": 12, "qkv_bias": True, "qk_norm": True} if policy == "exit_state" else {}
+    return DecoderConfig(VOCAB_SIZE, 32, 64, 8, 4, 2, **qwen, recursion=recursion, moe=moe)
 
 
 def torch_model(config: DecoderConfig) -> MoRTransformer:

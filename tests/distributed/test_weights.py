@@ -44,6 +44,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "recursion": RecursionConfig(3, router=DepthAndWidth(mean_experts=1.5)),
         "moe": EXPERTS,
     },
+    "Qwen's": {"recursion": WISE, "head_dim": 12, "qkv_bias": True, "qk_norm": True},
     "no recursion": {"moe": EXPERTS, "dense_ends": True},
 }
 LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
@@ -54,6 +55,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
 }
 SAMPLE = [
     ("dense", "tp+sp"),
+    ("Qwen's", "tp+sp"),
     ("dense ends", "ep"),
     ("an expert router a step", "tp+sp"),
     ("no recursion", "pp"),
@@ -135,6 +137,9 @@ def gpt(decoder: DecoderConfig, sequence_parallel: bool) -> GPTModel:
     config = setup.tiny_config(
         num_layers=decoder.num_unrolled_layers,
         num_query_groups=decoder.kv_heads,
+        kv_channels=decoder.head_size,
+        add_qkv_bias=decoder.qkv_bias,
+        qk_layernorm=decoder.qk_norm,
         sequence_parallel=sequence_parallel,
         layernorm_epsilon=decoder.rms_norm_epsilon,
         **options,

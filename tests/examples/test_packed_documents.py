@@ -35,7 +35,11 @@ def losses_of_last_documents(*, settings: list[str]) -> list[list[float]]:
             others = (sample["tokens"] + 7) % 256 + 1  # any but the end of a document
             changed.append(sample | {"tokens": sample["tokens"].where(keeps, others)})
         distributed.seed(run.training.seed, step=0)
-        trainer = Trainer(run, model.build_model(run, tokenizer.vocab_size))
+        trainer = Trainer(
+            run,
+            model.build_model(run, tokenizer.vocab_size),
+            model.decoder_config(run, tokenizer.vocab_size),
+        )
         if not run.data.reset_attention_mask:
             for sample in samples + changed:
                 del sample["documents"]

@@ -3,6 +3,9 @@
 import io
 import json
 import re
+import struct
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -10,10 +13,12 @@ import torch
 from rich.console import Console
 
 from mor_megatron import RoutingReport
+from mor_reports.rows import Routing, Row, Validation
+from mor_reports.trackers import TensorBoard, Wandb
 from pretraining.command_line import load_settings
 from pretraining.demonstration import TokenDepth
 from pretraining.display import Costs, Display
-from pretraining.history import History, Routing, Row, Validation
+from pretraining.history import History
 from pretraining.report import Report, render
 from pretraining.summary import write_summary
 
@@ -41,27 +46,39 @@ REPORT = Report(
 )
 
 
-def test_the_report_holds_all_its_parts_and_needs_nothing_beside_it():
-    page = render(REPORT)
+@pytest.fixture(scope="module")
+def page() -> str:
+    return render(REPORT)
+
+
+def test_the_report_holds_all_its_parts_and_needs_nothing_beside_it(page):
     assert page.count("<svg") == 4
     for heading in ("Loss", "Depth", "Load per recursion step and expert", "A continuation"):
         assert f"<h2>{heading}" in page
     assert not re.search(r"<(script|link|img|iframe)|\bsrc=|url\((?!#)", page)
-    links = set(re.findall(r'href="([^"]+)"', page))
-    assert all(link.startswith(("#", "data:image/png;base64,")) for link in links)
+    assert all(link.startswith("#") for link in re.findall(r'href="([^"]+)"', page))
 
 
-def test_text_in_the_report_is_text_and_not_markup():
-    page = render(REPORT)
+def test_drawings_have_the_colours_of_the_page_and_ids_of_their_own(page):
+    assert not re.search(r"#0[de]00\d\d", page)
+    used = set(re.findall(r"var\(--(\w+)\)", page))
+    assert {"ink", "accent", "d1", "d3"} <= used <= set(re.findall(r"--(\w+):", page))
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r"(?:href=\"|url\()#([^\")]+)", page)) <= set(ids)
+
+
+def test_text_in_the_report_is_text_and_not_markup(page):
     assert "Pretraining runs/&lt;test&gt;" in page
     assert "return 1 &lt; 2" in page
-    assert '<span style="background:#fdd49e" title="1 steps"> &lt;f&gt;</span>' in page
+    assert '<span class="d1" title="1 step"> &lt;f&gt;</span>' in page
 
 
-def test_tokens_of_unlike_depth_have_unlike_colours():
-    page = render(REPORT)
-    colours = re.findall(r'<span style="background:(#\w+)" title=', page)
-    assert len(colours) == len(set(colours)) == 3
+def test_tokens_of_unlike_depth_have_unlike_colours(page):
+    assert re.findall(r'<span class="(d\d)" title=', page) == ["d3", "d1", "d2"]
+    for mode in page.split("prefers-color-scheme: dark"):
+        colours = re.findall(r"--d\d: (#\w+)", mode)
+        assert len(colours) == len(set(colours)) == 4
 
 
 def test_a_run_without_recursion_has_a_report_without_routing():
@@ -93,18 +110,80 @@ def test_several_recursions_are_taken_together():
 
 
 def test_a_resumed_history_forgets_what_came_after_the_checkpoint(tmp_path):
-    first = History(tmp_path, 0, is_writer=True)
+    first = History(tmp_path, 0)
     for row in ROWS:
         first.add(row)
     first.close()
     with (tmp_path / "history.jsonl").open("a") as file:
         file.write('{"step": 5, "los')  # the process was killed here
-    resumed = History(tmp_path, 2, is_writer=True)
+    resumed = History(tmp_path, 2)
     assert resumed.rows == ROWS[:2]
     resumed.add(ROWS[2])
-    resumed.close()
-    assert History(tmp_path, 9, is_writer=True).rows == ROWS[:3]
-    assert any((tmp_path / "tensorboard").iterdir())
+    assert History(tmp_path, 9).rows == ROWS[:3]
+
+
+EXPECTED = {
+    "loss/validation_causal": 6.25,
+    "routing/dead_positions": 0.1,
+    "routing/step_2/share": 0.75,
+    "routing/step_3/agreement": 0.9,
+    "depth/1": 0.25,
+    "depth/2": 0.5,
+    "experts/step_3/expert_1": 0.6,
+}
+
+
+def test_tensorboard_has_depths_agreement_dead_positions_and_cells(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    history = History(tmp_path, 0, [TensorBoard(tmp_path / "tensorboard")])
+    for row in ROWS:
+        history.add(row)
+    history.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for name, value in EXPECTED.items():
+        (first, *_) = events.Scalars(name)
+        assert (first.step, first.value) == (2, pytest.approx(value))
+
+
+def test_wandb_gets_what_tensorboard_gets_and_goes_on_as_the_same_run(tmp_path):
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    for part in (ROWS[:2], ROWS[2:]):
+        wandb = Wandb("tests", tmp_path / "wandb", "offline", "run", {"training": {"steps": 4}})
+        history = History(tmp_path, part[0].step - 1, [wandb])
+        for row in part:
+            history.add(row)
+        history.close()
+        time.sleep(1.1)  # wandb names the folder of a session after the second
+    files = list((tmp_path / "wandb").rglob("run-*.wandb"))
+    assert len({file.name for file in files}) == 1
+    logged: dict[str, list[float]] = {}
+    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns):
+        for data in wandb_records(file.read_bytes()):
+            for item in Record.FromString(data).history.item:
+                name = item.key or "/".join(item.nested_key)
+                logged.setdefault(name, []).append(json.loads(item.value_json))
+    assert logged["step"] == [1, 2, 3, 4]
+    for name, value in EXPECTED.items():
+        assert logged[name][0] == pytest.approx(value)
+
+
+def wandb_records(data: bytes) -> Iterator[bytes]:
+    """Records of an offline run: LevelDB's log format behind a header of 7 bytes."""
+    place, record = 7, b""
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, place)
+        record += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # the whole, or the last part
+            yield record
+            record = b""
 
 
 def test_ranks_that_do_not_write_leave_no_history(tmp_path):
@@ -116,7 +195,7 @@ def test_ranks_that_do_not_write_leave_no_history(tmp_path):
 
 
 def test_the_summary_has_what_programs_look_for(tmp_path):
-    history = History(tmp_path, 0, is_writer=True)
+    history = History(tmp_path, 0)
     for row in ROWS:
         history.add(row)
     path = tmp_path / "summary.json"

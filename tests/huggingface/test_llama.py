@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from mor_huggingface.llama import open_llama, write_llama
 from mor_layers import FixedDepth, MoRTransformer, RecursionConfig
@@ -59,6 +67,32 @@ def test_a_llama_keeps_its_logits_and_comes_back_bit_for_bit(tmp_path, fields):
     assert again.config.eos_token_id == 2 and again.config.max_position_embeddings == 64
 
 
+FAMILY = {
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen2, tied": Qwen2Config(**SIZES, tie_word_embeddings=True, sliding_window=8),
+    "qwen3": Qwen3Config(**SIZES, head_dim=8),
+    "smollm, tied": LlamaConfig(**SIZES | {"num_attention_heads": 2}, tie_word_embeddings=True),
+    "heads wider than the model": LlamaConfig(**SIZES, head_dim=6),
+}
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_llama_family_keeps_logits_and_comes_back_bit_for_bit(tmp_path, name):
+    original = randomized(AutoModelForCausalLM.from_config(FAMILY[name])).eval()
+    original.save_pretrained(tmp_path / "hf")
+    ids = random_ids(2, 9)
+    model = imported(tmp_path / "hf", tmp_path / "torch")
+    torch.testing.assert_close(model(ids).logits, original(ids).logits, rtol=1e-5, atol=1e-5)
+    (tmp_path / "back").mkdir()
+    write_llama(open_model(tmp_path / "torch"), tmp_path / "back")
+    before, after = (load_file(tmp_path / n / "model.safetensors") for n in ("hf", "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    assert type(again) is type(original)
+    assert torch.equal(again(ids).logits, original(ids).logits)
+
+
 def test_bfloat16_and_several_files_and_bin_are_read(tmp_path):
     original = llama(tmp_path / "one", torch.bfloat16)
     original.save_pretrained(tmp_path / "several", max_shard_size="4KB")
@@ -97,12 +131,13 @@ def test_a_recursion_without_a_router_unrolls_into_a_llama(tmp_path, sharing, sh
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "qwen2"}, "biases"),
-        ({"model_type": "qwen3"}, "q_norm"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window=True"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias=True"),
+        ({"model_type": "gemma"}, "model_type='gemma'"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type='llama3'"),
         ({"sliding_window": 32}, "sliding_window=32"),
-        ({"head_dim": 8}, "head_dim=8"),
+        ({"head_dim": 7}, "head_dim=7 must be even"),
         ({"vocab_size": None}, "vocab_size=None"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ],

@@ -30,6 +30,23 @@ def test_auto_classes_load_and_save_the_folder(folder, tmp_path):
         assert all(torch.equal(state[name], expected[name]) for name in state)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_precision_and_shards(folder, tmp_path, dtype):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for buffer in model.buffers():  # no bf16 number
+            buffer.copy_(torch.full_like(buffer, 1.2345))
+    model.save_pretrained(tmp_path / "shards", max_shard_size="4KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "shards", dtype=dtype)
+    buffers = {name for name, _ in model.named_buffers()}
+    assert buffers
+    for name, value in model.state_dict().items():
+        got = loaded.state_dict()[name]
+        assert got.dtype == (value.dtype if name in buffers else dtype)
+        assert torch.equal(got, value.to(got.dtype))
+
+
 def test_generate_continues_as_the_model_itself_does(folder):
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = random_ids(2, 5)

@@ -1,0 +1,211 @@
+"""Memory for keys and values while generating: `KVArena` holds rows, `PagedRows` hands them out.
+
+Legend: `t` tokens, `l` lists, `g` key-value heads, `d` head size, `p` pages.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class KVArena:
+    """Memory for keys and values of several layers, allocated once.
+
+    Args:
+        num_layers: layers whose rows grow together: a row number means the same token in each.
+        num_rows: rows in each layer.
+        num_heads: key-value heads.
+        is_int8: store 8-bit integers and one scale (fp32) per head of each key and value.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_rows: int,
+        num_heads: int,
+        head_size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        is_int8: bool = False,
+    ) -> None:
+        self.dtype = dtype
+        shape = (num_layers, num_rows, 2, num_heads, head_size)
+        self.data = torch.zeros(shape, dtype=torch.int8 if is_int8 else dtype, device=device)
+        self.scales = torch.zeros(shape[:-1], device=device) if is_int8 else None
+
+    @staticmethod
+    def bytes_per_row(
+        num_layers: int, num_heads: int, head_size: int, dtype: torch.dtype, is_int8: bool
+    ) -> int:
+        """Bytes that a row takes in all layers together."""
+        head = head_size + 4 if is_int8 else head_size * dtype.itemsize
+        return num_layers * 2 * num_heads * head
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes allocated."""
+        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def grow(self, num_rows: int) -> None:
+        """Add rows to every layer; what is held is copied once."""
+        self.data = F.pad(self.data, (0, 0) * 3 + (0, num_rows))
+        if self.scales is not None:
+            self.scales = F.pad(self.scales, (0, 0) * 2 + (0, num_rows))
+
+    def take_pages(self, pages: Int[Tensor, " p"], page_size: int) -> None:
+        """Hold copies of these pages, in this order, and nothing else."""
+        in_page = torch.arange(page_size, device=pages.device)
+        rows = (pages[:, None] * page_size + in_page).flatten()
+        self.data = self.data.index_select(1, rows)
+        if self.scales is not None:
+            self.scales = self.scales.index_select(1, rows)
+
+    def write(
+        self,
+        layer: int,
+        rows: Int[Tensor, " t"],
+        key: Float[Tensor, "t g d"],
+        value: Float[Tensor, "t g d"],
+    ) -> None:
+        """Fill rows of a layer."""
+        for part, heads in enumerate((key, value)):
+            if self.scales is not None:
+                scale = heads.float().abs().amax(dim=-1).clamp(min=1e-30) / 127.0
+                self.scales[layer, :, part].index_copy_(0, rows, scale)
+                heads = (heads.float() / scale[..., None]).round().to(torch.int8)
+            self.data[layer, :, part].index_copy_(0, rows, heads)
+
+    def vectors(self, layer: int) -> Float[Tensor, "v d"]:
+        """All keys and values of a layer without a copy, key heads before value heads in a row."""
+        assert self.scales is None, "8-bit rows must be gathered"
+        return self.data[layer].flatten(0, 2)
+
+    def gather(self, layer: int, rows: Int[Tensor, " t"]) -> Float[Tensor, "t 2 g d"]:
+        """A copy of some rows, as floating point."""
+        data = self.data[layer].index_select(0, rows)
+        if self.scales is None:
+            return data
+        return (data * self.scales[layer].index_select(0, rows)[..., None]).to(self.dtype)
+
+
+class PagedRows:
+    """Hands out an arena's rows to lists that grow at their end, one page at a time.
+
+    Args:
+        num_pages: pages there are.
+        page_size: rows in a page.
+        num_lists: lists there may be; they are numbered.
+        max_rows: rows in the longest list.
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        num_lists: int,
+        max_rows: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.num_pages, self.page_size = num_pages, page_size
+        pages_per_list = -(-max_rows // page_size)
+        self.row_of = torch.zeros(
+            num_lists, pages_per_list * page_size, dtype=torch.long, device=device
+        )
+        """Row of each entry of each list."""
+        self.counts = torch.zeros(num_lists, dtype=torch.long, device=device)
+        self._free = list(range(num_pages))[::-1]
+        self._in_page = torch.arange(page_size, device=device)
+
+    @property
+    def pages_in_use(self) -> int:
+        return self.num_pages - len(self._free)
+
+    @property
+    def pages_free(self) -> int:
+        return len(self._free)
+
+    def pages_for(self, count: int) -> int:
+        """Pages of a list of `count` rows."""
+        return -(-count // self.page_size)
+
+    def pages_needed(self, lists: Int[Tensor, " t"]) -> int:
+        """Further pages that `append` to these lists would take."""
+        added = torch.bincount(lists, minlength=len(self.counts))
+        before = self._pages(self.counts)
+        return int((self._pages(self.counts + added) - before).sum())
+
+    def append(self, lists: Int[Tensor, " t"]) -> tuple[Int[Tensor, " t"], Int[Tensor, " t"]]:
+        """Lengthen lists by one entry for each time they are named.
+
+        Returns:
+            The new entries' places in their lists, and their rows.
+        """
+        if not len(lists):
+            return lists, lists
+        ordered, order = lists.sort(stable=True)
+        begins = torch.searchsorted(ordered, ordered)
+        rank = torch.empty_like(lists)
+        rank[order] = torch.arange(len(lists), device=lists.device) - begins
+        places = self.counts[lists] + rank
+        self.counts.index_add_(0, lists, torch.ones_like(lists))
+        opens_page = places % self.page_size == 0
+        opening = lists[opens_page]
+        if len(opening):
+            assert len(opening) <= len(self._free), "ask pages_needed first"
+            pages = torch.tensor(
+                [self._free.pop() for _ in range(len(opening))], device=lists.device
+            )
+            columns = places[opens_page][:, None] + self._in_page
+            rows = pages[:, None] * self.page_size + self._in_page
+            self.row_of[opening[:, None], columns] = rows
+        return places, self.row_of[lists, places]
+
+    def release(self, lists: Int[Tensor, " l"]) -> None:
+        """Empty some lists; their pages are free again."""
+        counts = self._pages(self.counts[lists])
+        first_rows = self.row_of[lists, :: self.page_size]
+        is_used = torch.arange(first_rows.shape[1], device=lists.device) < counts[:, None]
+        self._free.extend((first_rows[is_used] // self.page_size).tolist())
+        self.counts[lists] = 0
+
+    def grow(self, num_pages: int) -> None:
+        """Add free pages; the arena must get their rows too."""
+        self._free[:0] = range(self.num_pages + num_pages - 1, self.num_pages - 1, -1)
+        self.num_pages += num_pages
+
+    def lengthen(self, max_rows: int) -> None:
+        """Allow lists of `max_rows`."""
+        columns = -(-max_rows // self.page_size) * self.page_size - self.row_of.shape[1]
+        self.row_of = F.pad(self.row_of, (0, max(0, columns)))
+
+    def truncate(self, counts: Int[Tensor, " l"]) -> None:
+        """Shorten every list to so many entries; pages without any are free again."""
+        before, after = self._pages(self.counts), self._pages(counts)
+        first_rows = self.row_of[:, :: self.page_size]
+        column = torch.arange(first_rows.shape[1], device=counts.device)
+        is_freed = (column >= after[:, None]) & (column < before[:, None])
+        self._free.extend((first_rows[is_freed] // self.page_size).tolist())
+        self.counts = counts.clone()
+
+    def select(self, lists: Int[Tensor, " l"]) -> tuple[Int[Tensor, " p"], Int[Tensor, " p"]]:
+        """Let list i become a copy of what list `lists[i]` was; a list may be named repeatedly.
+
+        Returns:
+            For each page that there is now, in order, the one that the arena must take its rows
+            from, and the new list that it belongs to.
+        """
+        counts = self.counts[lists]
+        used = self._pages(counts)
+        first_rows = self.row_of[lists, :: self.page_size]
+        column = torch.arange(first_rows.shape[1], device=lists.device)
+        is_used = column < used[:, None]
+        pages = (used.cumsum(0) - used)[:, None] + column
+        rows = pages[..., None] * self.page_size + self._in_page
+        self.row_of = torch.where(is_used[..., None], rows, 0).flatten(1)
+        self.counts, self._free, self.num_pages = counts, [], int(used.sum())
+        owners = torch.arange(len(lists), device=lists.device).repeat_interleave(used)
+        return first_rows[is_used] // self.page_size, owners
+
+    def _pages(self, counts: Tensor) -> Tensor:
+        return (counts + self.page_size - 1) // self.page_size
