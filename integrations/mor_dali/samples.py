@@ -100,7 +100,7 @@ class MegatronSamples:
         self._tokens = dataset.dataset
         self._documents = dataset.document_index
         self._bounds = dataset.sample_index
-        self._order = dataset.shuffle_index
+        self._order: NDArray[Any] = dataset.shuffle_index
 
     def __len__(self) -> int:
         return len(self._bounds) - 1

@@ -110,7 +110,7 @@ def test_documents_are_numbered_as_in_the_pretraining_script(tmp_path, eod):
 
 @pytest.mark.parametrize("eod", [0, 3])
 def test_a_padded_sample_is_token_0_without_loss(tmp_path, eod):
-    options = FIELDS[1] | FIELDS[3] | {"drop_last_partial_validation_sequence": False}
+    options = FIELDS[3] | {"drop_last_partial_validation_sequence": False}
     data = dataset(tmp_path, PackedDocuments, eod, held_out=True, **options)
     batches = dali_batches(data, size=1)
     padded = [(data.shuffle_index[i] + 1) == len(data) for i in range(len(data))].index(True)
