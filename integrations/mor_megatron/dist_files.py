@@ -181,7 +181,13 @@ def _unpickled(data: bytes, path: Path, what: str) -> Any:
         if broken is not None:
             raise ValueError(f"the checksum of {broken} is wrong")
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except (
+        RuntimeError,
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        zipfile.BadZipFile,
+    ) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}, {what}: damaged, or more than plain values: {first}") from error
 
