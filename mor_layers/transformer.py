@@ -280,8 +280,9 @@ class MoRTransformer(nn.Module):
 
     @staticmethod
     def _initialize(module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
+        if not isinstance(module, nn.Linear | nn.Embedding) or module.weight.is_meta:
+            return  # nothing to draw on the meta device, where it takes long
+        nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, RelaxedLinear):

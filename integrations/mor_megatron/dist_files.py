@@ -9,6 +9,7 @@ any layout can load parts of. One tensor at a time is in memory.
 import io
 import json
 import pickle
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -175,8 +176,18 @@ def write_dist_checkpoint(
 
 def _unpickled(data: bytes, path: Path, what: str) -> Any:
     try:
+        with zipfile.ZipFile(io.BytesIO(data)) as parts:
+            broken = parts.testzip()  # torch.load does not look at the checksums of torch.save
+        if broken is not None:
+            raise ValueError(f"the checksum of {broken} is wrong")
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+    except (
+        RuntimeError,
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        zipfile.BadZipFile,
+    ) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}, {what}: damaged, or more than plain values: {first}") from error
 

@@ -112,7 +112,7 @@ def test_published_runs_go_through_every_format_and_come_back_bit_for_bit(
     for source, target, to in zip(
         way, way[1:], ("mor", "megatron", "mor", "published"), strict=False
     ):
-        convert(source, target, to)
+        convert(source, target, to, *(["--no-verify"] if to == "mor" else []))
     assert_same(open_model(tmp_path / "ours"), open_model(tmp_path / "again"))
     before = published_parameters(load_file(case.with_suffix(".safetensors")))
     after = load_file(tmp_path / "back" / "model.safetensors")

@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from mor_commands import main
+from mor_layers.model_folder import open_model
 from tests.distributed.pool import WorkerPool
 from tests.examples.pretraining_runs import (
     assert_same_curves,
@@ -56,6 +59,12 @@ def test_a_run_goes_on_alike_in_every_layout(pool, on_one_process, tmp_path, nam
     assert "resumed at step 1 of 4" in printed
     assert (tmp_path / "run" / "report.html").exists()
     assert_same_curves(tmp_path / "run", whole)
+    # One process reads from the checkpoint what all of them put together at the end of the run.
+    main(["convert", str(tmp_path / "run"), str(tmp_path / "model")])
+    read, collected = open_model(tmp_path / "model"), open_model(tmp_path / "run" / "model")
+    assert read.config == collected.config
+    assert set(read.weights) == set(collected.weights)
+    assert all(torch.equal(read.weights[n], collected.weights[n]) for n in read.weights)
 
 
 @pytest.mark.full

@@ -1,5 +1,8 @@
-"""The commands of docs/pages/checkpoints.md make a Llama recursive and unroll it again."""
+"""The commands of docs/pages/checkpoints.md, and what `mor convert` says and holds."""
 
+import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,19 +11,18 @@ import pytest
 import torch
 
 from mor_commands import main
-from mor_layers.model_folder import load_model
+from mor_layers import DecoderConfig, MoRTransformer
+from mor_layers.model_folder import load_model, open_model, save_model
 
-PAGE = Path(__file__).parents[2] / "docs" / "pages" / "checkpoints.md"
-COMMANDS = [
-    line.removeprefix("mor ").split()
-    for line in PAGE.read_text("utf-8").splitlines()
-    if line.startswith("mor convert")
-]
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "pages" / "checkpoints.md").read_text("utf-8")
+BLOCKS = re.findall(r"^```(python|bash)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+TINY_MODEL = next(text for language, text in BLOCKS if language == "python")
+COMMANDS = "".join(text for language, text in BLOCKS if language == "bash")
 
 
-def run(folder: Path, commands: list[list[str]]) -> subprocess.CompletedProcess[str]:
-    """`mor` with each of these arguments, in one process: what it imports takes seconds."""
-    code = f"from mor_commands import main\nfor arguments in {commands}: main(arguments)"
+def run(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own."""
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], cwd=folder, capture_output=True, text=True
     )
@@ -28,35 +30,49 @@ def run(folder: Path, commands: list[list[str]]) -> subprocess.CompletedProcess[
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from tests.core.small_models import randomized
-
+    """After the page's commands, in one process: what `mor` imports takes seconds."""
     folder = tmp_path_factory.mktemp("convert")
-    sizes = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        eos_token_id=2,
-    )
-    randomized(LlamaForCausalLM(sizes)).save_pretrained(folder / "llama")
-    result = run(folder, COMMANDS)
+    assert all(line.startswith("mor convert ") for line in COMMANDS.splitlines())
+    commands = [shlex.split(line)[1:] for line in COMMANDS.splitlines()]
+    code = f"from mor_commands import main\nfor arguments in {commands}: main(arguments)"
+    result = run(folder, f"{TINY_MODEL}\n{code}")
     assert result.returncode == 0, result.stderr
+    assert result.stderr.count("largest difference of logits: ") == len(commands)
     return folder
 
 
 def test_the_commands_of_the_page_keep_logits(folder):
     from transformers import AutoModelForCausalLM
 
-    assert len(COMMANDS) == 2
-    ids = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
     expected = load_model(folder / "recursive")(ids).logits
     unrolled = AutoModelForCausalLM.from_pretrained(folder / "unrolled").eval()
     torch.testing.assert_close(unrolled(ids).logits, expected, rtol=1e-5, atol=1e-5)
     assert unrolled.config.eos_token_id == 2
+    routed, again = (open_model(folder / name) for name in ("routed", "routed-again"))
+    assert all(torch.equal(routed.weights[name], again.weights[name]) for name in routed.weights)
+    assert open_model(folder / "trained").facts["eos_token_id"] == 2
+
+
+@pytest.mark.full
+def test_the_page_runs_in_a_shell(tmp_path):
+    command = tmp_path / "bin" / "mor"
+    command.parent.mkdir()
+    command.write_text(f"#!{sys.executable}\nfrom mor_commands import main\n\nmain()\n")
+    command.chmod(0o755)
+    assert run(tmp_path, TINY_MODEL).returncode == 0
+    path = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
+    source = os.pathsep.join((str(ROOT), str(ROOT / "integrations")))
+    result = subprocess.run(
+        ["bash", "-ec", COMMANDS],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": path, "PYTHONPATH": source},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    python = [text for language, text in BLOCKS if language == "python"]
+    assert run(tmp_path, "\n".join(python[1:])).returncode == 0
 
 
 def test_errors_are_told_in_a_line_and_leave_nothing(folder, monkeypatch, capsys):
@@ -67,6 +83,7 @@ def test_errors_are_told_in_a_line_and_leave_nothing(folder, monkeypatch, capsys
         (["recursive", "new", "--recursions", "3"], "has a recursion"),
         (["llama", "new", "--recursions", "4"], "cannot split 6 shared layers"),
         (["llama", "new", "--router", "expert_choice"], "--router has no effect without"),
+        (["llama", "new", "--settings", "any.yaml"], "--settings has no effect"),
     ):
         before = sorted(path.name for path in folder.iterdir())
         with pytest.raises(SystemExit, match="2"):
@@ -75,3 +92,35 @@ def test_errors_are_told_in_a_line_and_leave_nothing(folder, monkeypatch, capsys
         assert message in told
         assert told.count("\n") == 1
         assert sorted(path.name for path in folder.iterdir()) == before
+
+
+MEASURE = """
+import resource
+from mor_commands import main
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def convert(source, target, to):
+    main(["convert", source, target, "--to", to, "--no-verify"])
+
+ways = [("mor", "megatron"), ("megatron", "mor"), ("mor", "published"), ("published", "llama"),
+        ("llama", "mor")]
+for size in ("small", "large"):
+    before = peak()
+    for place, (source, to) in enumerate(ways):
+        convert(f"{size}{place}", f"{size}{place + 1}", to)
+print(peak() - before)
+"""
+
+
+def test_no_copy_of_the_model_is_held(tmp_path):
+    small = DecoderConfig(61, 32, 64, 4, 4)
+    save_model(MoRTransformer(small), tmp_path / "small0")
+    config = DecoderConfig(4000, 256, 768, 28, 4)
+    save_model(MoRTransformer(config), tmp_path / "large0")
+    size = (tmp_path / "large0" / "model.safetensors").stat().st_size
+    assert size > 100e6
+    result = run(tmp_path, MEASURE)
+    assert result.returncode == 0, result.stderr
+    assert 0 <= int(result.stdout.splitlines()[-1]) < 0.4 * size
