@@ -120,16 +120,24 @@ class StepDelta(nn.Module):
         weight: Float[Tensor, "o i"],
     ) -> Float[Tensor, "k b o"]:
         """`projected`, which is `hidden` by the shared weight, as this step has it."""
-        relaxed = projected + self.scale * F.linear(F.linear(hidden, self.a), self.b)
+        relaxed = projected + self.scale * F.linear(self.lowered(hidden), self.b)
         if self.magnitude is None:
             return relaxed
-        with torch.no_grad():
-            norms = row_norms(weight, self.a, self.b, self.scale)
-            if self.column_group is not None:
-                squares = norms.square()
-                torch.distributed.all_reduce(squares, group=self.column_group)
-                norms = squares.sqrt()
-        return relaxed * (self.magnitude / norms).to(relaxed.dtype)
+        return relaxed * (self.magnitude / self.norms(weight)).to(relaxed.dtype)
+
+    def lowered(self, hidden: Float[Tensor, "k b i"]) -> Float[Tensor, "k b q"]:
+        """`A x`."""
+        return F.linear(hidden, self.a)
+
+    @torch.no_grad()
+    def norms(self, weight: Float[Tensor, "o i"]) -> Float[Tensor, " o"]:
+        """Norms of the rows of the step's own weight, whatever ranks hold their columns."""
+        norms = row_norms(weight, self.a, self.b, self.scale)
+        if self.column_group is None or self.column_group.size() == 1:
+            return norms
+        squares = norms.square()
+        torch.distributed.all_reduce(squares, group=self.column_group)
+        return squares.sqrt()
 
 
 def merged_weight(

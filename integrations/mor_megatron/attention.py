@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from mor_layers.attention import Exited, StepContext, attend
 from mor_megatron.context_parallel import in_sequence_order, zigzag_positions
 from mor_megatron.quantization import filled, row_alignment
+from mor_megatron.relaxation import StepDeltas
 
 
 class SDPACoreAttention(MegatronModule):
@@ -166,10 +167,12 @@ class RecursiveSelfAttention(SelfAttention):
 
     index_in_block: int
     """0-based place in the recursion block."""
+    deltas: StepDeltas | None
+    """What single steps add to projections, see `relaxation`."""
 
     def join_block(self, index: int, input_norm: nn.Module) -> None:
         """Learn one's place in the block, and the norm that the layer applies before attention."""
-        self.index_in_block = index
+        self.index_in_block, self.deltas = index, None
         self.__dict__["input_norm"] = input_norm  # it is the layer's: not registered here
 
     def forward(  # type: ignore[override]
@@ -203,6 +206,9 @@ class RecursiveSelfAttention(SelfAttention):
         if not self._can_project_parts:
             return self.get_query_key_value_tensors(hidden)[0], None, None
         query = self._project_part(hidden, slice(None, -2))
+        if self.deltas is not None:
+            weight, flat = self.parts_of(self.linear_qkv.weight)[0], query.flatten(2)
+            query = self.deltas.relax("query", hidden, flat, weight).view_as(query)
         return query if self.q_layernorm is None else self.q_layernorm(query), None, None
 
     def _project_exited(self, exited: Exited) -> tuple[Tensor, Tensor]:
@@ -216,6 +222,32 @@ class RecursiveSelfAttention(SelfAttention):
         both = self._project_part(hidden, slice(-2, None))[:count].unflatten(2, (-1, 2))
         key, value = both.unbind(dim=3)
         return key if self.k_layernorm is None else self.k_layernorm(key), value
+
+    def parts_of(self, fused: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
+        """Of queries, keys and values; `dim` becomes three, `[g (q.. k v) d] -> [g q|1|1 d]`."""
+        groups, size = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        heads = fused.unflatten(dim, (groups, -1, size))
+        place = dim + 1 if dim >= 0 else dim - 1  # one of the three is the place of the heads
+        return heads.split([heads.shape[place] - 2, 1, 1], dim=place)
+
+    def relax_qkv(self, linear: Any, inputs: tuple[Tensor, ...], output: Any) -> Any:
+        """A hook on `linear_qkv`: its output with the current step's deltas."""
+        assert self.deltas is not None
+        parts = []
+        for name, part, weight in zip(
+            ("query", "key", "value"),
+            self.parts_of(output[0], dim=-1),  # [p b g (q.. k v) d] -> [p b g q|1|1 d]
+            self.parts_of(linear.weight),
+            strict=True,
+        ):
+            relaxed = self.deltas.relax(name, inputs[0], part.flatten(-3), weight)
+            parts.append(relaxed.view_as(part))
+        return (torch.cat(parts, dim=-2).flatten(-3), *output[1:])
+
+    def relax_output(self, linear: Any, inputs: tuple[Tensor, ...], output: Any) -> Any:
+        """A hook on `linear_proj`."""
+        assert self.deltas is not None
+        return self.deltas.relax("output", inputs[0], output[0], linear.weight), *output[1:]
 
     @property
     def _can_project_parts(self) -> bool:

@@ -29,6 +29,7 @@ from mor_megatron.expert_router import StepTopKRouter
 from mor_megatron.moe import RecursiveMoELayer
 from mor_megatron.placement import shard_of_padding
 from mor_megatron.quantization import filled, row_alignment
+from mor_megatron.relaxation import attach_deltas
 from mor_megatron.static_cache import CachedStep, StaticCache
 
 
@@ -96,6 +97,8 @@ class StepStack(nn.ModuleList):
         self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
         for index, layer in enumerate(self):
             cast(Any, layer).self_attention.join_block(index, layer.input_layernorm)
+            if recursion.relaxation is not None:
+                attach_deltas(layer, recursion.relaxation, recursion.num_recursions, config)
         self._step_aware = [
             [m for m in layer.modules() if isinstance(m, StepAware)] for layer in self
         ]

@@ -3,6 +3,7 @@
 from megatron.core.transformer import TransformerConfig
 
 from mor_layers import RecursionConfig
+from mor_layers.relaxation import MLP_PROJECTIONS
 
 
 def validate(config: TransformerConfig, recursion: RecursionConfig) -> None:
@@ -29,6 +30,9 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
     balancing = config.moe_router_load_balancing_type
     balancing = balancing if isinstance(balancing, list) else [balancing]
     interleaved = config.virtual_pipeline_model_parallel_size is not None
+    relaxed = () if recursion.relaxation is None else recursion.relaxation.projections
+    relaxed_qkv = set(relaxed) & {"query", "key", "value"}
+    is_dora = recursion.relaxation is not None and recursion.relaxation.kind == "dora"
     return [
         (
             config.hybrid_context_parallel,
@@ -94,6 +98,32 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             "layernorm" in selective and not recursion.share_norms,
             "recompute_modules with 'layernorm' and share_norms=False",
             "a recomputed norm would be the last step's. Leave 'layernorm' out.",
+        ),
+        (
+            "mlp" in selective and bool(set(relaxed) & set(MLP_PROJECTIONS)),
+            f"recompute_modules with 'mlp' and Relaxation.projections={relaxed}",
+            "a recomputed MLP would be the last step's. Use recompute_granularity='full', or leave "
+            "'mlp' out.",
+        ),
+        (
+            "gate" in relaxed and not config.gated_linear_unit,
+            "Relaxation.projections with 'gate' and gated_linear_unit=False",
+            "there is no gate. Leave it out of projections.",
+        ),
+        (
+            bool(relaxed_qkv)
+            and config.num_query_groups is not None
+            and config.num_query_groups < config.tensor_model_parallel_size,
+            f"num_query_groups={config.num_query_groups} with tensor_model_parallel_size="
+            f"{config.tensor_model_parallel_size} and deltas of {', '.join(sorted(relaxed_qkv))}",
+            "a rank has no projections of its own to add to. Use at least as many groups as ranks, "
+            "or other Relaxation.projections.",
+        ),
+        (
+            bool(relaxed_qkv) and is_dora and (config.add_bias_linear or config.add_qkv_bias),
+            "Relaxation.kind='dora' of query, key or value with biases",
+            "Megatron adds the bias before a magnitude could be applied. Use kind='lora', or other "
+            "Relaxation.projections.",
         ),
         (
             interleaved and config.batch_p2p_comm,

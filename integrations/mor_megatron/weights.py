@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mor_layers import DecoderConfig, MoEConfig, RecursionConfig
 from mor_layers.model_folder import tensor_shapes
+from mor_layers.relaxation import MLP_PROJECTIONS
 from mor_layers.tensor_files import LazyTensors
 
 
@@ -180,7 +181,27 @@ def _layer_names(
             result[f"{theirs}.{place}.layer_norm_{own}weight"] = (
                 f"{ours}.{norm}_norm.weights.{step}",
             )
-    return result
+    return result | _delta_names(theirs, ours, recursion)
+
+
+def _delta_names(
+    theirs: str, ours: str, recursion: RecursionConfig | None
+) -> dict[str, tuple[str, ...]]:
+    relaxation = None if recursion is None else recursion.relaxation
+    if recursion is None or relaxation is None:
+        return {}
+    parts = ("a", "b", "magnitude") if relaxation.kind == "dora" else ("a", "b")
+    names = {}
+    for name in relaxation.projections:
+        their_module, module = ("mlp",) * 2 if name in MLP_PROJECTIONS else _ATTENTION
+        for step in range(recursion.num_recursions):
+            for part in parts:
+                own = f"{ours}.{module}.{name}.deltas.{step}.{part}"
+                names[f"{theirs}.{their_module}.deltas.{name}.{step}.{part}"] = (own,)
+    return names
+
+
+_ATTENTION = ("self_attention", "attention")
 
 
 def _expert_names(moe: MoEConfig, recursion: RecursionConfig | None) -> dict[str, tuple[str, ...]]:

@@ -16,11 +16,13 @@ from mor_layers import (
     MoEConfig,
     MoRTransformer,
     RecursionConfig,
+    Relaxation,
     Request,
     Sampling,
     TokenChoice,
 )
 from mor_layers.lockstep import LockstepEngine
+from mor_layers.relaxation import PROJECTIONS
 from mor_layers.sampling import sample
 from mor_layers.tensor_parallel import shard
 from mor_megatron.generation import tensor_parallel_decoder
@@ -57,7 +59,11 @@ class Served:
 
 
 def decoder_config(router: str, policy: KVPolicy, with_experts: bool) -> DecoderConfig:
-    recursion = RecursionConfig(3, router=ROUTERS[router], kv_policy=policy)
+    keyed = policy in ("recursion_wise", "sharing_with_update")
+    names = PROJECTIONS if keyed and not with_experts else ("query", "output")
+    kind = "lora" if policy == "exit_state" else "dora"  # Qwen has biases
+    relaxation = Relaxation(3, kind, names) if router == "expert" else None
+    recursion = RecursionConfig(3, router=ROUTERS[router], kv_policy=policy, relaxation=relaxation)
     moe = MoEConfig(4, 2, ffn_hidden_size=24) if with_experts else None
     qwen = {"head_dim": 12, "qkv_bias": True, "qk_norm": True} if policy == "exit_state" else {}
     return DecoderConfig(VOCAB_SIZE, 32, 64, 8, 4, 2, **qwen, recursion=recursion, moe=moe)

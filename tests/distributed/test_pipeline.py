@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from mor_layers import DepthAndWidth, ExpertChoice, FixedDepth, RecursionConfig, TokenChoice
+from mor_layers import (
+    DepthAndWidth,
+    ExpertChoice,
+    FixedDepth,
+    RecursionConfig,
+    Relaxation,
+    TokenChoice,
+)
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pipeline_setup import (
     DISTRIBUTED,
@@ -61,6 +68,11 @@ SAMPLE = {
     ),
     "PP=2, full recompute, token, sharing": Case(
         recursion(2, "token", SHARING), config=FULL_RECOMPUTE
+    ),
+    "TP=2+SP x PP=2, token, deltas": Case(
+        replace(recursion(2, "token"), relaxation=Relaxation(3, "dora", scale=0.5)),
+        tp=2,
+        config=SP,
     ),
     "PP=2, cycle, fixed depth, a norm a step": Case(
         RecursionConfig(3, sharing="cycle", router=FixedDepth(), share_norms=False)

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mor_layers import ExpertChoice, FixedDepth, RandomDepth, RecursionConfig, TokenChoice
+from mor_layers import (
+    ExpertChoice,
+    FixedDepth,
+    RandomDepth,
+    RecursionConfig,
+    Relaxation,
+    TokenChoice,
+)
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pool import WorkerPool
 
@@ -56,6 +63,7 @@ EXPERT = RecursionConfig(
     3, router=ExpertChoice(predictor_coefficient=0.1, z_loss_coefficient=0.01, alpha=0.5)
 )
 TOKEN = RecursionConfig(3, router=TokenChoice(z_loss_coefficient=0.01))
+ATTENTION = ("query", "key", "value", "output")
 RECURSIONS = {
     "expert": EXPERT,
     "token": TOKEN,
@@ -65,6 +73,16 @@ RECURSIONS = {
     "expert, sharing": RecursionConfig(3, router=EXPERT.router, kv_policy="recursive_sharing"),
     "token, sharing": RecursionConfig(3, router=TOKEN.router, kv_policy="recursive_sharing"),
     "expert, update": RecursionConfig(3, router=EXPERT.router, kv_policy="sharing_with_update"),
+    "expert, deltas": RecursionConfig(
+        3, router=EXPERT.router, relaxation=Relaxation(3, "dora", ATTENTION, 0.5)
+    ),
+    "fixed, deltas": RecursionConfig(3, relaxation=Relaxation(3, scale=0.5)),
+    "token, sharing, deltas": RecursionConfig(
+        3,
+        router=TOKEN.router,
+        kv_policy="recursive_sharing",
+        relaxation=Relaxation(3, "dora", ("query", "output", "gate", "up", "down")),
+    ),
     "aux router": RecursionConfig(3, router=ExpertChoice("mlp", "tanh", predictor="aux_router")),
 }
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]] = {
@@ -96,12 +114,21 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], di
         {},
     ),
 }
+WITH_DELTAS = [name for name in RECURSIONS if "deltas" in name]
+LAYOUTS["full recompute of dense layers"] = (1, {}, DENSE, LAYOUTS["full recompute"][3], {})
 # Replicas draw random depths side by side, one rank draws them one after the other.
 CASES = [
     (name, layout)
     for name in RECURSIONS
-    for layout in LAYOUTS
+    for layout in list(LAYOUTS)[:-1]
     if name != "random" or not layout.startswith(("dp", "ep"))
+    if layout in ("tp", "tp+sp") or name not in WITH_DELTAS
+]
+CASES += [
+    ("expert, deltas", "tp+sp moe"),
+    ("fixed, deltas", "pp"),
+    ("token, sharing, deltas", "dp overlap"),
+    ("fixed, deltas", "full recompute of dense layers"),
 ]
 
 

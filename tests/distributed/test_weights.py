@@ -1,7 +1,7 @@
 """Weights go from a MoRTransformer into GPTModel at any layout and back, experts included."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -22,6 +22,7 @@ from mor_layers import (
     MoEConfig,
     MoRTransformer,
     RecursionConfig,
+    Relaxation,
 )
 from mor_megatron import Norm, causal_routing, default_layer_spec, recursion_block_spec
 from mor_megatron.weights import decoder_tensors, load_tensors, megatron_tensors, whole_tensors
@@ -45,6 +46,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe": EXPERTS,
     },
     "Qwen's": {"recursion": WISE, "head_dim": 12, "qkv_bias": True, "qk_norm": True},
+    "deltas": {"recursion": replace(WISE, relaxation=Relaxation(3, "dora", scale=0.5))},
+    "deltas beside experts": {
+        "recursion": replace(WISE, relaxation=Relaxation(40, projections=("query", "output"))),
+        "moe": EXPERTS,
+    },
     "no recursion": {"moe": EXPERTS, "dense_ends": True},
 }
 LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
@@ -56,6 +62,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
 SAMPLE = [
     ("dense", "tp+sp"),
     ("Qwen's", "tp+sp"),
+    ("deltas", "tp+sp"),
     ("dense ends", "ep"),
     ("an expert router a step", "tp+sp"),
     ("no recursion", "pp"),
