@@ -13,6 +13,7 @@ from mor_layers.config import (
 )
 from mor_layers.deepening import Deepened, deepened
 from mor_layers.depth_batching import DepthBatchingEngine, Event
+from mor_layers.distillation import Distillation, DistilledOutput, Distiller
 from mor_layers.early_exit import (
     Acceleration,
     Confidence,
@@ -21,6 +22,7 @@ from mor_layers.early_exit import (
     ExitProbability,
     with_early_exit,
 )
+from mor_layers.healing import Healing, heal
 from mor_layers.inspection import Inspection, inspect_text
 from mor_layers.moe import ExpertRouters, ExpertUse, MoE, MoEConfig
 from mor_layers.published import (
@@ -61,6 +63,9 @@ __all__ = [
     "Deepened",
     "DepthAndWidth",
     "DepthBatchingEngine",
+    "Distillation",
+    "DistilledOutput",
+    "Distiller",
     "Divergence",
     "EncoderLayers",
     "Event",
@@ -69,6 +74,7 @@ __all__ = [
     "ExpertRouters",
     "ExpertUse",
     "FixedDepth",
+    "Healing",
     "Inspection",
     "KVPolicy",
     "LocalPlacement",
@@ -101,6 +107,7 @@ __all__ = [
     "deepened",
     "from_mapping",
     "from_published",
+    "heal",
     "inspect_text",
     "load_config",
     "load_published",

@@ -80,6 +80,8 @@ def _describe(kind: type, indent: str) -> Iterator[str]:
         meaning = documentation.get(field.name) or (inspect.getdoc(component) or "").split("\n")[0]
         yield textwrap.indent(meaning, indent + " " * 8)
         if component is RouterConfig:
+            if issubclass(kind, RouterConfig):
+                continue  # a router around another: any of those that are being listed
             for name, router in sorted(registered_routers().items()):
                 yield f"{indent}    type: {name}"
                 yield from _describe(router, indent + " " * 8)

@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from mor_huggingface.llama import write_llama
 from mor_layers import MoRTransformer, RecursionConfig
 from mor_layers.distillation import logits_divergence
 from mor_layers.model_folder import load_model, open_model, save_model
 from mor_layers.uptraining import recursive_weights
+from pretraining import teacher
 from pretraining.command_line import load_settings
+from pretraining.text import TextTokenizer
 from tests.distributed.pool import WorkerPool
 from tests.examples.pretraining_runs import (
     SMALL,
@@ -75,10 +78,10 @@ def first_batch_in_torch(*, settings: list[str]) -> tuple[float, float]:
     cpu.enable()
     read = load_settings(["--config", TINY, *SMALL, *settings])
     assert read.uptrain is not None and read.recursion is not None
-    teacher = load_model(Path(read.uptrain.teacher))
+    dense_model = load_model(Path(read.uptrain.teacher))
     config, weights = recursive_weights(
-        teacher.state_dict(),
-        teacher.config,
+        dense_model.state_dict(),
+        dense_model.config,
         read.recursion,
         read.uptrain.initialization,
         read.training.seed,
@@ -93,7 +96,7 @@ def first_batch_in_torch(*, settings: list[str]) -> tuple[float, float]:
         for batch, _ in zip(data, range(read.training.global_batch_size), strict=False):
             given = {"documents": batch["documents"]}
             logits = student(batch["tokens"], **given).logits
-            targets = teacher(batch["tokens"], **given).logits
+            targets = dense_model(batch["tokens"], **given).logits
             # Megatron's vocabulary is filled up, with rows of zeros.
             missing = -logits.shape[-1] % 128
             logits = F.pad(logits, (0, missing))
@@ -206,6 +209,19 @@ def test_a_dense_model_that_does_not_fit_is_answered_with_the_fix(pool, dense, t
     assert "only a dense model can be made recursive" in refusal(
         pool, *text, *uptrain(tmp_path / "recursive"), f"output={tmp_path / 'fifth'}"
     )
+
+
+def test_a_llama_teaches_as_the_same_model_in_our_format_does(dense, tmp_path):
+    text, model = dense
+    llama = tmp_path / "llama"
+    llama.mkdir()
+    write_llama(open_model(model), llama)
+    settings = load_settings(["--config", TINY, *SMALL, *text, *uptrain(llama)])
+    tokenizer = TextTokenizer(model / "tokenizer.json", settings.data.end_of_document)
+    found, ours = teacher.open_dense(settings, tokenizer), open_model(model)
+    assert found.config == ours.config
+    for name in ours.weights:
+        assert torch.equal(found.weights[name], ours.weights[name]), name
 
 
 WRONG = {
