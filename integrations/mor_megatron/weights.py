@@ -113,6 +113,11 @@ def _named(tensors: Mapping[str, Tensor], name: str) -> Tensor:
 def _names(config: DecoderConfig, routers: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """For each of Megatron's tensors, ours that it is made of; `routers` names a router's."""
     recursion, schedule = config.effective_recursion, config.schedule
+    if recursion.relaxation is not None:
+        raise ValueError(
+            f"relaxation={recursion.relaxation} has no place in a Megatron model, whose steps share "
+            "their layers as they are. Keep the model in our format."
+        )
     ends = None if config.dense_ends else config.moe
     num_norms = 1 if recursion.share_norms else recursion.num_recursions
     names: dict[str, tuple[str, ...]] = {
