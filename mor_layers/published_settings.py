@@ -61,6 +61,8 @@ def _check_decoder(config: DecoderConfig) -> None:
     recursion = config.effective_recursion
     if recursion.kv_policy not in _KV_POLICIES:
         _refuse("kv_policy", recursion.kv_policy)
+    if recursion.relaxation is not None:
+        _refuse("relaxation", recursion.relaxation)
     if not isinstance(recursion.router, FixedDepth | ExpertChoice | TokenChoice):
         _refuse("router", type(recursion.router).__name__)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mor_layers import ExpertChoice, RandomDepth, RecursionConfig
+from mor_layers import ExpertChoice, RandomDepth, RecursionConfig, Relaxation
 from mor_layers.model_folder import StoredModel, load_model, open_model, save_model, write_model
 from mor_layers.published_files import is_published, open_published, write_published
 from tests.core.small_models import small_config, small_model
@@ -121,6 +121,10 @@ def test_damage_is_named(folder):
         (replace(small_config(), head_dim=4), "head_dim=4"),
         (small_config(ExpertChoice(threshold=0.4)), "threshold=0.4"),
         (small_config(RandomDepth()), "router='RandomDepth'"),
+        (
+            replace(small_config(), recursion=RecursionConfig(3, relaxation=Relaxation(rank=2))),
+            r"relaxation=Relaxation\(rank=2",
+        ),
         (
             replace(small_config(), recursion=RecursionConfig(3, kv_policy="exit_state")),
             "kv_policy='exit_state'",
