@@ -27,6 +27,7 @@ from pretraining.settings import Settings
 from pretraining.summary import write_summary
 from pretraining.text import TextTokenizer, prepare
 from pretraining.training import Batches, Trainer
+from pretraining.watch import shared_watch
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -59,11 +60,15 @@ def pretrain(settings: Settings) -> None:
     data = build_datasets(settings, text, tokenizer)
     distributed.seed(settings.training.seed, step=0)
     chunks = model.build_model(settings, tokenizer.vocab_size)
-    trainer = Trainer(settings, chunks)
-    trainer.resume()
+    watch = shared_watch(settings.training.timeout_seconds)
+    trainer = Trainer(settings, chunks, watch)
+    refused = trainer.resume()
     session = Session(settings, trainer, data, tokenizer, console)
     with session.display:
-        session.train()
+        for damaged in refused:
+            session.display.say(f"{damaged}. It is left out.")
+        with watch:
+            session.train()
         if trainer.step == settings.training.steps:
             session.finish()
     session.history.close()
