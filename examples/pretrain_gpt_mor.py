@@ -27,6 +27,7 @@ from pretraining.settings import Settings
 from pretraining.summary import write_summary
 from pretraining.text import TextTokenizer, prepare
 from pretraining.training import Batches, Trainer
+from pretraining.watch import shared_watch
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -66,11 +67,15 @@ def pretrain(settings: Settings) -> None:
     if dense is not None and not run_folder.has_checkpoint(settings):
         teacher.load_recursive(chunks, settings, dense)
     taught_by = teacher.build(settings, dense) if settings.is_distilled else None
-    trainer = Trainer(settings, chunks, decoder, taught_by)
-    trainer.resume()
+    watch = shared_watch(settings.training.timeout_seconds)
+    trainer = Trainer(settings, chunks, decoder, watch, taught_by)
+    refused = trainer.resume()
     session = Session(settings, trainer, data, tokenizer, console)
     with session.display:
-        session.train()
+        for damaged in refused:
+            session.display.say(f"{damaged}. It is left out.")
+        with watch:
+            session.train()
         if trainer.step == settings.training.steps:
             session.finish()
     session.history.close()

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -46,7 +47,10 @@ def process_groups(settings: Settings) -> Iterator[None]:
         torch.cuda.set_device(device())
     else:
         cpu.enable()
-    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    # The watch over a run speaks before a collective gives up, which would not say whom it waits for.
+    timeout = _collective_timeout(settings)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, timeout=timeout)
     try:
         with model_parallel(settings):
             yield
@@ -58,6 +62,7 @@ def process_groups(settings: Settings) -> Iterator[None]:
 def model_parallel(settings: Settings) -> Iterator[None]:
     """Lays the connected processes out as the settings say."""
     parallel = settings.parallel
+    timeout = _collective_timeout(settings)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -65,11 +70,16 @@ def model_parallel(settings: Settings) -> Iterator[None]:
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1 if parallel.expert > 1 else None,
+        distributed_timeout_minutes=timeout / timedelta(minutes=1),
     )
     try:
         yield
     finally:
         parallel_state.destroy_model_parallel()
+
+
+def _collective_timeout(settings: Settings) -> timedelta:
+    return timedelta(seconds=max(1800.0, 2 * settings.training.timeout_seconds))
 
 
 def seed(settings_seed: int, step: int) -> None:

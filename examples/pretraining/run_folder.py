@@ -21,6 +21,7 @@ FREE_TO_CHANGE = (
     "training.micro_batch_size",
     "training.recompute",
     "training.checkpoint_every",
+    "training.timeout_seconds",
     "data.prepared_folder",
     "data.workers",
 )

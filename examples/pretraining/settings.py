@@ -248,6 +248,9 @@ class TrainingSettings:
     (`mor convert` makes both). null: random ones."""
     checkpoint_every: int = 200
     """Steps between checkpoints; there is always one at the end."""
+    timeout_seconds: float = 600.0
+    """Longest that a micro-batch, with its communication, or a checkpoint may take. After it the run
+    ends, and says which rank hangs."""
 
     def __post_init__(self) -> None:
         owner = "training"
@@ -269,6 +272,10 @@ class TrainingSettings:
             weight_decay=self.weight_decay,
             gradient_clip=self.gradient_clip,
             seed=self.seed,
+        )
+        _require(
+            0 < self.timeout_seconds < math.inf,
+            f"{owner}.timeout_seconds={self.timeout_seconds} must be above 0, and finite.",
         )
         _require(self.learning_rate > 0, f"{owner}.learning_rate={self.learning_rate} must be > 0.")
         _require_share(owner, adam_beta2=self.adam_beta2)

@@ -39,6 +39,7 @@ from pretraining import distributed
 from pretraining.datasets import batches
 from pretraining.settings import Settings
 from pretraining.teacher import Teacher
+from pretraining.watch import Watch
 
 Batches = Iterator[dict[str, Tensor]]
 
@@ -66,6 +67,7 @@ class Trainer:
         settings: the run's settings.
         chunks: this process's part of the model, see `build_model`.
         decoder: what the model is, for its checkpoints to say.
+        watch: is told of every micro-batch, so that it can tell who hangs.
         teacher: what the model learns from beside the text, on last stages.
     """
 
@@ -74,11 +76,16 @@ class Trainer:
         settings: Settings,
         chunks: list[GPTModel],
         decoder: DecoderConfig,
+        watch: Watch,
         teacher: Teacher | None = None,
     ) -> None:
         self.settings, self.decoder, self.teacher = settings, decoder, teacher
         self.step = 0
         """Optimizer steps taken."""
+        self.saved_step: int | None = None
+        """That of the newest checkpoint known to be good; None before there is one."""
+        self.watch = watch
+        self._losses_not_finite: str | None = None
         self.chunks = _data_parallel(settings, chunks)
         self.optimizer = _optimizer(settings, self.chunks)
         self.scheduler = _scheduler(settings, self.optimizer)
@@ -97,7 +104,7 @@ class Trainer:
         """Take one optimizer step.
 
         Raises:
-            FloatingPointError: the loss or the gradient is not finite.
+            FloatingPointError: the loss or the gradient is not finite; on every rank.
         """
         distributed.seed(self.settings.training.seed, self.step)
         for chunk in self.chunks:
@@ -105,13 +112,14 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss, divergence = self._run(data, self.microbatches, forward_only=False)
+        for what, value in (("the loss", loss), ("the divergence from the teacher", divergence)):
+            if not math.isfinite(value):
+                raise self._not_finite(f"{what} is {value}", self._losses_not_finite)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         succeeded, norm, _ = self.optimizer.step()
-        if not (succeeded and all(map(math.isfinite, (loss, divergence, norm or 0.0)))):
-            raise FloatingPointError(
-                f"step {self.step + 1}: loss {loss}, gradient norm {norm}. Lower "
-                f"training.learning_rate={self.settings.training.learning_rate}, and run again to "
-                "go on from the last checkpoint."
+        if not (succeeded and math.isfinite(norm or 0.0)):
+            raise self._not_finite(
+                f"the gradient's norm is {norm}", _gradients_not_finite(self.chunks)
             )
         self.scheduler.step(increment=1)
         update_routers(self.chunks)
@@ -140,7 +148,8 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this moment, if there is none."""
-        if checkpointing.latest_step(self.checkpoints) != self.step:
+        if self.saved_step != self.step:
+            self.watch.beat(f"step {self.step}: writing a checkpoint")
             checkpointing.save(
                 self.checkpoints,
                 self.step,
@@ -149,14 +158,17 @@ class Trainer:
                 self.scheduler,
                 describe(self.decoder),
             )
+            self.saved_step = self.step
 
-    def resume(self) -> None:
-        """Go on from the latest checkpoint, if there is one."""
+    def resume(self) -> tuple[str, ...]:
+        """Go on from the newest good checkpoint, if there is one; what is wrong with newer ones."""
         if checkpointing.latest_step(self.checkpoints) is not None:
             restored = checkpointing.load(
                 self.checkpoints, self.chunks, self.optimizer, self.scheduler
             )
-            self.step = restored.step
+            self.step = self.saved_step = restored.step
+            return restored.refused
+        return ()
 
     def _run(self, data: Batches, microbatches: int, forward_only: bool) -> tuple[float, float]:
         """Mean loss, and mean divergence from the teacher, over the micro-batches of all ranks."""
@@ -165,7 +177,7 @@ class Trainer:
         teacher = None if forward_only else self.teacher
         reports: list[Tensor] = run(
             forward_step_func=partial(_forward_step, teacher=teacher),
-            data_iterator=list(tee(data, len(self.chunks))),
+            data_iterator=list(tee(self._watched(data), len(self.chunks))),
             model=self.chunks,
             num_microbatches=microbatches,
             micro_batch_size=self.settings.training.micro_batch_size,
@@ -174,12 +186,51 @@ class Trainer:
         )
         # Only last pipeline stages report; the others add nothing to any sum.
         total = torch.zeros(3, device=distributed.device())
+        self._losses_not_finite = None
         if reports:
             total[:2], total[2] = torch.stack(reports).sum(dim=0), len(reports)
+            if not total.isfinite().all():
+                self._losses_not_finite = "a micro-batch's loss"
         torch.distributed.all_reduce(total)
         # Context-parallel ranks report parts of a mean.
         loss, divergence = (total[:2] / total[2] * self.settings.parallel.context).tolist()
         return loss, divergence
+
+    def _watched(self, data: Batches) -> Batches:
+        """The same micro-batches; the watch learns when one is read."""
+        while True:
+            self.watch.beat(f"step {self.step + 1}: reading text")
+            batch = next(data, None)
+            if batch is None:
+                return
+            self.watch.beat(f"step {self.step + 1}: computing")
+            yield batch
+
+    def _not_finite(self, what: str, here: str | None) -> FloatingPointError:
+        """The error that says where it began. All ranks call it."""
+        gathered: list[str | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, here)
+        where = [f"rank {rank} ({found})" for rank, found in enumerate(gathered) if found]
+        kept = "There is no checkpoint yet: another run starts over."
+        if self.saved_step is not None:
+            name = checkpointing.folder_of(self.checkpoints, self.saved_step)
+            kept = f"The last good checkpoint is {name}; run again to go on from it."
+        rate = self.settings.training.learning_rate
+        return FloatingPointError(
+            f"step {self.step + 1}: {what}, on {', '.join(where) or 'no rank alone'}. Nothing of "
+            f"this step was written. Lower training.learning_rate={rate}, or look at the text of this "
+            f"step. {kept}"
+        )
+
+
+def _gradients_not_finite(chunks: list[DistributedDataParallel]) -> str | None:
+    """The first parameter of this rank whose gradient is not finite."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            gradient = getattr(parameter, "main_grad", None)
+            if gradient is not None and not gradient.isfinite().all():
+                return name.removeprefix("module.")
+    return None
 
 
 def _forward_step(

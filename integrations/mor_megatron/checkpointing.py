@@ -1,15 +1,15 @@
 """Checkpoints that any layout of ranks can save and any other can load.
 
 A checkpoint is a directory `step_<n>` in Megatron's `torch_dist` format: tensors by global name and
-index, and what all ranks share. It appears under that name only when it is complete, and the file
-`latest` names the newest one only after that.
+index, and what all ranks share. It appears under that name only when it is complete, checksums
+included (`integrity`), and the file `latest` names the newest one only after that. One that turns out
+damaged is refused by name, and the newest good one before it is taken.
 """
 
 import os
-import queue
+import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,14 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     apply_factories,
 )
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import MegatronModule
 from megatron.core.utils import unwrap_model
 from torch import nn
 
-from mor_megatron import distributed_optimizer
+from mor_megatron import distributed_optimizer, integrity
+from mor_megatron.checkpoint_writer import write_state
 
 _LATEST = "latest"
 _MOST_DIFFERENCES_SHOWN = 8
@@ -43,6 +43,8 @@ class Restored:
     """The training step at which the checkpoint was saved."""
     extra: dict[str, Any]
     """What was passed to `save`."""
+    refused: tuple[str, ...] = ()
+    """Newer checkpoints that are damaged, and what is wrong with each."""
 
 
 def save(
@@ -69,9 +71,10 @@ def save(
         The checkpoint's directory.
 
     Raises:
-        OSError: the directory cannot be written.
+        OSError: it cannot be written, as on a full disk; on every rank. Nothing is left of it, and
+            earlier checkpoints are as they were.
     """
-    target = Path(directory, f"step_{step:08d}")
+    target = folder_of(directory, step)
     partial = target.with_name(f".{target.name}.partial")
     state: ShardedStateDict = {
         "step": step,
@@ -82,10 +85,13 @@ def save(
     if optimizer is not None:
         state["optimizer"] = distributed_optimizer.sharded_state(optimizer, state["model"], False)
         state["shared_optimizer"] = distributed_optimizer.shared_state(optimizer)
-    _on_first_rank(lambda: _make_empty(partial))
-    with _results_in_process():
-        dist_checkpointing.save(state, str(partial))
-    _on_first_rank(lambda: _publish(partial, target))
+    try:
+        _on_first_rank(lambda: _make_empty(partial))
+        write_state(state, partial)
+        integrity.seal(partial)
+        _on_first_rank(lambda: _publish(partial, target))
+    except OSError as error:
+        raise OSError(_on_first_rank(lambda: _given_up(partial, target, error))) from error
     return target
 
 
@@ -110,9 +116,10 @@ def load(
 
     Raises:
         FileNotFoundError: there is no such complete checkpoint.
-        ValueError: it does not fit the model, or lacks the optimizer or the scheduler.
+        ValueError: it is damaged, and so are all before it where `step` is None; it does not fit the
+            model, or lacks the optimizer or the scheduler.
     """
-    source = _on_first_rank(lambda: _find(Path(directory), step))
+    source, refused = _good(_on_first_rank(lambda: _find(Path(directory), step)))
     shared = dist_checkpointing.load_common_state_dict(source)
     if optimizer is not None and "shared_optimizer" not in shared:
         raise ValueError(f"{source} was saved without an optimizer. Load it with optimizer=None.")
@@ -133,13 +140,18 @@ def load(
     if scheduler is not None:
         scheduler.num_steps = 0  # loading counts on from here
         scheduler.load_state_dict(state["scheduler"])
-    return Restored(state["step"], state["extra"])
+    return Restored(state["step"], state["extra"], refused)
+
+
+def folder_of(directory: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step lies, or would."""
+    return Path(directory, f"step_{step:08d}")
 
 
 def latest_step(directory: str | Path) -> int | None:
     """The step of the newest complete checkpoint, or None where there is none."""
-    pointer = Path(directory, _LATEST)
-    return int(pointer.read_text().removeprefix("step_")) if pointer.exists() else None
+    candidates = _newest_first(Path(directory))
+    return _step(candidates[0]) if candidates else None
 
 
 def _unwrapped(chunk: nn.Module) -> MegatronModule:
@@ -157,20 +169,6 @@ def _model_state(chunks: Sequence[nn.Module]) -> ShardedStateDict:
     }
 
 
-@contextmanager
-def _results_in_process() -> Iterator[None]:
-    """Lets a synchronous save collect the results of its own thread in an ordinary queue.
-
-    filesystem_async.py:65 would start a manager process for them, which runs the main script again
-    where it has no guard, and cannot start from a daemon.
-    """
-    previous, filesystem_async._results_queue = filesystem_async._results_queue, queue.Queue()
-    try:
-        yield
-    finally:
-        filesystem_async._results_queue = previous
-
-
 def _on_first_rank[T](action: Callable[[], T]) -> T:
     """The result of `action`, run on rank 0 alone, on every rank; its error too."""
     outcome: list[Any] = [None, None]
@@ -183,6 +181,24 @@ def _on_first_rank[T](action: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def _given_up(partial: Path, target: Path, error: OSError) -> str:
+    """Remove what was written of a checkpoint; what to tell."""
+    size = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        free = f"{shutil.disk_usage(target.parent).free / 1e9:.1f} GB are free"
+    except OSError:
+        free = "the folder is not there"
+    earlier = _newest_first(target.parent)
+    kept = "There is no earlier one."
+    if earlier:
+        kept = f"The last good one, {earlier[0].name}, is as it was; run again to go on from it."
+    return (
+        f"checkpoint {target.name} could not be written into {target.parent}: {error}. "
+        f"{size / 1e9:.1f} GB of it were written and are removed again, {free} now. {kept}"
+    )
 
 
 def _make_empty(directory: Path) -> None:
@@ -202,18 +218,47 @@ def _publish(partial: Path, target: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _find(directory: Path, step: int | None) -> Path:
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def _newest_first(directory: Path) -> list[Path]:
+    """Checkpoints from the one that `latest` names back; all, where it names none."""
+    found = [p for p in directory.glob("step_*") if re.fullmatch(r"step_\d+", p.name)]
     pointer = directory / _LATEST
-    if step is not None:
-        source = directory / f"step_{step:08d}"
-    elif pointer.exists():
-        source = directory / pointer.read_text()
-    else:
-        raise FileNotFoundError(f"there is no complete checkpoint in {directory}")
+    named = pointer.read_text().strip() if pointer.is_file() else ""
+    if re.fullmatch(r"step_\d+", named):
+        newest = directory / named
+        found = [newest, *(path for path in found if _step(path) < _step(newest))]
+    return sorted(found, key=_step, reverse=True)
+
+
+def _find(directory: Path, step: int | None) -> list[Path]:
+    """The checkpoint asked for; or all that may be taken, the best one first."""
+    if step is None:
+        candidates = _newest_first(directory)
+        if not candidates:
+            raise FileNotFoundError(f"there is no complete checkpoint in {directory}")
+        return candidates
+    source = folder_of(directory, step)
     if not source.is_dir():
         complete = sorted(path.name for path in directory.glob("step_*"))
         raise FileNotFoundError(f"there is no {source.name} in {directory}, only {complete}")
-    return source
+    return [source]
+
+
+def _good(candidates: list[Path]) -> tuple[Path, tuple[str, ...]]:
+    """The first candidate that is whole, and what is wrong with those before it."""
+    refused = []
+    for source in candidates:
+        damage = integrity.damage(source)
+        if damage is None:
+            return source, tuple(refused)
+        refused.append(f"{source} is damaged: {damage}")
+    raise ValueError(
+        f"{'; '.join(refused)}. No checkpoint is left to take instead. Bring one back from a copy, "
+        "or start over in another folder."
+    )
 
 
 def _check_fit(source: Path, request: ShardedStateDict) -> None:
