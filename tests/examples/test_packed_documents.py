@@ -19,6 +19,7 @@ def losses_of_last_documents(*, settings: list[str]) -> list[list[float]]:
     from pretraining import distributed, model
     from pretraining.datasets import build_datasets
     from pretraining.training import Trainer
+    from pretraining.watch import shared_watch
 
     cpu.enable()
     run = load_settings(["--config", TINY, *settings])
@@ -39,6 +40,7 @@ def losses_of_last_documents(*, settings: list[str]) -> list[list[float]]:
             run,
             model.build_model(run, tokenizer.vocab_size),
             model.decoder_config(run, tokenizer.vocab_size),
+            shared_watch(run.training.timeout_seconds),
         )
         if not run.data.reset_attention_mask:
             for sample in samples + changed:
