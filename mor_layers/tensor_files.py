@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 SAFETENSORS = "model.safetensors"
@@ -132,6 +131,8 @@ def _indexed(index: Path) -> LazyTensors:
 def _names(path: Path) -> list[str]:
     if path.suffix == ".bin":
         return list(_unpickled(path))
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
@@ -145,6 +146,8 @@ def _read(path: Path, name: str) -> Tensor:
         if name not in tensors:
             raise ValueError(f"{path} has no tensor {name!r}, which its index lists there.")
         return tensors[name]
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
             return file.get_tensor(name)
