@@ -18,7 +18,14 @@ from typing import Self
 from mor_layers.attention import KVPolicy
 from mor_layers.config import DecoderConfig, RecursionConfig
 from mor_layers.relaxation import Projection, Relaxation
-from mor_layers.routers import DepthAndWidth, ExpertChoice, FixedDepth, RandomDepth, TokenChoice
+from mor_layers.routers import (
+    DepthAndWidth,
+    ExpertChoice,
+    FixedDepth,
+    RandomDepth,
+    RandomLoops,
+    TokenChoice,
+)
 
 
 @dataclass(frozen=True)
@@ -78,13 +85,15 @@ class RouterShape:
     """At each step, the matrices that all its candidates meet."""
     capacity_factors: tuple[float, ...] | None = None
     """Share of the sequence that runs each step; None where the settings do not fix it."""
+    num_biases: int = 0
+    """Biases of logits."""
 
     @classmethod
     def from_recursion(cls, config: RecursionConfig, hidden_size: int) -> Self | None:
         """The shape of a built-in router; None for FixedDepth, which has nothing to count."""
         router, steps = config.router, config.num_recursions
         factors = router.capacity_factors_for(steps)
-        if isinstance(router, FixedDepth | RandomDepth):
+        if isinstance(router, FixedDepth | RandomDepth | RandomLoops):
             return None if isinstance(router, FixedDepth) else cls(((),) * steps, factors)
         if isinstance(router, DepthAndWidth):
             h, out = hidden_size, steps - 1
@@ -99,11 +108,12 @@ class RouterShape:
         if isinstance(router, ExpertChoice):
             if router.predictor == "aux_router":  # a twin that reads detached states
                 scorer += (ScorerMatrix(weights[0], 1), *scorer[1:])
-            return cls((scorer,) * steps, factors)
+            return cls((scorer,) * steps, factors, 0 if router.gate_bias is None else steps)
         has_loss = router.balancing == "loss" or router.z_loss_coefficient > 0
         if router.combine == "additive" and not has_loss:  # nothing reads the gate
             scorer = tuple(ScorerMatrix(w, 0) for w in weights)
-        return cls((scorer, *((),) * (steps - 1)), factors)
+        biases = 0 if router.gate_bias is None else steps
+        return cls((scorer, *((),) * (steps - 1)), factors, biases)
 
 
 @dataclass(frozen=True)
@@ -126,6 +136,10 @@ class StackShape:
     """Whether the steps share norm weights."""
     relaxation: Relaxation | None = None
     """Low-rank deltas of each step."""
+    input_vectors: int = 0
+    """Vectors that steps add to their input, or multiply the recursion's input with."""
+    sandwich_norms: bool = False
+    """Whether norms also follow attention and MLP."""
 
     def __post_init__(self) -> None:
         router = self.router or RouterShape(((),) * self.num_recursions)
@@ -163,7 +177,9 @@ class ModelShape:
         block, mlp = MLPShape.of_layer(config, recursion), MLPShape.of_layer(config)
         mlp = MLPShape(config.ffn_hidden_size) if config.dense_ends else mlp
         how = recursion.num_recursions, router, recursion.kv_policy, recursion.share_norms
-        how += (recursion.relaxation,)
+        steps = recursion.num_recursions
+        vectors = steps * recursion.step_embeddings + (steps - 1) * recursion.input_injection
+        how += recursion.relaxation, vectors, recursion.sandwich_norms
         # A cyclic step runs the whole block; in a sequence each layer repeats on its own.
         sizes = (schedule.block_size,) if schedule.is_cyclic else (1,) * schedule.block_size
         stacks = (
@@ -382,14 +398,20 @@ def count_parameters(shape: ModelShape) -> Parts:
     for stack in shape.stacks:
         layers, experts = stack.num_layers, stack.mlp.num_experts
         scorers = stack.router.scorers if stack.router else ()
-        norms = 2 * h * (1 if stack.shares_norms else stack.num_recursions)
+        norms = (
+            (4 if stack.sandwich_norms else 2)
+            * h
+            * (1 if stack.shares_norms else stack.num_recursions)
+        )
         count += Parts(
             norms=layers * (norms + 2 * shape.qk_norm_size),
             projections=layers * (2 * h * (shape.query_size + shape.kv_size) + biases),
             mlp=layers * stack.mlp.weights(h, experts or 1),
             expert_router=layers * h * (experts or 0) * stack.mlp.num_expert_routers,
-            depth_router=sum(matrix.weights for scorer in scorers for matrix in scorer),
-            deltas=layers * stack.num_recursions * _delta_parameters(shape, stack),
+            depth_router=sum(matrix.weights for scorer in scorers for matrix in scorer)
+            + (stack.router.num_biases if stack.router else 0),
+            deltas=layers * stack.num_recursions * _delta_parameters(shape, stack)
+            + stack.input_vectors * h,
         )
     return count
 

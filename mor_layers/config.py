@@ -18,6 +18,7 @@ from mor_layers.moe import ExpertRouters, MoEConfig
 from mor_layers.relaxation import MLP_PROJECTIONS, Relaxation
 from mor_layers.routers import FixedDepth, RouterConfig, registered_routers
 from mor_layers.sharing import SHARING_SCHEMES, Sharing, SharingSchedule
+from mor_layers.step_input import StepInput
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,12 @@ class RecursionConfig:
     its own (`per_step`)."""
     relaxation: Relaxation | None = None
     """Low-rank deltas that each step adds to projections; None: steps share them as they are."""
+    step_embeddings: bool = False
+    """Whether a learnt vector of each step is added to the states that enter the block."""
+    input_injection: bool = False
+    """Whether later steps add the states that entered the recursion, each number times a gain."""
+    sandwich_norms: bool = False
+    """Whether the block's layers norm what attention and MLP give, before the residual."""
 
     def __post_init__(self) -> None:
         if self.num_recursions < 1:
@@ -66,6 +73,11 @@ class RecursionConfig:
         self.router.validate(self.num_recursions)
         if self.relaxation is not None:
             self.relaxation.check(self.num_recursions, self.kv_policy)
+        if self.num_recursions < 2 and self.beyond_published:
+            raise ValueError(
+                f"{self.beyond_published[0]} needs several steps, not num_recursions="
+                f"{self.num_recursions}. Leave it out."
+            )
         if self.kv_policy == "exit_state" and not self.share_norms:
             raise ValueError(
                 "kv_policy='exit_state' projects an exited token once for all later steps, which "
@@ -90,6 +102,19 @@ class RecursionConfig:
     def mean_experts(self) -> tuple[float, ...] | None:
         """Mean number of experts that a token shall take at each step; None: as the layers say."""
         return self.router.mean_experts_for(self.num_recursions)
+
+    @property
+    def beyond_published(self) -> tuple[str, ...]:
+        """Those settings in use that published checkpoints and plain decoders know nothing of."""
+        names = ("relaxation", "step_embeddings", "input_injection", "sandwich_norms")
+        return tuple(name for name in names if getattr(self, name))
+
+    def build_step_input(self, hidden_size: int) -> StepInput | None:
+        """What is added to the states that enter the block; None: nothing."""
+        if not (self.step_embeddings or self.input_injection):
+            return None
+        how = self.num_recursions, self.step_embeddings, self.input_injection
+        return StepInput(hidden_size, *how)
 
     def require_experts(self, has_experts: bool) -> None:
         """Raise ValueError where a setting over experts can have no effect."""

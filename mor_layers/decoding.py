@@ -171,12 +171,14 @@ class Decoder:
         if len(slots) and self.outer_pages.num_pages:
             _, rows = self.outer_pages.append(slots)
             context = self._outer_context(slots, positions, rows)
-            hidden = self._layers(self.model.prelude, hidden, context)
+            begun = hidden = self._layers(self.model.prelude, hidden, context)
             for index in range(self.num_straight):
                 block, step = divmod(index, self.num_steps)
                 own = replace(context, first_layer=self.num_prelude + index, step=step)
-                hidden = self._layers(self.blocks[block].layers, hidden, own)
-        origin = hidden if self.blocks[0].router.combines_with_origin else None
+                begun = begun if step else hidden
+                entering = self.blocks[block].enter(step, hidden, begun)
+                hidden = self._layers(self.blocks[block].layers, entering, own)
+        origin = hidden if self.blocks[0].needs_origin else None
         return Rows(hidden, slots, positions, places, torch.zeros_like(slots), origin)
 
     def _places(self, spans: list[Span]) -> tuple[Tensor, Tensor, Tensor]:
@@ -248,7 +250,9 @@ class Decoder:
         block = self.blocks[0]
         tokens, exited = self._in_flight(running)
         entered = self.policy.enter(tokens, exited)
-        hidden = torch.cat([rows.hidden for rows in running])
+        hidden = torch.cat(
+            [block.enter(step, rows.hidden, rows.origin) for step, rows in enumerate(running)]
+        )
         steps = [step for step, rows in enumerate(running) if len(rows.slots)]
         step = steps[0] if len(steps) == 1 else tokens.steps[:, None]
         context = CachedContext(

@@ -4,9 +4,9 @@
 
 Cyclic recursion runs one block again and again, so it can run it more often; no weight changes. The
 further steps are inserted before the last: they are decided by the rule of the last step, and their
-tokens go on as those of the step before it do. What is kept per step (norms, routers over experts,
-their biases and thresholds) is the last step's. Whether further steps help is the model's affair:
-measure it with the full forward pass, which decides as generation does.
+tokens go on as those of the step before it do. What is kept per step (norms, deltas, embeddings,
+routers over experts, their biases and thresholds) is the last step's. Whether further steps help is
+the model's affair: measure it with the full forward pass, which decides as generation does.
 
 Legend: `b` batch, `n` candidates of a step, `k` tokens selected, `h` hidden.
 """
@@ -159,7 +159,7 @@ def deepened(model: MoRTransformer, extra_steps: int) -> MoRTransformer:
     return deeper.train(model.training)
 
 
-_STEP = re.compile(r"\.weights\.(\d+)$")
+_STEP = re.compile(r"\.(?:weights|deltas|embeddings|gains)\.(\d+)(?=$|\.(?:a|b|magnitude)$)")
 
 
 def _of_last_step(name: str, trained: dict[str, Tensor]) -> str:
@@ -167,5 +167,5 @@ def _of_last_step(name: str, trained: dict[str, Tensor]) -> str:
     while name not in trained:
         step = _STEP.search(name)
         assert step is not None, f"{name} is not among the trained model's tensors"
-        name = f"{name[: step.start()]}.weights.{int(step[1]) - 1}"
+        name = f"{name[: step.start(1)]}{int(step[1]) - 1}{name[step.end() :]}"
     return name

@@ -103,6 +103,12 @@ def _router(mor: Mapping[str, Any]) -> RouterConfig:
 
 def published_names(config: DecoderConfig) -> dict[str, str]:
     """Published name of each tensor of a `MoRTransformer` with these settings."""
+    beyond = config.effective_recursion.beyond_published
+    if beyond:
+        raise ValueError(
+            f"{beyond[0]} is set, and the published implementation has no such thing. Keep the "
+            "model in our format."
+        )
     names = {
         "embedding.weight": "model.embed_tokens.weight",
         "norm.weights.0": "model.norm.weight",

@@ -20,6 +20,7 @@ from mor_layers.attention import Exited, KVPolicy, StepContext, begin_step
 from mor_layers.moe import ExpertUse
 from mor_layers.routers.base import Router
 from mor_layers.routing import LocalPlacement, Placement, RoutingDecision, Tokens
+from mor_layers.step_input import StepInput
 
 
 class RecursionLayers(Protocol):
@@ -109,6 +110,7 @@ class RecursionBlock(nn.Module):
         placement: where rows of hidden states live; all here by default.
         recompute: recompute the layers in the backward pass, step by step, instead of keeping
             their activations.
+        step_input: what is added to the states that enter the layers.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class RecursionBlock(nn.Module):
         kv_policy: KVPolicy = "recursion_wise",
         placement: Placement | None = None,
         recompute: bool = False,
+        step_input: StepInput | None = None,
     ) -> None:
         super().__init__()
         self.layers = layers
@@ -125,6 +128,7 @@ class RecursionBlock(nn.Module):
         self.kv_policy: KVPolicy = kv_policy
         self.placement: Placement = placement or LocalPlacement()
         self.recompute = recompute
+        self.step_input = step_input
 
     def forward(
         self,
@@ -152,11 +156,11 @@ class RecursionBlock(nn.Module):
             previous = decision
             decision = self._route(candidates, step, previous, causal_routing)
             selected = self.placement.select(candidates, decision)
-            if self.router.combines_with_origin:
+            if self.needs_origin:
                 origin = self.placement.select(origin, decision)
             exited = self._exited(candidates, previous, decision)
             context = begin_step(self.kv_policy, step, decision.tokens, context, exited)
-            output = self._run_layers(selected, context, arguments)
+            output = self._run_layers(self.enter(step, selected, origin), context, arguments)
             updated = self._combine(step, selected, output, decision, origin)
             steps.append((candidates, decision))
             expert_use.append(context.expert_use)
@@ -166,6 +170,16 @@ class RecursionBlock(nn.Module):
         for outer, nested in reversed(steps):
             hidden = self.placement.write_back(outer, hidden, nested)
         return RecursionOutput(hidden, tuple(taken for _, taken in steps), tuple(expert_use))
+
+    @property
+    def needs_origin(self) -> bool:
+        """Whether the states that entered the recursion must be at hand at later steps."""
+        injects = self.step_input is not None and self.step_input.injects
+        return self.router.combines_with_origin or injects
+
+    def enter(self, step: int, selected: Tensor, origin: Tensor | None) -> Tensor:
+        """The selected tokens' states as the layers get them."""
+        return selected if self.step_input is None else self.step_input(step, selected, origin)
 
     def _route(
         self, candidates: Tensor, step: int, previous: RoutingDecision, causal: bool

@@ -156,17 +156,27 @@ class DecoderLayer(nn.Module):
         self.attention = Attention(config, layer, num_steps)
         self.mlp_norm = StepNorm(config.hidden_size, config.rms_norm_epsilon, num_norms)
         self.mlp = MLP(config, num_steps) if config.moe is None else _experts(config, num_steps)
+        self.attention_output_norm = self.mlp_output_norm = None
+        if num_steps > 1 and config.effective_recursion.sandwich_norms:
+            sizes = config.hidden_size, config.rms_norm_epsilon, num_norms
+            self.attention_output_norm, self.mlp_output_norm = StepNorm(*sizes), StepNorm(*sizes)
 
     def forward(
         self, hidden: Float[Tensor, "k b h"], context: StepContext, rotary: "Rotary"
     ) -> Float[Tensor, "k b h"]:
         normed = self.attention_norm(context.with_exited(hidden), context.step)
-        hidden = hidden + self.attention(normed, context, rotary)
+        output = self.attention(normed, context, rotary)
+        if self.attention_output_norm is not None:
+            output = self.attention_output_norm(output, context.step)
+        hidden = hidden + output
         normed = self.mlp_norm(hidden, context.step)
-        if not isinstance(self.mlp, MoE):
-            return hidden + self.mlp(normed, context)
-        output, use = self.mlp(normed, context.step, context.tokens.is_padding)
-        context.expert_use[self.attention.layer] = use
+        if isinstance(self.mlp, MoE):
+            output, use = self.mlp(normed, context.step, context.tokens.is_padding)
+            context.expert_use[self.attention.layer] = use
+        else:
+            output = self.mlp(normed, context)
+        if self.mlp_output_norm is not None:
+            output = self.mlp_output_norm(output, context.step)
         return hidden + output
 
 
@@ -264,7 +274,10 @@ class MoRTransformer(nn.Module):
         def block(num_layers: int) -> RecursionBlock:
             router = recursion.router.build(config.hidden_size, recursion.num_recursions)
             stack = DecoderStack(config, num_layers, num_norms, recursion.num_recursions)
-            return RecursionBlock(stack, router, recursion.kv_policy, recompute=recompute)
+            step_input = recursion.build_step_input(config.hidden_size)
+            return RecursionBlock(
+                stack, router, recursion.kv_policy, recompute=recompute, step_input=step_input
+            )
 
         # A cyclic step runs the whole block; in a sequence each layer repeats on its own.
         sizes = [schedule.block_size] if schedule.is_cyclic else [1] * schedule.block_size

@@ -24,6 +24,11 @@ def require_unrollable(config: DecoderConfig) -> None:
     recursion = config.effective_recursion
     if config.moe is not None:
         raise ValueError("moe is set, and a plain decoder has no experts. Keep the model as it is.")
+    beyond = [name for name in recursion.beyond_published if name != "relaxation"]
+    if beyond:
+        raise ValueError(
+            f"{beyond[0]} is set, and a plain decoder has no such thing. Keep the model as it is."
+        )
     if not isinstance(recursion.router, FixedDepth) or recursion.kv_policy != "recursion_wise":
         raise ValueError(
             f"router={type(recursion.router).__name__} with kv_policy={recursion.kv_policy!r} has "

@@ -84,6 +84,11 @@ def recursive_weights(
             "a recursive model begins from a dense one, and this one has a recursion or experts. "
             "Give settings with recursion=None and moe=None."
         )
+    if recursion.sandwich_norms:
+        raise ValueError(
+            "sandwich_norms=True norms what no layer of the dense model does: nothing it learnt "
+            "would be left. Leave it out, or train from scratch."
+        )
     config = replace(dense, recursion=recursion)
     sources = _sources(dense, config, initialization)
     routers = _routers(config, seed)
@@ -107,6 +112,8 @@ def recursive_weights(
     def make(name: str) -> Tensor:
         if name in routers:
             return routers[name]
+        if ".step_input." in name:  # zero, as in a new model
+            return weights["embedding.weight"].new_zeros(config.hidden_size)
         place, _, part = name.rpartition(".")
         if place in originals:
             return delta(place)[part]

@@ -1,7 +1,7 @@
 """Routers: who decides how many times a token runs the recursion block."""
 
 from mor_layers.routers.base import Router, RouterConfig, register_router, registered_routers
-from mor_layers.routers.baselines import FixedDepth, RandomDepth
+from mor_layers.routers.baselines import FixedDepth, RandomDepth, RandomLoops
 from mor_layers.routers.depth_and_width import DepthAndWidth
 from mor_layers.routers.expert_choice import ExpertChoice
 from mor_layers.routers.token_choice import TokenChoice
@@ -11,6 +11,7 @@ __all__ = [
     "ExpertChoice",
     "FixedDepth",
     "RandomDepth",
+    "RandomLoops",
     "Router",
     "RouterConfig",
     "TokenChoice",

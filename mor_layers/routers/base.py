@@ -233,23 +233,29 @@ class CalledParameters(nn.ParameterList):
 class Scorer(nn.Module):
     """Logits of tokens from their hidden states, computed in fp32: `h → out` or `h → 2h → out`.
 
-    Neither has biases (arXiv 2507.10524, table 5).
+    Neither has biases (arXiv 2507.10524, table 5), unless the last is given a first value.
     """
 
-    def __init__(self, architecture: str, hidden_size: int, num_logits: int) -> None:
+    def __init__(
+        self, architecture: str, hidden_size: int, num_logits: int, bias: float | None = None
+    ) -> None:
         super().__init__()
+        self.first_bias = bias
         sizes = [hidden_size, num_logits]
         if architecture == "mlp":
             sizes.insert(1, 2 * hidden_size)
         self.weights = CalledParameters(
             nn.Parameter(torch.empty(out, into)) for into, out in pairwise(sizes)
         )
+        self.bias = None if bias is None else nn.Parameter(torch.empty(num_logits))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Normal with standard deviation 0.02, as the published implementation starts."""
         for weight in self.weights:
             nn.init.normal_(weight, std=0.02)
+        if self.bias is not None and self.first_bias is not None:
+            nn.init.constant_(self.bias, self.first_bias)
 
     def forward(self, hidden: Float[Tensor, "n b h"]) -> Float[Tensor, "n b c"]:
         values = hidden.float()
@@ -257,7 +263,7 @@ class Scorer(nn.Module):
             if i:
                 values = nn.functional.gelu(values)
             values = nn.functional.linear(values, self.weights(i).float())
-        return values
+        return values if self.bias is None else values + self.bias.float()
 
 
 def bar_above(values: Float[Tensor, " t"], count: float) -> float:
@@ -289,3 +295,19 @@ def require_not_negative(owner: str, **values: float) -> None:
     for field, value in values.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"{owner}.{field}={value} must be 0 or more, and finite.")
+
+
+def require_gates(
+    owner: str, bias: float | None, combine: str, activation: str = "sigmoid"
+) -> None:
+    """Raise ValueError where a bias of gates is not finite, or there are no gates it could move."""
+    if bias is None:
+        return
+    if not math.isfinite(bias):
+        raise ValueError(f"{owner}.gate_bias={bias} must be finite.")
+    if combine == "additive" or activation == "softmax":
+        given = "combine='additive'" if combine == "additive" else "activation='softmax'"
+        raise ValueError(
+            f"{owner}.gate_bias={bias} has no effect with {given}. Leave it out, or use "
+            "combine='weighted' with activation='sigmoid'."
+        )

@@ -25,6 +25,7 @@ from mor_layers.routers.base import (
     checked_capacity_factors,
     register_router,
     require_choice,
+    require_gates,
     require_not_negative,
     require_positive,
 )
@@ -64,6 +65,9 @@ class ExpertChoice(RouterConfig):
     """Weight of the z-loss. 0: none."""
     combine: Combination = "weighted"
     """`weighted`: x + w · f(x). `additive`: x + f(x)."""
+    gate_bias: float | None = None
+    """First value of a learnt bias of each step's logit, so that gates begin open (above 0) or closed.
+    None: no bias, as published."""
 
     def __post_init__(self) -> None:
         name = "ExpertChoice"
@@ -71,6 +75,7 @@ class ExpertChoice(RouterConfig):
         require_choice(name, "activation", self.activation, get_args(ExpertActivation))
         require_choice(name, "predictor", self.predictor, get_args(Predictor))
         require_choice(name, "combine", self.combine, get_args(Combination))
+        require_gates(name, self.gate_bias, self.combine)
         require_positive(name, alpha=self.alpha, temperature=self.temperature)
         require_not_negative(
             name,
@@ -120,7 +125,8 @@ class ExpertChoiceRouter(Router):
         self.config = config
         self.capacity_factors = checked_capacity_factors(config.capacity_factors, num_recursions)
         self.scorers = nn.ModuleList(
-            Scorer(config.architecture, hidden_size, 1) for _ in range(num_recursions)
+            Scorer(config.architecture, hidden_size, 1, config.gate_bias)
+            for _ in range(num_recursions)
         )
         self.predictors = nn.ModuleList(
             Scorer(config.architecture, hidden_size, 1)

@@ -22,6 +22,7 @@ from mor_layers.routers.base import (
     StepScores,
     register_router,
     require_choice,
+    require_gates,
     require_not_negative,
     require_positive,
 )
@@ -54,6 +55,9 @@ class TokenChoice(RouterConfig):
     """Weight of the z-loss. 0: none."""
     combine: Combination = "weighted"
     """A token that exits becomes `weighted`: H_1 + g · f(x), or `additive`: H_1 + f(x)."""
+    gate_bias: float | None = None
+    """First value of a learnt bias of each depth's logit, so that gates begin open (above 0) or closed.
+    None: no bias, as published."""
 
     def __post_init__(self) -> None:
         name = "TokenChoice"
@@ -61,6 +65,7 @@ class TokenChoice(RouterConfig):
         require_choice(name, "activation", self.activation, get_args(TokenActivation))
         require_choice(name, "balancing", self.balancing, get_args(Balancing))
         require_choice(name, "combine", self.combine, get_args(Combination))
+        require_gates(name, self.gate_bias, self.combine, self.activation)
         require_positive(name, alpha=self.alpha, temperature=self.temperature)
         require_not_negative(name, z_loss_coefficient=self.z_loss_coefficient)
         if self.activation == "softmax" and self.alpha != 1.0:
@@ -100,7 +105,7 @@ class TokenChoiceRouter(Router):
     def __init__(self, config: TokenChoice, hidden_size: int, num_recursions: int) -> None:
         super().__init__(num_recursions)
         self.config = config
-        self.scorer = Scorer(config.architecture, hidden_size, num_recursions)
+        self.scorer = Scorer(config.architecture, hidden_size, num_recursions, config.gate_bias)
         self.register_buffer("depth_bias", torch.zeros(num_recursions))
 
     def logits(self, hidden: Tensor, step: int) -> Tensor | None:
