@@ -33,7 +33,13 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
     relaxed = () if recursion.relaxation is None else recursion.relaxation.projections
     relaxed_qkv = set(relaxed) & {"query", "key", "value"}
     is_dora = recursion.relaxation is not None and recursion.relaxation.kind == "dora"
+    core_only = [n for n in recursion.beyond_published if n != "relaxation"]
     return [
+        (
+            bool(core_only),
+            " and ".join(f"{name}=True" for name in core_only),
+            "Megatron's layers do not have it; MoRTransformer does. Leave it out.",
+        ),
         (
             config.hybrid_context_parallel,
             "hybrid_context_parallel=True",
