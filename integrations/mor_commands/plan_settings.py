@@ -112,6 +112,7 @@ WITHOUT_COST: dict[str, frozenset[str]] = {
         {
             "steps",
             "stop_after",
+            "timeout_seconds",
             "learning_rate",
             "final_learning_rate",
             "warmup_steps",
