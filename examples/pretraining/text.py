@@ -123,12 +123,14 @@ def collect(path: str | None) -> list[Document]:
         return list(_python_documents())
     place = Path(path)
     if place.is_dir():
-        return [d for file in sorted(place.rglob("*.txt")) for d in _pieces(file)]
+        files = sorted(place.rglob("*.txt"))
+        return [d for f in files for d in _pieces(f, f.relative_to(place).as_posix())]
     if not place.is_file():
         raise FileNotFoundError(
             f"data.path={path}: there is no such file or folder, nor {path}.bin and {path}.idx."
         )
-    return list(_jsonl_documents(place) if place.suffix == ".jsonl" else _pieces(place))
+    is_jsonl = place.suffix == ".jsonl"
+    return list(_jsonl_documents(place) if is_jsonl else _pieces(place, place.name))
 
 
 def _python_documents() -> Iterator[Document]:
@@ -148,7 +150,7 @@ def _python_documents() -> Iterator[Document]:
                 continue
 
 
-def _pieces(file: Path) -> Iterator[Document]:
+def _pieces(file: Path, name: str) -> Iterator[Document]:
     pieces: list[list[str]] = [[]]
     size = 0
     for line in _read(file).splitlines(keepends=True):
@@ -158,7 +160,7 @@ def _pieces(file: Path) -> Iterator[Document]:
             pieces.append([])
             size = 0
     for number, piece in enumerate(pieces):
-        yield Document(f"{file}:{number}", "".join(piece))
+        yield Document(f"{name}:{number}", "".join(piece))
 
 
 def _jsonl_documents(file: Path) -> Iterator[Document]:
@@ -174,7 +176,7 @@ def _jsonl_documents(file: Path) -> Iterator[Document]:
                 f"{file}, line {number}: expected a JSON object with a string under 'text', "
                 f"got {line[:60]!r}."
             )
-        yield Document(f"{file}:{number}", text)
+        yield Document(f"{file.name}:{number}", text)
 
 
 def _read(file: Path) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,11 +41,14 @@ def _documents(settings: DataSettings) -> list[str]:
     return [tokenizer.decode(ids[:-1]) for ids in documents]
 
 
-def test_every_document_survives_and_the_order_is_the_same_each_time(stories, tmp_path):
+def test_every_document_survives_and_the_order_is_the_same_each_time_and_place(stories, tmp_path):
     documents = _documents(stories)
     assert sorted(documents) == sorted(STORIES)
     assert documents != STORIES
-    assert documents == _documents(replace(stories, prepared_folder=str(tmp_path / "again")))
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    file = shutil.copy(str(stories.path), moved)
+    assert documents == _documents(replace(stories, path=file, prepared_folder=str(moved / "text")))
 
 
 def test_prepared_text_is_found_again_and_depends_on_what_made_it(stories):
