@@ -42,7 +42,7 @@ def add_arguments(options: argparse.ArgumentParser) -> None:
     )
     add("--recursions", type=int, help="make a dense model recursive, with so many recursions")
     for name, settings in _WITH_RECURSIONS.items():
-        add(f"--{name}", **settings)
+        add(_flag(name), **settings)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -58,7 +58,8 @@ def run(options: argparse.Namespace) -> None:
     given = [name for name in _WITH_RECURSIONS if getattr(options, name) is not None]
     if given and options.recursions is None:
         raise ValueError(
-            f"--{given[0]} has no effect without --recursions. Leave it out, or give their number."
+            f"{_flag(given[0])} has no effect without --recursions. Leave it out, or give their "
+            "number."
         )
     source, target = detected(options.source), FORMATS[options.to]
     if options.settings is not None and not source.takes_settings:
@@ -102,12 +103,24 @@ def _difference(
     return verification.difference(expected, found)
 
 
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _recursive(model: StoredModel, options: argparse.Namespace) -> StoredModel:
-    values = {
+    if options.relax_rank is None and options.relax_kind is not None:
+        raise ValueError(
+            "--relax-kind has no effect without --relax-rank. Leave it out, or give the rank."
+        )
+    values: dict[str, Any] = {
         "num_recursions": options.recursions,
         "sharing": options.sharing or "middle_cycle",
         "router": {"type": options.router or "fixed_depth"},
     }
+    if options.relax_rank is not None:
+        kind = options.relax_kind or "lora"
+        values["relaxation"] = {"rank": options.relax_rank, "kind": kind}
+        values["share_norms"] = False  # each step begins with the norms of its own layers
     recursion = from_mapping(RecursionConfig, values, "recursion")
     config, weights = recursive_weights(
         model.weights, model.config, recursion, options.init or "average", options.seed or 0
@@ -123,5 +136,10 @@ _WITH_RECURSIONS: dict[str, dict[str, Any]] = {
     },
     "router": {"help": "type of the router (default: fixed_depth)"},
     "seed": {"type": int, "help": "of random weights and of a router (default: 0)"},
+    "relax_rank": {
+        "type": int,
+        "help": "rank of low-rank deltas of each step, which then has norms of its own too",
+    },
+    "relax_kind": {"choices": ("lora", "dora"), "help": "kind of the deltas (default: lora)"},
 }
 """Options that only a model made recursive has a use for."""

@@ -122,10 +122,16 @@ class RecursionLayer(TransformerLayer):
         )
         router = recursion.router.build(config.hidden_size, recursion.num_recursions)
         router.to(next(stack.parameters()).device, config.params_dtype)
-        for parameter in router.parameters():
-            # Ranks score the tokens they hold: finalize_model_grads sums what they learn.
-            setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010
-        self.recursion = _Recursion(stack, router, recursion.kv_policy, placement)
+        step_input = recursion.build_step_input(config.hidden_size)
+        if step_input is not None:
+            step_input.to(next(stack.parameters()).device, config.params_dtype)
+        for module in (router, step_input):
+            for parameter in () if module is None else module.parameters():
+                # Ranks see the tokens they hold: finalize_model_grads sums what they learn.
+                setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010
+        self.recursion = _Recursion(
+            stack, router, recursion.kv_policy, placement, step_input=step_input
+        )
         self.statistics = RoutingStatistics(recursion.num_recursions)
 
     @property
@@ -187,11 +193,14 @@ class RecursionLayer(TransformerLayer):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Each shared weight once (`recursion.layers`), and the router (`recursion.router`)."""
+        """Each shared weight once (`recursion.layers`), router and step input (`recursion.router`)."""
         assert not sharded_offsets, "layers of a recursion have keys of their own"
         parts = {f"layers.{index}.": layer for index, layer in enumerate(self.recursion.layers)}  # type: ignore[arg-type]
         state: dict[str, Any] = {}
-        for name, module in {**parts, "router.": self.recursion.router}.items():
+        parts["router."] = self.recursion.router
+        if self.recursion.step_input is not None:
+            parts["step_input."] = self.recursion.step_input
+        for name, module in parts.items():
             state |= sharded_state_dict_default(
                 module, f"{prefix}recursion.{name}", (), metadata, tp_group=self.tp_group
             )

@@ -104,6 +104,7 @@ class RecursionStage(RecursionLayer):
             router = self.recursion.router
             del self.recursion.router
             self.recursion.__dict__["router"] = _Combiner(router)
+            self.recursion.step_input = None  # it is the first rank that enters the layers
         self.layout = CarriedLayout.of(
             recursion,
             config.hidden_size,
@@ -211,7 +212,8 @@ class RecursionStage(RecursionLayer):
         earlier = flight.context if step else None
         context = begin_step(recursion.kv_policy, step, decision.tokens, earlier)
         rotation = self._rotation(rotary_pos_emb, state.rows)
-        output = recursion._run_layers(state.rows, context, {"rotation": rotation})
+        rows = recursion.enter(step, state.rows, None)
+        output = recursion._run_layers(rows, context, {"rotation": rotation})
         origin = state.full if self.is_exit and recursion.router.combines_with_origin else None
         if step == 0:
             output = self._leave_for_later(output, flight, context, origin)
@@ -257,6 +259,8 @@ class RecursionStage(RecursionLayer):
             parts[f"layers.{index}."] = f"layers.{self.first_in_block + index}.", layer
         if self.is_entry:
             parts["router."] = "router.", self.recursion.router
+            if self.recursion.step_input is not None:
+                parts["step_input."] = "step_input.", self.recursion.step_input
         state: dict[str, Any] = {}
         for here, (name, module) in parts.items():
             here, name = f"{prefix}recursion.{here}", f"{prefix}recursion.{name}"

@@ -30,6 +30,7 @@ from mor_megatron.moe import RecursiveMoELayer
 from mor_megatron.placement import shard_of_padding
 from mor_megatron.quantization import filled, row_alignment
 from mor_megatron.relaxation import attach_deltas
+from mor_megatron.sandwich import attach_output_norms
 from mor_megatron.static_cache import CachedStep, StaticCache
 
 
@@ -99,6 +100,9 @@ class StepStack(nn.ModuleList):
             cast(Any, layer).self_attention.join_block(index, layer.input_layernorm)
             if recursion.relaxation is not None:
                 attach_deltas(layer, recursion.relaxation, recursion.num_recursions, config)
+            if recursion.sandwich_norms:
+                builder = cast(Any, layer_specs[index].submodules).pre_mlp_layernorm
+                attach_output_norms(layer, partial(_output_norm, builder, recursion, config))
         self._step_aware = [
             [m for m in layer.modules() if isinstance(m, StepAware)] for layer in self
         ]
@@ -232,6 +236,18 @@ def _recursive_mlp(builder: Any, recursion: RecursionConfig) -> Any:
         recursion=recursion,
         **{name: value for name, value in builder.keywords.items() if name != "submodules"},
     )
+
+
+def _output_norm(builder: Any, recursion: RecursionConfig, config: TransformerConfig) -> nn.Module:
+    if builder is IdentityOp:
+        raise ValueError(
+            "sandwich_norms=True needs a layer spec with a norm of its own at pre_mlp_layernorm; this "
+            "one fuses it into the next linear layer. Use a local layer spec, or sandwich_norms=False."
+        )
+    how = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
+    if recursion.share_norms:
+        return builder(**how)
+    return StepNorms(builder(**how) for _ in range(recursion.num_recursions))
 
 
 def _step_norms(builder: Any, num_recursions: int, place: str, **arguments: Any) -> StepNorms:

@@ -33,13 +33,7 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
     relaxed = () if recursion.relaxation is None else recursion.relaxation.projections
     relaxed_qkv = set(relaxed) & {"query", "key", "value"}
     is_dora = recursion.relaxation is not None and recursion.relaxation.kind == "dora"
-    core_only = [n for n in recursion.beyond_published if n != "relaxation"]
     return [
-        (
-            bool(core_only),
-            " and ".join(f"{name}=True" for name in core_only),
-            "Megatron's layers do not have it; MoRTransformer does. Leave it out.",
-        ),
         (
             config.hybrid_context_parallel,
             "hybrid_context_parallel=True",
@@ -109,6 +103,12 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             "mlp" in selective and bool(set(relaxed) & set(MLP_PROJECTIONS)),
             f"recompute_modules with 'mlp' and Relaxation.projections={relaxed}",
             "a recomputed MLP would be the last step's. Use recompute_granularity='full', or leave "
+            "'mlp' out.",
+        ),
+        (
+            "mlp" in selective and recursion.sandwich_norms and not recursion.share_norms,
+            "recompute_modules with 'mlp', sandwich_norms=True and share_norms=False",
+            "a recomputed norm would be the last step's. Use recompute_granularity='full', or leave "
             "'mlp' out.",
         ),
         (

@@ -138,7 +138,12 @@ def _names(config: DecoderConfig, routers: Iterable[str]) -> dict[str, tuple[str
                 names |= _layer_names(config, outer, inner, config.moe, recursion, num_norms)
         for name in (name for name in routers if name.startswith(f"{ours}.router.")):
             names[f"{theirs}.{name.removeprefix(f'{ours}.')}"] = (name,)
-        depth += size * recursion.num_recursions
+        steps = recursion.num_recursions
+        vectors = [f"embeddings.{step}" for step in range(steps * recursion.step_embeddings)]
+        vectors += [f"gains.{step}" for step in range((steps - 1) * recursion.input_injection)]
+        for name in vectors:
+            names[f"{theirs}.step_input.{name}"] = (f"{ours}.step_input.{name}",)
+        depth += size * steps
     for layer in range(schedule.coda):
         place = f"decoder.layers.{depth + layer}"
         names |= _layer_names(config, place, f"coda.layers.{layer}", ends)
@@ -181,6 +186,13 @@ def _layer_names(
             result[f"{theirs}.{place}.layer_norm_{own}weight"] = (
                 f"{ours}.{norm}_norm.weights.{step}",
             )
+    if recursion is not None and recursion.sandwich_norms:
+        for norm, place in (("attention", "self_attention"), ("mlp", "mlp")):
+            for step in range(num_norms):
+                own = f"{step}." if num_norms > 1 else ""
+                result[f"{theirs}.{place}.output_norm.{own}weight"] = (
+                    f"{ours}.{norm}_output_norm.weights.{step}",
+                )
     return result | _delta_names(theirs, ours, recursion)
 
 

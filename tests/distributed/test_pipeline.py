@@ -70,7 +70,12 @@ SAMPLE = {
         recursion(2, "token", SHARING), config=FULL_RECOMPUTE
     ),
     "TP=2+SP x PP=2, token, deltas": Case(
-        replace(recursion(2, "token"), relaxation=Relaxation(3, "dora", scale=0.5)),
+        replace(
+            recursion(2, "token"),
+            relaxation=Relaxation(3, "dora", scale=0.5),
+            step_embeddings=True,
+            sandwich_norms=True,
+        ),
         tp=2,
         config=SP,
     ),

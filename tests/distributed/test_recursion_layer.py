@@ -12,6 +12,7 @@ from mor_layers import (
     ExpertChoice,
     FixedDepth,
     RandomDepth,
+    RandomLoops,
     RecursionConfig,
     Relaxation,
     TokenChoice,
@@ -73,6 +74,19 @@ RECURSIONS = {
     "expert, sharing": RecursionConfig(3, router=EXPERT.router, kv_policy="recursive_sharing"),
     "token, sharing": RecursionConfig(3, router=TOKEN.router, kv_policy="recursive_sharing"),
     "expert, update": RecursionConfig(3, router=EXPERT.router, kv_policy="sharing_with_update"),
+    "expert, all helps": RecursionConfig(
+        3,
+        router=ExpertChoice(alpha=0.5, gate_bias=0.5),
+        share_norms=False,
+        step_embeddings=True,
+        input_injection=True,
+        sandwich_norms=True,
+    ),
+    "random loops": RecursionConfig(
+        3,
+        router=RandomLoops(seed=0),  # two steps before the first call of `advance`
+        relaxation=Relaxation(2, projections=("query", "output")),
+    ),
     "expert, deltas": RecursionConfig(
         3, router=EXPERT.router, relaxation=Relaxation(3, "dora", ATTENTION, 0.5)
     ),
@@ -114,7 +128,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], di
         {},
     ),
 }
-WITH_DELTAS = [name for name in RECURSIONS if "deltas" in name]
+WITH_DELTAS = [
+    name for name in RECURSIONS if "deltas" in name or name in ("expert, all helps", "random loops")
+]
 LAYOUTS["full recompute of dense layers"] = (1, {}, DENSE, LAYOUTS["full recompute"][3], {})
 # Replicas draw random depths side by side, one rank draws them one after the other.
 CASES = [
@@ -126,6 +142,9 @@ CASES = [
 ]
 CASES += [
     ("expert, deltas", "tp+sp moe"),
+    ("expert, all helps", "full recompute"),
+    ("expert, all helps", "tp+sp moe"),
+    ("random loops", "dp overlap"),
     ("fixed, deltas", "pp"),
     ("token, sharing, deltas", "dp overlap"),
     ("fixed, deltas", "full recompute of dense layers"),

@@ -426,11 +426,6 @@ def refusal(layout: dict[str, Any], config: dict[str, Any], recursion: Recursion
 PLAIN = RecursionConfig(3, router=EXPERT)
 REFUSALS: dict[str, tuple[dict[str, Any], RecursionConfig, str]] = {
     "layers that do not divide": ({"num_layers": 9}, PLAIN, "Use 8 or 11"),
-    "step embeddings": (
-        {},
-        RecursionConfig(3, step_embeddings=True, sandwich_norms=True),
-        "step_embeddings=True and sandwich_norms=True",
-    ),
     "interleaved rotary": ({"rotary_interleaved": True}, PLAIN, "rotary_interleaved=True"),
     "per-layer RoPE": ({"no_rope_freq": [0] * 8}, PLAIN, "no_rope_freq"),
     "gated attention": ({"attention_output_gate": True}, PLAIN, "attention_output_gate"),

@@ -51,6 +51,16 @@ MODELS: dict[str, dict[str, Any]] = {
         "recursion": replace(WISE, relaxation=Relaxation(40, projections=("query", "output"))),
         "moe": EXPERTS,
     },
+    "all helps": {
+        "recursion": replace(
+            WISE,
+            share_norms=False,
+            step_embeddings=True,
+            input_injection=True,
+            sandwich_norms=True,
+            router=ExpertChoice(gate_bias=0.5),
+        )
+    },
     "no recursion": {"moe": EXPERTS, "dense_ends": True},
 }
 LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
@@ -63,6 +73,7 @@ SAMPLE = [
     ("dense", "tp+sp"),
     ("Qwen's", "tp+sp"),
     ("deltas", "tp+sp"),
+    ("all helps", "tp+sp"),
     ("dense ends", "ep"),
     ("an expert router a step", "tp+sp"),
     ("no recursion", "pp"),

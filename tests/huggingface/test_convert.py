@@ -84,6 +84,11 @@ def test_errors_are_told_in_a_line_and_leave_nothing(folder, monkeypatch, capsys
         (["llama", "new", "--recursions", "4"], "cannot split 6 shared layers"),
         (["llama", "new", "--router", "expert_choice"], "--router has no effect without"),
         (["llama", "new", "--settings", "any.yaml"], "--settings has no effect"),
+        (["llama", "new", "--relax-rank", "2"], "--relax-rank has no effect without"),
+        (
+            ["llama", "new", "--recursions", "3", "--relax-kind", "dora"],
+            "--relax-kind has no effect without --relax-rank",
+        ),
     ):
         before = sorted(path.name for path in folder.iterdir())
         with pytest.raises(SystemExit, match="2"):
