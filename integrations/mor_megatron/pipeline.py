@@ -29,7 +29,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.utils import unwrap_model
 from torch import nn
 
-from mor_layers import RandomLoops, RecursionConfig, SharingSchedule
+from mor_layers import RecursionConfig, SharingSchedule
 from mor_megatron.layer import RecursionSubmodules
 from mor_megatron.pipeline_stage import RecursionStage, RepeatedStage
 from mor_megatron.specs import default_layer_spec, final_norm
@@ -230,17 +230,6 @@ def _rules(
             f"kv_policy={recursion.kv_policy!r}",
             "only what step 1 makes is kept for later steps. Use 'recursion_wise', "
             "'recursive_sharing' or 'sharing_with_update', or recursion_block_spec.",
-        ),
-        (
-            recursion.input_injection,
-            "input_injection=True",
-            "the states that entered the recursion are not kept on the stage that would add them. "
-            "Leave it out, or use recursion_block_spec.",
-        ),
-        (
-            isinstance(recursion.router, RandomLoops),
-            "router RandomLoops",
-            "a schedule runs the chunks of all steps. Use FixedDepth, or recursion_block_spec.",
         ),
         (
             config.pipeline_dtype is not dtype,

@@ -104,7 +104,10 @@ class RecursionStage(RecursionLayer):
             router = self.recursion.router
             del self.recursion.router
             self.recursion.__dict__["router"] = _Combiner(router)
-            self.recursion.step_input = None  # it is the first rank that enters the layers
+            self.recursion.step_input = None  # the first rank's states enter the layers
+        injects = self.recursion.step_input is not None and self.recursion.step_input.injects
+        combines = self.is_exit and self.recursion.router.combines_with_origin
+        self.keeps_origin = injects or combines
         self.layout = CarriedLayout.of(
             recursion,
             config.hidden_size,
@@ -212,9 +215,9 @@ class RecursionStage(RecursionLayer):
         earlier = flight.context if step else None
         context = begin_step(recursion.kv_policy, step, decision.tokens, earlier)
         rotation = self._rotation(rotary_pos_emb, state.rows)
-        rows = recursion.enter(step, state.rows, None)
+        rows = recursion.enter(step, state.rows, self._injected(step, state, flight))
         output = recursion._run_layers(rows, context, {"rotation": rotation})
-        origin = state.full if self.is_exit and recursion.router.combines_with_origin else None
+        origin = state.full if self.keeps_origin else None
         if step == 0:
             output = self._leave_for_later(output, flight, context, origin)
         else:
@@ -226,6 +229,15 @@ class RecursionStage(RecursionLayer):
         origin = selected if origin is None else place.select(origin, decision)
         updated = recursion._combine(step, selected, output, decision, origin)
         return CarriedState(place.write_back(state.full, updated, decision), updated, decision)
+
+    def _injected(self, step: int, state: CarriedState, flight: Flight) -> Tensor | None:
+        """Where the recursion began, for the rows of a step that add it."""
+        if step == 0 or flight.origin is None or not self.is_entry:
+            return None
+        tokens = state.decision.tokens
+        is_all = tokens.is_padding is None and len(tokens.positions) == tokens.sequence_length
+        among_all = replace(state.decision, rows=None if is_all else tokens.positions)
+        return self.recursion.placement.select(flight.origin, among_all)
 
     def _leave_for_later(
         self, output: Tensor, flight: Flight, context: Any, origin: Tensor | None

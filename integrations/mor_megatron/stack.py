@@ -5,7 +5,7 @@ Legend: `k` tokens that run a step, `b` batch, `h` hidden; under sequence parall
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, cast, runtime_checkable
@@ -30,7 +30,7 @@ from mor_megatron.moe import RecursiveMoELayer
 from mor_megatron.placement import shard_of_padding
 from mor_megatron.quantization import filled, row_alignment
 from mor_megatron.relaxation import attach_deltas
-from mor_megatron.sandwich import attach_output_norms
+from mor_megatron.sandwich import attach_output_norms, like_norms_of
 from mor_megatron.static_cache import CachedStep, StaticCache
 
 
@@ -101,8 +101,8 @@ class StepStack(nn.ModuleList):
             if recursion.relaxation is not None:
                 attach_deltas(layer, recursion.relaxation, recursion.num_recursions, config)
             if recursion.sandwich_norms:
-                builder = cast(Any, layer_specs[index].submodules).pre_mlp_layernorm
-                attach_output_norms(layer, partial(_output_norm, builder, recursion, config))
+                norm = like_norms_of(layer_specs[index], config)
+                attach_output_norms(layer, _of_every_step(norm, recursion))
         self._step_aware = [
             [m for m in layer.modules() if isinstance(m, StepAware)] for layer in self
         ]
@@ -238,16 +238,11 @@ def _recursive_mlp(builder: Any, recursion: RecursionConfig) -> Any:
     )
 
 
-def _output_norm(builder: Any, recursion: RecursionConfig, config: TransformerConfig) -> nn.Module:
-    if builder is IdentityOp:
-        raise ValueError(
-            "sandwich_norms=True needs a layer spec with a norm of its own at pre_mlp_layernorm; this "
-            "one fuses it into the next linear layer. Use a local layer spec, or sandwich_norms=False."
-        )
-    how = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
+def _of_every_step(norm: Callable[[], nn.Module], recursion: RecursionConfig) -> Any:
+    """Builds a norm for all steps, or one for each."""
     if recursion.share_norms:
-        return builder(**how)
-    return StepNorms(builder(**how) for _ in range(recursion.num_recursions))
+        return norm
+    return lambda: StepNorms(norm() for _ in range(recursion.num_recursions))
 
 
 def _step_norms(builder: Any, num_recursions: int, place: str, **arguments: Any) -> StepNorms:

@@ -70,6 +70,7 @@ def assert_same(first: StoredModel, second: StoredModel) -> None:
     [
         ("Qwen's", "tp+sp"),
         ("experts", "ep"),
+        pytest.param("all helps", "tp+sp", marks=pytest.mark.full),
         pytest.param("an expert router a step", "tp+sp", marks=pytest.mark.full),
         pytest.param("depth and width", "ep", marks=pytest.mark.full),
         pytest.param("per-step norms", "pp", marks=pytest.mark.full),

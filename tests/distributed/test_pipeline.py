@@ -12,6 +12,7 @@ from mor_layers import (
     DepthAndWidth,
     ExpertChoice,
     FixedDepth,
+    RandomLoops,
     RecursionConfig,
     Relaxation,
     TokenChoice,
@@ -47,6 +48,15 @@ SELECTIVE: Options = {
 }
 ROUTERS = {"expert": EXPERT, "token": TOKEN}
 SHARING, UPDATE = "recursive_sharing", "sharing_with_update"
+HELPS: Options = {
+    "share_norms": False,
+    "step_embeddings": True,
+    "input_injection": True,
+    "sandwich_norms": True,
+}
+LOOPS = RecursionConfig(
+    3, router=RandomLoops(seed=0), relaxation=Relaxation(2, projections=("query",))
+)
 
 
 def recursion(steps: int, router: str, policy: str = "recursion_wise") -> RecursionConfig:
@@ -70,15 +80,19 @@ SAMPLE = {
         recursion(2, "token", SHARING), config=FULL_RECOMPUTE
     ),
     "TP=2+SP x PP=2, token, deltas": Case(
-        replace(
-            recursion(2, "token"),
-            relaxation=Relaxation(3, "dora", scale=0.5),
-            step_embeddings=True,
-            sandwich_norms=True,
-        ),
+        replace(recursion(2, "token"), relaxation=Relaxation(3, "dora", scale=0.5)),
         tp=2,
         config=SP,
     ),
+    "PP=2, helps, expert": Case(
+        replace(recursion(3, "expert"), router=replace(EXPERT, gate_bias=0.5), **HELPS)
+    ),
+    "TP=2+SP x PP=2, helps, token, full recompute": Case(
+        replace(recursion(3, "token"), **HELPS), tp=2, config=SP | FULL_RECOMPUTE
+    ),
+    "PP=2, random loops": Case(LOOPS),
+    "TP=2+SP x PP=2, random loops, MoE": Case(LOOPS, tp=2, config=SP | MOE),
+    "PP=2, helps, fixed depth": Case(RecursionConfig(3, **HELPS)),
     "PP=2, cycle, fixed depth, a norm a step": Case(
         RecursionConfig(3, sharing="cycle", router=FixedDepth(), share_norms=False)
     ),
@@ -280,8 +294,8 @@ LAYOUTS = {"one rank": 1, "block in one stage": 2, "steps as stages": 2}
     "ddp", [{}, pytest.param({"use_distributed_optimizer": True}, marks=pytest.mark.full)]
 )
 def test_a_run_moves_between_layouts(pool, tmp_path: Path, saved, loaded, ddp) -> None:
-    router = ExpertChoice(warmup_steps=3)
-    case = Case(RecursionConfig(2, router=router, kv_policy=UPDATE), ddp=ddp)
+    router = ExpertChoice(warmup_steps=3, gate_bias=0.5)
+    case = Case(RecursionConfig(2, router=router, kv_policy=UPDATE, **HELPS), ddp=ddp)
     arguments = {"case": case, "directory": tmp_path}
     losses, parameters = pool.run(
         save_or_resume, LAYOUTS[saved], layout=saved, resumes=False, **arguments

@@ -1,5 +1,6 @@
 """GPTModel with a RecursionLayer: N ranks compute what one rank computes, losses and gradients."""
 
+import re
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -128,9 +129,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], di
         {},
     ),
 }
-WITH_DELTAS = [
-    name for name in RECURSIONS if "deltas" in name or name in ("expert, all helps", "random loops")
-]
+RARER = [name for name in RECURSIONS if re.search("deltas|helps|loops", name)]
 LAYOUTS["full recompute of dense layers"] = (1, {}, DENSE, LAYOUTS["full recompute"][3], {})
 # Replicas draw random depths side by side, one rank draws them one after the other.
 CASES = [
@@ -138,12 +137,14 @@ CASES = [
     for name in RECURSIONS
     for layout in list(LAYOUTS)[:-1]
     if name != "random" or not layout.startswith(("dp", "ep"))
-    if layout in ("tp", "tp+sp") or name not in WITH_DELTAS
+    if layout in ("tp", "tp+sp") or name not in RARER
 ]
 CASES += [
     ("expert, deltas", "tp+sp moe"),
+    ("expert, all helps", "pp"),
     ("expert, all helps", "full recompute"),
     ("expert, all helps", "tp+sp moe"),
+    ("random loops", "pp"),
     ("random loops", "dp overlap"),
     ("fixed, deltas", "pp"),
     ("token, sharing, deltas", "dp overlap"),

@@ -14,7 +14,14 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
-from mor_layers import ExpertChoice, FixedDepth, RandomDepth, RecursionConfig, TokenChoice
+from mor_layers import (
+    ExpertChoice,
+    FixedDepth,
+    RandomDepth,
+    RandomLoops,
+    RecursionConfig,
+    TokenChoice,
+)
 from mor_megatron import (
     Norm,
     checkpointing,
@@ -105,6 +112,33 @@ def test_several_optimizer_steps_equal_those_of_one_rank(
     for other_losses, other_weights in results:
         assert other_losses == pytest.approx(losses, abs=1e-5)
         torch.testing.assert_close(other_weights, weights, rtol=1e-4, atol=1e-5)
+
+
+def test_random_loops_draw_anew_for_each_step_and_alike_on_all_ranks(pool: WorkerPool) -> None:
+    loops = RandomLoops(seed=4)
+    router, drawn = loops.build(8, 3), []
+    for _ in range(3):
+        drawn.append(router.num_loops)
+        router.advance(torch.zeros(3))
+    assert drawn == [1, 3, 1]
+    run = partial(
+        pool.run, losses_of_training, recursion=RecursionConfig(3, router=loops), adam_eps=1e-3
+    )
+    ((losses, weights),) = run(layout={}, config={}, ddp={})
+    for other_losses, other_weights in run(
+        world_size=2, layout={"tp": 2}, config={"sequence_parallel": True}, ddp={}
+    ):
+        assert other_losses == pytest.approx(losses, abs=1e-5)
+        torch.testing.assert_close(other_weights, weights, rtol=1e-4, atol=1e-5)
+    ((fixed, _),) = pool.run(
+        losses_of_training,
+        recursion=RecursionConfig(3),
+        adam_eps=1e-3,
+        layout={},
+        config={},
+        ddp={},
+    )
+    assert all(abs(own - other) > 1e-4 for own, other in zip(losses, fixed, strict=True))
 
 
 def gradients(

@@ -105,7 +105,7 @@ def outcome(recursion: RecursionConfig, emulated: bool) -> tuple[float, dict[str
 def test_fused_norms_and_a_core_of_its_own_give_the_same_numbers(
     pool: WorkerPool, router: Any, policy: Any
 ) -> None:
-    recursion = RecursionConfig(3, router=router, kv_policy=policy)
+    recursion = RecursionConfig(3, router=router, kv_policy=policy, sandwich_norms=True)
     ((loss, grads),) = pool.run(outcome, recursion=recursion, emulated=False)
     ((engine_loss, engine_grads),) = pool.run(outcome, recursion=recursion, emulated=True)
     assert engine_loss == pytest.approx(loss, abs=1e-6)

@@ -33,6 +33,14 @@ LAYOUTS = {
     "CP=2 x EP=2": (2, ["parallel.context=2", "parallel.expert=2"]),
     "CP=2 x PP=2": (4, ["parallel.context=2", "parallel.pipeline=2"]),
 }
+STABILITY = [
+    "recursion.share_norms=false",
+    "recursion.step_embeddings=true",
+    "recursion.input_injection=true",
+    "recursion.sandwich_norms=true",
+    "recursion.router.gate_bias=-1.0",
+    "recursion.relaxation={rank: 2, projections: [query, output]}",
+]
 IN_SHORT = ("PP=2, steps as stages", "CP=2")
 
 
@@ -40,7 +48,7 @@ IN_SHORT = ("PP=2, steps as stages", "CP=2")
 def on_one_process(pool: WorkerPool, tmp_path_factory) -> tuple[list[str], Path, Path]:
     """Settings of a text, a run that stopped after its first step, and one that went on."""
     folder = tmp_path_factory.mktemp("one_process")
-    text = write_text(folder)
+    text = [*write_text(folder), *STABILITY]
     started, whole = folder / "started", folder / "whole"
     pool.run(pretrain_on_rank, settings=[*text, f"output={started}", "training.stop_after=1"])
     pool.run(pretrain_on_rank, settings=[*text, continued(started, whole)])
