@@ -136,8 +136,10 @@ class StackShape:
     """Whether the steps share norm weights."""
     relaxation: Relaxation | None = None
     """Low-rank deltas of each step."""
-    input_vectors: int = 0
-    """Vectors that steps add to their input, or multiply the recursion's input with."""
+    step_embeddings: bool = False
+    """Whether each step adds a vector to its input."""
+    input_injection: bool = False
+    """Whether each step but the first adds the recursion's input, times a vector."""
     sandwich_norms: bool = False
     """Whether norms also follow attention and MLP."""
 
@@ -146,6 +148,12 @@ class StackShape:
         for entries in (router.scorers, router.capacity_factors):
             if entries is not None and len(entries) != self.num_recursions:
                 raise ValueError(f"{entries} must have {self.num_recursions} entries, one a step.")
+
+    @property
+    def input_vectors(self) -> int:
+        """Vectors that steps add to their input, or multiply the recursion's input with."""
+        steps = self.num_recursions
+        return steps * self.step_embeddings + (steps - 1) * self.input_injection
 
 
 @dataclass(frozen=True)
@@ -177,9 +185,8 @@ class ModelShape:
         block, mlp = MLPShape.of_layer(config, recursion), MLPShape.of_layer(config)
         mlp = MLPShape(config.ffn_hidden_size) if config.dense_ends else mlp
         how = recursion.num_recursions, router, recursion.kv_policy, recursion.share_norms
-        steps = recursion.num_recursions
-        vectors = steps * recursion.step_embeddings + (steps - 1) * recursion.input_injection
-        how += recursion.relaxation, vectors, recursion.sandwich_norms
+        how += recursion.relaxation, recursion.step_embeddings, recursion.input_injection
+        how += (recursion.sandwich_norms,)
         # A cyclic step runs the whole block; in a sequence each layer repeats on its own.
         sizes = (schedule.block_size,) if schedule.is_cyclic else (1,) * schedule.block_size
         stacks = (
@@ -329,7 +336,7 @@ def account(
     return Accounting(sequence_length, parameters, tuple(steps), forward, backward, once)
 
 
-def _relaxed(shape: ModelShape, stack: StackShape) -> dict[Projection, tuple[int, int]]:
+def relaxed_projections(shape: ModelShape, stack: StackShape) -> dict[Projection, tuple[int, int]]:
     """Inputs and outputs of each projection that has deltas."""
     h, width = shape.hidden_size, stack.mlp.ffn_hidden_size
     sizes: dict[Projection, tuple[int, int]] = {
@@ -353,7 +360,7 @@ def _delta_weights(stack: StackShape, into: int, out: int) -> int:
 def _delta_products(shape: ModelShape, stack: StackShape, k: float, projected: float) -> float:
     """Multiplications in one layer, for `k` tokens and those whose keys are `projected`."""
     tokens = {"key": projected, "value": projected}
-    sizes = _relaxed(shape, stack).items()
+    sizes = relaxed_projections(shape, stack).items()
     return sum(tokens.get(name, k) * _delta_weights(stack, *size) for name, size in sizes)
 
 
@@ -362,7 +369,7 @@ def _norms_of_relaxed_weights(shape: ModelShape) -> float:
     for stack in shape.stacks:
         relaxation = stack.relaxation
         if relaxation is not None and relaxation.kind == "dora":
-            sizes = _relaxed(shape, stack).values()
+            sizes = relaxed_projections(shape, stack).values()
             per_layer = sum(2 * i * o * relaxation.rank_of(i, o) for i, o in sizes)
             flops += stack.num_layers * stack.num_recursions * per_layer
     return flops
@@ -418,7 +425,7 @@ def count_parameters(shape: ModelShape) -> Parts:
 
 def _delta_parameters(shape: ModelShape, stack: StackShape) -> int:
     """Of one layer at one step."""
-    sizes = _relaxed(shape, stack).values()
+    sizes = relaxed_projections(shape, stack).values()
     has_magnitudes = stack.relaxation is not None and stack.relaxation.kind == "dora"
     return sum(_delta_weights(stack, i, o) + (o if has_magnitudes else 0) for i, o in sizes)
 

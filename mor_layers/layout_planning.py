@@ -263,7 +263,7 @@ def _chunk(
         entries[part.index] += part.layers * kept_by_layer(
             shape, part.stack, run.tokens / layout.context, how
         ) + part.first * kept_by_routing(
-            shape, part.stack, before / layout.context, run.tokens / layout.context, how
+            shape, part.stack, part.step, before / layout.context, run.tokens / layout.context, how
         )
         projected = run.kv_numbers / (2 * shape.kv_size * part.stack.num_layers)
         own = run_traffic(shape, part.stack, part.layers, run.tokens, projected, spread)

@@ -22,7 +22,14 @@ from typing import Literal, get_args
 from mor_layers.accounting import Accounting, ModelShape, StackShape, account, count_parameters
 from mor_layers.config import DecoderConfig, RecursionConfig
 from mor_layers.pipeline_schedule import Pass, simulate
-from mor_layers.routers import DepthAndWidth, ExpertChoice, FixedDepth, RandomDepth, TokenChoice
+from mor_layers.routers import (
+    DepthAndWidth,
+    ExpertChoice,
+    FixedDepth,
+    RandomDepth,
+    RandomLoops,
+    TokenChoice,
+)
 
 PipelineLayout = Literal["one_stage", "steps_as_stages"]
 
@@ -203,7 +210,13 @@ def carried_length(
     router, steps = recursion.router, recursion.num_recursions
     if isinstance(router, FixedDepth):
         return sequence_length
-    notes = {ExpertChoice: 1, RandomDepth: 0, TokenChoice: 2, DepthAndWidth: steps}
+    notes: dict[type, int] = {
+        ExpertChoice: 1,
+        RandomDepth: 0,
+        RandomLoops: 0,
+        TokenChoice: 2,
+        DepthAndWidth: steps,
+    }
     if type(router) not in notes:
         raise ValueError(f"{type(router).__name__} is not built in: what it plans is not known.")
     room = sequence_length

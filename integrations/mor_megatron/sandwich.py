@@ -4,6 +4,7 @@ Legend: `p` rows of a step on this rank, `b` batch, `h` hidden.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 from megatron.core.extensions.transformer_engine import HAVE_TE, TENorm
@@ -17,19 +18,21 @@ Build = Callable[[], nn.Module]
 
 
 def attach_output_norms(layer: Any, build: Build) -> None:
-    """Give a built layer's attention and MLP a norm of their outputs, `[p b h]`.
+    """Give a built layer norms of its attention's and its MLP's outputs, `[p b h]`.
 
+    They are the layer's and not theirs: what an MLP holds has no tensor-parallel group in checkpoints.
     Biases that Megatron would add with the residual are added before the norm.
     """
-
-    def normed(module: Any, inputs: Any, output: tuple[Tensor, Tensor | None]) -> Any:
-        own, bias = output
-        return module.output_norm(own if bias is None else own + bias), None
-
-    for module in (layer.self_attention, layer.mlp):
+    for name, module in (("attention", layer.self_attention), ("mlp", layer.mlp)):
         if not isinstance(module, IdentityOp):  # a hybrid layer may have one of both
-            module.output_norm = build()
-            module.register_forward_hook(normed)
+            norm = build()
+            setattr(layer, f"{name}_output_norm", norm)
+            module.register_forward_hook(partial(_normed, norm))
+
+
+def _normed(norm: nn.Module, module: Any, inputs: Any, output: tuple[Tensor, Tensor | None]) -> Any:
+    own, bias = output
+    return norm(own if bias is None else own + bias), None
 
 
 def like_norms_of(spec: ModuleSpec, config: TransformerConfig) -> Build:

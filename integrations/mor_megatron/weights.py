@@ -187,12 +187,10 @@ def _layer_names(
                 f"{ours}.{norm}_norm.weights.{step}",
             )
     if recursion is not None and recursion.sandwich_norms:
-        for norm, place in (("attention", "self_attention"), ("mlp", "mlp")):
+        for norm in ("attention_output_norm", "mlp_output_norm"):
             for step in range(num_norms):
                 own = f"{step}." if num_norms > 1 else ""
-                result[f"{theirs}.{place}.output_norm.{own}weight"] = (
-                    f"{ours}.{norm}_output_norm.weights.{step}",
-                )
+                result[f"{theirs}.{norm}.{own}weight"] = (f"{ours}.{norm}.weights.{step}",)
     return result | _delta_names(theirs, ours, recursion)
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from mor_commands import main
-from mor_layers import DecoderConfig, ExpertChoice, MoRTransformer, RecursionConfig
+from mor_layers import DecoderConfig, ExpertChoice, MoRTransformer, RecursionConfig, Relaxation
 from mor_layers.model_folder import StoredModel, open_model, save_model
 from mor_layers.published_files import open_published
 from mor_layers.uptraining import recursive_weights
@@ -70,7 +70,7 @@ def assert_same(first: StoredModel, second: StoredModel) -> None:
     [
         ("Qwen's", "tp+sp"),
         ("experts", "ep"),
-        pytest.param("all helps", "tp+sp", marks=pytest.mark.full),
+        ("all helps", "tp+sp"),
         pytest.param("an expert router a step", "tp+sp", marks=pytest.mark.full),
         pytest.param("depth and width", "ep", marks=pytest.mark.full),
         pytest.param("per-step norms", "pp", marks=pytest.mark.full),
@@ -153,6 +153,27 @@ def test_a_llama_comes_back_from_two_ranks(pool: WorkerPool, tmp_path: Path, tie
     assert torch.equal(again(ids).logits, llama(ids).logits)
     assert again.config.eos_token_id == 2
     assert (tmp_path / "megatron" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_relaxed_llama_of_full_rank_is_the_dense_one_on_two_ranks(
+    pool: WorkerPool, tmp_path: Path, kind: str
+) -> None:
+    dense = randomized(MoRTransformer(DecoderConfig(VOCABULARY, 32, 64, 8, 4, 2))).eval()
+    save_model(dense, tmp_path / "dense")
+    relaxed = ["--recursions", "3", "--init", "lower", "--relax-rank", "32", "--relax-kind", kind]
+    convert(tmp_path / "dense", tmp_path / "relaxed", "megatron", *relaxed)
+    run = {"source": tmp_path / "relaxed", "target": tmp_path / "two", "layout": {"tp": 2}}
+    assert max(pool.run(resave, 2, **run, sp=True)) < 1e-4
+    convert(tmp_path / "two", tmp_path / "back", "mor")
+    back = open_model(tmp_path / "back")
+    assert back.config.recursion == RecursionConfig(
+        3, share_norms=False, relaxation=Relaxation(32, kind)
+    )
+    ours = MoRTransformer(back.config).eval()
+    ours.load_state_dict(dict(back.weights))
+    ids = torch.randint(VOCABULARY, (2, 9))
+    torch.testing.assert_close(ours(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from mor_layers import (
     ExpertChoice,
     FixedDepth,
     RandomDepth,
+    RandomLoops,
     RecursionConfig,
     RoutingDecision,
     TokenChoice,
@@ -25,6 +26,7 @@ ALL_ROUTERS = [
     ExpertChoice(warmup_steps=5),
     TokenChoice(),
     DepthAndWidth(),
+    RandomLoops(),
 ]
 
 

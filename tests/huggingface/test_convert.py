@@ -75,6 +75,19 @@ def test_the_page_runs_in_a_shell(tmp_path):
     assert run(tmp_path, "\n".join(python[1:])).returncode == 0
 
 
+def test_deltas_of_full_rank_reproduce_the_dense_model(folder):
+    from transformers import AutoModelForCausalLM
+
+    how = ["--recursions", "3", "--init", "stepwise", "--relax-rank", "32"]
+    main(["convert", str(folder / "llama"), str(folder / "relaxed"), *how])
+    relaxed = load_model(folder / "relaxed").eval()
+    ids = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(1))
+    llama = AutoModelForCausalLM.from_pretrained(folder / "llama").eval()
+    torch.testing.assert_close(relaxed(ids).logits, llama(ids).logits, rtol=1e-4, atol=1e-4)
+    shared = load_model(folder / "recursive").eval()
+    assert (shared(ids).logits - llama(ids).logits).abs().max() > 1e-2
+
+
 def test_errors_are_told_in_a_line_and_leave_nothing(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     for arguments, message in (
@@ -88,6 +101,12 @@ def test_errors_are_told_in_a_line_and_leave_nothing(folder, monkeypatch, capsys
         (
             ["llama", "new", "--recursions", "3", "--relax-kind", "dora"],
             "--relax-kind has no effect without --relax-rank",
+        ),
+        (["llama", "new", "--recursions", "3", "--relax-rank", "0"], "rank=0"),
+        (["relaxed", "new", "--to", "published"], "no place in a published checkpoint"),
+        (
+            ["llama", "new", "--recursions", "3", "--relax-rank", "2", "--to", "published"],
+            "no place in a published checkpoint",
         ),
     ):
         before = sorted(path.name for path in folder.iterdir())
