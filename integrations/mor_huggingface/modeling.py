@@ -37,6 +37,7 @@ class MoRConfig(PretrainedConfig):
             self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
             self.num_hidden_layers = config.num_unrolled_layers
             self.num_attention_heads = config.num_heads
+            self.num_key_value_heads, self.head_dim = config.kv_heads, config.head_size
         super().__init__(**kwargs)
 
     @classmethod

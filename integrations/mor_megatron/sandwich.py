@@ -42,5 +42,5 @@ def like_norms_of(spec: ModuleSpec, config: TransformerConfig) -> Build:
     """
     parts = cast(Any, spec.submodules)
     own = (n for n in (parts.input_layernorm, parts.pre_mlp_layernorm) if n is not IdentityOp)
-    kind = next(own, TENorm if HAVE_TE else Norm)
+    kind: Any = next(own, TENorm if HAVE_TE else Norm)
     return lambda: kind(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
