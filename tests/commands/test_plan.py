@@ -44,6 +44,23 @@ def test_tiny_is_planned_for_two_processes_and_for_generation(capsys):
     assert f"{work.cost.kv_bytes(4) / 2**20:.2f}" in capsys.readouterr().out
 
 
+def test_what_keeps_training_stable_has_its_price():
+    plain, helped = (
+        workload(read_settings(TINY, settings))
+        for settings in (
+            [],
+            ["recursion.step_embeddings=true", "recursion.input_injection=true",
+             "recursion.sandwich_norms=true", "recursion.relaxation={rank: 4, projections: [query]}",
+             "recursion.router.gate_bias=-1.0"],
+        )
+    )  # fmt: skip
+    more = helped.cost.parameters.total - plain.cost.parameters.total
+    # Norms of two layers, vectors of steps, biases, and a delta for each step and layer.
+    assert more == 2 * 2 * 192 + (3 + 2) * 192 + 3 + 3 * 2 * 4 * (192 + 192)
+    before, after = (evaluate(work, Layout(), HARDWARE["cpu"]) for work in (plain, helped))
+    assert after.memory.activations > 1.05 * before.memory.activations
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
