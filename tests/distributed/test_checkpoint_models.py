@@ -155,7 +155,7 @@ def test_a_llama_comes_back_from_two_ranks(pool: WorkerPool, tmp_path: Path, tie
     assert (tmp_path / "megatron" / "tokenizer.json").exists()
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.full), "dora"])
 def test_a_relaxed_llama_of_full_rank_is_the_dense_one_on_two_ranks(
     pool: WorkerPool, tmp_path: Path, kind: str
 ) -> None:

@@ -23,7 +23,10 @@ from tests.distributed import megatron_setup as setup
 from tests.distributed.pool import WorkerPool
 
 EXPERT = RecursionConfig(
-    3, router=ExpertChoice(predictor_coefficient=0.1, z_loss_coefficient=0.01, alpha=0.5)
+    3,
+    router=ExpertChoice(predictor_coefficient=0.1, z_loss_coefficient=0.01, alpha=0.5),
+    sandwich_norms=True,
+    step_embeddings=True,
 )
 CASES = {
     "expert": ("*-[*-*-]x3*-", EXPERT),

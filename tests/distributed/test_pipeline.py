@@ -91,8 +91,6 @@ SAMPLE = {
         replace(recursion(3, "token"), **HELPS), tp=2, config=SP | FULL_RECOMPUTE
     ),
     "PP=2, random loops": Case(LOOPS),
-    "TP=2+SP x PP=2, random loops, MoE": Case(LOOPS, tp=2, config=SP | MOE),
-    "PP=2, helps, fixed depth": Case(RecursionConfig(3, **HELPS)),
     "PP=2, cycle, fixed depth, a norm a step": Case(
         RecursionConfig(3, sharing="cycle", router=FixedDepth(), share_norms=False)
     ),
@@ -131,6 +129,8 @@ MORE = {
     ),
     "PP=2, depth and width": Case(RecursionConfig(3, router=DepthAndWidth(), kv_policy=SHARING)),
     "PP=2, cycle, expert": Case(RecursionConfig(3, sharing="cycle", router=EXPERT)),
+    "TP=2+SP x PP=2, random loops, MoE": Case(LOOPS, tp=2, config=SP | MOE),
+    "PP=2, helps, fixed depth": Case(RecursionConfig(3, **HELPS)),
 }
 
 

@@ -189,8 +189,8 @@ DORA = replace(PLAIN, relaxation=Relaxation(5, "dora", ("query", "output", "gate
         (PLAIN, BF16, 0.02),
         (PLAIN, pipeline_setup.MOE, 0.15),  # what a dispatcher notes of each token is not counted
         (LORA, BF16, 0.02),
-        (LORA, SP, 0.05),
-        (DORA, {}, 0.02),
+        pytest.param(LORA, SP, 0.05, marks=pytest.mark.full),
+        pytest.param(DORA, {}, 0.02, marks=pytest.mark.full),
         (DORA, SP, 0.05),
     ],
     ids=["fp32", "TP+SP", "bf16", "experts", "lora", "lora, TP+SP", "dora", "dora, TP+SP"],
