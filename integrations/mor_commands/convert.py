@@ -70,6 +70,7 @@ def run(options: argparse.Namespace) -> None:
     model = original = source.open(options.source, read_settings(options.settings))
     if options.recursions is not None:
         model = _recursive(model, options)
+    target.require_place(model.config)
     console = Console(stderr=True)
     with written_whole(options.target) as partial:
         with Progress(console=console) as progress:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mor_huggingface.llama import open_llama, write_llama
+from mor_huggingface.llama import llama_config, open_llama, write_llama
 from mor_layers import DecoderConfig, load_config
 from mor_layers.model_folder import (
     CONFIG,
@@ -16,6 +16,8 @@ from mor_layers.model_folder import (
     write_model,
 )
 from mor_layers.published_files import is_published, open_published, write_published
+from mor_layers.published_settings import published_settings
+from mor_layers.unrolling import require_unrollable
 
 Written = Callable[[str], None]
 
@@ -34,6 +36,8 @@ class Format:
     """Into an existing folder, tensor by tensor."""
     takes_settings: bool = False
     """Whether a model may lack its DecoderConfig."""
+    require_place: Callable[[DecoderConfig], object] = lambda config: None
+    """Raises ValueError where the format cannot say what such a model does."""
 
 
 def detected(source: Path) -> Format:
@@ -78,6 +82,11 @@ def _megatron() -> Any:
     return checkpoint_models
 
 
+def _require_llama(config: DecoderConfig) -> None:
+    llama_config(config)
+    require_unrollable(config)
+
+
 FORMATS = {
     kind.name: kind
     for kind in (
@@ -90,13 +99,18 @@ FORMATS = {
         ),
         Format(MODEL_TYPE, _is_ours, lambda source, _: open_model(source), write_model),
         Format(
-            "published", is_published, lambda source, _: open_published(source), write_published
+            "published",
+            is_published,
+            lambda source, _: open_published(source),
+            write_published,
+            require_place=published_settings,
         ),
         Format(
             "llama",
             lambda source: (source / CONFIG).is_file(),
             lambda source, _: open_llama(source),
             write_llama,
+            require_place=_require_llama,
         ),
     )
 }

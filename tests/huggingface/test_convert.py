@@ -103,6 +103,7 @@ def test_errors_are_told_in_a_line_and_leave_nothing(folder, monkeypatch, capsys
             "--relax-kind has no effect without --relax-rank",
         ),
         (["llama", "new", "--recursions", "3", "--relax-rank", "0"], "rank=0"),
+        (["routed", "new", "--to", "llama"], "has no equal among Llamas"),
         (["relaxed", "new", "--to", "published"], "no place in a published checkpoint"),
         (
             ["llama", "new", "--recursions", "3", "--relax-rank", "2", "--to", "published"],
