@@ -16,10 +16,9 @@ from mor_layers import (
     RecursionConfig,
     Relaxation,
     from_mapping,
-    registered_routers,
     to_mapping,
 )
-from tests.core.random_configs import decoders
+from tests.core.random_configs import OURS, decoders
 
 INSTRUCTION = re.compile(
     r"\b(must|use|leave (it|them) out|set|give|expected|allowed|needs|at least|raise)\b",
@@ -32,7 +31,7 @@ NAMES = {
         RecursionConfig,
         MoEConfig,
         Relaxation,
-        *registered_routers().values(),
+        *OURS.values(),
     )
     for field in dataclasses.fields(kind)
 } | {"type"}
@@ -58,7 +57,7 @@ def built_router(router: Any) -> Any:
     options = {name: value for name, value in router.items() if name != "type"}
     if "router" in options:
         options["router"] = built_router(options["router"])
-    return registered_routers()[router["type"]](**options)
+    return OURS[router["type"]](**options)
 
 
 def flaws(message: str) -> str:

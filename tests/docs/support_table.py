@@ -10,9 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import get_args
 
-from mor_layers import KVPolicy, RecursionConfig, RouterConfig, Sharing, registered_routers
+from mor_layers import KVPolicy, RecursionConfig, RouterConfig, Sharing
 from pretraining import model
 from pretraining.command_line import load_settings
+from tests.core.random_configs import OURS
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "pages" / "support.md"
@@ -40,7 +41,7 @@ ROWS: dict[str, list[str]] = {
     "experts, a mean number of them held": [*MOE, *WIDTH],
     **{
         f"`{name}`": [f"recursion.router.type={name}", *DENSE]
-        for name in sorted(set(registered_routers()) - {"deepened"})
+        for name in sorted(set(OURS) - {"deepened"})
     },
     **{
         f"KV policy `{name}`": [f"recursion.kv_policy={name}", *DENSE]
@@ -100,7 +101,7 @@ def layout_table() -> str:
 
 def router_config(name: str) -> RouterConfig:
     """The router of that name, by default."""
-    return registered_routers()[name]()
+    return OURS[name]()
 
 
 def recursion(router: str, sharing: str, policy: str) -> RecursionConfig | None:
@@ -113,7 +114,7 @@ def recursion(router: str, sharing: str, policy: str) -> RecursionConfig | None:
 
 def routers() -> list[str]:
     """Names of those that stand alone."""
-    return sorted(set(registered_routers()) - {"deepened"})
+    return sorted(set(OURS) - {"deepened"})
 
 
 @cache
