@@ -85,7 +85,7 @@ def leaves(kind: type = Settings, prefix: str = "") -> dict[str, Any]:
 def overrides(draw: st.DrawFn, layouts: bool = False, wrong: float = 0.06) -> list[str]:
     """Some `key=value`, a few of them wrong."""
     table = leaves()
-    names = draw(st.lists(st.sampled_from(sorted(table)), max_size=7, unique=True))
+    names = draw(st.lists(st.sampled_from(sorted(table)), max_size=10, unique=True))
     plausible = PLAUSIBLE | (LAYOUT if layouts else {})
     if layouts:
         names = sorted({*names, *LAYOUT})
