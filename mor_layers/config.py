@@ -282,7 +282,7 @@ def from_mapping[T](kind: type[T], values: object, where: str = "") -> T:
         and f.default_factory is dataclasses.MISSING
     )
     if missing:
-        raise ValueError(f"{place}: missing setting {', '.join(map(repr, missing))}.")
+        raise ValueError(f"{place}: missing setting {', '.join(map(repr, missing))}. Set it.")
     hints = typing.get_type_hints(kind)
     return kind(
         **{
