@@ -45,6 +45,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def pretrain(settings: Settings) -> None:
     """From text to a trained model, its checkpoint, report.html and summary.json."""
+    model.check(settings)
     console = Console() if distributed.is_first_rank() else None
     if distributed.on_first_rank(lambda: run_folder.is_complete(settings)):
         if console is not None:

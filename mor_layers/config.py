@@ -6,6 +6,7 @@ setting is an error before anything is built.
 
 import dataclasses
 import importlib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mor_layers.attention import KV_POLICIES, KVPolicy
+from mor_layers.field_types import check_types
 from mor_layers.moe import ExpertRouters, MoEConfig
 from mor_layers.relaxation import MLP_PROJECTIONS, Relaxation
 from mor_layers.routers import FixedDepth, RouterConfig, registered_routers
@@ -50,6 +52,12 @@ class RecursionConfig:
     """Whether the block's layers norm what attention and MLP give, before the residual."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.router, RouterConfig):
+            raise ValueError(
+                f"router={self.router!r} is no RouterConfig. Give one, such as ExpertChoice() or "
+                "FixedDepth(); a name and settings are for YAML."
+            )
+        check_types(self)
         if self.num_recursions < 1:
             raise ValueError(f"num_recursions={self.num_recursions} must be at least 1.")
         if self.sharing not in SHARING_SCHEMES:
@@ -64,11 +72,6 @@ class RecursionConfig:
             raise ValueError(
                 f"expert_routers={self.expert_routers!r} is unknown. Use one of "
                 f"{', '.join(typing.get_args(ExpertRouters))}."
-            )
-        if not isinstance(self.router, RouterConfig):
-            raise ValueError(
-                f"router={self.router!r} is no RouterConfig. Give one, such as ExpertChoice() or "
-                "FixedDepth(); a name and settings are for YAML."
             )
         self.router.validate(self.num_recursions)
         if self.relaxation is not None:
@@ -182,14 +185,15 @@ class DecoderConfig:
     a dense MLP beside `moe`."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("vocab_size", "hidden_size", "ffn_hidden_size", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.num_unrolled_layers < 1:
             raise ValueError(f"num_unrolled_layers={self.num_unrolled_layers} must be at least 1.")
         for name in ("rms_norm_epsilon", "rope_base"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0, and finite.")
         if self.head_dim is not None and (self.head_dim < 2 or self.head_dim % 2):
             raise ValueError(
                 f"head_dim={self.head_dim} must be even and at least 2, since RoPE turns pairs of "
@@ -278,7 +282,7 @@ def from_mapping[T](kind: type[T], values: object, where: str = "") -> T:
         and f.default_factory is dataclasses.MISSING
     )
     if missing:
-        raise ValueError(f"{place}: missing setting {', '.join(map(repr, missing))}.")
+        raise ValueError(f"{place}: missing setting {', '.join(map(repr, missing))}. Set it.")
     hints = typing.get_type_hints(kind)
     return kind(
         **{

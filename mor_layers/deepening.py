@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mor_layers.field_types import check_types
 from mor_layers.routers.base import Router, RouterConfig, register_router
 from mor_layers.routers.baselines import FixedDepth
 from mor_layers.routing import RoutingDecision
@@ -35,10 +36,13 @@ class Deepened(RouterConfig):
     """Of `num_recursions`, how many it was not trained for. At least 1."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.extra_steps < 1:
             raise ValueError(f"Deepened.extra_steps={self.extra_steps} must be at least 1.")
         if isinstance(self.router, Deepened):
-            raise ValueError("Deepened.router is deepened already. Raise its extra_steps instead.")
+            raise ValueError(
+                f"Deepened.router={self.router} is deepened already. Raise its extra_steps instead."
+            )
 
     def validate(self, num_recursions: int) -> None:
         if num_recursions <= self.extra_steps:

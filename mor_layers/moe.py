@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from mor_layers.field_types import check_types
 from mor_layers.thresholds import PreciseBuffers, Thresholds
 
 ExpertRouters = Literal["shared", "per_step"]
@@ -48,6 +49,7 @@ class MoEConfig:
     later tokens, or of earliest `position`."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 1 <= self.experts_per_token <= self.num_experts:
             raise ValueError(
                 f"MoEConfig.experts_per_token={self.experts_per_token} must lie in "

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from mor_layers.attention import KVPolicy, StepContext
+from mor_layers.field_types import check_types
 
 RelaxationKind = Literal["lora", "dora"]
 Projection = Literal["query", "key", "value", "output", "gate", "up", "down"]
@@ -45,6 +46,7 @@ class Relaxation:
     """Weight of the deltas. Not 0."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.rank < 1:
             raise ValueError(f"Relaxation.rank={self.rank} must be at least 1.")
         if self.kind not in get_args(RelaxationKind):

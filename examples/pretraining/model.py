@@ -27,7 +27,9 @@ from mor_megatron import (
     recursion_block_spec,
     recursion_pipeline_spec,
 )
+from mor_megatron.pipeline import validate_pipeline
 from mor_megatron.specs import has_transformer_engine
+from mor_megatron.validation import validate
 from mor_megatron.weights import decoder_tensors, whole_tensors
 from pretraining.settings import Settings
 
@@ -40,6 +42,24 @@ def padded_vocabulary(settings: Settings, vocab_size: int) -> int:
     """Rows of the embedding."""
     multiple = math.lcm(VOCABULARY_MULTIPLE, settings.parallel.tensor)
     return -(-vocab_size // multiple) * multiple
+
+
+def check(settings: Settings) -> None:
+    """Refuse what Megatron's layers cannot do, before anything is written.
+
+    Raises:
+        ValueError: what it is, why not, and what to use.
+    """
+    config, recursion, schedule = (
+        transformer_config(settings),
+        settings.recursion,
+        settings.schedule,
+    )
+    if recursion is None or schedule is None:
+        return
+    validate(config, recursion)
+    if settings.virtual_stages is not None:
+        validate_pipeline(config, recursion, schedule)
 
 
 def build_model(settings: Settings, vocab_size: int) -> list[GPTModel]:

@@ -59,7 +59,8 @@ def _errors_kept() -> Iterator[list[OSError]]:
     def write(
         transforms: Any, *, results_queue: Any, count_queue: Any, **arguments: Any
     ) -> tuple[int, list[Any]]:
-        index, results = written(transforms, results_queue=None, count_queue=None, **arguments)
+        outcome: Any = written(transforms, results_queue=None, count_queue=None, **arguments)
+        index, results = outcome  # None only where it is given a queue
         if isinstance(results, Exception):
             errors.append(_cause(results))
             results = []

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mor_layers.field_types import check_types
 from mor_layers.routers.base import (
     Router,
     RouterConfig,
@@ -57,6 +58,9 @@ class RandomLoops(RouterConfig):
     """Least number of steps; all up to `num_recursions` are as likely. At least 1."""
     seed: int = 0
     """Of the draws."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     def validate(self, num_recursions: int) -> None:
         if not 1 <= self.min_recursions < num_recursions:
@@ -128,6 +132,7 @@ class RandomDepth(RouterConfig):
     """Share of the sequence kept at each step, in (0, 1], never rising. Default: (N_r-r+1)/N_r."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.capacity_factors is not None:
             checked_capacity_factors(self.capacity_factors, len(self.capacity_factors))
 

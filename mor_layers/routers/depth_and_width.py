@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mor_layers.field_types import check_types
 from mor_layers.routers.base import (
     Router,
     RouterConfig,
@@ -61,6 +62,7 @@ class DepthAndWidth(RouterConfig):
     """Part of the way to the quantile that thresholds go after each optimizer step. In (0, 1]."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         name = "DepthAndWidth"
         require_choice(name, "architecture", self.architecture, get_args(Architecture))
         if not 0 < self.rate <= 1:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mor_layers import losses
+from mor_layers.field_types import check_types
 from mor_layers.routers.base import (
     Router,
     RouterConfig,
@@ -70,6 +71,7 @@ class ExpertChoice(RouterConfig):
     None: no bias, as published."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         name = "ExpertChoice"
         require_choice(name, "architecture", self.architecture, get_args(Architecture))
         require_choice(name, "activation", self.activation, get_args(ExpertActivation))

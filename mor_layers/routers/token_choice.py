@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mor_layers import losses
+from mor_layers.field_types import check_types
 from mor_layers.routers.base import (
     Router,
     RouterConfig,
@@ -60,6 +61,7 @@ class TokenChoice(RouterConfig):
     None: no bias, as published."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         name = "TokenChoice"
         require_choice(name, "architecture", self.architecture, get_args(Architecture))
         require_choice(name, "activation", self.activation, get_args(TokenActivation))

@@ -1,10 +1,18 @@
 """A process without progress is named by the others, and ends instead of waiting for ever."""
 
+import os
+import re
 import select
+import signal
 import threading
 import time
 
-from pretraining.watch import Watch
+import pytest
+import torch
+import torch.distributed as dist
+
+from pretraining.watch import Watch, shared_watch
+from tests.distributed.pool import WorkerPool
 
 
 class Store:
@@ -89,16 +97,50 @@ def test_a_rank_that_hangs_outside_of_communication_is_named_by_all():
 
 
 def test_a_rank_that_gives_no_sign_is_named():
-    told = run(Store(), {0: wait_for_others, 2: wait_for_others}, size=3)
+    store = Store()
+    store.set("runs/1", "10:20:30 UTC\nstep 5: computing")  # the last that was heard of it
+    told = run(store, {0: wait_for_others, 2: wait_for_others}, size=3)
     assert "): rank 1 hangs.\n" in told[0]
-    assert "  rank 1 gives no sign" in told[2]
+    assert "  rank 1 gives no sign since 10:20:30 UTC (step 5: computing)\n" in told[2]
 
 
 def test_a_store_whose_keeper_is_stopped_holds_nobody_up():
     began = time.monotonic()
-    told = run(StoreOfAStoppedProcess(), {1: wait_for_others})
-    assert "  rank 0 gives no sign" in told[1]
+    told = run(StoreOfAStoppedProcess(), {1: wait_for_others}, size=3)
+    assert "): rank 0 hangs.\n  rank 0, or the torchrun that started it" in told[1]
+    assert "rank 2" not in told[1]  # nobody knows
     assert time.monotonic() - began < 20
+
+
+def stop_a_rank(*, stopped: int) -> str:
+    """Two ranks, one of which is stopped before a collective; what the other says."""
+    rank, ids, told = dist.get_rank(), [0, 0], []
+    dist.all_gather_object(ids, os.getpid())
+
+    def end(message: str) -> None:
+        told.append(message)
+        os.kill(ids[stopped], signal.SIGCONT)  # the collective ends, and so does the test
+
+    with shared_watch(1.5, end) as watch:
+        watch.beat("step 1: computing")
+        dist.barrier()
+        time.sleep(0.5)  # to tell that it runs
+        if rank == stopped:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        dist.all_reduce(torch.ones(1))
+    return told[0] if told else ""
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_process_is_named_with_since_when(pool: WorkerPool, stopped):
+    told = pool.run(stop_a_rank, 2, stopped=stopped)[1 - stopped]
+    assert f"): rank {stopped} hangs.\n" in told
+    assert re.search(
+        rf"  rank {stopped} gives no sign since \d\d:\d\d:\d\d UTC \(step 1: computing\)\n", told
+    )
+    assert (
+        f"  rank {1 - stopped}: step 1: computing, waiting for other ranks in stop_a_rank" in told
+    )
 
 
 def test_a_watch_that_is_over_says_nothing():

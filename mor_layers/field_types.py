@@ -1,0 +1,55 @@
+"""Whether settings hold what their annotations say.
+
+What YAML says is checked where it is read (`mor_layers.from_mapping`); this is for those who call
+constructors, where `num_recursions="3"` or `qk_norm="false"` would otherwise go a long way.
+"""
+
+import dataclasses
+import types
+import typing
+from functools import cache
+from typing import Any
+
+
+def check_types(config: object) -> None:
+    """Raise ValueError where a field of a dataclass has a value of another type than annotated.
+
+    An int is a float too; a bool is neither. Choices (`Literal`) are left to who knows them.
+    """
+    kind = type(config)
+    for name, hint in _hints(kind).items():
+        value = getattr(config, name)
+        if not _fits(value, hint):
+            raise ValueError(
+                f"{kind.__name__}.{name}={value!r} has the wrong type. Use {_described(hint)}."
+            )
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+
+
+def _fits(value: object, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(v, arguments[0]) for v in value)
+    if not isinstance(hint, type):
+        return True
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _described(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_described, arguments))
+    if origin is tuple:
+        return f"a tuple of {_described(arguments[0])}"
+    if origin is typing.Literal:
+        return ", ".join(map(repr, arguments))
+    return "None" if hint is types.NoneType else hint.__name__
