@@ -1,4 +1,4 @@
-"""vLLM's plugin: `pip install "mor-layers[hf]"` beside vLLM, then `vllm serve model/`.
+"""vLLM's plugin: `pip install ".[hf]"` beside vLLM, then `vllm serve model/`.
 
 vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`). A folder of
 `mor_layers.model_folder` is served as it is; what can be is said by `require_servable`.
