@@ -16,8 +16,6 @@ from tests.docs.test_pages import PAGES, ROOT
 ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")
 PATH = re.compile(r"\b(?:examples|tests|docs|integrations|mor_[a-z]+)/[\w./-]*\w")
 MAKEFILE = (ROOT / "Makefile").read_text()
-FOREIGN = {"pip": "install", "vllm": "serve"}
-"""Other people's programs, and what pages do with them."""
 TRAINERS = ("pretrain_gpt_mor.py", "nodes.sh", "slurm.sh", "two_nodes_on_one_machine.sh")
 OTHERS = {"pip", "vllm"}  # programs of others, which are not asked
 
@@ -41,9 +39,7 @@ def check(command: str) -> None:
         program, *arguments = arguments[2:]
     elif program == "python" and arguments[0] != "-m":
         program, *arguments = arguments
-    if program in FOREIGN:
-        assert arguments[0] == FOREIGN[program], command
-    elif program == "make":
+    if program == "make":
         check_make(arguments)
     elif program == "mor":
         own = argparse.ArgumentParser(exit_on_error=False)
