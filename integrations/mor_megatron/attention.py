@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from mor_layers.attention import Exited, StepContext, attend
 from mor_megatron.context_parallel import in_sequence_order, zigzag_positions
+from mor_megatron.packing import attend_packed, takes_packed
 from mor_megatron.quantization import filled, row_alignment
 from mor_megatron.relaxation import StepDeltas
 
@@ -180,9 +181,14 @@ class RecursiveSelfAttention(SelfAttention):
         hidden_states: Tensor,
         attention_mask: StepContext,
         rotary_pos_emb: StepRotation | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
         **unused: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """`[p/tp b h] -> [p/tp b h]` under sequence parallelism, else `[k b h] -> [k b h]`."""
+        """`[p/tp b h] -> [p/tp b h]` under sequence parallelism, else `[k b h] -> [k b h]`.
+
+        Args:
+            packed_seq_params: the step's documents, where packing them is exact (`packing`).
+        """
         context, count = attention_mask, len(attention_mask.tokens.positions)
         query, key, value = self._project(hidden_states, context)
         extra = len(query) - count  # rows that only fill up the ranks
@@ -194,7 +200,7 @@ class RecursiveSelfAttention(SelfAttention):
                 key, value = torch.cat([key, exited[0]]), torch.cat([value, exited[1]])
             key = self._turn(key, rotary_pos_emb)
         key, value = context.exchange(self.index_in_block, key, value)
-        out = self._attend(query, key, value, context)
+        out = self._attend(query, key, value, context, packed_seq_params)
         out = F.pad(out, (0, 0, 0, 0, 0, extra)) if extra else out
         return self.linear_proj(out)
 
@@ -282,12 +288,24 @@ class RecursiveSelfAttention(SelfAttention):
     def _turn(heads: Tensor, rotation: StepRotation | None) -> Tensor:
         return heads if rotation is None else rotation.turn(heads)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, context: StepContext) -> Tensor:
-        core, mask = self.core_attention, context.causal_mask
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        context: StepContext,
+        sequences: PackedSeqParams | None,
+    ) -> Tensor:
+        core = self.core_attention
+        if sequences is not None and not takes_packed(core):
+            sequences = None
+        mask = context.causal_mask if sequences is None else None
 
         def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             if isinstance(core, SDPACoreAttention):
                 return core.attend(query, key, value, mask)
+            if sequences is not None:
+                return attend_packed(core, query, key, value, sequences)
             # Megatron and Transformer Engine bar attention where their mask is True.
             kind = AttnMaskType.causal if mask is None else AttnMaskType.arbitrary
             barred = None if mask is None else ~mask

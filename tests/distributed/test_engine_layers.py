@@ -1,0 +1,208 @@
+"""Layers of Transformer Engine in a recursion, on a stand-in with its signatures and checks.
+
+The stand-in (`te_stand_in`) takes the place of Transformer Engine in processes of its own, before
+Megatron is imported there, so that Megatron's own wrappers around it run as they do on a GPU.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mor_layers import ExpertChoice, RecursionConfig, TokenChoice
+from tests.distributed import engine_models
+from tests.distributed.pool import WorkerPool
+
+STAND_IN = str(Path(__file__).with_name("te_stand_in"))
+ROUTERS = {"expert": ExpertChoice(alpha=0.5), "token": TokenChoice()}
+POLICIES = ["recursion_wise", "recursive_sharing", "sharing_with_update", "exit_state"]
+
+
+def matrix(*quick: tuple[str, str]) -> Any:
+    """Every router with every policy; but for the quick ones with `make test-full`."""
+    return pytest.mark.parametrize(
+        ("router", "policy"),
+        [
+            pytest.param(
+                ROUTERS[router],
+                policy,
+                id=f"{router}-{policy}",
+                marks=() if (router, policy) in quick else pytest.mark.full,
+            )
+            for router in ROUTERS
+            for policy in POLICIES
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def engine_pool() -> Iterator[WorkerPool]:
+    pool = WorkerPool(max_workers=1)
+    sys.path.insert(0, STAND_IN)
+    try:
+        yield pool
+    finally:
+        sys.path.remove(STAND_IN)
+        pool.close()
+
+
+def both(pool: WorkerPool, recursion: RecursionConfig, **settings: Any) -> Any:
+    """The outcome on local layers and on Transformer Engine's."""
+    return [
+        pool.run(engine_models.run, recursion=recursion, engine=engine, **settings)[0]
+        for engine in (False, True)
+    ]
+
+
+def assert_same(local: Any, engine: Any) -> None:
+    assert engine.loss == pytest.approx(local.loss, abs=1e-5)
+    torch.testing.assert_close(engine.gradients, local.gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("experts", [4, pytest.param(None, marks=pytest.mark.full)])
+@matrix(
+    ("expert", "recursion_wise"), ("token", "recursive_sharing"), ("expert", "sharing_with_update"),
+    ("token", "exit_state"),
+)  # fmt: skip
+def test_layers_of_the_engine_give_the_local_numbers(
+    engine_pool: WorkerPool, router: Any, policy: Any, experts: int | None
+) -> None:
+    recursion = RecursionConfig(3, router=router, kv_policy=policy)
+    local, engine = both(engine_pool, recursion, experts=experts)
+    assert not local.attention
+    assert engine.attention
+    assert_same(local, engine)
+
+
+@matrix(("expert", "exit_state"), ("token", "recursion_wise"), ("token", "recursive_sharing"))
+def test_attention_gets_what_it_has_fused_kernels_for(
+    engine_pool: WorkerPool, router: Any, policy: Any
+) -> None:
+    """Plain causal attention, ragged selections too; masks only where other tokens' keys are seen."""
+    recursion = RecursionConfig(3, router=router, kv_policy=policy)
+    (outcome,) = engine_pool.run(engine_models.run, recursion=recursion, engine=True)
+    calls = outcome.attention
+    assert len(calls) == 8  # prelude, 2 layers x 3 steps, coda
+    steps = [calls[1:3], calls[3:5], calls[5:7]]
+    for step, both in enumerate(steps):
+        for call in both:
+            assert call.qkv_format == "sbhd"
+            is_masked = policy != "recursion_wise" and step > 0
+            assert call.attn_mask_type == ("arbitrary" if is_masked else "causal")
+            assert call.backend == ("unfused" if is_masked else "fused")
+            assert (call.mask is not None) == is_masked
+    if isinstance(router, ExpertChoice):  # of 14 tokens all, two thirds, one third
+        assert [both[0].query[0] for both in steps] == [14, 9, 4]
+
+
+@matrix(("expert", "recursion_wise"), ("token", "recursion_wise"), ("token", "recursive_sharing"))
+def test_documents_are_packed_sequences_where_that_is_exact(
+    engine_pool: WorkerPool, router: Any, policy: Any
+) -> None:
+    recursion = RecursionConfig(3, router=router, kv_policy=policy, sharing="cycle")
+    local, engine = both(engine_pool, recursion, num_layers=6, with_documents=True)
+    assert_same(local, engine)
+    formats = [call.qkv_format for call in engine.attention]
+    packed_steps = 3 if policy == "recursion_wise" else 1
+    assert formats == ["thd"] * 2 * packed_steps + ["sbhd"] * 2 * (3 - packed_steps)
+    for call in engine.attention[: 2 * packed_steps]:
+        assert call.attn_mask_type == "padding_causal"
+        assert call.cu_seqlens.shape == (3 * (3 + 1) + 1,)  # documents and padding of 3 sequences
+        assert call.cu_seqlens[-1] == call.query[0]
+    first = engine.attention[0].cu_seqlens.diff().view(3, 4)
+    assert [(row > 0).sum() for row in first] == [1, 2, 3]  # and no padding at the first step
+
+
+def test_ordinary_layers_keep_documents_apart_too(engine_pool: WorkerPool) -> None:
+    """Transformer Engine's causal attention reads no mask."""
+    recursion = RecursionConfig(3, router=ExpertChoice(alpha=0.5))
+    local, engine = both(engine_pool, recursion, with_documents=True)
+    assert_same(local, engine)
+    prelude, coda = engine.attention[0], engine.attention[-1]
+    assert [(prelude.qkv_format, prelude.query), (coda.qkv_format, coda.query)] == [
+        ("thd", (3 * 14, 4, 8))
+    ] * 2
+
+
+@pytest.mark.parametrize("experts", [4, pytest.param(None, marks=pytest.mark.full)])
+def test_gradients_of_all_steps_are_kept_where_the_engine_adds_them_up_itself(
+    engine_pool: WorkerPool, experts: int | None
+) -> None:
+    """It writes a weight's first gradient over `main_grad`, which step 1's would not be."""
+    recursion = RecursionConfig(3, router=ExpertChoice(alpha=0.5))
+    plain, fused = (
+        engine_pool.run(
+            engine_models.run,
+            recursion=recursion,
+            engine=True,
+            experts=experts,
+            fused_gradients=flag,
+        )[0]
+        for flag in (False, True)
+    )
+    assert_same(plain, fused)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "rows"),
+    [
+        ("tensorwise", "Float8CurrentScaling", 16),
+        pytest.param("blockwise", "Float8BlockScaling", 16, marks=pytest.mark.full),
+        ("mxfp8", "MXFP8BlockScaling", 32),
+    ],
+)
+def test_quantization_recipes_reach_the_shared_layers(
+    engine_pool: WorkerPool, recipe: str, name: str, rows: int
+) -> None:
+    recursion = RecursionConfig(3, router=ExpertChoice(alpha=0.5))
+    plain, quantized = (
+        engine_pool.run(
+            engine_models.run,
+            recursion=recursion,
+            engine=True,
+            experts=4,
+            batch=4,
+            length=16,
+            fp8=fp8,
+            fp8_recipe=recipe,
+        )[0]
+        for fp8 in (None, "hybrid")
+    )
+    assert not plain.quantized_rows
+    assert set(quantized.recipes) == {name}
+    # Two ordinary layers and two shared ones three times, four products and experts each.
+    assert len(quantized.quantized_rows) >= 2 * 4 + 6 * 4
+    assert not any(count % rows for count in quantized.quantized_rows)
+    assert_same(plain, quantized)  # the stand-in quantizes nothing
+
+
+def refusal(**settings: Any) -> str:
+    try:
+        engine_models.run(RecursionConfig(3, router=ExpertChoice()), engine=True, **settings)
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_delayed_scaling_is_refused(engine_pool: WorkerPool) -> None:
+    """A module that runs twice within its context overwrites the amax that sets its scale."""
+    (message,) = engine_pool.run(refusal, fp8="hybrid", fp8_recipe="delayed", batch=4, length=16)
+    assert "fp8_recipe='delayed'" in message
+    assert "'tensorwise'" in message
+
+
+def test_calls_that_the_engine_would_refuse_are_refused() -> None:
+    sys.path.insert(0, STAND_IN)
+    try:
+        from transformer_engine.signatures import VERSION, bound, recorded
+    finally:
+        sys.path.remove(STAND_IN)
+    assert VERSION == "2.20.2"
+    forward = bound("Linear.forward")(lambda self, given: given)
+    assert forward(None, 1, is_first_microbatch=True) == {"inp": 1, "is_first_microbatch": True}
+    with pytest.raises(TypeError, match=r"Linear\.forward of Transformer Engine 2\.20\.2"):
+        forward(None, 1, first=True)
+    assert "cu_seqlens_q" in recorded("DotProductAttention.forward").parameters
