@@ -98,12 +98,14 @@ def run(
 
 def pass_over_documents(model: Any, tokens: Tensor) -> float:
     """As `reset_attention_mask` masks them: causal within each document."""
+    tokens = tokens.to(setup.device())
     batch, length = tokens.shape[0], tokens.shape[1] - 1
-    numbers = torch.arange(length)[None] * torch.arange(1, batch + 1)[:, None] // length  # [b s]
+    positions = torch.arange(length, device=tokens.device).expand(batch, -1)
+    count = torch.arange(1, batch + 1, device=tokens.device)[:, None]
+    numbers = positions * count // length  # [b s]
     barred = numbers[:, :, None] != numbers[:, None, :]
     barred = (barred | torch.ones_like(barred).triu(1))[:, None]
     model.zero_grad_buffer()
-    positions = torch.arange(length).expand(batch, -1)
     loss = model(tokens[:, :-1], positions, barred, labels=tokens[:, 1:]).mean()
     loss.backward()
     return loss.item()

@@ -46,6 +46,12 @@ def bound(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                     arguments |= arguments.pop(parameter.name, {})
             return method(self, arguments)
 
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        setattr(  # noqa: B010
+            call,
+            "__signature__",
+            signature.replace(parameters=[own, *signature.parameters.values()]),
+        )
         return call
 
     return decorate
