@@ -4,6 +4,7 @@ Every function runs on a rank of the `engine_pool` (see `test_engine_layers`).
 """
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ def run(
     return Outcome(
         loss,
         setup.gather_gradients(chunks),
-        list(calls.attention),
+        [SimpleNamespace(**vars(call)) for call in calls.attention],
         [type(recipe).__name__ for recipe in calls.recipes],
         list(calls.quantized_rows),
     )

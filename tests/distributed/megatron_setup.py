@@ -30,6 +30,7 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
+from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -278,10 +279,14 @@ def gather_gradients(chunks: list[Any]) -> dict[str, Tensor]:
 def forward_step(
     microbatches: Iterator[Tensor], model: nn.Module
 ) -> tuple[Tensor, Callable[..., Any]]:
-    """Of a schedule: the loss of the next microbatch `[b, s + 1]`."""
+    """Of a schedule: the loss of the next microbatch `[b, s + 1]`, of this rank's part of it."""
     tokens = next(microbatches).to(device())  # [b, s + 1]
     positions = torch.arange(tokens.size(1) - 1, device=tokens.device).expand(tokens.size(0), -1)
-    output = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:])
+    batch = {"tokens": tokens[:, :-1], "positions": positions, "labels": tokens[:, 1:]}
+    if parallel_state.get_context_parallel_world_size() > 1:
+        group = parallel_state.get_context_parallel_group()
+        batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
+    output = model(batch["tokens"], batch["positions"], None, labels=batch["labels"])
     return output, lambda losses: (losses.mean(), losses.detach().mean())
 
 

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -46,9 +46,17 @@ class WorkerPool:
         max_workers: largest world size; workers start when a run first needs them.
         timeout: seconds a run may take before it counts as hung.
         on_gpus: one GPU a rank, over NCCL; else CPUs, over gloo.
+        search_first: folders in which the workers look for packages before `sys.path`.
     """
 
-    def __init__(self, max_workers: int = 4, timeout: float = 300.0, on_gpus: bool = False) -> None:
+    def __init__(
+        self,
+        max_workers: int = 4,
+        timeout: float = 300.0,
+        on_gpus: bool = False,
+        search_first: Sequence[Path] = (),
+    ) -> None:
+        self.search_first = [str(folder) for folder in search_first]
         self.max_workers = max_workers
         self.timeout = timeout
         self.on_gpus = on_gpus
@@ -89,7 +97,8 @@ class WorkerPool:
         self._runs += 1
         rendezvous = os.path.join(self._directory.name, f"rendezvous_{self._runs}")
         call = pickle.dumps((function, kwargs))
-        message = _Run(list(sys.path), call, rendezvous, world_size, timeout, self.on_gpus)
+        search_path = [*self.search_first, *sys.path]
+        message = _Run(search_path, call, rendezvous, world_size, timeout, self.on_gpus)
         for rank in range(world_size):
             self._workers[rank][1].send((rank, message))
         return self._collect(function.__name__, world_size, timeout)

@@ -74,30 +74,22 @@ def losses_with_an_unrelated_apex() -> list[float]:
 @pytest.mark.full
 def test_an_unrelated_apex_changes_nothing(pool: WorkerPool) -> None:
     (expected,) = pool.run(apex_models.without_apex)
-    assert run_beside(UNRELATED, losses_with_an_unrelated_apex) == expected
+    beside = WorkerPool(1, search_first=[UNRELATED])
+    (found,) = beside.run(losses_with_an_unrelated_apex)
+    beside.close()
+    assert found == expected
 
 
 @pytest.mark.parametrize("distributed", [pytest.param(False, marks=pytest.mark.full), True])
 def test_a_run_with_fused_norms_and_optimizer_resumes_bit_for_bit(
-    pool: WorkerPool, tmp_path: Path, distributed: bool
+    pool: WorkerPool, stand_in_pool: WorkerPool, tmp_path: Path, distributed: bool
 ) -> None:
     (expected,) = pool.run(apex_models.without_apex)
-    found = run_beside(
-        STAND_IN, apex_models.train_save_resume, directory=tmp_path, distributed=distributed
+    (found,) = stand_in_pool.run(
+        apex_models.train_save_resume, directory=tmp_path, distributed=distributed
     )
     assert found["optimizer"] == "apex.optimizers.fused_adam.FusedAdam"
     assert found["norms"] == {"rms_norm"}
     assert found["first"] == pytest.approx(expected, abs=1e-5)
     assert found["resumed"] == found["undisturbed"]
     assert not found["changed"]
-
-
-def run_beside(folder: Path, function: Any, **arguments: Any) -> Any:
-    """In a process of its own, which finds the packages of a folder."""
-    workers = WorkerPool(max_workers=1)
-    sys.path.insert(0, str(folder))
-    try:
-        return workers.run(function, **arguments)[0]
-    finally:
-        sys.path.remove(str(folder))
-        workers.close()

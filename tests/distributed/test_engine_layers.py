@@ -1,11 +1,10 @@
 """Layers of Transformer Engine in a recursion, on a stand-in with its signatures and checks.
 
-The stand-in (`te_stand_in`) takes the place of Transformer Engine in processes of its own, before
+The stand-in (`te_stand_in`) takes the place of Transformer Engine in a process of its own, before
 Megatron is imported there, so that Megatron's own wrappers around it run as they do on a GPU.
 """
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +37,6 @@ def matrix(*quick: tuple[str, str]) -> Any:
     )
 
 
-@pytest.fixture(scope="module")
-def engine_pool() -> Iterator[WorkerPool]:
-    pool = WorkerPool(max_workers=1)
-    sys.path.insert(0, STAND_IN)
-    try:
-        yield pool
-    finally:
-        sys.path.remove(STAND_IN)
-        pool.close()
-
-
 def both(pool: WorkerPool, recursion: RecursionConfig, **settings: Any) -> Any:
     """The outcome on local layers and on Transformer Engine's."""
     return [
@@ -68,10 +56,10 @@ def assert_same(local: Any, engine: Any) -> None:
     ("token", "exit_state"),
 )  # fmt: skip
 def test_layers_of_the_engine_give_the_local_numbers(
-    engine_pool: WorkerPool, router: Any, policy: Any, experts: int | None
+    stand_in_pool: WorkerPool, router: Any, policy: Any, experts: int | None
 ) -> None:
     recursion = RecursionConfig(3, router=router, kv_policy=policy)
-    local, engine = both(engine_pool, recursion, experts=experts)
+    local, engine = both(stand_in_pool, recursion, experts=experts)
     assert not local.attention
     assert engine.attention
     assert_same(local, engine)
@@ -79,11 +67,11 @@ def test_layers_of_the_engine_give_the_local_numbers(
 
 @matrix(("expert", "exit_state"), ("token", "recursion_wise"), ("token", "recursive_sharing"))
 def test_attention_gets_what_it_has_fused_kernels_for(
-    engine_pool: WorkerPool, router: Any, policy: Any
+    stand_in_pool: WorkerPool, router: Any, policy: Any
 ) -> None:
     """Plain causal attention, ragged selections too; masks only where other tokens' keys are seen."""
     recursion = RecursionConfig(3, router=router, kv_policy=policy)
-    (outcome,) = engine_pool.run(engine_models.run, recursion=recursion, engine=True)
+    (outcome,) = stand_in_pool.run(engine_models.run, recursion=recursion, engine=True)
     calls = outcome.attention
     assert len(calls) == 8  # prelude, 2 layers x 3 steps, coda
     steps = [calls[1:3], calls[3:5], calls[5:7]]
@@ -100,10 +88,10 @@ def test_attention_gets_what_it_has_fused_kernels_for(
 
 @matrix(("expert", "recursion_wise"), ("token", "recursion_wise"), ("token", "recursive_sharing"))
 def test_documents_are_packed_sequences_where_that_is_exact(
-    engine_pool: WorkerPool, router: Any, policy: Any
+    stand_in_pool: WorkerPool, router: Any, policy: Any
 ) -> None:
     recursion = RecursionConfig(3, router=router, kv_policy=policy, sharing="cycle")
-    local, engine = both(engine_pool, recursion, num_layers=6, with_documents=True)
+    local, engine = both(stand_in_pool, recursion, num_layers=6, with_documents=True)
     assert_same(local, engine)
     formats = [call.qkv_format for call in engine.attention]
     packed_steps = 3 if policy == "recursion_wise" else 1
@@ -116,10 +104,10 @@ def test_documents_are_packed_sequences_where_that_is_exact(
     assert [(row > 0).sum() for row in first] == [1, 2, 3]  # and no padding at the first step
 
 
-def test_ordinary_layers_keep_documents_apart_too(engine_pool: WorkerPool) -> None:
+def test_ordinary_layers_keep_documents_apart_too(stand_in_pool: WorkerPool) -> None:
     """Transformer Engine's causal attention reads no mask."""
     recursion = RecursionConfig(3, router=ExpertChoice(alpha=0.5))
-    local, engine = both(engine_pool, recursion, with_documents=True)
+    local, engine = both(stand_in_pool, recursion, with_documents=True)
     assert_same(local, engine)
     prelude, coda = engine.attention[0], engine.attention[-1]
     assert [(prelude.qkv_format, prelude.query), (coda.qkv_format, coda.query)] == [
@@ -129,12 +117,12 @@ def test_ordinary_layers_keep_documents_apart_too(engine_pool: WorkerPool) -> No
 
 @pytest.mark.parametrize("experts", [4, pytest.param(None, marks=pytest.mark.full)])
 def test_gradients_of_all_steps_are_kept_where_the_engine_adds_them_up_itself(
-    engine_pool: WorkerPool, experts: int | None
+    stand_in_pool: WorkerPool, experts: int | None
 ) -> None:
     """It writes a weight's first gradient over `main_grad`, which step 1's would not be."""
     recursion = RecursionConfig(3, router=ExpertChoice(alpha=0.5))
     plain, fused = (
-        engine_pool.run(
+        stand_in_pool.run(
             engine_models.run,
             recursion=recursion,
             engine=True,
@@ -155,11 +143,11 @@ def test_gradients_of_all_steps_are_kept_where_the_engine_adds_them_up_itself(
     ],
 )
 def test_quantization_recipes_reach_the_shared_layers(
-    engine_pool: WorkerPool, recipe: str, name: str, rows: int
+    stand_in_pool: WorkerPool, recipe: str, name: str, rows: int
 ) -> None:
     recursion = RecursionConfig(3, router=ExpertChoice(alpha=0.5))
     plain, quantized = (
-        engine_pool.run(
+        stand_in_pool.run(
             engine_models.run,
             recursion=recursion,
             engine=True,
@@ -187,9 +175,9 @@ def refusal(**settings: Any) -> str:
     return "accepted"
 
 
-def test_delayed_scaling_is_refused(engine_pool: WorkerPool) -> None:
+def test_delayed_scaling_is_refused(stand_in_pool: WorkerPool) -> None:
     """A module that runs twice within its context overwrites the amax that sets its scale."""
-    (message,) = engine_pool.run(refusal, fp8="hybrid", fp8_recipe="delayed", batch=4, length=16)
+    (message,) = stand_in_pool.run(refusal, fp8="hybrid", fp8_recipe="delayed", batch=4, length=16)
     assert "fp8_recipe='delayed'" in message
     assert "'tensorwise'" in message
 

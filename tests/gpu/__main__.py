@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from tests.gpu.cases import CASES
 from tests.gpu.machine import rehearsal, this_machine
-from tests.gpu.runner import run_cases
+from tests.gpu.runner import pool_for, run_cases
 from tests.gpu.verdict import NO_GPU, Case, Verdict, chosen, exit_code, table_of, write_report
 
 
@@ -53,7 +53,11 @@ def main(arguments: Sequence[str], cases: Sequence[Case] = CASES) -> int:
         if verdict.outcome == "failed":
             console.print(escape(verdict.detail))
 
-    verdicts = run_cases(cases, machine, given.timeout, tell)
+    pool = pool_for(machine, given.timeout)
+    try:
+        verdicts = run_cases(cases, machine, pool, tell)
+    finally:
+        pool.close()
     code = exit_code(verdicts)
     brief = [_brief(verdict) for verdict in verdicts]
     console.print(table_of(brief, cases, escape(machine.description)))

@@ -3,10 +3,8 @@
 Each case has processes that no failed case has used: an error on a GPU outlives it in its process.
 """
 
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.distributed.pool import WorkerPool
@@ -17,25 +15,23 @@ _FOLDER, _STAND_INS = Path(__file__).parents[1] / "distributed", ("te_stand_in",
 
 
 def run_cases(
-    cases: Sequence[Case], machine: Machine, timeout: float, tell: Callable[[Verdict], None]
+    cases: Sequence[Case], machine: Machine, pool: WorkerPool, tell: Callable[[Verdict], None]
 ) -> list[Verdict]:
-    """A verdict on every case, in order.
-
-    Args:
-        timeout: seconds that a case may take.
-        tell: is told each verdict as it comes.
-    """
+    """A verdict on every case, in order; `tell` is told each as it comes."""
     verdicts = []
-    with _search_path(machine):
-        pool = WorkerPool(machine.gpus, timeout, on_gpus=not machine.is_rehearsal)
-        for case in cases:
-            verdict = _verdict_on(case, machine, pool)
-            if verdict.outcome == "failed":
-                pool.close()
-            verdicts.append(verdict)
-            tell(verdict)
-        pool.close()
+    for case in cases:
+        verdict = _verdict_on(case, machine, pool)
+        if verdict.outcome == "failed":
+            pool.close()
+        verdicts.append(verdict)
+        tell(verdict)
     return verdicts
+
+
+def pool_for(machine: Machine, timeout: float) -> WorkerPool:
+    """Processes for cases, of which none may take longer than `timeout` seconds."""
+    stand_ins = [_FOLDER / name for name in _STAND_INS if machine.is_rehearsal]
+    return WorkerPool(machine.gpus, timeout, not machine.is_rehearsal, stand_ins)
 
 
 def _verdict_on(case: Case, machine: Machine, pool: WorkerPool) -> Verdict:
@@ -56,15 +52,3 @@ def _verdict_on(case: Case, machine: Machine, pool: WorkerPool) -> Verdict:
 
 def _shown(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-@contextmanager
-def _search_path(machine: Machine) -> Iterator[None]:
-    """Processes of a rehearsal find the stand-ins first."""
-    added = [str(_FOLDER / name) for name in _STAND_INS if machine.is_rehearsal]
-    sys.path[:0] = added
-    try:
-        yield
-    finally:
-        for folder in added:
-            sys.path.remove(folder)
