@@ -168,6 +168,9 @@ class RecursiveSelfAttention(SelfAttention):
 
     index_in_block: int
     """0-based place in the recursion block."""
+    masked_attention: SDPACoreAttention | None
+    """Attends where there is a mask, in the place of Transformer Engine's core: that has for masks only
+    the implementation that materialises all scores, PyTorch a memory-efficient kernel."""
     deltas: StepDeltas | None
     """What single steps add to projections, see `relaxation`."""
 
@@ -175,6 +178,15 @@ class RecursiveSelfAttention(SelfAttention):
         """Learn one's place in the block, and the norm that the layer applies before attention."""
         self.index_in_block, self.deltas = index, None
         self.__dict__["input_norm"] = input_norm  # it is the layer's: not registered here
+        self.masked_attention = None
+        if takes_packed(self.core_attention) and not self._options_of_the_core:
+            self.masked_attention = SDPACoreAttention(
+                self.config,
+                self.layer_number,
+                AttnMaskType.causal,
+                "self",
+                softmax_scale=self.core_attention.softmax_scale,
+            )
 
     def forward(  # type: ignore[override]
         self,
@@ -256,6 +268,18 @@ class RecursiveSelfAttention(SelfAttention):
         return self.deltas.relax("output", inputs[0], output[0], linear.weight), *output[1:]
 
     @property
+    def _options_of_the_core(self) -> bool:
+        """Whether Transformer Engine's core is asked for what SDPA does not compute."""
+        config = self.config
+        return (
+            config.softmax_type != "vanilla"
+            or config.window_size is not None
+            or config.apply_query_key_layer_scaling
+            or config.qk_clip
+            or config.log_max_attention_logit
+        )
+
+    @property
     def _can_project_parts(self) -> bool:
         # Fused gradient accumulation writes into the whole weight's buffer; a rank with less than
         # a group of queries has no weight of its own; other classes compute with the whole weight.
@@ -296,10 +320,12 @@ class RecursiveSelfAttention(SelfAttention):
         context: StepContext,
         sequences: PackedSeqParams | None,
     ) -> Tensor:
-        core = self.core_attention
+        core: Any = self.core_attention
         if sequences is not None and not takes_packed(core):
             sequences = None
         mask = context.causal_mask if sequences is None else None
+        if mask is not None and self.masked_attention is not None:
+            core = self.masked_attention
 
         def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             if isinstance(core, SDPACoreAttention):

@@ -69,21 +69,29 @@ def test_layers_of_the_engine_give_the_local_numbers(
 def test_attention_gets_what_it_has_fused_kernels_for(
     stand_in_pool: WorkerPool, router: Any, policy: Any
 ) -> None:
-    """Plain causal attention, ragged selections too; masks only where other tokens' keys are seen."""
+    """Plain causal attention, of ragged selections too. SDPA attends where a mask is needed."""
     recursion = RecursionConfig(3, router=router, kv_policy=policy)
     (outcome,) = stand_in_pool.run(engine_models.run, recursion=recursion, engine=True)
     calls = outcome.attention
-    assert len(calls) == 8  # prelude, 2 layers x 3 steps, coda
-    steps = [calls[1:3], calls[3:5], calls[5:7]]
-    for step, both in enumerate(steps):
-        for call in both:
-            assert call.qkv_format == "sbhd"
-            is_masked = policy != "recursion_wise" and step > 0
-            assert call.attn_mask_type == ("arbitrary" if is_masked else "causal")
-            assert call.backend == ("unfused" if is_masked else "fused")
-            assert (call.mask is not None) == is_masked
+    # The prelude's, those of two layers at each step that needs no mask, the coda's.
+    steps = 3 if policy == "recursion_wise" else 1
+    assert len(calls) == 1 + 2 * steps + 1
+    for call in calls:
+        assert (call.qkv_format, call.attn_mask_type) == ("sbhd", "causal")
+        assert (call.backend, call.mask) == ("fused", None)
     if isinstance(router, ExpertChoice):  # of 14 tokens all, two thirds, one third
-        assert [both[0].query[0] for both in steps] == [14, 9, 4]
+        assert [call.query[0] for call in calls[1:-1:2]] == [14, 9, 4][:steps]
+
+
+def test_options_that_only_the_engine_has_keep_its_attention(stand_in_pool: WorkerPool) -> None:
+    recursion = RecursionConfig(3, router=ExpertChoice(), kv_policy="recursive_sharing")
+    (outcome,) = stand_in_pool.run(
+        engine_models.run, recursion=recursion, engine=True, window_size=(64, 0)
+    )
+    masked = [call for call in outcome.attention if call.attn_mask_type == "arbitrary"]
+    assert [call.query[0] for call in masked] == [9, 9, 4, 4]
+    assert [call.mask for call in masked] == [(3, 1, k, 14) for k in (9, 9, 4, 4)]
+    assert {call.backend for call in masked} == {"unfused"}
 
 
 @matrix(("expert", "recursion_wise"), ("token", "recursion_wise"), ("token", "recursive_sharing"))
@@ -95,7 +103,7 @@ def test_documents_are_packed_sequences_where_that_is_exact(
     assert_same(local, engine)
     formats = [call.qkv_format for call in engine.attention]
     packed_steps = 3 if policy == "recursion_wise" else 1
-    assert formats == ["thd"] * 2 * packed_steps + ["sbhd"] * 2 * (3 - packed_steps)
+    assert formats == ["thd"] * 2 * packed_steps
     for call in engine.attention[: 2 * packed_steps]:
         assert call.attn_mask_type == "padding_causal"
         assert call.cu_seqlens.shape == (3 * (3 + 1) + 1,)  # documents and padding of 3 sequences
