@@ -110,7 +110,8 @@ class Decoder:
         self.policy, self.outer_pages = self.caches.policy, self.caches.outer_pages
 
         self._waiting: list[Rows] = []  # by the step they run next, from 1 on
-        self._exited: list[tuple[int, Rows]] = []  # steps run; rows whose states are to be stored
+        self._through: list[tuple[int, Rows]] = []  # steps run; rows that exit in this tick
+        self._exited: list[tuple[int, Rows]] = []  # the same; rows whose states are to be stored
         self._spans: dict[int, Span] = {}
         self._left = torch.zeros(settings.num_slots, dtype=torch.long, device=self.device)
         size = (settings.num_slots, max_span)
@@ -138,6 +139,7 @@ class Decoder:
                     self._exit(rows, step)
         else:
             self._exit(running[0], self.num_straight)
+        self._note_exits()
         return self._leave()
 
     def drop(self, slot: int) -> None:
@@ -145,6 +147,7 @@ class Decoder:
         self._spans.pop(slot, None)
         self._left[slot] = 0
         self._waiting = [rows.without(slot) for rows in self._waiting]
+        self._through = [(step, rows.without(slot)) for step, rows in self._through]
         self._exited = [(step, rows.without(slot)) for step, rows in self._exited]
         self.caches.release(slot)
 
@@ -222,11 +225,20 @@ class Decoder:
         """Tokens that are through with the recursion after so many steps."""
         if not len(rows.slots):
             return
-        self._final[rows.slots, rows.places] = rows.hidden
-        self._depths[rows.slots, rows.places] = steps
-        self._left.index_add_(0, rows.slots, -torch.ones_like(rows.slots))
+        self._through.append((steps, rows))
         if self.policy.keeps_exited and self.is_pooled and steps < self.num_steps:
             self._exited.append((steps, rows))
+
+    def _note_exits(self) -> None:
+        """Final states and depths of this tick's exits, from any step at once."""
+        if not self._through:
+            return
+        parts = [rows for _, rows in self._through]
+        exited, self._through = _joined(self._through), []
+        places = torch.cat([rows.places for rows in parts])
+        self._final[exited.slots, places] = torch.cat([rows.hidden for rows in parts])
+        self._depths[exited.slots, places] = exited.steps
+        self._left.index_add_(0, exited.slots, -torch.ones_like(exited.slots))
 
     def _fit(self, running: list[Rows], make_room: Callable[[], int]) -> list[Rows]:
         """As many of the tokens as the cache has room for: sequences give way until they fit."""

@@ -90,6 +90,7 @@ class IncrementalDecoder(Decoder):
         _reserve(self.outer_pages, self.caches.outer, self.outer_pages.pages_needed(slots))
         rows = self._begin(ids[slots, columns], slots, positions, places)
         self._recur(rows)
+        self._note_exits()
         self.depths[slots, positions] = self._depths[slots, places]
         states[slots, columns] = self.model.norm(self._end(slots, positions, places))
         return states

@@ -95,12 +95,10 @@ class Load:
         self.model, self.options, self.slots = model, options, slots
         self.longest_prompt = options.prompt + options.prompt // 2
         length = self.longest_prompt + options.new_tokens
-        settings = CacheSettings(kv_bytes, slots, length + 1, page_size=8)
+        settings = CacheSettings(kv_bytes, slots, length + 1, page_size=4)
         # No prompt waits for its turn: that would hold the plain model up, whose ticks are fewer.
-        every = slots * self.longest_prompt
-        self.engine = DepthBatchingEngine(
-            model, settings, self.longest_prompt, tokens_per_tick=every
-        )
+        every = max(slots * self.longest_prompt, length)
+        self.engine = DepthBatchingEngine(model, settings, length, tokens_per_tick=every)
         self._random, self._numbers = random.Random(0), count()
         self._inside = 0.0
         decoder: Any = self.engine.decoder
@@ -129,9 +127,10 @@ class Load:
         while counters.generated_tokens < goal:
             while self.engine.num_running + self.engine.num_waiting < self.slots + 2:
                 number, new = next(self._numbers), self.options.new_tokens
-                if number < self.slots:  # of all ages, as in a server that has run for long
-                    new = self._random.randint(1, new)
                 size = self._random.randint(self.options.prompt // 2 + 1, self.longest_prompt)
+                if number < self.slots:  # of all ages, as in a server that has run for long
+                    age = self._random.randrange(new)
+                    size, new = size + age, new - age
                 ids = tuple(self._random.randrange(vocabulary) for _ in range(size))
                 self.engine.submit(Request(ids, new, Sampling(1.0, seed=number)))
             self.engine.step()
@@ -153,9 +152,9 @@ def clock() -> float:
     return time.process_time()
 
 
-def sequence_bytes(config: DecoderConfig, length: int) -> float:
-    """Expected bytes of one sequence's keys and values, in fp32."""
-    return account(config, length).kv_bytes(bytes_per_number=4)
+def sequence_bytes(config: DecoderConfig, length: int, itemsize: int) -> float:
+    """Expected bytes of one sequence's keys and values."""
+    return account(config, length).kv_bytes(bytes_per_number=itemsize)
 
 
 def generated_flops(config: DecoderConfig, options: argparse.Namespace, depth: float) -> float:
@@ -172,16 +171,16 @@ def generated_flops(config: DecoderConfig, options: argparse.Namespace, depth: f
     return (cost.forward.total - cost.forward.output) / options.new_tokens + logits
 
 
-def generated_bytes(
+def numbers_read(
     config: DecoderConfig, options: argparse.Namespace, depth: float, sequences: float
 ) -> float:
-    """Bytes of weights and keys that are read for a generated token."""
+    """Numbers, weights and keys, that are read for a generated token."""
     length = options.prompt + options.new_tokens / 2
     cost = account(config, round(length))
-    weights = (cost.parameters.total - cost.parameters.embedding) * 4
+    weights = cost.parameters.total - cost.parameters.embedding
     runs = 2 if config.recursion is not None else 0
     layers = (config.num_unrolled_layers - runs) / len(_shares(config))
-    row = 2 * 4 * config.kv_heads * config.head_size
+    row = 2 * config.kv_heads * config.head_size
     seen = sum(_seen(config)) * layers + runs
     # A tick reads the weights once, and finishes sequences / depth tokens.
     return weights * depth / sequences + seen * row * length
@@ -213,12 +212,13 @@ def compare(
 ) -> Iterator[Row]:
     """One recursion against the plain model, under both budgets."""
     torch.manual_seed(1)
+    dtype = getattr(torch, options.dtype)
     model = MoRTransformer(decoder_config(shape, options.vocabulary, steps, policy))
-    model = model.to(options.device)
+    model = model.to(options.device, dtype)
     length = options.prompt + options.new_tokens
-    text = torch.randint(options.vocabulary, (8, length), device=options.device)
+    text = torch.randint(options.vocabulary, (32, length), device=options.device)
     calibrate(model, [text])
-    sizes = [sequence_bytes(m.config, length) for m in (plain, model)]
+    sizes = [sequence_bytes(m.config, length, dtype.itemsize) for m in (plain, model)]
     for budget in options.budgets:
         if budget == "equal_batch":
             # Memory for half as much again: nobody has to give way.
@@ -239,7 +239,7 @@ def compare(
         base, own = ([statistics.median(r[i][j] for r in rounds) for j in range(4)] for i in (0, 1))
         flops = [generated_flops(m.config, options, r[2]) for m, r in ((plain, base), (model, own))]
         read = [
-            generated_bytes(m.config, options, r[2], r[1]) for m, r in ((plain, base), (model, own))
+            numbers_read(m.config, options, r[2], r[1]) for m, r in ((plain, base), (model, own))
         ]
         yield Row(
             shape,
@@ -275,7 +275,7 @@ def hugging_face(plain: MoRTransformer, options: argparse.Namespace) -> float:
         eos_token_id=None,
         pad_token_id=0,
     )
-    model = LlamaForCausalLM(config).to(options.device).eval()
+    model = LlamaForCausalLM(config).to(options.device, getattr(torch, options.dtype)).eval()
     ids = torch.randint(own.vocab_size, (options.batch, options.prompt), device=options.device)
     speeds = []
     for _ in range(options.turns):
@@ -312,11 +312,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--batch", type=int, default=64, help="sequences in flight, equal_batch (default: 64)")
     add("--kv-sequences", type=int, default=16, help="plain ones of equal_kv (default: 16)")
-    add("--prompt", type=int, default=32)
-    add("--new-tokens", type=int, default=32)
+    add("--prompt", type=int, default=2, help="mean length (default: 2, almost no prefix)")
+    add("--new-tokens", type=int, default=96)
     add("--tokens", type=int, default=768, help="generated tokens of one turn (default: 768)")
     add("--turns", type=int, default=3)
     add("--vocabulary", type=int, default=2048, help="the logits cost both models alike")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and caches")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--hugging-face", action="store_true", help="also time `generate` of transformers")
     add("--json", metavar="FILE", help="write the rows here")
@@ -332,7 +333,7 @@ def main() -> None:
     for shape in options.shapes:
         torch.manual_seed(0)
         plain = MoRTransformer(decoder_config(shape, options.vocabulary, 1, "recursion_wise"))
-        plain = plain.to(options.device)
+        plain = plain.to(options.device, getattr(torch, options.dtype))
         if options.hugging_face:
             references[shape] = hugging_face(plain, options)
             console.print(f"{shape}: transformers generates {references[shape]:.1f} tokens/s")

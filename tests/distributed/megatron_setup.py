@@ -193,9 +193,14 @@ def build_optimizer(chunks: list[DistributedDataParallel], **options: Any) -> Me
 
 
 def random_tokens(num_sequences: int, length: int, seed: int = 0) -> Tensor:
-    """Token ids, [num_sequences, length + 1]: `length` inputs and their labels."""
+    """Token ids, [num_sequences, length + 1]: `length` inputs and their labels.
+
+    Neighbours differ. A document that began with one token twice would have two states that are
+    equal but for rounding, between which expert-choice may choose differently in each layout.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(VOCAB_SIZE, (num_sequences, length + 1), generator=generator)
+    strides = torch.randint(1, VOCAB_SIZE, (num_sequences, length + 1), generator=generator)
+    return strides.cumsum(-1) % VOCAB_SIZE
 
 
 def forward_backward(
