@@ -9,13 +9,11 @@ Legend: `b` batch, `k` tokens that run a step, `m` tokens whose keys they see, `
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.models.common.embeddings.rope_utils import _rotate_half
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import checkpoint, get_cuda_rng_tracker
 from megatron.core.tensor_parallel.layers import (
@@ -33,6 +31,7 @@ from mor_megatron.context_parallel import in_sequence_order, zigzag_positions
 from mor_megatron.packing import attend_packed, takes_packed
 from mor_megatron.quantization import filled, row_alignment
 from mor_megatron.relaxation import StepDeltas
+from mor_megatron.rotation import StepRotation
 
 
 class SDPACoreAttention(MegatronModule):
@@ -132,31 +131,6 @@ class SDPACoreAttention(MegatronModule):
         with get_cuda_rng_tracker().fork() if forked else nullcontext():
             out = attend(query, key, value, is_visible, self.softmax_scale, dropout)
         return out.flatten(2)
-
-
-@dataclass(frozen=True)
-class StepRotation:
-    """Rotary embedding at the positions of a step's tokens: cosines and sines `[k b|1 1 r]`."""
-
-    cos: Tensor
-    sin: Tensor
-
-    @classmethod
-    def table(cls, frequencies: Tensor, scale: float, dtype: torch.dtype) -> "StepRotation":
-        """Of all positions, from Megatron's `rotary_pos_emb` `[s 1 1 r]`."""
-        cos, sin = frequencies.float().cos() * scale, frequencies.float().sin() * scale
-        return cls(cos.to(dtype), sin.to(dtype))
-
-    def at(self, positions: Tensor) -> "StepRotation":
-        """Of the given positions `[k b]`."""
-        return StepRotation(self.cos[:, 0][positions], self.sin[:, 0][positions])
-
-    def turn(self, heads: Tensor) -> Tensor:
-        """`[k b n d] -> [k b n d]`, the first `k` positions; a head's numbers beyond `r` stay."""
-        size, cos, sin = self.cos.shape[-1], self.cos[: len(heads)], self.sin[: len(heads)]
-        turned, rest = heads[..., :size], heads[..., size:]
-        turned = turned * cos + _rotate_half(turned, False) * sin
-        return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
 
 class RecursiveSelfAttention(SelfAttention):

@@ -27,13 +27,13 @@ from megatron.core.utils import get_pg_rank, make_viewless_tensor
 from torch import Tensor
 
 from mor_layers import RecursionBlock, RecursionConfig, RecursionOutput, Tokens
-from mor_megatron.attention import StepRotation
 from mor_megatron.auxiliary_loss import RouterLossScaler, listen_for_loss_scale
 from mor_megatron.context_parallel import Relayout, in_sequence_order
 from mor_megatron.documents import documents_of
 from mor_megatron.expert_router import StepTopKRouter
 from mor_megatron.placement import SequenceParallelPlacement
 from mor_megatron.quantization import require_one_precision
+from mor_megatron.rotation import StepRotation
 from mor_megatron.stack import StepStack
 from mor_megatron.static_cache import StaticCache
 from mor_megatron.statistics import RoutingStatistics
@@ -254,7 +254,8 @@ class RecursionLayer(TransformerLayer):
         scale = attention._yarn_concentration_factor
         if self.config.context_parallel_size > 1:  # Megatron gives a rank the rows of its tokens
             rotary_pos_emb = in_sequence_order(rotary_pos_emb, self.pg_collection.cp)
-        return StepRotation.table(rotary_pos_emb, scale, hidden.dtype)
+        fused = self.config.apply_rope_fusion
+        return StepRotation.table(rotary_pos_emb, scale, hidden.dtype, fused)
 
     def _generate(
         self, hidden: Tensor, memory: StaticInferenceContext, rotation: StepRotation | None

@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from mor_layers import RecursionConfig, StepContext
-from mor_megatron.attention import RecursiveSelfAttention, SDPACoreAttention, StepRotation
+from mor_megatron.attention import RecursiveSelfAttention, SDPACoreAttention
 from mor_megatron.context_parallel import GatheredStep
 from mor_megatron.expert_router import StepTopKRouter
 from mor_megatron.moe import RecursiveMoELayer
@@ -31,6 +31,7 @@ from mor_megatron.packing import packed
 from mor_megatron.placement import shard_of_padding
 from mor_megatron.quantization import filled, row_alignment
 from mor_megatron.relaxation import attach_deltas
+from mor_megatron.rotation import StepRotation
 from mor_megatron.static_cache import CachedStep, StaticCache
 
 

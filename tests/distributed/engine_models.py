@@ -27,6 +27,8 @@ class Outcome:
     """Calls of Transformer Engine's attention, in order (`te_stand_in`'s `calls.Attention`)."""
     recipes: list[str] = field(default_factory=list)
     quantized_rows: list[int] = field(default_factory=list)
+    rotations: list[Any] = field(default_factory=list)
+    """Shapes that the fused rotary embedding turned, and of its tables."""
 
 
 def engine_layer(config: TransformerConfig) -> ModuleSpec:
@@ -94,6 +96,7 @@ def run(
         [SimpleNamespace(**vars(call)) for call in calls.attention],
         [type(recipe).__name__ for recipe in calls.recipes],
         list(calls.quantized_rows),
+        list(calls.rotations),
     )
 
 

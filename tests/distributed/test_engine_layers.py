@@ -94,6 +94,27 @@ def test_options_that_only_the_engine_has_keep_its_attention(stand_in_pool: Work
     assert {call.backend for call in masked} == {"unfused"}
 
 
+@matrix(("expert", "recursion_wise"), ("token", "exit_state"))
+def test_the_fused_rotary_embedding_turns_selected_tokens_by_an_indexed_table(
+    stand_in_pool: WorkerPool, router: Any, policy: Any
+) -> None:
+    recursion = RecursionConfig(3, router=router, kv_policy=policy)
+    plain, fused = (
+        stand_in_pool.run(
+            engine_models.run, recursion=recursion, engine=True, apply_rope_fusion=flag
+        )[0]
+        for flag in (False, True)
+    )
+    assert not plain.rotations
+    assert_same(plain, fused)
+    inner = fused.rotations[
+        2:-2
+    ]  # the prelude's and the coda's are ordinary: [s b n d] by [s 1 1 d]
+    assert all(shape[1] == 1 and table == (shape[0], 1, 1, 8) for shape, table in inner)
+    if policy == "recursion_wise" and isinstance(router, ExpertChoice):  # 3 sequences
+        assert [shape[0] for shape, _ in inner[::4]] == [3 * 14, 3 * 9, 3 * 4]
+
+
 @matrix(("expert", "recursion_wise"), ("token", "recursion_wise"), ("token", "recursive_sharing"))
 def test_documents_are_packed_sequences_where_that_is_exact(
     stand_in_pool: WorkerPool, router: Any, policy: Any

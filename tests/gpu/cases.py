@@ -11,6 +11,8 @@ POLICIES = ("recursion_wise", "recursive_sharing", "sharing_with_update", "exit_
 EXPERT = RecursionConfig(3, router=ROUTERS["expert"])
 CYCLE = replace(EXPERT, sharing="cycle")
 ENGINE: tuple[Need, ...] = ("transformer_engine",)
+# Heads of 64 and blocks of 128, as kernels for bf16 and FP8 like them.
+WIDE = {"bf16": True, "hidden_size": 256, "ffn_hidden_size": 512}
 
 _CORE = [
     Case(
@@ -49,7 +51,7 @@ _ENGINE = [
                 "recursion": RecursionConfig(3, router=ROUTERS["token"], kv_policy=policy),
                 "loss_within": 0.05,
                 "cosine_above": 0.95,
-                "bf16": True,
+                **WIDE,
             },
             needs=ENGINE,
         )
@@ -73,7 +75,7 @@ _ENGINE = [
                 "with_documents": True,
                 "loss_within": 0.05,
                 "cosine_above": 0.95,
-                "bf16": True,
+                **WIDE,
             },
             needs=ENGINE,
         )
@@ -91,6 +93,18 @@ _ENGINE = [
         },
         needs=ENGINE,
     ),
+    Case(
+        "engine/rotary",
+        "the fused rotary embedding by an indexed table turns as ours does, fp32",
+        layers.settings_change_little,
+        {
+            "recursion": EXPERT,
+            "loss_within": 1e-4,
+            "cosine_above": 0.9999,
+            "change": {"apply_rope_fusion": True},
+        },
+        needs=ENGINE,
+    ),
     *(
         Case(
             f"engine/fp8/{recipe}",
@@ -101,7 +115,7 @@ _ENGINE = [
                 "loss_within": 0.1,
                 "cosine_above": 0.9,
                 "change": {"fp8": "hybrid", "fp8_recipe": recipe},
-                "bf16": True,
+                **WIDE,
             },
             needs=(*ENGINE, need),
         )

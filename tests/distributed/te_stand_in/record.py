@@ -23,6 +23,7 @@ RECORDED = {
         "DotProductAttention.__init__",
         "DotProductAttention.forward",
     ],
+    "attention/rope.py": ["apply_rotary_pos_emb"],
     "quantization.py": ["fp8_autocast", "fp8_model_init"],
 }
 

@@ -27,9 +27,12 @@ recipes: list[Any] = []
 """The recipe of each quantization context entered; None where it was entered disabled."""
 quantized_rows: list[int] = []
 """Rows of each matrix product under such a context."""
+rotations: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+"""Shapes of what the fused rotary embedding turned, and of its tables."""
 
 
 def clear() -> None:
     attention.clear()
     recipes.clear()
     quantized_rows.clear()
+    rotations.clear()
