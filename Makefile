@@ -8,7 +8,7 @@ ARGUMENTS ?=
 export PYTHONPATH := $(CURDIR):$(CURDIR)/integrations
 use_python = python=$(or $(PYTHON),$$(.ci/setup)) &&
 
-.PHONY: help pretrain test test-full lint docs bench
+.PHONY: help pretrain test test-full test-gpu lint docs bench
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -23,6 +23,9 @@ test:  ## run the tests
 
 test-full:  ## run the tests and the exhaustive sweeps
 	@$(use_python) OMP_NUM_THREADS=1 $$python -m pytest -q
+
+test-gpu:  ## what needs GPUs, with a verdict (ARGUMENTS="--only te", "--rehearse" without one)
+	@$(use_python) $$python -m tests.gpu $(ARGUMENTS)
 
 lint:  ## ruff, pyright and the import contracts
 	@$(use_python) $$python -m ruff check . && $$python -m ruff format --check . \

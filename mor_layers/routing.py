@@ -95,7 +95,7 @@ class Tokens:
         """Number of rows that hold a token."""
         if self.counted is not None:
             return self.counted.sum()
-        return torch.tensor(float(self.positions.numel()), device=self.positions.device)
+        return torch.full((), float(self.positions.numel()), device=self.positions.device)
 
     def take(self, rows: Int[Tensor, "k b"], is_padding: Bool[Tensor, "k b"] | None) -> "Tokens":
         """The tokens of the named rows; `is_padding` says which of those are padding slots."""

@@ -66,6 +66,15 @@ def pool() -> Iterator[WorkerPool]:
     workers.close()
 
 
+@pytest.fixture(scope="session")
+def stand_in_pool() -> Iterator[WorkerPool]:
+    """The same, in which stand-ins take the places of Transformer Engine and NVIDIA's apex."""
+    folder = Path(__file__).with_name("distributed")
+    workers = WorkerPool(1, search_first=[folder / "te_stand_in", folder / "apex_stand_in"])
+    yield workers
+    workers.close()
+
+
 @pytest.fixture
 def reference_case(request: pytest.FixtureRequest):
     """Settings and tensors of one run of the published implementation."""

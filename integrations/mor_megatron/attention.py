@@ -9,13 +9,11 @@ Legend: `b` batch, `k` tokens that run a step, `m` tokens whose keys they see, `
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.models.common.embeddings.rope_utils import _rotate_half
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import checkpoint, get_cuda_rng_tracker
 from megatron.core.tensor_parallel.layers import (
@@ -30,8 +28,10 @@ from torch import Tensor, nn
 
 from mor_layers.attention import Exited, StepContext, attend
 from mor_megatron.context_parallel import in_sequence_order, zigzag_positions
+from mor_megatron.packing import attend_packed, takes_packed
 from mor_megatron.quantization import filled, row_alignment
 from mor_megatron.relaxation import StepDeltas
+from mor_megatron.rotation import StepRotation
 
 
 class SDPACoreAttention(MegatronModule):
@@ -133,31 +133,6 @@ class SDPACoreAttention(MegatronModule):
         return out.flatten(2)
 
 
-@dataclass(frozen=True)
-class StepRotation:
-    """Rotary embedding at the positions of a step's tokens: cosines and sines `[k b|1 1 r]`."""
-
-    cos: Tensor
-    sin: Tensor
-
-    @classmethod
-    def table(cls, frequencies: Tensor, scale: float, dtype: torch.dtype) -> "StepRotation":
-        """Of all positions, from Megatron's `rotary_pos_emb` `[s 1 1 r]`."""
-        cos, sin = frequencies.float().cos() * scale, frequencies.float().sin() * scale
-        return cls(cos.to(dtype), sin.to(dtype))
-
-    def at(self, positions: Tensor) -> "StepRotation":
-        """Of the given positions `[k b]`."""
-        return StepRotation(self.cos[:, 0][positions], self.sin[:, 0][positions])
-
-    def turn(self, heads: Tensor) -> Tensor:
-        """`[k b n d] -> [k b n d]`, the first `k` positions; a head's numbers beyond `r` stay."""
-        size, cos, sin = self.cos.shape[-1], self.cos[: len(heads)], self.sin[: len(heads)]
-        turned, rest = heads[..., :size], heads[..., size:]
-        turned = turned * cos + _rotate_half(turned, False) * sin
-        return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
-
-
 class RecursiveSelfAttention(SelfAttention):
     """`SelfAttention` on the tokens of a recursion step.
 
@@ -167,6 +142,9 @@ class RecursiveSelfAttention(SelfAttention):
 
     index_in_block: int
     """0-based place in the recursion block."""
+    masked_attention: SDPACoreAttention | None
+    """Attends where there is a mask, in the place of Transformer Engine's core: that has for masks only
+    the implementation that materialises all scores, PyTorch a memory-efficient kernel."""
     deltas: StepDeltas | None
     """What single steps add to projections, see `relaxation`."""
 
@@ -174,15 +152,29 @@ class RecursiveSelfAttention(SelfAttention):
         """Learn one's place in the block, and the norm that the layer applies before attention."""
         self.index_in_block, self.deltas = index, None
         self.__dict__["input_norm"] = input_norm  # it is the layer's: not registered here
+        self.masked_attention = None
+        if takes_packed(self.core_attention) and not self._options_of_the_core:
+            self.masked_attention = SDPACoreAttention(
+                self.config,
+                self.layer_number,
+                AttnMaskType.causal,
+                "self",
+                softmax_scale=self.core_attention.softmax_scale,
+            )
 
     def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
         attention_mask: StepContext,
         rotary_pos_emb: StepRotation | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
         **unused: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """`[p/tp b h] -> [p/tp b h]` under sequence parallelism, else `[k b h] -> [k b h]`."""
+        """`[p/tp b h] -> [p/tp b h]` under sequence parallelism, else `[k b h] -> [k b h]`.
+
+        Args:
+            packed_seq_params: the step's documents, where packing them is exact (`packing`).
+        """
         context, count = attention_mask, len(attention_mask.tokens.positions)
         query, key, value = self._project(hidden_states, context)
         extra = len(query) - count  # rows that only fill up the ranks
@@ -194,7 +186,7 @@ class RecursiveSelfAttention(SelfAttention):
                 key, value = torch.cat([key, exited[0]]), torch.cat([value, exited[1]])
             key = self._turn(key, rotary_pos_emb)
         key, value = context.exchange(self.index_in_block, key, value)
-        out = self._attend(query, key, value, context)
+        out = self._attend(query, key, value, context, packed_seq_params)
         out = F.pad(out, (0, 0, 0, 0, 0, extra)) if extra else out
         return self.linear_proj(out)
 
@@ -250,6 +242,18 @@ class RecursiveSelfAttention(SelfAttention):
         return self.deltas.relax("output", inputs[0], output[0], linear.weight), *output[1:]
 
     @property
+    def _options_of_the_core(self) -> bool:
+        """Whether Transformer Engine's core is asked for what SDPA does not compute."""
+        config = self.config
+        return (
+            config.softmax_type != "vanilla"
+            or config.window_size is not None
+            or config.apply_query_key_layer_scaling
+            or config.qk_clip
+            or config.log_max_attention_logit
+        )
+
+    @property
     def _can_project_parts(self) -> bool:
         # Fused gradient accumulation writes into the whole weight's buffer; a rank with less than
         # a group of queries has no weight of its own; other classes compute with the whole weight.
@@ -282,12 +286,26 @@ class RecursiveSelfAttention(SelfAttention):
     def _turn(heads: Tensor, rotation: StepRotation | None) -> Tensor:
         return heads if rotation is None else rotation.turn(heads)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, context: StepContext) -> Tensor:
-        core, mask = self.core_attention, context.causal_mask
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        context: StepContext,
+        sequences: PackedSeqParams | None,
+    ) -> Tensor:
+        core: Any = self.core_attention
+        if sequences is not None and not takes_packed(core):
+            sequences = None
+        mask = context.causal_mask if sequences is None else None
+        if mask is not None and self.masked_attention is not None:
+            core = self.masked_attention
 
         def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             if isinstance(core, SDPACoreAttention):
                 return core.attend(query, key, value, mask)
+            if sequences is not None:
+                return attend_packed(core, query, key, value, sequences)
             # Megatron and Transformer Engine bar attention where their mask is True.
             kind = AttnMaskType.causal if mask is None else AttnMaskType.arbitrary
             barred = None if mask is None else ~mask

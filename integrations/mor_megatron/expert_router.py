@@ -57,13 +57,16 @@ class ExpertCells(PreciseBuffers):
     ) -> None:  # fmt: skip
         """Count one forward pass of `step`."""
         squares = torch.logsumexp(logits.float(), dim=-1).square()
-        if is_padding is not None:
-            squares, scores = squares[~is_padding], scores[~is_padding]
+        count: int | Tensor = len(squares)
+        if is_padding is not None:  # taking rows out would wait for the device
+            squares = squares.masked_fill(is_padding, 0)
+            scores = scores.masked_fill(is_padding[:, None], 0)
+            count = (~is_padding).sum()
         self.load[step] += taken.sum(dim=0)
         self.drops[step] += (wanted & ~taken).sum(dim=0)
         self.scores[step] += scores.sum(dim=0)
         self.squares[step] += squares.sum()
-        self.tokens[step] += len(squares)
+        self.tokens[step] += count
 
     def clear(self) -> None:
         """Start over."""
@@ -252,7 +255,7 @@ class StepTopKRouter(TopKRouter):
         Megatron's own divide by the number of tokens: a step that none of a rank's tokens run
         would give nan.
         """
-        count = torch.tensor(len(chosen), dtype=torch.float32, device=chosen.device)
+        count = torch.full((), float(len(chosen)), device=chosen.device)
         if is_padding is not None:
             count = (~is_padding).sum().float()
         # One account for all tokens, or one a sequence (rows are sequence first).

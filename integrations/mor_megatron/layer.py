@@ -27,12 +27,13 @@ from megatron.core.utils import get_pg_rank, make_viewless_tensor
 from torch import Tensor
 
 from mor_layers import RecursionBlock, RecursionConfig, RecursionOutput, Tokens
-from mor_megatron.attention import StepRotation
 from mor_megatron.auxiliary_loss import RouterLossScaler, listen_for_loss_scale
 from mor_megatron.context_parallel import Relayout, in_sequence_order
+from mor_megatron.documents import documents_of
 from mor_megatron.expert_router import StepTopKRouter
 from mor_megatron.placement import SequenceParallelPlacement
 from mor_megatron.quantization import require_one_precision
+from mor_megatron.rotation import StepRotation
 from mor_megatron.stack import StepStack
 from mor_megatron.static_cache import StaticCache
 from mor_megatron.statistics import RoutingStatistics
@@ -173,11 +174,17 @@ class RecursionLayer(TransformerLayer):
         if inference_context is not None:
             refuse_inputs(padding_mask=padding_mask)
             return self._generate(hidden_states, inference_context, rotation), context
-        tokens = self._tokens(hidden_states, attention_mask, padding_mask)
+        tokens, num_documents = self._tokens(hidden_states, attention_mask, padding_mask)
         relayout = self._relayout(hidden_states, tokens.sequence_length)
         if relayout is not None:
             hidden_states = relayout.to_sequence(hidden_states)
-        output = self.recursion(hidden_states, tokens, self.causal_routing, rotation=rotation)
+        output = self.recursion(
+            hidden_states,
+            tokens,
+            self.causal_routing,
+            rotation=rotation,
+            num_documents=num_documents,
+        )
         # Recomputation runs the forward pass twice, the first time without gradients.
         if torch.is_grad_enabled() or not self.training:
             self.statistics.record(tokens, output)
@@ -225,7 +232,7 @@ class RecursionLayer(TransformerLayer):
 
     def _tokens(
         self, hidden: Tensor, attention_mask: Tensor | None, padding_mask: Tensor | None
-    ) -> Tokens:
+    ) -> tuple[Tokens, int | None]:
         length, batch = hidden.shape[:2]
         if self.config.sequence_parallel:
             if padding_mask is not None and padding_mask.shape[1] == length:
@@ -241,10 +248,13 @@ class RecursionLayer(TransformerLayer):
             if is_padding is not None and len(is_padding) == length:
                 is_padding = in_sequence_order(is_padding, self.pg_collection.cp)
             length *= self.config.context_parallel_size
-        documents = None
+        documents, num_documents = None, None
         if attention_mask is not None:
-            documents = documents_of(attention_mask.expand(batch, -1, -1, -1))
-        return Tokens.whole_sequence(length, batch, hidden.device, documents, is_padding)
+            documents, num_documents = documents_of(attention_mask)
+            if documents is not None:
+                documents = documents.expand(-1, batch)
+        tokens = Tokens.whole_sequence(length, batch, hidden.device, documents, is_padding)
+        return tokens, num_documents
 
     def _rotation(self, rotary_pos_emb: Tensor | None, hidden: Tensor) -> StepRotation | None:
         if rotary_pos_emb is None:
@@ -253,7 +263,8 @@ class RecursionLayer(TransformerLayer):
         scale = attention._yarn_concentration_factor
         if self.config.context_parallel_size > 1:  # Megatron gives a rank the rows of its tokens
             rotary_pos_emb = in_sequence_order(rotary_pos_emb, self.pg_collection.cp)
-        return StepRotation.table(rotary_pos_emb, scale, hidden.dtype)
+        fused = self.config.apply_rope_fusion
+        return StepRotation.table(rotary_pos_emb, scale, hidden.dtype, fused)
 
     def _generate(
         self, hidden: Tensor, memory: StaticInferenceContext, rotation: StepRotation | None
@@ -324,25 +335,3 @@ def refuse_inputs(**inputs: Any) -> None:
                 f"RecursionLayer does not take {name}. Several documents in a sequence go "
                 "through attention_mask (reset_attention_mask=True in GPTDatasetConfig)."
             )
-
-
-def documents_of(is_barred: Tensor) -> Tensor | None:
-    """Document numbers `[s b]` from a causal mask `[b 1 s s]`; None if each sequence is one.
-
-    Waits for the device once.
-
-    Raises:
-        ValueError: the mask is not causal attention within consecutive documents.
-    """
-    barred = is_barred[:, 0]
-    begins = barred.diagonal(offset=-1, dim1=1, dim2=2)  # token t cannot see t-1
-    documents = torch.cat([torch.zeros_like(begins[:, :1]), begins], dim=1).cumsum(dim=1)
-    same = documents[:, :, None] == documents[:, None, :]
-    expected = same.logical_not() | torch.ones_like(barred).triu(1)
-    has_documents, is_other = torch.stack([begins.any(), (barred != expected).any()]).tolist()
-    if is_other:
-        raise ValueError(
-            "attention_mask is not causal attention within consecutive documents, which is what a "
-            "recursion can follow. Pass None, or the mask of reset_attention_mask=True."
-        )
-    return documents.T if has_documents else None

@@ -9,6 +9,8 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mor_megatron.apex import has_apex
+
 _NORMALIZATIONS = ("RMSNorm", "LayerNorm")
 
 
@@ -30,13 +32,15 @@ class Norm(nn.Module):
         ValueError: for another normalization, or an option that needs other kernels.
     """
 
+    _refused = ("layernorm_zero_centered_gamma", "memory_efficient_layer_norm")
+
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         if config.normalization not in _NORMALIZATIONS:
             raise ValueError(
                 f"normalization={config.normalization!r} is not one of {_NORMALIZATIONS}"
             )
-        for option in ("layernorm_zero_centered_gamma", "memory_efficient_layer_norm"):
+        for option in self._refused:
             if getattr(config, option):
                 raise ValueError(
                     f"{option}=True needs a norm of Transformer Engine or Apex. Set it to False."
@@ -55,3 +59,29 @@ class Norm(nn.Module):
         if self.bias is None:
             return F.rms_norm(x.float(), shape, eps=self.eps).type_as(x) * self.weight
         return F.layer_norm(x.float(), shape, eps=self.eps).type_as(x) * self.weight + self.bias
+
+
+class FusedNorm(Norm):
+    """`Norm` in one kernel of NVIDIA's apex, which multiplies by the weight before it casts back.
+
+    With `config.memory_efficient_layer_norm` its backward pass starts from outputs, not from inputs.
+    """
+
+    _refused = ("layernorm_zero_centered_gamma",)
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__(config, hidden_size, eps)
+        self.memory_efficient = config.memory_efficient_layer_norm
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., h] -> [..., h]
+        from apex.normalization import fused_layer_norm as apex  # type: ignore[import-not-found]
+
+        shape, rest = self.weight.shape, (self.eps, self.memory_efficient)
+        if self.bias is None:
+            return apex.mixed_dtype_fused_rms_norm_affine(x, self.weight, shape, *rest)
+        return apex.mixed_dtype_fused_layer_norm_affine(x, self.weight, self.bias, shape, *rest)
+
+
+def local_norm() -> type[Norm]:
+    """The norm of layers without Transformer Engine: apex's on a GPU where it is installed."""
+    return FusedNorm if torch.cuda.is_available() and has_apex() else Norm

@@ -174,7 +174,7 @@ class RecursionStage(RecursionLayer):
         """The candidates of a step."""
         if step > 0:
             return self.layout.unpack(hidden, step - 1)
-        tokens = self._tokens(hidden, attention_mask, padding_mask)
+        tokens, _ = self._tokens(hidden, attention_mask, padding_mask)
         length = tokens.sequence_length
         if self.layout.carried_length(length) != length and length not in self.announced_lengths:
             raise ValueError(

@@ -37,11 +37,11 @@ def require_one_precision(config: TransformerConfig, first: int, count: int) -> 
     """Raise ValueError where some of the unrolled layers `first .. first + count - 1` (0-based) are
     kept in bf16 by `first_last_layers_bf16` and would stand for weights that others quantize.
 
-    Transformer Engine quantizes a weight at a layer's first pass of a batch and keeps that for the
-    others; where the first pass is bf16, later ones would silently use the last batch's weight.
+    Megatron enters one quantization context around a whole recursion, chosen by its first layer: the
+    others would silently get that layer's precision.
     """
     if not (config.fp8 or config.fp4) or (config.fp8 and config.fp8_recipe == Fp8Recipe.delayed):
-        return  # delayed scaling covers every layer
+        return  # which covers every layer, and is refused (`validation`)
     kept = [n for n in range(first, first + count) if is_first_last_bf16_layer(config, n)]
     if kept:
         raise ValueError(

@@ -33,15 +33,9 @@ from megatron.core.transformer.transformer_layer import (
 
 from mor_layers import RecursionConfig
 from mor_megatron.attention import SDPACoreAttention
+from mor_megatron.engine import document_attention, has_transformer_engine
 from mor_megatron.layer import AbsorbedLayer, RecursionLayer, RecursionSubmodules
-from mor_megatron.norms import Norm
-
-
-def has_transformer_engine() -> bool:
-    """Whether Transformer Engine is installed, which Megatron then builds its layers from."""
-    from megatron.core.extensions.transformer_engine import HAVE_TE
-
-    return HAVE_TE
+from mor_megatron.norms import local_norm
 
 
 def default_layer_spec(config: TransformerConfig, is_moe: bool | None = None) -> ModuleSpec:
@@ -63,6 +57,9 @@ def default_layer_spec(config: TransformerConfig, is_moe: bool | None = None) ->
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
         )
+        attention = cast(Any, parts.self_attention)
+        core = replace(attention.submodules, core_attention=document_attention())
+        parts = replace(parts, self_attention=replace(attention, submodules=core))
         return ModuleSpec(module=TransformerLayer, submodules=parts)
     if config.moe_grouped_gemm:
         raise ValueError(
@@ -74,17 +71,21 @@ def default_layer_spec(config: TransformerConfig, is_moe: bool | None = None) ->
         qk_layernorm=config.qk_layernorm,
         normalization=config.normalization,
     )
-    attention = cast(ModuleSpec, parts.self_attention)
+    attention, norm = cast(ModuleSpec, parts.self_attention), local_norm()
     changes: dict[str, Any] = {}
     attention_parts = cast(Any, attention.submodules)
     if attention_parts.core_attention is DotProductAttention:
         changes["core_attention"] = SDPACoreAttention
     if config.qk_layernorm:
-        changes |= {"q_layernorm": Norm, "k_layernorm": Norm}
+        changes |= {"q_layernorm": norm, "k_layernorm": norm}
+    keys = dict(parts.sharded_state_dict_keys_map)
+    if num_experts:  # as Transformer Engine's layers, which fuse this norm into dense MLPs only
+        keys.pop("pre_mlp_layernorm.", None)
     parts = replace(
         parts,
-        input_layernorm=Norm,
-        pre_mlp_layernorm=Norm,
+        input_layernorm=norm,
+        pre_mlp_layernorm=norm,
+        sharded_state_dict_keys_map=keys,
         self_attention=replace(attention, submodules=replace(attention_parts, **changes)),
     )
     return ModuleSpec(module=TransformerLayer, submodules=parts)
@@ -227,12 +228,14 @@ def _even_stages(depths: tuple[int, ...], size: int) -> tuple[tuple[int, ...], .
 def final_norm(layer_spec: ModuleSpec) -> type:
     """The norm after the last layer: Transformer Engine's where the layers are its."""
     if not (has_transformer_engine() and _is_transformer_engine(layer_spec)):
-        return Norm
+        return local_norm()
     from megatron.core.extensions.transformer_engine import TENorm
 
     return TENorm
 
 
 def _is_transformer_engine(layer_spec: ModuleSpec) -> bool:
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
     core = cast(Any, layer_spec.submodules).self_attention.submodules.core_attention
-    return getattr(core, "__module__", "").startswith("megatron.core.extensions.transformer_engine")
+    return isinstance(core, type) and issubclass(core, TEDotProductAttention)

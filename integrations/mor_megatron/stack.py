@@ -23,13 +23,15 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from mor_layers import RecursionConfig, StepContext
-from mor_megatron.attention import RecursiveSelfAttention, SDPACoreAttention, StepRotation
+from mor_megatron.attention import RecursiveSelfAttention, SDPACoreAttention
 from mor_megatron.context_parallel import GatheredStep
 from mor_megatron.expert_router import StepTopKRouter
 from mor_megatron.moe import RecursiveMoELayer
+from mor_megatron.packing import packed
 from mor_megatron.placement import shard_of_padding
 from mor_megatron.quantization import filled, row_alignment
 from mor_megatron.relaxation import attach_deltas
+from mor_megatron.rotation import StepRotation
 from mor_megatron.sandwich import attach_output_norms, like_norms_of
 from mor_megatron.static_cache import CachedStep, StaticCache
 
@@ -113,13 +115,16 @@ class StepStack(nn.ModuleList):
         context: StepContext,
         rotation: StepRotation | None = None,
         cache: StaticCache | None = None,
+        num_documents: int | None = None,
     ) -> Tensor:
         """`[k b h] -> [k b h]`.
 
         Args:
             rotation: rotary table of the whole sequence, if any.
             cache: where the rows of earlier tokens are, in generation.
+            num_documents: the most that a sequence has, where that is known to be more than one.
         """
+        sequences = packed(context, num_documents)
         if cache is not None:
             context = CachedStep.of(context, cache)
         if self.cp_group is not None:
@@ -144,6 +149,7 @@ class StepStack(nn.ModuleList):
                 hidden_states=hidden,
                 attention_mask=context,
                 rotary_pos_emb=rotation,
+                packed_seq_params=sequences,
                 padding_mask=None if is_padding is None else is_padding.T,
             )
         return hidden[:count] if extra else hidden
@@ -156,8 +162,14 @@ def inner_config(config: TransformerConfig, num_recursions: int) -> TransformerC
     for the log: with a share of it per step, a layer's losses count once in the graph and each
     step's is logged as it is. How many rows a step sends to experts is known only then, which
     dispatchers expect where there is a capacity: without one, it is set so high that it never binds.
+
+    Linear layers of Transformer Engine keep a quantized weight from a batch's first pass, and where
+    they add to `main_grad` themselves, write that pass's gradient **over** what is there: of a layer
+    that runs several times the first pass is the last to come back, and would wipe the others out.
+    Without their cache they do neither.
     """
     inner = copy.copy(config)
+    inner.disable_parameter_transpose_cache = True
     if config.num_moe_experts is not None and config.moe_expert_capacity_factor is None:
         inner.moe_expert_capacity_factor = float(config.num_moe_experts)
     coefficient = config.moe_aux_loss_coeff

@@ -1,9 +1,11 @@
 """What cannot run, said before anything is built."""
 
+from megatron.core.enums import Fp8Recipe
 from megatron.core.transformer import TransformerConfig
 
 from mor_layers import RecursionConfig
 from mor_layers.relaxation import MLP_PROJECTIONS
+from mor_megatron.engine import has_transformer_engine
 
 
 def validate(config: TransformerConfig, recursion: RecursionConfig) -> None:
@@ -15,12 +17,6 @@ def validate(config: TransformerConfig, recursion: RecursionConfig) -> None:
     for is_wrong, given, reason in _rules(config, recursion):
         if is_wrong:
             raise ValueError(f"{given} cannot be used with a recursion: {reason}")
-
-
-def _has_transformer_engine() -> bool:
-    from megatron.core.extensions.transformer_engine import HAVE_TE
-
-    return HAVE_TE
 
 
 def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[bool, str, str]]:
@@ -77,6 +73,12 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             "the number of selected tokens varies. Use cuda_graph_impl='none'.",
         ),
         (
+            bool(config.fp8) and config.fp8_recipe == Fp8Recipe.delayed,
+            f"fp8={config.fp8!r} with fp8_recipe='delayed'",
+            "a layer that runs twice within one context overwrites the maxima that set its next "
+            "scale. Use fp8_recipe='tensorwise', 'blockwise' or 'mxfp8'.",
+        ),
+        (
             bool(config.fp8 or config.fp4)
             and (config.sequence_parallel or config.context_parallel_size > 1),
             f"fp8={config.fp8!r}, fp4={config.fp4!r} with sequence or context parallelism",
@@ -90,7 +92,7 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             "recompute_granularity instead.",
         ),
         (
-            "layernorm" in selective and not _has_transformer_engine(),
+            "layernorm" in selective and not has_transformer_engine(),
             "recompute_modules with 'layernorm' and no Transformer Engine",
             "Megatron's local layers raise a NameError there. Leave 'layernorm' out.",
         ),

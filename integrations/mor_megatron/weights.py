@@ -96,13 +96,20 @@ def megatron_names(config: DecoderConfig, tensors: Iterable[str]) -> dict[str, t
     Args:
         tensors: Megatron's names, among which a router's are found.
     """
+    tensors = set(tensors)
+
+    def as_given(name: str) -> str:
+        # Megatron's own local layers file the norm before experts as if it were fused.
+        local = name.replace(f".{_EXPERTS_NORM}", f".{_DENSE_NORM}")
+        return local if name not in tensors and local in tensors else name
+
     # Only a cyclic block has a router with tensors, and it is the only one.
     routers = [
         f"recursions.0.router.{name.split('.recursion.router.')[1]}"
         for name in tensors
         if ".recursion.router." in name
     ]
-    return _names(config, routers)
+    return {as_given(name): ours for name, ours in _names(config, routers).items()}
 
 
 def _named(tensors: Mapping[str, Tensor], name: str) -> Tensor:
@@ -180,12 +187,11 @@ def _layer_names(
             f"{theirs}.mlp.{t}": tuple(f"{ours}.mlp.{o}" for o in parts)
             for t, parts in experts.items()
         }
-    for norm, place in (("attention", "self_attention.linear_qkv"), ("mlp", "mlp.linear_fc1")):
+    mlp_norm = _DENSE_NORM if moe is None else _EXPERTS_NORM
+    for norm, place in (("attention", "self_attention.linear_qkv.layer_norm_"), ("mlp", mlp_norm)):
         for step in range(num_norms):
             own = f"{step}." if num_norms > 1 else ""
-            result[f"{theirs}.{place}.layer_norm_{own}weight"] = (
-                f"{ours}.{norm}_norm.weights.{step}",
-            )
+            result[f"{theirs}.{place}{own}weight"] = (f"{ours}.{norm}_norm.weights.{step}",)
     if recursion is not None and recursion.sandwich_norms:
         for norm in ("attention_output_norm", "mlp_output_norm"):
             for step in range(num_norms):
@@ -233,6 +239,7 @@ def _expert_names(moe: MoEConfig, recursion: RecursionConfig | None) -> dict[str
 
 
 _QKV, _QKV_BIAS, _GATED = "linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight"
+_DENSE_NORM, _EXPERTS_NORM = "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."
 _EXPERTS, _EXPERT_ROUTER = "experts.linear_fc1.weight", "router.weight"
 
 

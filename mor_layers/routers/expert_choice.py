@@ -184,7 +184,8 @@ class ExpertChoiceRouter(Router):
 
     def advance(self, tokens_per_step: Tensor) -> None:
         self.training_steps += 1
-        self._training_steps = None
+        if (self._training_steps or 0) < self.config.warmup_steps:  # afterwards it does not matter
+            self._training_steps = None
 
     @torch.no_grad()
     def tune(self, shares: tuple[float, ...], observe: Callable[[int], Tensor]) -> None:

@@ -30,6 +30,7 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
+from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,8 +51,9 @@ def initialize(
     cp: int = 1,
     seed: int = 123,
 ) -> None:
-    """Enables the CPU platform, lays the world out (the rest is data parallel) and seeds it."""
-    cpu.enable()
+    """Lays the world out (the rest is data parallel) and seeds it; on the CPU platform without GPUs."""
+    if not torch.cuda.is_available():
+        cpu.enable()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
@@ -61,6 +63,12 @@ def initialize(
         expert_tensor_parallel_size=etp,
     )
     model_parallel_cuda_manual_seed(seed)
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    is_gpu = torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu")
 
 
 def tiny_config(**overrides: Any) -> TransformerConfig:
@@ -143,7 +151,7 @@ def tiny_gpt(
             position_embedding_type="rope",
             vp_stage=vp_stage,
         )
-        chunks.append(chunk)
+        chunks.append(chunk.to(device()))
     fill_parameters(chunks)
     return chunks
 
@@ -219,7 +227,7 @@ def forward_backward(
     for chunk in chunks:
         chunk.zero_grad_buffer()
     reports = get_forward_backward_func()(
-        forward_step_func=_forward_step,
+        forward_step_func=forward_step,
         data_iterator=[iter(microbatches) for _ in chunks],
         model=chunks,
         num_microbatches=len(microbatches),
@@ -273,12 +281,17 @@ def gather_gradients(chunks: list[Any]) -> dict[str, Tensor]:
     return _gather(chunks, lambda parameter: getattr(parameter, "main_grad", parameter.grad))
 
 
-def _forward_step(
+def forward_step(
     microbatches: Iterator[Tensor], model: nn.Module
 ) -> tuple[Tensor, Callable[..., Any]]:
-    tokens = next(microbatches)  # [b, s + 1]
-    positions = torch.arange(tokens.size(1) - 1).expand(tokens.size(0), -1)
-    output = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:])
+    """Of a schedule: the loss of the next microbatch `[b, s + 1]`, of this rank's part of it."""
+    tokens = next(microbatches).to(device())  # [b, s + 1]
+    positions = torch.arange(tokens.size(1) - 1, device=tokens.device).expand(tokens.size(0), -1)
+    batch = {"tokens": tokens[:, :-1], "positions": positions, "labels": tokens[:, 1:]}
+    if parallel_state.get_context_parallel_world_size() > 1:
+        group = parallel_state.get_context_parallel_group()
+        batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
+    output = model(batch["tokens"], batch["positions"], None, labels=batch["labels"])
     return output, lambda losses: (losses.mean(), losses.detach().mean())
 
 
@@ -315,7 +328,7 @@ def _gather(chunks: list[Any], read: Callable[[nn.Parameter], Tensor | None]) ->
             assert value is not None, f"{entry.key} has no gradient"
             for shard in _shards(entry, value):
                 pieces.append(
-                    (shard.key, shard.global_shape, shard.global_slice(), shard.data.clone())
+                    (shard.key, shard.global_shape, shard.global_slice(), shard.data.cpu().clone())
                 )
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, pieces)

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -36,19 +36,30 @@ class _Run:
     rendezvous: str
     world_size: int
     timeout: float
+    on_gpus: bool
 
 
 class WorkerPool:
-    """Runs functions on gloo ranks, in processes that outlive the run.
+    """Runs functions on ranks, in processes that outlive the run.
 
     Args:
         max_workers: largest world size; workers start when a run first needs them.
         timeout: seconds a run may take before it counts as hung.
+        on_gpus: one GPU a rank, over NCCL; else CPUs, over gloo.
+        search_first: folders in which the workers look for packages before `sys.path`.
     """
 
-    def __init__(self, max_workers: int = 4, timeout: float = 300.0) -> None:
+    def __init__(
+        self,
+        max_workers: int = 4,
+        timeout: float = 300.0,
+        on_gpus: bool = False,
+        search_first: Sequence[Path] = (),
+    ) -> None:
+        self.search_first = [str(folder) for folder in search_first]
         self.max_workers = max_workers
         self.timeout = timeout
+        self.on_gpus = on_gpus
         self._context = multiprocessing.get_context("spawn")
         self._workers: list[tuple[Any, Connection]] = []
         self._directory = tempfile.TemporaryDirectory(prefix="worker_pool_")
@@ -85,9 +96,9 @@ class WorkerPool:
         self._start(world_size)
         self._runs += 1
         rendezvous = os.path.join(self._directory.name, f"rendezvous_{self._runs}")
-        message = _Run(
-            list(sys.path), pickle.dumps((function, kwargs)), rendezvous, world_size, timeout
-        )
+        call = pickle.dumps((function, kwargs))
+        search_path = [*self.search_first, *sys.path]
+        message = _Run(search_path, call, rendezvous, world_size, timeout, self.on_gpus)
         for rank in range(world_size):
             self._workers[rank][1].send((rank, message))
         return self._collect(function.__name__, world_size, timeout)
@@ -174,8 +185,10 @@ def _on_rank(rank: int, run: _Run, function: Callable[..., Any], kwargs: dict[st
     import torch
 
     torch.manual_seed(0)
+    if run.on_gpus:
+        torch.cuda.set_device(rank)
     torch.distributed.init_process_group(
-        "gloo",
+        "cpu:gloo,cuda:nccl" if run.on_gpus else "gloo",
         init_method=f"file://{run.rendezvous}",
         rank=rank,
         world_size=run.world_size,

@@ -1,0 +1,1 @@
+"""Its being there says that the kernels were built."""

@@ -1,0 +1,1 @@
+"""A package that only shares NVIDIA's name, as the one that package indexes call `apex`."""

@@ -1,0 +1,54 @@
+"""Runs cases one after another, whatever becomes of them.
+
+Each case has processes that no failed case has used: an error on a GPU outlives it in its process.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tests.distributed.pool import WorkerPool
+from tests.gpu.machine import Machine
+from tests.gpu.verdict import Case, Verdict
+
+_FOLDER, _STAND_INS = Path(__file__).parents[1] / "distributed", ("te_stand_in", "apex_stand_in")
+
+
+def run_cases(
+    cases: Sequence[Case], machine: Machine, pool: WorkerPool, tell: Callable[[Verdict], None]
+) -> list[Verdict]:
+    """A verdict on every case, in order; `tell` is told each as it comes."""
+    verdicts = []
+    for case in cases:
+        verdict = _verdict_on(case, machine, pool)
+        if verdict.outcome == "failed":
+            pool.close()
+        verdicts.append(verdict)
+        tell(verdict)
+    return verdicts
+
+
+def pool_for(machine: Machine, timeout: float) -> WorkerPool:
+    """Processes for cases, of which none may take longer than `timeout` seconds."""
+    stand_ins = [_FOLDER / name for name in _STAND_INS if machine.is_rehearsal]
+    return WorkerPool(machine.gpus, timeout, not machine.is_rehearsal, stand_ins)
+
+
+def _verdict_on(case: Case, machine: Machine, pool: WorkerPool) -> Verdict:
+    reasons = [machine.missing.get(n, f"no {n}") for n in case.needs if n not in machine.has]
+    if case.gpus > machine.gpus:
+        reasons.append(f"needs {case.gpus} GPUs, there are {machine.gpus}")
+    if reasons:
+        return Verdict(case.name, "not available", 0.0, "; ".join(dict.fromkeys(reasons)))
+    begin = time.monotonic()
+    try:
+        changes = case.rehearsed_with if machine.is_rehearsal else {}
+        figures = pool.run(case.check, case.gpus, **(case.arguments | changes))[0]
+    except (AssertionError, TimeoutError) as error:
+        return Verdict(case.name, "failed", time.monotonic() - begin, str(error).strip())
+    detail = ", ".join(f"{name} {_shown(value)}" for name, value in figures.items())
+    return Verdict(case.name, "passed", time.monotonic() - begin, detail)
+
+
+def _shown(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

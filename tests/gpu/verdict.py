@@ -1,0 +1,84 @@
+"""Cases, what came of them, and the table that says so."""
+
+import fnmatch
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.table import Table
+
+Need = Literal["transformer_engine", "fp8", "mxfp8", "apex"]
+Outcome = Literal["passed", "failed", "not available"]
+
+PASSED, FAILED, NO_GPU, INCOMPLETE = 0, 1, 3, 4
+"""Exit codes; 2 is a wrong argument."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to be shown on GPUs."""
+
+    name: str
+    shows: str
+    check: Callable[..., dict[str, Any]]
+    """Runs on every rank, raises AssertionError, and returns figures of the first rank for the table.
+    At the top level of a module: it travels by name."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    rehearsed_with: dict[str, Any] = field(default_factory=dict)
+    """Other arguments for a CPU."""
+    gpus: int = 1
+    needs: tuple[Need, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of a case."""
+
+    name: str
+    outcome: Outcome
+    seconds: float
+    detail: str
+
+
+def chosen(cases: Sequence[Case], patterns: Sequence[str]) -> list[Case]:
+    """The cases whose names match any of the patterns (shell-style); all without a pattern.
+
+    Raises:
+        ValueError: a pattern that matches none.
+    """
+    for pattern in patterns:
+        if not any(fnmatch.fnmatch(case.name, pattern) for case in cases):
+            names = ", ".join(case.name for case in cases)
+            raise ValueError(f"no case is named {pattern!r}. There are: {names}.")
+    return [c for c in cases if not patterns or any(fnmatch.fnmatch(c.name, p) for p in patterns)]
+
+
+def exit_code(verdicts: Sequence[Verdict]) -> int:
+    """`FAILED` if any case failed, `INCOMPLETE` if any could not run here, else `PASSED`."""
+    outcomes = {verdict.outcome for verdict in verdicts}
+    if "failed" in outcomes:
+        return FAILED
+    return INCOMPLETE if "not available" in outcomes else PASSED
+
+
+def table_of(verdicts: Sequence[Verdict], cases: Sequence[Case], title: str) -> Table:
+    """One row a case."""
+    styles = {"passed": "green", "failed": "bold red", "not available": "yellow"}
+    shows = {case.name: case.shows for case in cases}
+    table = Table(title=title, title_justify="left")
+    for column in ("case", "shows", "verdict", "seconds", "figures, or why not"):
+        table.add_column(column, justify="right" if column == "seconds" else "left")
+    for v in verdicts:
+        style = styles[v.outcome]
+        table.add_row(
+            v.name, shows[v.name], f"[{style}]{v.outcome}[/]", f"{v.seconds:.1f}", v.detail
+        )
+    return table
+
+
+def write_report(path: Path, verdicts: Sequence[Verdict], machine: str, code: int) -> None:
+    """The same as JSON."""
+    report = {"machine": machine, "exit_code": code, "cases": [asdict(v) for v in verdicts]}
+    path.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
