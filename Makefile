@@ -24,7 +24,7 @@ test:  ## run the tests
 test-full:  ## run the tests and the exhaustive sweeps
 	@$(use_python) OMP_NUM_THREADS=1 $$python -m pytest -q
 
-test-gpu:  ## what needs GPUs, with a verdict (ARGUMENTS="--only te", "--rehearse" without one)
+test-gpu:  ## what needs GPUs, with a verdict (ARGUMENTS="--list", "--rehearse" on CPUs)
 	@$(use_python) $$python -m tests.gpu $(ARGUMENTS)
 
 lint:  ## ruff, pyright and the import contracts
