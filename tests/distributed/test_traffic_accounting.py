@@ -41,13 +41,11 @@ class Case:
         return self.layout.pipeline_layout == "steps_as_stages"
 
     def work(self) -> Workload:
-        # `forward_backward` hands each context-parallel rank whole sequences, as parts of longer ones.
         model = DecoderConfig(
             **SIZES, num_unrolled_layers=8, num_heads=4, num_kv_heads=2, recursion=self.recursion,
             moe=EXPERTS if "num_moe_experts" in self.options else None,
         )  # fmt: skip
-        length = LENGTH * self.layout.context
-        return Workload(model, length, SEQUENCES, False, self.distributed_optimizer)
+        return Workload(model, LENGTH, SEQUENCES, False, self.distributed_optimizer)
 
 
 CASES = {
