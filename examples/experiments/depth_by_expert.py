@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mor_layers import (
     DecoderConfig,
@@ -37,8 +36,7 @@ from mor_layers import (
 from mor_layers.accounting import account
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from pretraining.settings import DataSettings
-from pretraining.text import prepare
+from experiments.text_pieces import TextPieces
 
 STEPS = 3
 BLOCK_SIZE = 2
@@ -111,27 +109,9 @@ def models(plan: Plan) -> dict[str, DecoderConfig]:
     return found
 
 
-class Text:
-    """Token ids of the prepared text, and random pieces of it."""
-
-    def __init__(self, plan: Plan) -> None:
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-        settings = DataSettings(vocabulary_size=plan.vocabulary, sequence_length=plan.length)
-        dataset = IndexedDataset(str(prepare(settings).prefix))
-        documents = [torch.from_numpy(dataset[i].astype("int64")) for i in range(len(dataset))]
-        cut = round(len(documents) * (1 - settings.held_out_share))
-        self.training, self.held_out = torch.cat(documents[:cut]), torch.cat(documents[cut:])
-        self.plan = plan
-
-    def batch(self, ids: Tensor, generator: torch.Generator) -> Tensor:
-        """`[b s+1]`."""
-        length = self.plan.length
-        starts = torch.randint(len(ids) - length, (self.plan.batch,), generator=generator)
-        return torch.stack([ids[start : start + length + 1] for start in starts.tolist()])
-
-
-def train(config: DecoderConfig, seed: int, text: Text, plan: Plan, budget: float | None) -> Run:
+def train(
+    config: DecoderConfig, seed: int, text: TextPieces, plan: Plan, budget: float | None
+) -> Run:
     """One model from one seed; `budget` in FLOPs, None for the model that sets it."""
     torch.manual_seed(seed)
     model, run = MoRTransformer(config), Run()
@@ -141,7 +121,7 @@ def train(config: DecoderConfig, seed: int, text: Text, plan: Plan, budget: floa
     generator = torch.Generator().manual_seed(seed)
     spent, step, tokens = 0.0, 0, plan.batch * plan.length
     while step < plan.steps or (budget is not None and spent < budget):
-        ids = text.batch(text.training, generator)
+        ids = text.sample(text.training, plan.batch, generator)
         output = model(ids[:, :-1], labels=ids[:, 1:])
         optimizer.zero_grad()
         output.loss.backward()
@@ -175,13 +155,13 @@ def _flops_per_token(config: DecoderConfig, shares: list[float], plan: Plan) -> 
 
 
 @torch.no_grad()
-def validate(model: MoRTransformer, text: Text, plan: Plan) -> dict[str, Any]:
+def validate(model: MoRTransformer, text: TextPieces, plan: Plan) -> dict[str, Any]:
     """Loss on the held-out text, and what the recursion did there."""
     model.eval()
     generator = torch.Generator().manual_seed(1234)
     losses, ran, load = [], 0.0, 0.0
     for _ in range(plan.validation_batches):
-        ids = text.batch(text.held_out, generator)
+        ids = text.sample(text.held_out, plan.batch, generator)
         output = model(ids[:, :-1], labels=ids[:, 1:], causal_routing=True)
         (recursion,) = output.recursions
         losses.append(float(output.lm_loss))
@@ -197,7 +177,7 @@ def validate(model: MoRTransformer, text: Text, plan: Plan) -> dict[str, Any]:
     }
 
 
-def dial_curve(model: MoRTransformer, text: Text, plan: Plan) -> list[dict[str, float]]:
+def dial_curve(model: MoRTransformer, text: TextPieces, plan: Plan) -> list[dict[str, float]]:
     """Compute against loss, for depth turned alone and for width turned alone."""
     points = []
     for what, scale in (("depth", 1.0), ("width", 0.3)):
@@ -291,7 +271,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     seeds = tuple(range(given.seeds)) if given.seeds else plan.seeds
     plan = replace(plan, seeds=seeds, **changed)
     given.output.mkdir(parents=True, exist_ok=True)
-    text, found = Text(plan), models(plan)
+    text, found = TextPieces(plan.vocabulary, plan.length), models(plan)
     results: dict[str, Any] = {}
     budgets: dict[int, float] = {}
     print(f"{'model':34} {'parameters':>11} {'MFLOP/token':>11}  equal tokens    equal FLOPs")

@@ -33,8 +33,7 @@ from mor_layers.model_folder import load_model, save_model
 from mor_layers.uptraining import INITIALIZATIONS, recursive_weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from pretraining.settings import DataSettings
-from pretraining.text import prepare
+from experiments.text_pieces import TextPieces
 
 DISTILLATION = Distillation(language_model_coefficient=0.5, logits_coefficient=0.5)
 RELAXATION = Relaxation(rank=8)
@@ -110,25 +109,18 @@ def recursion(plan: Plan) -> RecursionConfig:
     return RecursionConfig(plan.num_recursions)
 
 
-class Text:
-    """Token ids of the prepared text, and random pieces of it."""
+class Text(TextPieces):
+    """Batches of the text, of a plan's sizes."""
 
     def __init__(self, plan: Plan) -> None:
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-        settings = DataSettings(vocabulary_size=plan.vocabulary, sequence_length=plan.length)
-        dataset = IndexedDataset(str(prepare(settings).prefix))
-        documents = [torch.from_numpy(dataset[i].astype("int64")) for i in range(len(dataset))]
-        cut = round(len(documents) * (1 - settings.held_out_share))
-        self.training, self.held_out = torch.cat(documents[:cut]), torch.cat(documents[cut:])
+        super().__init__(plan.vocabulary, plan.length)
         self.plan = plan
 
     def batches(self, ids: Tensor, seed: int) -> Iterator[Batch]:
         """Random pieces, without end."""
-        generator, length = torch.Generator().manual_seed(seed), self.plan.length
+        generator = torch.Generator().manual_seed(seed)
         while True:
-            starts = torch.randint(len(ids) - length, (self.plan.batch,), generator=generator)
-            pieces = torch.stack([ids[start : start + length + 1] for start in starts.tolist()])
+            pieces = self.sample(ids, self.plan.batch, generator)
             yield Batch(pieces[:, :-1], pieces[:, 1:])
 
 

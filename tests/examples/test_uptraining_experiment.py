@@ -8,20 +8,6 @@ import pytest
 from experiments import uptraining
 
 
-@pytest.fixture
-def short_text(monkeypatch, tmp_path) -> None:
-    """Small text in place of what ships with Python."""
-    file = tmp_path / "text.jsonl"
-    lines = ({"text": f"document {i}: " + "red blue " * (i % 7 + 2)} for i in range(90))
-    file.write_text("\n".join(map(json.dumps, lines)))
-    settings = uptraining.DataSettings
-
-    def small(**given: int):
-        return settings(path=str(file), prepared_folder=str(tmp_path / "prepared"), **given)
-
-    monkeypatch.setattr(uptraining, "DataSettings", small)
-
-
 def test_every_beginning_spends_the_same_flops_and_done_runs_are_kept(short_text, tmp_path, capsys):
     output = tmp_path / "run"
     table = uptraining.main(["--quick", "--seeds", "1", "--output", str(output)])

@@ -1,0 +1,36 @@
+"""Random pieces of the text that ships with Python, for small experiments.
+
+Legend: `b` pieces, `s` length.
+"""
+
+import torch
+from jaxtyping import Int
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from torch import Tensor
+
+from pretraining.settings import DataSettings
+from pretraining.text import prepare
+
+
+class TextPieces:
+    """Token ids of the prepared text.
+
+    Args:
+        vocabulary: entries of the tokenizer, which is trained on it.
+        length: tokens of a piece that are inputs (`s`).
+    """
+
+    def __init__(self, vocabulary: int, length: int) -> None:
+        settings = DataSettings(vocabulary_size=vocabulary, sequence_length=length)
+        dataset = IndexedDataset(str(prepare(settings).prefix))
+        documents = [torch.from_numpy(dataset[i].astype("int64")) for i in range(len(dataset))]
+        cut = round(len(documents) * (1 - settings.held_out_share))
+        self.training, self.held_out = torch.cat(documents[:cut]), torch.cat(documents[cut:])
+        self.length = length
+
+    def sample(
+        self, ids: Int[Tensor, " n"], count: int, generator: torch.Generator
+    ) -> Int[Tensor, "b s+1"]:
+        """Pieces of `ids`, inputs with the label of the last."""
+        starts = torch.randint(len(ids) - self.length, (count,), generator=generator)
+        return torch.stack([ids[start : start + self.length + 1] for start in starts.tolist()])
