@@ -2,8 +2,8 @@
 
     python examples/benchmarks/generation.py --shapes 360M --json throughput.json
 
-Weights are random; expert-choice routers are calibrated so that steps keep the shares that they train
-for, (N_r-r+1)/N_r. Requests keep coming, so prompts, every write of keys and values, logits and sampling
+Weights are random; expert-choice routers are calibrated, on what the model itself writes, so that steps
+keep the shares that they train for, (N_r-r+1)/N_r. Requests keep coming, so prompts, every write of keys and values, logits and sampling
 are all in the figures. Models take turns and the median of the turns' ratios counts. On a CPU, time is
 processor time of one thread, which other processes on the machine disturb least.
 
@@ -26,6 +26,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from mor_layers import DecoderConfig, ExpertChoice, KVPolicy, MoRTransformer, RecursionConfig
 from mor_layers.accounting import account
@@ -114,6 +115,12 @@ class Load:
                 self._inside += clock() - began
 
         return timed
+
+    @property
+    def texts(self) -> list[Tensor]:
+        """What is in flight, `[1 s]` each."""
+        running = self.engine.scheduler.running.values()
+        return [torch.tensor([[*p.request.ids, *p.tokens]]) for p in running]
 
     def run(self, tokens: int) -> tuple[float, float, float, float]:
         """Generate so many tokens.
@@ -233,7 +240,10 @@ def compare(
             Load(m, options, s, b) for m, s, b in zip((plain, model), slots, memory, strict=True)
         ]
         for load in loads:  # fill up
-            load.run(2 * load.slots)
+            load.run(load.slots)
+        for _ in range(2):  # what is written follows the depths, and they follow it
+            calibrate(model, [ids.to(options.device) for ids in loads[1].texts])
+            loads[1].run(loads[1].slots)
         rounds = [[load.run(options.tokens) for load in loads] for _ in range(options.turns)]
         ratio = statistics.median(own[0] / base[0] for base, own in rounds)
         base, own = ([statistics.median(r[i][j] for r in rounds) for j in range(4)] for i in (0, 1))

@@ -113,7 +113,7 @@ def as_yaml_has_it(values: dict[str, Any]) -> DecoderConfig:
 
 
 @pytest.mark.parametrize("make", [as_constructors_take_it, as_yaml_has_it])
-@pytest.mark.parametrize("examples", [40, pytest.param(1500, marks=pytest.mark.full)])
+@pytest.mark.parametrize("examples", [40, pytest.param(500, marks=pytest.mark.full)])
 def test_random_settings_are_refused_by_name_or_train(make, examples):
     torch.manual_seed(0)
     outcomes: Counter[str] = Counter()
