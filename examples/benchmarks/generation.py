@@ -117,10 +117,12 @@ class Load:
         return timed
 
     @property
-    def texts(self) -> list[Tensor]:
-        """What is in flight, `[1 s]` each."""
+    def texts(self) -> Tensor:
+        """Beginnings of what is in flight, `[b s]`: the older half, as long as they all are."""
         running = self.engine.scheduler.running.values()
-        return [torch.tensor([[*p.request.ids, *p.tokens]]) for p in running]
+        texts = sorted(((*p.request.ids, *p.tokens) for p in running), key=len)
+        older = texts[len(texts) // 2 :]
+        return torch.tensor([text[: len(older[0])] for text in older])
 
     def run(self, tokens: int) -> tuple[float, float, float, float]:
         """Generate so many tokens.
@@ -242,7 +244,7 @@ def compare(
         for load in loads:  # fill up
             load.run(load.slots)
         for _ in range(2):  # what is written follows the depths, and they follow it
-            calibrate(model, [ids.to(options.device) for ids in loads[1].texts])
+            calibrate(model, [loads[1].texts.to(options.device)])
             loads[1].run(loads[1].slots)
         rounds = [[load.run(options.tokens) for load in loads] for _ in range(options.turns)]
         ratio = statistics.median(own[0] / base[0] for base, own in rounds)
