@@ -3,9 +3,10 @@
     python examples/benchmarks/generation.py --shapes 360M --json throughput.json
 
 Weights are random; expert-choice routers are calibrated, on what the model itself writes, so that steps
-keep the shares that they train for, (N_r-r+1)/N_r. Requests keep coming, so prompts, every write of keys and values, logits and sampling
-are all in the figures. Models take turns and the median of the turns' ratios counts. On a CPU, time is
-processor time of one thread, which other processes on the machine disturb least.
+keep the shares that they train for, (N_r-r+1)/N_r. Requests keep coming, so prompts, every write of keys
+and values, logits and sampling are all in the figures. Models take turns and the median of the turns'
+ratios counts. On a CPU, time is processor time of one thread, which other processes on the machine
+disturb least.
 
 Two comparisons: `equal_batch`, as many sequences in flight; `equal_kv`, as many bytes for keys and
 values as some plain sequences take, filled with as many sequences as fit. Beside each ratio stand what
@@ -120,7 +121,7 @@ class Load:
     def texts(self) -> Tensor:
         """Beginnings of what is in flight, `[b s]`: the older half, as long as they all are."""
         running = self.engine.scheduler.running.values()
-        texts = sorted(((*p.request.ids, *p.tokens) for p in running), key=len)
+        texts = sorted((p.tokens for p in running), key=len)
         older = texts[len(texts) // 2 :]
         return torch.tensor([text[: len(older[0])] for text in older])
 
