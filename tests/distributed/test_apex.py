@@ -80,7 +80,8 @@ def test_an_unrelated_apex_changes_nothing(pool: WorkerPool) -> None:
     assert found == expected
 
 
-@pytest.mark.parametrize("distributed", [pytest.param(False, marks=pytest.mark.full), True])
+@pytest.mark.full
+@pytest.mark.parametrize("distributed", [False, True])
 def test_a_run_with_fused_norms_and_optimizer_resumes_bit_for_bit(
     pool: WorkerPool, stand_in_pool: WorkerPool, tmp_path: Path, distributed: bool
 ) -> None:

@@ -51,9 +51,9 @@ def check(pool: WorkerPool, text: list[str], changes: list[str], ranks: int) -> 
 @pytest.mark.parametrize(
     ("ranks", "examples"),
     [
-        (1, 6),
-        pytest.param(1, 400, marks=pytest.mark.full),
-        pytest.param(2, 200, marks=pytest.mark.full),
+        (1, 4),
+        pytest.param(1, 100, marks=pytest.mark.full),
+        pytest.param(2, 50, marks=pytest.mark.full),
     ],
 )
 def test_random_settings_are_refused_before_anything_is_written_or_train(

@@ -131,7 +131,7 @@ def stop_a_rank(*, stopped: int) -> str:
     return told[0] if told else ""
 
 
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("stopped", [0, pytest.param(1, marks=pytest.mark.full)])
 def test_a_stopped_process_is_named_with_since_when(pool: WorkerPool, stopped):
     told = pool.run(stop_a_rank, 2, stopped=stopped)[1 - stopped]
     assert f"): rank {stopped} hangs.\n" in told
