@@ -176,12 +176,16 @@ class RoutingDecision:
         """The marked tokens, in order; padding is left out even where it is marked.
 
         Sequences with fewer than the widest are filled up with padding slots. Waits for the
-        device once, to learn the width. It is at least 1: a step whose tokens have all exited still
-        runs, on padding, so that every rank of a collective takes part and every parameter gets a
-        gradient.
+        device once, to learn the width, unless each sequence has one candidate. The width is at
+        least 1: a step whose tokens have all exited still runs, on padding, so that every rank of
+        a collective takes part and every parameter gets a gradient.
         """
         if self.tokens.is_padding is not None:
             is_selected = is_selected & ~self.tokens.is_padding
+        if len(is_selected) == 1:  # each sequence's only candidate stays, if only as padding
+            tokens = replace(self.tokens, is_padding=~is_selected, padding_trails=True)
+            rows = torch.zeros_like(tokens.positions)
+            return RoutingDecision(tokens, rows, plan=self.plan)
         width = max(1, int(is_selected.sum(dim=0).max()))
         rows = is_selected.logical_not().to(torch.uint8).sort(dim=0, stable=True).indices[:width]
         is_padding = is_selected.gather(0, rows).logical_not()

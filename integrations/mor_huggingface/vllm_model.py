@@ -17,7 +17,6 @@ heads of this rank, `d` head size.
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -177,29 +176,18 @@ class StepLayers(nn.Module):
         return hidden
 
 
-class InPlace(RoutingDecision):
-    """A decision over tokens each of which is a sequence: those left out stay, as padding.
-
-    So shapes are those of the batch whatever the router says, and nothing waits for the device.
-    """
-
-    def keep_all(self) -> "InPlace":
-        return InPlace(self.tokens, plan=self.plan)
-
-    def keep_where(self, is_selected: Tensor) -> "InPlace":
-        is_left, before = is_selected.logical_not(), self.tokens.is_padding
-        is_left = is_left if before is None else is_left | before
-        return InPlace(replace(self.tokens, is_padding=is_left), plan=self.plan)
-
-
 class MaskedRecursion(RecursionBlock):
-    """Runs every token through every step; one that exited keeps its state."""
+    """Runs every token through every step; one that exited keeps its state.
+
+    Each token counts as a sequence. So shapes are those of the batch whatever the router says, and
+    nothing waits for the device.
+    """
 
     def forward(  # type: ignore[override]
         self, hidden: Float[Tensor, "t h"], positions: Int[Tensor, " t"]
     ) -> Float[Tensor, "t h"]:
         rows = origin = hidden[None]  # [t h] -> [1 t h]
-        decision: RoutingDecision = InPlace(Tokens(positions[None], 1))
+        decision = RoutingDecision(Tokens(positions[None], 1))
         first: KeysAndValues = {}
         for step in range(self.router.num_recursions):
             decision = self._route(rows, step, decision, True)
