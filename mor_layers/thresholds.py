@@ -65,7 +65,9 @@ class Thresholds(PreciseBuffers):
 
         Bins are as wide as they are far from the threshold, so that any scale is resolved.
         """
-        distance = torch.asinh((values.float() - self.values[index]) / _FINEST) / _REACH
+        # In fp64: the place among the bins is a large number, whose last bits in fp32 would let
+        # values that layouts round differently fall into different bins.
+        distance = torch.asinh((values.double() - self.values[index]) / _FINEST) / _REACH
         bins = ((distance + 1) / 2 * NUM_BINS).long().clamp(0, NUM_BINS - 1).flatten()
         counts = torch.ones_like(bins, dtype=torch.float32)
         if is_counted is not None:
