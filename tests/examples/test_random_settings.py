@@ -73,7 +73,8 @@ def test_random_settings_are_refused_before_anything_is_written_or_train(
         suppress_health_check=list(HealthCheck),
     )
     @given(overrides(layouts=ranks > 1))
-    @example(["recursion.sandwich_norms=true"])  # Megatron's layers may refuse it
+    @example(["recursion.sandwich_norms=true"])
+    @example(["training.micro_batch_size=0"])
     def look(changes: list[str]) -> None:
         outcomes[check(pool, text, changes, ranks)] += 1
 
