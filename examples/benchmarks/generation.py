@@ -99,7 +99,7 @@ class Load:
         length = self.longest_prompt + options.new_tokens
         settings = CacheSettings(kv_bytes, slots, length + 1, page_size=4)
         # No prompt waits for its turn: that would hold the plain model up, whose ticks are fewer.
-        every = max(slots * self.longest_prompt, length)
+        every = slots * length
         self.engine = DepthBatchingEngine(model, settings, length, tokens_per_tick=every)
         self._random, self._numbers = random.Random(0), count()
         self._inside = 0.0
