@@ -8,10 +8,14 @@ ARGUMENTS ?=
 export PYTHONPATH := $(CURDIR):$(CURDIR)/integrations
 use_python = python=$(or $(PYTHON),$$(.ci/setup)) &&
 
-.PHONY: help pretrain test test-full test-gpu lint docs bench
+.PHONY: help env pretrain test test-full test-gpu lint docs bench
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+env:  ## what puts the environment's python and `mor` into a shell: eval "$(make -s env)"
+	@$(use_python) echo "export PATH='$$(dirname "$$python")':\"\$$PATH\" PYTHONPATH='$(PYTHONPATH)'" && \
+	    echo 'mor() { python -m mor_commands "$$@"; }'
 
 pretrain:  ## pretrain a small model on text that ships with Python (ARGUMENTS="key=value ...")
 	@$(use_python) OMP_NUM_THREADS=1 $$python -m torch.distributed.run --standalone \

@@ -47,6 +47,8 @@ def check(command: str) -> None:
         own.parse_args(arguments[1:])
     elif program == "python":
         assert find_spec(arguments[1]) is not None, command
+    elif program == "eval":
+        assert command == 'eval "$(make -s env)"', command
     elif program not in OTHERS:
         check_script(ROOT / program, arguments, variables)
 
