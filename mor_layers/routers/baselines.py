@@ -164,10 +164,8 @@ class RandomDepthRouter(Router):
         causal: bool = False,
     ) -> RoutingDecision:
         positions, share = previous.tokens.positions, self.capacity_factors[step]
-        if causal and share == 1.0:
-            return (
-                previous.keep_valid()
-            )  # without a draw, which would move on the caller's sampling
+        if causal and share == 1.0:  # no draw, which would move on the caller's sampling
+            return previous.keep_valid()
         if causal:
             before = self.capacity_factors[step - 1] if step else 1.0
             return previous.keep_where(_scattered(positions, step) * before < share)

@@ -3,7 +3,7 @@
 Every function runs on a rank of the `engine_pool` (see `test_engine_layers`).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,28 +41,50 @@ def engine_layer(config: TransformerConfig) -> ModuleSpec:
         torch.cuda.is_available = saved
 
 
-def run(
-    recursion: RecursionConfig,
-    engine: bool,
-    fused_gradients: bool = False,
-    batch: int = 3,
-    length: int = 14,
-    num_layers: int = 8,
-    with_documents: bool = False,
-    **settings: Any,
-) -> Outcome:
-    """One forward and backward pass, on Transformer Engine's layers or on local ones.
+def local_layer(config: TransformerConfig) -> ModuleSpec:
+    """Megatron's own layers, whatever the machine has."""
+    return default_layer_spec(replace(config, transformer_impl="local", moe_grouped_gemm=False))
 
-    Args:
-        with_documents: of 1, 2, 3, ... documents the sequences.
-        fused_gradients: let linear layers add to `main_grad` themselves, as
-            `gradient_accumulation_fusion` does.
-        settings: fields of the TransformerConfig.
-    """
+
+def run(
+    recursion: RecursionConfig, engine: bool, batch: int = 3, length: int = 14, **settings: Any
+) -> Outcome:
+    """`one_pass` on the stand-in, with what it was called with."""
     from transformer_engine import calls  # the stand-in
 
     setup.initialize()
-    experts = settings.pop("experts", None)
+    calls.clear()
+    loss, gradients = one_pass(recursion, engine, batch, length, **settings)
+    return Outcome(
+        loss,
+        gradients,
+        [SimpleNamespace(**vars(call)) for call in calls.attention],
+        [type(recipe).__name__ for recipe in calls.recipes],
+        list(calls.quantized_rows),
+        list(calls.rotations),
+    )
+
+
+def one_pass(
+    recursion: RecursionConfig,
+    engine: bool,
+    batch: int,
+    length: int,
+    with_documents: bool = False,
+    fused_gradients: bool = False,
+    experts: int | None = None,
+    **settings: Any,
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of a forward and backward pass.
+
+    Args:
+        engine: on Transformer Engine's layers, or on local ones.
+        with_documents: of 1, 2, 3, ... documents the sequences.
+        fused_gradients: let linear layers add to `main_grad` themselves, as
+            `gradient_accumulation_fusion` does.
+        experts: how many instead of a dense MLP.
+        settings: fields of the TransformerConfig.
+    """
     if experts is not None:
         settings |= {
             "num_moe_experts": experts,
@@ -72,11 +94,11 @@ def run(
             "moe_grouped_gemm": engine,
         }
     config = setup.tiny_config(
-        num_layers=num_layers, transformer_impl="transformer_engine", **settings
+        **({"num_layers": 8, "transformer_impl": "transformer_engine"} | settings)
     )
 
     def block(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-        layer = engine_layer(config) if engine else default_layer_spec(config)
+        layer = engine_layer(config) if engine else local_layer(config)
         return recursion_block_spec(config, recursion, layer, vp_stage)
 
     chunks = setup.data_parallel(setup.tiny_gpt(config, block))
@@ -84,20 +106,12 @@ def run(
         for module in chunks[0].modules():
             if hasattr(module, "fuse_wgrad_accumulation"):
                 module.fuse_wgrad_accumulation = True
-    calls.clear()
     tokens = setup.random_tokens(batch, length)
     if with_documents:
         loss = pass_over_documents(chunks[0], tokens)
     else:
         loss = setup.forward_backward(chunks, tokens, batch)
-    return Outcome(
-        loss,
-        setup.gather_gradients(chunks),
-        [SimpleNamespace(**vars(call)) for call in calls.attention],
-        [type(recipe).__name__ for recipe in calls.recipes],
-        list(calls.quantized_rows),
-        list(calls.rotations),
-    )
+    return loss, setup.gather_gradients(chunks)
 
 
 def pass_over_documents(model: Any, tokens: Tensor) -> float:

@@ -5,20 +5,19 @@ Every function runs on a rank, and on a CPU in a rehearsal.
 
 import inspect
 import warnings
-from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
 from mor_layers import DecoderConfig, MoRTransformer, RecursionConfig
-from mor_megatron import default_layer_spec, recursion_block_spec
+from mor_megatron import recursion_block_spec
 from mor_megatron.norms import FusedNorm, Norm
 from mor_megatron.weights import load_tensors, megatron_tensors
+from tests.distributed import engine_models
 from tests.distributed import megatron_setup as setup
-from tests.distributed.engine_models import engine_layer, pass_over_documents
+from tests.distributed.engine_models import local_layer
 
 BF16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
 BATCH, LENGTH = 4, 16
@@ -53,47 +52,15 @@ def logits(model: GPTModel, ids: Tensor) -> Tensor:
     return model(ids, positions, None)
 
 
-def local_layer(config: Any) -> Any:
-    return default_layer_spec(replace(config, transformer_impl="local", moe_grouped_gemm=False))
-
-
 def one_pass(
-    recursion: RecursionConfig,
-    engine: bool,
-    with_documents: bool = False,
-    fused_gradients: bool = False,
-    **settings: Any,
+    recursion: RecursionConfig, engine: bool, bf16: bool = False, **settings: Any
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss, and gradients in fp32, of a forward and backward pass."""
-    if settings.pop("bf16", False):
-        settings |= BF16
-    if (experts := settings.pop("experts", None)) is not None:
-        settings |= {
-            "num_moe_experts": experts,
-            "moe_router_topk": 2,
-            "moe_aux_loss_coeff": 0.1,
-            "moe_token_dispatcher_type": "alltoall",
-            "moe_grouped_gemm": engine,
-        }
-    config = setup.tiny_config(
-        **({"num_layers": 8, "transformer_impl": "transformer_engine"} | settings)
+    precision = BF16 if bf16 else {}
+    loss, gradients = engine_models.one_pass(
+        recursion, engine, BATCH, LENGTH, **precision, **settings
     )
-
-    def block(config: Any, vp_stage: int | None) -> TransformerBlockSubmodules:
-        layer = engine_layer(config) if engine else local_layer(config)
-        return recursion_block_spec(config, recursion, layer, vp_stage)
-
-    chunks = setup.data_parallel(setup.tiny_gpt(config, block))
-    if fused_gradients:
-        for module in chunks[0].modules():
-            if hasattr(module, "fuse_wgrad_accumulation"):
-                module.fuse_wgrad_accumulation = True
-    tokens = setup.random_tokens(BATCH, LENGTH)
-    if with_documents:
-        loss = pass_over_documents(chunks[0], tokens)
-    else:
-        loss = setup.forward_backward(chunks, tokens, BATCH)
-    return loss, {name: g.float() for name, g in setup.gather_gradients(chunks).items()}
+    return loss, {name: gradient.float() for name, gradient in gradients.items()}
 
 
 def compared(
