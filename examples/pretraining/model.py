@@ -50,11 +50,8 @@ def check(settings: Settings) -> None:
     Raises:
         ValueError: what it is, why not, and what to use.
     """
-    config, recursion, schedule = (
-        transformer_config(settings),
-        settings.recursion,
-        settings.schedule,
-    )
+    config = transformer_config(settings)  # where Megatron refuses what it can without a model
+    recursion, schedule = settings.recursion, settings.schedule
     if recursion is None or schedule is None:
         return
     validate(config, recursion)

@@ -162,10 +162,8 @@ class Watch:
         while len(found.stuck) < self._world_size and time.monotonic() < deadline:
             self._look("hang", found.stuck)
             time.sleep(0.05)
-        if self._rank == 0:
-            time.sleep(
-                0.1 * self._grace
-            )  # the store may end with this process: let the others read
+        if self._rank == 0:  # the store may end with this process: let the others read
+            time.sleep(0.1 * self._grace)
         found.is_whole = True
 
     def _look(self, what: str, into: dict[int, str]) -> None:

@@ -66,10 +66,8 @@ def test_random_settings_are_refused_before_anything_is_written_or_train(
         max_examples=examples,
         deadline=None,
         derandomize=True,
-        phases=[
-            Phase.explicit,
-            Phase.generate,
-        ],  # a run takes a second: no search for a smaller one
+        # A run takes a second: no search for a smaller one.
+        phases=[Phase.explicit, Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
     @given(overrides(layouts=ranks > 1))
