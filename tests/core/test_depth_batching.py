@@ -15,6 +15,7 @@ from mor_layers import (
     KVPolicy,
     MoRTransformer,
     RouterConfig,
+    calibrate,
 )
 from mor_layers.depth_batching import CacheSettings, DepthBatchingEngine
 from mor_layers.moe import MoEConfig
@@ -248,13 +249,15 @@ def test_neither_neighbours_nor_arrival_change_a_request_in_many_models(model, c
     check_company(model, company)
 
 
+@pytest.mark.parametrize("router", ["expert_choice", "expert_choice_first_step_too"])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_sequences_that_give_way_say_the_same(policy: KVPolicy) -> None:
-    model = model_for("expert_choice", policy, "middle_cycle")
+def test_sequences_that_give_way_say_the_same(policy: KVPolicy, router: str) -> None:
+    model = model_for(router, policy, "middle_cycle")
+    calibrate(model, [random_ids(8, 32)])
     requests = [Request(prompt(4, seed), 20) for seed in range(6)]
     roomy = serve(model, requests, num_slots=6)
     # Admitted as if few tokens ran the deeper steps, which is wrong on purpose.
-    tight = Recorder(model, kv_bytes=30_000, num_slots=6, shares=(0.3, 0.02, 0.02))
+    tight = Recorder(model, kv_bytes=24_000, num_slots=6, shares=(0.3, 0.02, 0.02))
     for request in requests:
         tight.submit(request)
     assert [s.tokens for s in tight.finish()] == [s.tokens for s in roomy]
