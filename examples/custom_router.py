@@ -49,9 +49,12 @@ class HaltingRouter(Router):
     def decide(self, logits, step, previous, causal=False):
         scores = logits[..., 0].sigmoid()
         decision = previous.keep_where(scores > 0.5) if step else previous.keep_valid()
-        excess = masked_mean(scores, previous.tokens.counted) - self.config.share
-        losses = {"halting_loss": self.config.coefficient * excess.square()}
-        return decision.with_gates(decision.taken(scores), losses, metrics={})
+        return decision.with_gates(decision.taken(scores))
+
+    def assess(self, logits, step, previous, decision):
+        mean = masked_mean(logits[..., 0].sigmoid(), previous.tokens.counted)
+        loss = self.config.coefficient * (mean - self.config.share).square()
+        return decision.with_losses({"halting_loss": loss}, metrics={})
 
 
 MODEL = """

@@ -90,6 +90,15 @@ class DeepenedRouter(Router):
     ) -> RoutingDecision:
         return self.trained.decide(logits, self._trained_step(step), previous, causal)
 
+    def assess(
+        self,
+        logits: Tensor | None,
+        step: int,
+        previous: RoutingDecision,
+        decision: RoutingDecision,
+    ) -> RoutingDecision:
+        return self.trained.assess(logits, self._trained_step(step), previous, decision)
+
     def combine(
         self,
         step: int,

@@ -187,7 +187,8 @@ class RecursionBlock(nn.Module):
         logits = self.router.logits(candidates, step)
         if logits is not None:
             logits = self.placement.gather(logits, previous.tokens.shape[0])
-        return self.router.decide(logits, step, previous, causal)
+        decision = self.router.decide(logits, step, previous, causal)
+        return self.router.assess(logits, step, previous, decision)
 
     def _exited(
         self, candidates: Tensor, previous: RoutingDecision, decision: RoutingDecision

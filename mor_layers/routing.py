@@ -156,11 +156,9 @@ class RoutingDecision:
         """This decision with a plan for its tokens, which later selections take along."""
         return replace(self, plan=plan)
 
-    def with_gates(
-        self, gates: Float[Tensor, "k b"], losses: dict[str, Tensor], metrics: dict[str, Tensor]
-    ) -> "RoutingDecision":
-        """This decision with gates, and what else the router has to say."""
-        return replace(self, gates=gates, losses=losses, metrics=metrics)
+    def with_gates(self, gates: Float[Tensor, "k b"]) -> "RoutingDecision":
+        """This decision with what the block's output is multiplied by."""
+        return replace(self, gates=gates)
 
     def with_losses(
         self, losses: dict[str, Tensor], metrics: dict[str, Tensor]

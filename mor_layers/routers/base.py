@@ -33,9 +33,10 @@ class StepScores:
 class Router(PreciseBuffers, ABC):
     """Decides, step by step, which tokens go on. Subclass it to bring your own.
 
-    The work is in three parts, so that one router serves one process and many. `logits` looks at
-    tokens one by one, wherever their hidden states live. `decide` sees the logits of the full
-    sequence, alike on every rank. `combine` puts the block's output into the selected tokens.
+    The work is in parts, so that one router serves one process and many. `logits` looks at tokens
+    one by one, wherever their hidden states live. `decide` sees the logits of the full sequence,
+    alike on every rank, and so does `assess`, which adds what training wants to know of a decision
+    and generation does without. `combine` puts the block's output into the selected tokens.
 
     Selections nest: a step's candidates are the tokens that ran the step before.
     """
@@ -68,6 +69,25 @@ class Router(PreciseBuffers, ABC):
                 `keep_where`, `keep_top`, `keep_all` and `keep_valid` make the result.
             causal: a token's fate may depend on earlier tokens only, as generation needs.
         """
+
+    def assess(
+        self,
+        logits: Float[Tensor, "n b c"] | None,
+        step: int,
+        previous: RoutingDecision,
+        decision: RoutingDecision,
+    ) -> RoutingDecision:
+        """The decision with its auxiliary losses, metrics and observations. Here: as it is.
+
+        An engine that generates does not call it.
+
+        Args:
+            logits: what `decide` got.
+            step: 0-based recursion step.
+            previous: the candidates, and what was planned for them.
+            decision: what `decide` made of them.
+        """
+        return decision
 
     def combine(
         self,

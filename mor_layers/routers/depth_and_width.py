@@ -147,8 +147,16 @@ class DepthAndWidthRouter(Router):
         mean = masked_means(logits, previous.tokens.is_padding)
         centred = logits - thresholds - (mean - mean.detach())
         plan = torch.cat([depth, centred.sigmoid()], dim=-1)
-        decision = previous.with_plan(plan).keep_valid()
-        if not self.training:
+        return previous.with_plan(plan).keep_valid()
+
+    def assess(
+        self,
+        logits: Tensor | None,
+        step: int,
+        previous: RoutingDecision,
+        decision: RoutingDecision,
+    ) -> RoutingDecision:
+        if logits is None or not self.training:
             return decision
         return decision.with_observations({"depth_histograms": self._observe(logits, previous)})
 

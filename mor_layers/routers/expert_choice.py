@@ -154,15 +154,34 @@ class ExpertChoiceRouter(Router):
         causal: bool = False,
     ) -> RoutingDecision:
         assert logits is not None
-        own, predicting = logits[..., 0], logits[..., -1]
-        weights = self.config.alpha * self._activate(own)
+        weights = self.config.alpha * self._activate(logits[..., 0])
         bar = self._bar(step) if causal else None
         if bar is not None:
-            decision = previous.keep_where(predicting > bar)
+            decision = previous.keep_where(logits[..., -1] > bar)
         else:
             decision = previous.keep_top(weights, self.capacity_factor(step))
-        terms, metrics = self._losses(own, predicting, decision, previous)
-        return decision.with_gates(decision.taken(weights), terms, metrics)
+        return decision.with_gates(decision.taken(weights))
+
+    def assess(
+        self,
+        logits: Tensor | None,
+        step: int,
+        previous: RoutingDecision,
+        decision: RoutingDecision,
+    ) -> RoutingDecision:
+        assert logits is not None
+        predicting = logits[..., -1]
+        is_selected = decision.is_selected(len(logits))
+        counted = previous.tokens.counted
+        sampling = losses.sampling_loss(predicting, is_selected, counted)
+        accuracy = losses.sampling_accuracy(predicting, is_selected, counted)
+        terms = {"sampling_loss": self.config.predictor_weight * sampling}
+        metrics = {"sampling_loss": sampling.detach(), "sampling_accuracy": accuracy.detach()}
+        if self.config.z_loss_coefficient:
+            z = losses.z_loss(logits[..., :1], counted)
+            terms["router_z_loss"] = self.config.z_loss_coefficient * z
+            metrics["router_z_loss"] = z.detach()
+        return decision.with_losses(terms, metrics)
 
     def combine(
         self,
@@ -220,25 +239,6 @@ class ExpertChoiceRouter(Router):
         if self.config.activation == "sigmoid":
             return logits.sigmoid()
         return logits.tanh() if self.config.activation == "tanh" else logits
-
-    def _losses(
-        self,
-        logits: Tensor,
-        predicting: Tensor,
-        decision: RoutingDecision,
-        previous: RoutingDecision,
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        is_selected = decision.is_selected(len(logits))
-        counted = previous.tokens.counted
-        sampling = losses.sampling_loss(predicting, is_selected, counted)
-        accuracy = losses.sampling_accuracy(predicting, is_selected, counted)
-        terms = {"sampling_loss": self.config.predictor_weight * sampling}
-        metrics = {"sampling_loss": sampling.detach(), "sampling_accuracy": accuracy.detach()}
-        if self.config.z_loss_coefficient:
-            z = losses.z_loss(logits[..., None], counted)
-            terms["router_z_loss"] = self.config.z_loss_coefficient * z
-            metrics["router_z_loss"] = z.detach()
-        return terms, metrics
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]

@@ -124,13 +124,34 @@ class TokenChoiceRouter(Router):
             assert previous.plan is not None
             return previous.keep_where(previous.plan[..., 0] >= step)
         assert logits is not None
-        probabilities = self._activate(logits)
-        depth = (probabilities.detach() + self.depth_bias.float()).argmax(dim=-1)
+        probabilities, depth = self._choose(logits)
         gate = probabilities.gather(-1, depth[..., None])[..., 0]
         # [n b] + [n b] -> [n b 2]: depth is a small whole number, exact in fp32
         plan = torch.stack([depth.to(gate.dtype), gate], dim=-1)
-        terms, metrics = self._losses(logits, probabilities, depth, previous)
-        return previous.with_plan(plan).keep_valid().with_losses(terms, metrics)
+        return previous.with_plan(plan).keep_valid()
+
+    def assess(
+        self,
+        logits: Tensor | None,
+        step: int,
+        previous: RoutingDecision,
+        decision: RoutingDecision,
+    ) -> RoutingDecision:
+        if logits is None:
+            return decision
+        probabilities, depth = self._choose(logits)
+        counted = previous.tokens.counted
+        is_depth = F.one_hot(depth, self.num_recursions).bool()
+        balancing = losses.balancing_loss(probabilities, is_depth, counted)
+        metrics = {"balancing_loss": balancing.detach()}
+        terms = {}
+        if self.config.balancing == "loss":
+            terms["balancing_loss"] = self.config.balancing_weight * balancing
+        if self.config.z_loss_coefficient:
+            z = losses.z_loss(logits, counted)
+            terms["router_z_loss"] = self.config.z_loss_coefficient * z
+            metrics["router_z_loss"] = z.detach()
+        return decision.with_losses(terms, metrics)
 
     def combine(
         self,
@@ -174,23 +195,12 @@ class TokenChoiceRouter(Router):
             step *= 0.98
         self.depth_bias.copy_(bias)
 
+    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Probability of each depth, `[n b r]`, and the depth that each candidate gets, `[n b]`."""
+        probabilities = self._activate(logits)
+        return probabilities, (probabilities.detach() + self.depth_bias.float()).argmax(dim=-1)
+
     def _activate(self, logits: Tensor) -> Tensor:
         if self.config.activation == "softmax":
             return logits.softmax(dim=-1)
         return self.config.alpha * logits.sigmoid()
-
-    def _losses(
-        self, logits: Tensor, probabilities: Tensor, depth: Tensor, previous: RoutingDecision
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        counted = previous.tokens.counted
-        is_depth = F.one_hot(depth, self.num_recursions).bool()
-        balancing = losses.balancing_loss(probabilities, is_depth, counted)
-        metrics = {"balancing_loss": balancing.detach()}
-        terms = {}
-        if self.config.balancing == "loss":
-            terms["balancing_loss"] = self.config.balancing_weight * balancing
-        if self.config.z_loss_coefficient:
-            z = losses.z_loss(logits, counted)
-            terms["router_z_loss"] = self.config.z_loss_coefficient * z
-            metrics["router_z_loss"] = z.detach()
-        return terms, metrics

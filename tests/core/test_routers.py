@@ -40,7 +40,8 @@ def build(config: RouterConfig, num_recursions: int = NUM_RECURSIONS) -> Router:
 
 def decide_first(router: Router, hidden: torch.Tensor, **options) -> RoutingDecision:
     whole = RoutingDecision.everything(Tokens.whole_sequence(*hidden.shape[:2]))
-    return router.decide(router.logits(hidden, 0), 0, whole, **options)
+    logits = router.logits(hidden, 0)
+    return router.assess(logits, 0, whole, router.decide(logits, 0, whole, **options))
 
 
 @pytest.mark.parametrize("architecture", ["linear", "mlp"])
