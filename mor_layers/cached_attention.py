@@ -38,25 +38,25 @@ class IndexedAttention:
     """
 
     def __init__(self, visible: Visible, arena: KVArena, num_heads: int) -> None:
-        num_kv_heads = arena.data.shape[3]
-        self.shape = (len(visible.lists), num_heads, arena.data.shape[4])
+        num_kv_heads, (t, n) = arena.data.shape[3], (len(visible.lists), num_heads)
         counts, longest = visible.counts, int(visible.counts.max())
-        table = visible.table[visible.lists, :longest]  # [t m]
-        is_seen = torch.arange(longest) < counts[:, None]
+        is_seen = torch.arange(longest) < counts[:, None]  # [t m]
+        place = is_seen.flatten().nonzero()[:, 0]  # [s], the rows that one head sees
+        rows = visible.table[visible.lists, :longest].flatten().index_select(0, place)
         self.gathered_rows = None
+        num_rows = arena.data.shape[1]
         if arena.scales is not None:  # 8-bit rows are expanded first, into a scratch arena
-            self.gathered_rows = table[is_seen]
-            table = is_seen.flatten().cumsum(0).view_as(table) - 1
-        # Vectors of a row: its g keys, then its g values. A group of query heads shares one.
-        group = torch.arange(num_heads) // (num_heads // num_kv_heads)
-        vectors = table[:, None, :] * (2 * num_kv_heads) + group[:, None]  # [t n m]
-        self.is_seen = is_seen[:, None].expand_as(vectors)
-        self.keys = vectors[self.is_seen]  # [z]
+            self.gathered_rows, num_rows = rows, len(rows)
+            rows = torch.arange(num_rows)
+        # Vectors of a row: its g keys, then its g values. A group of query heads shares one. Heads
+        # are the outer dimension: what one reads is what any other does, so many vectors further.
+        head = torch.arange(n)[:, None]
+        self.keys = (rows * (2 * num_kv_heads) + head // (n // num_kv_heads)).flatten()  # [z]
         self.values = self.keys + num_kv_heads
-        self.bounds = F.pad(counts.repeat_interleave(num_heads).cumsum(0), (1, 0))
-        self.places = self.is_seen.reshape(-1).nonzero()[:, 0]
-        self.scores = torch.full(vectors.shape, -torch.inf, dtype=arena.dtype)
-        num_rows = arena.data.shape[1] if self.gathered_rows is None else len(self.gathered_rows)
+        ends = (counts.cumsum(0) + head * len(rows)).flatten()
+        self.bounds = F.pad(ends, (1, 0))
+        self.places = (place + head * is_seen.numel()).flatten()
+        self.scores = torch.full((n, t, longest), -torch.inf, dtype=arena.dtype)
         self.pattern = _pattern(self.bounds, self.keys, num_rows * 2 * num_kv_heads, arena.dtype)
 
     def __call__(
@@ -68,7 +68,7 @@ class IndexedAttention:
             vectors = arena.gather(layer, self.gathered_rows).flatten(0, 2)
         torch.sparse.sampled_addmm(
             self.pattern,
-            query.flatten(0, 1),
+            query.transpose(0, 1).flatten(0, 1),
             vectors.T,
             beta=0.0,
             alpha=1.0 / math.sqrt(query.shape[-1]),
@@ -84,7 +84,7 @@ class IndexedAttention:
             mode="sum",
             per_sample_weights=weights,
         )
-        return out.view(self.shape)
+        return out.unflatten(0, self.scores.shape[:2]).transpose(0, 1)
 
 
 def _pattern(bounds: Tensor, columns: Tensor, num_columns: int, dtype: torch.dtype) -> Tensor:
@@ -150,14 +150,18 @@ class CachedAttention:
         num_heads: query heads.
     """
 
+    parts: list[tuple[Tensor | None, IndexedAttention | GatheredAttention]]
+
     def __init__(
         self, visible: Visible, slots: Int[Tensor, " t"], arena: KVArena, num_heads: int
     ) -> None:
+        is_indexable = arena.data.device.type == "cpu" and arena.dtype.itemsize >= 4
+        if is_indexable and bool((slots[1:] != slots[:-1]).all()):  # the common case, without ado
+            self.parts = [(None, IndexedAttention(visible, arena, num_heads))]
+            return
         _, lengths = slots.unique_consecutive(return_counts=True)
-        data = arena.data
-        is_indexable = data.device.type == "cpu" and arena.dtype.itemsize >= 4
         is_single = lengths < (MIN_GATHERED_QUERIES if is_indexable else 2)
-        self.parts: list[tuple[Tensor | None, IndexedAttention | GatheredAttention]] = []
+        self.parts = []
         for wanted in (True, False):
             spans = is_single == wanted
             if not bool(spans.any()):

@@ -10,52 +10,26 @@ Every tick runs the shared block once, on all tokens in flight, whatever step ea
 Source: Bae et al. 2024 (arXiv 2410.20672), section 3.8, and Bae et al. 2025 (arXiv 2507.10524),
 section 4.2.
 
-Legend: `t` tokens in flight, `h` hidden, `p` numbers that a router plans per token, `v` vocabulary.
+Legend: `t` tokens in flight, `h` hidden, `v` vocabulary.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import accumulate, islice
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from mor_layers.attention import Exited
 from mor_layers.cached_attention import CachedAttention, CachedContext
 from mor_layers.caches import Caches, CacheSettings
+from mor_layers.in_flight import Pool, Rows
 from mor_layers.kv_cache import TokensInFlight, Visible
 from mor_layers.recursion import RecursionBlock
 from mor_layers.routing import RoutingDecision, Tokens
 from mor_layers.scheduling import Span
 from mor_layers.transformer import DecoderStack, MoRTransformer
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Tokens in flight that are at one step, with what travels along."""
-
-    hidden: Float[Tensor, "t h"]
-    slots: Int[Tensor, " t"]
-    positions: Int[Tensor, " t"]
-    places: Int[Tensor, " t"]
-    """Place of each in its span."""
-    entries: Int[Tensor, " t"]
-    """What the cache policy wants to hear again."""
-    origin: Float[Tensor, "t h"] | None = None
-    """States that entered the recursion, where the router asks for them."""
-    plan: Float[Tensor, "t p"] | None = None
-    gates: Float[Tensor, " t"] | None = None
-
-    def take(self, index: Int[Tensor, " k"]) -> "Rows":
-        """Some of the tokens."""
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return Rows(
-            **{n: None if f is None else f.index_select(0, index) for n, f in fields.items()}
-        )
-
-    def without(self, slot: int) -> "Rows":
-        """The tokens of all other sequences."""
-        return self.take((self.slots != slot).nonzero()[:, 0])
 
 
 @dataclass(frozen=True)
@@ -109,9 +83,11 @@ class Decoder:
         self.caches = Caches(model, settings, num_outer, num_inner)
         self.policy, self.outer_pages = self.caches.policy, self.caches.outer_pages
 
-        self._waiting: list[Rows] = []  # by the step they run next, from 1 on
-        self._through: list[tuple[int, Rows]] = []  # steps run; rows that exit in this tick
-        self._exited: list[tuple[int, Rows]] = []  # the same; rows whose states are to be stored
+        nowhere = torch.zeros(4, 0, dtype=torch.long, device=self.device)
+        nobody = Rows.of(embedding.detach()[:0], *nowhere)
+        self._waiting = Pool.at(0, self.num_steps, nobody)  # for their next step, not the first
+        self._through: list[Rows] = []  # tokens that exit in this tick
+        self._exited: list[Rows] = []  # tokens whose states the cache policy is to store
         self._spans: dict[int, Span] = {}
         self._left = torch.zeros(settings.num_slots, dtype=torch.long, device=self.device)
         size = (settings.num_slots, max_span)
@@ -126,19 +102,9 @@ class Decoder:
             spans: of slots that have none in flight.
             make_room: called when pages run out; it gives up a sequence and returns its slot.
         """
-        running = [self._enter(spans, make_room), *self._waiting]
-        self._waiting = []
-        if self.is_pooled:
-            running[0] = self._route(0, running[0])
-            running = self._fit(running, make_room)
-            outputs = self._run(running)
-            for step, rows in enumerate(outputs, start=1):
-                if step < self.num_steps:
-                    self._waiting.append(self._route(step, rows))
-                else:
-                    self._exit(rows, step)
-        else:
-            self._exit(running[0], self.num_straight)
+        entering = self._route(self._enter(spans, make_room))
+        pool = self._fit(self._waiting.behind(entering), make_room)
+        self._waiting = self._route(self._run(pool))
         self._note_exits()
         return self._leave()
 
@@ -146,18 +112,16 @@ class Decoder:
         """Forget a sequence: its tokens in flight, its keys and values."""
         self._spans.pop(slot, None)
         self._left[slot] = 0
-        self._waiting = [rows.without(slot) for rows in self._waiting]
-        self._through = [(step, rows.without(slot)) for step, rows in self._through]
-        self._exited = [(step, rows.without(slot)) for step, rows in self._exited]
+        self._waiting = self._waiting.without(slot)
+        self._through = [rows.without(slot) for rows in self._through]
+        self._exited = [rows.without(slot) for rows in self._exited]
         self.caches.release(slot)
 
-    def _enter(self, spans: list[Span], make_room: Callable[[], int]) -> Rows:
+    def _enter(self, spans: list[Span], make_room: Callable[[], int]) -> Pool:
         """Embedding and prelude; and all other layers where nothing is routed."""
         while True:
             slots, positions, places = self._places(spans)
-            if not self.outer_pages.num_pages:
-                break
-            if self.outer_pages.pages_needed(slots) <= self.outer_pages.pages_free:
+            if not self.outer_pages.num_pages or self.outer_pages.fits(slots):
                 break
             slot = make_room()
             self.drop(slot)
@@ -168,7 +132,7 @@ class Decoder:
         ids = torch.tensor([i for span in spans for i in span.ids], dtype=torch.long)
         return self._begin(ids.to(self.device), slots, positions, places)
 
-    def _begin(self, ids: Tensor, slots: Tensor, positions: Tensor, places: Tensor) -> Rows:
+    def _begin(self, ids: Tensor, slots: Tensor, positions: Tensor, places: Tensor) -> Pool:
         """Tokens behind embedding and prelude, and whatever else routes nothing."""
         hidden = self.model.embedding(ids)
         if len(slots) and self.outer_pages.num_pages:
@@ -182,16 +146,15 @@ class Decoder:
                 entering = self.blocks[block].enter(step, hidden, begun)
                 hidden = self._layers(self.blocks[block].layers, entering, own)
         origin = hidden if self.blocks[0].needs_origin else None
-        return Rows(hidden, slots, positions, places, torch.zeros_like(slots), origin)
+        steps = torch.full_like(slots, self.num_straight)
+        rows = Rows.of(hidden, slots, steps, positions, places)
+        return Pool.at(0 if self.is_pooled else self.num_steps, self.num_steps, rows, origin)
 
     def _places(self, spans: list[Span]) -> tuple[Tensor, Tensor, Tensor]:
         """Slot, position and place in the span of each token."""
-        shape = torch.tensor([(s.slot, s.start, len(s.ids)) for s in spans], dtype=torch.long)
-        slots, starts, lengths = shape.view(-1, 3).to(self.device).unbind(1)
-        slot = slots.repeat_interleave(lengths)
-        first = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-        place = torch.arange(len(slot), device=self.device) - first
-        return slot, starts.repeat_interleave(lengths) + place, place
+        tokens = [(s.slot, s.start + i, i) for s in spans for i in range(len(s.ids))]
+        slots, positions, places = torch.tensor(tokens, dtype=torch.long).view(-1, 3).T
+        return slots.to(self.device), positions.to(self.device), places.to(self.device)
 
     def _outer_context(self, slots: Tensor, positions: Tensor, rows: Tensor) -> CachedContext:
         visible = Visible(self.outer_pages.row_of, slots, positions + 1)
@@ -203,107 +166,119 @@ class Decoder:
     def _layers(stack: DecoderStack, hidden: Tensor, context: CachedContext) -> Tensor:
         return stack(hidden[:, None], context)[:, 0]  # [t h] -> [t 1 h] -> [t h]
 
-    def _route(self, step: int, rows: Rows) -> Rows:
-        """The tokens that go on to a step; the others exit."""
-        if not len(rows.slots):
-            return rows
-        router = self.blocks[0].router
-        # One token a sequence: whatever causal rule a router has, it decides token by token.
-        tokens = Tokens(rows.positions[None], self.settings.max_length)
-        previous = RoutingDecision(tokens, plan=None if rows.plan is None else rows.plan[None])
-        logits = router.logits(rows.hidden[None], step)
-        decision = router.decide(logits, step, previous, causal=True)
-        plan = None if decision.plan is None else decision.plan[0]
-        rows = replace(rows, plan=plan, gates=None if decision.gates is None else decision.gates[0])
-        if decision.tokens.is_padding is None:
-            return rows
-        goes_on = decision.tokens.is_padding[0].logical_not()
-        self._exit(rows.take(goes_on.logical_not().nonzero()[:, 0]), step)
-        return rows.take(goes_on.nonzero()[:, 0])
+    def _route(self, pool: Pool) -> Pool:
+        """The tokens that go on to the step they are at; the others exit."""
+        plans, gates = list(pool.plans), list(pool.gates)
+        exits: dict[int, Tensor] = {}
+        for step, own in pool.parts():
+            if step == self.num_steps:  # through with all of them
+                continue
+            decision = self._decide(step, pool.rows.hidden[None, own], self._known(pool, step, own))
+            plans[step] = None if decision.plan is None else decision.plan[0]
+            gates[step] = None if decision.gates is None else decision.gates[0]
+            if decision.tokens.is_padding is not None:
+                exits[step] = decision.tokens.is_padding[0]
+        pool = replace(pool, plans=tuple(plans), gates=tuple(gates))
+        # One wait for the device, whatever the number of steps.
+        answers = iter(torch.cat(list(exits.values())).tolist() if exits else ())
+        does_exit: list[bool] = []
+        for step, count in enumerate(pool.counts):
+            is_asked = step in exits
+            does_exit += islice(answers, count) if is_asked else [step == self.num_steps] * count
+        if not any(does_exit):
+            return pool
+        index = [i for i, exiting in enumerate(does_exit) if exiting]
+        self._exit(pool.rows.take(torch.tensor(index).to(self.device)))
+        return pool.take([i for i, exiting in enumerate(does_exit) if not exiting])
 
-    def _exit(self, rows: Rows, steps: int) -> None:
-        """Tokens that are through with the recursion after so many steps."""
-        if not len(rows.slots):
-            return
-        self._through.append((steps, rows))
-        if self.policy.keeps_exited and self.is_pooled and steps < self.num_steps:
-            self._exited.append((steps, rows))
+    def _decide(self, step: int, hidden: Tensor, known: RoutingDecision) -> RoutingDecision:
+        router = self.blocks[0].router
+        return router.decide(router.logits(hidden, step), step, known, causal=True)
+
+    def _known(self, pool: Pool, step: int, own: slice) -> RoutingDecision:
+        """What is decided about the tokens of a step: one a sequence, as `[1 t]`.
+
+        Whatever causal rule a router has, it decides token by token.
+        """
+        plan, gates = pool.plans[step], pool.gates[step]
+        return RoutingDecision(
+            Tokens(pool.rows.positions[None, own], self.settings.max_length),
+            plan=None if plan is None else plan[None],
+            gates=None if gates is None else gates[None],
+        )
+
+    def _exit(self, rows: Rows) -> None:
+        """Tokens that are through with the recursion."""
+        self._through.append(rows)
+        if self.policy.keeps_exited and self.is_pooled:
+            early = rows.take((rows.steps < self.num_steps).nonzero()[:, 0])
+            if len(early):
+                self._exited.append(early)
 
     def _note_exits(self) -> None:
         """Final states and depths of this tick's exits, from any step at once."""
         if not self._through:
             return
-        parts = [rows for _, rows in self._through]
-        exited, self._through = _joined(self._through), []
-        places = torch.cat([rows.places for rows in parts])
-        self._final[exited.slots, places] = torch.cat([rows.hidden for rows in parts])
-        self._depths[exited.slots, places] = exited.steps
-        self._left.index_add_(0, exited.slots, -torch.ones_like(exited.slots))
+        rows, self._through = Rows.joined(self._through), []
+        self._final[rows.slots, rows.places] = rows.hidden
+        self._depths[rows.slots, rows.places] = rows.steps
+        self._left.index_add_(0, rows.slots, -torch.ones_like(rows.slots))
 
-    def _fit(self, running: list[Rows], make_room: Callable[[], int]) -> list[Rows]:
+    def _fit(self, pool: Pool, make_room: Callable[[], int]) -> Pool:
         """As many of the tokens as the cache has room for: sequences give way until they fit."""
-        while any(len(rows.slots) for rows in running):
-            tokens, exited = self._in_flight(running)
-            if self.policy.pages_needed(tokens, exited) <= self.policy.pages.pages_free:
-                break
+        while len(pool) and not self.policy.fits(*self._in_flight(pool)):
             slot = make_room()
             self.drop(slot)
-            running = [rows.without(slot) for rows in running]
-        return running
+            pool = pool.without(slot)
+        return pool
 
-    def _in_flight(self, running: list[Rows]) -> tuple[TokensInFlight, TokensInFlight | None]:
-        exited = _joined(self._exited) if self._exited else None
-        return _joined(list(enumerate(running))), exited
+    def _in_flight(self, pool: Pool) -> tuple[TokensInFlight, TokensInFlight | None]:
+        exited = _in_flight(Rows.joined(self._exited)) if self._exited else None
+        return _in_flight(pool.rows), exited
 
-    def _run(self, running: list[Rows]) -> list[Rows]:
-        """The block on all tokens in flight; `running` has one entry for each step."""
-        if not any(len(rows.slots) for rows in running):
-            return running
-        block = self.blocks[0]
-        tokens, exited = self._in_flight(running)
+    def _run(self, pool: Pool) -> Pool:
+        """The block on all tokens in flight."""
+        if not len(pool):
+            return pool
+        block, rows, parts = self.blocks[0], pool.rows, list(pool.parts())
+        tokens, exited = self._in_flight(pool)
         entered = self.policy.enter(tokens, exited)
-        hidden = torch.cat(
-            [block.enter(step, rows.hidden, rows.origin) for step, rows in enumerate(running)]
-        )
-        steps = [step for step, rows in enumerate(running) if len(rows.slots)]
-        step = steps[0] if len(steps) == 1 else tokens.steps[:, None]
         context = CachedContext(
-            step,
+            parts[0][0] if len(parts) == 1 else tokens.steps[:, None],
             Tokens(tokens.positions[:, None], self.settings.max_length),
             self.caches.inner,
             0,
             entered.rows,
             CachedAttention(entered.visible, tokens.slots, self.caches.inner, self.num_heads),
             self._exited_states(exited),
-            tuple(len(rows.slots) for rows in running),
+            pool.counts[:-1],
         )
         self._exited = []
+        hidden = rows.hidden
+        if block.step_input is not None:
+            entering = [block.enter(step, hidden[own], pool.origin_of(own)) for step, own in parts]
+            hidden = torch.cat(entering)
         output = self._layers(block.layers, hidden, context)
-        sizes = [len(rows.slots) for rows in running]
-        parts = zip(running, output.split(sizes), entered.entries.split(sizes), strict=True)
-        return [
-            replace(rows, hidden=self._combine(step, rows, own), entries=entries)
-            for step, (rows, own, entries) in enumerate(parts)
-        ]
+        combined = [self._combine(step, pool, own, output) for step, own in parts]
+        return pool.advanced(torch.cat(combined), entered.entries)
+
+    def _combine(self, step: int, pool: Pool, own: slice, output: Tensor) -> Tensor:
+        origin = pool.origin_of(own)
+        selected, output = pool.rows.hidden[None, own], output[None, own]
+        return self.blocks[0].router.combine(
+            step,
+            selected,
+            output,
+            self._known(pool, step, own),
+            None if origin is None else origin[None],
+        )[0]
 
     def _exited_states(self, exited: TokensInFlight | None) -> Exited | None:
         if exited is None:
             return None
-        hidden = torch.cat([rows.hidden for _, rows in self._exited])
+        hidden = Rows.joined(self._exited).hidden
         tokens = Tokens(exited.positions[:, None], self.settings.max_length)
         return Exited(tokens, hidden[:, None])
-
-    def _combine(self, step: int, rows: Rows, output: Tensor) -> Tensor:
-        if not len(rows.slots):
-            return output
-        decision = RoutingDecision(
-            Tokens(rows.positions[None], self.settings.max_length),
-            gates=None if rows.gates is None else rows.gates[None],
-            plan=None if rows.plan is None else rows.plan[None],
-        )
-        origin = None if rows.origin is None else rows.origin[None]
-        router = self.blocks[0].router
-        return router.combine(step, rows.hidden[None], output[None], decision, origin)[0]
 
     def _leave(self) -> Finished:
         """Coda and logits of the spans whose tokens have all exited."""
@@ -317,11 +292,11 @@ class Decoder:
             del self._spans[span.slot]
         slots, positions, places = self._places(spans)
         hidden = self._end(slots, positions, places)
-        depths = self._depths[slots, places].split([len(span.ids) for span in spans])
-        finished = [FinishedSpan(s, d.tolist()) for s, d in zip(spans, depths, strict=True)]
-        ends = torch.tensor([len(span.ids) for span in spans], device=self.device).cumsum(0) - 1
-        ends = ends[: sum(span.is_last for span in spans)]
-        return Finished(finished, self.model.output(self.model.norm(hidden[ends])))
+        depths = iter(self._depths[slots, places].tolist())
+        finished = [FinishedSpan(span, list(islice(depths, len(span.ids)))) for span in spans]
+        ends = accumulate(len(span.ids) for span in spans if span.is_last)
+        index = torch.tensor([end - 1 for end in ends], dtype=torch.long).to(self.device)
+        return Finished(finished, self.model.output(self.model.norm(hidden[index])))
 
     def _end(self, slots: Tensor, positions: Tensor, places: Tensor) -> Tensor:
         """States of tokens that have left the recursion, behind the coda."""
@@ -334,15 +309,6 @@ class Decoder:
         return self._layers(self.model.coda, hidden, context)
 
 
-def _joined(parts: list[tuple[int, Rows]]) -> TokensInFlight:
-    """Rows with their steps, as the cache wants to see them."""
-    rows = [rows for _, rows in parts]
-    slots = torch.cat([r.slots for r in rows])
-    counts = torch.tensor([len(r.slots) for r in rows])
-    steps = torch.tensor([step for step, _ in parts]).repeat_interleave(counts)
-    return TokensInFlight(
-        slots,
-        steps.to(slots.device),
-        torch.cat([r.positions for r in rows]),
-        torch.cat([r.entries for r in rows]),
-    )
+def _in_flight(rows: Rows) -> TokensInFlight:
+    """Rows as the cache wants to see them."""
+    return TokensInFlight(rows.slots, rows.steps, rows.positions, rows.entries)

@@ -17,7 +17,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mor_layers.caches import CacheSettings
-from mor_layers.decoding import Decoder, Rows
+from mor_layers.decoding import Decoder
+from mor_layers.in_flight import Pool, Rows
 from mor_layers.kv_memory import KVArena, PagedRows
 from mor_layers.transformer import MoRTransformer
 
@@ -88,8 +89,7 @@ class IncrementalDecoder(Decoder):
         self._final = states.new_zeros(*size, states.shape[2])
         self._depths = self.depths.new_zeros(size)
         _reserve(self.outer_pages, self.caches.outer, self.outer_pages.pages_needed(slots))
-        rows = self._begin(ids[slots, columns], slots, positions, places)
-        self._recur(rows)
+        self._recur(self._begin(ids[slots, columns], slots, positions, places))
         self._note_exits()
         self.depths[slots, positions] = self._depths[slots, places]
         states[slots, columns] = self.model.norm(self._end(slots, positions, places))
@@ -106,7 +106,7 @@ class IncrementalDecoder(Decoder):
         self.caches.outer.take_pages(self.outer_pages.select(texts)[0], size)
         self.is_token, self.depths = self.is_token[texts], self.depths[texts]
         self._left = self._left[texts]
-        self._exited = [(steps, _copied(rows, texts)) for steps, rows in self._exited]
+        self._exited = [_copied(rows, texts) for rows in self._exited]
         self.settings = replace(self.settings, num_slots=len(texts))
 
     def cut(self, num_columns: int) -> None:
@@ -125,8 +125,8 @@ class IncrementalDecoder(Decoder):
         if self._has(self.caches.outer):
             self.outer_pages.truncate(lengths)
         self._exited = [
-            (steps, rows.take((rows.positions < lengths[rows.slots]).nonzero()[:, 0]))
-            for steps, rows in self._exited
+            rows.take((rows.positions < lengths[rows.slots]).nonzero()[:, 0])
+            for rows in self._exited
         ]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "IncrementalDecoder":
@@ -139,25 +139,16 @@ class IncrementalDecoder(Decoder):
         copy.__dict__.update(deepcopy(self.__dict__, memo))
         return copy
 
-    def _recur(self, rows: Rows) -> None:
+    def _recur(self, pool: Pool) -> None:
         """All steps of the recursion, one after another."""
-        if not self.is_pooled:
-            self._exit(rows, self.num_straight)
-            return
-        nobody = rows.take(rows.slots[:0])
-        for step in range(self.num_steps):
-            rows = self._route(step, rows)
-            if not len(rows.slots):
-                return
-            running = [nobody] * step + [rows]
-            tokens, exited = self._in_flight(running)
+        while len(pool := self._route(pool)):
+            tokens, exited = self._in_flight(pool)
             if exited is not None:  # after cuts their list may be longer than the text
                 longest = int(self.policy.pages.counts.max()) + len(exited.slots)
                 self.policy.pages.lengthen(max(longest, self.settings.max_length))
             needed = self.policy.pages_needed(tokens, exited)
             _reserve(self.policy.pages, self.caches.inner, needed)
-            rows = self._run(running)[step]
-        self._exit(rows, self.num_steps)
+            pool = self._run(pool)
 
     def _lengthen(self, length: int) -> None:
         if length <= self.settings.max_length:
@@ -185,4 +176,5 @@ def _reserve(pages: PagedRows, arena: KVArena, needed: int) -> None:
 def _copied(rows: Rows, texts: Tensor) -> Rows:
     """What tokens of each text become when text i is a copy of text `texts[i]`."""
     text, index = (texts[:, None] == rows.slots).nonzero(as_tuple=True)
-    return replace(rows.take(index), slots=text)
+    copies = rows.take(index)
+    return replace(copies, notes=torch.cat([text[None], copies.notes[1:]]))

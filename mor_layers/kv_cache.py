@@ -109,6 +109,10 @@ class CachePolicy(ABC):
         """Pages that `enter` would take."""
         return self.pages.pages_needed(self.lists_to_grow(tokens, exited))
 
+    def fits(self, tokens: TokensInFlight, exited: TokensInFlight | None) -> bool:
+        """Whether `enter` finds pages enough."""
+        return self.pages.fits(self.lists_to_grow(tokens, exited))
+
     def release(self, slot: int) -> None:
         """Forget the sequence in a slot."""
         first = slot * self.lists_per_slot

@@ -135,6 +135,11 @@ class PagedRows:
         before = self._pages(self.counts)
         return int((self._pages(self.counts + added) - before).sum())
 
+    def fits(self, lists: Int[Tensor, " t"]) -> bool:
+        """Whether `append` to these lists finds pages enough."""
+        # None opens more pages than it gets rows, which is mostly all one needs to know.
+        return len(lists) <= self.pages_free or self.pages_needed(lists) <= self.pages_free
+
     def append(self, lists: Int[Tensor, " t"]) -> tuple[Int[Tensor, " t"], Int[Tensor, " t"]]:
         """Lengthen lists by one entry for each time they are named.
 

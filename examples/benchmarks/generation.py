@@ -40,6 +40,7 @@ from mor_layers.scheduling import Request
 
 Budget = Literal["equal_batch", "equal_kv"]
 
+HAS_GPU = torch.cuda.is_available()
 SHAPES = {  # hidden, query heads, key-value heads, MLP, layers that a plain model has
     "small": (192, 6, 2, 512, 18),
     "135M": (576, 9, 3, 1536, 30),
@@ -156,7 +157,7 @@ class Load:
 
 def clock() -> float:
     """Seconds of this thread's processor; of the wall where a GPU works."""
-    if torch.cuda.is_available():
+    if HAS_GPU:
         torch.cuda.synchronize()
         return time.perf_counter()
     return time.process_time()

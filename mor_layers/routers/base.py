@@ -277,8 +277,11 @@ class Scorer(nn.Module):
         if self.bias is not None and self.first_bias is not None:
             nn.init.constant_(self.bias, self.first_bias)
 
-    def forward(self, hidden: Float[Tensor, "n b h"]) -> Float[Tensor, "n b c"]:
-        values = hidden.float()
+    def forward(
+        self, hidden: Float[Tensor, "n b h"], temperature: float = 1.0
+    ) -> Float[Tensor, "n b c"]:
+        """Logits of the states divided by a temperature."""
+        values = hidden.float() if temperature == 1.0 else (hidden / temperature).float()
         for i in range(len(self.weights)):
             if i:
                 values = nn.functional.gelu(values)

@@ -141,7 +141,7 @@ class ExpertChoiceRouter(Router):
         self._bars: list[float] | None = None
 
     def logits(self, hidden: Tensor, step: int) -> Tensor:
-        logits = self.scorers[step](hidden / self.config.temperature)
+        logits = self.scorers[step](hidden, self.config.temperature)
         if not self.predictors:
             return logits
         return torch.cat([logits, self.predictors[step](hidden.detach())], dim=-1)

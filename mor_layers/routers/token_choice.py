@@ -111,7 +111,7 @@ class TokenChoiceRouter(Router):
         self.register_buffer("depth_bias", torch.zeros(num_recursions))
 
     def logits(self, hidden: Tensor, step: int) -> Tensor | None:
-        return self.scorer(hidden / self.config.temperature) if step == 0 else None
+        return self.scorer(hidden, self.config.temperature) if step == 0 else None
 
     def decide(
         self,

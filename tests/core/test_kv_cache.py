@@ -137,7 +137,7 @@ def test_a_sequence_holds_what_its_policy_keeps(policy: KVPolicy) -> None:
     }[policy]
     decoder = recorder.engine.decoder
     row = 2 * 6 * 4  # keys and values of one head of 6 numbers, in fp32
-    pending = sum(len(rows.slots) for _, rows in decoder._exited)
+    pending = sum(len(rows) for rows in decoder._exited)
     in_use = row * (2 * len(depths) + 2 * (rows - pending))
     assert decoder.caches.num_bytes_in_use == in_use
     if policy != "exit_state":
