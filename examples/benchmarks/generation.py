@@ -120,10 +120,10 @@ class Load:
 
     @property
     def texts(self) -> Tensor:
-        """Beginnings of what is in flight, `[b s]`: the older half, as long as they all are."""
+        """Beginnings of what is in flight, `[b s]`: the longest few, as long as they all are."""
         running = self.engine.scheduler.running.values()
         texts = sorted((p.tokens for p in running), key=len)
-        older = texts[len(texts) // 2 :]
+        older = texts[max(len(texts) // 2, len(texts) - 12) :]
         return torch.tensor([text[: len(older[0])] for text in older])
 
     def run(self, tokens: int) -> tuple[float, float, float, float]:
@@ -227,8 +227,8 @@ def compare(
     model = MoRTransformer(decoder_config(shape, options.vocabulary, steps, policy))
     model = model.to(options.device, dtype)
     length = options.prompt + options.new_tokens
-    text = torch.randint(options.vocabulary, (32, length), device=options.device)
-    calibrate(model, [text])
+    text = torch.randint(options.vocabulary, (8, length), device=options.device)
+    calibrate(model, [text])  # roughly; what the model writes itself counts, see below
     sizes = [sequence_bytes(m.config, length, dtype.itemsize) for m in (plain, model)]
     for budget in options.budgets:
         if budget == "equal_batch":
@@ -344,6 +344,8 @@ def main() -> None:
     if options.device == "cpu":
         torch.set_num_threads(1)
     console, rows, references = Console(), [], {}
+    if not console.is_terminal:  # a file has room for every column
+        console = Console(width=140)
     for shape in options.shapes:
         torch.manual_seed(0)
         plain = MoRTransformer(decoder_config(shape, options.vocabulary, 1, "recursion_wise"))
