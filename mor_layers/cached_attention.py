@@ -41,7 +41,7 @@ class IndexedAttention:
         num_kv_heads, (t, n) = arena.data.shape[3], (len(visible.lists), num_heads)
         counts, longest = visible.counts, int(visible.counts.max())
         is_seen = torch.arange(longest) < counts[:, None]  # [t m]
-        place = is_seen.flatten().nonzero()[:, 0]  # [s], the rows that one head sees
+        place = is_seen.flatten().nonzero()[:, 0]  # of what one head sees, in [t m]
         rows = visible.table[visible.lists, :longest].flatten().index_select(0, place)
         self.gathered_rows = None
         num_rows = arena.data.shape[1]
@@ -49,7 +49,7 @@ class IndexedAttention:
             self.gathered_rows, num_rows = rows, len(rows)
             rows = torch.arange(num_rows)
         # Vectors of a row: its g keys, then its g values. A group of query heads shares one. Heads
-        # are the outer dimension: what one reads is what any other does, so many vectors further.
+        # are the outer dimension: all read the same rows, each its own vector of them.
         head = torch.arange(n)[:, None]
         self.keys = (rows * (2 * num_kv_heads) + head // (n // num_kv_heads)).flatten()  # [z]
         self.values = self.keys + num_kv_heads
