@@ -128,6 +128,15 @@ def test_what_is_kept_per_step_is_the_last_steps() -> None:
     deeper(random_ids(2, 5), causal_routing=True)
 
 
+def test_every_step_is_assessed_by_the_trained_router() -> None:
+    model = model_for("expert_choice", "recursion_wise")
+    (recursion,) = deepened(model, 2)(random_ids(2, 9)).recursions
+    named = {"sampling_loss", "sampling_accuracy", "router_z_loss"}
+    assert [set(decision.metrics) for decision in recursion.decisions] == [named] * 5
+    terms = named - {"sampling_accuracy"}
+    assert all(set(decision.losses) == terms for decision in recursion.decisions)
+
+
 def test_parameters_are_shared_and_none_is_new() -> None:
     model = model_for("expert_choice", "recursion_wise")
     deeper = deepened(deepened(model, 1), 1)

@@ -365,6 +365,20 @@ def test_a_stream_that_is_left_early_gives_its_pages_back() -> None:
     assert engine.is_idle and engine.caches.num_bytes_in_use == 0
 
 
+@pytest.mark.parametrize("router", ALL_ROUTERS)
+def test_nothing_is_assessed_while_generating(router: str, monkeypatch) -> None:
+    model = model_for(router, "recursion_wise")
+    request, assessed = Request(prompt(5), 3), []
+    kind, assess = type(model.recursions[0].router), type(model.recursions[0].router).assess
+    monkeypatch.setattr(
+        kind, "assess", lambda self, *given: assessed.append(given) or assess(self, *given)
+    )
+    (served,) = serve(model, [request])
+    assert len(served.tokens) == 3 and not assessed
+    model(random_ids(1, 5))
+    assert len(assessed) == 3  # once a step in a full forward pass
+
+
 def test_half_precision_runs_the_other_way_of_attention() -> None:
     model = model_for("expert_choice", "sharing_with_update", "middle_cycle")
     request = Request(prompt(7), 4)
