@@ -15,7 +15,7 @@ help:  ## list the targets
 
 env:  ## what puts the environment's python and `mor` into a shell: eval "$(make -s env)"
 	@$(use_python) echo "export PATH='$$(dirname "$$python")':\"\$$PATH\" PYTHONPATH='$(PYTHONPATH)'" && \
-	    echo 'mor() { python -m mor_commands "$$@"; }'
+	    echo 'mor() { python -m mor_tools.commands "$$@"; }'
 
 pretrain:  ## pretrain a small model on text that ships with Python (ARGUMENTS="key=value ...")
 	@$(use_python) OMP_NUM_THREADS=1 $$python -m torch.distributed.run --standalone \

@@ -24,7 +24,7 @@ from mor_layers import (
     from_mapping,
     register_router,
 )
-from mor_layers.losses import masked_mean
+from mor_layers.routers import masked_mean
 
 
 @register_router("halting")

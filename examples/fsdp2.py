@@ -24,12 +24,12 @@ from custom_router import text_batches
 from mor_layers import (
     DecoderConfig,
     DecoderOutput,
-    DecoderStack,
     ExpertChoice,
     MoRTransformer,
     RecursionBlock,
     RecursionConfig,
 )
+from mor_layers.models import DecoderStack
 
 CONFIG = DecoderConfig(
     vocab_size=256,

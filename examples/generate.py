@@ -18,13 +18,15 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from mor_layers import deepened
-from mor_layers.caches import CacheSettings
-from mor_layers.calibration import calibrate
-from mor_layers.depth_batching import DepthBatchingEngine
-from mor_layers.sampling import Sampling
-from mor_layers.scheduling import Request
-from serving.loading import ServedModel, load
+from mor_layers.generation import (
+    CacheSettings,
+    DepthBatchingEngine,
+    Request,
+    Sampling,
+    calibrate,
+    deepened,
+)
+from mor_tools.serving.loading import ServedModel, load
 
 COLOURS = ("bright_black", "blue", "cyan", "green", "yellow", "red", "magenta")
 """By steps; deeper ones share the last."""

@@ -19,13 +19,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from custom_router import text_batches
 from mor_layers import (
     ExpertChoice,
-    KVPolicy,
     RecursionBlock,
     RecursionOutput,
     RouterConfig,
     StepContext,
     Tokens,
 )
+from mor_layers.recursion import KVPolicy
 
 ATTENTION = ("sdpa", "eager")
 """Implementations that take the mask of a step."""

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mor_layers import DecoderConfig, ExpertChoice, FixedDepth, RecursionConfig, TokenChoice
-from mor_layers.pipeline_accounting import PipelineAccount, PipelinePlan, pipeline_account
+from mor_tools.planner import PipelineAccount, PipelinePlan, pipeline_account
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

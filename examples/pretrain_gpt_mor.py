@@ -13,21 +13,27 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mor_layers import to_mapping
-from mor_layers.model_folder import save_model
-from mor_reports.rows import Routing, Row, Validation
-from mor_reports.trackers import TensorBoard, Tracker, Wandb
-from pretraining import demonstration, distributed, initial_weights, model, run_folder, teacher
-from pretraining.command_line import load_settings
-from pretraining.datasets import Datasets, batches, build_datasets, unigram_entropy
-from pretraining.display import Costs, Display
-from pretraining.history import History
-from pretraining.report import Report, render
-from pretraining.settings import Settings
-from pretraining.summary import write_summary
-from pretraining.text import TextTokenizer, prepare
-from pretraining.training import Batches, Trainer
-from pretraining.watch import shared_watch
+from mor_layers import save_model, to_mapping
+from mor_tools.pretraining import (
+    demonstration,
+    distributed,
+    initial_weights,
+    model,
+    run_folder,
+    teacher,
+)
+from mor_tools.pretraining.command_line import load_settings
+from mor_tools.pretraining.datasets import Datasets, batches, build_datasets, unigram_entropy
+from mor_tools.pretraining.display import Costs, Display
+from mor_tools.pretraining.history import History
+from mor_tools.pretraining.report import Report, render
+from mor_tools.pretraining.settings import Settings
+from mor_tools.pretraining.summary import write_summary
+from mor_tools.pretraining.text import TextTokenizer, prepare
+from mor_tools.pretraining.training import Batches, Trainer
+from mor_tools.pretraining.watch import shared_watch
+from mor_tools.reports.rows import Routing, Row, Validation
+from mor_tools.reports.trackers import TensorBoard, Tracker, Wandb
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -15,10 +15,9 @@ from collections.abc import Sequence
 import torch
 import uvicorn
 
-from mor_layers.caches import CacheSettings
-from mor_layers.depth_batching import DepthBatchingEngine
-from serving.app import Limits, Service
-from serving.loading import ServedModel, load
+from mor_layers.generation import CacheSettings, DepthBatchingEngine
+from mor_tools.serving.app import Limits, Service
+from mor_tools.serving.loading import ServedModel, load
 
 
 def parser() -> argparse.ArgumentParser:

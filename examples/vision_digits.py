@@ -20,7 +20,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from mor_layers import EncoderLayers, ExpertChoice, RecursionBlock, RecursionOutput
+from mor_layers import ExpertChoice, RecursionBlock, RecursionOutput
+from mor_layers.layers import EncoderLayers
 
 STEPS = 3
 

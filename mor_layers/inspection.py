@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mor_layers.models import MoRTransformer
 from mor_layers.recursion import RecursionBlock
 from mor_layers.routers import Router
-from mor_layers.transformer import MoRTransformer
 
 
 @dataclass(frozen=True)

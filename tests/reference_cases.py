@@ -17,14 +17,8 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mor_layers import (
-    DecoderOutput,
-    ExpertChoice,
-    MoRTransformer,
-    config_from_published,
-    load_published,
-    published_names,
-)
+from mor_layers import DecoderOutput, ExpertChoice, MoRTransformer
+from mor_tools.formats import config_from_published, load_published, published_names
 
 TOLERANCE = 1e-5
 """Largest absolute difference allowed, in fp32."""

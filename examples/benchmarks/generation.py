@@ -29,14 +29,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mor_layers import DecoderConfig, ExpertChoice, KVPolicy, MoRTransformer, RecursionConfig
-from mor_layers.accounting import account
-from mor_layers.caches import CacheSettings
-from mor_layers.calibration import calibrate
-from mor_layers.depth_batching import DepthBatchingEngine
-from mor_layers.kv_cache import CACHE_POLICIES
-from mor_layers.sampling import Sampling
-from mor_layers.scheduling import Request
+from mor_layers import DecoderConfig, ExpertChoice, MoRTransformer, RecursionConfig
+from mor_layers.costs import account
+from mor_layers.generation import (
+    CACHE_POLICIES,
+    CacheSettings,
+    DepthBatchingEngine,
+    Request,
+    Sampling,
+    calibrate,
+)
+from mor_layers.recursion import KVPolicy
 
 Budget = Literal["equal_batch", "equal_kv"]
 

@@ -31,15 +31,9 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from mor_layers import (
-    DecoderConfig,
-    ExpertChoice,
-    KVPolicy,
-    RecursionConfig,
-    RouterConfig,
-    TokenChoice,
-)
-from mor_layers.accounting import account
+from mor_layers import DecoderConfig, ExpertChoice, RecursionConfig, RouterConfig, TokenChoice
+from mor_layers.costs import account
+from mor_layers.recursion import KVPolicy
 from mor_megatron import RecursionLayer, recursion_block_spec, recursion_layers, token_depths
 
 PLAIN = RecursionConfig(1, sharing="cycle")
@@ -203,7 +197,7 @@ def _now() -> float:
 def _start_one_rank() -> None:
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
-        from mor_megatron import cpu
+        from mor_megatron.platform import cpu
 
         cpu.enable()
         torch.set_num_threads(1)

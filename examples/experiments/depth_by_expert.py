@@ -6,7 +6,7 @@
 With the same seed every model reads the same text in the same order. The learning rate is constant
 after a warm-up, so that one run is measured twice: after `--steps` steps (equal tokens), and when
 it has spent the FLOPs that the model of fixed depth 3 spends in those (equal FLOPs). Validation
-chooses depths causally, as generation must. FLOPs are `mor_layers.accounting`'s at the tokens that
+chooses depths causally, as generation must. FLOPs are `mor_layers.costs.counting`'s at the tokens that
 ran each step. Results are mean and spread over the seeds; where spreads overlap, claim nothing.
 """
 
@@ -31,9 +31,9 @@ from mor_layers import (
     RandomDepth,
     RecursionConfig,
     TokenChoice,
-    turn_dial,
 )
-from mor_layers.accounting import account
+from mor_layers.costs import account
+from mor_layers.generation import turn_dial
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments.text_pieces import TextPieces

@@ -25,12 +25,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mor_layers import DecoderConfig, MoRTransformer, RecursionConfig, Relaxation
-from mor_layers.accounting import account
-from mor_layers.distillation import Distillation, Distiller
-from mor_layers.healing import Batch, Healing, heal
-from mor_layers.model_folder import load_model, save_model
-from mor_layers.uptraining import INITIALIZATIONS, recursive_weights
+from mor_layers import (
+    DecoderConfig,
+    MoRTransformer,
+    RecursionConfig,
+    Relaxation,
+    load_model,
+    save_model,
+)
+from mor_layers.costs import account
+from mor_layers.training import Batch, Distillation, Distiller, Healing, heal
+from mor_layers.weights import INITIALIZATIONS, recursive_weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments.text_pieces import TextPieces

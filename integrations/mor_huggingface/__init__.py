@@ -1,7 +1,7 @@
 """Mixture-of-Recursions models in Hugging Face's transformers.
 
 Importing this package lets AutoConfig and AutoModelForCausalLM load a folder of
-`mor_layers.model_folder`.
+`mor_layers.weights.folder`.
 """
 
 from transformers import AutoConfig, AutoModelForCausalLM

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from mor_layers import MoRTransformer
-from mor_layers.incremental import IncrementalDecoder
+from mor_layers.generation import IncrementalDecoder
 
 
 class MoRCache(Cache):

@@ -11,20 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from mor_layers import DecoderConfig, FixedDepth
-from mor_layers.model_folder import (
+from mor_layers.weights import (
     CONFIG,
+    SAFETENSORS,
+    LazyTensors,
     StoredModel,
     carried,
     copy_side_files,
     dtype_name,
     fitting,
+    layer_names,
+    open_tensors,
     read_config,
     side_files,
+    unrolled_layers,
+    unrolled_weights,
+    write_tensors,
 )
-from mor_layers.published import layer_names
-from mor_layers.tensor_files import SAFETENSORS, LazyTensors, open_tensors, write_tensors
-from mor_layers.unrolling import unrolled_weights
-from mor_layers.uptraining import unrolled_layers
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _ONLY: dict[str, Any] = {

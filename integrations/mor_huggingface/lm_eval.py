@@ -16,7 +16,7 @@ from mor_huggingface.modeling import MoRForCausalLM
 
 @register_model("mor")
 class MoRLM(HFLM):
-    """A folder of `mor_layers.model_folder` with a tokenizer, or a MoRForCausalLM.
+    """A folder of `mor_layers.weights.folder` with a tokenizer, or a MoRForCausalLM.
 
     Tokens are routed causally, as in generation: the harness pads on the right without a mask, and a
     score that looked at the whole sequence would depend on its neighbours in the batch.

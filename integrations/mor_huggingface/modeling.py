@@ -15,8 +15,8 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from mor_huggingface.cache import MoRCache
 from mor_layers import DecoderConfig, MoRTransformer, from_mapping, to_mapping
-from mor_layers.model_folder import MODEL_TYPE, SETTINGS
-from mor_layers.thresholds import PreciseBuffers
+from mor_layers.modules import PreciseBuffers
+from mor_layers.weights import MODEL_TYPE, SETTINGS
 
 
 class MoRConfig(PretrainedConfig):

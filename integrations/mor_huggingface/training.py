@@ -8,9 +8,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from mor_huggingface.modeling import MoRForCausalLM
-from mor_layers import MoRTransformer
-from mor_layers.moe import ExpertUse
-from mor_layers.transformer import DecoderOutput
+from mor_layers import DecoderOutput, MoRTransformer
+from mor_layers.recursion import ExpertUse
 
 
 class RouterUpdates(TrainerCallback):

@@ -1,16 +1,21 @@
 """Mixture-of-Recursions inside Megatron-Core transformer stacks."""
 
-from mor_megatron.attention import SDPACoreAttention
-from mor_megatron.layer import RecursionLayer, RecursionSubmodules
-from mor_megatron.norms import Norm
+from mor_layers.moved import keep_old_modules
+from mor_megatron.layers import (
+    Norm,
+    RecursionLayer,
+    RecursionSubmodules,
+    RoutingReport,
+    SDPACoreAttention,
+)
+from mor_megatron.models import default_layer_spec, recursion_block_spec
+from mor_megatron.models.gpt import recursion_layer_spec
 from mor_megatron.pipeline import (
-    carried_length,
     connect_stages,
     recursion_forward_backward,
     recursion_pipeline_spec,
 )
-from mor_megatron.specs import default_layer_spec, recursion_block_spec, recursion_layer_spec
-from mor_megatron.statistics import RoutingReport
+from mor_megatron.pipeline.spec import carried_length
 from mor_megatron.training import (
     causal_routing,
     recursion_layers,
@@ -38,3 +43,30 @@ __all__ = [
     "token_depths",
     "update_routers",
 ]
+
+# Import paths of version 0.1.
+keep_old_modules(
+    __name__,
+    {
+        "apex": ("platform.apex",),
+        "attention": ("layers.attention",),
+        "checkpoint_models": ("checkpoints.models",),
+        "checkpointing": ("checkpoints.runs",),
+        "cpu": ("platform.cpu",),
+        "distillation": ("training.distillation",),
+        "engine": ("platform.transformer_engine", "layers.document_attention"),
+        "generation": ("checkpoints.torch_model",),
+        "hybrid": ("models.hybrid",),
+        "hybrid_pattern": ("models.hybrid_pattern",),
+        "layer": ("layers.recursion",),
+        "megatron_lm": ("models.megatron_lm",),
+        "moe": ("layers.moe",),
+        "norms": ("layers.norms",),
+        "packing": ("step.packing",),
+        "placement": ("step.placement",),
+        "specs": ("models.gpt", "platform.transformer_engine"),
+        "statistics": ("layers.routing_statistics",),
+        "validation": ("layers.validation",),
+        "weights": ("checkpoints.weights",),
+    },
+)

@@ -1,20 +1,43 @@
 """Routers: who decides how many times a token runs the recursion block."""
 
-from mor_layers.routers.base import Router, RouterConfig, register_router, registered_routers
-from mor_layers.routers.baselines import FixedDepth, RandomDepth, RandomLoops
+from mor_layers.routers.base import Router, RouterConfig
+from mor_layers.routers.baselines import FixedDepth, FixedDepthRouter, RandomDepth, RandomLoops
+from mor_layers.routers.deepened import Deepened
 from mor_layers.routers.depth_and_width import DepthAndWidth
+from mor_layers.routers.early_exit import (
+    Acceleration,
+    Confidence,
+    Criterion,
+    Divergence,
+    EarlyExitRouter,
+    ExitProbability,
+)
 from mor_layers.routers.expert_choice import ExpertChoice
+from mor_layers.routers.losses import masked_mean
+from mor_layers.routers.registry import register_router, registered_routers
+from mor_layers.routers.thresholds import NUM_BINS, Thresholds
 from mor_layers.routers.token_choice import TokenChoice
 
 __all__ = [
+    "NUM_BINS",
+    "Acceleration",
+    "Confidence",
+    "Criterion",
+    "Deepened",
     "DepthAndWidth",
+    "Divergence",
+    "EarlyExitRouter",
+    "ExitProbability",
     "ExpertChoice",
     "FixedDepth",
+    "FixedDepthRouter",
     "RandomDepth",
     "RandomLoops",
     "Router",
     "RouterConfig",
+    "Thresholds",
     "TokenChoice",
+    "masked_mean",
     "register_router",
     "registered_routers",
 ]

@@ -3,19 +3,17 @@
 Legend: `b` batch, `n` candidates of a step, `k` tokens selected, `h` hidden, `c` logits a token.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from mor_layers.routing import RoutingDecision
-from mor_layers.thresholds import PreciseBuffers
+from mor_layers.modules import PreciseBuffers
+from mor_layers.selection import RoutingDecision
+from mor_layers.settings import from_mapping, plain_fields
 
 
 @dataclass(frozen=True)
@@ -178,159 +176,18 @@ class RouterConfig(ABC):
         """Mean number of experts that a token shall take at each step; None: as the layers say."""
         return None
 
+    @classmethod
+    def from_mapping(cls, values: object, where: str, may_import: bool) -> "RouterConfig":
+        """Settings of the router that the mapping's `type` names; see `registry.read_router`."""
+        if cls is not RouterConfig:
+            return from_mapping(cls, values, where, may_import)
+        # The registry holds subclasses of this class, so it can only be imported after it.
+        from mor_layers.routers.registry import read_router
 
-_REGISTRY: dict[str, type[RouterConfig]] = {}
+        return read_router(values, where, may_import)
 
+    def to_mapping(self) -> dict[str, Any]:
+        """The settings as plain values, and the `type` under which they are read back."""
+        from mor_layers.routers.registry import router_name
 
-def register_router[C: type[RouterConfig]](name: str):
-    """Class decorator: make a `RouterConfig` known to YAML as `router: {type: name, ...}`.
-
-    Raises:
-        ValueError: another class already has the name.
-    """
-
-    def register(config: C) -> C:
-        if _REGISTRY.get(name, config) is not config:
-            raise ValueError(
-                f"a router named {name!r} is registered already ({_REGISTRY[name].__qualname__}). "
-                "Choose another name."
-            )
-        _REGISTRY[name] = config
-        return config
-
-    return register
-
-
-def registered_routers() -> dict[str, type[RouterConfig]]:
-    """Every registered router's settings class, by the name YAML gives it."""
-    return dict(_REGISTRY)
-
-
-def default_capacity_factors(num_recursions: int) -> tuple[float, ...]:
-    """`(N_r - r + 1) / N_r` for r = 1 .. N_r."""
-    return tuple((num_recursions - r) / num_recursions for r in range(num_recursions))
-
-
-def checked_capacity_factors(
-    factors: tuple[float, ...] | None, num_recursions: int
-) -> tuple[float, ...]:
-    """The factors, or the default ones for None.
-
-    Raises:
-        ValueError: their number is not `num_recursions`, one is outside (0, 1], or one is larger
-            than the one before.
-    """
-    if factors is None:
-        return default_capacity_factors(num_recursions)
-    advice = f"Use {num_recursions} non-increasing numbers in (0, 1], or leave it out."
-    if len(factors) != num_recursions:
-        raise ValueError(
-            f"capacity_factors={factors} has {len(factors)} entries for {num_recursions} "
-            f"recursions. {advice}"
-        )
-    if not all(0.0 < factor <= 1.0 for factor in factors):
-        raise ValueError(f"capacity_factors={factors} has an entry outside (0, 1]. {advice}")
-    if any(later > earlier for earlier, later in pairwise(factors)):
-        raise ValueError(
-            f"capacity_factors={factors} increase, but a token that left cannot return. {advice}"
-        )
-    return tuple(factors)
-
-
-class CalledParameters(nn.ParameterList):
-    """Parameters that are read by a call, `parameters(i)`.
-
-    What must happen before a module's parameters are used, such as waiting for those that an
-    optimizer gathers meanwhile, hangs on calls of the module that holds them.
-    """
-
-    __call__ = nn.Module.__call__
-
-    def forward(self, index: int) -> Tensor:
-        return self[index]
-
-
-class Scorer(nn.Module):
-    """Logits of tokens from their hidden states, computed in fp32: `h → out` or `h → 2h → out`.
-
-    Neither has biases (arXiv 2507.10524, table 5), unless the last is given a first value.
-    """
-
-    def __init__(
-        self, architecture: str, hidden_size: int, num_logits: int, bias: float | None = None
-    ) -> None:
-        super().__init__()
-        self.first_bias = bias
-        sizes = [hidden_size, num_logits]
-        if architecture == "mlp":
-            sizes.insert(1, 2 * hidden_size)
-        self.weights = CalledParameters(
-            nn.Parameter(torch.empty(out, into)) for into, out in pairwise(sizes)
-        )
-        self.bias = None if bias is None else nn.Parameter(torch.empty(num_logits))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Normal with standard deviation 0.02, as the published implementation starts."""
-        for weight in self.weights:
-            nn.init.normal_(weight, std=0.02)
-        if self.bias is not None and self.first_bias is not None:
-            nn.init.constant_(self.bias, self.first_bias)
-
-    def forward(
-        self, hidden: Float[Tensor, "n b h"], temperature: float = 1.0
-    ) -> Float[Tensor, "n b c"]:
-        """Logits of the states divided by a temperature."""
-        values = hidden.float() if temperature == 1.0 else (hidden / temperature).float()
-        for i in range(len(self.weights)):
-            if i:
-                values = nn.functional.gelu(values)
-            values = nn.functional.linear(values, self.weights(i).float())
-        return values if self.bias is None else values + self.bias.float()
-
-
-def bar_above(values: Float[Tensor, " t"], count: float) -> float:
-    """A number that `count` of the values, rounded, exceed: halfway between two neighbours."""
-    kept = min(len(values), max(0, round(count)))
-    if kept == 0:
-        return torch.finfo(torch.float32).max
-    if kept == len(values):
-        return torch.finfo(torch.float32).min
-    ordered = values.double().sort(descending=True).values
-    return float(ordered[kept - 1] + ordered[kept]) / 2
-
-
-def require_choice(owner: str, field: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise ValueError where `value` is not one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"{owner}.{field}={value!r} is unknown. Use one of {', '.join(allowed)}.")
-
-
-def require_positive(owner: str, **values: float) -> None:
-    """Raise ValueError where a value is not above 0 and finite."""
-    for field, value in values.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"{owner}.{field}={value} must be above 0, and finite.")
-
-
-def require_not_negative(owner: str, **values: float) -> None:
-    """Raise ValueError where a value is below 0 or not finite."""
-    for field, value in values.items():
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{owner}.{field}={value} must be 0 or more, and finite.")
-
-
-def require_gates(
-    owner: str, bias: float | None, combine: str, activation: str = "sigmoid"
-) -> None:
-    """Raise ValueError where a bias of gates is not finite, or there are no gates it could move."""
-    if bias is None:
-        return
-    if not math.isfinite(bias):
-        raise ValueError(f"{owner}.gate_bias={bias} must be finite.")
-    if combine == "additive" or activation == "softmax":
-        given = "combine='additive'" if combine == "additive" else "activation='softmax'"
-        raise ValueError(
-            f"{owner}.gate_bias={bias} has no effect with {given}. Leave it out, or use "
-            "combine='weighted' with activation='sigmoid'."
-        )
+        return {**plain_fields(self), "type": router_name(self)}

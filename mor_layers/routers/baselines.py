@@ -8,14 +8,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mor_layers.field_types import check_types
-from mor_layers.routers.base import (
-    Router,
-    RouterConfig,
-    checked_capacity_factors,
-    register_router,
-)
-from mor_layers.routing import RoutingDecision
+from mor_layers.routers.base import Router, RouterConfig
+from mor_layers.routers.capacity import checked_capacity_factors
+from mor_layers.routers.registry import register_router
+from mor_layers.selection import RoutingDecision
+from mor_layers.settings import check_types
 
 
 @register_router("fixed_depth")

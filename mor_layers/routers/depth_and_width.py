@@ -15,7 +15,7 @@ over the sequence. Otherwise all logits drift together for ever, faster than a t
 
 A choice depends on its own token alone, so generation needs no predictor. It goes well with
 `exit_state` keys and values. With `mean_experts`, layers with experts hold that mean in the same way
-(`mor_layers.moe`); `turn_dial` shifts both kinds of thresholds at inference.
+(`mor_layers.layers.moe`); `turn_dial` shifts both kinds of thresholds at inference.
 
 Legend: `b` batch, `n` candidates of a step, `k` tokens selected, `r` steps after the first.
 """
@@ -30,19 +30,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mor_layers.field_types import check_types
-from mor_layers.routers.base import (
-    Router,
-    RouterConfig,
-    Scorer,
-    StepScores,
-    bar_above,
-    register_router,
-    require_choice,
-)
+from mor_layers.routers.base import Router, RouterConfig, StepScores
 from mor_layers.routers.expert_choice import Architecture
-from mor_layers.routing import RoutingDecision
-from mor_layers.thresholds import Thresholds
+from mor_layers.routers.registry import register_router
+from mor_layers.routers.scorer import Scorer, bar_above
+from mor_layers.routers.thresholds import Thresholds
+from mor_layers.selection import RoutingDecision
+from mor_layers.settings import check_types, require_choice
 
 
 @register_router("depth_and_width")

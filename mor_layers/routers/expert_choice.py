@@ -15,22 +15,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from mor_layers import losses
-from mor_layers.field_types import check_types
-from mor_layers.routers.base import (
-    Router,
-    RouterConfig,
-    Scorer,
-    StepScores,
-    bar_above,
-    checked_capacity_factors,
-    register_router,
-    require_choice,
-    require_gates,
-    require_not_negative,
-    require_positive,
-)
-from mor_layers.routing import RoutingDecision
+from mor_layers.routers import losses
+from mor_layers.routers.base import Router, RouterConfig, StepScores
+from mor_layers.routers.capacity import checked_capacity_factors
+from mor_layers.routers.registry import register_router
+from mor_layers.routers.scorer import Scorer, bar_above, require_gates
+from mor_layers.selection import RoutingDecision
+from mor_layers.settings import check_types, require_choice, require_not_negative, require_positive
 
 Architecture = Literal["linear", "mlp"]
 Combination = Literal["weighted", "additive"]

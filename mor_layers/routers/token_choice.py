@@ -14,21 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mor_layers import losses
-from mor_layers.field_types import check_types
-from mor_layers.routers.base import (
-    Router,
-    RouterConfig,
-    Scorer,
-    StepScores,
-    register_router,
-    require_choice,
-    require_gates,
-    require_not_negative,
-    require_positive,
-)
+from mor_layers.routers import losses
+from mor_layers.routers.base import Router, RouterConfig, StepScores
 from mor_layers.routers.expert_choice import Architecture, Combination
-from mor_layers.routing import RoutingDecision
+from mor_layers.routers.registry import register_router
+from mor_layers.routers.scorer import Scorer, require_gates
+from mor_layers.selection import RoutingDecision
+from mor_layers.settings import check_types, require_choice, require_not_negative, require_positive
 
 TokenActivation = Literal["softmax", "sigmoid"]
 Balancing = Literal["loss", "loss_free", "none"]

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from mor_commands import main
-from mor_commands.plan_settings import WITHOUT_COST, PlanSettings, read_settings, workload
 from mor_layers import from_mapping
-from mor_layers.layout_planning import HARDWARE, Layout, evaluate
-from mor_layers.layout_search import refusal, search
-from mor_layers.pipeline_accounting import PipelinePlan, pipeline_account
-from pretraining.settings import Settings
+from mor_tools.commands import main
+from mor_tools.commands.plan_settings import WITHOUT_COST, PlanSettings, read_settings, workload
+from mor_tools.planner import HARDWARE, PipelinePlan, pipeline_account, search
+from mor_tools.planner.evaluate import evaluate
+from mor_tools.planner.layouts import Layout
+from mor_tools.planner.search import refusal
+from mor_tools.pretraining.settings import Settings
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 CLUSTER, TINY = CONFIGS / "cluster_360m.yaml", CONFIGS / "tiny.yaml"
@@ -105,8 +106,8 @@ def test_settings_and_defaults_are_the_scripts():
         mine, other = getattr(a, section), getattr(b, section)
         for name in compare(type(mine), type(other), section):
             assert getattr(mine, name) == getattr(other, name), (section, name)
-    from mor_commands.plan_settings import Experts
-    from pretraining.settings import MoESettings
+    from mor_tools.commands.plan_settings import Experts
+    from mor_tools.pretraining.settings import MoESettings
 
     compare(Experts, MoESettings, "model.moe")
 
@@ -178,8 +179,8 @@ def test_bubble_and_traffic_are_those_of_the_pipeline_account():
 
 
 def test_what_is_beyond_a_few_turns_of_a_schedule_is_as_if_it_were_played():
-    from mor_layers.layout_planning import _play
-    from mor_layers.pipeline_schedule import simulate
+    from mor_tools.planner.evaluate import _play
+    from mor_tools.planner.schedule import simulate
 
     for durations in ([[(1.0, 2.0)], [(3.0, 5.0)], [(1.5, 3.0)]],
                       [[(1.0, 2.0), (0.5, 1.0)], [(2.0, 3.0), (0.7, 1.0)]]):  # fmt: skip

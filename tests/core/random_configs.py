@@ -10,8 +10,9 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from mor_layers import DecoderConfig, RecursionConfig, RouterConfig, registered_routers
-from mor_layers.sharing import SHARING_SCHEMES
+from mor_layers import DecoderConfig, RecursionConfig, RouterConfig
+from mor_layers.recursion import SHARING_SCHEMES
+from mor_layers.routers import registered_routers
 
 OURS = {
     name: kind

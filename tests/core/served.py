@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from mor_layers import MoRTransformer
-from mor_layers.depth_batching import CacheSettings, DepthBatchingEngine
-from mor_layers.sampling import Sampling, sample
-from mor_layers.scheduling import Request
+from mor_layers.generation import CacheSettings, DepthBatchingEngine, Request, Sampling
+from mor_layers.generation.sampling import sample
 from tests.core.small_models import random_ids
 
 

@@ -1,4 +1,4 @@
-"""Models small enough for the loops of `mor_layers.reference`, and what else several tests need."""
+"""Models small enough for the loops of `tests.oracles.loops`, and what else several tests need."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -10,14 +10,13 @@ from mor_layers import (
     DecoderConfig,
     ExpertChoice,
     FixedDepth,
-    KVPolicy,
     MoRTransformer,
     RandomDepth,
     RecursionConfig,
     RouterConfig,
-    Sharing,
     TokenChoice,
 )
+from mor_layers.recursion import KVPolicy, Sharing
 
 VOCAB_SIZE = 17
 HIDDEN_SIZE = 12

@@ -9,11 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from mor_layers import (
     DecoderConfig,
@@ -27,20 +23,18 @@ from mor_layers import (
     RouterConfig,
     TokenChoice,
 )
-from mor_layers.accounting import (
+from mor_layers.costs import (
     Accounting,
-    MLPShape,
     ModelShape,
     RouterShape,
-    ScorerMatrix,
     StackShape,
     account,
     count_parameters,
-    flop_ratio,
-    table,
 )
-from mor_layers.attention import KV_POLICIES, SharingContext
-from mor_layers.relaxation import PROJECTIONS
+from mor_layers.costs.counting import flop_ratio, table
+from mor_layers.costs.shapes import MLPShape, ScorerMatrix
+from mor_layers.layers.relaxation import PROJECTIONS
+from mor_layers.recursion import KV_POLICIES, SharingContext
 from tests.core.small_models import plain_config, random_ids, small_config, small_model
 
 BATCH = 3

@@ -5,17 +5,15 @@ import torch
 from torch import Tensor, nn
 
 from mor_layers import (
-    DecoderStack,
-    EncoderLayers,
     ExpertChoice,
     FixedDepth,
-    PointwiseLayers,
     RecursionBlock,
     RouterConfig,
+    StepContext,
     TokenChoice,
-    reference,
 )
-from mor_layers.attention import StepContext
+from mor_layers.layers import EncoderLayers, PointwiseLayers
+from mor_layers.models import DecoderStack
 from tests.core.small_models import (
     HIDDEN_SIZE,
     differentiable,
@@ -26,6 +24,7 @@ from tests.core.small_models import (
     small_config,
 )
 from tests.core.test_recursion import LAYOUTS, NUM_RECURSIONS, oracle
+from tests.oracles import loops as reference
 
 ADAPTIVE: dict[str, RouterConfig] = {
     "fixed_depth": FixedDepth(),

@@ -4,24 +4,12 @@ import pytest
 import torch
 from hypothesis import given
 
-from mor_layers import (
-    DecoderStack,
-    RecursionBlock,
-    RoutingDecision,
-    Tokens,
-    attend,
-    causal_mask,
-    reference,
-)
-from mor_layers.attention import begin_step
-from mor_layers.routers import ExpertChoice
-from tests.core.small_models import (
-    KV_POLICIES,
-    columns,
-    random_states,
-    small_config,
-)
+from mor_layers import ExpertChoice, RecursionBlock, RoutingDecision, Tokens
+from mor_layers.models import DecoderStack
+from mor_layers.recursion import attend, begin_step, causal_mask
+from tests.core.small_models import KV_POLICIES, columns, random_states, small_config
 from tests.core.test_routing import batches, random_weights, seeds, shares
+from tests.oracles import loops as reference
 
 
 def heads(tokens: int, batch: int, count: int, size: int = 4, seed: int = 0) -> torch.Tensor:

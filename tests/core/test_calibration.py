@@ -13,8 +13,8 @@ from mor_layers import (
     RouterConfig,
     TokenChoice,
 )
-from mor_layers.calibration import calibrate, turned
-from mor_layers.scheduling import Request
+from mor_layers.generation import Request, calibrate
+from mor_layers.generation.depth.calibration import turned
 from tests.core.served import assert_exact, prompt, serve
 from tests.core.small_models import random_ids, small_config, small_model
 

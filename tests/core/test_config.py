@@ -19,12 +19,12 @@ from mor_layers import (
     MoRTransformer,
     RandomDepth,
     RecursionConfig,
-    SharingSchedule,
     TokenChoice,
     from_mapping,
     load_config,
     to_mapping,
 )
+from mor_layers.recursion import SharingSchedule
 
 DECODER = {
     "vocab_size": 16,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mor_layers import (
-    Deepened,
+    DecoderConfig,
     DepthAndWidth,
     ExpertChoice,
     FixedDepth,
@@ -12,13 +12,11 @@ from mor_layers import (
     RandomDepth,
     RecursionConfig,
     TokenChoice,
-    calibrate,
-    deepened,
     from_mapping,
     to_mapping,
 )
-from mor_layers.config import DecoderConfig
-from mor_layers.scheduling import Request
+from mor_layers.generation import Request, calibrate, deepened
+from mor_layers.routers import Deepened
 from tests.core.served import assert_exact, prompt, serve
 from tests.core.small_models import random_ids, small_config, small_model
 from tests.core.test_depth_batching import ALL_ROUTERS, POLICIES, model_for

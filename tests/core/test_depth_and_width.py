@@ -8,19 +8,17 @@ from torch import Tensor
 
 from mor_layers import (
     DecoderConfig,
-    DecoderStack,
     DepthAndWidth,
     MoEConfig,
     MoRTransformer,
     RecursionBlock,
     RecursionConfig,
-    Thresholds,
     Tokens,
     from_mapping,
-    reference,
-    turn_dial,
 )
-from tests.core.exit_state_oracle import exit_state
+from mor_layers.generation import turn_dial
+from mor_layers.models import DecoderStack
+from mor_layers.routers import Thresholds
 from tests.core.small_models import (
     columns,
     differentiable,
@@ -32,6 +30,8 @@ from tests.core.small_models import (
     small_config,
     small_model,
 )
+from tests.oracles import loops as reference
+from tests.oracles.exit_state import exit_state
 
 STEPS = 3
 DOCUMENTS = columns([0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, 1])

@@ -12,15 +12,12 @@ from mor_layers import (
     DepthAndWidth,
     ExpertChoice,
     FixedDepth,
-    KVPolicy,
+    MoEConfig,
     MoRTransformer,
     RouterConfig,
-    calibrate,
 )
-from mor_layers.depth_batching import CacheSettings, DepthBatchingEngine
-from mor_layers.moe import MoEConfig
-from mor_layers.sampling import Sampling
-from mor_layers.scheduling import Request
+from mor_layers.generation import CacheSettings, DepthBatchingEngine, Request, Sampling, calibrate
+from mor_layers.recursion import KVPolicy
 from tests.core.served import Recorder, assert_exact, prompt, serve
 from tests.core.small_models import (
     ROUTERS,

@@ -9,21 +9,10 @@ import torch
 from torch import Tensor
 
 from mor_layers import ExpertChoice, MoRTransformer, RecursionConfig
-from mor_layers.distillation import (
-    Distillation,
-    Distiller,
-    hidden_distance,
-    logits_divergence,
-    recorded_states,
-)
-from mor_layers.healing import Batch, Healing, heal
-from mor_layers.uptraining import recursive_weights
-from tests.core.small_models import (
-    plain_config,
-    random_ids,
-    small_config,
-    small_model,
-)
+from mor_layers.training import Batch, Distillation, Distiller, Healing, heal
+from mor_layers.training.distillation import hidden_distance, logits_divergence, recorded_states
+from mor_layers.weights import recursive_weights
+from tests.core.small_models import plain_config, random_ids, small_config, small_model
 
 
 def values(*shape: int, seed: int = 0) -> Tensor:
@@ -92,9 +81,8 @@ def test_distance_of_states_is_the_loop_over_their_numbers(measure):
 
 def states_by_hand(model: MoRTransformer, ids: Tensor) -> list[Tensor]:
     """`[s b h]` behind each layer of a plain decoder."""
-    from mor_layers.attention import StepContext
-    from mor_layers.routing import Tokens
-    from mor_layers.transformer import Rotary
+    from mor_layers import StepContext, Tokens
+    from mor_layers.models.layers import Rotary
 
     context = StepContext(0, Tokens.whole_sequence(*ids.T.shape))
     config = model.config
@@ -164,7 +152,7 @@ def test_the_loss_and_its_gradients_are_those_of_loops_over_tokens(width, masked
 def test_states_of_a_recursion_are_those_of_the_unrolled_model(sharing):
     """One recursion's states at each depth are a plain model's of the same layers, repeated."""
     student = small_model(small_config(sharing=sharing, block_size=2))
-    from mor_layers.uptraining import unrolled_layers
+    from mor_layers.weights import unrolled_layers
 
     plain = small_model(plain_config(student.config.num_unrolled_layers))
     weights = dict(student.state_dict())

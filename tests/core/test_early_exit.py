@@ -4,15 +4,8 @@ import pytest
 import torch
 
 from mor_layers import ExpertChoice
-from mor_layers.early_exit import (
-    Acceleration,
-    Confidence,
-    Criterion,
-    Divergence,
-    ExitProbability,
-    with_early_exit,
-)
-from mor_layers.scheduling import Request
+from mor_layers.generation import Request, with_early_exit
+from mor_layers.routers import Acceleration, Confidence, Criterion, Divergence, ExitProbability
 from tests.core.served import assert_exact, prompt, serve
 from tests.core.small_models import HIDDEN_SIZE, random_ids, small_config, small_model
 

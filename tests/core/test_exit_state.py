@@ -4,9 +4,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from mor_layers import DecoderStack, FixedDepth, RecursionBlock, RecursionConfig, Tokens, reference
-from mor_layers.routers import ExpertChoice, RandomDepth, RouterConfig, TokenChoice
-from tests.core.exit_state_oracle import exit_state, planned
+from mor_layers import (
+    ExpertChoice,
+    FixedDepth,
+    RandomDepth,
+    RecursionBlock,
+    RecursionConfig,
+    RouterConfig,
+    TokenChoice,
+    Tokens,
+)
+from mor_layers.models import DecoderStack
 from tests.core.small_models import (
     ROUTERS,
     columns,
@@ -19,6 +27,8 @@ from tests.core.small_models import (
     small_config,
     small_model,
 )
+from tests.oracles import loops as reference
+from tests.oracles.exit_state import exit_state, planned
 
 LENGTH, STEPS = 7, 3
 DOCUMENTS = columns([0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, 1])

@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mor_layers import DepthAndWidth, MoRTransformer
-from mor_layers.incremental import IncrementalDecoder
-from mor_layers.moe import MoEConfig
+from mor_layers import DepthAndWidth, MoEConfig, MoRTransformer
+from mor_layers.generation import IncrementalDecoder
 from tests.core.small_models import plain_config, random_ids, small_config, small_model
 from tests.core.test_depth_batching import ALL_ROUTERS, POLICIES, model_for
 

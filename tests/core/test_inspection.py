@@ -7,16 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from mor_layers import (
-    DepthAndWidth,
-    ExpertChoice,
-    FixedDepth,
-    MoEConfig,
-    Router,
-    RouterConfig,
-    inspect_text,
-)
-from mor_layers.inspection import rank_correlation
+from mor_layers import DepthAndWidth, ExpertChoice, FixedDepth, MoEConfig, Router, RouterConfig
+from mor_layers.inspection import inspect_text, rank_correlation
 from tests.core.small_models import (
     ROUTERS,
     VOCAB_SIZE,

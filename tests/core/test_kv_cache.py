@@ -5,16 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mor_layers import ExpertChoice, KVPolicy, accounting, reference
-from mor_layers.cached_attention import CachedAttention, GatheredAttention, IndexedAttention
-from mor_layers.caches import CacheSettings
-from mor_layers.decoding import Decoder
-from mor_layers.depth_batching import DepthBatchingEngine
-from mor_layers.kv_cache import Visible
-from mor_layers.kv_memory import KVArena, PagedRows
-from mor_layers.scheduling import Request
+from mor_layers import ExpertChoice
+from mor_layers.costs import account
+from mor_layers.generation import CacheSettings, DepthBatchingEngine, Request
+from mor_layers.generation.cache import CachedAttention, KVArena, PagedRows, Visible
+from mor_layers.generation.cache.attention import GatheredAttention, IndexedAttention
+from mor_layers.generation.runner import Decoder
+from mor_layers.recursion import KVPolicy
 from tests.core.served import Recorder, prompt
 from tests.core.small_models import small_config, small_model
+from tests.oracles import loops as reference
 
 POLICIES: tuple[KVPolicy, ...] = (
     "recursion_wise",
@@ -141,7 +141,7 @@ def test_a_sequence_holds_what_its_policy_keeps(policy: KVPolicy) -> None:
     in_use = row * (2 * len(depths) + 2 * (rows - pending))
     assert decoder.caches.num_bytes_in_use == in_use
     if policy != "exit_state":
-        cost = accounting.account(model.config, len(depths), ran)
+        cost = account(model.config, len(depths), ran)
         assert decoder.caches.num_bytes_in_use == cost.kv_bytes(bytes_per_number=4)
 
 

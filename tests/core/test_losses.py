@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from mor_layers import losses, reference
+from mor_layers.routers import losses
 from tests.core.small_models import columns
+from tests.oracles import loops as reference
 
 SIZES = [(1, 1, 1), (7, 1, 3), (5, 3, 2), (2, 5, 4)]
 

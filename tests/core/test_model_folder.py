@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mor_layers import MoEConfig
-from mor_layers.model_folder import load_model, save_model, written_whole
+from mor_layers import FixedDepth, MoEConfig, load_model, save_model
+from mor_layers.weights import written_whole
 from tests.core.small_models import ROUTERS, small_config, small_model
 
 
@@ -54,3 +54,15 @@ def test_a_folder_cut_short_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(ValueError, match=r"model.safetensors is damaged or cut short"):
         load_model(tmp_path / "model")
+
+
+def test_a_folder_runs_no_code_unless_it_is_trusted(tmp_path, monkeypatch):
+    save_model(small_model(small_config(FixedDepth())), tmp_path / "model")
+    settings = tmp_path / "model" / "config.json"
+    settings.write_text(settings.read_text().replace("fixed_depth", "of_the_folder:Router"))
+    (tmp_path / "of_the_folder.py").write_text("raise SystemExit('the folder made this run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"of_the_folder.*trust_remote_code=True"):
+        load_model(tmp_path / "model")
+    with pytest.raises(SystemExit, match="the folder made this run"):
+        load_model(str(tmp_path / "model"), trust_remote_code=True)

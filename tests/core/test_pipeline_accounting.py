@@ -6,13 +6,10 @@ from itertools import pairwise
 import pytest
 
 from mor_layers import DecoderConfig, ExpertChoice, FixedDepth, RecursionConfig, TokenChoice
-from mor_layers.accounting import account
-from mor_layers.pipeline_accounting import (
-    PipelinePlan,
-    carried_length,
-    pipeline_account,
-)
-from mor_layers.pipeline_schedule import simulate
+from mor_layers.costs import account
+from mor_tools.planner import PipelinePlan, pipeline_account
+from mor_tools.planner.pipeline import carried_length
+from mor_tools.planner.schedule import simulate
 
 SEQUENCE = 1024
 

@@ -7,16 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mor_layers import (
-    ExpertChoice,
-    MoRTransformer,
-    TokenChoice,
-    config_from_published,
-    load_published,
-    published_names,
-)
-from mor_layers.published import published_aliases
-from mor_layers.published_settings import published_settings
+from mor_layers import ExpertChoice, MoRTransformer, TokenChoice
+from mor_tools.formats import config_from_published, load_published, published_names
+from mor_tools.formats.published import published_aliases
+from mor_tools.formats.published_settings import published_settings
 
 CASES = sorted((Path(__file__).parents[1] / "reference").glob("*.json"))
 

@@ -3,7 +3,7 @@
 import pytest
 
 from mor_layers import DecoderConfig, ExpertChoice, RecursionConfig
-from mor_layers.accounting import account
+from mor_layers.costs import account
 
 # Forward MFLOP per token, and tokens (1e9) that the published 16.5e18 forward FLOPs pay for by that
 # count; plain, 2 and 3 recursions.

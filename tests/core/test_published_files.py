@@ -8,9 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mor_layers import ExpertChoice, RandomDepth, RecursionConfig, Relaxation
-from mor_layers.model_folder import StoredModel, load_model, open_model, save_model, write_model
-from mor_layers.published_files import is_published, open_published, write_published
+from mor_layers import (
+    ExpertChoice,
+    RandomDepth,
+    RecursionConfig,
+    Relaxation,
+    load_model,
+    save_model,
+)
+from mor_layers.weights import StoredModel, open_model, write_model
+from mor_tools.formats.published_files import is_published, open_published, write_published
 from tests.core.small_models import small_config, small_model
 from tests.reference_cases import published_parameters
 

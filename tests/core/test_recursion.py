@@ -9,18 +9,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mor_layers import (
-    DecoderStack,
     ExpertChoice,
     FixedDepth,
-    PointwiseLayers,
     RandomDepth,
     RecursionBlock,
     RouterConfig,
+    StepContext,
     TokenChoice,
     Tokens,
-    reference,
 )
-from mor_layers.attention import StepContext
+from mor_layers.layers import PointwiseLayers
+from mor_layers.models import DecoderStack
 from tests.core.small_models import (
     HIDDEN_SIZE,
     KV_POLICIES,
@@ -34,6 +33,7 @@ from tests.core.small_models import (
     small_config,
 )
 from tests.core.test_routing import batches
+from tests.oracles import loops as reference
 
 NUM_RECURSIONS = 3
 

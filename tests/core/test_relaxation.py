@@ -20,11 +20,12 @@ from mor_layers import (
     from_mapping,
     to_mapping,
 )
-from mor_layers.relaxation import PROJECTIONS, RelaxedLinear, merged_weight
-from mor_layers.scheduling import Request
-from mor_layers.sharing import SHARING_SCHEMES
-from mor_layers.unrolling import unrolled_weights
-from mor_layers.uptraining import INITIALIZATIONS, recursive_weights, start_of_delta
+from mor_layers.generation import Request
+from mor_layers.layers import RelaxedLinear, merged_weight
+from mor_layers.layers.relaxation import PROJECTIONS
+from mor_layers.recursion import SHARING_SCHEMES
+from mor_layers.weights import INITIALIZATIONS, recursive_weights, unrolled_weights
+from mor_layers.weights.uptraining import start_of_delta
 from tests.core.served import assert_exact, prompt, serve
 from tests.core.small_models import (
     HIDDEN_SIZE,

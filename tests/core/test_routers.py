@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from mor_layers import (
     ExpertChoice,
     FixedDepth,
-    PointwiseLayers,
     RandomDepth,
     RecursionBlock,
     RecursionConfig,
@@ -22,14 +21,14 @@ from mor_layers import (
     TokenChoice,
     Tokens,
     from_mapping,
-    reference,
     register_router,
-    registered_routers,
 )
-from mor_layers.routers import base
-from mor_layers.routers.base import Scorer
-from mor_layers.routers.baselines import FixedDepthRouter
+from mor_layers.layers import PointwiseLayers
+from mor_layers.routers import FixedDepthRouter, registered_routers
+from mor_layers.routers import registry as router_registry
+from mor_layers.routers.scorer import Scorer
 from tests.core.small_models import HIDDEN_SIZE, columns, random_states, randomized
+from tests.oracles import loops as reference
 
 NUM_RECURSIONS = 3
 
@@ -355,7 +354,7 @@ class HalvingRouter(Router):
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr(base, "_REGISTRY", registered_routers())
+    monkeypatch.setattr(router_registry, "_REGISTRY", registered_routers())
 
 
 def test_a_registered_router_can_be_named_in_settings(registry):
@@ -370,8 +369,30 @@ def test_a_registered_router_can_be_named_in_settings(registry):
 
 def test_a_router_can_be_named_by_its_import_path():
     path = f"{FixedDepth.__module__}:FixedDepth"
-    config = from_mapping(RecursionConfig, {"num_recursions": 2, "router": {"type": path}})
-    assert config.router == FixedDepth()
+    values = {"num_recursions": 2, "router": {"type": path}}
+    assert from_mapping(RecursionConfig, values, may_import=True).router == FixedDepth()
+
+
+def test_a_module_is_imported_only_where_its_origin_is_trusted(tmp_path, monkeypatch):
+    (tmp_path / "hostile.py").write_text("raise SystemExit('a setting made this run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    values = {"num_recursions": 2, "router": {"type": "hostile:Router"}}
+    with pytest.raises(ValueError, match=r"would import the module 'hostile'.*trust_remote_code"):
+        from_mapping(RecursionConfig, values)
+    with pytest.raises(SystemExit, match="made this run"):
+        from_mapping(RecursionConfig, values, may_import=True)
+
+
+def test_the_working_folder_is_not_searched_implicitly(tmp_path, monkeypatch):
+    (tmp_path / "lying_here.py").write_text("raise SystemExit('it was run')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")  # as `python -m` does
+    values = {"num_recursions": 2, "router": {"type": "lying_here:Router"}}
+    with pytest.raises(ValueError, match=r"lies in the working folder.*add it to PYTHONPATH"):
+        from_mapping(RecursionConfig, values, may_import=True)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="it was run"):
+        from_mapping(RecursionConfig, values, may_import=True)
 
 
 def test_a_name_is_taken_once(registry):

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mor_layers import RoutingDecision, Tokens, reference
-from mor_layers.routing import put_rows, take_rows
+from mor_layers import RoutingDecision, Tokens
+from mor_layers.selection import put_rows, take_rows
 from tests.core.small_models import columns
+from tests.oracles import loops as reference
 
 
 @st.composite

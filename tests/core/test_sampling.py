@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mor_layers import sampling
-from mor_layers.sampling import Sampling, sample
-from mor_layers.text_stream import TextStream
+from mor_layers.generation import Sampling, sampling
+from mor_layers.generation.sampling import sample
+from mor_layers.generation.text_stream import TextStream
 
 
 def likely_tokens(logits: torch.Tensor, settings: Sampling) -> dict[int, float]:

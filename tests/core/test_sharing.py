@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mor_layers import SharingSchedule
-from mor_layers.sharing import SHARING_SCHEMES
+from mor_layers.recursion import SHARING_SCHEMES, SharingSchedule
 
 
 @pytest.mark.parametrize(

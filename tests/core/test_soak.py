@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from mor_layers import KVPolicy, MoRTransformer
-from mor_layers.sampling import Sampling
-from mor_layers.scheduling import Request
+from mor_layers import MoRTransformer
+from mor_layers.generation import Request, Sampling
+from mor_layers.recursion import KVPolicy
 from tests.core.served import Recorder, prompt, serve
 from tests.core.small_models import ROUTERS, small_config, small_model
 

@@ -19,12 +19,10 @@ from mor_layers import (
     RouterConfig,
     TokenChoice,
 )
-from mor_layers.accounting import ModelShape, account, count_parameters
-from mor_layers.deepening import deepened
-from mor_layers.published import published_names
-from mor_layers.scheduling import Request
-from mor_layers.unrolling import unrolled_weights
-from mor_layers.uptraining import recursive_weights
+from mor_layers.costs import ModelShape, account, count_parameters
+from mor_layers.generation import Request, deepened
+from mor_layers.weights import recursive_weights, unrolled_weights
+from mor_tools.formats import published_names
 from tests.core.served import assert_exact, prompt, serve
 from tests.core.small_models import (
     ROUTERS,
@@ -61,9 +59,8 @@ def test_a_loop_by_hand_computes_the_same(sharing):
     """Fixed depth: x <- f_r(x + e_r + g_r · x_1), layer by layer."""
     model = small_model(config_with(EVERYTHING, sharing=sharing, block_size=2, share_norms=False))
     ids = random_ids(2, 7)
-    from mor_layers.attention import StepContext
-    from mor_layers.routing import Tokens
-    from mor_layers.transformer import Rotary
+    from mor_layers import StepContext, Tokens
+    from mor_layers.models.layers import Rotary
 
     tokens = Tokens.whole_sequence(7, 2)
     rotary = Rotary.at(tokens.positions, 6, 10000.0, torch.float32)

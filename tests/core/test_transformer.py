@@ -11,15 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mor_layers import (
-    DecoderConfig,
-    ExpertChoice,
-    FixedDepth,
-    MoRTransformer,
-    TokenChoice,
-    reference,
-)
-from mor_layers.sharing import SHARING_SCHEMES
+from mor_layers import DecoderConfig, ExpertChoice, FixedDepth, MoRTransformer, TokenChoice
+from mor_layers.recursion import SHARING_SCHEMES
 from tests.core.small_models import (
     HIDDEN_SIZE,
     KV_POLICIES,
@@ -34,6 +27,7 @@ from tests.core.small_models import (
     small_model,
 )
 from tests.core.test_recursion import DOCUMENTS, PADDING, weighted_losses
+from tests.oracles import loops as reference
 
 CLOSE = {"rtol": 1e-5, "atol": 2e-5}
 ROUTED_SCHEMES = ("cycle", "middle_cycle")

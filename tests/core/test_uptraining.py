@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mor_layers import ExpertChoice, FixedDepth, MoRTransformer, RecursionConfig, TokenChoice
-from mor_layers.sharing import SHARING_SCHEMES
-from mor_layers.uptraining import INITIALIZATIONS, recursive_weights
+from mor_layers.recursion import SHARING_SCHEMES
+from mor_layers.weights import INITIALIZATIONS, recursive_weights
 from tests.core.small_models import plain_config, random_ids, small_model
 
 # Dense layers, from 0 on, that each layer of a block of two comes from: 6 shared layers, 3 steps.

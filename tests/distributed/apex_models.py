@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from mor_layers import ExpertChoice, RecursionConfig
-from mor_megatron import checkpointing, default_layer_spec, recursion_block_spec
-from mor_megatron.norms import FusedNorm
+from mor_megatron import default_layer_spec, recursion_block_spec
+from mor_megatron.checkpoints import runs
+from mor_megatron.layers.norms import FusedNorm
 from tests.distributed import megatron_setup as setup
 
 
@@ -37,11 +38,11 @@ def train_save_resume(directory: Path, distributed: bool) -> dict[str, Any]:
     norms = {type(m) for m in chunks[0].modules() if type(m).__name__.endswith("Norm")}
     assert norms == {FusedNorm}
     first = [setup.train_step(chunks, optimizer, tokens(step)) for step in range(2)]
-    checkpointing.save(directory, 2, chunks, optimizer)
+    runs.save(directory, 2, chunks, optimizer)
     undisturbed = [setup.train_step(chunks, optimizer, tokens(step)) for step in range(2, 4)]
     expected = setup.gather_parameters(chunks)
     chunks, optimizer = build(distributed)
-    checkpointing.load(directory, chunks, optimizer)
+    runs.load(directory, chunks, optimizer)
     resumed = [setup.train_step(chunks, optimizer, tokens(step)) for step in range(2, 4)]
     found = setup.gather_parameters(chunks)
     part = getattr(optimizer, "chained_optimizers", [optimizer])[0]

@@ -34,8 +34,8 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mor_megatron import cpu
-from mor_megatron.norms import Norm
+from mor_megatron import Norm
+from mor_megatron.platform import cpu
 
 VOCAB_SIZE = 64
 MAX_SEQUENCE_LENGTH = 64

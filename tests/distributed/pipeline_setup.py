@@ -65,8 +65,7 @@ class Outcome:
 
 def build(case: Case, is_pipeline: bool) -> list[DistributedDataParallel]:
     """The wrapped chunks of this rank, in the layout of the case or on one stage."""
-    from mor_megatron import recursion_block_spec
-    from mor_megatron.pipeline import connect_stages, recursion_pipeline_spec
+    from mor_megatron import connect_stages, recursion_block_spec, recursion_pipeline_spec
 
     config = setup.tiny_config(**case.model)
     if not is_pipeline:
@@ -107,7 +106,7 @@ def forward_backward(
     forward_only: bool = False,
 ) -> float:
     """As `megatron_setup.forward_backward`, for any layout."""
-    from mor_megatron.pipeline import recursion_forward_backward
+    from mor_megatron import recursion_forward_backward
 
     is_pipeline = len(chunks) > 1
     run = recursion_forward_backward if is_pipeline else get_forward_backward_func()

@@ -217,8 +217,8 @@ def _forget_run() -> None:
         num_microbatches_calculator.destroy_num_microbatches_calculator()
         MoEAuxLossAutoScaler.main_loss_backward_scale = None
         MTPLossAutoScaler.main_loss_backward_scale = torch.tensor(1.0)
-    if "mor_megatron.auxiliary_loss" in sys.modules:
-        from mor_megatron.auxiliary_loss import RouterLossScaler
+    if "mor_megatron.layers.auxiliary_loss" in sys.modules:
+        from mor_megatron.layers.auxiliary_loss import RouterLossScaler
 
         RouterLossScaler.scale = None
     _free_models()

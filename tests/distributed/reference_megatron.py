@@ -9,16 +9,11 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from mor_layers import (
-    ExpertChoice,
-    MoRTransformer,
-    RecursionOutput,
-    config_from_published,
-    load_published,
-    published_names,
-)
+from mor_layers import ExpertChoice, MoRTransformer, RecursionOutput
 from mor_megatron import recursion_block_spec, recursion_layers
-from mor_megatron.weights import decoder_tensors, load_tensors, megatron_tensors
+from mor_megatron.checkpoints import decoder_tensors, load_tensors
+from mor_megatron.checkpoints.weights import megatron_tensors
+from mor_tools.formats import config_from_published, load_published, published_names
 from tests.distributed import megatron_setup as setup
 from tests.reference_cases import ReferenceResult, labels_of, published_parameters
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from mor_megatron import norms
-from mor_megatron.apex import has_apex, installed_apex
+from mor_megatron.layers import norms
+from mor_megatron.platform import has_apex
+from mor_megatron.platform.apex import installed_apex
 from tests.distributed import apex_models
 from tests.distributed.pool import WorkerPool
 

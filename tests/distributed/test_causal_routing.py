@@ -15,7 +15,8 @@ from mor_layers import (
     TokenChoice,
 )
 from mor_megatron import causal_routing, recursion_block_spec, recursion_layers
-from mor_megatron.weights import load_tensors, megatron_tensors
+from mor_megatron.checkpoints import load_tensors
+from mor_megatron.checkpoints.weights import megatron_tensors
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pool import WorkerPool
 

@@ -9,14 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mor_commands import main
-from mor_layers import DecoderConfig, ExpertChoice, MoRTransformer, RecursionConfig, Relaxation
-from mor_layers.model_folder import StoredModel, open_model, save_model
-from mor_layers.published_files import open_published
-from mor_layers.uptraining import recursive_weights
-from mor_megatron import checkpointing
-from mor_megatron.checkpoint_models import describe, open_checkpoint, write_checkpoint
-from mor_megatron.weights import load_tensors, megatron_view
+from mor_layers import (
+    DecoderConfig,
+    ExpertChoice,
+    MoRTransformer,
+    RecursionConfig,
+    Relaxation,
+    save_model,
+)
+from mor_layers.weights import StoredModel, open_model, recursive_weights
+from mor_megatron.checkpoints import describe, load_tensors, megatron_view, open_checkpoint, runs
+from mor_megatron.checkpoints.models import write_checkpoint
+from mor_tools.commands import main
+from mor_tools.formats.published_files import open_published
 from tests.core.small_models import randomized
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pool import WorkerPool
@@ -41,8 +46,8 @@ def resave(source: Path, target: Path, layout: dict[str, Any], sp: bool) -> floa
     setup.initialize(**layout)
     stored = open_checkpoint(source)
     model = gpt(replace(stored.config, vocab_size=128), sp)
-    checkpointing.load(source, [model])
-    checkpointing.save(target, 7, [model], extra=describe(stored.config, stored.facts))
+    runs.load(source, [model])
+    runs.save(target, 7, [model], extra=describe(stored.config, stored.facts))
     same_on_all = torch.Generator().manual_seed(0)
     ids = torch.randint(stored.config.vocab_size, (2, 12), generator=same_on_all)
     ours = MoRTransformer(stored.config).eval()
@@ -248,7 +253,7 @@ def save_without_description(source: Path, target: Path) -> None:
     stored = open_checkpoint(source)
     model = gpt(replace(stored.config, vocab_size=64), False)
     load_tensors([model], megatron_view(stored.weights, stored.config))
-    checkpointing.save(target, 3, [model])
+    runs.save(target, 3, [model])
 
 
 def test_a_recursive_model_is_compared_with_what_it_was_made_into(tmp_path: Path) -> None:
@@ -267,7 +272,7 @@ def test_a_model_that_computes_otherwise_is_not_kept(
     config = replace(decoder_of("dense"), recursion=RecursionConfig(3, router=ExpertChoice()))
     save_model(randomized(MoRTransformer(config)), tmp_path / "ours")
     monkeypatch.setattr(
-        "mor_megatron.checkpoint_models.megatron_view",
+        "mor_megatron.checkpoints.models.megatron_view",
         lambda weights, config: {n: 2 * t for n, t in megatron_view(weights, config).items()},
     )
     with pytest.raises(SystemExit, match="2"):

@@ -12,7 +12,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from mor_megatron import checkpointing
+from mor_megatron.checkpoints import runs
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pool import WorkerPool
 
@@ -61,7 +61,7 @@ def train_and_save(directory: Path, layout: Options, config: Options, ddp: Optio
     setup.initialize(**layout)
     chunks, optimizer = build(config, ddp)
     train(chunks, optimizer, range(2))
-    checkpointing.save(directory, 2, chunks, optimizer)
+    runs.save(directory, 2, chunks, optimizer)
     return train(chunks, optimizer, range(2, 4))
 
 
@@ -69,7 +69,7 @@ def load_and_train(directory: Path, layout: Options, config: Options, ddp: Optio
     """The last two steps of `train_and_save` in a new model."""
     setup.initialize(**layout)
     chunks, optimizer = build(config, ddp)
-    restored = checkpointing.load(directory, chunks, optimizer)
+    restored = runs.load(directory, chunks, optimizer)
     return train(chunks, optimizer, range(restored.step, 4))
 
 
@@ -119,7 +119,7 @@ def test_a_run_resumes_in_another_layout(
 def interrupt_a_save(directory: Path) -> None:
     setup.initialize()
     chunks, optimizer = build({}, {})
-    checkpointing.save(directory, 1, chunks, optimizer, extra={"consumed": 7})
+    runs.save(directory, 1, chunks, optimizer, extra={"consumed": 7})
     complete_save, written = dist_checkpointing.save, []
 
     def failing_save(state: Any, path: str) -> None:
@@ -130,20 +130,20 @@ def interrupt_a_save(directory: Path) -> None:
     dist_checkpointing.save = failing_save
     try:
         with pytest.raises(KeyboardInterrupt):
-            checkpointing.save(directory, 2, chunks, optimizer)
+            runs.save(directory, 2, chunks, optimizer)
     finally:
         dist_checkpointing.save = complete_save
     assert Path(written[0]).exists()
-    assert checkpointing.latest_step(directory) == 1
+    assert runs.latest_step(directory) == 1
     with pytest.raises(FileNotFoundError, match=r"no step_00000002 in .*only \['step_00000001'\]"):
-        checkpointing.load(directory, chunks, step=2)
-    restored = checkpointing.load(directory, chunks, optimizer)
-    assert restored == checkpointing.Restored(step=1, extra={"consumed": 7})
+        runs.load(directory, chunks, step=2)
+    restored = runs.load(directory, chunks, optimizer)
+    assert restored == runs.Restored(step=1, extra={"consumed": 7})
 
-    checkpointing.save(directory, 2, chunks, optimizer, extra={"consumed": 8})
-    checkpointing.save(directory, 2, chunks, optimizer, extra={"consumed": 9})
-    assert checkpointing.load(directory, chunks).extra == {"consumed": 9}
-    assert checkpointing.load(directory, chunks, step=1).extra == {"consumed": 7}
+    runs.save(directory, 2, chunks, optimizer, extra={"consumed": 8})
+    runs.save(directory, 2, chunks, optimizer, extra={"consumed": 9})
+    assert runs.load(directory, chunks).extra == {"consumed": 9}
+    assert runs.load(directory, chunks, step=1).extra == {"consumed": 7}
     names = ["latest", "step_00000001", "step_00000002"]
     assert sorted(path.name for path in directory.iterdir()) == names
 
@@ -173,12 +173,12 @@ def resume_a_schedule(directory: Path) -> None:
     chunks, optimizer = build({}, {}, min_lr=0.001)
     scheduler = build_scheduler(optimizer)
     scheduler.step(increment=5)
-    checkpointing.save(directory, 5, chunks, optimizer, scheduler)
+    runs.save(directory, 5, chunks, optimizer, scheduler)
     expected = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
     chunks, optimizer = build({}, {}, min_lr=0.001)
     scheduler = build_scheduler(optimizer)
     scheduler.step(increment=3)  # which must not count on top
-    checkpointing.load(directory, chunks, optimizer, scheduler)
+    runs.load(directory, chunks, optimizer, scheduler)
     assert scheduler.num_steps == 5
     assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == expected
 
@@ -191,32 +191,32 @@ def load_what_is_not_there(directory: Path) -> None:
     setup.initialize(pp=2)
     chunks, optimizer = build({}, {})
     with pytest.raises(FileNotFoundError, match="no complete checkpoint in"):
-        checkpointing.load(directory, chunks)
-    checkpointing.save(directory, 1, chunks)
+        runs.load(directory, chunks)
+    runs.save(directory, 1, chunks)
     with pytest.raises(ValueError, match="saved without an optimizer"):
-        checkpointing.load(directory, chunks, optimizer)
+        runs.load(directory, chunks, optimizer)
     with pytest.raises(ValueError, match="saved without a scheduler"):
-        checkpointing.load(directory, chunks, scheduler=build_scheduler(optimizer))
+        runs.load(directory, chunks, scheduler=build_scheduler(optimizer))
 
 
 def load_into_another_model(directory: Path) -> None:
     setup.initialize(pp=2)
-    checkpointing.save(directory, 1, build({}, {})[0])
+    runs.save(directory, 1, build({}, {})[0])
     wider, _ = build({"ffn_hidden_size": 96}, {})
     difference = r"linear_fc1.weight is \(192, 32\), but the checkpoint holds \(160, 32\)"
     with pytest.raises(ValueError, match=rf"(?s)8 tensors differ:.*{difference}"):
-        checkpointing.load(directory, wider)
+        runs.load(directory, wider)
     # Only the second stage differs, and still both raise.
     tied = setup.tiny_gpt(setup.tiny_config(**DENSE), tied=True)
     with pytest.raises(ValueError, match=r"output_layer\.weight is not in the model"):
-        checkpointing.load(directory, tied)
+        runs.load(directory, tied)
 
 
 def save_where_no_one_can(directory: Path) -> None:
     setup.initialize(pp=2)
     (directory / "file").write_text("")
     with pytest.raises(OSError, match="file"):
-        checkpointing.save(directory / "file", 1, build({}, {})[0])
+        runs.save(directory / "file", 1, build({}, {})[0])
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def checkpoint_sgd(directory: Path) -> None:
     setup.initialize()
     chunks, optimizer = build({}, {}, optimizer="sgd")
     with pytest.raises(ValueError, match="only Adam's state can be saved and loaded, not SGD's"):
-        checkpointing.save(directory, 1, chunks, optimizer)
+        runs.save(directory, 1, chunks, optimizer)
 
 
 def test_other_optimizers_than_adam_are_refused(pool: WorkerPool, tmp_path: Path) -> None:

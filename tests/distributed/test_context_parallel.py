@@ -15,13 +15,13 @@ from mor_layers import (
     DepthAndWidth,
     ExpertChoice,
     FixedDepth,
-    KVPolicy,
     RandomDepth,
     RecursionConfig,
     TokenChoice,
 )
+from mor_layers.recursion import KVPolicy
 from mor_megatron import causal_routing, recursion_block_spec, routing_reports
-from mor_megatron.context_parallel import Relayout, in_sequence_order, zigzag_positions
+from mor_megatron.step import Relayout, in_sequence_order, zigzag_positions
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pool import WorkerPool
 

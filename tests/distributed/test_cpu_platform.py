@@ -15,8 +15,8 @@ from megatron.core.inference.contexts.dynamic_context import DynamicInferenceCon
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from mor_megatron import cpu
-from mor_megatron.norms import Norm
+from mor_megatron import Norm
+from mor_megatron.platform import cpu
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pool import WorkerPool
 
@@ -222,7 +222,7 @@ def test_importing_the_platform_changes_nothing() -> None:
     program = (
         "import torch\n"
         "before = {k: v for k, v in vars(torch.cuda).items() if callable(v)}\n"
-        "import mor_megatron.cpu\n"
+        "import mor_megatron.platform.cpu\n"
         "assert all(getattr(torch.cuda, name) is value for name, value in before.items())"
     )
     environment = {"PYTHONPATH": ":".join(sys.path)}

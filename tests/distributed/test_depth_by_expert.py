@@ -285,7 +285,7 @@ def test_a_mean_number_of_experts_is_held_and_drops_are_counted(one_rank) -> Non
 
 def dial(recursion: RecursionConfig, config: dict[str, Any]) -> list[tuple[float, float]]:
     """Mean depth and experts per token, as it is and with the dial turned down and up."""
-    from mor_layers import turn_dial
+    from mor_layers.generation import turn_dial
     from mor_megatron import recursion_block_spec, routing_reports
 
     setup.initialize()

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mor_layers.distillation import logits_divergence
-from mor_megatron.distillation import vocab_parallel_divergence
+from mor_layers.training.distillation import logits_divergence
+from mor_megatron.training import vocab_parallel_divergence
 from tests.distributed.pool import WorkerPool
 
 VOCABULARY, ROWS = 13, 16

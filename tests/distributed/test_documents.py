@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from mor_megatron import documents
-from mor_megatron.documents import documents_of
+from mor_megatron.step import documents, documents_of
 
 
 def mask_of(numbers: list[int]) -> torch.Tensor:

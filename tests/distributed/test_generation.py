@@ -8,25 +8,23 @@ import torch
 from torch import Tensor
 
 from mor_layers import (
-    CacheSettings,
     DecoderConfig,
     DepthAndWidth,
     ExpertChoice,
-    KVPolicy,
     MoEConfig,
     MoRTransformer,
     RecursionConfig,
     Relaxation,
-    Request,
-    Sampling,
     TokenChoice,
 )
-from mor_layers.lockstep import LockstepEngine
-from mor_layers.relaxation import PROJECTIONS
-from mor_layers.sampling import sample
-from mor_layers.tensor_parallel import shard
-from mor_megatron.generation import tensor_parallel_decoder
-from mor_megatron.weights import load_tensors, megatron_tensors
+from mor_layers.generation import CacheSettings, Request, Sampling, shard
+from mor_layers.generation.lockstep import LockstepEngine
+from mor_layers.generation.sampling import sample
+from mor_layers.layers.relaxation import PROJECTIONS
+from mor_layers.recursion import KVPolicy
+from mor_megatron.checkpoints import load_tensors
+from mor_megatron.checkpoints.torch_model import tensor_parallel_decoder
+from mor_megatron.checkpoints.weights import megatron_tensors
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pool import WorkerPool
 from tests.distributed.test_weights import gpt

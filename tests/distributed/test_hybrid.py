@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mor_layers import ExpertChoice, FixedDepth, RecursionConfig, TokenChoice
 from mor_megatron import Norm, default_layer_spec, recursion_layer_spec
-from mor_megatron.hybrid import recursion_hybrid_spec
-from mor_megatron.hybrid_pattern import HybridPattern
+from mor_megatron.models.hybrid import recursion_hybrid_spec
+from mor_megatron.models.hybrid_pattern import HybridPattern
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pool import WorkerPool
 

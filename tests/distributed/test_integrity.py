@@ -12,8 +12,8 @@ import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed import get_rank
 
-from mor_megatron import checkpointing
-from mor_megatron.integrity import MANIFEST
+from mor_megatron.checkpoints import runs
+from mor_megatron.checkpoints.integrity import MANIFEST
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pool import WorkerPool
 
@@ -71,7 +71,7 @@ def refuse_what_is_damaged(directory: Path) -> None:
     weight = next(chunks[0].parameters())
     for step in (1, 2):
         weight.data.fill_(step)
-        checkpointing.save(directory / "whole", step, chunks)
+        runs.save(directory / "whole", step, chunks)
     for name, (spoil, expected) in DAMAGE.items():
         damaged = directory / name.replace(" ", "_").replace(",", "")
         newest = damaged / "step_00000002"
@@ -82,50 +82,50 @@ def refuse_what_is_damaged(directory: Path) -> None:
 
         on_first_rank(make)
         weight.data.fill_(0)
-        restored = checkpointing.load(damaged, chunks)
+        restored = runs.load(damaged, chunks)
         assert restored.step == 1, name
         assert weight.eq(1).all()
         (refused,) = restored.refused
         assert refused.startswith(f"{newest} is damaged: ") and expected in refused, refused
         if newest.exists():
             with pytest.raises(ValueError, match="step_00000002 is damaged") as caught:
-                checkpointing.load(damaged, chunks, step=2)
+                runs.load(damaged, chunks, step=2)
             assert expected in str(caught.value)
-        checkpointing.save(damaged, 2, chunks)  # puts a good one in its place
-        assert checkpointing.load(damaged, chunks).refused == ()
+        runs.save(damaged, 2, chunks)  # puts a good one in its place
+        assert runs.load(damaged, chunks).refused == ()
 
 
 def take_what_is_whole(directory: Path) -> None:
     setup.initialize(tp=2)
     chunks = setup.data_parallel(setup.tiny_gpt(setup.tiny_config(num_layers=1)))
     for step in (3, 12):
-        checkpointing.save(directory, step, chunks)
+        runs.save(directory, step, chunks)
     files = json.loads((directory / "step_00000012" / MANIFEST).read_text())
     assert {".metadata", "metadata.json", "__0_0.distcp", "__1_0.distcp"} <= set(files)
     for written in ("", "step_", "none"):  # a pointer that a crash left behind
         on_first_rank(lambda written=written: (directory / "latest").write_text(written))
-        assert checkpointing.latest_step(directory) == 12
-        assert checkpointing.load(directory, chunks).step == 12
+        assert runs.latest_step(directory) == 12
+        assert runs.load(directory, chunks).step == 12
         torch.distributed.barrier()
     on_first_rank((directory / "step_00000012" / MANIFEST).unlink)  # as other programs write them
-    assert checkpointing.load(directory, chunks).step == 12
+    assert runs.load(directory, chunks).step == 12
     on_first_rank(lambda: [shard(folder).unlink() for folder in directory.glob("step_*")])
     with pytest.raises(
         ValueError, match=r"(?s)step_00000012 .*step_00000003 .*No checkpoint is left"
     ):
-        checkpointing.load(directory, chunks)
+        runs.load(directory, chunks)
 
 
 def run_out_of_disk(directory: Path) -> None:
     setup.initialize(tp=2)
     chunks = setup.data_parallel(setup.tiny_gpt(setup.tiny_config(num_layers=1)))
-    checkpointing.save(directory, 1, chunks)
+    runs.save(directory, 1, chunks)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if get_rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
         with pytest.raises(OSError, match="step_00000002 could not be written into") as caught:
-            checkpointing.save(directory, 2, chunks)
+            runs.save(directory, 2, chunks)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     message = str(caught.value)
@@ -138,7 +138,7 @@ def run_out_of_disk_at_the_index(directory: Path) -> None:
     """The first rank alone writes it, and the others wait for it in a collective."""
     setup.initialize(tp=2)
     chunks = setup.data_parallel(setup.tiny_gpt(setup.tiny_config(num_layers=1)))
-    checkpointing.save(directory, 1, chunks)
+    runs.save(directory, 1, chunks)
     writer = filesystem_async.FileSystemWriterAsync
     finish = writer.finish
 
@@ -148,7 +148,7 @@ def run_out_of_disk_at_the_index(directory: Path) -> None:
     writer.finish = full
     try:
         with pytest.raises(OSError, match=r"rank 0: .*No space left on device"):
-            checkpointing.save(directory, 2, chunks)
+            runs.save(directory, 2, chunks)
     finally:
         writer.finish = finish
     assert_only_the_first_is_there(directory, chunks)
@@ -156,8 +156,8 @@ def run_out_of_disk_at_the_index(directory: Path) -> None:
 
 def assert_only_the_first_is_there(directory: Path, chunks: list) -> None:
     assert sorted(path.name for path in directory.iterdir()) == ["latest", "step_00000001"]
-    assert checkpointing.load(directory, chunks).refused == ()
-    assert checkpointing.latest_step(directory) == 1
+    assert runs.load(directory, chunks).refused == ()
+    assert runs.latest_step(directory) == 1
 
 
 @pytest.mark.parametrize(

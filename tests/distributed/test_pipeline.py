@@ -258,7 +258,7 @@ def test_optimizer_norm_and_clipping_see_each_weight_once(pool, ddp: Options) ->
 
 def save_or_resume(case: Case, layout: str, directory: Path, resumes: bool) -> Any:
     """Train two steps and save, or load; then losses and parameters two steps later."""
-    from mor_megatron import checkpointing
+    from mor_megatron.checkpoints import runs
 
     if layout == "block in one stage":
         setup.initialize(pp=2)
@@ -268,11 +268,11 @@ def save_or_resume(case: Case, layout: str, directory: Path, resumes: bool) -> A
     optimizer = setup.build_optimizer(chunks, adam_eps=1e-2)
     batches = [setup.random_tokens(4, SEQUENCE_LENGTH, seed) for seed in range(4)]
     if resumes:
-        assert checkpointing.load(directory, chunks, optimizer).step == 2
+        assert runs.load(directory, chunks, optimizer).step == 2
     else:
         for batch in batches[:2]:
             train_step(chunks, optimizer, batch)
-        checkpointing.save(directory, 2, chunks, optimizer)
+        runs.save(directory, 2, chunks, optimizer)
     losses = [train_step(chunks, optimizer, batch)[0] for batch in batches[2:]]
     return losses, setup.gather_parameters(chunks)
 
@@ -326,7 +326,7 @@ def test_evaluation_leaves_nothing_behind(pool) -> None:
 
 
 def refuse(steps: int, vpp: int | None, options: Options, message: str, pp: int = 2) -> None:
-    from mor_megatron.pipeline import recursion_pipeline_spec
+    from mor_megatron import recursion_pipeline_spec
 
     settings = options.pop("recursion", recursion(steps, "expert"))
     setup.initialize(pp=pp, vpp=vpp)
@@ -359,7 +359,7 @@ def test_what_cannot_run_is_refused_with_the_way_out(pool, steps, vpp, options, 
 
 
 def misuse() -> None:
-    from mor_megatron.pipeline import connect_stages, recursion_pipeline_spec
+    from mor_megatron import connect_stages, recursion_pipeline_spec
 
     settings = recursion(2, "expert")
     setup.initialize(pp=2, vpp=2)

@@ -16,8 +16,8 @@ from mor_layers import (
     TokenChoice,
     Tokens,
 )
-from mor_layers.pipeline_accounting import carried_length as accounted_length
-from mor_layers.pipeline_schedule import simulate
+from mor_tools.planner.pipeline import carried_length as accounted_length
+from mor_tools.planner.schedule import simulate
 
 ALL_ROUTERS = [
     FixedDepth(),
@@ -33,7 +33,7 @@ ALL_ROUTERS = [
 @pytest.mark.parametrize("router", ALL_ROUTERS, ids=lambda router: repr(router)[:40])
 @pytest.mark.parametrize(("itemsize", "ranks"), [(4, 1), (2, 1), (2, 4)])
 def test_what_is_counted_is_what_travels(router, itemsize: int, ranks: int) -> None:
-    from mor_megatron.pipeline_state import CarriedLayout
+    from mor_megatron.pipeline.state import CarriedLayout
 
     settings = RecursionConfig(3, router=router)
     layout = CarriedLayout.of(settings, 24, itemsize, ranks, documents=False)
@@ -45,7 +45,7 @@ def test_what_is_counted_is_what_travels(router, itemsize: int, ranks: int) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_travels_arrives_bit_by_bit_and_so_do_gradients(dtype: torch.dtype) -> None:
-    from mor_megatron.pipeline_state import CarriedLayout, CarriedState
+    from mor_megatron.pipeline.state import CarriedLayout, CarriedState
 
     settings = RecursionConfig(3, router=TokenChoice())
     layout = CarriedLayout.of(settings, 10, dtype.itemsize, 1, documents=True)

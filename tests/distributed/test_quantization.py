@@ -8,8 +8,8 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 
 from mor_layers import ExpertChoice, RecursionConfig, TokenChoice
 from mor_megatron import recursion_block_spec
-from mor_megatron.quantization import filled, require_one_precision
-from mor_megatron.validation import validate
+from mor_megatron.layers import validate
+from mor_megatron.layers.quantization import filled, require_one_precision
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pool import WorkerPool
 

@@ -24,7 +24,6 @@ from mor_layers import (
 )
 from mor_megatron import (
     Norm,
-    checkpointing,
     default_layer_spec,
     recursion_block_spec,
     recursion_layer_spec,
@@ -33,7 +32,8 @@ from mor_megatron import (
     token_depths,
     update_routers,
 )
-from mor_megatron.megatron_lm import recursion_spec
+from mor_megatron.checkpoints import runs
+from mor_megatron.models.megatron_lm import recursion_spec
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pool import WorkerPool
 
@@ -397,9 +397,9 @@ def save_or_resume(
             setup.train_step(chunks, optimizer, tokens)
             update_routers(chunks)
             routing_reports(chunks)
-        checkpointing.save(directory, 2, chunks, optimizer)
+        runs.save(directory, 2, chunks, optimizer)
     else:
-        checkpointing.load(directory, chunks, optimizer)
+        runs.load(directory, chunks, optimizer)
     for layer in recursion_layers(chunks):
         assert int(layer.recursion.router.training_steps) == 2
     loss = setup.train_step(chunks, optimizer, setup.random_tokens(4, SEQUENCE_LENGTH, seed=2))

@@ -78,7 +78,7 @@ def test_the_norm_of_gradients_counts_each_delta_once(pool: WorkerPool) -> None:
 
 
 def refusals() -> list[str]:
-    from mor_megatron.validation import validate
+    from mor_megatron.layers import validate
 
     setup.initialize()
     wrong: list[tuple[dict[str, Any], Relaxation]] = [

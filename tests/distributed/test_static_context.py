@@ -6,9 +6,10 @@ import pytest
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 
-from mor_layers import KVPolicy
+from mor_layers.recursion import KVPolicy
 from mor_megatron import causal_routing
-from mor_megatron.weights import load_tensors, megatron_tensors
+from mor_megatron.checkpoints import load_tensors
+from mor_megatron.checkpoints.weights import megatron_tensors
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pool import WorkerPool
 from tests.distributed.test_generation import POLICIES, ROUTERS, decoder_config, torch_model

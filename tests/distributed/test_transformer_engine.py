@@ -18,9 +18,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 
 from mor_layers import ExpertChoice, RecursionConfig, TokenChoice
-from mor_layers.attention import attend
+from mor_layers.recursion import attend
 from mor_megatron import Norm, default_layer_spec, recursion_block_spec
-from mor_megatron import specs as mor_specs
+from mor_megatron.models import gpt as mor_specs
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pool import WorkerPool
 

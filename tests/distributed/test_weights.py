@@ -25,7 +25,8 @@ from mor_layers import (
     Relaxation,
 )
 from mor_megatron import Norm, causal_routing, default_layer_spec, recursion_block_spec
-from mor_megatron.weights import decoder_tensors, load_tensors, megatron_tensors, whole_tensors
+from mor_megatron.checkpoints import decoder_tensors, load_tensors, whole_tensors
+from mor_megatron.checkpoints.weights import megatron_tensors
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pool import WorkerPool
 

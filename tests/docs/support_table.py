@@ -10,9 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import get_args
 
-from mor_layers import KVPolicy, RecursionConfig, RouterConfig, Sharing
-from pretraining import model
-from pretraining.command_line import load_settings
+from mor_layers import RecursionConfig, RouterConfig
+from mor_layers.recursion import KVPolicy, Sharing
+from mor_tools.pretraining import model
+from mor_tools.pretraining.command_line import load_settings
 from tests.core.random_configs import OURS
 
 ROOT = Path(__file__).parents[2]

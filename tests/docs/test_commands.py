@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import mor_commands
-from pretraining.command_line import load_settings
+import mor_tools.commands
+from mor_tools.pretraining.command_line import load_settings
 from tests.docs.test_pages import PAGES, ROOT
 
 ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")
@@ -43,7 +43,7 @@ def check(command: str) -> None:
         check_make(arguments)
     elif program == "mor":
         own = argparse.ArgumentParser(exit_on_error=False)
-        mor_commands._COMMANDS[arguments[0]].add_arguments(own)
+        mor_tools.commands._COMMANDS[arguments[0]].add_arguments(own)
         own.parse_args(arguments[1:])
     elif program == "python":
         assert find_spec(arguments[1]) is not None, command

@@ -5,15 +5,9 @@ from typing import get_args
 import pytest
 import torch
 
-from mor_layers import (
-    CacheSettings,
-    DecoderConfig,
-    DepthBatchingEngine,
-    KVPolicy,
-    MoRTransformer,
-    Request,
-    Sharing,
-)
+from mor_layers import DecoderConfig, MoRTransformer
+from mor_layers.generation import CacheSettings, DepthBatchingEngine, Request
+from mor_layers.recursion import KVPolicy, Sharing
 from tests.docs import support_table
 
 REWRITE = "write it anew: python -m tests.docs.support_table, with what `make test` has on its path"

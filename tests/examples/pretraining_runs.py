@@ -53,9 +53,9 @@ def write_text(folder: Path) -> list[str]:
 def pretrain_on_rank(*, settings: list[str]) -> str:
     """The script's work on a rank of the pool, and what it printed; run it with `pool.run`."""
     import pretrain_gpt_mor
-    from mor_megatron import cpu
-    from pretraining import distributed
-    from pretraining.command_line import load_settings
+    from mor_megatron.platform import cpu
+    from mor_tools.pretraining import distributed
+    from mor_tools.pretraining.command_line import load_settings
 
     os.environ["RANK"] = str(torch.distributed.get_rank())
     os.environ["WORLD_SIZE"] = str(torch.distributed.get_world_size())

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from mor_layers import RouterConfig
-from pretraining.settings import Settings
+from mor_tools.pretraining.settings import Settings
 from tests.core.random_configs import OURS
 
 WRONG = ["abc", "-1", "0", "1.5", "-0.5", "nan", "inf", "[]", "{}", "null", "true", "7", "1000003"]

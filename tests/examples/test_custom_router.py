@@ -6,7 +6,7 @@ import sys
 import torch
 
 import custom_router
-from mor_layers import registered_routers
+from mor_layers.routers import registered_routers
 
 
 def test_the_router_takes_at_most_thirty_lines():

@@ -63,7 +63,7 @@ class SpoiledBackward(torch.autograd.Function):
 
 def spoil_a_step(*, settings: list[str], what: str) -> str:
     """Goes on with a run whose rank 1 computes nonsense; the error that this ends with."""
-    from pretraining import training
+    from mor_tools.pretraining import training
 
     forward, is_spoiled = training._forward_step, torch.distributed.get_rank() == 1
 
@@ -115,7 +115,7 @@ def test_numbers_that_are_not_finite_end_the_run(
 
 def stop_at_a_step(*, settings: list[str]) -> str:
     """A run that is sent SIGTERM during its second step; what it printed."""
-    from pretraining.training import Trainer
+    from mor_tools.pretraining.training import Trainer
 
     train_step = Trainer.train_step
 

@@ -21,15 +21,15 @@ from huggingface_layers import HuggingFaceLayers, RecursiveLM
 from mor_huggingface.llama import llama_names
 from mor_layers import (
     DecoderConfig,
-    DecoderStack,
     ExpertChoice,
     FixedDepth,
-    KVPolicy,
     MoRTransformer,
     RecursionBlock,
     TokenChoice,
     Tokens,
 )
+from mor_layers.models import DecoderStack
+from mor_layers.recursion import KVPolicy
 
 SIZES: dict[str, Any] = {
     "vocab_size": 31,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mor_commands import main
+from mor_tools.commands import main
 from tests.distributed.pool import WorkerPool
 from tests.examples.pretraining_runs import (
     assert_same_curves,

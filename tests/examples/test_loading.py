@@ -5,9 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from mor_layers import DecoderConfig, ExpertChoice, MoEConfig, MoRTransformer, RecursionConfig
-from mor_layers.model_folder import save_model
-from serving.loading import load
+from mor_layers import (
+    DecoderConfig,
+    ExpertChoice,
+    MoEConfig,
+    MoRTransformer,
+    RecursionConfig,
+    save_model,
+)
+from mor_tools.serving.loading import load
 
 
 @pytest.mark.parametrize("tied", [False, True])

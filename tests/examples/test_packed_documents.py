@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from pretraining.command_line import load_settings
-from pretraining.text import TextTokenizer, prepare
+from mor_tools.pretraining.command_line import load_settings
+from mor_tools.pretraining.text import TextTokenizer, prepare
 from tests.distributed.pool import WorkerPool
 from tests.examples.pretraining_runs import SMALL, TINY, write_text
 
@@ -15,11 +15,11 @@ def losses_of_last_documents(*, settings: list[str]) -> list[list[float]]:
 
     A pair for training's routing and one for that of generation.
     """
-    from mor_megatron import cpu
-    from pretraining import distributed, model
-    from pretraining.datasets import build_datasets
-    from pretraining.training import Trainer
-    from pretraining.watch import shared_watch
+    from mor_megatron.platform import cpu
+    from mor_tools.pretraining import distributed, model
+    from mor_tools.pretraining.datasets import build_datasets
+    from mor_tools.pretraining.training import Trainer
+    from mor_tools.pretraining.watch import shared_watch
 
     cpu.enable()
     run = load_settings(["--config", TINY, *settings])

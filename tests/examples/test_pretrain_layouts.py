@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mor_commands import main
-from mor_layers.model_folder import open_model
+from mor_layers.weights import open_model
+from mor_tools.commands import main
 from tests.distributed.pool import WorkerPool
 from tests.examples.pretraining_runs import (
     assert_same_curves,

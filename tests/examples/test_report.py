@@ -13,14 +13,14 @@ import torch
 from rich.console import Console
 
 from mor_megatron import RoutingReport
-from mor_reports.rows import Routing, Row, Validation
-from mor_reports.trackers import TensorBoard, Wandb
-from pretraining.command_line import load_settings
-from pretraining.demonstration import TokenDepth
-from pretraining.display import Costs, Display
-from pretraining.history import History
-from pretraining.report import Report, render
-from pretraining.summary import write_summary
+from mor_tools.pretraining.command_line import load_settings
+from mor_tools.pretraining.demonstration import TokenDepth
+from mor_tools.pretraining.display import Costs, Display
+from mor_tools.pretraining.history import History
+from mor_tools.pretraining.report import Report, render
+from mor_tools.pretraining.summary import write_summary
+from mor_tools.reports.rows import Routing, Row, Validation
+from mor_tools.reports.trackers import TensorBoard, Wandb
 
 ROUTING = Routing(
     shares=[1.0, 0.75, 0.25],

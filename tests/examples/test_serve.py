@@ -16,11 +16,9 @@ import uvicorn
 
 import generate
 import serve
-from mor_layers.depth_batching import DepthBatchingEngine
-from mor_layers.sampling import Sampling
-from mor_layers.scheduling import Request
-from serving.app import Service
-from serving.worker import EngineWorker, OverloadedError
+from mor_layers.generation import DepthBatchingEngine, Request, Sampling
+from mor_tools.serving.app import Service
+from mor_tools.serving.worker import EngineWorker, OverloadedError
 
 SIZES = ["--slots", "4", "--max-length", "128", "--kv-mib", "1", "--max-tokens", "100"]
 

@@ -10,13 +10,12 @@ import torch
 from torch.nn import functional as F
 
 from mor_huggingface.llama import write_llama
-from mor_layers import MoRTransformer, RecursionConfig
-from mor_layers.distillation import logits_divergence
-from mor_layers.model_folder import load_model, open_model, save_model
-from mor_layers.uptraining import recursive_weights
-from pretraining import teacher
-from pretraining.command_line import load_settings
-from pretraining.text import TextTokenizer
+from mor_layers import MoRTransformer, RecursionConfig, load_model, save_model
+from mor_layers.training.distillation import logits_divergence
+from mor_layers.weights import open_model, recursive_weights
+from mor_tools.pretraining import teacher
+from mor_tools.pretraining.command_line import load_settings
+from mor_tools.pretraining.text import TextTokenizer
 from tests.distributed.pool import WorkerPool
 from tests.examples.pretraining_runs import (
     SMALL,
@@ -71,9 +70,9 @@ def on_one_process(pool: WorkerPool, dense, tmp_path_factory) -> tuple[list[str]
 
 def first_batch_in_torch(*, settings: list[str]) -> tuple[float, float]:
     """Loss and divergence of the first global batch, from the torch models; runs on a rank."""
-    from mor_megatron import cpu
-    from pretraining import datasets, distributed
-    from pretraining.text import TextTokenizer, prepare
+    from mor_megatron.platform import cpu
+    from mor_tools.pretraining import datasets, distributed
+    from mor_tools.pretraining.text import TextTokenizer, prepare
 
     cpu.enable()
     read = load_settings(["--config", TINY, *SMALL, *settings])

@@ -7,7 +7,7 @@ from matplotlib.image import imread
 from torch import nn
 
 import vision_digits
-from mor_layers import PointwiseLayers
+from mor_layers.layers import PointwiseLayers
 
 
 def test_it_learns_digits_with_few_patches_at_full_depth():

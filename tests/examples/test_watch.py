@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretraining.watch import Watch, shared_watch
+from mor_tools.pretraining.watch import Watch, shared_watch
 from tests.distributed.pool import WorkerPool
 
 

@@ -12,9 +12,10 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from mor_layers import DecoderConfig, MoRTransformer, RecursionConfig
-from mor_megatron import recursion_block_spec
-from mor_megatron.norms import FusedNorm, Norm
-from mor_megatron.weights import load_tensors, megatron_tensors
+from mor_megatron import Norm, recursion_block_spec
+from mor_megatron.checkpoints import load_tensors
+from mor_megatron.checkpoints.weights import megatron_tensors
+from mor_megatron.layers.norms import FusedNorm
 from tests.distributed import engine_models
 from tests.distributed import megatron_setup as setup
 from tests.distributed.engine_models import local_layer

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from mor_layers import RecursionConfig
 from mor_megatron import recursion_block_spec
-from mor_megatron.specs import final_norm
+from mor_megatron.models import final_norm
 from tests.distributed import megatron_setup as setup
 from tests.distributed.engine_models import engine_layer
 from tests.gpu.layers import BATCH, LENGTH, compared, local_layer

@@ -5,8 +5,8 @@ from typing import get_args
 
 import torch
 
-from mor_megatron.apex import installed_apex
-from mor_megatron.engine import has_transformer_engine
+from mor_megatron.platform import has_transformer_engine
+from mor_megatron.platform.apex import installed_apex
 from tests.gpu.verdict import Need
 
 
@@ -34,10 +34,7 @@ def this_machine() -> Machine:
             ("transformer_engine", "fp8", "mxfp8"), "Transformer Engine is not installed"
         )
     else:
-        from transformer_engine.pytorch import (  # type: ignore[import-not-found]
-            is_fp8_available,
-            is_mxfp8_available,
-        )
+        from transformer_engine.pytorch import is_fp8_available, is_mxfp8_available  # type: ignore[import-not-found]
 
         for need, is_there in (("fp8", is_fp8_available()), ("mxfp8", is_mxfp8_available())):
             if not is_there:

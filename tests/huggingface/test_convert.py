@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mor_commands import main
-from mor_layers import DecoderConfig, MoRTransformer
-from mor_layers.model_folder import load_model, open_model, save_model
+from mor_layers import DecoderConfig, MoRTransformer, load_model, save_model
+from mor_layers.weights import open_model
+from mor_tools.commands import main
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "pages" / "checkpoints.md").read_text("utf-8")
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("convert")
     assert all(line.startswith("mor convert ") for line in COMMANDS.splitlines())
     commands = [shlex.split(line)[1:] for line in COMMANDS.splitlines()]
-    code = f"from mor_commands import main\nfor arguments in {commands}: main(arguments)"
+    code = f"from mor_tools.commands import main\nfor arguments in {commands}: main(arguments)"
     result = run(folder, f"{TINY_MODEL}\n{code}")
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("largest difference of logits: ") == len(commands)
@@ -58,7 +58,7 @@ def test_the_commands_of_the_page_keep_logits(folder):
 def test_the_page_runs_in_a_shell(tmp_path):
     command = tmp_path / "bin" / "mor"
     command.parent.mkdir()
-    command.write_text(f"#!{sys.executable}\nfrom mor_commands import main\n\nmain()\n")
+    command.write_text(f"#!{sys.executable}\nfrom mor_tools.commands import main\n\nmain()\n")
     command.chmod(0o755)
     assert run(tmp_path, TINY_MODEL).returncode == 0
     path = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
@@ -121,7 +121,7 @@ def test_errors_are_told_in_a_line_and_leave_nothing(folder, monkeypatch, capsys
 
 MEASURE = """
 import resource
-from mor_commands import main
+from mor_tools.commands import main
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from mor_huggingface.llama import open_llama, write_llama
-from mor_layers import FixedDepth, MoRTransformer, RecursionConfig
-from mor_layers.model_folder import load_model, open_model, save_model, write_model
-from mor_layers.sharing import SHARING_SCHEMES
+from mor_layers import FixedDepth, MoRTransformer, RecursionConfig, load_model, save_model
+from mor_layers.recursion import SHARING_SCHEMES
+from mor_layers.weights import open_model, write_model
 from tests.core.small_models import random_ids, randomized, small_config, small_model
 
 SIZES = {

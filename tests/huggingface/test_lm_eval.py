@@ -14,8 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mor_huggingface.lm_eval import MoRLM
-from mor_layers import ExpertChoice
-from mor_layers.model_folder import load_model, save_model
+from mor_layers import ExpertChoice, load_model, save_model
 from tests.core.small_models import VOCAB_SIZE, small_config, small_model
 
 WORDS = ["<end>", *(f"w{i}" for i in range(1, VOCAB_SIZE))]

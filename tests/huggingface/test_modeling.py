@@ -7,8 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 import mor_huggingface
-from mor_layers import ExpertChoice, TokenChoice
-from mor_layers.model_folder import load_model, save_model
+from mor_layers import ExpertChoice, TokenChoice, load_model, save_model
 from tests.core.small_models import random_ids, small_config, small_model
 
 

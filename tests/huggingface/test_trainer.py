@@ -8,8 +8,7 @@ from transformers import Trainer, TrainingArguments
 
 from mor_huggingface import MoRConfig, MoRForCausalLM, RouterUpdates
 from mor_huggingface.training import Counts
-from mor_layers import DepthAndWidth, ExpertChoice, TokenChoice
-from mor_layers.moe import MoEConfig
+from mor_layers import DepthAndWidth, ExpertChoice, MoEConfig, TokenChoice
 from tests.core.small_models import random_ids, small_config, small_model
 
 LEARNING_RATE = 0.01

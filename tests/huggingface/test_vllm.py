@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from mor_huggingface import vllm_plugin
 from mor_layers import (
     DecoderConfig,
     DepthAndWidth,
@@ -21,8 +20,9 @@ from mor_layers import (
     RecursionConfig,
     Relaxation,
     TokenChoice,
+    save_model,
 )
-from mor_layers.model_folder import save_model
+from mor_vllm import plugin as vllm_plugin
 from tests.core.small_models import ROUTERS, plain_config, small_config, small_model
 from tests.huggingface.vllm_emulation import Runner, emulated, place, vllm_config
 

@@ -1,4 +1,4 @@
-"""As much of vLLM as `mor_huggingface.vllm_model` uses, in plain PyTorch on one rank.
+"""As much of vLLM as `mor_vllm.model` uses, in plain PyTorch on one rank.
 
 Signatures are those of vLLM's sources (vllm-project/vllm, main in 2026): module by module, parameter by
 parameter, defaults included, so that a call which they would refuse is refused here. What they compute
@@ -363,7 +363,7 @@ def emulated() -> Iterator[Runner]:
     for name, module in made.items():
         vars(module).update(MODULES[name])
         module.__path__ = []  # type: ignore[attr-defined]
-    ours = "mor_huggingface.vllm_model"
+    ours = "mor_vllm.model"
     before = {name: sys.modules.pop(name, None) for name in (*made, ours)}
     sys.modules.update(made)
     try:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from mor_commands import main
 from mor_layers import (
     DecoderConfig,
     DepthAndWidth,
@@ -19,13 +18,15 @@ from mor_layers import (
     RandomDepth,
     RecursionConfig,
     TokenChoice,
-    inspect_text,
+    load_model,
+    save_model,
 )
-from mor_layers.model_folder import load_model, save_model
-from mor_reports import page as pages
-from mor_reports.inspection_page import render, scalars
-from mor_reports.plots import DARK, LIGHT, palette, text_on
-from mor_reports.rows import Routing, Row, line
+from mor_layers.inspection import inspect_text
+from mor_tools.commands import main
+from mor_tools.reports import page as pages
+from mor_tools.reports.inspection_page import render, scalars
+from mor_tools.reports.plots import DARK, LIGHT, palette, text_on
+from mor_tools.reports.rows import Routing, Row, line
 from tests.core.small_models import small_model
 
 TEXT = 'a <b> & "é": two\nlines of text, to be cut into windows'

@@ -1,0 +1,18 @@
+"""Checkpoints of training runs, and weights in and out of them."""
+
+from mor_megatron.checkpoints.models import describe, open_checkpoint
+from mor_megatron.checkpoints.weights import (
+    decoder_tensors,
+    load_tensors,
+    megatron_view,
+    whole_tensors,
+)
+
+__all__ = [
+    "decoder_tensors",
+    "describe",
+    "load_tensors",
+    "megatron_view",
+    "open_checkpoint",
+    "whole_tensors",
+]

@@ -1,0 +1,327 @@
+"""Weights between a `MoRTransformer` and a GPTModel with recursions, at any parallel layout.
+
+Megatron names a whole tensor the same in every layout (the keys of `sharded_state_dict`), so a
+translation of whole tensors and a cut along each rank's shards is all it takes. The translation is
+linear and has an inverse: it serves gradients as well, and the way back.
+
+Legend: `g` key-value heads, `q` query heads per key-value head, `d` head size, `h` hidden, `e`
+experts, `f` width of an expert, `r` recursion steps.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, is_main_replica
+from torch import Tensor, nn
+
+from mor_layers import DecoderConfig, MoEConfig, RecursionConfig
+from mor_layers.layers import MLP_PROJECTIONS
+from mor_layers.weights import LazyTensors, tensor_shapes
+
+
+def megatron_tensors(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
+    """Whole tensors by Megatron's names from those of a `MoRTransformer`'s state dict.
+
+    Raises:
+        ValueError: a tensor is missing, or the experts have loss-free biases.
+    """
+    return dict(megatron_view(weights, config))
+
+
+def decoder_tensors(tensors: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
+    """The inverse of `megatron_tensors`.
+
+    Raises:
+        ValueError: a tensor is missing, or the experts have loss-free biases.
+    """
+    return dict(decoder_view(tensors, config))
+
+
+def megatron_view(weights: Mapping[str, Tensor], config: DecoderConfig) -> LazyTensors:
+    """`megatron_tensors`, each made when it is asked for."""
+    names = _names(config, weights)
+    return LazyTensors(
+        list(names),
+        lambda name: _fuse(name, [_named(weights, own) for own in names[name]], config),
+    )
+
+
+def decoder_view(
+    tensors: Mapping[str, Tensor], config: DecoderConfig, where: str = "the weights"
+) -> LazyTensors:
+    """`decoder_tensors`, each made when it is asked for; the last fused tensor is kept.
+
+    Args:
+        where: they are from, for errors.
+    """
+    places = {
+        ours: (theirs, index)
+        for theirs, names in megatron_names(config, tensors).items()
+        for index, ours in enumerate(names)
+    }
+    shapes = tensor_shapes(config)
+    last: dict[str, Tensor] = {}
+
+    def read(name: str) -> Tensor:
+        theirs, index = places[name]
+        if theirs not in last:
+            last.clear()
+            last[theirs] = _named(tensors, theirs)
+        whole, shape = last[theirs], shapes[name]
+        try:
+            part = _split(theirs, whole, config)[index]
+        except (RuntimeError, IndexError):  # a shape that cannot be taken apart
+            part = whole
+        fits = part.shape == shape
+        if not (fits or (name in _VOCABULARY and part.shape[1:] == shape[1:])):
+            raise ValueError(
+                f"{where}: {theirs!r} has shape {tuple(whole.shape)}, which does not give {name!r} "
+                f"of shape {tuple(shape)}."
+            )
+        return part
+
+    return LazyTensors(list(places), read)
+
+
+_VOCABULARY = ("embedding.weight", "output.weight")  # Megatron pads them
+
+
+def megatron_names(config: DecoderConfig, tensors: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """For each of Megatron's tensors, ours that it is made of.
+
+    Args:
+        tensors: Megatron's names, among which a router's are found.
+    """
+    tensors = set(tensors)
+
+    def as_given(name: str) -> str:
+        # Megatron's own local layers file the norm before experts as if it were fused.
+        local = name.replace(f".{_EXPERTS_NORM}", f".{_DENSE_NORM}")
+        return local if name not in tensors and local in tensors else name
+
+    # Only a cyclic block has a router with tensors, and it is the only one.
+    routers = [
+        f"recursions.0.router.{name.split('.recursion.router.')[1]}"
+        for name in tensors
+        if ".recursion.router." in name
+    ]
+    return {as_given(name): ours for name, ours in _names(config, routers).items()}
+
+
+def _named(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in tensors:
+        raise ValueError(f"the weights have no {name!r}. Are these the settings they belong to?")
+    return tensors[name]
+
+
+def _names(config: DecoderConfig, routers: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """For each of Megatron's tensors, ours that it is made of; `routers` names a router's."""
+    recursion, schedule = config.effective_recursion, config.schedule
+    ends = None if config.dense_ends else config.moe
+    num_norms = 1 if recursion.share_norms else recursion.num_recursions
+    names: dict[str, tuple[str, ...]] = {
+        "embedding.word_embeddings.weight": ("embedding.weight",),
+        "decoder.final_layernorm.weight": ("norm.weights.0",),
+    }
+    if not config.tie_embeddings:
+        names["output_layer.weight"] = ("output.weight",)
+    for layer in range(schedule.prelude):
+        place = f"decoder.layers.{layer}"
+        names |= _layer_names(config, place, f"prelude.layers.{layer}", ends)
+    sizes = [schedule.block_size] if schedule.is_cyclic else [1] * schedule.block_size
+    depth = schedule.prelude
+    for block, size in enumerate(sizes):
+        theirs, ours = f"decoder.layers.{depth}.recursion", f"recursions.{block}"
+        for layer in range(size):
+            inner, outer = f"{ours}.layers.layers.{layer}", f"{theirs}.layers.{layer}"
+            if config.recursion is None:
+                place = f"decoder.layers.{depth + layer}"
+                names |= _layer_names(config, place, inner, config.moe)
+            else:
+                names |= _layer_names(config, outer, inner, config.moe, recursion, num_norms)
+        for name in (name for name in routers if name.startswith(f"{ours}.router.")):
+            names[f"{theirs}.{name.removeprefix(f'{ours}.')}"] = (name,)
+        steps = recursion.num_recursions
+        vectors = [f"embeddings.{step}" for step in range(steps * recursion.step_embeddings)]
+        vectors += [f"gains.{step}" for step in range((steps - 1) * recursion.input_injection)]
+        for name in vectors:
+            names[f"{theirs}.step_input.{name}"] = (f"{ours}.step_input.{name}",)
+        depth += size * steps
+    for layer in range(schedule.coda):
+        place = f"decoder.layers.{depth + layer}"
+        names |= _layer_names(config, place, f"coda.layers.{layer}", ends)
+    return names
+
+
+def _layer_names(
+    config: DecoderConfig,
+    theirs: str,
+    ours: str,
+    moe: MoEConfig | None,
+    recursion: RecursionConfig | None = None,
+    num_norms: int = 1,
+) -> dict[str, tuple[str, ...]]:
+    names = {
+        f"self_attention.{_QKV}": ("attention.query", "attention.key", "attention.value"),
+        "self_attention.linear_proj.weight": ("attention.output",),
+    }
+    if moe is None:
+        names |= {f"mlp.{_GATED}": ("mlp.gate", "mlp.up"), "mlp.linear_fc2.weight": ("mlp.down",)}
+    result = {
+        f"{theirs}.{t}": tuple(f"{ours}.{o}.weight" for o in parts) for t, parts in names.items()
+    }
+    if config.qkv_bias:
+        biases = (f"{ours}.attention.{name}.bias" for name in ("query", "key", "value"))
+        result[f"{theirs}.self_attention.{_QKV_BIAS}"] = tuple(biases)
+    if config.qk_norm:
+        for name in ("query", "key"):
+            their_norm = f"{theirs}.self_attention.{name[0]}_layernorm.weight"
+            result[their_norm] = (f"{ours}.attention.{name}_norm.weights.0",)
+    if moe is not None:
+        experts = _expert_names(moe, recursion)
+        result |= {
+            f"{theirs}.mlp.{t}": tuple(f"{ours}.mlp.{o}" for o in parts)
+            for t, parts in experts.items()
+        }
+    mlp_norm = _DENSE_NORM if moe is None else _EXPERTS_NORM
+    for norm, place in (("attention", "self_attention.linear_qkv.layer_norm_"), ("mlp", mlp_norm)):
+        for step in range(num_norms):
+            own = f"{step}." if num_norms > 1 else ""
+            result[f"{theirs}.{place}{own}weight"] = (f"{ours}.{norm}_norm.weights.{step}",)
+    if recursion is not None and recursion.sandwich_norms:
+        for norm in ("attention_output_norm", "mlp_output_norm"):
+            for step in range(num_norms):
+                own = f"{step}." if num_norms > 1 else ""
+                result[f"{theirs}.{norm}.{own}weight"] = (f"{ours}.{norm}.weights.{step}",)
+    return result | _delta_names(theirs, ours, recursion)
+
+
+def _delta_names(
+    theirs: str, ours: str, recursion: RecursionConfig | None
+) -> dict[str, tuple[str, ...]]:
+    relaxation = None if recursion is None else recursion.relaxation
+    if recursion is None or relaxation is None:
+        return {}
+    parts = ("a", "b", "magnitude") if relaxation.kind == "dora" else ("a", "b")
+    names = {}
+    for name in relaxation.projections:
+        their_module, module = ("mlp",) * 2 if name in MLP_PROJECTIONS else _ATTENTION
+        for step in range(recursion.num_recursions):
+            for part in parts:
+                own = f"{ours}.{module}.{name}.deltas.{step}.{part}"
+                names[f"{theirs}.{their_module}.deltas.{name}.{step}.{part}"] = (own,)
+    return names
+
+
+_ATTENTION = ("self_attention", "attention")
+
+
+def _expert_names(moe: MoEConfig, recursion: RecursionConfig | None) -> dict[str, tuple[str, ...]]:
+    if moe.bias_update_rate:
+        raise ValueError(
+            f"MoEConfig.bias_update_rate={moe.bias_update_rate} adds to softmax scores, Megatron's "
+            "expert bias to sigmoid scores only. Use a balance loss in models that go there."
+        )
+    steps = 1 if recursion is None else recursion.num_recursions
+    has_own = recursion is not None and recursion.expert_routers == "per_step"
+    names: dict[str, tuple[str, ...]] = {
+        f"experts.{_EXPERTS}": ("experts.gate", "experts.up"),
+        "experts.experts.linear_fc2.weight": ("experts.down",),
+        _EXPERT_ROUTER: tuple(f"router.weights.{r}" for r in range(steps if has_own else 1)),
+    }
+    if recursion is not None and recursion.mean_experts is not None:
+        names["router.widths.values"] = ("router.widths.values",)
+    return names
+
+
+_QKV, _QKV_BIAS, _GATED = "linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight"
+_DENSE_NORM, _EXPERTS_NORM = "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."
+_EXPERTS, _EXPERT_ROUTER = "experts.linear_fc1.weight", "router.weight"
+
+
+def _fuse(name: str, parts: list[Tensor], config: DecoderConfig) -> Tensor:
+    if name.endswith((_QKV, _QKV_BIAS)):  # [g q d h], [g 1 d h] twice -> [g (q+2) d, h]
+        heads = (config.kv_heads, -1, config.head_size)
+        return torch.cat([part.unflatten(0, heads) for part in parts], dim=1).flatten(0, 2)
+    if name.endswith(_EXPERTS):  # [e f h], [e f h] -> [e 2f h]
+        return torch.cat(parts, dim=1)
+    if name.endswith(f"mlp.{_EXPERT_ROUTER}") and len(parts) > 1:  # r of [e h] -> [r e h]
+        return torch.stack(parts)
+    return torch.cat(parts) if name.endswith(_GATED) else parts[0]
+
+
+def _split(name: str, tensor: Tensor, config: DecoderConfig) -> list[Tensor]:
+    if name.endswith((_QKV, _QKV_BIAS)):
+        heads = tensor.unflatten(0, (config.kv_heads, -1, config.head_size))
+        queries = heads.shape[1] - 2
+        return [part.flatten(0, 2) for part in heads.split([queries, 1, 1], dim=1)]
+    if name.endswith(_EXPERTS):
+        return list(tensor.chunk(2, dim=1))
+    if name.endswith(f"mlp.{_EXPERT_ROUTER}"):
+        return list(tensor.unbind()) if tensor.dim() == 3 else [tensor]
+    return list(tensor.chunk(2)) if name.endswith(_GATED) else [tensor]
+
+
+def load_tensors(chunks: list[nn.Module], tensors: Mapping[str, Tensor]) -> None:
+    """Put whole tensors by Megatron's names into this rank's chunks; padded rows become zeros.
+
+    Raises:
+        ValueError: a parameter or buffer of the model is not among them, or has another shape.
+    """
+    with torch.no_grad():
+        for chunk in chunks:
+            for shard in _shards(chunk):
+                if shard.key not in tensors:
+                    raise ValueError(f"{shard.key!r} is in the model, but not among the weights.")
+                whole = tensors[shard.key]
+                if shard.allow_shape_mismatch and len(whole) < shard.global_shape[0]:
+                    rows = shard.global_shape[0] - len(whole)  # of a padded vocabulary
+                    whole = torch.cat([whole, whole.new_zeros(rows, *whole.shape[1:])])
+                if tuple(whole.shape) != tuple(shard.global_shape):
+                    raise ValueError(
+                        f"{shard.key!r} has shape {tuple(whole.shape)}; the model needs "
+                        f"{tuple(shard.global_shape)}."
+                    )
+                assert shard.data is not None
+                shard.data.copy_(whole[shard.global_slice()])
+
+
+def whole_tensors(chunks: list[nn.Module], on_all_ranks: bool = False) -> dict[str, Tensor] | None:
+    """The inverse of `load_tensors`: whole tensors on the host.
+
+    Every rank calls it; ranks but the first get None unless `on_all_ranks`. The model must fit into
+    the memory of those that get it; a larger one goes through a checkpoint.
+    """
+    own = [
+        (shard.key, shard.global_shape, shard.global_slice(), shard.data.cpu())
+        for chunk in chunks
+        for shard in _shards(chunk)
+        if is_main_replica(shard.replica_id) and shard.data is not None
+    ]
+    ranks: list[Any] = [None] * torch.distributed.get_world_size()
+    if on_all_ranks:
+        torch.distributed.all_gather_object(ranks, own)
+    elif torch.distributed.get_rank() == 0:
+        torch.distributed.gather_object(own, ranks)
+    else:
+        torch.distributed.gather_object(own)
+        return None
+    tensors: dict[str, Tensor] = {}
+    for key, shape, where, part in (entry for rank in ranks for entry in rank):
+        tensors.setdefault(key, part.new_empty(shape))[where] = part
+    return tensors
+
+
+def _shards(chunk: Any) -> Iterator[ShardedTensor]:
+    """The shards of a chunk; writing to their data writes to the model."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    entries = chunk.sharded_state_dict(metadata={"non_homogeneous_layers": True})
+    for entry in entries.values():
+        if isinstance(entry, ShardedTensorFactory):  # a gated linear_fc1: two halves of a parameter
+            yield from replace(entry, data=entry.data.detach()).build()  # type: ignore[misc]
+        elif isinstance(entry, ShardedTensor):
+            yield entry

@@ -1,0 +1,28 @@
+"""Megatron layers that know the recursion step they run, and the recursion as one of them."""
+
+from mor_megatron.layers.attention import SDPACoreAttention
+from mor_megatron.layers.document_attention import document_attention
+from mor_megatron.layers.expert_router import StepTopKRouter
+from mor_megatron.layers.norms import Norm, local_norm
+from mor_megatron.layers.recursion import (
+    AbsorbedLayer,
+    RecursionLayer,
+    RecursionSubmodules,
+    refuse_inputs,
+)
+from mor_megatron.layers.routing_statistics import RoutingReport
+from mor_megatron.layers.validation import validate
+
+__all__ = [
+    "AbsorbedLayer",
+    "Norm",
+    "RecursionLayer",
+    "RecursionSubmodules",
+    "RoutingReport",
+    "SDPACoreAttention",
+    "StepTopKRouter",
+    "document_attention",
+    "local_norm",
+    "refuse_inputs",
+    "validate",
+]

@@ -1,0 +1,69 @@
+"""Transformer Engine's core attention for layers that see several documents.
+
+Legend: `s` sequence, `b` batch, `n` heads, `d` head size.
+"""
+
+from functools import cache
+from typing import Any
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor
+
+from mor_layers import StepContext, Tokens
+from mor_megatron.step import attend_packed, documents_of, packed
+
+
+@cache
+def document_attention() -> type:
+    """`TEDotProductAttention` that does not lose a mask.
+
+    Under causal attention Transformer Engine reads no mask, so Megatron's ordinary layers would see
+    across documents without a word. Here they become packed sequences, as in a recursion
+    (`packing`); a mask that is only causal costs one look at it.
+    """
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    class DocumentAttention(TEDotProductAttention):
+        """See `document_attention`."""
+
+        def forward(  # type: ignore[override]
+            self,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: Tensor | None,
+            attn_mask_type: AttnMaskType,
+            attention_bias: Tensor | None = None,
+            packed_seq_params: PackedSeqParams | None = None,
+            **options: Any,
+        ) -> Tensor:
+            """`[s b n d] -> [s b nd]`.
+
+            Raises:
+                ValueError: a mask that is not causal attention within documents, or any under
+                    context parallelism.
+            """
+            given = (attention_bias, packed_seq_params)
+            is_lost = attention_mask is not None and attn_mask_type == AttnMaskType.causal
+            if is_lost and given == (None, None) and len(query) == len(key):
+                if self.config.context_parallel_size > 1:
+                    raise ValueError(
+                        "Transformer Engine reads no attention_mask under context parallelism. Pass "
+                        "None if each sequence is one document (create_attention_mask=False in "
+                        "GPTDatasetConfig), else use transformer_impl='local'."
+                    )
+                length, batch = query.shape[:2]
+                documents, count = documents_of(attention_mask)
+                attention_mask = None
+                if documents is not None:
+                    documents = documents.expand(-1, batch)
+                    tokens = Tokens.whole_sequence(length, batch, query.device, documents)
+                    sequences = packed(StepContext(0, tokens), count)
+                    assert sequences is not None
+                    return attend_packed(super().forward, query, key, value, sequences)
+            return super().forward(
+                query, key, value, attention_mask, attn_mask_type, *given, **options
+            )
+
+    return DocumentAttention

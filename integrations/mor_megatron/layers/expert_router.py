@@ -1,0 +1,284 @@
+"""Megatron's router over experts inside a recursion: one account for each (step, expert) cell.
+
+The steps share the router, or each has its own. Load, drops, balance, the loss-free bias and the
+threshold on the number of experts are kept per step, because a step runs other tokens than the next.
+
+Legend: `t` tokens on this rank, `h` hidden, `e` experts, `r` recursion steps.
+"""
+
+import torch
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    compute_routing_scores_for_aux_loss,
+    router_gating_linear,
+    topk_routing_with_score_function,
+)
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor, nn
+
+from mor_layers import RecursionConfig
+from mor_layers.modules import PreciseBuffers
+from mor_layers.routers import NUM_BINS, Thresholds
+
+
+class ExpertCells(PreciseBuffers):
+    """Sums over the tokens that a router saw since `clear`, by step; padding never counts."""
+
+    load: Tensor
+    """Tokens that each expert computes, `[r e]`."""
+    drops: Tensor
+    """Tokens that each expert turned away, `[r e]`."""
+    scores: Tensor
+    """Probability that the router gave each expert, `[r e]`."""
+    squares: Tensor
+    """logsumexp(logits)², whose mean is the z-loss, `[r]`."""
+    tokens: Tensor
+    """How many, `[r]`."""
+
+    def __init__(self, num_recursions: int, num_experts: int, device: torch.device) -> None:
+        super().__init__()
+        for name, shape in (
+            ("load", (num_recursions, num_experts)),
+            ("drops", (num_recursions, num_experts)),
+            ("scores", (num_recursions, num_experts)),
+            ("squares", (num_recursions,)),
+            ("tokens", (num_recursions,)),
+        ):
+            self.register_buffer(name, torch.zeros(shape, device=device), persistent=False)
+
+    @torch.no_grad()
+    def add(
+        self, step: int, logits: Tensor, scores: Tensor, wanted: Tensor, taken: Tensor,
+        is_padding: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Count one forward pass of `step`."""
+        squares = torch.logsumexp(logits.float(), dim=-1).square()
+        count: int | Tensor = len(squares)
+        if is_padding is not None:  # taking rows out would wait for the device
+            squares = squares.masked_fill(is_padding, 0)
+            scores = scores.masked_fill(is_padding[:, None], 0)
+            count = (~is_padding).sum()
+        self.load[step] += taken.sum(dim=0)
+        self.drops[step] += (wanted & ~taken).sum(dim=0)
+        self.scores[step] += scores.sum(dim=0)
+        self.squares[step] += squares.sum()
+        self.tokens[step] += count
+
+    def clear(self) -> None:
+        """Start over."""
+        for buffer in self.buffers():
+            buffer.zero_()
+
+
+class StepExpertBias(PreciseBuffers):
+    """The loss-free bias of one step: `finalize_model_grads` finds it, and updates it, by name."""
+
+    expert_bias: Tensor
+    local_tokens_per_expert: Tensor
+
+    def __init__(self, num_experts: int, device: torch.device) -> None:
+        super().__init__()
+        zeros = torch.zeros(num_experts, dtype=torch.float32, device=device)
+        self.register_buffer("local_tokens_per_expert", zeros, persistent=False)
+        self.register_buffer("expert_bias", zeros.clone())
+
+
+class StepTopKRouter(TopKRouter):
+    """`TopKRouter` that knows the step it runs, and counts no padding."""
+
+    step: int = 0
+    """Recursion step that runs; set by `RecursiveMoELayer`."""
+    width_histograms: Tensor
+
+    def join_recursion(self, recursion: RecursionConfig) -> None:
+        """Prepare for several steps: weights, biases and thresholds of each, where it has them."""
+        steps, num_experts = recursion.num_recursions, self.config.num_moe_experts
+        assert num_experts is not None
+        device = self.weight.device
+        self.has_own_weights = recursion.expert_routers == "per_step"
+        if self.has_own_weights:
+            self.weight = self._per_step(self.weight, steps)
+            self.bias = None if self.bias is None else self._per_step(self.bias, steps)
+        self.cells = ExpertCells(steps, num_experts, device)
+        if self.enable_expert_bias:
+            # Megatron would stack a bias of shape [r e] with those of other layers.
+            del self.expert_bias, self.local_tokens_per_expert
+            self.biases = nn.ModuleList(StepExpertBias(num_experts, device) for _ in range(steps))
+        self.mean_experts = recursion.mean_experts
+        if self.mean_experts is not None:
+            self.widths = Thresholds(steps, "width").to(device)
+            histograms = torch.zeros(steps, NUM_BINS, device=device)
+            self.register_buffer("width_histograms", histograms, persistent=False)
+
+    def _per_step(self, parameter: nn.Parameter, steps: int) -> nn.Parameter:
+        own = nn.Parameter(torch.stack([parameter.detach()] * steps))
+        if self.config.perform_initialization:
+            for part in own.data.unbind():
+                self.config.init_method(part)
+        setattr(own, "sequence_parallel", self.config.sequence_parallel)  # noqa: B010
+        return own
+
+    def gating(self, input: Tensor) -> Tensor:
+        if not self.has_own_weights:
+            return super().gating(input)
+        given = {"fp32": torch.float32, "fp64": torch.float64}
+        dtype = given.get(self.config.moe_router_dtype or "", input.dtype)
+        bias = None if self.bias is None else self.bias[self.step]
+        return router_gating_linear(input, self.weight[self.step], bias, dtype)
+
+    def routing(  # type: ignore[override]
+        self, logits: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Probabilities and a map of who goes where, `[t e]` each; padding goes nowhere."""
+        batch = logits.shape[1]
+        logits = logits.view(-1, self.num_experts)
+        is_padding = None if padding_mask is None else padding_mask.reshape(-1)
+        logits = self.apply_z_loss(logits, padding_mask=is_padding)
+        probs, wanted = self._choose(logits)
+        if is_padding is not None:
+            wanted = wanted & ~is_padding[:, None]
+        if self.mean_experts is not None:
+            probs, wanted = self._narrow(logits, probs, wanted)
+        taken = self._within_capacity(probs.detach(), wanted, is_padding)
+        probs = probs * taken
+        even, scores = compute_routing_scores_for_aux_loss(
+            logits, self.topk, self.score_function, self.config.moe_router_fusion, is_padding
+        )
+        if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
+            chosen = even if self.mean_experts is None else wanted
+            probs = self._balance(probs, scores, chosen, is_padding, batch)
+        # Recomputation runs the forward pass twice, the first time without gradients.
+        if torch.is_grad_enabled() or not self.training:
+            self.cells.add(self.step, logits, scores, wanted, taken, is_padding)
+        if self.enable_expert_bias and torch.is_grad_enabled():
+            self.biases[self.step].local_tokens_per_expert += taken.detach().sum(dim=0)
+        return probs, taken
+
+    def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """As Megatron's, with the mean taken over all ranks' valid tokens.
+
+        Megatron averages the ranks' own means, which is off where their numbers of valid tokens
+        differ, as they do when a selection does not divide by the number of ranks.
+        """
+        coefficient = self.config.moe_z_loss_coeff
+        if padding_mask is None or not coefficient:
+            return super().apply_z_loss(logits, padding_mask)
+        if not (self.training and torch.is_grad_enabled()):
+            return logits
+        is_valid = ~padding_mask
+        count = is_valid.sum()
+        torch.distributed.all_reduce(count, group=self.tp_cp_group)
+        squares = torch.logsumexp(logits, dim=-1).square().masked_fill(padding_mask, 0)
+        z_loss = squares.sum() / count.clamp(min=1)
+        get_moe_metrics_tracker().record(
+            "z_loss",
+            z_loss * self.tp_cp_group.size(),
+            self.layer_number,
+            self.config.num_layers,
+            avg_group=self.tp_dp_cp_group,
+        )
+        return MoEAuxLossAutoScaler.apply(logits, coefficient * z_loss)
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Move the width thresholds by what the global batch showed since the last call."""
+        if self.mean_experts is None:
+            return
+        torch.distributed.all_reduce(self.width_histograms, group=self.tp_dp_cp_group)
+        means = torch.tensor(self.mean_experts, device=self.width_histograms.device)
+        self.widths.follow(self.width_histograms, (means - 1) / (self.topk - 1))
+        self.width_histograms.zero_()
+
+    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        if self.routing_type == "sinkhorn":
+            return self.sinkhorn_load_balancing(logits)
+        config = self.config
+        return topk_routing_with_score_function(
+            logits,
+            self.topk,
+            use_pre_softmax=config.moe_router_pre_softmax,
+            num_groups=config.moe_router_num_groups,
+            group_topk=config.moe_router_group_topk,
+            scaling_factor=config.moe_router_topk_scaling_factor,
+            score_function=self.score_function,
+            expert_bias=self.biases[self.step].expert_bias if self.enable_expert_bias else None,
+            fused=config.moe_router_fusion,
+            router_replay=self.router_replay,
+        )
+
+    def _narrow(self, logits: Tensor, probs: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """The best expert, and any of the next whose probability exceeds the threshold."""
+        all_probs = logits.softmax(dim=-1, dtype=torch.float32).detach()
+        best = torch.zeros_like(wanted).scatter(1, probs.argmax(dim=1, keepdim=True), True)
+        further = wanted & ~best
+        if self.training and torch.is_grad_enabled():
+            histogram = self.widths.histogram(self.step, all_probs, further)
+            self.width_histograms[self.step] += histogram
+        above = all_probs > self.widths.current()[self.step]
+        wanted = wanted & (best | above)
+        probs = probs * wanted
+        return probs / probs.sum(dim=-1, keepdim=True).clamp(min=1e-20), wanted
+
+    @torch.no_grad()
+    def _within_capacity(self, probs: Tensor, wanted: Tensor, is_padding: Tensor | None) -> Tensor:
+        """Who finds a place, decided over all tokens of the step whatever the number of ranks."""
+        factor, num_experts = self.config.moe_expert_capacity_factor, self.num_experts
+        if factor is None or factor * self.topk >= num_experts:
+            return wanted
+        count, group = len(wanted), self.tp_group
+        valid = torch.ones_like(wanted[:, 0]) if is_padding is None else ~is_padding
+        keys = torch.cat([probs.float().masked_fill(~wanted, -1), valid[:, None].float()], dim=1)
+        is_spread = self.config.sequence_parallel and group.size() > 1
+        if is_spread:
+            keys = gather_from_sequence_parallel_region(keys, group=group)
+        keys, valid = keys[:, :-1], keys[:, -1]
+        capacity = (valid.double().sum() * self.topk / num_experts * factor).ceil()
+        if self.config.moe_token_drop_policy == "position":
+            rank = (keys >= 0).cumsum(dim=0) - 1
+        else:
+            order = keys.sort(dim=0, descending=True, stable=True).indices
+            rows = torch.arange(len(keys), device=keys.device)[:, None].expand_as(order)
+            rank = torch.empty_like(order).scatter_(0, order, rows)
+        if is_spread:
+            rank = rank[group.rank() * count : (group.rank() + 1) * count]
+        return wanted & (rank < capacity)
+
+    def _balance(
+        self, probs: Tensor, scores: Tensor, chosen: Tensor, is_padding: Tensor | None, batch: int
+    ) -> Tensor:
+        """Megatron's balance losses, for any number of experts a token, and 0 without a token.
+
+        Megatron's own divide by the number of tokens: a step that none of a rank's tokens run
+        would give nan.
+        """
+        count = torch.full((), float(len(chosen)), device=chosen.device)
+        if is_padding is not None:
+            count = (~is_padding).sum().float()
+        # One account for all tokens, or one a sequence (rows are sequence first).
+        for name, log, groups in (
+            ("aux_loss", "load_balancing_loss", 1),
+            ("seq_aux_loss", "seq_load_balancing_loss", batch),
+        ):
+            coefficient = self.get_aux_loss_coeff(name)
+            if coefficient == 0:
+                continue
+            shape = (-1, groups * self.num_experts)
+            own, given = (x.reshape(shape).sum(dim=0) for x in (chosen, scores))
+            total = torch.cat([own.float(), count[None]])
+            total = reduce_from_tensor_model_parallel_region(total, self.tp_cp_group)
+            share = total[:-1] / total[:-1].sum().clamp(min=1)
+            mean = given / (total[-1].clamp(min=1) / groups)
+            probs = self.attach_and_log_load_balancing_loss(
+                probs,
+                coefficient,
+                coefficient * self.num_experts * (share * mean).sum(),
+                log,
+                self.tp_cp_group,
+                valid_token_count=count,
+            )
+        return probs

@@ -1,0 +1,340 @@
+"""RecursionLayer: a whole Mixture-of-Recursions as one layer of an unmodified GPTModel.
+
+Legend: `s` sequence, `b` batch, `h` hidden, `r` rotary size; under sequence parallelism a rank
+holds `s / tp` rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
+    get_data_parallel_rng_tracker_name,
+)
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.module import GraphableMegatronModule
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    get_transformer_layer_offset,
+)
+from megatron.core.transformer.utils import sharded_state_dict_default
+from megatron.core.utils import get_pg_rank, make_viewless_tensor
+from torch import Tensor
+
+from mor_layers import RecursionBlock, RecursionConfig, RecursionOutput, Tokens
+from mor_megatron.layers.auxiliary_loss import RouterLossScaler, listen_for_loss_scale
+from mor_megatron.layers.expert_router import StepTopKRouter
+from mor_megatron.layers.quantization import require_one_precision
+from mor_megatron.layers.routing_statistics import RoutingStatistics
+from mor_megatron.layers.stack import StepStack
+from mor_megatron.layers.validation import validate
+from mor_megatron.step import (
+    Relayout,
+    SequenceParallelPlacement,
+    StaticCache,
+    StepRotation,
+    documents_of,
+    in_sequence_order,
+)
+
+
+@dataclass
+class RecursionSubmodules:
+    """Specs of what a RecursionLayer builds."""
+
+    layer_specs: Sequence[ModuleSpec]
+    """The K layers of the shared block, in order: ordinary Megatron layer specs."""
+
+
+class _Recursion(RecursionBlock):
+    """A RecursionBlock whose routers draw alike on all tensor-parallel ranks."""
+
+    def _route(self, *args: Any) -> Any:
+        tracker = get_cuda_rng_tracker()
+        name = get_data_parallel_rng_tracker_name()
+        if name not in tracker.get_states():
+            return super()._route(*args)
+        with tracker.fork(name):
+            return super()._route(*args)
+
+
+class RecursionLayer(TransformerLayer):
+    """Stands where a TransformerLayer stands and runs a recursion block.
+
+    Its K layers are built once from ordinary Megatron layer specs and run `num_recursions` times:
+    weights are tied because there is one copy. Name it in a `TransformerBlockSubmodules`, beside
+    ordinary layers, once or several times (`recursion_layer_spec`, `recursion_block_spec`).
+
+    Args:
+        config: the model's configuration. Two of its fields are set: checkpoints of unlike layers
+            (`hetereogenous_dist_checkpoint`), and the function by which schedules announce the loss
+            scale, which routers' losses need.
+        submodules: specs of the shared layers.
+        layer_number: 1-based place among this stage's layers.
+        recursion: steps, router, KV policy, norms; `sharing` is not read, a step runs all K.
+
+    Raises:
+        ValueError: settings that cannot run, see `validation`.
+    """
+
+    is_entry = True
+    """Whether tokens are routed here; not on later stages of a block spread over the pipeline."""
+    causal_routing = False
+    """Whether no token's depth may depend on later tokens: as generation needs, see
+    `training.causal_routing`."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: RecursionSubmodules,
+        layer_number: int = 1,
+        *,
+        recursion: RecursionConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+        vp_stage: int | None = None,
+        **unused: Any,
+    ) -> None:
+        validate(config, recursion)
+        config.hetereogenous_dist_checkpoint = True
+        listen_for_loss_scale(config)
+        # Not TransformerLayer's: that would build one layer's parts.
+        GraphableMegatronModule.__init__(self, config=config, vp_stage=vp_stage)
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups()
+        self.pg_collection = pg_collection
+        self.tp_group = pg_collection.tp
+        self.submodules_config = submodules
+        self.is_mtp_layer = self.is_moe_layer = False
+        self.layer_number = layer_number + get_transformer_layer_offset(
+            config, vp_stage, get_pg_rank(pg_collection.pp)
+        )
+        unrolled = len(submodules.layer_specs) * recursion.num_recursions
+        require_one_precision(config, self.layer_number - 1, unrolled)
+        placement = self._placement()
+        stack = StepStack(
+            config,
+            submodules.layer_specs,
+            recursion,
+            self.layer_number - 1,
+            pg_collection,
+            vp_stage,
+        )
+        router = recursion.router.build(config.hidden_size, recursion.num_recursions)
+        router.to(next(stack.parameters()).device, config.params_dtype)
+        step_input = recursion.build_step_input(config.hidden_size)
+        if step_input is not None:
+            step_input.to(next(stack.parameters()).device, config.params_dtype)
+        for module in (router, step_input):
+            for parameter in () if module is None else module.parameters():
+                # Ranks see the tokens they hold: finalize_model_grads sums what they learn.
+                setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010
+        self.recursion = _Recursion(
+            stack, router, recursion.kv_policy, placement, step_input=step_input
+        )
+        self.statistics = RoutingStatistics(recursion.num_recursions)
+
+    @property
+    def expert_routers(self) -> list[StepTopKRouter]:
+        """The routers over experts of the shared layers, in order."""
+        return [m for m in self.recursion.layers.modules() if isinstance(m, StepTopKRouter)]
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        inference_context: Any = None,
+        packed_seq_params: Any = None,
+        padding_mask: Tensor | None = None,
+        attention_bias: Tensor | None = None,
+        **unused: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`[s b h] -> [s b h]`, or `[s/tp b h]` under sequence parallelism.
+
+        Args:
+            attention_mask: None for one document a sequence. Else Megatron's causal mask
+                `[b 1 s s]`, True where attention is barred; where a token cannot see the one
+                before it a document begins.
+            rotary_pos_emb: `[s 1 1 r]`, or None without rotary positions.
+            padding_mask: `[b s]`, True where there is no token.
+                Under context parallelism `s` is this rank's share in hidden states and rotary
+                positions; masks may have that many rows, as Megatron cuts them, or all.
+            inference_context: Megatron's static one. The input is then the tokens that come next,
+                routing is causal, and the masks are not read.
+
+        Raises:
+            ValueError: an input the recursion does not implement.
+        """
+        refuse_inputs(packed_seq_params=packed_seq_params, attention_bias=attention_bias)
+        rotation = self._rotation(rotary_pos_emb, hidden_states)
+        if inference_context is not None:
+            refuse_inputs(padding_mask=padding_mask)
+            return self._generate(hidden_states, inference_context, rotation), context
+        tokens, num_documents = self._tokens(hidden_states, attention_mask, padding_mask)
+        relayout = self._relayout(hidden_states, tokens.sequence_length)
+        if relayout is not None:
+            hidden_states = relayout.to_sequence(hidden_states)
+        output = self.recursion(
+            hidden_states,
+            tokens,
+            self.causal_routing,
+            rotation=rotation,
+            num_documents=num_documents,
+        )
+        # Recomputation runs the forward pass twice, the first time without gradients.
+        if torch.is_grad_enabled() or not self.training:
+            self.statistics.record(tokens, output)
+        hidden = self._attach_losses(output)
+        if relayout is not None:
+            hidden = relayout.to_zigzag(hidden)
+        hidden = make_viewless_tensor(hidden, hidden.requires_grad, keep_graph=True)
+        return hidden, context
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Each shared weight once (`recursion.layers`), router and step input (`recursion.router`)."""
+        assert not sharded_offsets, "layers of a recursion have keys of their own"
+        parts = {f"layers.{index}.": layer for index, layer in enumerate(self.recursion.layers)}  # type: ignore[arg-type]
+        state: dict[str, Any] = {}
+        parts["router."] = self.recursion.router
+        if self.recursion.step_input is not None:
+            parts["step_input."] = self.recursion.step_input
+        for name, module in parts.items():
+            state |= sharded_state_dict_default(
+                module, f"{prefix}recursion.{name}", (), metadata, tp_group=self.tp_group
+            )
+        return state
+
+    def _placement(self) -> SequenceParallelPlacement | None:
+        """Where rows of a step live: over the ranks that share a sequence, in its order."""
+        if self.config.context_parallel_size == 1:
+            is_spread = self.config.sequence_parallel
+            return SequenceParallelPlacement(self.tp_group) if is_spread else None
+        groups = self.pg_collection
+        return SequenceParallelPlacement(
+            groups.tp_cp if self.config.sequence_parallel else groups.cp
+        )
+
+    def _relayout(self, hidden: Tensor, length: int) -> Relayout | None:
+        size, placement = self.config.context_parallel_size, self.recursion.placement
+        if size == 1:
+            return None
+        assert isinstance(placement, SequenceParallelPlacement)
+        return Relayout(length, placement.group, size, hidden.device)
+
+    def _tokens(
+        self, hidden: Tensor, attention_mask: Tensor | None, padding_mask: Tensor | None
+    ) -> tuple[Tokens, int | None]:
+        length, batch = hidden.shape[:2]
+        if self.config.sequence_parallel:
+            if padding_mask is not None and padding_mask.shape[1] == length:
+                padding_mask = gather_from_sequence_parallel_region(
+                    padding_mask.T.contiguous(), group=self.tp_group
+                ).T
+            length *= self.tp_group.size()
+        is_padding = None if padding_mask is None else padding_mask.T.bool()
+        if self.config.context_parallel_size > 1:
+            if attention_mask is not None and attention_mask.shape[2] == length:
+                rows = in_sequence_order(attention_mask.movedim(2, 0), self.pg_collection.cp)
+                attention_mask = rows.movedim(0, 2)
+            if is_padding is not None and len(is_padding) == length:
+                is_padding = in_sequence_order(is_padding, self.pg_collection.cp)
+            length *= self.config.context_parallel_size
+        documents, num_documents = None, None
+        if attention_mask is not None:
+            documents, num_documents = documents_of(attention_mask)
+            if documents is not None:
+                documents = documents.expand(-1, batch)
+        tokens = Tokens.whole_sequence(length, batch, hidden.device, documents, is_padding)
+        return tokens, num_documents
+
+    def _rotation(self, rotary_pos_emb: Tensor | None, hidden: Tensor) -> StepRotation | None:
+        if rotary_pos_emb is None:
+            return None
+        attention: Any = self.recursion.layers[0].self_attention  # type: ignore[index,union-attr]
+        scale = attention._yarn_concentration_factor
+        if self.config.context_parallel_size > 1:  # Megatron gives a rank the rows of its tokens
+            rotary_pos_emb = in_sequence_order(rotary_pos_emb, self.pg_collection.cp)
+        fused = self.config.apply_rope_fusion
+        return StepRotation.table(rotary_pos_emb, scale, hidden.dtype, fused)
+
+    def _generate(
+        self, hidden: Tensor, memory: StaticInferenceContext, rotation: StepRotation | None
+    ) -> Tensor:
+        """`[n b h] -> [n b h]` for the tokens that come next, or first, in each sequence."""
+        if self.config.sequence_parallel or not memory.is_static_batching():
+            raise ValueError(
+                f"a recursion generates with a StaticInferenceContext and sequence_parallel=False, "
+                f"not with {type(memory).__name__} and "
+                f"sequence_parallel={self.config.sequence_parallel}. For continuous batching use "
+                "mor_layers.DepthBatchingEngine, see mor_megatron.checkpoints.torch_model."
+            )
+        stack = cast(StepStack, self.recursion.layers)
+        length, batch = hidden.shape[:2]
+        steps, policy = self.statistics.num_recursions, self.recursion.kv_policy
+        cache = StaticCache(memory, policy, steps, stack.layers_per_step, stack.first_layer, batch)
+        tokens = cache.entering(length, hidden.device)
+        output = self.recursion(hidden, tokens, True, rotation=rotation, cache=cache)
+        self.statistics.record(tokens, output)
+        return output.hidden
+
+    def _attach_losses(self, output: RecursionOutput) -> Tensor:
+        if not (self.training and torch.is_grad_enabled() and output.losses):
+            return output.hidden
+        loss = torch.stack(list(output.losses.values())).sum()
+        if self.config.calculate_per_token_loss:
+            # Gradients are divided by the global number of tokens in the end.
+            loss = loss * output.decisions[0].tokens.count
+        return RouterLossScaler.apply(output.hidden, loss)  # type: ignore[return-value]
+
+
+class AbsorbedLayer(TransformerLayer):
+    """A place in the layer list whose work the RecursionLayer before it does.
+
+    Megatron counts layers, and numbers stages and checkpoint keys by them: with one entry for each
+    unrolled layer, all of that holds as it is.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int = 1,
+        pg_collection: ProcessGroupCollection | None = None,
+        vp_stage: int | None = None,
+        **unused: Any,
+    ) -> None:
+        GraphableMegatronModule.__init__(self, config=config, vp_stage=vp_stage)
+        pp_group = None if pg_collection is None else pg_collection.pp
+        offset = get_transformer_layer_offset(config, vp_stage, get_pg_rank(pp_group))
+        self.layer_number = layer_number + offset
+        self.is_mtp_layer = self.is_moe_layer = False
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, *args: Any, context: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        return hidden_states, context
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+
+def refuse_inputs(**inputs: Any) -> None:
+    """Raise ValueError for the first of these inputs that is given."""
+    for name, given in inputs.items():
+        if given is not None:
+            raise ValueError(
+                f"RecursionLayer does not take {name}. Several documents in a sequence go "
+                "through attention_mask (reset_attention_mask=True in GPTDatasetConfig)."
+            )

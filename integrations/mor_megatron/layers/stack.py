@@ -1,0 +1,269 @@
+"""The layers of a recursion block: ordinary Megatron layers from the user's own spec, built once.
+
+Legend: `k` tokens that run a step, `b` batch, `h` hidden; under sequence parallelism a rank holds
+`k / tp` rows of them.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+
+from mor_layers import RecursionConfig, StepContext
+from mor_megatron.layers.attention import RecursiveSelfAttention, SDPACoreAttention
+from mor_megatron.layers.expert_router import StepTopKRouter
+from mor_megatron.layers.moe import RecursiveMoELayer
+from mor_megatron.layers.quantization import filled, row_alignment
+from mor_megatron.layers.relaxation import attach_deltas
+from mor_megatron.layers.sandwich import attach_output_norms, like_norms_of
+from mor_megatron.step import (
+    CachedStep,
+    GatheredStep,
+    StaticCache,
+    StepRotation,
+    packed,
+    shard_of_padding,
+)
+
+
+@runtime_checkable
+class StepAware(Protocol):
+    """A module inside a layer that must know which step runs."""
+
+    def begin_step(self, step: int, layer_number: int) -> None:
+        """The next forward pass runs `step` as unrolled layer `layer_number` (1-based)."""
+        ...
+
+
+class StepNorms(nn.ModuleList):
+    """A norm of its own for each step."""
+
+    _step = 0
+
+    def begin_step(self, step: int, layer_number: int) -> None:
+        self._step = step
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self[self._step](hidden)
+
+
+class StepStack(nn.ModuleList):
+    """`K` Megatron layers that run as one step of a recursion.
+
+    Args:
+        config: the model's configuration.
+        layer_specs: the user's specs of the K layers.
+        recursion: for the number of steps and whether they share norms.
+        first_layer: layers of the unrolled model before this block.
+        pg_collection: the model's process groups.
+        vp_stage: virtual pipeline stage the block lives in.
+
+    Raises:
+        ValueError: a spec that cannot run inside a recursion.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_specs: Sequence[ModuleSpec],
+        recursion: RecursionConfig,
+        first_layer: int,
+        pg_collection: ProcessGroupCollection,
+        vp_stage: int | None,
+    ) -> None:
+        inner = inner_config(config, recursion.num_recursions)
+        super().__init__(
+            build_module(
+                recursive_layer_spec(spec, recursion, config.context_parallel_size > 1),
+                config=inner,
+                layer_number=first_layer + index + 1,
+                pg_collection=pg_collection,
+                vp_stage=vp_stage,
+                add_layer_offset=False,
+            )
+            for index, spec in enumerate(layer_specs)
+        )
+        self.first_layer = first_layer
+        self.row_alignment = row_alignment(config)
+        self.layers_per_step = len(self)  # more where other stages hold layers of the block too
+        self.tp_group = pg_collection.tp if config.sequence_parallel else None
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
+        for index, layer in enumerate(self):
+            cast(Any, layer).self_attention.join_block(index, layer.input_layernorm)
+            if recursion.relaxation is not None:
+                attach_deltas(layer, recursion.relaxation, recursion.num_recursions, config)
+            if recursion.sandwich_norms:
+                norm = like_norms_of(layer_specs[index], config)
+                attach_output_norms(layer, _of_every_step(norm, recursion))
+        self._step_aware = [
+            [m for m in layer.modules() if isinstance(m, StepAware)] for layer in self
+        ]
+
+    def forward(
+        self,
+        hidden: Tensor,
+        context: StepContext,
+        rotation: StepRotation | None = None,
+        cache: StaticCache | None = None,
+        num_documents: int | None = None,
+    ) -> Tensor:
+        """`[k b h] -> [k b h]`.
+
+        Args:
+            rotation: rotary table of the whole sequence, if any.
+            cache: where the rows of earlier tokens are, in generation.
+            num_documents: the most that a sequence has, where that is known to be more than one.
+        """
+        sequences = packed(context, num_documents)
+        if cache is not None:
+            context = CachedStep.of(context, cache)
+        if self.cp_group is not None:
+            shards = 1 if self.tp_group is None else self.tp_group.size()
+            multiple = self.cp_group.size() * shards
+            context = GatheredStep.of(context, self.cp_group, multiple)
+        if rotation is not None:
+            rotation = rotation.at(context.projected_positions)
+        is_padding = context.tokens.is_padding
+        if self.tp_group is not None:
+            is_padding = shard_of_padding(context.tokens, self.tp_group)
+        count, hidden = len(hidden), filled(hidden, self.row_alignment)
+        if extra := len(hidden) - count:
+            if is_padding is None:
+                is_padding = hidden.new_zeros(count, hidden.shape[1]).bool()
+            is_padding = F.pad(is_padding, (0, 0, 0, extra), value=True)
+        for index, layer in enumerate(self):
+            layer_number = self.first_layer + context.step * self.layers_per_step + index + 1
+            for module in self._step_aware[index]:
+                module.begin_step(context.step, layer_number)
+            hidden, _ = layer(
+                hidden_states=hidden,
+                attention_mask=context,
+                rotary_pos_emb=rotation,
+                packed_seq_params=sequences,
+                padding_mask=None if is_padding is None else is_padding.T,
+            )
+        return hidden[:count] if extra else hidden
+
+
+def inner_config(config: TransformerConfig, num_recursions: int) -> TransformerConfig:
+    """The configuration of a layer that runs `num_recursions` times.
+
+    Expert routers take the weight of their auxiliary losses from it, and divide by the same weight
+    for the log: with a share of it per step, a layer's losses count once in the graph and each
+    step's is logged as it is. How many rows a step sends to experts is known only then, which
+    dispatchers expect where there is a capacity: without one, it is set so high that it never binds.
+
+    Linear layers of Transformer Engine keep a quantized weight from a batch's first pass, and where
+    they add to `main_grad` themselves, write that pass's gradient **over** what is there: of a layer
+    that runs several times the first pass is the last to come back, and would wipe the others out.
+    Without their cache they do neither.
+    """
+    inner = copy.copy(config)
+    inner.disable_parameter_transpose_cache = True
+    if config.num_moe_experts is not None and config.moe_expert_capacity_factor is None:
+        inner.moe_expert_capacity_factor = float(config.num_moe_experts)
+    coefficient = config.moe_aux_loss_coeff
+    if isinstance(coefficient, list):
+        inner.moe_aux_loss_coeff = [c / num_recursions for c in coefficient]
+    else:
+        inner.moe_aux_loss_coeff = coefficient / num_recursions
+    if config.moe_z_loss_coeff is not None:
+        inner.moe_z_loss_coeff = config.moe_z_loss_coeff / num_recursions
+    return inner
+
+
+def recursive_layer_spec(
+    spec: ModuleSpec, recursion: RecursionConfig, gathers_keys: bool = False
+) -> ModuleSpec:
+    """The user's layer spec with the parts that must know of the recursion exchanged.
+
+    Attention becomes `RecursiveSelfAttention` (on `SDPACoreAttention` where it was the local core),
+    a mixture of experts `RecursiveMoELayer`; parameters and their names stay.
+
+    Args:
+        gathers_keys: whether keys come from other ranks too; a core attention with context
+            parallelism of its own would take them for its rank's share.
+
+    Raises:
+        ValueError: a layer without plain self-attention, or one with cross-attention.
+    """
+    if not (isinstance(spec.module, type) and issubclass(spec.module, TransformerLayer)):
+        raise ValueError(
+            f"a recursion runs TransformerLayers, not {spec.module!r}. Use a spec such as "
+            "get_gpt_layer_local_spec() or get_gpt_layer_with_transformer_engine_spec()."
+        )
+    parts = cast(Any, spec.submodules)
+    attention = parts.self_attention
+    if not isinstance(attention, ModuleSpec) or attention.module is not SelfAttention:
+        raise ValueError(
+            f"a recursion runs layers with SelfAttention, not {attention!r}. Multi-latent and "
+            "other attentions compute positions of their own."
+        )
+    if parts.cross_attention is not IdentityOp:
+        raise ValueError(
+            "a recursion has no cross-attention: its queries would lose their places. Put such "
+            "layers before or after it."
+        )
+    attention_parts = cast(Any, attention.submodules)
+    if gathers_keys or attention_parts.core_attention is DotProductAttention:
+        attention_parts = replace(attention_parts, core_attention=SDPACoreAttention)
+    changes: dict[str, Any] = {
+        "self_attention": replace(
+            attention, module=RecursiveSelfAttention, submodules=attention_parts
+        ),
+        "mlp": _recursive_mlp(parts.mlp, recursion),
+    }
+    if not recursion.share_norms:
+        for name in ("input_layernorm", "pre_mlp_layernorm"):
+            changes[name] = partial(
+                _step_norms, getattr(parts, name), recursion.num_recursions, name
+            )
+    return replace(spec, submodules=replace(parts, **changes))
+
+
+def _recursive_mlp(builder: Any, recursion: RecursionConfig) -> Any:
+    is_moe = isinstance(builder, partial) and builder.func is MoELayer
+    recursion.require_experts(is_moe)
+    if not is_moe:
+        return builder
+    parts = builder.keywords["submodules"]
+    if parts.router is not TopKRouter:
+        raise ValueError(
+            f"a mixture of experts inside a recursion needs Megatron's TopKRouter, "
+            f"not {parts.router!r}."
+        )
+    return partial(
+        RecursiveMoELayer,
+        submodules=replace(parts, router=StepTopKRouter),
+        recursion=recursion,
+        **{name: value for name, value in builder.keywords.items() if name != "submodules"},
+    )
+
+
+def _of_every_step(norm: Callable[[], nn.Module], recursion: RecursionConfig) -> Any:
+    """Builds a norm for all steps, or one for each."""
+    if recursion.share_norms:
+        return norm
+    return lambda: StepNorms(norm() for _ in range(recursion.num_recursions))
+
+
+def _step_norms(builder: Any, num_recursions: int, place: str, **arguments: Any) -> StepNorms:
+    if builder is IdentityOp:
+        raise ValueError(
+            f"share_norms=False needs a norm of its own at {place}; this layer spec fuses it into "
+            "the next linear layer. Use a local layer spec, or share_norms=True."
+        )
+    return StepNorms(builder(**arguments) for _ in range(num_recursions))

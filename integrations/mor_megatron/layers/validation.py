@@ -1,0 +1,185 @@
+"""What cannot run, said before anything is built."""
+
+from megatron.core.enums import Fp8Recipe
+from megatron.core.transformer import TransformerConfig
+
+from mor_layers import RecursionConfig
+from mor_layers.layers import MLP_PROJECTIONS
+from mor_megatron.platform import has_transformer_engine
+
+
+def validate(config: TransformerConfig, recursion: RecursionConfig) -> None:
+    """Refuse settings under which a recursion would compute something else than it should.
+
+    Raises:
+        ValueError: for the first such setting: what it is, why not, and what to use.
+    """
+    for is_wrong, given, reason in _rules(config, recursion):
+        if is_wrong:
+            raise ValueError(f"{given} cannot be used with a recursion: {reason}")
+
+
+def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[bool, str, str]]:
+    selective = config.recompute_modules if config.recompute_granularity == "selective" else []
+    selective = selective or []
+    has_moe = config.num_moe_experts is not None
+    balancing = config.moe_router_load_balancing_type
+    balancing = balancing if isinstance(balancing, list) else [balancing]
+    interleaved = config.virtual_pipeline_model_parallel_size is not None
+    relaxed = () if recursion.relaxation is None else recursion.relaxation.projections
+    relaxed_qkv = set(relaxed) & {"query", "key", "value"}
+    is_dora = recursion.relaxation is not None and recursion.relaxation.kind == "dora"
+    return [
+        (
+            config.hybrid_context_parallel,
+            "hybrid_context_parallel=True",
+            "its groups change from sequence to sequence. Use hybrid_context_parallel=False.",
+        ),
+        (
+            config.context_parallel_size > 1 and config.moe_expert_capacity_factor is not None,
+            f"context_parallel_size={config.context_parallel_size} with "
+            f"moe_expert_capacity_factor={config.moe_expert_capacity_factor}",
+            "a full expert is decided over the tokens of a tensor-parallel group, not of the whole "
+            "sequence. Leave the capacity out.",
+        ),
+        (
+            config.multi_latent_attention,
+            "multi_latent_attention=True",
+            "it computes positions of its own. Use grouped-query attention.",
+        ),
+        (
+            config.rotary_interleaved,
+            "rotary_interleaved=True",
+            "selected tokens are turned in halves. Use rotary_interleaved=False.",
+        ),
+        (
+            bool(config.no_rope_freq),
+            f"no_rope_freq={config.no_rope_freq}",
+            "a shared layer has no depth of its own. Leave it out.",
+        ),
+        (
+            config.attention_output_gate,
+            "attention_output_gate=True",
+            "gated attention is not implemented for selected tokens. Leave it out.",
+        ),
+        (
+            config.mtp_num_layers is not None,
+            f"mtp_num_layers={config.mtp_num_layers}",
+            "multi-token prediction counts layers that a recursion does not have. Leave it out.",
+        ),
+        (
+            config.cuda_graph_impl != "none",
+            f"cuda_graph_impl={config.cuda_graph_impl!r}",
+            "the number of selected tokens varies. Use cuda_graph_impl='none'.",
+        ),
+        (
+            bool(config.fp8) and config.fp8_recipe == Fp8Recipe.delayed,
+            f"fp8={config.fp8!r} with fp8_recipe='delayed'",
+            "a layer that runs twice within one context overwrites the maxima that set its next "
+            "scale. Use fp8_recipe='tensorwise', 'blockwise' or 'mxfp8'.",
+        ),
+        (
+            bool(config.fp8 or config.fp4)
+            and (config.sequence_parallel or config.context_parallel_size > 1),
+            f"fp8={config.fp8!r}, fp4={config.fp4!r} with sequence or context parallelism",
+            "selected rows are not spread over ranks in multiples of its blocks yet. Use "
+            "sequence_parallel=False and context_parallel_size=1, or bf16.",
+        ),
+        (
+            config.fine_grained_activation_offloading or config.cpu_offloading,
+            "activation offloading",
+            "a layer that runs several times would overwrite what it offloaded. Use "
+            "recompute_granularity instead.",
+        ),
+        (
+            "layernorm" in selective and not has_transformer_engine(),
+            "recompute_modules with 'layernorm' and no Transformer Engine",
+            "Megatron's local layers raise a NameError there. Leave 'layernorm' out.",
+        ),
+        (
+            "layernorm" in selective and not recursion.share_norms,
+            "recompute_modules with 'layernorm' and share_norms=False",
+            "a recomputed norm would be the last step's. Leave 'layernorm' out.",
+        ),
+        (
+            "mlp" in selective and bool(set(relaxed) & set(MLP_PROJECTIONS)),
+            f"recompute_modules with 'mlp' and Relaxation.projections={relaxed}",
+            "a recomputed MLP would be the last step's. Use recompute_granularity='full', or leave "
+            "'mlp' out.",
+        ),
+        (
+            "mlp" in selective and recursion.sandwich_norms and not recursion.share_norms,
+            "recompute_modules with 'mlp', sandwich_norms=True and share_norms=False",
+            "a recomputed norm would be the last step's. Use recompute_granularity='full', or leave "
+            "'mlp' out.",
+        ),
+        (
+            "gate" in relaxed and not config.gated_linear_unit,
+            "Relaxation.projections with 'gate' and gated_linear_unit=False",
+            "there is no gate. Leave it out of projections.",
+        ),
+        (
+            bool(relaxed_qkv)
+            and config.num_query_groups is not None
+            and config.num_query_groups < config.tensor_model_parallel_size,
+            f"num_query_groups={config.num_query_groups} with tensor_model_parallel_size="
+            f"{config.tensor_model_parallel_size} and deltas of {', '.join(sorted(relaxed_qkv))}",
+            "a rank has no projections of its own to add to. Use at least as many groups as ranks, "
+            "or other Relaxation.projections.",
+        ),
+        (
+            bool(relaxed_qkv) and is_dora and (config.add_bias_linear or config.add_qkv_bias),
+            "Relaxation.kind='dora' of query, key or value with biases",
+            "Megatron adds the bias before a magnitude could be applied. Use kind='lora', or other "
+            "Relaxation.projections.",
+        ),
+        (
+            interleaved and config.batch_p2p_comm,
+            f"virtual_pipeline_model_parallel_size={config.virtual_pipeline_model_parallel_size} "
+            "with batch_p2p_comm=True",
+            "with two stages the previous and the next rank are the same and batched sends cross, "
+            "which gives wrong losses silently. Set overlap_p2p_comm=True, batch_p2p_comm=False.",
+        ),
+        (
+            config.variable_seq_lengths and config.moe_token_dispatcher_type != "alltoall",
+            f"variable_seq_lengths=True with moe_token_dispatcher_type="
+            f"{config.moe_token_dispatcher_type!r}",
+            "Megatron needs moe_token_dispatcher_type='alltoall' there, even for a dense model.",
+        ),
+        (
+            has_moe and "global_aux_loss" in balancing,
+            "moe_router_load_balancing_type='global_aux_loss'",
+            "it averages counts of steps that run different numbers of tokens. Use 'aux_loss' or "
+            "'seq_aux_loss'.",
+        ),
+        (
+            has_moe and "quantile_balancing" in balancing,
+            "moe_router_load_balancing_type='quantile_balancing'",
+            "Megatron does not implement it with padding. Use 'aux_loss' or an expert bias.",
+        ),
+        (
+            has_moe and config.moe_pad_expert_input_to_capacity,
+            "moe_pad_expert_input_to_capacity=True",
+            "steps and ranks run different numbers of tokens. Leave it out.",
+        ),
+        (
+            recursion.mean_experts is not None
+            and (config.moe_router_score_function != "softmax" or "seq_aux_loss" in balancing),
+            f"mean_experts with moe_router_score_function={config.moe_router_score_function!r} and "
+            f"moe_router_load_balancing_type={config.moe_router_load_balancing_type!r}",
+            "the threshold is one on softmax probabilities. Use 'softmax', and 'aux_loss' or "
+            "'none'.",
+        ),
+        (
+            recursion.mean_experts is not None
+            and not 1 <= max(recursion.mean_experts) <= config.moe_router_topk > 1,
+            f"mean_experts={recursion.mean_experts} with moe_router_topk={config.moe_router_topk}",
+            "moe_router_topk is the most that a token may take. Use at least the mean, and 2.",
+        ),
+        (
+            has_moe and config.calculate_per_token_loss,
+            "calculate_per_token_loss=True with a mixture of experts",
+            "Megatron scales the experts' losses by the tokens of a step, not of the sequence. "
+            "Use calculate_per_token_loss=False.",
+        ),
+    ]

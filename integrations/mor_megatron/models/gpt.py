@@ -1,0 +1,246 @@
+"""From settings to the layer list that an unmodified GPTModel builds.
+
+    config = TransformerConfig(num_layers=8, ...)
+    block = recursion_block_spec(config, RecursionConfig(3, router=ExpertChoice()))
+    model = GPTModel(config, transformer_layer_spec=block, ...)
+
+`num_layers` counts the unrolled depth: 8 with 3 recursions under middle-cycle sharing are a prelude
+layer, a block of 2 that runs 3 times, and a coda layer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from itertools import accumulate
+from typing import Any, cast
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_submodules,
+    get_gpt_layer_with_transformer_engine_submodules,
+)
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    get_transformer_layer_offset,
+)
+
+from mor_layers import RecursionConfig
+from mor_megatron.layers import (
+    AbsorbedLayer,
+    RecursionLayer,
+    RecursionSubmodules,
+    SDPACoreAttention,
+    document_attention,
+    local_norm,
+)
+from mor_megatron.platform import has_transformer_engine
+
+
+def default_layer_spec(config: TransformerConfig, is_moe: bool | None = None) -> ModuleSpec:
+    """The layer Megatron would build for `config`: Transformer Engine's where it is installed and
+    CUDA is available, else the local one on SDPA and a norm that knows sequence parallelism.
+
+    Args:
+        is_moe: whether its MLP is a mixture of experts; by default if `config` has experts.
+
+    Raises:
+        ValueError: grouped expert matrix products without Transformer Engine, where Megatron would
+            run the experts one by one and say nothing.
+    """
+    num_experts = None if is_moe is False else config.num_moe_experts
+    uses_engine = config.transformer_impl == "transformer_engine" and torch.cuda.is_available()
+    if uses_engine and has_transformer_engine():
+        parts = get_gpt_layer_with_transformer_engine_submodules(
+            num_experts=num_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+        )
+        attention = cast(Any, parts.self_attention)
+        core = replace(attention.submodules, core_attention=document_attention())
+        parts = replace(parts, self_attention=replace(attention, submodules=core))
+        return ModuleSpec(module=TransformerLayer, submodules=parts)
+    if config.moe_grouped_gemm:
+        raise ValueError(
+            "moe_grouped_gemm=True needs Transformer Engine and CUDA; without them Megatron runs "
+            "experts one by one. Set moe_grouped_gemm=False."
+        )
+    parts = get_gpt_layer_local_submodules(
+        num_experts=num_experts,
+        qk_layernorm=config.qk_layernorm,
+        normalization=config.normalization,
+    )
+    attention, norm = cast(ModuleSpec, parts.self_attention), local_norm()
+    changes: dict[str, Any] = {}
+    attention_parts = cast(Any, attention.submodules)
+    if attention_parts.core_attention is DotProductAttention:
+        changes["core_attention"] = SDPACoreAttention
+    if config.qk_layernorm:
+        changes |= {"q_layernorm": norm, "k_layernorm": norm}
+    keys = dict(parts.sharded_state_dict_keys_map)
+    if num_experts:  # as Transformer Engine's layers, which fuse this norm into dense MLPs only
+        keys.pop("pre_mlp_layernorm.", None)
+    parts = replace(
+        parts,
+        input_layernorm=norm,
+        pre_mlp_layernorm=norm,
+        sharded_state_dict_keys_map=keys,
+        self_attention=replace(attention, submodules=replace(attention_parts, **changes)),
+    )
+    return ModuleSpec(module=TransformerLayer, submodules=parts)
+
+
+def recursion_layer_spec(
+    layer_specs: Sequence[ModuleSpec], recursion: RecursionConfig
+) -> ModuleSpec:
+    """One entry of `TransformerBlockSubmodules.layer_specs`: a recursion over the given layers.
+
+    Args:
+        layer_specs: the K layers of the shared block.
+        recursion: steps, router, KV policy, norms; `sharing` is not read, a step runs all K.
+
+    Raises:
+        ValueError: there is no layer.
+    """
+    if not layer_specs:
+        raise ValueError("a recursion needs at least one layer. Pass the specs of its layers.")
+    return ModuleSpec(
+        module=RecursionLayer,
+        submodules=cast(Any, RecursionSubmodules(tuple(layer_specs))),
+        params={"recursion": recursion},
+    )
+
+
+def recursion_block_spec(
+    config: TransformerConfig,
+    recursion: RecursionConfig,
+    layer_spec: ModuleSpec | None = None,
+    vp_stage: int | None = None,
+    dense_layer_spec: ModuleSpec | None = None,
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage: `transformer_layer_spec` of an unmodified GPTModel.
+
+    There is one entry for each unrolled layer, so that stages, checkpoint keys and logs are
+    numbered as Megatron expects. Each recursion lives inside one stage: give stages whole parts
+    through `config.pipeline_model_parallel_layout` (which is set here, as evenly as the recursion
+    allows, where nothing says how to divide the layers).
+
+    Args:
+        config: `num_layers` counts the unrolled depth.
+        recursion: sharing, steps, router, KV policy, norms.
+        layer_spec: the shared layers; default `default_layer_spec(config)`.
+        vp_stage: must be None; virtual stages are not used here.
+        dense_layer_spec: prelude and coda layers; default `layer_spec`.
+
+    Raises:
+        ValueError: layers that do not divide, or stages that would cut a recursion.
+    """
+    if vp_stage is not None:
+        raise ValueError(
+            f"vp_stage={vp_stage}: a recursion inside one stage has no virtual stages. Set "
+            "virtual_pipeline_model_parallel_size=None."
+        )
+    layer_spec = layer_spec or default_layer_spec(config)
+    parts = recursion_parts(config, recursion, layer_spec, dense_layer_spec or layer_spec)
+    set_pipeline_layout(config, [len(part) for part in parts])
+    first = get_transformer_layer_offset(config)
+    check_whole(config, [len(part) for part in parts], first, get_num_layers_to_build(config))
+    entries = [spec for part in parts for spec in part]
+    return TransformerBlockSubmodules(
+        layer_specs=entries[first : first + get_num_layers_to_build(config)],
+        layer_norm=cast(Any, final_norm(layer_spec)),
+    )
+
+
+def recursion_parts(
+    config: TransformerConfig,
+    recursion: RecursionConfig,
+    layer_spec: ModuleSpec,
+    dense_layer_spec: ModuleSpec,
+) -> list[list[ModuleSpec]]:
+    """The model's layers in parts that no stage may cut, one entry for each unrolled layer."""
+    schedule = recursion.schedule(config.num_layers)
+    # A cyclic step runs the whole block; in a sequence each layer repeats on its own.
+    sizes = [schedule.block_size] if schedule.is_cyclic else [1] * schedule.block_size
+    absorbed = ModuleSpec(module=AbsorbedLayer)
+    blocks = [
+        [recursion_layer_spec([layer_spec] * size, recursion)]
+        + [absorbed] * (size * recursion.num_recursions - 1)
+        for size in sizes
+    ]
+    dense = [dense_layer_spec]
+    return [dense] * schedule.prelude + blocks + [dense] * schedule.coda
+
+
+def set_pipeline_layout(config: TransformerConfig, depths: Sequence[int]) -> None:
+    """Divide parts of the given unrolled depths into stages, unless `config` says how already.
+
+    Raises:
+        ValueError: there are more stages than parts.
+    """
+    size = config.pipeline_model_parallel_size
+    is_given = (
+        config.pipeline_model_parallel_layout,
+        config.num_layers_in_first_pipeline_stage,
+        config.num_layers_in_last_pipeline_stage,
+    )
+    if size == 1 or any(is_given):
+        return
+    if size > len(depths):
+        raise ValueError(
+            f"pipeline_model_parallel_size={size} exceeds the {len(depths)} parts of the model "
+            f"({', '.join(map(str, depths))} unrolled layers), and a recursion inside one stage is "
+            f"not cut. Use {len(depths)} stages or fewer."
+        )
+    rows = [["decoder"] * sum(stage) for stage in _even_stages(tuple(depths), size)]
+    rows[0].insert(0, "embedding")
+    rows[-1].append("loss")
+    config.pipeline_model_parallel_layout = PipelineParallelLayerLayout(rows, size)
+
+
+def check_whole(config: TransformerConfig, depths: Sequence[int], first: int, count: int) -> None:
+    """Raise ValueError where a stage of `count` layers from `first` cuts one of the parts."""
+    borders = {0, *accumulate(depths)}
+    if first in borders and first + count in borders:
+        return
+    layout = "|".join("t" * depth if depth == 1 else f"t*{depth}" for depth in depths)
+    raise ValueError(
+        f"a pipeline stage of layers {first + 1} to {first + count} (pipeline_model_parallel_size="
+        f"{config.pipeline_model_parallel_size}) cuts a recursion: the parts of the model have "
+        f"{', '.join(map(str, depths))} unrolled layers. Put whole parts into stages with "
+        f"pipeline_model_parallel_layout, for example 'E{layout}L' for a stage each."
+    )
+
+
+@cache
+def _even_stages(depths: tuple[int, ...], size: int) -> tuple[tuple[int, ...], ...]:
+    """Consecutive parts in stages, none empty, with the deepest stage as shallow as possible."""
+    if size == 1:
+        return (depths,)
+    candidates = [
+        (depths[:cut], *_even_stages(depths[cut:], size - 1))
+        for cut in range(1, len(depths) - size + 2)
+    ]
+    return min(candidates, key=lambda stages: max(map(sum, stages)))
+
+
+def final_norm(layer_spec: ModuleSpec) -> type:
+    """The norm after the last layer: Transformer Engine's where the layers are its."""
+    if not (has_transformer_engine() and _is_transformer_engine(layer_spec)):
+        return local_norm()
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm
+
+
+def _is_transformer_engine(layer_spec: ModuleSpec) -> bool:
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    core = cast(Any, layer_spec.submodules).self_attention.submodules.core_attention
+    return isinstance(core, type) and issubclass(core, TEDotProductAttention)

@@ -1,0 +1,271 @@
+"""Recursions in Megatron's HybridModel, the announced successor of GPTModel; without Transformer
+Engine too.
+
+    pattern = HybridPattern.parse("*-[*-*E]x3*-")
+    recursion = RecursionConfig(3, router=ExpertChoice())
+    model = HybridModel(
+        config,
+        recursion_hybrid_spec(config, pattern, recursion),
+        hybrid_layer_pattern=pattern.unrolled,
+        position_embedding_type="rope",
+        ...
+    )
+
+A hybrid model counts attention and MLP as a layer each. One step of `[*-*E]` is two ordinary
+transformer layers, an attention with the MLP or the experts behind it, which is the same arithmetic.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.utils import get_pg_rank
+from torch import nn
+
+from mor_layers import RecursionConfig
+from mor_megatron.layers import AbsorbedLayer, RecursionLayer
+from mor_megatron.models.gpt import default_layer_spec, final_norm, recursion_layer_spec
+from mor_megatron.models.hybrid_pattern import SYMBOLS, HybridPattern
+
+
+@dataclass(frozen=True)
+class RecursiveHybridSubmodules:
+    """What a RecursiveHybridStack builds."""
+
+    pattern: HybridPattern
+    """The whole model's layers."""
+    layer_specs: tuple[ModuleSpec, ...]
+    """Specs of all stages, one for each symbol of the unrolled pattern."""
+    final_norm: type
+    """The norm after the last layer."""
+    mtp_block_spec: None = None
+    """Read by HybridModel: there is no multi-token prediction."""
+
+
+class RecursiveHybridStack(HybridStack):
+    """A HybridStack in which recursions stand; the `hybrid_stack_spec` of a HybridModel.
+
+    Forward pass, recomputation and checkpoint keys are HybridStack's.
+
+    Args:
+        config: the model's configuration.
+        submodules: from `recursion_hybrid_spec`.
+        layer_type_list: symbols of this stage's layers, from HybridModel.
+        pp_layer_offset: layers of earlier stages.
+
+    Raises:
+        ValueError: the model's pattern is not the one of the spec.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: RecursiveHybridSubmodules,
+        pre_process: bool = True,
+        layer_type_list: Sequence[str] = (),
+        pp_layer_offset: int = 0,
+        post_layer_norm: bool = True,
+        post_process: bool = True,
+        pg_collection: ProcessGroupCollection | None = None,
+        **unused: Any,
+    ) -> None:
+        pattern, given = submodules.pattern, "".join(layer_type_list)
+        stages = pattern.unrolled.split("|")
+        known = list(zip(_offsets(stages), stages, strict=True))
+        if (pp_layer_offset, given) not in known:
+            raise ValueError(
+                f"layers {given!r} from {pp_layer_offset + 1} on are no stage of {str(pattern)!r}. "
+                f"Give the HybridModel hybrid_layer_pattern={pattern.unrolled!r}."
+            )
+        # With no layers and no norm HybridStack builds nothing: those it knows need the Engine.
+        super().__init__(
+            config,
+            HybridStackSubmodules(),
+            pre_process=pre_process,
+            layer_type_list=[],
+            pp_layer_offset=pp_layer_offset,
+            post_layer_norm=False,
+            post_process=post_process,
+            pg_collection=cast(Any, pg_collection),
+        )
+        self.layer_type_list, self.post_layer_norm = list(given), post_layer_norm
+        stop = pp_layer_offset + len(given)
+        self.layers = nn.ModuleList(
+            self._build(spec, symbol, index, pp_layer_offset)
+            for index, (symbol, spec) in enumerate(
+                zip(given, submodules.layer_specs[pp_layer_offset:stop], strict=True)
+            )
+        )
+        self.num_layers_per_pipeline_rank = len(self.layers)
+        if post_process and post_layer_norm:
+            self.final_norm = submodules.final_norm(
+                config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+            )
+
+    def _build(self, spec: ModuleSpec, symbol: str, index: int, offset: int) -> Any:
+        number = index + 1 + offset
+        common = {"config": self.config, "pg_collection": self.pg_collection}
+        if spec.module in (RecursionLayer, AbsorbedLayer):
+            # These add the offset of their stage themselves.
+            own = get_transformer_layer_offset(self.config, None, get_pg_rank(self.pp_group))
+            return build_module(spec, layer_number=number - own, **common)
+        if symbol == "M":
+            return build_module(spec, layer_number=number, pp_layer_offset=offset, **common)
+        place = {"pp_layer_offset": offset} if symbol in "*D+" else {}
+        return build_module(spec, layer_number=number, add_layer_offset=False, **place, **common)
+
+
+def recursion_hybrid_spec(
+    config: TransformerConfig,
+    pattern: HybridPattern,
+    recursions: RecursionConfig | Sequence[RecursionConfig],
+    layers: HybridStackSubmodules | None = None,
+) -> ModuleSpec:
+    """The `hybrid_stack_spec` of a HybridModel whose `hybrid_layer_pattern` is `pattern.unrolled`.
+
+    Args:
+        config: `num_layers` is `pattern.num_layers`. Where the pattern has several stages,
+            `pipeline_model_parallel_layout` is set to them.
+        pattern: the layers, recursions in brackets.
+        recursions: router, KV policy and norms, for all recursions or one for each;
+            `num_recursions` must be what the pattern says, `sharing` is not read.
+        layers: specs by symbol, such as those of Megatron's `hybrid_stack_spec`; default
+            `default_hybrid_layers(config)`.
+
+    Raises:
+        ValueError: counts that differ, a symbol without a spec, or settings that cannot run.
+    """
+    configs = _matching(pattern, recursions)
+    _check(config, pattern)
+    layers = layers or default_hybrid_layers(config)
+    remaining = iter(configs)
+    specs: list[ModuleSpec] = []
+    for part in pattern.parts:
+        if part.num_recursions is None:
+            specs.append(_spec_of(layers, part.symbols))
+            continue
+        block = [_whole_layer(layers, symbols) for symbols in part.layers]
+        specs.append(recursion_layer_spec(block, next(remaining)))
+        specs += [ModuleSpec(module=AbsorbedLayer)] * (len(part.unrolled) - 1)
+    norm = final_norm(_spec_of(layers, "*"))
+    submodules = RecursiveHybridSubmodules(pattern, tuple(specs), norm)
+    return ModuleSpec(module=RecursiveHybridStack, submodules=cast(Any, submodules))
+
+
+def default_hybrid_layers(config: TransformerConfig) -> HybridStackSubmodules:
+    """Attention, MLP and experts as `default_layer_spec` has them, each a layer of its own."""
+    dense = default_layer_spec(config, is_moe=False)
+    parts = cast(Any, dense.submodules)
+    no_attention = {
+        "input_layernorm": IdentityOp,
+        "self_attention": IdentityOp,
+        "self_attn_bda": IdentityFuncOp,
+    }
+    no_mlp = {"pre_mlp_layernorm": IdentityOp, "mlp": IdentityOp, "mlp_bda": IdentityFuncOp}
+    moe: Any = IdentityOp
+    if config.num_moe_experts is not None:
+        spec = default_layer_spec(config, is_moe=True)
+        moe = replace(spec, submodules=replace(cast(Any, spec.submodules), **no_attention))
+    return HybridStackSubmodules(
+        attention_layer=replace(dense, submodules=replace(parts, **no_mlp)),
+        mlp_layer=replace(dense, submodules=replace(parts, **no_attention)),
+        moe_layer=moe,
+    )
+
+
+def _matching(
+    pattern: HybridPattern, recursions: RecursionConfig | Sequence[RecursionConfig]
+) -> list[RecursionConfig]:
+    """One for each recursion of the pattern."""
+    blocks = pattern.recursions
+    is_one = isinstance(recursions, RecursionConfig)
+    configs = [recursions] * len(blocks) if is_one else list(recursions)
+    if not blocks or len(configs) != len(blocks):
+        raise ValueError(
+            f"pattern {str(pattern)!r} has {len(blocks)} recursions, and {len(configs)} "
+            "RecursionConfigs are given. Write recursions in brackets, [*-]x3, and give one "
+            "RecursionConfig for all of them or one for each."
+        )
+    for block, config in zip(blocks, configs, strict=True):
+        if block.num_recursions != config.num_recursions:
+            raise ValueError(
+                f"{block} runs {block.num_recursions} times and its RecursionConfig says "
+                f"num_recursions={config.num_recursions}. Make them agree."
+            )
+    return configs
+
+
+def _check(config: TransformerConfig, pattern: HybridPattern) -> None:
+    if config.num_layers != pattern.num_layers:
+        raise ValueError(
+            f"pattern {str(pattern)!r} unrolls to {pattern.num_layers} layers, a hybrid model "
+            f"counting attention and MLP as a layer each. Set num_layers={pattern.num_layers}, "
+            f"not {config.num_layers}."
+        )
+    if config.fp8 or config.fp4:
+        raise ValueError(
+            f"fp8={config.fp8!r}, fp4={config.fp4!r}: a hybrid stack with recursions is not built "
+            "in them. Use bf16."
+        )
+    size = config.pipeline_model_parallel_size
+    if config.virtual_pipeline_model_parallel_size is not None or size != len(pattern.stages):
+        raise ValueError(
+            f"pattern {str(pattern)!r} has {len(pattern.stages)} stages; "
+            f"pipeline_model_parallel_size={size}, virtual_pipeline_model_parallel_size="
+            f"{config.virtual_pipeline_model_parallel_size}. Write '|' between the stages, as many "
+            "as there are ranks, and use no virtual ones."
+        )
+    if size > 1:
+        rows = [["decoder"] * sum(len(p.unrolled) for p in stage) for stage in pattern.stages]
+        rows[0].insert(0, "embedding")
+        rows[-1].append("loss")
+        config.pipeline_model_parallel_layout = PipelineParallelLayerLayout(rows, size)
+
+
+def _spec_of(layers: HybridStackSubmodules, symbol: str) -> ModuleSpec:
+    fields = {
+        "*": layers.attention_layer,
+        "-": layers.mlp_layer,
+        "E": layers.moe_layer,
+        "M": layers.mamba_layer,
+        "G": layers.gdn_layer,
+        "D": layers.dsa_layer,
+        "+": layers.mla_layer,
+    }
+    spec = fields[symbol]
+    if not isinstance(spec, ModuleSpec):
+        raise ValueError(
+            f"there is no spec for {symbol!r} ({SYMBOLS[symbol]}). "
+            + (
+                "Set num_moe_experts."
+                if symbol == "E"
+                else "Give `layers`, such as Megatron's hybrid_stack_spec.submodules."
+            )
+        )
+    return spec
+
+
+def _whole_layer(layers: HybridStackSubmodules, symbols: str) -> ModuleSpec:
+    """`*-` as one TransformerLayer: the first symbol's attention, the second one's MLP."""
+    attention = _spec_of(layers, "*")
+    if len(symbols) == 1:
+        return attention
+    mlp = cast(Any, _spec_of(layers, symbols[1]).submodules)
+    parts = replace(
+        cast(Any, attention.submodules),
+        pre_mlp_layernorm=mlp.pre_mlp_layernorm,
+        mlp=mlp.mlp,
+        mlp_bda=mlp.mlp_bda,
+    )
+    return replace(attention, submodules=parts)
+
+
+def _offsets(stages: Sequence[str]) -> list[int]:
+    return [sum(map(len, stages[:index])) for index in range(len(stages))]

@@ -1,0 +1,137 @@
+"""What steps as virtual pipeline stages need, checked before anything is built."""
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+from mor_layers import RecursionConfig
+from mor_layers.recursion import SharingSchedule
+
+
+def validate_pipeline(
+    config: TransformerConfig, recursion: RecursionConfig, schedule: SharingSchedule
+) -> None:
+    """Refuse what cannot run with steps as virtual stages.
+
+    Raises:
+        ValueError: for the first such setting: what it is, why not, and what to use.
+    """
+    for is_wrong, given, reason in _rules(config, recursion, schedule):
+        if is_wrong:
+            raise ValueError(f"{given} cannot run with recursion steps as virtual stages: {reason}")
+
+
+def _rules(
+    config: TransformerConfig, recursion: RecursionConfig, schedule: SharingSchedule
+) -> list[tuple[bool, str, str]]:
+    stages, chunks = _stages(config), config.virtual_pipeline_model_parallel_size
+    steps, size = recursion.num_recursions, schedule.block_size
+    below = size - size % stages
+    fitting = " or ".join(
+        str(n * steps + schedule.prelude + schedule.coda) for n in (below, below + stages) if n
+    )
+    dtype = _dtype(config)
+    layout = config.pipeline_model_parallel_layout
+    uneven = (
+        "num_layers_in_first_pipeline_stage",
+        "num_layers_in_last_pipeline_stage",
+        "account_for_embedding_in_pipeline_split",
+        "account_for_loss_in_pipeline_split",
+    )
+    return [
+        (
+            config.context_parallel_size > 1,
+            f"context_parallel_size={config.context_parallel_size}",
+            "what travels between stages is laid out for whole sequences. Use "
+            "recursion_block_spec, which keeps the recursion in one stage, or tensor parallelism "
+            "with sequence_parallel=True.",
+        ),
+        (
+            not schedule.is_cyclic,
+            f"sharing={recursion.sharing!r}",
+            "its layers repeat one by one, so no step goes round. Use 'cycle' or 'middle_cycle', "
+            "or recursion_block_spec.",
+        ),
+        (
+            stages == 1 or steps == 1,
+            f"pipeline_model_parallel_size={stages} with num_recursions={steps}",
+            "nothing goes round. Use at least 2 of both, or recursion_block_spec.",
+        ),
+        (
+            chunks != steps,
+            f"virtual_pipeline_model_parallel_size={chunks}",
+            f"each chunk runs one of the {steps} steps. Use "
+            f"virtual_pipeline_model_parallel_size={steps}.",
+        ),
+        (
+            size % stages > 0,
+            f"num_layers={config.num_layers}",
+            f"a block of {size} layers does not spread evenly over {stages} stages. "
+            f"Use num_layers={fitting}.",
+        ),
+        (
+            any(getattr(config, name) for name in uneven),
+            "an uneven split of the pipeline",
+            f"every stage holds {size} / {stages} layers of the block. Leave out "
+            f"{', '.join(uneven)}.",
+        ),
+        (
+            layout is not None and repr(layout) != repr(_layout(schedule, stages)),
+            f"pipeline_model_parallel_layout={layout!r}",
+            "the layout follows from the recursion. Leave it out.",
+        ),
+        (
+            recursion.kv_policy
+            not in ("recursion_wise", "recursive_sharing", "sharing_with_update"),
+            f"kv_policy={recursion.kv_policy!r}",
+            "only what step 1 makes is kept for later steps. Use 'recursion_wise', "
+            "'recursive_sharing' or 'sharing_with_update', or recursion_block_spec.",
+        ),
+        (
+            config.pipeline_dtype is not dtype,
+            f"pipeline_dtype={config.pipeline_dtype}",
+            f"hidden states travel as they are. Use pipeline_dtype={dtype}.",
+        ),
+        (
+            config.variable_seq_lengths,
+            "variable_seq_lengths=True",
+            "what travels has one shape. Use variable_seq_lengths=False.",
+        ),
+        (
+            config.overlap_moe_expert_parallel_comm,
+            "overlap_moe_expert_parallel_comm=True",
+            "it takes layers apart that a step runs as one. Leave it out.",
+        ),
+        (
+            config.recompute_granularity == "full" and config.recompute_method == "block",
+            "recompute_method='block'",
+            "later steps need to know whether step 1 is computed again. Use 'uniform'.",
+        ),
+        (
+            bool(config.distribute_saved_activations),
+            "distribute_saved_activations=True",
+            "what travels does not divide by the ranks. Use sequence_parallel=True.",
+        ),
+    ]
+
+
+def _stages(config: TransformerConfig) -> int:
+    return config.pipeline_model_parallel_size
+
+
+def _dtype(config: TransformerConfig) -> torch.dtype:
+    return torch.float32 if config.fp32_residual_connection else config.params_dtype
+
+
+def _layout(schedule: SharingSchedule, stages: int) -> PipelineParallelLayerLayout:
+    """Megatron numbers a chunk's layers after those of earlier chunks, and checkpoint keys by that.
+
+    So that the recursion has the same number on all ranks, and the coda the one it has in a model
+    on one stage, all layers of the block but one count as those of the first rank's second chunk.
+    """
+    rows: list[list[str]] = [[] for _ in range(stages * schedule.num_recursions)]
+    ends = schedule.prelude + schedule.coda
+    rows[0] = ["embedding"] + ["decoder"] * schedule.prelude
+    rows[stages] = ["decoder"] * (schedule.num_unrolled_layers - ends - 1)
+    rows[-1] = ["decoder"] * (1 + schedule.coda) + ["loss"]
+    return PipelineParallelLayerLayout(rows, stages)

@@ -1,0 +1,150 @@
+"""A recursion step is a virtual pipeline stage: the block's layers spread over the pipeline.
+
+With `PP` stages and as many virtual stages as recursions, chunk `v` of a rank runs step `v + 1`
+over the rank's own `K / PP` layers, and a microbatch goes round `N_r` times:
+
+    rank 0:  prelude, route, layers | route, layers   | route, layers
+    rank 1:  layers, combine        | layers, combine | layers, combine, coda
+
+All chunks of a rank use the same modules, so no weight lives on two ranks. Later chunks do not
+register them: DDP, the optimizer, gradient norms and checkpoints see each weight once.
+
+    chunks = []
+    for v in range(config.virtual_pipeline_model_parallel_size):
+        block = recursion_pipeline_spec(config, recursion, vp_stage=v)
+        chunks.append(GPTModel(config, block, ..., vp_stage=v))
+    connect_stages(chunks)
+    recursion_forward_backward(model=chunks, ...)  # called as Megatron's own schedule
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.utils import unwrap_model
+from torch import nn
+
+from mor_layers import RecursionConfig
+from mor_megatron.layers import RecursionSubmodules, validate
+from mor_megatron.models import default_layer_spec, final_norm
+from mor_megatron.pipeline.rules import _layout, _stages, validate_pipeline
+from mor_megatron.pipeline.stage import RecursionStage, RepeatedStage
+
+
+def recursion_pipeline_spec(
+    config: TransformerConfig,
+    recursion: RecursionConfig,
+    layer_spec: ModuleSpec | None = None,
+    vp_stage: int | None = None,
+    dense_layer_spec: ModuleSpec | None = None,
+    documents: bool = False,
+) -> TransformerBlockSubmodules:
+    """The layers of one chunk of this rank: `transformer_layer_spec` of an unmodified GPTModel.
+
+    `config.pipeline_model_parallel_layout` is set so that checkpoint keys are those of a model on
+    one stage. Build every chunk from the same `config`.
+
+    Args:
+        config: `num_layers` counts the unrolled depth.
+        recursion: sharing, steps, router, KV policy, norms.
+        layer_spec: the shared layers; default `default_layer_spec(config)`.
+        vp_stage: the chunk, 0 .. N_r - 1: the 0-based step it runs.
+        dense_layer_spec: prelude and coda layers; default `layer_spec`.
+        documents: whether batches may have several documents in a sequence, or padding; more then
+            travels, and stages wait for its arrival.
+
+    Raises:
+        ValueError: settings that cannot run in this layout, with the way out.
+    """
+    schedule = recursion.schedule(config.num_layers)
+    validate(config, recursion)
+    validate_pipeline(config, recursion, schedule)
+    if vp_stage is None or not 0 <= vp_stage < recursion.num_recursions:
+        raise ValueError(
+            f"vp_stage={vp_stage} must lie in 0..{recursion.num_recursions - 1}, one chunk a step."
+        )
+    rank, stages = parallel_state.get_pipeline_model_parallel_rank(), _stages(config)
+    config.pipeline_model_parallel_layout = _layout(schedule, stages)
+    layer_spec = layer_spec or default_layer_spec(config)
+    dense = dense_layer_spec or layer_spec
+    own = schedule.block_size // stages
+    if vp_stage:
+        stage = ModuleSpec(module=RepeatedStage, params={"step": vp_stage})
+    else:
+        stage = ModuleSpec(
+            module=RecursionStage,
+            submodules=cast(Any, RecursionSubmodules([layer_spec] * own)),
+            params={
+                "recursion": recursion,
+                "block_size": schedule.block_size,
+                "first_in_block": rank * own,
+                "documents": documents,
+            },
+        )
+    is_first = rank == 0 and vp_stage == 0
+    is_last = rank == stages - 1 and vp_stage == recursion.num_recursions - 1
+    prelude, coda = schedule.prelude * is_first, schedule.coda * is_last
+    return TransformerBlockSubmodules(
+        layer_specs=[dense] * prelude + [stage] + [dense] * coda,
+        layer_norm=final_norm(layer_spec),
+    )
+
+
+def connect_stages(chunks: Sequence[nn.Module]) -> None:
+    """Let the later chunks of this rank use the first one's layers.
+
+    Call it when all of them are built, before they are wrapped or run.
+
+    Raises:
+        ValueError: these are not the chunks of one rank, in order.
+    """
+    stages = [
+        [m for m in chunk.modules() if isinstance(m, RecursionStage | RepeatedStage)]
+        for chunk in chunks
+    ]
+    names = [[type(stage).__name__ for stage in chunk] for chunk in stages]
+    expected = [["RecursionStage"]] + [["RepeatedStage"]] * (len(chunks) - 1)
+    if names != expected:
+        raise ValueError(
+            f"the chunks hold {names}; expected {expected}. Pass all chunks of this rank in order, "
+            "each built from recursion_pipeline_spec."
+        )
+    first = cast(RecursionStage, stages[0][0])
+    for (stage,) in cast(list[list[RepeatedStage]], stages[1:]):
+        stage.use(first)
+    if not first.is_exit:
+        return
+
+    def shorten(block: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        # Megatron makes the rotary table as long as what arrives; the coda needs the sequence's.
+        if named.get("rotary_pos_emb") is not None:
+            length = first.layout.sequence_length(len(block.input_tensor))
+            named["rotary_pos_emb"] = named["rotary_pos_emb"][:length]
+        return inputs, named
+
+    decoder = cast(nn.Module, chunks[-1].decoder)
+    decoder.register_forward_pre_hook(shorten, with_kwargs=True)
+
+
+def carried_length(chunks: Sequence[nn.Module], seq_length: int) -> int:
+    """What a schedule must be given as `seq_length`, so that what travels has room.
+
+    Args:
+        chunks: this rank's chunks, bare or wrapped.
+        seq_length: length of the sequences.
+    """
+    layer: Any = unwrap_model(chunks[0])
+    (stage,) = (m for m in layer.modules() if isinstance(m, RecursionStage))
+    stage.announced_lengths.add(seq_length)
+    return stage.layout.carried_length(seq_length)
+
+
+def recursion_forward_backward(
+    *, model: Sequence[nn.Module], seq_length: int, **arguments: Any
+) -> Any:
+    """Megatron's `get_forward_backward_func()` on this model: same arguments, same results."""
+    length = carried_length(model, seq_length)
+    return get_forward_backward_func()(model=model, seq_length=length, **arguments)

@@ -1,0 +1,323 @@
+"""What a recursion sends from stage to stage, and what waits on a rank for later steps.
+
+Megatron's interleaved schedule sends one tensor of one shape. A recursion needs more than hidden
+states: which tokens run the step, their gates, what a router planned. All of it travels in rows
+behind the sequence, as bits; a sequence length that counts them is given to the schedule.
+
+    [ full: s rows | rows: the k tokens in the block, room for the widest step | bits ]
+
+Gradients come back in the same places. Gates and plans stay fp32 both ways, whatever the dtype of
+hidden states is, because nothing between two stages computes with the rows that hold them.
+
+Legend: `s` sequence, `b` batch, `h` hidden, `k` tokens that run a step, `p` numbers planned per
+token. Under sequence parallelism a rank holds its part of `full` and `rows`, and all bits.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mor_layers import (
+    ExpertChoice,
+    FixedDepth,
+    RandomDepth,
+    RecursionConfig,
+    RoutingDecision,
+    StepContext,
+    Tokens,
+)
+
+_WORD = 4  # bytes of an int32 or fp32
+
+
+@dataclass(frozen=True)
+class CarriedState:
+    """A microbatch on its way round the pipeline."""
+
+    full: Tensor
+    """States of all tokens as the current step found them, `[s b h]`."""
+    rows: Tensor
+    """States of the tokens in the block, `[k b h]`; between two passes, the next candidates'."""
+    decision: RoutingDecision
+    """Who runs the step; its `rows` are rows of `full`."""
+
+
+@dataclass(frozen=True)
+class CarriedLayout:
+    """Where everything stands in the tensor that travels; alike on all stages."""
+
+    hidden_size: int
+    itemsize: int
+    """Bytes of an element of hidden states."""
+    ranks: int
+    """Tensor-parallel ranks that share the sequence; 1 without sequence parallelism."""
+    has_gates: tuple[bool, ...]
+    """At each step, whether decisions have gates."""
+    plan_sizes: tuple[int, ...]
+    """At each step, the numbers planned per token (p)."""
+    shares: tuple[float, ...] | None = None
+    """Share of the sequence that runs each step; None where it depends on the tokens."""
+    has_documents: bool = False
+    """Whether batches may hold several documents in a sequence, or padding."""
+
+    @classmethod
+    def of(
+        cls,
+        recursion: RecursionConfig,
+        hidden_size: int,
+        itemsize: int,
+        ranks: int,
+        documents: bool,
+    ) -> Self:
+        """The layout for a router: what it puts into decisions is seen from a trial of it."""
+        decisions = _trial(recursion)
+        router = recursion.router
+        shares = None
+        if isinstance(router, ExpertChoice | FixedDepth | RandomDepth) and not documents:
+            shares = router.capacity_factors_for(recursion.num_recursions)
+        if isinstance(router, ExpertChoice) and router.warmup_steps:
+            shares = None
+        return cls(
+            hidden_size,
+            itemsize,
+            ranks,
+            tuple(d.gates is not None for d in decisions),
+            tuple(0 if d.plan is None else d.plan.shape[-1] for d in decisions),
+            shares,
+            documents,
+        )
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether all tokens run all steps and nothing but their states travels."""
+        has_notes = any(self.has_gates) or any(self.plan_sizes)
+        return self.shares is not None and min(self.shares) == 1.0 and not has_notes
+
+    def carried_length(self, sequence_length: int) -> int:
+        """What the schedule must be told instead of `sequence_length`, over all ranks."""
+        if self.is_bare:
+            return sequence_length
+        if sequence_length % self.ranks:
+            raise ValueError(
+                f"sequence length {sequence_length} does not divide by the {self.ranks} ranks of "
+                "sequence parallelism. Use a multiple of their number."
+            )
+        rows = self.shard(self.room(sequence_length)) + self.bit_rows(sequence_length)
+        return sequence_length + rows * self.ranks
+
+    def sequence_length(self, carried_rows: int) -> int:
+        """The sequence length behind a rank's `carried_rows` rows.
+
+        Raises:
+            ValueError: no sequence has that many.
+        """
+        return _sequence_length(self, carried_rows)
+
+    def width(self, step: int, sequence_length: int) -> int | None:
+        """Tokens that run a step; None where only the tensor itself says it."""
+        if self.shares is None:
+            return None
+        return max(1, math.floor(self.shares[step] * sequence_length))
+
+    def room(self, sequence_length: int) -> int:
+        """Tokens that rows are kept free for."""
+        return self.width(0, sequence_length) or sequence_length
+
+    def shard(self, rows: int) -> int:
+        """Rows of a rank."""
+        return -(-rows // self.ranks)
+
+    def bit_rows(self, sequence_length: int) -> int:
+        """Rows that hold bits."""
+        notes = max(g + p for g, p in zip(self.has_gates, self.plan_sizes, strict=True))
+        words = 1 + self.room(sequence_length) * (1 + 2 * self.has_documents + notes)
+        return -(-words * _WORD // (self.itemsize * self.hidden_size))
+
+    def pack(self, state: CarriedState, step: int) -> Tensor:
+        """The tensor to send: `[rows b h]`, not a view."""
+        if self.is_bare:
+            return state.rows
+        decision, tokens = state.decision, state.decision.tokens
+        assert tokens.padding_trails
+        positions = tokens.positions
+        if tokens.is_padding is not None:
+            positions = torch.where(tokens.is_padding, ~positions, positions)
+        words = [positions.int()]
+        if self.has_documents:
+            lengths = tokens.document_lengths
+            zero = torch.zeros_like(words[0])
+            words.append(zero if tokens.documents is None else tokens.documents.int())
+            words.append(zero + tokens.sequence_length if lengths is None else lengths.int())
+        if self.has_gates[step]:
+            assert decision.gates is not None
+            words.append(decision.gates.float())
+        if self.plan_sizes[step]:
+            assert decision.plan is not None
+            words += decision.plan.float().unbind(dim=-1)
+        frame = _Frame(self, tokens.sequence_length, len(positions))
+        return _Pack.apply(frame, state.full, state.rows, *words)  # type: ignore[return-value]
+
+    def unpack(self, carried: Tensor, step: int) -> CarriedState:
+        """What was packed at `step`."""
+        s = self.sequence_length(len(carried))
+        if self.is_bare:
+            tokens = Tokens.whole_sequence(s, carried.shape[1], carried.device)
+            return CarriedState(carried, carried, RoutingDecision.everything(tokens))
+        k = self.width(step, s)
+        if k is None:  # waits for the device
+            header = carried[len(carried) - self.bit_rows(s), 0].detach()
+            k = int(header[: _WORD // self.itemsize].clone().view(torch.int32)[0])
+        integers, gates = 1 + 2 * self.has_documents, self.has_gates[step]
+        count = integers + gates + self.plan_sizes[step]
+        full, rows, *words = _Unpack.apply(_Frame(self, s, k), integers, count, carried)
+        position = words[0].long()
+        documents = lengths = is_padding = None
+        if self.has_documents:
+            documents, lengths = words[1].long(), words[2].long()
+        if self.has_documents or (self.shares is None and step > 0):
+            is_padding = position < 0
+            position = torch.where(is_padding, ~position, position)
+        tokens = Tokens(position, s, documents, is_padding, lengths)
+        decision = RoutingDecision(
+            tokens,
+            rows=None if is_padding is None and k == s else position,
+            gates=words[integers] if gates else None,
+            plan=torch.stack(words[integers + gates :], dim=-1) if self.plan_sizes[step] else None,
+        )
+        return CarriedState(full, rows, decision)
+
+
+@cache
+def _sequence_length(layout: CarriedLayout, carried_rows: int) -> int:
+    total = carried_rows * layout.ranks
+    for length in range(total, 0, -layout.ranks):
+        if layout.carried_length(length) == total:
+            return length
+    raise ValueError(
+        f"no sequence fills the {total} rows that the schedule sends from stage to stage. Run it "
+        "through recursion_forward_backward, or give it seq_length=carried_length(chunks, s)."
+    )
+
+
+def _trial(recursion: RecursionConfig) -> list[RoutingDecision]:
+    """The decisions of such a router about a few tokens."""
+    decisions, size = [], 4
+    with torch.random.fork_rng(devices=()), torch.no_grad(), torch.device("cpu"):
+        router = recursion.router.build(size, recursion.num_recursions)
+        candidates = torch.zeros(8, 1, size)
+        decision = RoutingDecision.everything(Tokens.whole_sequence(8, 1))
+        for step in range(recursion.num_recursions):
+            decision = router.decide(router.logits(candidates, step), step, decision)
+            candidates = candidates[: decision.tokens.shape[0]]
+            decisions.append(decision)
+    return decisions
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """One tensor's layout: a sequence of `s` tokens of which `k` run the step."""
+
+    layout: CarriedLayout
+    s: int
+    k: int
+
+    def join(self, full: Tensor, rows: Tensor, words: Sequence[Tensor]) -> Tensor:
+        layout = self.layout
+        batch = full.shape[1]
+        spare = layout.shard(layout.room(self.s)) - len(rows)
+        header = torch.full((1, batch), self.k, dtype=torch.int32, device=full.device)
+        # [1 b], [k b], ... -> [b words] -> [b elements] -> [b rows h] -> [rows b h]
+        bits = torch.cat([header, *(word.view(torch.int32) for word in words)]).T.contiguous()
+        bits = bits.view(full.dtype)
+        size = layout.bit_rows(self.s) * layout.hidden_size
+        bits = F.pad(bits, (0, size - bits.shape[1])).unflatten(1, (-1, layout.hidden_size))
+        return torch.cat([full, F.pad(rows, (0, 0, 0, 0, 0, spare)), bits.transpose(0, 1)])
+
+    def split(self, carried: Tensor, count: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+        layout, end = self.layout, self.s // self.layout.ranks
+        elements = (1 + count * self.k) * _WORD // layout.itemsize
+        bits = carried[len(carried) - layout.bit_rows(self.s) :].transpose(0, 1).flatten(1)
+        words = bits[:, :elements].contiguous().view(torch.int32).T[1:].contiguous()
+        rows = carried[end : end + layout.shard(self.k)]
+        return carried[:end], rows, list(words.split(self.k)) if count else []
+
+
+class _Pack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, frame: _Frame, full: Tensor, rows: Tensor, *words: Tensor) -> Tensor:
+        ctx.frame = frame
+        ctx.is_float = [word.is_floating_point() for word in words]
+        return frame.join(full, rows, words)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        full, rows, words = ctx.frame.split(gradients[0], len(ctx.is_float))
+        floats = [
+            word.view(torch.float32) if is_float else None
+            for word, is_float in zip(words, ctx.is_float, strict=True)
+        ]
+        return None, full, rows, *floats
+
+
+class _Unpack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, frame: _Frame, integers: int, count: int, carried: Tensor) -> Any:
+        full, rows, words = frame.split(carried, count)
+        floats = [word.view(torch.float32) for word in words[integers:]]
+        ctx.frame, ctx.count = frame, count
+        ctx.like = (full.shape, rows.shape, carried.dtype, carried.device)
+        ctx.mark_non_differentiable(*words[:integers])
+        ctx.set_materialize_grads(False)
+        return full, rows, *words[:integers], *floats
+
+    @staticmethod
+    def backward(ctx: Any, full: Tensor | None, rows: Tensor | None, *words: Any) -> Any:
+        full_shape, rows_shape, dtype, device = ctx.like
+        full = torch.zeros(full_shape, dtype=dtype, device=device) if full is None else full
+        rows = torch.zeros(rows_shape, dtype=dtype, device=device) if rows is None else rows
+        none = torch.zeros(ctx.frame.k, full.shape[1], device=device)
+        words = tuple(none if word is None else word.contiguous() for word in words)
+        return None, None, None, ctx.frame.join(full, rows, words)
+
+
+class GradientsOfLaterSteps(torch.autograd.Function):
+    """Identity on hidden states; its backward pass hands in what later steps learned.
+
+    Step 1 makes tensors that later steps use on the same rank, in autograd graphs of their own.
+    Those use leaves in their place, whose gradients have all arrived when the backward pass of
+    step 1 begins, because a microbatch goes back through the pipeline as it came.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, leaves: list[Tensor], *originals: Tensor) -> Tensor:
+        ctx.leaves = leaves
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        learned = [leaf.grad for leaf in ctx.leaves]
+        for leaf in ctx.leaves:
+            leaf.grad = None
+        return gradients[0], None, *learned
+
+
+@dataclass
+class Flight:
+    """What waits on a rank for the later steps of one microbatch."""
+
+    context: StepContext | None = None
+    """Of the step before, with leaves in place of step 1's keys and values."""
+    origin: Tensor | None = None
+    """The states that entered the recursion, a leaf, where routers combine with them."""
+    leaves: list[Tensor] = field(default_factory=list)
+    """What stands for tensors of step 1 in the graphs of later steps."""
+    tokens: Tokens | None = None
+    """The whole sequence, on the rank that routes."""
+    decisions: list[RoutingDecision] = field(default_factory=list)
+    """Of the steps so far, on the rank that routes."""

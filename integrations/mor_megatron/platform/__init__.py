@@ -1,0 +1,6 @@
+"""What Megatron-Core runs on: CPUs, Transformer Engine, apex."""
+
+from mor_megatron.platform.apex import has_apex
+from mor_megatron.platform.transformer_engine import has_transformer_engine
+
+__all__ = ["has_apex", "has_transformer_engine"]

@@ -1,0 +1,29 @@
+"""The rows of one recursion step: positions, documents, placement over ranks, caches."""
+
+from mor_megatron.step.context_parallel import (
+    GatheredStep,
+    Relayout,
+    in_sequence_order,
+    zigzag_positions,
+)
+from mor_megatron.step.documents import documents_of
+from mor_megatron.step.packing import attend_packed, packed, takes_packed
+from mor_megatron.step.placement import SequenceParallelPlacement, shard_of_padding
+from mor_megatron.step.rotation import StepRotation
+from mor_megatron.step.static_cache import CachedStep, StaticCache
+
+__all__ = [
+    "CachedStep",
+    "GatheredStep",
+    "Relayout",
+    "SequenceParallelPlacement",
+    "StaticCache",
+    "StepRotation",
+    "attend_packed",
+    "documents_of",
+    "in_sequence_order",
+    "packed",
+    "shard_of_padding",
+    "takes_packed",
+    "zigzag_positions",
+]

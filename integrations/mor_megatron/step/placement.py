@@ -1,0 +1,109 @@
+"""Rows of hidden states spread over tensor-parallel ranks (sequence parallelism).
+
+Each rank holds an even, contiguous part of a step's rows (filled up to a multiple of the group's
+size). Ranks gather *logits*, a few numbers per token, and take the same decision over the full
+sequence; selected tokens are then spread evenly again. What travels per step is one reduce-scatter
+and one all-gather of the selected rows; nothing of the sequence's length but logits.
+
+Legend: `b` batch, `n` candidates of a step, `k` tokens selected, `h` hidden, `c` logits per token,
+`shard` rows on this rank.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from mor_layers import RoutingDecision, Tokens
+from mor_layers.selection import put_rows, take_rows
+
+
+def padded(count: int, group: ProcessGroup) -> int:
+    """`count`, filled up to a multiple of the group's size."""
+    return -(-count // group.size()) * group.size()
+
+
+def shard_of(rows: Tensor, group: ProcessGroup, fill: float | bool = 0) -> Tensor:
+    """This rank's part of replicated rows: `[k b ...] -> [padded(k) / size, b ...]`."""
+    extra = padded(len(rows), group) - len(rows)
+    if extra:
+        rows = torch.cat([rows, rows.new_full((extra, *rows.shape[1:]), fill)])
+    return rows.chunk(group.size())[group.rank()]
+
+
+def shard_of_padding(tokens: Tokens, group: ProcessGroup) -> Tensor | None:
+    """Which of this rank's rows hold no token, fill for the ranks included: `[shard b]`."""
+    is_padding = tokens.is_padding
+    if is_padding is None:
+        if len(tokens.positions) % group.size() == 0:
+            return None
+        is_padding = torch.zeros_like(tokens.positions, dtype=torch.bool)
+    return shard_of(is_padding, group, fill=True)
+
+
+class SequenceParallelPlacement:
+    """A `mor_layers.Placement` over the ranks of a tensor-parallel group."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+
+    def gather(self, logits: Tensor, count: int) -> Tensor:
+        # Every rank goes on to compute the same from the same logits, so the gradient of a row is
+        # complete where it comes back: split it, do not sum it.
+        gathered = gather_from_sequence_parallel_region(
+            logits, tensor_parallel_output_grad=False, group=self.group
+        )
+        return gathered[:count]
+
+    def select(self, candidates: Tensor, decision: RoutingDecision) -> Tensor:
+        if decision.rows is None:
+            return candidates
+        local, is_here = self._local_rows(decision.rows, len(candidates))
+        taken = take_rows(candidates, local).masked_fill(~is_here[..., None], 0)
+        extra = padded(len(taken), self.group) - len(taken)
+        taken = F.pad(taken, (0, 0, 0, 0, 0, extra))
+        return reduce_scatter_to_sequence_parallel_region(taken, group=self.group)
+
+    def shard(self, decision: RoutingDecision) -> RoutingDecision:
+        local = Tokens(
+            shard_of(decision.tokens.positions, self.group),
+            decision.tokens.sequence_length,
+            is_padding=shard_of_padding(decision.tokens, self.group),
+        )
+        return replace(
+            decision,
+            tokens=local,
+            gates=self._enter(decision.gates),
+            plan=self._enter(decision.plan),
+        )
+
+    def write_back(self, candidates: Tensor, updated: Tensor, decision: RoutingDecision) -> Tensor:
+        if decision.rows is None:
+            return updated
+        # Each rank goes on with rows of its own, so gradients of a row are parts: sum them.
+        updated = gather_from_sequence_parallel_region(
+            updated, tensor_parallel_output_grad=True, group=self.group
+        )[: len(decision.rows)]
+        local, is_here = self._local_rows(decision.rows, len(candidates))
+        # Rows of other ranks go to a spare row behind ours.
+        local = local.masked_fill(~is_here, len(candidates))
+        return put_rows(F.pad(candidates, (0, 0, 0, 0, 0, 1)), updated, local)[:-1]
+
+    def _local_rows(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Where global rows lie among this rank's `count`, and whether they do."""
+        local = rows - self.group.rank() * count
+        is_here = (local >= 0) & (local < count)
+        return local.clamp(0, count - 1), is_here
+
+    def _enter(self, values: Tensor | None) -> Tensor | None:
+        # A rank uses its part of a replicated tensor: its gradient is the sum over ranks.
+        if values is None:
+            return None
+        return shard_of(copy_to_tensor_model_parallel_region(values, group=self.group), self.group)

@@ -1,0 +1,161 @@
+"""Keys and values of a recursion in Megatron's static inference context.
+
+Each (step, layer) keeps its rows under the number of the unrolled layer that it is, as ordinary layers
+keep theirs: `[S b g d]`, at the places of their tokens. Beside them stands which places hold a row: a
+token leaves none at steps that it does not run. A text goes in at once, or token by token, and
+routing is causal.
+
+Legend: `S` longest sequence, `b` batch, `k` tokens that run a step now, `m` places up to the last
+token, `x` tokens that just exited, `g` key-value heads of this rank, `d` head size.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from megatron.core.inference.contexts import StaticInferenceContext
+from torch import Tensor
+
+from mor_layers import StepContext, Tokens
+from mor_layers.recursion import Exited, KVPolicy
+
+
+@dataclass(frozen=True)
+class StaticCache:
+    """The part of an inference context that belongs to one recursion, for one forward pass."""
+
+    memory: StaticInferenceContext
+    policy: KVPolicy
+    num_steps: int
+    layers_per_step: int
+    first_layer: int
+    """Layers of the unrolled model before the recursion."""
+    batch: int
+
+    @property
+    def columns(self) -> slice:
+        """The sequences of this forward pass."""
+        return slice(self.memory.batch_size_offset, self.memory.batch_size_offset + self.batch)
+
+    def entering(self, length: int, device: torch.device) -> Tokens:
+        """The tokens `[length b]` that enter.
+
+        Raises:
+            ValueError: there is no room for them.
+        """
+        start, memory = self.memory.sequence_len_offset, self.memory
+        end, last = start + length, self.columns.stop
+        if end > memory.max_sequence_length or last > memory.max_batch_size:
+            raise ValueError(
+                f"{last} sequences of {end} tokens exceed the inference context, which was made for "
+                f"max_batch_size={memory.max_batch_size} and "
+                f"max_sequence_length={memory.max_sequence_length}. Make a larger one."
+            )
+        if start == 0:  # a new text: what was kept of an earlier one is void
+            for step in range(self.num_steps):
+                self.is_kept(step, device)[:, self.columns] = False
+        positions = torch.arange(start, end, device=device)[:, None].expand(length, self.batch)
+        return Tokens(positions, end)
+
+    def rows(self, step: int, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """All places for keys and values of a step and layer, `[S b g d]`."""
+        number = self.first_layer + step * self.layers_per_step + layer + 1
+        store = self.memory.key_value_memory_dict
+        if number not in store:
+            shape = (self.memory.max_sequence_length, self.memory.max_batch_size, *like.shape[2:])
+            store[number] = (like.new_zeros(shape), like.new_zeros(shape))
+        key, value = store[number]
+        return key[:, self.columns], value[:, self.columns]
+
+    def is_kept(self, step: int, device: torch.device) -> Tensor:
+        """Which places hold rows of a step, `[S max_batch]`."""
+        # A pair, so that Megatron's swap_key_value_dict moves it along with the rows.
+        name, store = f"kept {self.first_layer} {step}", self.memory.key_value_memory_dict
+        if name not in store:
+            shape = (self.memory.max_sequence_length, self.memory.max_batch_size)
+            kept = torch.zeros(shape, dtype=torch.bool, device=device)
+            store[name] = (kept, kept)
+        return store[name][0]
+
+
+@dataclass(frozen=True)
+class CachedStep(StepContext):
+    """What `inner` is in a full forward pass, with the rows of all earlier tokens in place."""
+
+    inner: StepContext
+    cache: StaticCache
+
+    @classmethod
+    def of(cls, inner: StepContext, cache: StaticCache) -> "CachedStep":
+        """Note who has rows at this step."""
+        made = cls(inner.step, inner.tokens, inner, cache)
+        if cache.policy == "recursion_wise" or inner.step == 0 or cache.policy == "exit_state":
+            made._mark(inner.step, inner.tokens)
+        if inner.exited is not None:
+            for step in range(inner.step, cache.num_steps):
+                made._mark(step, inner.exited.tokens)
+        return made
+
+    @property
+    def exited(self) -> Exited | None:
+        return self.inner.exited
+
+    @property
+    def projects_keys(self) -> bool:
+        return self.inner.projects_keys
+
+    @property
+    def seen_step(self) -> int:
+        """Step at which the tokens were that are seen now."""
+        return 0 if self.cache.policy in ("recursive_sharing", "sharing_with_update") else self.step
+
+    def exchange(
+        self, layer: int, key: Tensor | None, value: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Rows `[m b g d]` of all places up to the last token."""
+        cache, end = self.cache, self.tokens.sequence_length
+        if key is None or value is None:
+            stored = cache.memory.key_value_memory_dict
+            number = cache.first_layer + layer + 1
+            keys, values = (rows[:, cache.columns] for rows in stored[number])
+            return keys[:end], values[:end]
+        own = cache.rows(self.step, layer, key)
+        if cache.policy == "sharing_with_update" and self.step > 0:
+            start = cache.memory.sequence_len_offset
+            for rows, first in zip(own, cache.rows(0, layer, key), strict=True):
+                rows[start:end] = first[start:end]
+        count = len(self.tokens.positions)
+        for rows, new in zip(own, (key, value), strict=True):
+            _put(rows, new[:count], self.tokens)
+        if self.exited is not None:
+            for step in range(self.step, cache.num_steps):
+                for rows, new in zip(cache.rows(step, layer, key), (key, value), strict=True):
+                    _put(rows, new[count:], self.exited.tokens)
+        return own[0][:end], own[1][:end]
+
+    @cached_property
+    def causal_mask(self) -> Tensor:
+        """`[b 1 k m]`, True where a query may see a place."""
+        places = torch.arange(self.tokens.sequence_length, device=self.tokens.positions.device)
+        positions = self.tokens.positions.T[:, :, None]  # [k b] -> [b k 1]
+        kept = self.cache.is_kept(self.seen_step, places.device)[: len(places), self.cache.columns]
+        is_seen = kept.T[:, None] & (places <= positions)
+        return (is_seen | (places == positions))[:, None]  # no row of the softmax is empty
+
+    def _mark(self, step: int, tokens: Tokens) -> None:
+        kept = self.cache.is_kept(step, tokens.positions.device)[:, self.cache.columns]
+        real = torch.ones_like(tokens.positions, dtype=torch.bool)
+        if tokens.is_padding is not None:
+            real = ~tokens.is_padding
+        columns = torch.arange(real.shape[1], device=real.device).expand_as(real)
+        kept[tokens.positions[real], columns[real]] = True
+
+
+def _put(rows: Tensor, new: Tensor, tokens: Tokens) -> None:
+    """`rows[position, j] = new[i, j]` for each token; padding slots are no tokens."""
+    columns = torch.arange(new.shape[1], device=new.device).expand_as(tokens.positions)
+    if tokens.is_padding is None:
+        rows[tokens.positions, columns] = new
+    else:
+        real = ~tokens.is_padding
+        rows[tokens.positions[real], columns[real]] = new[real]

@@ -1,0 +1,152 @@
+"""What a training loop calls around its optimizer step."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from mor_megatron.layers import RecursionLayer, RoutingReport, StepTopKRouter
+
+
+def recursion_layers(model: nn.Module | Iterable[nn.Module]) -> Iterator[RecursionLayer]:
+    """The RecursionLayers of a model or of its chunks, in order."""
+    for chunk in [model] if isinstance(model, nn.Module) else model:
+        yield from (m for m in chunk.modules() if isinstance(m, RecursionLayer))
+
+
+@contextmanager
+def causal_routing(model: nn.Module | Iterable[nn.Module]) -> Iterator[None]:
+    """Within it, no token's depth depends on later tokens: the model runs as it generates.
+
+    Expert-choice then follows its predictor instead of comparing all tokens of a sequence.
+    """
+    layers = list(recursion_layers(model))
+    before = [layer.causal_routing for layer in layers]
+    try:
+        for layer in layers:
+            layer.causal_routing = True
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer.causal_routing = was
+
+
+@torch.no_grad()
+def update_routers(model: nn.Module | Iterable[nn.Module]) -> None:
+    """Let routers change their state: capacity warm-up, loss-free bias over depth, thresholds.
+
+    (The loss-free bias over experts is updated by `finalize_model_grads`.)
+
+    Call it on every rank once after each optimizer step, outside recomputation, and before
+    `routing_reports`, which forgets the counts. Counts are those of the global batch, so replicas
+    stay alike.
+    """
+    for layer in recursion_layers(model):
+        counts = _tokens_per_step(layer)
+        torch.distributed.all_reduce(counts, group=_data_group())
+        layer.recursion.router.advance(counts[1:])
+        observations = dict(layer.statistics.observations)
+        layer.statistics.observations.clear()
+        for value in observations.values():
+            torch.distributed.all_reduce(value, group=_data_group())
+        layer.recursion.router.adjust(observations)
+        for router in layer.expert_routers:
+            router.advance()
+
+
+@torch.no_grad()
+def routing_reports(model: nn.Module | Iterable[nn.Module]) -> list[RoutingReport]:
+    """What every recursion did since the last call, over the global batch; forgets it.
+
+    Call it on every rank: all ranks get the same list, from every pipeline stage.
+    """
+    own = [(layer.is_entry, _report(layer)) for layer in recursion_layers(model)]
+    group = parallel_state.get_pipeline_model_parallel_group()
+    stages: list[list[tuple[bool, RoutingReport]] | None] = [None] * group.size()
+    torch.distributed.all_gather_object(stages, own, group=group)
+    reports: list[RoutingReport] = []
+    for is_entry, report in (part for stage in stages if stage for part in stage):
+        if is_entry:
+            reports.append(report)
+        else:  # further layers of the same block
+            reports[-1] = _with_layers(reports[-1], report)
+    return reports
+
+
+def token_depths(model: nn.Module | Iterable[nn.Module]) -> Tensor:
+    """Steps that each token of this rank's last forward pass took, `[b s]`; summed over recursions.
+
+    Raises:
+        ValueError: this rank holds no recursion, or none has run.
+    """
+    depths = [layer.statistics.depths for layer in recursion_layers(model)]
+    if not depths or any(d is None for d in depths):
+        raise ValueError(
+            f"no depths to report: {len(depths)} recursions on this rank, and not all have run. "
+            "Run the model first, on the pipeline stage that holds the recursion."
+        )
+    return torch.stack(depths).sum(dim=0)  # type: ignore[arg-type]
+
+
+def _report(layer: RecursionLayer) -> RoutingReport:
+    statistics, group = layer.statistics, _data_group()
+    counts = _tokens_per_step(layer)
+    positions = statistics.last_step_positions
+    positions = counts.new_zeros(1) if positions is None else positions.float()
+    names = sorted(statistics.metrics)
+    means = [statistics.metrics[n].float() / statistics.metric_counts[n] for n in names]
+    metrics = torch.stack(means) if means else counts.new_zeros(0)
+    for values in (counts, positions, metrics):
+        torch.distributed.all_reduce(values, group=group)
+    statistics.clear()
+    return RoutingReport(
+        shares=tuple((counts[1:] / counts[0].clamp(min=1)).tolist()),
+        dead_positions=(positions == 0).float().mean().item(),
+        metrics=dict(zip(names, (metrics / group.size()).tolist(), strict=True)),
+        **_expert_report(layer.expert_routers),
+    )
+
+
+def _with_layers(report: RoutingReport, further: RoutingReport) -> RoutingReport:
+    names = ("expert_load", "expert_drops", "expert_balance", "expert_z_loss")
+    parts = {name: (getattr(report, name), getattr(further, name)) for name in names}
+    return replace(report, **{n: torch.cat(p, dim=1) for n, p in parts.items() if p[0] is not None})
+
+
+def _expert_report(routers: list[StepTopKRouter]) -> dict[str, Any]:
+    if not routers:
+        return {"expert_load": None}
+    reports = []
+    for router in routers:
+        cells = {name: buffer.clone() for name, buffer in router.cells.named_buffers()}
+        for value in cells.values():
+            torch.distributed.all_reduce(value, group=router.tp_dp_cp_group)
+        router.cells.clear()
+        wanted, tokens = cells["load"] + cells["drops"], cells["tokens"].clamp(min=1)
+        share = wanted / wanted.sum(dim=-1, keepdim=True).clamp(min=1)
+        mean = cells["scores"] / tokens[:, None]
+        reports.append(
+            {
+                "expert_load": cells["load"],
+                "expert_drops": cells["drops"],
+                "expert_balance": wanted.shape[-1] * share * mean,
+                "expert_z_loss": cells["squares"] / tokens,
+            }
+        )
+    return {n: torch.stack([r[n] for r in reports], dim=1).cpu() for n in reports[0]}
+
+
+def _tokens_per_step(layer: RecursionLayer) -> Tensor:
+    counts = layer.statistics.tokens_per_step
+    if counts is None:
+        device = next(layer.parameters()).device
+        return torch.zeros(1 + layer.statistics.num_recursions, device=device)
+    return counts.clone()
+
+
+def _data_group() -> torch.distributed.ProcessGroup:
+    return parallel_state.get_data_parallel_group()  # type: ignore[return-value]

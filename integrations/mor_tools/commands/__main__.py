@@ -1,0 +1,6 @@
+"""`python -m mor_tools.commands` is `mor` where the package is on the path but not installed."""
+
+from mor_tools.commands import main
+
+if __name__ == "__main__":
+    main()

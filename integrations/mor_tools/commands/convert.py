@@ -1,0 +1,156 @@
+"""Convert models between Hugging Face, ours, published MoR and Megatron; make dense ones recursive.
+
+    mor convert llama/ recursive/ --recursions 3 --init average
+    mor convert recursive/ checkpoints/ --to megatron
+    mor convert runs/tiny/ model/
+    mor convert recursive/ unrolled/ --to llama
+
+What the source is shows in its files. Afterwards both sides are opened and compared.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from mor_layers import RecursionConfig, from_mapping
+from mor_layers.recursion import SHARING_SCHEMES
+from mor_layers.weights import (
+    INITIALIZATIONS,
+    MODEL_TYPE,
+    StoredModel,
+    recursive_weights,
+    written_whole,
+)
+from mor_tools.commands import verification
+from mor_tools.commands.options import TRUST_REMOTE_CODE
+from mor_tools.formats import FORMATS, Format, detected, read_settings
+
+
+def add_arguments(options: argparse.ArgumentParser) -> None:
+    """The command line."""
+    add = options.add_argument
+    add("source", type=Path, help="a model: a folder, a training run, or NAME.json of a pair")
+    add("target", type=Path, help="folder to write; must not exist")
+    add("--to", choices=sorted(FORMATS), default=MODEL_TYPE, help="format to write (default: mor)")
+    add(
+        "--settings",
+        type=Path,
+        help="YAML of the DecoderConfig, for a Megatron checkpoint that does not hold it",
+    )
+    add(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare logits of both sides, one in memory at a time (default: yes)",
+    )
+    add("--trust-remote-code", action="store_true", help=TRUST_REMOTE_CODE)
+    add("--recursions", type=int, help="make a dense model recursive, with so many recursions")
+    for name, settings in _WITH_RECURSIONS.items():
+        add(_flag(name), **settings)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Convert.
+
+    Raises:
+        ValueError: a file is damaged or does not fit, the formats cannot say the same, or the
+            written model computes something else.
+        OSError: a folder is missing or cannot be written.
+    """
+    if options.target.exists():
+        raise ValueError(f"{options.target} exists. Name a new folder, or remove it.")
+    given = [name for name in _WITH_RECURSIONS if getattr(options, name) is not None]
+    if given and options.recursions is None:
+        raise ValueError(
+            f"{_flag(given[0])} has no effect without --recursions. Leave it out, or give their "
+            "number."
+        )
+    source, target = detected(options.source), FORMATS[options.to]
+    if options.settings is not None and not source.takes_settings:
+        raise ValueError(
+            f"--settings has no effect: {options.source} is in format {source.name!r}, which says "
+            "what it holds. Leave it out."
+        )
+    model = original = source.open(
+        options.source, read_settings(options.settings), options.trust_remote_code
+    )
+    if options.recursions is not None:
+        model = _recursive(model, options)
+    target.require_place(model.config)
+    console = Console(stderr=True)
+    with written_whole(options.target) as partial:
+        with Progress(console=console) as progress:
+            task = progress.add_task(f"writing {options.target}", total=len(model.weights))
+            target.write(model, partial, lambda _: progress.advance(task))
+            done = progress.tasks[0].completed  # formats fuse tensors, or repeat them
+            progress.update(task, total=done, completed=done)
+        if options.verify:
+            by_library = source if model is original else FORMATS[MODEL_TYPE]
+            largest = _difference(by_library, options.source, model, target, partial)
+            console.print(f"largest difference of logits: {largest:.2g}")
+
+
+def _difference(
+    source: Format, folder: Path, model: StoredModel, target: Format, written: Path
+) -> float:
+    """Of logits between what was read and what was written.
+
+    Raises:
+        ValueError: it is more than rounding.
+    """
+    ids = verification.probe(model.config.vocab_size)
+    if source.name == "llama":
+        expected = verification.logits_by_transformers(folder, ids)
+    else:
+        expected = verification.logits_of(model, ids)
+    if target.name == "llama":
+        found = verification.logits_by_transformers(written, ids)
+    else:
+        # What was just written names no module but those that the source was trusted to name.
+        found = verification.logits_of(target.open(written, None, True), ids)
+    return verification.difference(expected, found)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _recursive(model: StoredModel, options: argparse.Namespace) -> StoredModel:
+    if options.relax_rank is None and options.relax_kind is not None:
+        raise ValueError(
+            "--relax-kind has no effect without --relax-rank. Leave it out, or give the rank."
+        )
+    values: dict[str, Any] = {
+        "num_recursions": options.recursions,
+        "sharing": options.sharing or "middle_cycle",
+        "router": {"type": options.router or "fixed_depth"},
+    }
+    if options.relax_rank is not None:
+        kind = options.relax_kind or "lora"
+        values["relaxation"] = {"rank": options.relax_rank, "kind": kind}
+        values["share_norms"] = False  # each step begins with the norms of its own layers
+    recursion = from_mapping(RecursionConfig, values, "recursion", may_import=True)
+    config, weights = recursive_weights(
+        model.weights, model.config, recursion, options.init or "average", options.seed or 0
+    )
+    return StoredModel(config, weights, model.facts, model.side_files)
+
+
+_WITH_RECURSIONS: dict[str, dict[str, Any]] = {
+    "sharing": {"choices": SHARING_SCHEMES, "help": "sharing scheme (default: middle_cycle)"},
+    "init": {
+        "choices": INITIALIZATIONS,
+        "help": "where shared weights come from (default: average)",
+    },
+    "router": {"help": "type of the router (default: fixed_depth)"},
+    "seed": {"type": int, "help": "of random weights and of a router (default: 0)"},
+    "relax_rank": {
+        "type": int,
+        "help": "rank of low-rank deltas of each step, which then has norms of its own too",
+    },
+    "relax_kind": {"choices": ("lora", "dora"), "help": "kind of the deltas (default: lora)"},
+}
+"""Options that only a model made recursive has a use for."""

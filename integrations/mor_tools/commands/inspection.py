@@ -1,0 +1,165 @@
+"""Show what a model does with a text, token by token, on one HTML page.
+
+    mor inspect runs/tiny --text notes.txt
+    mor inspect runs/tiny/model --text notes.txt --output page.html --tensorboard runs/tiny/looks
+
+The page shows how deep each token goes and how surprising it is, the router's scores, and which
+experts work at which step. A run's folder adds the training's history.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from mor_layers import load_model
+from mor_layers.inspection import Inspection, inspect_text
+from mor_layers.weights import CONFIG, read_config
+from mor_tools.commands.options import TRUST_REMOTE_CODE
+
+DEFAULT_WINDOW = 1024
+"""Tokens in a window where nothing says what the model was trained for."""
+
+
+@dataclass(frozen=True)
+class _Tokenized:
+    """A text as the model sees it."""
+
+    ids: torch.Tensor
+    """`[t]`"""
+    texts: list[str]
+    """Of each token."""
+
+
+def add_arguments(options: argparse.ArgumentParser) -> None:
+    """The command line."""
+    add = options.add_argument
+    add("checkpoint", type=Path, help="folder of a model of ours, or of a run that made one")
+    add("--text", type=Path, required=True, help="UTF-8 text to look at")
+    add("--output", type=Path, help="page to write (default: inspection.html in the folder)")
+    add("--trust-remote-code", action="store_true", help=TRUST_REMOTE_CODE)
+    add("--window", type=int, help="most tokens at once (default: as the model was trained)")
+    add("--tensorboard", type=Path, metavar="DIR", help="write figures for TensorBoard too")
+    add("--wandb", metavar="PROJECT", help="send figures to this project of Weights & Biases too")
+    add("--wandb-offline", action="store_true", help="keep them beside the page, for `wandb sync`")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Inspect.
+
+    Raises:
+        ValueError: the folder has no model, the text does not fit it, or an option has no effect.
+        OSError: a file is missing or cannot be written.
+    """
+    from mor_tools.reports.inspection_page import render  # matplotlib takes a second to load
+    from mor_tools.reports.rows import read_rows
+
+    if options.wandb_offline and options.wandb is None:
+        raise ValueError("--wandb-offline has no effect without --wandb PROJECT. Leave it out.")
+    folder = _model_folder(options.checkpoint)
+    text = options.text.read_text("utf-8")
+    model = load_model(folder, options.trust_remote_code)
+    tokens = _tokenize(folder, text, model.config.vocab_size)
+    if len(tokens.ids) < 2:
+        raise ValueError(f"{options.text} has {len(tokens.ids)} tokens. Give it 2 or more.")
+    seen = inspect_text(model, tokens.ids, options.window or _window(folder))
+    rows = read_rows(options.checkpoint / "history.jsonl")
+    page = render(seen, tokens.texts, f"{options.checkpoint} reads {options.text.name}", rows)
+    output = options.output or options.checkpoint / "inspection.html"
+    output.write_text(page, "utf-8")
+    _track(options, seen, output.parent, rows[-1].step if rows else 0)
+    Console().print(f"wrote {output}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _model_folder(given: Path) -> Path:
+    """The folder itself, or its `model`."""
+    for folder in (given, given / "model"):
+        if (folder / CONFIG).is_file():
+            return folder
+    if not given.is_dir():
+        raise FileNotFoundError(f"{given}: there is no such folder.")
+    signs = (
+        "latest",
+        "checkpoints",
+        ".metadata",
+        "metadata.json",
+        "latest_checkpointed_iteration.txt",
+    )
+    if any((given / sign).exists() for sign in signs):
+        raise ValueError(
+            f"{given} has a Megatron checkpoint, but no folder of a model. Make one with "
+            "`mor convert`, and name that; a finished pretraining run has one in its `model`."
+        )
+    raise ValueError(
+        f"{given} has no {CONFIG}. Name the folder of a model of ours, or of a finished "
+        "pretraining run."
+    )
+
+
+def _window(folder: Path) -> int:
+    """Tokens of the sequences that the model was trained on, as far as its files say."""
+    longest = read_config(folder).get("max_position_embeddings")
+    if isinstance(longest, int):
+        return longest
+    claim = folder.parent / "run.json"
+    if claim.is_file():
+        length = json.loads(claim.read_text("utf-8"))["settings"]["data"]["sequence_length"]
+        return int(length)
+    return DEFAULT_WINDOW
+
+
+def _tokenize(folder: Path, text: str, vocab_size: int) -> _Tokenized:
+    """By the folder's tokenizer.json; without one a token is a byte."""
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(path))
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        texts = [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+        return _Tokenized(torch.tensor(ids, dtype=torch.long), texts)
+    if vocab_size < 256:
+        raise ValueError(
+            f"{folder} has no tokenizer.json, and vocab_size={vocab_size} is too small for bytes. "
+            "Put its tokenizer there."
+        )
+    raw = text.encode()
+    texts = [bytes([byte]).decode("utf-8", "replace") for byte in raw]
+    return _Tokenized(torch.tensor(list(raw), dtype=torch.long), texts)
+
+
+def _track(options: argparse.Namespace, seen: Inspection, folder: Path, step: int) -> None:
+    from mor_tools.reports.inspection_figures import figures
+    from mor_tools.reports.inspection_page import scalars
+    from mor_tools.reports.raster import pixels
+    from mor_tools.reports.trackers import TensorBoard, Tracker, Wandb
+
+    trackers: list[Tracker] = []
+    if options.tensorboard is not None:
+        trackers.append(TensorBoard(options.tensorboard))
+    if options.wandb is not None:
+        mode = "offline" if options.wandb_offline else "online"
+        name = f"inspect {options.checkpoint.name}"
+        trackers.append(Wandb(options.wandb, folder / "wandb-inspection", mode, name))
+    if not trackers:
+        return
+    drawn = {n: pixels(figure, seen.num_recursions) for n, figure in figures(seen).items()}
+    histograms = _histograms(seen)
+    for tracker in trackers:
+        tracker.scalars(scalars(seen), step)
+        tracker.images({f"inspect/{name}": image for name, image in drawn.items()}, step)
+        tracker.histograms(histograms, step)
+        tracker.close()
+
+
+def _histograms(seen: Inspection) -> dict[str, torch.Tensor]:
+    found: Sequence[tuple[str, torch.Tensor]] = [
+        ("inspect/depth", seen.depths.float()),
+        ("inspect/surprise", seen.surprise[1:]),
+        *((f"inspect/step_{r}/score", scores) for r, scores in enumerate(seen.scores, start=1)),
+    ]
+    return {name: values[~values.isnan()] for name, values in found if not values.isnan().all()}

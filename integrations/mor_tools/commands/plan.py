@@ -1,0 +1,173 @@
+"""Plan a training run: which parallel layouts fit, and how long a step should take.
+
+    mor plan examples/configs/cluster_360m.yaml --gpus 64 --hardware h100 --picture plan.png
+    mor plan examples/configs/cluster_360m.yaml --gpus 1 --inference
+
+Nothing is built and no GPU is needed: all figures are counted from the settings.
+"""
+
+import argparse
+import json
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mor_tools.commands.plan_settings import PlanSettings, read_settings, workload
+from mor_tools.planner import (
+    FP32_TFLOPS,
+    HARDWARE,
+    RECOMPUTE,
+    Hardware,
+    Plan,
+    Recompute,
+    Search,
+    Workload,
+    describe,
+    draw,
+    inference_table,
+    parts_table,
+    plans_table,
+    refusals,
+    search,
+)
+
+GIB = 2**30
+
+
+def add_arguments(options: argparse.ArgumentParser) -> None:
+    """The command line."""
+    add = options.add_argument
+    add("config", type=Path, help="YAML file of examples/pretrain_gpt_mor.py")
+    add("--gpus", type=int, required=True, help="devices")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
+    add("--hardware", default="h100", help=f"one of {', '.join(HARDWARE)} (default: h100)")
+    add("--tflops", type=float, help="peak of a device at the training precision")
+    add("--memory-gib", type=float, help="memory of a device")
+    add("--intra-gbps", type=float, help="1e9 bytes/s that a device sends within its node")
+    add("--inter-gbps", type=float, help="1e9 bytes/s that a device sends to other nodes")
+    add("--per-node", type=int, help="devices of a node")
+    add("--efficiency", type=float, default=0.5, help="share of the peak reached (default: 0.5)")
+    add("--micro-batch-sizes", help="such as 1,2,4 (default: the file's)")
+    add("--recompute", help="such as none,full (default: the file's)")
+    add("--vocab-size", type=int, help="instead of the tokenizer's")
+    add("--top", type=int, default=10, help="layouts to show (default: 10)")
+    add("--inference", action="store_true", help="sequences that fit while generating, instead")
+    add("--json", type=Path, metavar="FILE", help="write every layout that fits")
+    add("--picture", type=Path, metavar="FILE", help="draw memory and time of the best")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Plan.
+
+    Raises:
+        ValueError: settings that do not fit together, or nothing fits.
+        OSError: the file is missing, or one cannot be written.
+    """
+    if options.gpus < 1:
+        raise ValueError(f"--gpus {options.gpus} must be at least 1.")
+    if options.top < 1:
+        raise ValueError(f"--top {options.top} must be at least 1.")
+    settings = read_settings(options.config, options.set)
+    work, hardware = workload(settings, options.vocab_size), _hardware(options, settings)
+    console = Console()
+    console.print(describe(work, options.gpus, hardware, options.efficiency))
+    if options.inference:
+        console.print(inference_table(work, options.gpus, hardware))
+        return
+    sizes = _numbers(options.micro_batch_sizes) or (settings.training.micro_batch_size,)
+    recompute = _recompute(options.recompute) or (settings.training.recompute,)
+    found = search(work, options.gpus, hardware, sizes, recompute, options.efficiency)
+    if not found.fitting:
+        raise ValueError(_nothing_fits(work, options.gpus, hardware, found))
+    best = found.fitting[: options.top]
+    console.print(plans_table(best, len(found.fitting)))
+    console.print(parts_table(best))
+    console.print(refusals(found, hardware))
+    if options.json:
+        rows = [_row(plan) for plan in found.fitting]
+        refused = dict(found.refused)
+        report = {"hardware": asdict(hardware), "gpus": options.gpus, "plans": rows,
+                  "too_large": len(found.too_large), "refused": refused}  # fmt: skip
+        options.json.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    if options.picture:
+        draw(best, hardware).savefig(options.picture, dpi=120)
+
+
+def _hardware(options: argparse.Namespace, settings: PlanSettings) -> Hardware:
+    if options.hardware not in HARDWARE:
+        raise ValueError(
+            f"--hardware {options.hardware} is unknown. Use one of {', '.join(HARDWARE)}, and "
+            "--tflops, --memory-gib, --intra-gbps, --inter-gbps for another."
+        )
+    chosen = HARDWARE[options.hardware]
+    if settings.training.precision == "fp32":
+        chosen = replace(chosen, tflops=FP32_TFLOPS[chosen.name])
+    names = ("tflops", "memory_gib", "intra_gbps", "inter_gbps", "per_node")
+    given = {name: getattr(options, name) for name in names}
+    return replace(chosen, **{name: value for name, value in given.items() if value is not None})
+
+
+def _numbers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    if not all(part.isdecimal() and int(part) for part in text.split(",")):
+        raise ValueError(f"--micro-batch-sizes {text}: expected numbers such as 1,2,4.")
+    return tuple(int(part) for part in text.split(","))
+
+
+def _recompute(text: str | None) -> tuple[Recompute, ...] | None:
+    if text is None:
+        return None
+    unknown = set(text.split(",")) - set(RECOMPUTE)
+    if unknown:
+        raise ValueError(f"--recompute {text}: use {', '.join(RECOMPUTE)}, with commas between.")
+    return tuple(how for how in RECOMPUTE if how in text.split(","))
+
+
+def _nothing_fits(work: Workload, gpus: int, hardware: Hardware, found: Search) -> str:
+    if found.too_large:
+        smallest = found.too_large[0]
+        told = (
+            f"nothing fits {gpus} × {hardware.name} with {hardware.memory_gib:g} GiB: the smallest of "
+            f"{len(found.too_large)} layouts needs {smallest.memory.total / GIB:.1f} GiB."
+        )
+    else:
+        reasons = "; ".join(f"{why} ({n})" for why, n in Counter(found.refused).most_common(3))
+        told = f"no layout of {gpus} devices is legal: {reasons}."
+    near = _nearest(work, gpus, hardware)
+    if near is None:
+        return f"{told} Use a smaller model or larger devices, or another global batch size."
+    return (
+        f"{told} The nearest that fits: --gpus {near.layout.num_devices} --micro-batch-sizes "
+        f"{near.layout.micro_batch_size} --recompute {near.layout.recompute} "
+        f"({near.memory.total / GIB:.1f} GiB)."
+    )
+
+
+def _nearest(work: Workload, gpus: int, hardware: Hardware) -> Plan | None:
+    """The fastest layout that fits, with any recomputation and a small micro-batch, on the nearest
+    number of devices."""
+    near = [n for d in range(min(gpus, 256)) for n in (gpus - d, gpus + d)]
+    doubled = [gpus * 2**n for n in range(1, 11)]
+    for devices in dict.fromkeys([*near, *doubled]):
+        found = search(work, devices, hardware, (1, 2), RECOMPUTE)
+        if found.fitting:
+            return found.fitting[0]
+    return None
+
+
+def _row(plan: Plan) -> dict[str, Any]:
+    traffic = {f"{axis} {name}": value for (axis, name), value in sorted(plan.traffic.items())}
+    return {
+        **asdict(plan.layout),
+        "parameters": plan.parameters,
+        "memory_bytes": {**asdict(plan.memory), "total": plan.memory.total},
+        "sent_bytes": traffic,
+        "bubble": plan.bubble,
+        "seconds": {**plan.times, "total": plan.seconds},
+        "utilization": plan.utilization,
+        "kv_bytes_per_sequence": plan.kv_bytes,
+    }

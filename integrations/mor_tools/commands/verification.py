@@ -1,0 +1,71 @@
+"""Whether two stored models compute the same: logits on a few random tokens.
+
+Each side is opened from its files: Llamas and Qwens through transformers, all others as a
+MoRTransformer, routed as in generation. One side at a time is in memory, in fp32.
+
+Legend: `b` batch, `s` sequence, `v` vocabulary.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mor_layers import MoRTransformer
+from mor_layers.weights import StoredModel
+
+TOLERANCE = 1e-4
+"""Largest difference, as a share of the largest logit."""
+
+
+def probe(vocab_size: int) -> Int[Tensor, "b s"]:
+    """The tokens, always the same."""
+    return torch.randint(vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def logits_of(stored: StoredModel, ids: Int[Tensor, "b s"]) -> Float[Tensor, "b s v"]:
+    """Through our own layers."""
+    with torch.device("meta"):
+        model = MoRTransformer(stored.config)
+    weights = {}
+    for name, tensor in stored.weights.items():
+        weights[name] = tensor.float() if tensor.is_floating_point() else tensor
+    if stored.config.tie_embeddings:
+        weights["output.weight"] = weights["embedding.weight"]
+    model.load_state_dict(weights, assign=True)
+    return model.eval()(ids, causal_routing=True).logits
+
+
+@torch.no_grad()
+def logits_by_transformers(folder: Path, ids: Int[Tensor, "b s"]) -> Float[Tensor, "b s v"]:
+    """Through the transformers library."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model(ids).logits
+
+
+def difference(expected: Tensor, found: Tensor) -> float:
+    """The largest.
+
+    Raises:
+        ValueError: it is more than rounding.
+    """
+    if expected.shape != found.shape:
+        raise ValueError(
+            f"logits of shape {tuple(found.shape)} instead of {tuple(expected.shape)}: the written "
+            "model is another. Nothing was kept."
+        )
+    largest = (expected - found).abs().max().item()
+    allowed = TOLERANCE * max(1.0, expected.abs().max().item())
+    if math.isnan(largest) or largest > allowed:
+        raise ValueError(
+            f"the written model computes other logits: the largest difference is {largest:.2g}, and "
+            f"{allowed:.2g} is rounding. Nothing was kept."
+        )
+    return largest

@@ -1,0 +1,225 @@
+"""Names and settings of the published Mixture-of-Recursions checkpoints.
+
+The released implementation (Bae et al. 2025) lists every unrolled layer under its own name and
+ties their tensors. Here each tensor has one name; this file says which is which.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mor_layers import (
+    DecoderConfig,
+    ExpertChoice,
+    FixedDepth,
+    MoRTransformer,
+    RecursionConfig,
+    RouterConfig,
+    TokenChoice,
+)
+from mor_layers.weights import layer_names
+
+
+def config_from_published(settings: Mapping[str, Any]) -> DecoderConfig:
+    """Our settings for the published ones.
+
+    Args:
+        settings: `architecture` (a Llama configuration), `recursive`, `kv_sharing` and `mor`,
+            named as in the released implementation's YAML files.
+    """
+    architecture = settings["architecture"]
+    return DecoderConfig(
+        vocab_size=architecture["vocab_size"],
+        hidden_size=architecture["hidden_size"],
+        ffn_hidden_size=architecture["intermediate_size"],
+        num_unrolled_layers=architecture["num_hidden_layers"],
+        num_heads=architecture["num_attention_heads"],
+        num_kv_heads=architecture["num_key_value_heads"],
+        rms_norm_epsilon=architecture["rms_norm_eps"],
+        rope_base=architecture["rope_theta"],
+        tie_embeddings=architecture.get("tie_word_embeddings", False),
+        recursion=_recursion(settings),
+    )
+
+
+def _recursion(settings: Mapping[str, Any]) -> RecursionConfig | None:
+    recursive, sharing = settings["recursive"], settings["kv_sharing"]
+    if not recursive["enable"]:
+        return None
+    kv_policy = "recursion_wise"
+    if sharing["enable"]:
+        kv_policy = "sharing_with_update" if sharing["update_cache"] else "recursive_sharing"
+    return RecursionConfig(
+        num_recursions=recursive["num_recursion"],
+        sharing=recursive["sharing"],
+        router=_router(settings["mor"]),
+        kv_policy=kv_policy,
+        share_norms=recursive["ln_share"],
+    )
+
+
+def _router(mor: Mapping[str, Any]) -> RouterConfig:
+    if not mor["enable"]:
+        return FixedDepth()
+    own = mor[mor["type"]]
+    z_loss = mor["z_coeff"] if mor["z_loss"] else 0.0
+    if mor["type"] == "expert":
+        return ExpertChoice(
+            architecture=mor["router_type"],
+            # Without an activation the released code leaves alpha out.
+            activation=own["router_func"] or "none",
+            alpha=own["alpha"] if own["router_func"] else 1.0,
+            temperature=mor["temp"],
+            capacity_factors=tuple(float(c) for c in mor["capacity"].split(",")),
+            warmup_steps=own["cap_warmup_step"],
+            predictor=own["sampling"],
+            predictor_coefficient=own["coeff"] if own["sampling"] == "aux_loss" else None,
+            z_loss_coefficient=z_loss,
+            combine=own["gating"],
+        )
+    return TokenChoice(
+        architecture=mor["router_type"],
+        activation=own["router_func"],
+        alpha=own["alpha"],
+        temperature=mor["temp"],
+        balancing=own["balancing"],
+        balancing_coefficient=own["coeff"] if own["balancing"] == "loss" else own["u"],
+        z_loss_coefficient=z_loss,
+        combine=own["gating"],
+    )
+
+
+def published_names(config: DecoderConfig) -> dict[str, str]:
+    """Published name of each tensor of a `MoRTransformer` with these settings."""
+    beyond = config.effective_recursion.beyond_published
+    if beyond:
+        raise ValueError(
+            f"{beyond[0]} is set, and the published implementation has no such thing. Keep the "
+            "model in our format."
+        )
+    names = {
+        "embedding.weight": "model.embed_tokens.weight",
+        "norm.weights.0": "model.norm.weight",
+    }
+    if not config.tie_embeddings:
+        names["output.weight"] = "lm_head.weight"
+    recursion, schedule = config.effective_recursion, config.schedule
+    size, steps = schedule.block_size, recursion.num_recursions
+    if schedule.prelude:
+        names |= layer_names(config, "prelude.layers.0", "model.layers.0")
+    for ours, places in _shared_layers(config).items():
+        for norm in range(1 if recursion.share_norms else steps):
+            renamed = layer_names(config, ours, places[norm], norm)
+            names |= {o: t for o, t in renamed.items() if norm == 0 or _is_norm(o)}
+    if schedule.coda:
+        # A routed model lists one entry per step, or one for all of them.
+        entries = {ExpertChoice: steps, TokenChoice: 1}.get(type(recursion.router), size * steps)
+        last = f"model.layers.{schedule.prelude + entries}"
+        names |= layer_names(config, "coda.layers.0", last)
+    names |= dict(_router_names(recursion, f"model.layers.{schedule.prelude}"))
+    return names
+
+
+def published_aliases(config: DecoderConfig) -> dict[str, str]:
+    """Further names of tensors that a published checkpoint lists more than once.
+
+    For each, the one of `published_names` whose tensor it shares.
+    """
+    own_norms = not config.effective_recursion.share_norms
+    aliases = {}
+    for ours, (first, *later) in _shared_layers(config).items():
+        for name, theirs in layer_names(config, ours, first).items():
+            if not (own_norms and _is_norm(name)):
+                end = theirs.removeprefix(first)
+                aliases |= {f"{place}{end}": theirs for place in later}
+    if config.tie_embeddings:
+        aliases["lm_head.weight"] = "model.embed_tokens.weight"
+    return aliases
+
+
+def _shared_layers(config: DecoderConfig) -> dict[str, list[str]]:
+    """For each shared layer its published name at every step."""
+    recursion, schedule = config.effective_recursion, config.schedule
+    first, size, steps = schedule.prelude, schedule.block_size, recursion.num_recursions
+
+    def place(layer: int, step: int) -> str:
+        if isinstance(recursion.router, ExpertChoice):
+            return f"model.layers.{first + step}.block.{layer}"
+        if not isinstance(recursion.router, FixedDepth):
+            return f"model.layers.{first}.block_list.{step}.{layer}"
+        stride = step * size + layer if schedule.is_cyclic else layer * steps + step
+        return f"model.layers.{first + stride}"
+
+    ours = (
+        "recursions.0.layers.layers.{}" if schedule.is_cyclic else "recursions.{}.layers.layers.0"
+    )
+    return {ours.format(n): [place(n, step) for step in range(steps)] for n in range(size)}
+
+
+def _is_norm(ours: str) -> bool:
+    """Whether a layer's tensor is of a norm that steps may have of their own."""
+    return "attention_norm." in ours or "mlp_norm." in ours
+
+
+def _router_names(recursion: RecursionConfig, first: str) -> Iterator[tuple[str, str]]:
+    router, ours = recursion.router, "recursions.0.router"
+    if isinstance(router, ExpertChoice):
+        stem, number = first.rsplit(".", 1)
+        for step in range(recursion.num_recursions):
+            theirs = f"{stem}.{int(number) + step}"
+            yield from _scorer(f"{ours}.scorers.{step}", f"{theirs}.mor_router", router)
+            if router.predictor == "aux_router":
+                yield from _scorer(f"{ours}.predictors.{step}", f"{theirs}.mlp_router", router)
+    elif isinstance(router, TokenChoice):
+        yield from _scorer(f"{ours}.scorer", f"{first}.mor_router", router)
+        if router.balancing == "loss_free":
+            yield f"{ours}.depth_bias", f"{first}.router_bias"
+
+
+def _scorer(
+    ours: str, theirs: str, router: ExpertChoice | TokenChoice
+) -> Iterator[tuple[str, str]]:
+    if router.architecture == "linear":
+        yield f"{ours}.weights.0", f"{theirs}.router.weight"
+    else:
+        yield f"{ours}.weights.0", f"{theirs}.router.0.weight"
+        yield f"{ours}.weights.1", f"{theirs}.router.2.weight"
+
+
+def from_published(settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> MoRTransformer:
+    """A model with a published checkpoint's settings and weights.
+
+    Args:
+        settings: see `config_from_published`.
+        weights: tensors by published name, for example from `safetensors.torch.load_file`.
+
+    Raises:
+        ValueError: a weight is missing, or has another shape.
+    """
+    model = MoRTransformer(config_from_published(settings))
+    load_published(model, weights)
+    return model
+
+
+def load_published(model: MoRTransformer, weights: Mapping[str, Tensor]) -> None:
+    """Put a published checkpoint's weights into `model`.
+
+    Raises:
+        ValueError: a weight is missing, or has another shape.
+    """
+    state = model.state_dict()
+    with torch.no_grad():
+        for ours, theirs in published_names(model.config).items():
+            if theirs not in weights:
+                raise ValueError(
+                    f"the checkpoint has no {theirs!r} (for {ours!r}). Are these the settings it "
+                    "was trained with?"
+                )
+            if weights[theirs].shape != state[ours].shape:
+                raise ValueError(
+                    f"{theirs!r} has shape {tuple(weights[theirs].shape)}; {ours!r} needs "
+                    f"{tuple(state[ours].shape)}."
+                )
+            state[ours].copy_(weights[theirs])

@@ -1,0 +1,87 @@
+"""Bytes that a rank keeps of a sequence for the backward pass.
+
+What Megatron's local layers keep on `scaled_dot_product_attention`, tensor by tensor as autograd
+saves them: fused norms and activations keep less, so a plan is on the safe side of them.
+
+Legend: `n` candidates of a step, `k` tokens that run it, `h` hidden.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mor_layers.costs import ModelShape, StackShape, relaxed_projections
+
+Recompute = Literal["none", "selective", "full"]
+RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How what is kept is spread and stored."""
+
+    bytes_per_activation: int = 2
+    tensor: int = 1
+    sequence_parallel: bool = False
+
+    @property
+    def shards(self) -> int:
+        """Tensor-parallel ranks that share rows between the matrices."""
+        return self.tensor if self.sequence_parallel else 1
+
+
+def kept_by_layer(shape: ModelShape, stack: StackShape, tokens: float, how: Kept) -> float:
+    """Bytes that one layer keeps of `tokens` rows, on one tensor-parallel rank.
+
+    With its core attention recomputed it is as much: that keeps scores from being stored, which
+    `scaled_dot_product_attention` does not do anyway.
+    """
+    h, mlp, item = shape.hidden_size, stack.mlp, how.bytes_per_activation
+    # Of both norms: inputs in fp32, and what comes before and after the weight.
+    rows = 2 * 4 * h + item * 4 * h
+    if stack.sandwich_norms:  # their results go into a sum, which keeps nothing
+        rows += 2 * 4 * h + item * 2 * h
+    # Queries, result, turned keys, and the product that values are a view of.
+    heads = item * (3 * shape.query_size + 3 * shape.kv_size)
+    widths = mlp.experts_per_token * mlp.ffn_hidden_size + mlp.shared_ffn_hidden_size
+    inner = item * (5 if mlp.gated else 2) * widths
+    if mlp.num_experts:  # what experts get, and what they give
+        rows += item * 2 * h * mlp.experts_per_token
+    return tokens * (
+        rows / how.shards + (heads + inner) / how.tensor + _kept_by_deltas(shape, stack, how)
+    )
+
+
+def _kept_by_deltas(shape: ModelShape, stack: StackShape, how: Kept) -> float:
+    """Bytes of a token in one layer: what `A` gives, and what the magnitudes of `dora` multiply."""
+    relaxation, numbers = stack.relaxation, 0.0
+    for name, (into, out) in relaxed_projections(shape, stack).items():
+        assert relaxation is not None
+        is_row_parallel = name in ("output", "down")
+        numbers += relaxation.rank_of(into, out) / (how.shards if is_row_parallel else 1)
+        if relaxation.kind == "dora":
+            numbers += out / (how.shards if is_row_parallel else how.tensor)
+    return how.bytes_per_activation * numbers
+
+
+def kept_by_routing(
+    shape: ModelShape, stack: StackShape, step: int, candidates: float, tokens: float, how: Kept
+) -> float:
+    """Bytes of a step beside its layers: states the router scored in fp32, the block's output, and
+    the recursion's input where it is added again.
+    """
+    has_scorer = stack.router is not None and any(stack.router.scorers)
+    scored = 4 * candidates if has_scorer and how.bytes_per_activation < 4 else 0
+    combined = how.bytes_per_activation * tokens if stack.router is not None else 0
+    injected = how.bytes_per_activation * tokens if stack.input_injection and step else 0
+    return (scored + combined + injected) * shape.hidden_size / how.shards
+
+
+def kept_by_output(shape: ModelShape, length: float, how: Kept) -> float:
+    """Bytes of the last norm and of the loss, whose probabilities are in fp32."""
+    rows = (4 + 2 * how.bytes_per_activation) * shape.hidden_size
+    return length * (rows / how.shards + 4 * shape.vocab_size / how.tensor)
+
+
+def kept_input(shape: ModelShape, tokens: float, how: Kept) -> float:
+    """Bytes of the states that enter: what full recomputation keeps of a layer or a recursion."""
+    return tokens * shape.hidden_size * how.bytes_per_activation / how.shards

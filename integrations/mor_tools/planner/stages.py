@@ -1,0 +1,87 @@
+"""Which layers and which recursion steps run on which pipeline stage, without a pipeline."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+from mor_layers.costs import ModelShape, StackShape
+from mor_tools.planner.pipeline import PipelineLayout
+
+
+@dataclass(frozen=True)
+class Part:
+    """Layers that a chunk of a stage runs at one step."""
+
+    index: int
+    """Of the stack in the model's shape."""
+    stack: StackShape
+    step: int
+    """0-based."""
+    layers: float
+    """Layers of the stack that are here."""
+    first: bool = True
+    """Whether the stack's routers are here."""
+
+
+Stages = list[list[list[Part]]]
+"""By stage and virtual stage (chunk)."""
+
+
+def unrolled(shape: ModelShape) -> ModelShape:
+    """The same model with a stack for each layer that nothing binds to its neighbours."""
+    stacks: list[StackShape] = []
+    for stack in shape.stacks:
+        alone = stack.num_recursions == 1
+        stacks += [replace(stack, num_layers=1)] * stack.num_layers if alone else [stack]
+    return replace(shape, stacks=tuple(stacks))
+
+
+def place(shape: ModelShape, layout: PipelineLayout, stages: int) -> Stages:
+    """Where everything runs.
+
+    Raises:
+        ValueError: more stages than parts, or a block that does not spread evenly.
+    """
+    if layout == "steps_as_stages" and stages > 1:
+        return _spread(shape, stages)
+    depths = tuple(s.num_layers * s.num_recursions for s in shape.stacks)
+    if stages > len(depths):
+        raise ValueError(f"{stages} stages exceed the {len(depths)} parts of the model.")
+    placed, index = [], 0
+    for size in map(len, even_stages(depths, stages)):
+        parts = [
+            Part(i, stack, step, stack.num_layers)
+            for i, stack in enumerate(shape.stacks[index : index + size], index)
+            for step in range(stack.num_recursions)
+        ]
+        placed.append([parts])
+        index += size
+    return placed
+
+
+def _spread(shape: ModelShape, stages: int) -> Stages:
+    (middle,) = (i for i, s in enumerate(shape.stacks) if s.num_recursions > 1)
+    block = shape.stacks[middle]
+    if block.num_layers % stages:
+        raise ValueError(f"a block of {block.num_layers} layers does not spread over {stages}.")
+    steps, own = block.num_recursions, block.num_layers / stages
+    placed = [[[Part(middle, block, v, own, p == 0)] for v in range(steps)] for p in range(stages)]
+    ends = [Part(i, stack, 0, stack.num_layers) for i, stack in enumerate(shape.stacks)]
+    placed[0][0] = ends[:middle] + placed[0][0]
+    placed[-1][-1] = placed[-1][-1] + ends[middle + 1 :]
+    return placed
+
+
+def even_stages(depths: Sequence[int], size: int) -> tuple[tuple[int, ...], ...]:
+    """Consecutive parts in stages, none empty, with the deepest stage as shallow as possible."""
+    return _even(tuple(depths), size)
+
+
+@cache
+def _even(depths: tuple[int, ...], size: int) -> tuple[tuple[int, ...], ...]:
+    if size == 1:
+        return (depths,)
+    candidates = [
+        (depths[:cut], *_even(depths[cut:], size - 1)) for cut in range(1, len(depths) - size + 2)
+    ]
+    return min(candidates, key=lambda stages: max(map(sum, stages)))

@@ -1,0 +1,164 @@
+"""Bytes that a rank sends in an optimizer step, by what it sends them for.
+
+Counted as ring algorithms move them: of `n` ranks each sends `(n - 1) / n` of what an all-gather
+collects, a reduce-scatter or an all-to-all starts from, and twice that share of what is all-reduced.
+Single numbers (loss, gradient norm) are left out. What the plug and Megatron-Core 0.19 send,
+checked against collectives of real runs.
+
+Legend: `s` sequence, `n` candidates of a step, `k` tokens that run it, `h` hidden, `b` batch.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+from mor_layers.costs import ModelShape, StackShape
+
+Axis = Literal["tensor", "context", "expert", "pipeline", "data"]
+Traffic = Counter[tuple[str, str]]
+"""Bytes by axis of parallelism and collective."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a microbatch is spread, as far as traffic depends on it."""
+
+    tensor: int = 1
+    sequence_parallel: bool = False
+    context: int = 1
+    expert: int = 1
+    bytes_per_activation: int = 2
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share the rows of a recursion step."""
+        return (self.tensor if self.sequence_parallel else 1) * self.context
+
+    def padded(self, rows: float) -> float:
+        """Rows, filled up for the ranks that share them."""
+        return -(-rows // self.shards) * self.shards
+
+
+def _share(size: int) -> float:
+    return (size - 1) / size
+
+
+def run_traffic(
+    shape: ModelShape, stack: StackShape, layers: float, tokens: float, projected: float,
+    spread: Spread,
+) -> tuple[Traffic, Traffic]:  # fmt: skip
+    """Of `layers` layers that `tokens` (k) tokens run, for one sequence: forward, backward.
+
+    Args:
+        projected: tokens whose keys and values are computed.
+    """
+    ahead: Traffic = Counter()
+    behind: Traffic = Counter()
+    item, t = spread.bytes_per_activation, spread.tensor
+    rows = spread.padded(tokens)
+    hidden = layers * rows / spread.context * shape.hidden_size * item
+    products = 1 if stack.mlp.num_experts else 2  # attention, and a dense MLP
+    if t > 1 and spread.sequence_parallel:
+        # In: gather, and back the input again and a scatter of its gradient. Out: a scatter, and a
+        # gather back.
+        ahead["tensor", "all_gather"] += products * hidden * _share(t)
+        ahead["tensor", "reduce_scatter"] += products * hidden * _share(t)
+        behind["tensor", "all_gather"] += 2 * products * hidden * _share(t)
+        behind["tensor", "reduce_scatter"] += products * hidden * _share(t)
+    elif t > 1:
+        ahead["tensor", "all_reduce"] += products * 2 * hidden * _share(t)
+        behind["tensor", "all_reduce"] += products * 2 * hidden * _share(t)
+    if spread.context > 1:
+        keys = layers * 2 * spread.padded(projected) * shape.kv_size / t * item
+        ahead["context", "all_gather"] += keys * _share(spread.context)
+        behind["context", "reduce_scatter"] += keys * _share(spread.context)
+    if stack.mlp.num_experts:
+        # Experts whose ranks tensor parallelism leaves over (EP = 1) are cut along their width.
+        cut = t if spread.expert == 1 else 1
+        copies = layers * tokens / spread.shards * stack.mlp.experts_per_token
+        moved, gates = copies * shape.hidden_size * item, copies * 4
+        for way in (ahead, behind):
+            way["expert", "all_to_all"] += (2 * moved + gates) * _share(spread.expert)
+            way["tensor", "all_gather"] += (moved + gates * (way is ahead)) * cut * _share(cut)
+            way["tensor", "reduce_scatter"] += (moved + gates * (way is behind)) * cut * _share(cut)
+    return ahead, behind
+
+
+def routing_traffic(
+    shape: ModelShape, stack: StackShape, tokens: tuple[float, ...], length: float, spread: Spread,
+    rotary_size: int,
+) -> tuple[Traffic, Traffic]:  # fmt: skip
+    """Of a whole recursion beside its layers, for one sequence: scores, gates, selected rows.
+
+    Args:
+        rotary_size: numbers of a position in the rotary table, which context-parallel ranks gather.
+    """
+    ahead: Traffic = Counter()
+    behind: Traffic = Counter()
+    size = spread.shards
+    if stack.router is None or size == 1:
+        return ahead, behind
+    axis = "context" if spread.context > 1 else "tensor"
+    candidates = length
+    for scorer, k in zip(stack.router.scorers, tokens, strict=True):
+        if scorer:
+            logits = scorer[-1].weights / shape.hidden_size if len(scorer) == 1 else 1
+            ahead[axis, "all_gather"] += 4 * spread.padded(candidates) * logits * _share(size)
+            behind[axis, "all_reduce"] += 2 * 4 * k * _share(size)  # gates
+        if k < length:
+            rows = spread.padded(k) * shape.hidden_size * spread.bytes_per_activation
+            for way in (ahead, behind):
+                way[axis, "all_gather"] += rows * _share(size)
+                way[axis, "reduce_scatter"] += rows * _share(size)
+        candidates = k
+    if spread.context > 1:
+        ahead["context", "all_gather"] += length * rotary_size * 4 * _share(spread.context)
+        moved = 2 * length / size * shape.hidden_size * spread.bytes_per_activation
+        for way in (ahead, behind):
+            way["context", "all_to_all"] += moved * _share(size)
+    return ahead, behind
+
+
+def end_traffic(
+    shape: ModelShape, first: bool, last: bool, length: float, spread: Spread
+) -> tuple[Traffic, Traffic]:
+    """Of the embedding, and of the output and the loss, for one sequence."""
+    ahead: Traffic = Counter()
+    behind: Traffic = Counter()
+    t = spread.tensor
+    if t == 1:
+        return ahead, behind
+    own = length / spread.context
+    hidden = own * shape.hidden_size * spread.bytes_per_activation * _share(t)
+    if spread.sequence_parallel:
+        ahead["tensor", "reduce_scatter"] += hidden * first
+        behind["tensor", "all_gather"] += hidden * (first + last)
+        ahead["tensor", "all_gather"] += hidden * last
+        behind["tensor", "reduce_scatter"] += hidden * last
+    else:
+        ahead["tensor", "all_reduce"] += 2 * hidden * first
+        behind["tensor", "all_reduce"] += 2 * hidden * last
+    # Cross-entropy over a vocabulary that is spread: maximum, label's logit, sum of exponentials.
+    ahead["tensor", "all_reduce"] += 3 * 2 * 4 * own * _share(t) * last
+    return ahead, behind
+
+
+def sequence_parallel_gradients(parameters: float, tensor: int) -> Traffic:
+    """Of weights that all tensor-parallel ranks hold and each learns from rows of its own."""
+    return Counter({("tensor", "all_reduce"): 2 * 4 * parameters * _share(tensor)})
+
+
+def gradient_traffic(
+    parameters: float, expert_parameters: float, replicas: int, expert_replicas: int,
+    bytes_per_parameter: int, distributed_optimizer: bool, bytes_per_gradient: int = 4,
+) -> Traffic:  # fmt: skip
+    """Of gradients between replicas, and of parameters where the optimizer is spread over them."""
+    traffic: Traffic = Counter()
+    for count, size in ((parameters, replicas), (expert_parameters, expert_replicas)):
+        part = count * _share(size)
+        if distributed_optimizer:
+            traffic["data", "reduce_scatter"] += part * bytes_per_gradient
+            traffic["data", "all_gather"] += part * bytes_per_parameter
+        else:
+            traffic["data", "all_reduce"] += 2 * part * bytes_per_gradient
+    return traffic

@@ -1,0 +1,125 @@
+"""From the command line to `Settings`, and the printed schema."""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from mor_layers import RouterConfig, from_mapping
+from mor_layers.routers import registered_routers
+from mor_tools.pretraining.settings import Settings
+
+USAGE = """\
+torchrun --nproc-per-node N examples/pretrain_gpt_mor.py [--config FILE.yaml] [key=value ...]
+
+Pretrains a GPT with Mixture-of-Recursions and Mixture-of-Experts through Megatron-Core.
+Settings come from the file, then from key=value, e.g. training.steps=100 recursion=null.
+Run it again to resume from its last checkpoint."""
+
+
+def load_settings(arguments: Sequence[str]) -> Settings:
+    """Settings from command line arguments; `--help` prints them all and ends the program.
+
+    Raises:
+        ValueError: an argument or a setting is unknown, of the wrong type, or not allowed.
+        FileNotFoundError: there is no such configuration file.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config")
+    parser.add_argument("--help", "-h", action="store_true")
+    try:
+        options, overrides = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{error}. Usage:\n{USAGE}") from error
+    if options.help:
+        print(f"{USAGE}\n\n{schema()}")
+        raise SystemExit(0)
+    for override in overrides:
+        if override.startswith("-") or "=" not in override:
+            raise ValueError(f"{override!r} is no key=value setting. Usage:\n{USAGE}")
+    return from_mapping(Settings, _merged(options.config, overrides), may_import=True)
+
+
+def _merged(path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """Plain mappings: the file's, changed by the overrides."""
+    if path is not None and not Path(path).is_file():
+        raise FileNotFoundError(f"--config {path}: there is no such file.")
+    try:
+        file = OmegaConf.create() if path is None else OmegaConf.load(path)
+        if not isinstance(file, DictConfig):
+            raise ValueError(f"--config {path}: expected a mapping of settings.")
+        changes = OmegaConf.from_dotlist(list(overrides))
+        new_type = OmegaConf.select(changes, "recursion.router.type")
+        if new_type not in (None, OmegaConf.select(file, "recursion.router.type")):
+            OmegaConf.update(file, "recursion.router", {}, merge=False)
+        return OmegaConf.to_container(OmegaConf.merge(file, changes), resolve=True)  # type: ignore[return-value]
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(f"the settings cannot be read: {error}") from error
+
+
+def schema(kind: type = Settings, indent: str = "") -> str:
+    """Every setting below the dataclass `kind`: name, type, default and meaning."""
+    return "\n".join(_describe(kind, indent))
+
+
+def _describe(kind: type, indent: str) -> Iterator[str]:
+    documentation, hints = _field_docstrings(kind), typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        component = _component(hints[field.name])
+        default = "" if component or field.default is dataclasses.MISSING else f" = {_shown(field)}"
+        yield f"{indent}{field.name}: {_type_name(hints[field.name])}{default}"
+        meaning = documentation.get(field.name) or (inspect.getdoc(component) or "").split("\n")[0]
+        yield textwrap.indent(meaning, indent + " " * 8)
+        if component is RouterConfig:
+            if issubclass(kind, RouterConfig):
+                continue  # a router around another: any of those that are being listed
+            for name, router in sorted(registered_routers().items()):
+                yield f"{indent}    type: {name}"
+                yield from _describe(router, indent + " " * 8)
+        elif component:
+            yield from _describe(component, indent + " " * 4)
+
+
+def _component(hint: Any) -> type | None:
+    """The dataclass in a type hint such as `MoESettings | None`."""
+    return next(filter(dataclasses.is_dataclass, typing.get_args(hint) or (hint,)), None)
+
+
+def _type_name(hint: Any) -> str:
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return " | ".join(map(str, arguments))
+    if isinstance(hint, types.UnionType):
+        return " | ".join("null" if a is type(None) else _type_name(a) for a in arguments)
+    if typing.get_origin(hint) is tuple:
+        return f"list of {_type_name(arguments[0])}"
+    return "mapping" if dataclasses.is_dataclass(hint) else hint.__name__
+
+
+def _shown(field: dataclasses.Field[Any]) -> str:
+    shown = {None: "null", True: "true", False: "false"}
+    if isinstance(field.default, bool | None):
+        return shown[field.default]
+    return repr(field.default) if isinstance(field.default, str) else str(field.default)
+
+
+def _field_docstrings(kind: type) -> dict[str, str]:
+    """The string literal under each field of a dataclass."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(definition, ast.ClassDef)
+    found = {}
+    for statement, following in zip(definition.body, definition.body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+            assert isinstance(statement.target, ast.Name)
+            found[statement.target.id] = inspect.cleandoc(ast.literal_eval(following.value))
+    return found

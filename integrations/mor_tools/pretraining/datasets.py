@@ -1,0 +1,178 @@
+"""Training and held-out samples through Megatron-Core's datasets, in an order that survives stops.
+
+Which text a step sees depends on its number, the seed and the settings of the data alone: not on
+the number of processes, and not on how often the run was stopped.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+from megatron.core import parallel_state
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from mor_dali import BatchOrder, MegatronSamples, Prefetch, token_batches
+from mor_tools.pretraining.settings import Settings
+from mor_tools.pretraining.text import PreparedText, TextTokenizer
+
+ENTROPY_SAMPLE = 20_000_000
+"""Tokens of held-out text that the unigram entropy is computed from, at most."""
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """The two splits of the text."""
+
+    train: GPTDataset
+    """Samples for every step of the whole run, `PackedDocuments` where they are kept apart."""
+    held_out: GPTDataset
+    """Samples of the documents kept back: the global batches of one validation loss."""
+
+
+class PackedDocuments(GPTDataset):
+    """A GPTDataset whose samples number their documents: `documents` `[s]`, from 0.
+
+    An end of document belongs to the document that it ends, as in Megatron. Positions go on from
+    document to document: rotary positions are relative.
+    """
+
+    def __getitem__(self, idx: int | None) -> dict[str, Tensor]:
+        sample = super().__getitem__(idx)
+        is_end = (sample["tokens"] == self.config.tokenizer.eod).long()  # type: ignore[union-attr]
+        return sample | {"documents": is_end.cumsum(0) - is_end}
+
+
+def build_datasets(settings: Settings, text: PreparedText, tokenizer: TextTokenizer) -> Datasets:
+    """Both splits; every process calls it.
+
+    Raises:
+        ValueError: a split is too short for one sample.
+    """
+    _check_lengths(settings, text)
+    share, batch = settings.data.held_out_share, settings.training.global_batch_size
+    config = GPTDatasetConfig(
+        random_seed=settings.training.seed,
+        sequence_length=settings.data.sequence_length,
+        blend=([str(text.prefix)], None),
+        split=f"{1 - share},{share},0",
+        path_to_cache=str(Path(settings.output) / "sample-order"),
+        tokenizer=tokenizer,  # type: ignore[arg-type]
+        reset_position_ids=False,
+        reset_attention_mask=False,  # its masks would be made and sent with `s` numbers per token
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    sizes = [settings.training.steps * batch, settings.evaluation.batches * batch, 0]
+    kind = PackedDocuments if settings.data.reset_attention_mask else GPTDataset
+    train, held_out, _ = BlendedMegatronDatasetBuilder(kind, sizes, lambda: True, config).build()
+    return Datasets(train, held_out)
+
+
+def batches(
+    dataset: GPTDataset, settings: Settings, first_step: int = 0
+) -> Iterator[dict[str, Tensor]]:
+    """This process's micro-batches, from the first one of `first_step` (0-based) on."""
+    if settings.data.loader == "dali":
+        return _dali_batches(dataset, settings, first_step)
+    order = SampleOrder(
+        first=first_step * settings.training.global_batch_size,
+        end=len(dataset),
+        size=settings.training.micro_batch_size,
+        rank=parallel_state.get_data_parallel_rank(),
+        copies=parallel_state.get_data_parallel_world_size(),
+    )
+    workers = settings.data.workers
+    return iter(
+        DataLoader(
+            dataset,
+            batch_sampler=order,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=workers > 0,
+        )
+    )
+
+
+def unigram_entropy(dataset: GPTDataset, vocab_size: int) -> float:
+    """Entropy in nats of the token frequencies in a dataset's documents.
+
+    No model that ignores a token's context can have a lower loss on these documents.
+
+    Raises:
+        ValueError: a token id is not in the vocabulary.
+    """
+    counts = numpy.zeros(vocab_size, dtype=numpy.int64)
+    for document in dataset.indices:
+        ids = dataset.dataset[int(document)]
+        if ids.max(initial=0) >= vocab_size:
+            raise ValueError(
+                f"token id {ids.max()} in the data is beyond the tokenizer's {vocab_size} tokens. "
+                "Set data.tokenizer to the one the data was written with."
+            )
+        counts += numpy.bincount(ids, minlength=vocab_size)
+        if counts.sum() >= ENTROPY_SAMPLE:
+            break
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * numpy.log(shares)).sum())
+
+
+class SampleOrder(Sampler[list[int]]):
+    """Sample numbers of one process's micro-batches.
+
+    A global batch is `global_batch_size` consecutive samples; the processes take turns in it, a
+    micro-batch at a time.
+
+    Args:
+        first: number of the first sample.
+        end: number of samples there are.
+        size: samples in a micro-batch.
+        rank: data-parallel rank.
+        copies: data-parallel ranks.
+    """
+
+    def __init__(self, *, first: int, end: int, size: int, rank: int, copies: int) -> None:
+        self.size = size
+        self.starts = range(first + rank * size, end - size + 1, copies * size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in self.starts:
+            yield list(range(start, start + self.size))
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+
+def _dali_batches(
+    dataset: GPTDataset, settings: Settings, first_step: int
+) -> Iterator[dict[str, Tensor]]:
+    samples = MegatronSamples(dataset, numbers_documents=isinstance(dataset, PackedDocuments))
+    order = BatchOrder(
+        end=len(samples),
+        size=settings.training.micro_batch_size,
+        first=first_step * settings.training.global_batch_size,
+        rank=parallel_state.get_data_parallel_rank(),
+        ranks=parallel_state.get_data_parallel_world_size(),
+    )
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+    return token_batches(samples, order, Prefetch(device, workers=settings.data.workers))
+
+
+def _check_lengths(settings: Settings, text: PreparedText) -> None:
+    dataset = IndexedDataset(str(text.prefix))  # its arrays are mapped only while it lives
+    lengths = dataset.sequence_lengths
+    split = round((1 - settings.data.held_out_share) * len(lengths))
+    needed = settings.data.sequence_length + 1
+    for name, tokens in (("training", lengths[:split]), ("held-out", lengths[split:])):
+        if tokens.sum() < needed:
+            raise ValueError(
+                f"the {name} split has {tokens.sum()} tokens in {len(tokens)} documents, fewer "
+                f"than the {needed} of one sample. Give more text, or change "
+                f"data.held_out_share={settings.data.held_out_share} or "
+                f"data.sequence_length={settings.data.sequence_length}."
+            )

@@ -1,0 +1,124 @@
+"""The processes of a run: how they start, agree, and are asked to stop."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from mor_megatron.platform import cpu
+from mor_tools.pretraining.settings import Settings
+
+ERRORS = (OSError, ValueError)
+"""What settings and files can cause, as opposed to faults of the program."""
+
+
+def world_size() -> int:
+    """Number of processes that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that writes files and talks to the user."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def device() -> torch.device:
+    """Where this process computes."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def process_groups(settings: Settings) -> Iterator[None]:
+    """Connects the processes: NCCL where there is CUDA, else gloo on Megatron's CPU platform."""
+    if "RANK" not in os.environ:
+        raise ValueError(
+            "start this script through torchrun, e.g. torchrun --nproc-per-node 1 "
+            "examples/pretrain_gpt_mor.py; --help lists the settings."
+        )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    else:
+        cpu.enable()
+    # The watch over a run speaks before a collective gives up, which would not say whom it waits for.
+    timeout = _collective_timeout(settings)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, timeout=timeout)
+    try:
+        with model_parallel(settings):
+            yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def model_parallel(settings: Settings) -> Iterator[None]:
+    """Lays the connected processes out as the settings say."""
+    parallel = settings.parallel
+    timeout = _collective_timeout(settings)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=settings.virtual_stages,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1 if parallel.expert > 1 else None,
+        distributed_timeout_minutes=timeout / timedelta(minutes=1),
+    )
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def _collective_timeout(settings: Settings) -> timedelta:
+    return timedelta(seconds=max(1800.0, 2 * settings.training.timeout_seconds))
+
+
+def seed(settings_seed: int, step: int) -> None:
+    """Make every random number of a step a function of the seed and the step.
+
+    So there is no generator state to save, and a resumed run draws what it would have drawn.
+    """
+    value = (settings_seed * 1_000_003 + step) % 2**31
+    torch.manual_seed(value)
+    model_parallel_cuda_manual_seed(value, force_reset_rng=True)
+
+
+def on_first_rank[T](action: Callable[[], T]) -> T:
+    """The result of `action`, run on the first rank alone, on every rank; its error too."""
+    outcome: list[Any] = [None, None]
+    if is_first_rank():
+        try:
+            outcome[0] = action()
+        except ERRORS as error:
+            outcome[1] = error
+    torch.distributed.broadcast_object_list(outcome, src=0, device=device())
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+class StopRequest:
+    """Whether a process was interrupted (Ctrl-C, SIGTERM); asked at a moment when all can stop."""
+
+    def __init__(self) -> None:
+        self._received = False
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self._receive)
+
+    def __call__(self) -> bool:
+        """Whether any rank was interrupted; every rank gets the same answer."""
+        flag = torch.tensor(float(self._received), device=device())
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return bool(flag)
+
+    def _receive(self, number: int, frame: object) -> None:
+        self._received = True

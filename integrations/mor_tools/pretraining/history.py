@@ -1,0 +1,44 @@
+"""What is known of a run, step by step: in memory, in history.jsonl, TensorBoard and wandb."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mor_tools.pretraining.run_folder import write_atomically
+from mor_tools.reports.rows import Row, line, read_rows, scalars
+from mor_tools.reports.trackers import Tracker
+
+
+class History:
+    """All rows of a run, earlier sessions included; empty on ranks that do not keep the files.
+
+    Args:
+        folder: of the run.
+        step: steps taken; what an earlier session logged beyond its last checkpoint is dropped.
+        trackers: where each row's numbers go besides; closed with the history.
+        is_writer: whether this process keeps the files.
+    """
+
+    def __init__(
+        self, folder: Path, step: int, trackers: Sequence[Tracker] = (), is_writer: bool = True
+    ) -> None:
+        self._file = folder / "history.jsonl"
+        self._trackers, self._is_writer = tuple(trackers), is_writer
+        self.rows: list[Row] = []
+        if is_writer:
+            self.rows = [row for row in read_rows(self._file) if row.step <= step]
+            write_atomically(self._file, "".join(map(line, self.rows)))
+
+    def add(self, row: Row) -> None:
+        """Append a step."""
+        if not self._is_writer:
+            return
+        self.rows.append(row)
+        with self._file.open("a") as file:
+            file.write(line(row))
+        for tracker in self._trackers:
+            tracker.scalars(scalars(row), row.step)
+
+    def close(self) -> None:
+        """Finish what the trackers write."""
+        for tracker in self._trackers:
+            tracker.close()

@@ -1,0 +1,299 @@
+"""The model: unmodified GPTModels whose layers come from `mor_megatron`'s specs."""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import nn
+from torch.nn import functional as F
+
+from mor_layers import DecoderConfig, MoEConfig, MoRTransformer, RecursionConfig
+from mor_layers.costs import ModelShape, RouterShape, account, count_parameters
+from mor_megatron import (
+    Norm,
+    SDPACoreAttention,
+    connect_stages,
+    default_layer_spec,
+    recursion_block_spec,
+    recursion_pipeline_spec,
+)
+from mor_megatron.checkpoints import decoder_tensors, whole_tensors
+from mor_megatron.layers import validate
+from mor_megatron.models import has_transformer_engine
+from mor_megatron.pipeline import validate_pipeline
+from mor_tools.pretraining.settings import Settings
+
+VOCABULARY_MULTIPLE = 128
+"""The embedding is filled up to a multiple of this, so that it is the same for every usual
+tensor-parallel size."""
+
+
+def padded_vocabulary(settings: Settings, vocab_size: int) -> int:
+    """Rows of the embedding."""
+    multiple = math.lcm(VOCABULARY_MULTIPLE, settings.parallel.tensor)
+    return -(-vocab_size // multiple) * multiple
+
+
+def check(settings: Settings) -> None:
+    """Refuse what Megatron's layers cannot do, before anything is written.
+
+    Raises:
+        ValueError: what it is, why not, and what to use.
+    """
+    config = transformer_config(settings)  # where Megatron refuses what it can without a model
+    recursion, schedule = settings.recursion, settings.schedule
+    if recursion is None or schedule is None:
+        return
+    validate(config, recursion)
+    if settings.virtual_stages is not None:
+        validate_pipeline(config, recursion, schedule)
+
+
+def build_model(settings: Settings, vocab_size: int) -> list[GPTModel]:
+    """This process's part of the model, on its device: a chunk for each of its virtual stages."""
+    config = transformer_config(settings)
+    stages = [None] if settings.virtual_stages is None else range(settings.virtual_stages)
+    chunks = [
+        _gpt(
+            settings,
+            config,
+            vocab_size,
+            stage,
+            is_first=parallel_state.is_pipeline_first_stage(False, stage),
+            is_last=parallel_state.is_pipeline_last_stage(False, stage),
+        )
+        for stage in stages
+    ]
+    if settings.virtual_stages is not None:
+        connect_stages(chunks)
+    return [chunk.to(torch.cuda.current_device()) for chunk in chunks]
+
+
+def build_teacher(settings: Settings, vocab_size: int) -> GPTModel:
+    """The dense model of these sizes, whole on this pipeline stage, over its tensor-parallel ranks."""
+    parallel = replace(settings.parallel, pipeline=1, pipeline_layout="one_stage")
+    training = replace(settings.training, recompute="none")
+    dense = replace(settings, recursion=None, uptrain=None, parallel=parallel, training=training)
+    config = transformer_config(dense)
+    teacher = _gpt(dense, config, vocab_size, None, is_first=True, is_last=True)
+    teacher = teacher.to(torch.cuda.current_device(), config.params_dtype)
+    return teacher.requires_grad_(False).eval()
+
+
+def _gpt(
+    settings: Settings,
+    config: TransformerConfig,
+    vocab_size: int,
+    stage: int | None,
+    *,
+    is_first: bool,
+    is_last: bool,
+) -> GPTModel:
+    return GPTModel(
+        config,
+        transformer_layer_spec=_block(settings, config, stage),
+        vocab_size=padded_vocabulary(settings, vocab_size),
+        max_sequence_length=settings.data.sequence_length,
+        pre_process=is_first,
+        post_process=is_last,
+        share_embeddings_and_output_weights=settings.model.tie_embeddings,
+        position_embedding_type="rope",
+        rotary_base=settings.model.rope_base,
+        vp_stage=stage,
+    )
+
+
+def transformer_config(settings: Settings) -> TransformerConfig:
+    """Megatron's configuration for these settings."""
+    model, parallel, training = settings.model, settings.parallel, settings.training
+    has_cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
+    fields: dict[str, Any] = {
+        "num_layers": model.num_unrolled_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_heads,
+        "num_query_groups": model.num_kv_heads,
+        "kv_channels": model.head_dim or model.hidden_size // model.num_heads,
+        "add_qkv_bias": model.qkv_bias,
+        "qk_layernorm": model.qk_norm,
+        "layernorm_epsilon": model.rms_norm_epsilon,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "tensor_model_parallel_size": parallel.tensor,
+        "sequence_parallel": parallel.sequence_parallel,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": settings.virtual_stages,
+        # Batched sends cross between two stages where each is the other's next.
+        "overlap_p2p_comm": settings.virtual_stages is not None,
+        "batch_p2p_comm": settings.virtual_stages is None,
+        "context_parallel_size": parallel.context,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": 1 if parallel.expert > 1 else None,
+        "bf16": training.precision == "bf16",
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        # Without CUDA there are no fused kernels, and weights are drawn on the host.
+        "use_cpu_initialization": not has_cuda,
+        "masked_softmax_fusion": False,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": has_cuda,
+        "gradient_accumulation_fusion": False,
+    }
+    if training.recompute == "full":
+        fields |= {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    elif training.recompute == "selective":
+        fields |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    if model.moe is not None:
+        ends = [0] * _unshared_layers(settings)
+        fields |= {
+            "num_moe_experts": model.moe.num_experts,
+            "moe_router_topk": model.moe.experts_per_token,
+            "moe_ffn_hidden_size": model.moe.ffn_hidden_size,
+            "moe_layer_freq": [*ends, *[1] * (model.num_unrolled_layers - 2 * len(ends)), *ends],
+            "moe_router_load_balancing_type": "aux_loss",
+            "moe_aux_loss_coeff": model.moe.balance_coefficient,
+            "moe_z_loss_coeff": model.moe.z_loss_coefficient or None,
+            "moe_token_dispatcher_type": model.moe.dispatcher,
+            "moe_grouped_gemm": has_cuda and has_transformer_engine(),
+        }
+    return TransformerConfig(**fields)
+
+
+def decoder_config(settings: Settings, vocab_size: int) -> DecoderConfig:
+    """The same model in plain PyTorch."""
+    model, experts = settings.model, None
+    if model.moe is not None:
+        experts = MoEConfig(
+            model.moe.num_experts,
+            model.moe.experts_per_token,
+            model.moe.ffn_hidden_size,
+            model.moe.balance_coefficient,
+            model.moe.z_loss_coefficient,
+        )
+    return DecoderConfig(
+        vocab_size=vocab_size,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_unrolled_layers=model.num_unrolled_layers,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        qkv_bias=model.qkv_bias,
+        qk_norm=model.qk_norm,
+        rms_norm_epsilon=model.rms_norm_epsilon,
+        rope_base=model.rope_base,
+        tie_embeddings=model.tie_embeddings,
+        recursion=settings.recursion,
+        moe=experts,
+        dense_ends=experts is not None and _unshared_layers(settings) > 0,
+    )
+
+
+def torch_model(
+    settings: Settings, chunks: list[nn.Module], vocab_size: int
+) -> MoRTransformer | None:
+    """The model in plain PyTorch, without padding of the vocabulary, on the first rank's device.
+
+    Every rank calls it; the others get None.
+    """
+    tensors = whole_tensors(chunks)
+    if tensors is None:
+        return None
+    config = decoder_config(settings, vocab_size)
+    weights = decoder_tensors(tensors, config)
+    if config.tie_embeddings:
+        weights["output.weight"] = weights["embedding.weight"]
+    for name in ("embedding.weight", "output.weight"):
+        weights[name] = weights[name][:vocab_size]
+    model = MoRTransformer(config)
+    model.load_state_dict(weights)
+    return model.to(torch.cuda.current_device())
+
+
+def shape(settings: Settings, vocab_size: int) -> ModelShape:
+    """What the cost of the model depends on; the scorers of a router of your own are left out."""
+    config = decoder_config(settings, padded_vocabulary(settings, vocab_size))
+    router = _router_shape(config.effective_recursion, config.hidden_size)
+    return ModelShape.from_decoder(config, router)
+
+
+def parameters(model: ModelShape) -> int:
+    """Parameters of the whole model, each shared weight once."""
+    return int(count_parameters(model).total)
+
+
+def flops_per_token(model: ModelShape, settings: Settings, shares: Sequence[float] | None) -> float:
+    """Training FLOPs per token where `shares` of the tokens run each recursion step."""
+    sequence = settings.data.sequence_length
+    tokens = None
+    if shares is not None and any(stack.router for stack in model.stacks):
+        tokens = [share * sequence for share in shares]
+    return account(model, sequence, tokens).flops_per_token()
+
+
+def _block(
+    settings: Settings, config: TransformerConfig, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    inner = _layer_spec(settings, config)
+    without_experts = copy.copy(config)
+    without_experts.num_moe_experts = None
+    without_experts.moe_grouped_gemm = False
+    dense = _layer_spec(settings, without_experts)
+    if settings.virtual_stages is not None:
+        # Routed as in generation, how many tokens run a step is not fixed.
+        return recursion_pipeline_spec(
+            config, settings.recursion, inner, vp_stage, dense, documents=True
+        )
+    if settings.recursion is not None:
+        return recursion_block_spec(config, settings.recursion, inner, dense_layer_spec=dense)
+    ends = _unshared_layers(settings)
+    layers = [dense] * ends + [inner] * (config.num_layers - 2 * ends) + [dense] * ends
+    first = get_transformer_layer_offset(config)
+    return TransformerBlockSubmodules(
+        layer_specs=layers[first : first + get_num_layers_to_build(config)], layer_norm=Norm
+    )
+
+
+def _layer_spec(settings: Settings, config: TransformerConfig) -> ModuleSpec:
+    """Megatron's layer; its attention follows a mask where documents are kept apart."""
+    spec = default_layer_spec(config)
+    if not settings.data.reset_attention_mask:
+        return spec
+    # Transformer Engine's core attention, declared causal, would ignore the mask.
+    attention = spec.submodules.self_attention
+    parts = replace(attention.submodules, core_attention=SDPACoreAttention)
+    attention = replace(attention, submodules=parts)
+    return replace(spec, submodules=replace(spec.submodules, self_attention=attention))
+
+
+def _unshared_layers(settings: Settings) -> int:
+    """Layers before the recursion, and as many after it; one without recursion."""
+    return 1 if settings.schedule is None else settings.schedule.prelude
+
+
+def _router_shape(recursion: RecursionConfig, hidden_size: int) -> RouterShape | None:
+    try:
+        return RouterShape.from_recursion(recursion, hidden_size)
+    except ValueError:  # a router of the user's own
+        steps = recursion.num_recursions
+        return RouterShape(((),) * steps, recursion.router.capacity_factors_for(steps))

@@ -1,0 +1,140 @@
+"""What is optimized, how, and from where."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from mor_layers.weights import Initialization
+from mor_tools.pretraining.settings.rules import require, require_at_least, require_share
+
+Precision = Literal["fp32", "bf16"]
+Recompute = Literal["none", "full", "selective"]
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Optimization with AdamW and a warmup-stable-decay schedule."""
+
+    steps: int = 500
+    """Optimizer steps of the whole run."""
+    stop_after: int | None = None
+    """Stop, with a checkpoint, once this step of the run is done; run again to go on. null: at
+    `steps`."""
+    global_batch_size: int = 8
+    """Sequences per optimizer step, over all processes."""
+    micro_batch_size: int = 8
+    """Sequences that one process runs at once."""
+    learning_rate: float = 3e-3
+    """Learning rate between warmup and decay."""
+    final_learning_rate: float = 0.0
+    """Learning rate at the last step."""
+    warmup_steps: int = 20
+    """Steps of linear warmup from 0."""
+    decay_steps: int = 200
+    """Steps of linear decay at the end."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay."""
+    adam_beta2: float = 0.95
+    """Decay of Adam's second moment. In (0, 1)."""
+    gradient_clip: float = 1.0
+    """Largest norm of the gradient. 0: not clipped."""
+    precision: Precision = "fp32"
+    """Numbers the layers compute with: `fp32` or `bf16` (with fp32 master weights)."""
+    recompute: Recompute = "none"
+    """Activations computed again in the backward pass: `none`, `full`, or `selective`: those of
+    the attention core."""
+    seed: int = 1
+    """Of the initial weights and of the order of the text."""
+    initial_weights: str | None = None
+    """Folder of the weights to start from: a model of ours, or a Megatron checkpoint in any layout
+    (`mor convert` makes both). null: random ones."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; there is always one at the end."""
+    timeout_seconds: float = 600.0
+    """Longest that a micro-batch, with its communication, or a checkpoint may take. After it the run
+    ends, and says which rank hangs."""
+
+    def __post_init__(self) -> None:
+        owner = "training"
+        require_at_least(
+            1,
+            owner,
+            steps=self.steps,
+            stop_after=self.stop_after,
+            global_batch_size=self.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            checkpoint_every=self.checkpoint_every,
+        )
+        require_at_least(
+            0,
+            owner,
+            warmup_steps=self.warmup_steps,
+            decay_steps=self.decay_steps,
+            final_learning_rate=self.final_learning_rate,
+            weight_decay=self.weight_decay,
+            gradient_clip=self.gradient_clip,
+            seed=self.seed,
+        )
+        require(
+            0 < self.timeout_seconds < math.inf,
+            f"{owner}.timeout_seconds={self.timeout_seconds} must be above 0, and finite.",
+        )
+        require(self.learning_rate > 0, f"{owner}.learning_rate={self.learning_rate} must be > 0.")
+        require_share(owner, adam_beta2=self.adam_beta2)
+        require(
+            self.final_learning_rate <= self.learning_rate,
+            f"{owner}.final_learning_rate={self.final_learning_rate} must not exceed "
+            f"learning_rate={self.learning_rate}.",
+        )
+        require(
+            self.warmup_steps + max(self.decay_steps, 1) <= self.steps,
+            f"{owner}.warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps} do not "
+            f"fit into steps={self.steps}. Shorten them, or train longer.",
+        )
+        require(
+            self.stop_after is None or self.stop_after <= self.steps,
+            f"{owner}.stop_after={self.stop_after} is beyond steps={self.steps}. "
+            "Use a smaller number, or null.",
+        )
+
+
+@dataclass(frozen=True)
+class UptrainSettings:
+    """Beginning with a dense model's weights and learning from it; null: fresh weights."""
+
+    teacher: str
+    """Folder of the dense model, in our format or a Llama's, whose tokenizer the data has. It says
+    the sizes of the model: `model.*` and, but for their recursion, the layers are the same."""
+    initialization: Initialization = "stepwise"
+    """Where shared layers come from: `stepwise`, `average`, `lower`, `upper` or `random`. The rest
+    is the dense model's."""
+    distillation_coefficient: float = 1.0
+    """Weight of the divergence between the dense model's distribution of each next token and this
+    one's. 0: the dense model gives its weights and is not run."""
+    language_model_coefficient: float = 1.0
+    """Weight of the language-model loss beside it."""
+    temperature: float = 1.0
+    """What both logits are divided by; the divergence is multiplied by its square. Above 0."""
+
+    def __post_init__(self) -> None:
+        owner, distillation = "uptrain", self.distillation_coefficient
+        require(
+            self.teacher != "", f"{owner}.teacher is empty. Name a folder, or set uptrain=null."
+        )
+        require_at_least(
+            0,
+            owner,
+            distillation_coefficient=distillation,
+            language_model_coefficient=self.language_model_coefficient,
+        )
+        require(self.temperature > 0, f"{owner}.temperature={self.temperature} must be above 0.")
+        require(
+            distillation > 0 or self.temperature == 1.0,
+            f"{owner}.temperature={self.temperature} has no effect with "
+            "distillation_coefficient=0. Leave it out, or set the coefficient above 0.",
+        )
+        require(
+            distillation > 0 or self.language_model_coefficient == 1.0,
+            f"{owner}.language_model_coefficient={self.language_model_coefficient} weighs nothing "
+            "against distillation_coefficient=0. Leave it out, or set that above 0.",
+        )

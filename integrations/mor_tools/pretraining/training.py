@@ -1,0 +1,326 @@
+"""Optimizer steps, validation losses and the state between them, with Megatron-Core's parts."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import tee
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.utils import get_batch_on_this_cp_rank
+from torch import Tensor, nn
+
+from mor_layers import DecoderConfig
+from mor_megatron import (
+    RoutingReport,
+    causal_routing,
+    recursion_forward_backward,
+    routing_reports,
+    update_routers,
+)
+from mor_megatron.checkpoints import describe, runs
+from mor_tools.pretraining import distributed
+from mor_tools.pretraining.datasets import batches
+from mor_tools.pretraining.settings import Settings
+from mor_tools.pretraining.teacher import Teacher
+from mor_tools.pretraining.watch import Watch
+
+Batches = Iterator[dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did, over the global batch."""
+
+    loss: float
+    """Language-model loss in nats per token, before the step."""
+    divergence: float | None
+    """From the teacher's distributions, in nats per token, before the step; None without one."""
+    learning_rate: float
+    """Of this step."""
+    gradient_norm: float
+    """Before clipping."""
+    routing: list[RoutingReport]
+    """What each recursion did."""
+
+
+class Trainer:
+    """Model, optimizer and schedule of a run.
+
+    Args:
+        settings: the run's settings.
+        chunks: this process's part of the model, see `build_model`.
+        decoder: what the model is, for its checkpoints to say.
+        watch: is told of every micro-batch, so that it can tell who hangs.
+        teacher: what the model learns from beside the text, on last stages.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        chunks: list[GPTModel],
+        decoder: DecoderConfig,
+        watch: Watch,
+        teacher: Teacher | None = None,
+    ) -> None:
+        self.settings, self.decoder, self.teacher = settings, decoder, teacher
+        self.step = 0
+        """Optimizer steps taken."""
+        self.saved_step: int | None = None
+        """That of the newest checkpoint known to be good; None before there is one."""
+        self.watch = watch
+        self._losses_not_finite: str | None = None
+        self.chunks = _data_parallel(settings, chunks)
+        self.optimizer = _optimizer(settings, self.chunks)
+        self.scheduler = _scheduler(settings, self.optimizer)
+        self.checkpoints = Path(settings.output) / "checkpoints"
+        copies = parallel_state.get_data_parallel_world_size()
+        training = settings.training
+        self.microbatches = training.global_batch_size // (training.micro_batch_size * copies)
+        config = chunks[0].config
+        config.grad_scale_func = self.optimizer.scale_loss
+        config.finalize_model_grads_func = finalize_model_grads
+        if settings.parallel.overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+    def train_step(self, data: Batches) -> StepResult:
+        """Take one optimizer step.
+
+        Raises:
+            FloatingPointError: the loss or the gradient is not finite; on every rank.
+        """
+        distributed.seed(self.settings.training.seed, self.step)
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        loss, divergence = self._run(data, self.microbatches, forward_only=False)
+        for what, value in (("the loss", loss), ("the divergence from the teacher", divergence)):
+            if not math.isfinite(value):
+                raise self._not_finite(f"{what} is {value}", self._losses_not_finite)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        succeeded, norm, _ = self.optimizer.step()
+        if not (succeeded and math.isfinite(norm or 0.0)):
+            raise self._not_finite(
+                f"the gradient's norm is {norm}", _gradients_not_finite(self.chunks)
+            )
+        self.scheduler.step(increment=1)
+        update_routers(self.chunks)
+        get_moe_metrics_tracker().clear()
+        self.step += 1
+        return StepResult(
+            loss,
+            divergence if self.settings.is_distilled else None,
+            float(learning_rate),
+            norm or 0.0,
+            routing_reports(self.chunks),
+        )
+
+    def evaluate(self, held_out: Any, causal: bool = False) -> tuple[float, list[RoutingReport]]:
+        """Mean loss over the held-out split in nats per token, and what the recursions did.
+
+        Args:
+            causal: route as in generation, where no token's depth may depend on later tokens.
+        """
+        for chunk in self.chunks:
+            chunk.eval()
+        number = self.settings.evaluation.batches * self.microbatches
+        with causal_routing(self.chunks) if causal else nullcontext():
+            loss, _ = self._run(batches(held_out, self.settings), number, forward_only=True)
+        return loss, routing_reports(self.chunks)
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment, if there is none."""
+        if self.saved_step != self.step:
+            self.watch.beat(f"step {self.step}: writing a checkpoint")
+            runs.save(
+                self.checkpoints,
+                self.step,
+                self.chunks,
+                self.optimizer,
+                self.scheduler,
+                describe(self.decoder),
+            )
+            self.saved_step = self.step
+
+    def resume(self) -> tuple[str, ...]:
+        """Go on from the newest good checkpoint, if there is one; what is wrong with newer ones."""
+        if runs.latest_step(self.checkpoints) is not None:
+            restored = runs.load(self.checkpoints, self.chunks, self.optimizer, self.scheduler)
+            self.step = self.saved_step = restored.step
+            return restored.refused
+        return ()
+
+    def _run(self, data: Batches, microbatches: int, forward_only: bool) -> tuple[float, float]:
+        """Mean loss, and mean divergence from the teacher, over the micro-batches of all ranks."""
+        is_virtual = self.settings.virtual_stages is not None
+        run = recursion_forward_backward if is_virtual else get_forward_backward_func()
+        teacher = None if forward_only else self.teacher
+        reports: list[Tensor] = run(
+            forward_step_func=partial(_forward_step, teacher=teacher),
+            data_iterator=list(tee(self._watched(data), len(self.chunks))),
+            model=self.chunks,
+            num_microbatches=microbatches,
+            micro_batch_size=self.settings.training.micro_batch_size,
+            seq_length=self.settings.data.sequence_length,
+            forward_only=forward_only,
+        )
+        # Only last pipeline stages report; the others add nothing to any sum.
+        total = torch.zeros(3, device=distributed.device())
+        self._losses_not_finite = None
+        if reports:
+            total[:2], total[2] = torch.stack(reports).sum(dim=0), len(reports)
+            if not total.isfinite().all():
+                self._losses_not_finite = "a micro-batch's loss"
+        torch.distributed.all_reduce(total)
+        # Context-parallel ranks report parts of a mean.
+        loss, divergence = (total[:2] / total[2] * self.settings.parallel.context).tolist()
+        return loss, divergence
+
+    def _watched(self, data: Batches) -> Batches:
+        """The same micro-batches; the watch learns when one is read."""
+        while True:
+            self.watch.beat(f"step {self.step + 1}: reading text")
+            batch = next(data, None)
+            if batch is None:
+                return
+            self.watch.beat(f"step {self.step + 1}: computing")
+            yield batch
+
+    def _not_finite(self, what: str, here: str | None) -> FloatingPointError:
+        """The error that says where it began. All ranks call it."""
+        gathered: list[str | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, here)
+        where = [f"rank {rank} ({found})" for rank, found in enumerate(gathered) if found]
+        kept = "There is no checkpoint yet: another run starts over."
+        if self.saved_step is not None:
+            name = runs.folder_of(self.checkpoints, self.saved_step)
+            kept = f"The last good checkpoint is {name}; run again to go on from it."
+        rate = self.settings.training.learning_rate
+        return FloatingPointError(
+            f"step {self.step + 1}: {what}, on {', '.join(where) or 'no rank alone'}. Nothing of "
+            f"this step was written. Lower training.learning_rate={rate}, or look at the text of this "
+            f"step. {kept}"
+        )
+
+
+def _gradients_not_finite(chunks: list[DistributedDataParallel]) -> str | None:
+    """The first parameter of this rank whose gradient is not finite."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            gradient = getattr(parameter, "main_grad", None)
+            if gradient is not None and not gradient.isfinite().all():
+                return name.removeprefix("module.")
+    return None
+
+
+def _forward_step(
+    data: Batches, model: nn.Module, teacher: Teacher | None = None
+) -> tuple[Tensor, Callable[..., Any]]:
+    """One micro-batch through this stage; this context-parallel rank's part of its mean loss."""
+    batch = {
+        name: value.to(distributed.device(), non_blocking=True)
+        for name, value in next(data).items()
+    }
+    tokens = batch["tokens"]
+    batch["positions"] = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    attention_mask = _attention_mask(batch.pop("documents", None))
+    number = batch["loss_mask"].sum().clamp(min=1)
+    group = parallel_state.get_context_parallel_group()
+    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
+    given = batch["tokens"], batch["positions"], attention_mask
+    # With labels the output is the loss of each token, without them its logits.
+    output = model(*given, labels=batch["labels"] if teacher is None else None)
+
+    def mean_loss(output: Tensor) -> tuple[Tensor, Tensor]:
+        losses, divergences = output, None
+        if teacher is not None:
+            losses, divergences = teacher.compare(output, batch["labels"], *given)
+        means = [
+            torch.zeros_like(number) if values is None else (values.float() * mask).sum() / number
+            for values in (losses, divergences)
+        ]
+        part = means[0] if teacher is None else teacher.combine(*means)
+        return part, torch.stack(means).detach()
+
+    mask = batch["loss_mask"]
+    return output, mean_loss
+
+
+def _attention_mask(documents: Tensor | None) -> Tensor | None:
+    """Megatron's `[b 1 s s]`, True where attention is barred, from `[b s]`; None: plain causal."""
+    if documents is None:
+        return None
+    is_same = documents[:, None, :, None] == documents[:, None, None, :]
+    return is_same.tril().logical_not()
+
+
+def _data_parallel(settings: Settings, chunks: list[GPTModel]) -> list[DistributedDataParallel]:
+    config = DistributedDataParallelConfig(
+        use_distributed_optimizer=settings.parallel.distributed_optimizer,
+        overlap_grad_reduce=settings.parallel.overlap_grad_reduce,
+        grad_reduce_in_fp32=True,
+    )
+    return [
+        DistributedDataParallel(
+            chunk.config,
+            config,
+            Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk,
+            disable_bucketing=index > 0,  # other chunks compute while these are reduced
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def _optimizer(settings: Settings, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+    training = settings.training
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=training.learning_rate,
+        min_lr=training.final_learning_rate,
+        weight_decay=training.weight_decay,
+        adam_beta2=training.adam_beta2,
+        clip_grad=training.gradient_clip,
+        bf16=training.precision == "bf16",
+        params_dtype=chunks[0].config.params_dtype,
+        use_distributed_optimizer=settings.parallel.distributed_optimizer,
+    )
+    return get_megatron_optimizer(config, chunks)
+
+
+def _scheduler(settings: Settings, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Linear warmup, a constant learning rate, linear decay; in steps."""
+    training = settings.training
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=training.learning_rate,
+        min_lr=training.final_learning_rate,
+        lr_warmup_steps=training.warmup_steps,
+        lr_decay_steps=training.steps,
+        lr_decay_style="WSD",
+        wsd_decay_steps=training.decay_steps,
+        lr_wsd_decay_style="linear",
+        start_wd=training.weight_decay,
+        end_wd=training.weight_decay,
+        wd_incr_steps=training.steps,
+        wd_incr_style="constant",
+    )
+    scheduler.step(increment=1)  # the first step is already part of the warmup
+    return scheduler

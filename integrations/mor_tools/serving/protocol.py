@@ -1,0 +1,201 @@
+"""The OpenAI completions protocol: from a JSON body to requests, and the shapes of answers."""
+
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mor_layers.generation import Event, Request, Sampling
+from mor_tools.serving.loading import Tokenizer
+
+IGNORED = {"user", "metadata"}
+"""Fields that change nothing about an answer."""
+WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "frequency_penalty": (None, 0, 0.0),
+    "logit_bias": (None, {}),
+    "logprobs": (None,),
+    "presence_penalty": (None, 0, 0.0),
+    "suffix": (None, ""),
+}
+"""Fields of the protocol that are not supported, and the values that ask for nothing."""
+MAX_CHOICES = 16
+"""Prompts times choices in one call."""
+UINT64 = 1 << 64
+
+
+class BadRequestError(Exception):
+    """The body asks for something that cannot be done."""
+
+    def __init__(self, message: str, parameter: str | None = None) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of `POST /v1/completions`."""
+
+    model: str
+    requests: list[Request]
+    """One for each choice of each prompt."""
+    stream: bool
+    include_usage: bool
+    number: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """An answer, or a part of one."""
+        return {
+            "id": self.number,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+
+@dataclass
+class Usage:
+    """Tokens of a call."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        total = self.prompt_tokens + self.completion_tokens
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": total,
+        }
+
+
+def choice(index: int, text: str, reason: str | None, depths: list[int]) -> dict[str, Any]:
+    """One choice; `depths`, ours, are the steps that each generated token cost."""
+    return {
+        "index": index,
+        "text": text,
+        "logprobs": None,
+        "finish_reason": reason,
+        "depths": depths,
+    }
+
+
+def failure(event: Event) -> tuple[int, str] | None:
+    """Status and message of an ending that is no answer."""
+    if event.finish_reason == "timeout":
+        return 504, "the request took longer than its time limit"
+    if event.finish_reason == "memory":
+        return 507, "the text outgrew the memory for keys and values; ask for fewer tokens"
+    if event.finish_reason == "cancelled":
+        return 499, "the request was cancelled"
+    return None
+
+
+def parse(
+    body: object, served: str, tokenizer: Tokenizer, max_tokens: int, timeout: float | None
+) -> Call:
+    """What a body asks for.
+
+    Args:
+        served: name of the model.
+        max_tokens: the most that a choice may ask for.
+        timeout: seconds after which a request is given up, unless it sets a shorter time.
+
+    Raises:
+        BadRequestError: it cannot be done.
+    """
+    if not isinstance(body, Mapping):
+        raise BadRequestError("the body must be a JSON object.")
+    given = _Fields(dict(body))
+    model = given.take("model", str, served)
+    if model != served:
+        raise BadRequestError(f"model={model!r} is not here. Use {served!r}.", "model")
+    for name, allowed in WITHOUT_EFFECT.items():
+        value = given.values.pop(name, None)
+        if value not in allowed:
+            raise BadRequestError(f"{name}={value!r} is not supported. Leave it out.", name)
+    prompts = _prompts(given.values.pop("prompt", None), tokenizer)
+    count = given.take("n", int, 1)
+    if count < 1 or count * len(prompts) > MAX_CHOICES:
+        raise BadRequestError(
+            f"n={count} for {len(prompts)} prompt(s): ask for 1 to {MAX_CHOICES} choices in all.",
+            "n",
+        )
+    wanted = given.take("max_tokens", int, 16)
+    if not 1 <= wanted <= max_tokens:
+        raise BadRequestError(f"max_tokens={wanted} must lie in 1..{max_tokens}.", "max_tokens")
+    stop = given.values.pop("stop", None)
+    stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list) or len(stop) > 4 or not all(isinstance(s, str) for s in stop):
+        raise BadRequestError("stop must be a string, or up to 4 of them.", "stop")
+    own_timeout = given.take("timeout", float, timeout)
+    if timeout is not None and own_timeout is not None:
+        own_timeout = min(timeout, own_timeout)
+    stream = given.take("stream", bool, False)
+    options = given.values.pop("stream_options", None) or {}
+    include_usage = isinstance(options, Mapping) and options.get("include_usage") is True
+    seed = given.take("seed", int, None)
+    seed = uuid.uuid4().int % UINT64 if seed is None else seed
+    settings = {
+        "temperature": given.take("temperature", float, 1.0),
+        "top_p": given.take("top_p", float, 1.0),
+        "top_k": given.take("top_k", int, 0),
+    }
+    unknown = sorted(set(given.values) - IGNORED)
+    if unknown:
+        raise BadRequestError(f"unknown parameter {', '.join(map(repr, unknown))}.", unknown[0])
+    try:
+        requests = [
+            Request(
+                ids,
+                wanted,
+                Sampling(seed=seed + index, **settings),
+                stop=tuple(stop),
+                timeout=own_timeout,
+            )
+            for ids in prompts
+            for index in range(count)
+        ]
+    except ValueError as error:
+        raise BadRequestError(str(error)) from error
+    return Call(served, requests, stream, include_usage)
+
+
+class _Fields:
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+
+    def take(self, name: str, kind: type, default: Any) -> Any:
+        value = self.values.pop(name, None)
+        if value is None:
+            return default
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise BadRequestError(f"{name}={value!r}: expected {kind.__name__}.", name)
+        return value
+
+
+def _prompts(prompt: object, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+    """A string, a list of them, a list of ids, or a list of such lists."""
+    if isinstance(prompt, str):
+        return [tuple(tokenizer.encode(prompt))]
+    if isinstance(prompt, list) and prompt:
+        if all(isinstance(p, str) for p in prompt):
+            return [tuple(tokenizer.encode(p)) for p in prompt]
+        if _are_ids(prompt):
+            return [tuple(prompt)]
+        if all(isinstance(p, list) and _are_ids(p) for p in prompt):
+            return [tuple(p) for p in prompt]
+    raise BadRequestError(
+        "prompt must be a string, a list of strings, token ids, or a list of lists of them.",
+        "prompt",
+    )
+
+
+def _are_ids(values: list[object]) -> bool:
+    return all(isinstance(v, int) and not isinstance(v, bool) for v in values)

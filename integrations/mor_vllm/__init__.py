@@ -1,0 +1,1 @@
+"""MoR models under vLLM: the model class and the plugin."""

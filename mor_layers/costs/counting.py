@@ -1,0 +1,276 @@
+"""What a model costs: parameters, FLOPs and key-value bytes, from its settings alone.
+
+Legend: `s` sequence, `n` candidates of a step, `k` tokens that run it, `m` tokens whose keys they
+see, `h` hidden, `r` recursion step. Counts are of one sequence.
+
+FLOPs are those of matrix products, `2 · rows · inner · columns`, as `torch.utils.flop_counter`
+counts them: 2 for each weight a token meets, and `4 · k · m · query size` for attention, masked
+pairs included. In the backward pass each product becomes two, one for either factor. Norms,
+activations, rotations, softmax and what recomputation runs again are not counted.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import islice, pairwise
+
+from mor_layers.costs.shapes import ModelShape, StackShape
+from mor_layers.layers import Projection
+from mor_layers.models import DecoderConfig
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Parameters or FLOPs by part of the model; they sum to `total`."""
+
+    embedding: float = 0
+    norms: float = 0
+    projections: float = 0
+    """Queries, keys, values, and attention's output."""
+    attention: float = 0
+    """Scores, and the weighted sum of values; no parameters."""
+    mlp: float = 0
+    """Dense MLPs and experts: parameters of all, FLOPs of those that tokens take."""
+    deltas: float = 0
+    """What single steps add to the weights they share."""
+    expert_router: float = 0
+    depth_router: float = 0
+    output: float = 0
+    """Logits over the vocabulary; no parameters where tied to the embedding."""
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, f.name) for f in fields(self))
+
+    def __add__(self, other: "Parts") -> "Parts":
+        return Parts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class StepAccount:
+    """One run of a stack by `tokens` (k) tokens, which add `kv_numbers` to the cache."""
+
+    stack: str
+    tokens: float
+    forward: Parts
+    backward: Parts
+    kv_numbers: float
+
+
+@dataclass(frozen=True)
+class Accounting:
+    """What a model costs for one sequence: multiply by the batch."""
+
+    sequence_length: int
+    parameters: Parts
+    steps: tuple[StepAccount, ...]
+    """Every run of every stack in order, prelude and coda too. With the output they are all."""
+    forward: Parts
+    backward: Parts
+    once: float = 0
+    """FLOPs of a forward pass whatever the batch, beside all others: norms of the rows that `dora`
+    deltas make."""
+
+    @property
+    def training(self) -> Parts:
+        """FLOPs forward and backward."""
+        return self.forward + self.backward
+
+    def flops_per_token(self, training: bool = True) -> float:
+        """FLOPs of training, or of the forward pass alone."""
+        return (self.training if training else self.forward).total / self.sequence_length
+
+    def kv_bytes(self, bytes_per_number: int = 2) -> float:
+        """Bytes of a whole sequence's key-value cache, as generation stores it.
+
+        Rows per layer of a recursion: Σ k_r, since `sharing_with_update` too keeps what each step
+        computes; `recursive_sharing` k_1 only; `exit_state` one more for each token that exits.
+        """
+        return bytes_per_number * sum(step.kv_numbers for step in self.steps)
+
+
+def account(
+    model: ModelShape | DecoderConfig,
+    sequence_length: int,
+    tokens_per_step: Sequence[float] | None = None,
+    causal_half: bool = False,
+    recomputes_scores: bool = False,
+) -> Accounting:
+    """Count everything.
+
+    Args:
+        tokens_per_step: tokens that run each step of the routed stacks, in order of execution,
+            padding slots included. Needed where settings do not fix them (token-choice); elsewhere
+            instead of `max(1, floor(c_r · s))`. Attention squares them, means too.
+        causal_half: count half of attention's k · m pairs, not all that the formula of
+            `scaled_dot_product_attention` has: a limit for kernels that skip masked blocks.
+        recomputes_scores: count what a fused kernel computes again in the backward pass, as
+            flop_counter does for FlashAttention. Model FLOPs (MFU) leave it out.
+
+    Raises:
+        ValueError: `tokens_per_step` is missing, has another length, rises, or exceeds `s`.
+    """
+    shape = model if isinstance(model, ModelShape) else ModelShape.from_decoder(model)
+    h, steps = shape.hidden_size, []
+    for stack, step, n, k, first in _runs(shape, sequence_length, tokens_per_step):
+        layers, mlp = stack.num_layers, stack.mlp
+        projected, m = {  # tokens whose keys are computed, and tokens whose keys are seen
+            "recursion_wise": (k, k),
+            "recursive_sharing": (0 if step else k, first),
+            "sharing_with_update": (k, first),
+            "exit_state": (n, sequence_length),  # candidates run the step or exit before it
+        }[stack.kv_policy]
+        kv_numbers = layers * 2 * projected * shape.kv_size
+        product = layers * k * m * shape.query_size * (1 if causal_half else 2)
+        scorer = stack.router.scorers[step] if stack.router else ()
+        forward = Parts(
+            projections=2 * h * (layers * 2 * k * shape.query_size + kv_numbers),
+            attention=2 * product,  # scores, and the weighted sum of values
+            mlp=layers * 2 * k * mlp.weights(h, mlp.experts_per_token),
+            expert_router=layers * 2 * k * h * (mlp.num_experts or 0),
+            depth_router=2 * n * sum(matrix.weights for matrix in scorer),
+            deltas=layers * 2 * _delta_products(shape, stack, k, projected),
+        )
+        backward = replace(
+            forward + forward,
+            attention=(5 if recomputes_scores else 4) * product,
+            depth_router=2 * n * sum(x.weights * x.backward_products for x in scorer),
+        )
+        steps.append(StepAccount(stack.name, k, forward, backward, kv_numbers))
+    head = 2 * sequence_length * h * shape.vocab_size
+    forward = sum((step.forward for step in steps), Parts(output=head))
+    backward = sum((step.backward for step in steps), Parts(output=2 * head))
+    parameters, once = count_parameters(shape), _norms_of_relaxed_weights(shape)
+    return Accounting(sequence_length, parameters, tuple(steps), forward, backward, once)
+
+
+def relaxed_projections(shape: ModelShape, stack: StackShape) -> dict[Projection, tuple[int, int]]:
+    """Inputs and outputs of each projection that has deltas."""
+    h, width = shape.hidden_size, stack.mlp.ffn_hidden_size
+    sizes: dict[Projection, tuple[int, int]] = {
+        "query": (h, shape.query_size),
+        "key": (h, shape.kv_size),
+        "value": (h, shape.kv_size),
+        "output": (shape.query_size, h),
+        "gate": (h, width),
+        "up": (h, width),
+        "down": (width, h),
+    }
+    names = () if stack.relaxation is None else stack.relaxation.projections
+    return {name: sizes[name] for name in names}
+
+
+def _delta_weights(stack: StackShape, into: int, out: int) -> int:
+    assert stack.relaxation is not None
+    return stack.relaxation.rank_of(into, out) * (into + out)
+
+
+def _delta_products(shape: ModelShape, stack: StackShape, k: float, projected: float) -> float:
+    """Multiplications in one layer, for `k` tokens and those whose keys are `projected`."""
+    tokens = {"key": projected, "value": projected}
+    sizes = relaxed_projections(shape, stack).items()
+    return sum(tokens.get(name, k) * _delta_weights(stack, *size) for name, size in sizes)
+
+
+def _norms_of_relaxed_weights(shape: ModelShape) -> float:
+    flops = 0
+    for stack in shape.stacks:
+        relaxation = stack.relaxation
+        if relaxation is not None and relaxation.kind == "dora":
+            sizes = relaxed_projections(shape, stack).values()
+            per_layer = sum(2 * i * o * relaxation.rank_of(i, o) for i, o in sizes)
+            flops += stack.num_layers * stack.num_recursions * per_layer
+    return flops
+
+
+def _runs(
+    shape: ModelShape, s: int, given: Sequence[float] | None
+) -> Iterator[tuple[StackShape, int, float, float, float]]:
+    """Each run of a stack: its step, its candidates, the tokens that run it and the first step."""
+    routed = sum(stack.num_recursions for stack in shape.stacks if stack.router)
+    if given is not None and len(given) != routed:
+        raise ValueError(f"tokens_per_step={given} must have {routed} entries, one a routed step.")
+    rest = iter(given or ())
+    for stack in shape.stacks:
+        tokens: tuple[float, ...] = (s,) * stack.num_recursions
+        if stack.router and given is not None:
+            tokens = tuple(islice(rest, stack.num_recursions))
+        elif stack.router:
+            if stack.router.capacity_factors is None:
+                raise ValueError("the router may keep any share of tokens. Give tokens_per_step.")
+            tokens = tuple(max(1, math.floor(c * s)) for c in stack.router.capacity_factors)
+        for step, (n, k) in enumerate(pairwise((s, *tokens))):
+            if not 0 <= k <= n:
+                raise ValueError(f"tokens per step {tokens} must not rise, nor leave 0..{s}.")
+            yield stack, step, n, k, tokens[0]
+
+
+def count_parameters(shape: ModelShape) -> Parts:
+    """Parameters, each shared weight once; buffers, such as a loss-free bias, are none."""
+    h, matrix = shape.hidden_size, shape.vocab_size * shape.hidden_size
+    count = Parts(embedding=matrix, norms=h, output=0 if shape.tie_embeddings else matrix)
+    biases = shape.query_size + 2 * shape.kv_size if shape.qkv_bias else 0
+    for stack in shape.stacks:
+        layers, experts = stack.num_layers, stack.mlp.num_experts
+        scorers = stack.router.scorers if stack.router else ()
+        norms = (
+            (4 if stack.sandwich_norms else 2)
+            * h
+            * (1 if stack.shares_norms else stack.num_recursions)
+        )
+        count += Parts(
+            norms=layers * (norms + 2 * shape.qk_norm_size),
+            projections=layers * (2 * h * (shape.query_size + shape.kv_size) + biases),
+            mlp=layers * stack.mlp.weights(h, experts or 1),
+            expert_router=layers * h * (experts or 0) * stack.mlp.num_expert_routers,
+            depth_router=sum(matrix.weights for scorer in scorers for matrix in scorer)
+            + (stack.router.num_biases if stack.router else 0),
+            deltas=layers * stack.num_recursions * _delta_parameters(shape, stack)
+            + stack.input_vectors * h,
+        )
+    return count
+
+
+def _delta_parameters(shape: ModelShape, stack: StackShape) -> int:
+    """Of one layer at one step."""
+    sizes = relaxed_projections(shape, stack).values()
+    has_magnitudes = stack.relaxation is not None and stack.relaxation.kind == "dora"
+    return sum(_delta_weights(stack, i, o) + (o if has_magnitudes else 0) for i, o in sizes)
+
+
+def flop_ratio(
+    model: ModelShape | DecoderConfig,
+    sequence_length: int,
+    baseline: ModelShape | DecoderConfig | None = None,
+    tokens_per_step: Sequence[float] | None = None,
+    causal_half: bool = False,
+) -> float:
+    """Training FLOPs over those of `baseline`, by default the plain model that is as deep.
+
+    It is the time ratio that arithmetic alone allows. Other arguments as for `account`.
+    """
+    shape = model if isinstance(model, ModelShape) else ModelShape.from_decoder(model)
+    cost = account(shape, sequence_length, tokens_per_step, causal_half)
+    whole = account(baseline or shape.plain(), sequence_length, causal_half=causal_half)
+    return cost.flops_per_token() / whole.flops_per_token()
+
+
+def table(accounts: Mapping[str, Accounting]) -> list[dict[str, str]]:
+    """Rows to print, column name to text, one for each account; ratios are to the first."""
+    rows = []
+    for name, cost in accounts.items():
+        first = next(iter(accounts.values()))
+        kv, first_kv = (a.kv_bytes(1) / a.sequence_length for a in (cost, first))
+        rows.append(
+            {
+                "model": name,
+                "parameters (M)": f"{cost.parameters.total / 1e6:.1f}",
+                "tokens per step": " ".join(f"{step.tokens:g}" for step in cost.steps),
+                "forward (MFLOP/token)": f"{cost.flops_per_token(training=False) / 1e6:.1f}",
+                "training (MFLOP/token)": f"{cost.flops_per_token() / 1e6:.1f}",
+                "FLOP ratio": f"{cost.flops_per_token() / first.flops_per_token():.3f}",
+                "KV (numbers/token)": f"{kv:.0f}",
+                "KV ratio": f"{kv / first_kv:.3f}",
+            }
+        )
+    return rows

@@ -1,0 +1,199 @@
+"""What accounting needs to know of a model: the sizes of its parts, from settings alone."""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+from mor_layers.layers import Relaxation
+from mor_layers.models import DecoderConfig, RecursionConfig
+from mor_layers.recursion import KVPolicy
+from mor_layers.routers import (
+    DepthAndWidth,
+    ExpertChoice,
+    FixedDepth,
+    RandomDepth,
+    RandomLoops,
+    TokenChoice,
+)
+
+
+@dataclass(frozen=True)
+class MLPShape:
+    """An MLP, or a mixture of experts that drops no token."""
+
+    ffn_hidden_size: int
+    """Width of the MLP, or of one expert."""
+    gated: bool = True
+    """SwiGLU and its like, three matrices; otherwise two."""
+    num_experts: int | None = None
+    """Routed experts; None: a dense MLP without a router."""
+    experts_per_token: float = 1
+    """Routed experts that each token takes; the mean where their number varies."""
+    num_expert_routers: int = 1
+    """Routers over the experts: one, or one a step."""
+    shared_ffn_hidden_size: int = 0
+    """Width of the expert that every token takes beside them. 0: none."""
+
+    def __post_init__(self) -> None:
+        top_k, experts = self.experts_per_token, self.num_experts or 1
+        if not 1 <= top_k <= experts:
+            raise ValueError(f"experts_per_token={top_k} must lie in 1..{experts} (num_experts).")
+
+    @classmethod
+    def of_layer(cls, config: DecoderConfig, recursion: RecursionConfig | None = None) -> Self:
+        """What follows attention in a `MoRTransformer`: in its recursion, or outside of it."""
+        moe = config.moe
+        if moe is None:
+            return cls(config.ffn_hidden_size)
+        width, per_token, routers = moe.ffn_hidden_size, float(moe.experts_per_token), 1
+        if recursion is not None and recursion.num_recursions > 1:
+            per_token = recursion.mean_experts[0] if recursion.mean_experts else per_token
+            routers = recursion.num_recursions if recursion.expert_routers == "per_step" else 1
+        return cls(width or config.ffn_hidden_size, True, moe.num_experts, per_token, routers)
+
+    def weights(self, hidden_size: int, experts: float) -> float:
+        """Weights of so many experts and the shared one."""
+        width = experts * self.ffn_hidden_size + self.shared_ffn_hidden_size
+        return (3 if self.gated else 2) * hidden_size * width
+
+
+@dataclass(frozen=True)
+class ScorerMatrix:
+    """One matrix of a router, of so many weights."""
+
+    weights: int
+    backward_products: int = 2
+    """Its products in the backward pass: 1 if its input is detached, 0 if no gradient arrives."""
+
+
+@dataclass(frozen=True)
+class RouterShape:
+    """A router over depth."""
+
+    scorers: tuple[tuple[ScorerMatrix, ...], ...]
+    """At each step, the matrices that all its candidates meet."""
+    capacity_factors: tuple[float, ...] | None = None
+    """Share of the sequence that runs each step; None where the settings do not fix it."""
+    num_biases: int = 0
+    """Biases of logits."""
+
+    @classmethod
+    def from_recursion(cls, config: RecursionConfig, hidden_size: int) -> Self | None:
+        """The shape of a built-in router; None for FixedDepth, which has nothing to count."""
+        router, steps = config.router, config.num_recursions
+        factors = router.capacity_factors_for(steps)
+        if isinstance(router, FixedDepth | RandomDepth | RandomLoops):
+            return None if isinstance(router, FixedDepth) else cls(((),) * steps, factors)
+        if isinstance(router, DepthAndWidth):
+            h, out = hidden_size, steps - 1
+            weights = (h * out,) if router.architecture == "linear" else (2 * h * h, 2 * h * out)
+            scorer = tuple(ScorerMatrix(w) for w in weights)
+            return cls((scorer, *((),) * (steps - 1)), factors)
+        if not isinstance(router, ExpertChoice | TokenChoice):
+            raise ValueError(f"{type(router).__name__} is not built in: give its RouterShape too.")
+        h, logits = hidden_size, 1 if isinstance(router, ExpertChoice) else steps
+        weights = (h * logits,) if router.architecture == "linear" else (2 * h * h, 2 * h * logits)
+        scorer = tuple(ScorerMatrix(w) for w in weights)
+        if isinstance(router, ExpertChoice):
+            if router.predictor == "aux_router":  # a twin that reads detached states
+                scorer += (ScorerMatrix(weights[0], 1), *scorer[1:])
+            return cls((scorer,) * steps, factors, 0 if router.gate_bias is None else steps)
+        has_loss = router.balancing == "loss" or router.z_loss_coefficient > 0
+        if router.combine == "additive" and not has_loss:  # nothing reads the gate
+            scorer = tuple(ScorerMatrix(w, 0) for w in weights)
+        biases = 0 if router.gate_bias is None else steps
+        return cls((scorer, *((),) * (steps - 1)), factors, biases)
+
+
+@dataclass(frozen=True)
+class StackShape:
+    """Layers that run one after another, all of them `num_recursions` times."""
+
+    name: str
+    """For the reader, such as `prelude`."""
+    num_layers: int
+    """Layers of weights."""
+    mlp: MLPShape
+    """What follows attention in each layer."""
+    num_recursions: int = 1
+    """Times the stack runs (paper: N_r)."""
+    router: RouterShape | None = None
+    """Who runs each step; None: every token."""
+    kv_policy: KVPolicy = "recursion_wise"
+    """Keys and values at later steps."""
+    shares_norms: bool = True
+    """Whether the steps share norm weights."""
+    relaxation: Relaxation | None = None
+    """Low-rank deltas of each step."""
+    step_embeddings: bool = False
+    """Whether each step adds a vector to its input."""
+    input_injection: bool = False
+    """Whether each step but the first adds the recursion's input, times a vector."""
+    sandwich_norms: bool = False
+    """Whether norms also follow attention and MLP."""
+
+    def __post_init__(self) -> None:
+        router = self.router or RouterShape(((),) * self.num_recursions)
+        for entries in (router.scorers, router.capacity_factors):
+            if entries is not None and len(entries) != self.num_recursions:
+                raise ValueError(f"{entries} must have {self.num_recursions} entries, one a step.")
+
+    @property
+    def input_vectors(self) -> int:
+        """Vectors that steps add to their input, or multiply the recursion's input with."""
+        steps = self.num_recursions
+        return steps * self.step_embeddings + (steps - 1) * self.input_injection
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder-only transformer as far as its cost depends on it: RMSNorm."""
+
+    vocab_size: int
+    """Rows of the embedding, padding included."""
+    hidden_size: int
+    """Width of the residual stream (h)."""
+    query_size: int
+    """Numbers of a token's queries in one layer: query heads times head size."""
+    kv_size: int
+    """Numbers of a token's keys in one layer, as many as of its values."""
+    stacks: tuple[StackShape, ...]
+    """All layers, in order of execution."""
+    tie_embeddings: bool = False
+    """Whether input and output embeddings are one matrix."""
+    qkv_bias: bool = False
+    """Whether queries, keys and values have biases; no others are counted."""
+    qk_norm_size: int = 0
+    """Weights of the norm of queries, and of that of keys, in one layer. 0: none."""
+
+    @classmethod
+    def from_decoder(cls, config: DecoderConfig, router: RouterShape | None = None) -> Self:
+        """The shape of a `MoRTransformer`; `router` only where it is one of your own."""
+        recursion, schedule = config.effective_recursion, config.schedule
+        router = router or RouterShape.from_recursion(recursion, config.hidden_size)
+        block, mlp = MLPShape.of_layer(config, recursion), MLPShape.of_layer(config)
+        mlp = MLPShape(config.ffn_hidden_size) if config.dense_ends else mlp
+        how = recursion.num_recursions, router, recursion.kv_policy, recursion.share_norms
+        how += recursion.relaxation, recursion.step_embeddings, recursion.input_injection
+        how += (recursion.sandwich_norms,)
+        # A cyclic step runs the whole block; in a sequence each layer repeats on its own.
+        sizes = (schedule.block_size,) if schedule.is_cyclic else (1,) * schedule.block_size
+        stacks = (
+            *(StackShape("prelude", 1, mlp),) * schedule.prelude,
+            *(StackShape("block", n, block, *how) for n in sizes),
+            *(StackShape("coda", 1, mlp),) * schedule.coda,
+        )
+        return cls(
+            config.vocab_size,
+            config.hidden_size,
+            config.num_heads * config.head_size,
+            config.kv_heads * config.head_size,
+            stacks,
+            config.tie_embeddings,
+            config.qkv_bias,
+            config.head_size if config.qk_norm else 0,
+        )
+
+    def plain(self) -> Self:
+        """The model without recursion that is as deep: every repeat has weights of its own."""
+        stacks = (StackShape(s.name, s.num_layers * s.num_recursions, s.mlp) for s in self.stacks)
+        return replace(self, stacks=tuple(stacks))

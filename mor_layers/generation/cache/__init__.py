@@ -1,0 +1,18 @@
+"""Keys and values of generation, per KV policy, in pages."""
+
+from mor_layers.generation.cache.attention import CachedAttention, CachedContext
+from mor_layers.generation.cache.caches import Caches, CacheSettings
+from mor_layers.generation.cache.memory import KVArena, PagedRows
+from mor_layers.generation.cache.policies import CACHE_POLICIES, TokensInFlight, Visible
+
+__all__ = [
+    "CACHE_POLICIES",
+    "CacheSettings",
+    "CachedAttention",
+    "CachedContext",
+    "Caches",
+    "KVArena",
+    "PagedRows",
+    "TokensInFlight",
+    "Visible",
+]

@@ -1,0 +1,235 @@
+"""Attention of tokens in flight to rows of a cache, without a loop over sequences.
+
+Two ways with one result. `IndexedAttention` reads rows where they lie: scores are products of
+queries with the rows that a sparse pattern names, and the weighted sum of values is a sum over named
+rows, so sequences of unequal length cost what they hold and nothing is copied or padded. It serves
+single tokens on a CPU, where it takes about a quarter of the time of the other. `GatheredAttention`
+copies rows into a rectangle for `scaled_dot_product_attention`. It serves chunks of a prompt, whose
+many queries share the copy, and every device and precision.
+
+Legend: `t` tokens in flight, `c` spans (runs of tokens of one sequence), `q` queries of the longest
+span, `n` query heads, `g` key-value heads, `d` head size, `m` rows seen, `z` all scores.
+"""
+
+import math
+import warnings
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mor_layers.generation.cache.memory import KVArena
+from mor_layers.generation.cache.policies import Visible
+from mor_layers.recursion import Exited, StepContext
+
+MIN_GATHERED_QUERIES = 4
+"""Tokens of one sequence from which on copying its rows costs less than reading them again."""
+
+
+class IndexedAttention:
+    """Every token reads its own list of rows in place. CPU, single and double precision.
+
+    Args:
+        visible: the rows each token sees.
+        num_heads: query heads.
+    """
+
+    def __init__(self, visible: Visible, arena: KVArena, num_heads: int) -> None:
+        num_kv_heads, (t, n) = arena.data.shape[3], (len(visible.lists), num_heads)
+        counts, longest = visible.counts, int(visible.counts.max())
+        is_seen = torch.arange(longest) < counts[:, None]  # [t m]
+        place = is_seen.flatten().nonzero()[:, 0]  # of what one head sees, in [t m]
+        rows = visible.table[visible.lists, :longest].flatten().index_select(0, place)
+        self.gathered_rows = None
+        num_rows = arena.data.shape[1]
+        if arena.scales is not None:  # 8-bit rows are expanded first, into a scratch arena
+            self.gathered_rows, num_rows = rows, len(rows)
+            rows = torch.arange(num_rows)
+        # Vectors of a row: its g keys, then its g values. A group of query heads shares one. Heads
+        # are the outer dimension: all read the same rows, each its own vector of them.
+        head = torch.arange(n)[:, None]
+        self.keys = (rows * (2 * num_kv_heads) + head // (n // num_kv_heads)).flatten()  # [z]
+        self.values = self.keys + num_kv_heads
+        ends = (counts.cumsum(0) + head * len(rows)).flatten()
+        self.bounds = F.pad(ends, (1, 0))
+        self.places = (place + head * is_seen.numel()).flatten()
+        self.scores = torch.full((n, t, longest), -torch.inf, dtype=arena.dtype)
+        self.pattern = _pattern(self.bounds, self.keys, num_rows * 2 * num_kv_heads, arena.dtype)
+
+    def __call__(
+        self, arena: KVArena, layer: int, query: Float[Tensor, "t n d"]
+    ) -> Float[Tensor, "t n d"]:
+        if self.gathered_rows is None:
+            vectors = arena.vectors(layer)
+        else:
+            vectors = arena.gather(layer, self.gathered_rows).flatten(0, 2)
+        torch.sparse.sampled_addmm(
+            self.pattern,
+            query.transpose(0, 1).flatten(0, 1),
+            vectors.T,
+            beta=0.0,
+            alpha=1.0 / math.sqrt(query.shape[-1]),
+            out=self.pattern,
+        )
+        # Unequal rows share a rectangle for the softmax; what no row fills stays at -inf.
+        self.scores.view(-1).index_copy_(0, self.places, self.pattern.values())
+        weights = self.scores.softmax(dim=-1).view(-1).index_select(0, self.places)
+        out = F.embedding_bag(
+            self.values,
+            vectors,
+            self.bounds[:-1],
+            mode="sum",
+            per_sample_weights=weights,
+        )
+        return out.unflatten(0, self.scores.shape[:2]).transpose(0, 1)
+
+
+def _pattern(bounds: Tensor, columns: Tensor, num_columns: int, dtype: torch.dtype) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(
+            bounds,
+            columns,
+            torch.zeros(len(columns), dtype=dtype),
+            size=(len(bounds) - 1, num_columns),
+            check_invariants=False,
+        )
+
+
+class GatheredAttention:
+    """Spans of tokens read a copy of their sequence's rows.
+
+    Args:
+        visible: the rows each token sees; tokens of a span see the same list.
+        lengths: tokens in each span; the spans follow one another.
+    """
+
+    def __init__(self, visible: Visible, lengths: Int[Tensor, " c"]) -> None:
+        device = lengths.device
+        self.num_spans, widest = len(lengths), int(lengths.max())
+        longest = int(visible.counts.max())
+        first = lengths.cumsum(0) - lengths
+        place = torch.arange(widest, device=device)
+        is_token = place < lengths[:, None]  # [c q]
+        # Queries beyond a span's end repeat its last token.
+        self.tokens = first[:, None] + torch.minimum(place, lengths[:, None] - 1)
+        self.outputs = is_token.flatten().nonzero()[:, 0]
+        table = visible.table[visible.lists[first], :longest]
+        counts = visible.counts[self.tokens]
+        self.mask = (torch.arange(longest, device=device) < counts[..., None])[:, None]
+        # Rows that no query of a span sees hold nothing; any other row stands in.
+        is_seen = torch.arange(longest, device=device) < counts.amax(dim=1)[:, None]
+        self.rows = torch.where(is_seen, table, table[:, :1]).flatten()
+
+    def __call__(
+        self, arena: KVArena, layer: int, query: Float[Tensor, "t n d"]
+    ) -> Float[Tensor, "t n d"]:
+        rows = arena.gather(layer, self.rows).unflatten(0, (self.num_spans, -1))
+        key, value = rows.permute(2, 0, 3, 1, 4)  # [c m 2 g d] -> 2 of [c g m d]
+        spans = query[self.tokens].transpose(1, 2)  # [c q n d] -> [c n q d]
+        mask, group = self.mask, query.shape[1] // key.shape[1]
+        if spans.shape[2] == 1:  # heads that share a key take the place of queries
+            spans, group = spans.unflatten(1, (-1, group)).squeeze(3), 1
+        out = F.scaled_dot_product_attention(
+            spans, key, value, attn_mask=mask, enable_gqa=group > 1
+        )
+        if len(query) == self.num_spans:
+            return out.reshape(query.shape)
+        return out.transpose(1, 2).flatten(0, 1).index_select(0, self.outputs)
+
+
+class CachedAttention:
+    """Picks the way for each token in flight.
+
+    Args:
+        visible: the rows each token sees.
+        slots: the sequence each token belongs to; equal ones stand together.
+        num_heads: query heads.
+    """
+
+    parts: list[tuple[Tensor | None, IndexedAttention | GatheredAttention]]
+
+    def __init__(
+        self, visible: Visible, slots: Int[Tensor, " t"], arena: KVArena, num_heads: int
+    ) -> None:
+        is_indexable = arena.data.device.type == "cpu" and arena.dtype.itemsize >= 4
+        if is_indexable and bool((slots[1:] != slots[:-1]).all()):  # the common case, without ado
+            self.parts = [(None, IndexedAttention(visible, arena, num_heads))]
+            return
+        _, lengths = slots.unique_consecutive(return_counts=True)
+        is_single = lengths < (MIN_GATHERED_QUERIES if is_indexable else 2)
+        self.parts = []
+        for wanted in (True, False):
+            spans = is_single == wanted
+            if not bool(spans.any()):
+                continue
+            is_all = bool(spans.all())
+            tokens = None if is_all else spans.repeat_interleave(lengths).nonzero()[:, 0]
+            part = visible if tokens is None else _subset(visible, tokens)
+            if wanted and is_indexable:
+                self.parts.append((tokens, IndexedAttention(part, arena, num_heads)))
+            else:
+                self.parts.append((tokens, GatheredAttention(part, lengths[spans])))
+
+    def __call__(
+        self, arena: KVArena, layer: int, query: Float[Tensor, "t n d"]
+    ) -> Float[Tensor, "t n d"]:
+        out = None
+        for tokens, attention in self.parts:
+            if tokens is None:
+                return attention(arena, layer, query)
+            out = torch.empty_like(query) if out is None else out
+            out.index_copy_(0, tokens, attention(arena, layer, query.index_select(0, tokens)))
+        assert out is not None
+        return out
+
+
+def _subset(visible: Visible, tokens: Tensor) -> Visible:
+    return Visible(visible.table, visible.lists[tokens], visible.counts[tokens])
+
+
+@dataclass(frozen=True)
+class CachedContext(StepContext):
+    """What layers are told about tokens in flight: `[t 1 h]`, each at a step of its own."""
+
+    step: Int[Tensor, "t 1"] | int  # type: ignore[assignment]
+    arena: KVArena
+    """Where the layers' keys and values are."""
+    first_layer: int
+    """Layer of the arena that belongs to layer 0 of the stack."""
+    rows: Int[Tensor, " w"]
+    """Where the keys and values of the first tokens go, then those of `exited`."""
+    attention: CachedAttention
+    """How the tokens see their rows."""
+    exited: Exited | None = None
+    """Tokens that exited since the last tick, where the policy keeps them."""
+    counts: tuple[int, ...] = ()
+    """How many tokens run each step, where these differ: tokens stand in the order of steps."""
+
+    @property
+    def num_projected(self) -> int:
+        return len(self.rows)
+
+    @property
+    def projects_keys(self) -> bool:
+        return len(self.rows) > 0
+
+    def rows_by_step(self, count: int) -> list[tuple[int, slice]]:
+        if isinstance(self.step, int):
+            return [(self.step, slice(0, count))]
+        ends = list(accumulate(self.counts))
+        starts = [0, *ends[:-1]]
+        return [
+            (step, slice(start, min(end, count)))
+            for step, (start, end) in enumerate(zip(starts, ends, strict=True))
+            if start < min(end, count)
+        ]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tensor:
+        layer += self.first_layer
+        if key is not None and value is not None:
+            self.arena.write(layer, self.rows, key[:, 0], value[:, 0])
+        return self.attention(self.arena, layer, query[:, 0])[:, None]

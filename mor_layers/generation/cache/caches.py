@@ -1,0 +1,146 @@
+"""The memory of a generating model: two kinds of rows out of one budget of bytes.
+
+Layers that run once keep a row for every token, the recursion what its policy keeps. Memory is
+divided so that both are expected to run out together.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from mor_layers.generation.cache.memory import KVArena, PagedRows
+from mor_layers.generation.cache.policies import CACHE_POLICIES
+from mor_layers.models import MoRTransformer
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """What a generating model may keep."""
+
+    kv_bytes: int
+    """Bytes for keys and values. All of them are allocated at once, rounded down to whole pages."""
+    num_slots: int = 64
+    """Sequences that may be in flight."""
+    max_length: int = 2048
+    """Longest sequence, prompt and continuation together."""
+    page_size: int = 16
+    """Rows that a list grows by."""
+    is_int8: bool = False
+    """Keep 8-bit integers with one fp32 scale per head. Not exact."""
+    shares: tuple[float, ...] | None = None
+    """Expected share of tokens at each step, by which memory is divided up and requests are
+    admitted. Default: what the router's settings say; all tokens where they do not."""
+
+    def __post_init__(self) -> None:
+        for name in ("kv_bytes", "num_slots", "max_length", "page_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+
+    @classmethod
+    def for_all_steps(
+        cls, model: MoRTransformer, max_length: int, num_slots: int = 1, is_int8: bool = False
+    ) -> Self:
+        """Memory that cannot run out: for every token of `num_slots` texts to run every step."""
+        config, dtype = model.config, model.embedding.weight.dtype
+        layers, page = config.num_unrolled_layers, cls.page_size
+        row = KVArena.bytes_per_row(layers, model.num_heads[1], config.head_size, dtype, is_int8)
+        # Each list ends within a page, and the division of the memory within another one.
+        kv_bytes = (num_slots * (max_length + page) + page) * row
+        shares = (1.0,) * config.effective_recursion.num_recursions
+        return cls(kv_bytes, num_slots, max_length, is_int8=is_int8, shares=shares)
+
+
+class Caches:
+    """Keys and values of all sequences in flight.
+
+    Args:
+        model: whose layers they are.
+        num_outer: layers that run once.
+        num_inner: layers of the shared block; 0 where nothing is routed.
+
+    Raises:
+        ValueError: there is not even memory for one page, or `shares` has another length.
+    """
+
+    def __init__(
+        self, model: MoRTransformer, settings: CacheSettings, num_outer: int, num_inner: int
+    ) -> None:
+        config, weight = model.config, model.embedding.weight
+        recursion = config.recursion
+        steps = 1 if recursion is None else recursion.num_recursions
+        kind = CACHE_POLICIES["recursion_wise" if recursion is None else recursion.kv_policy]
+        self.settings, self.shares = settings, settings.shares or expected_shares(model)
+        if len(self.shares) != steps:
+            raise ValueError(f"shares={self.shares} must have {steps} entries, one a step.")
+        heads, size, page = model.num_heads[1], config.head_size, settings.page_size
+        outer_bytes, inner_bytes = (
+            page * KVArena.bytes_per_row(layers, heads, size, weight.dtype, settings.is_int8)
+            for layers in (num_outer, num_inner)
+        )
+        inner_rows = sum(kind.rows_for(self.shares, 1.0))
+        page_of_tokens = outer_bytes + inner_bytes * inner_rows
+        num_outer_pages = int(settings.kv_bytes / page_of_tokens) if num_outer else 0
+        rest = settings.kv_bytes - num_outer_pages * outer_bytes
+        num_inner_pages = rest // inner_bytes if num_inner else 0
+        if (num_outer and not num_outer_pages) or (num_inner and not num_inner_pages):
+            raise ValueError(
+                f"kv_bytes={settings.kv_bytes} is less than one page of {page} tokens, "
+                f"{int(page_of_tokens) + 1} bytes. Give more, or a smaller page_size."
+            )
+        self.outer, self.inner = (
+            KVArena(
+                layers, pages * page, heads, size, weight.dtype, weight.device, settings.is_int8
+            )
+            for layers, pages in ((num_outer, num_outer_pages), (num_inner, num_inner_pages))
+        )
+        slots, length = settings.num_slots, settings.max_length
+        self.outer_pages = PagedRows(num_outer_pages, page, slots, length, weight.device)
+        """A list for each slot: rows of the layers that run once."""
+        self.policy = kind(slots, steps, num_inner_pages, page, length, weight.device)
+        """Rows of the recursion."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        return self.outer.num_bytes + self.inner.num_bytes
+
+    @property
+    def num_bytes_in_use(self) -> int:
+        """Bytes of the pages that sequences hold."""
+        total = 0
+        for arena, pages in ((self.outer, self.outer_pages), (self.inner, self.policy.pages)):
+            if pages.num_pages:
+                total += arena.num_bytes // pages.num_pages * pages.pages_in_use
+        return total
+
+    @property
+    def pages(self) -> tuple[int, int]:
+        """Pages there are: of layers that run once, of the recursion."""
+        return self.outer_pages.num_pages, self.policy.pages.num_pages
+
+    @property
+    def pages_free(self) -> tuple[int, int]:
+        return self.outer_pages.pages_free, self.policy.pages.pages_free
+
+    def demand(self, length: int) -> tuple[int, int]:
+        """Pages that a sequence is expected to take."""
+        outer = self.outer_pages.pages_for(length) if self.outer_pages.num_pages else 0
+        if not self.policy.pages.num_pages:
+            return outer, 0
+        rows = self.policy.rows_for(tuple(share * length for share in self.shares), length)
+        return outer, sum(self.policy.pages.pages_for(round(count)) for count in rows)
+
+    def release(self, slot: int) -> None:
+        """Forget the sequence in a slot."""
+        self.policy.release(slot)
+        self.outer_pages.release(torch.tensor([slot], device=self.outer.data.device))
+
+
+def expected_shares(model: MoRTransformer) -> tuple[float, ...]:
+    """Share of tokens that the router's settings let through at each step; 1 where unknown."""
+    recursion = model.config.recursion
+    if recursion is None:
+        return (1.0,)
+    steps = recursion.num_recursions
+    return recursion.router.capacity_factors_for(steps) or (1.0,) * steps

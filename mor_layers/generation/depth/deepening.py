@@ -1,0 +1,78 @@
+"""More recursion steps than a model was trained with: the dial beyond its end.
+
+    deeper = deepened(model, extra_steps=2)
+
+Cyclic recursion runs one block again and again, so it can run it more often; no weight changes. The
+further steps are inserted before the last: they are decided by the rule of the last step, and their
+tokens go on as those of the step before it do. What is kept per step (norms, deltas, embeddings,
+routers over experts, their biases and thresholds) is the last step's. Whether further steps help is
+the model's affair: measure it with the full forward pass, which decides as generation does.
+
+Legend: `b` batch, `n` candidates of a step, `k` tokens selected, `h` hidden.
+"""
+
+import re
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mor_layers.models import MoRTransformer
+from mor_layers.routers import Deepened, FixedDepth
+
+
+def deepened(model: MoRTransformer, extra_steps: int) -> MoRTransformer:
+    """The model with further recursion steps; it shares its parameters with the one given.
+
+    Args:
+        extra_steps: steps beyond those that the model was trained with. At least 1.
+
+    Raises:
+        ValueError: the model does not loop as a whole, or no step is added.
+    """
+    recursion = model.config.recursion
+    if recursion is None or not model.config.schedule.is_cyclic:
+        raise ValueError(
+            "further steps need a recursion with sharing 'cycle' or 'middle_cycle', whose steps "
+            "run the whole block."
+        )
+    if extra_steps < 1:
+        raise ValueError(f"extra_steps={extra_steps} must be at least 1.")
+    router = recursion.router
+    if isinstance(router, Deepened):
+        router = replace(router, extra_steps=router.extra_steps + extra_steps)
+    elif not isinstance(router, FixedDepth):
+        router = Deepened(router, extra_steps)
+    steps = recursion.num_recursions + extra_steps
+    layers = model.config.num_unrolled_layers + extra_steps * model.config.schedule.block_size
+    config = replace(
+        model.config,
+        num_unrolled_layers=layers,
+        recursion=replace(recursion, num_recursions=steps, router=router),
+    )
+    with torch.device("meta"):
+        deeper = MoRTransformer(config)
+    trained = {**model.state_dict(keep_vars=True)}
+    wraps = isinstance(router, Deepened) and not isinstance(recursion.router, Deepened)
+    state = {}
+    for name, wanted in deeper.state_dict().items():
+        source = name.replace(".router.trained.", ".router.") if wraps else name
+        found = trained[_of_last_step(source, trained)]
+        if found.shape != wanted.shape:  # a row a step: biases and thresholds over experts
+            rest = found[-1:].expand(len(wanted) - len(found), *found.shape[1:])
+            found = torch.cat([found, rest])
+        state[name] = found
+    deeper.load_state_dict(state, assign=True)
+    return deeper.train(model.training)
+
+
+_STEP = re.compile(r"\.(?:weights|deltas|embeddings|gains)\.(\d+)(?=$|\.(?:a|b|magnitude)$)")
+
+
+def _of_last_step(name: str, trained: dict[str, Tensor]) -> str:
+    """The name itself, or that of the last step's tensor where a further step has none."""
+    while name not in trained:
+        step = _STEP.search(name)
+        assert step is not None, f"{name} is not among the trained model's tensors"
+        name = f"{name[: step.start(1)]}{int(step[1]) - 1}{name[step.end() :]}"
+    return name

@@ -1,0 +1,31 @@
+"""Early exit for a model that was trained without one."""
+
+from torch import Tensor
+
+from mor_layers.models import MoRTransformer
+from mor_layers.routers import Criterion, EarlyExitRouter, FixedDepthRouter
+
+
+def with_early_exit(model: MoRTransformer, criterion: Criterion) -> None:
+    """Let tokens of a fixed-depth model exit early, in place.
+
+    States between steps are read out by the model's last norm and output matrix; layers after the
+    recursion are skipped in that, and run for the final state as always.
+
+    Raises:
+        ValueError: the model has a router that decides already, or does not loop as a whole.
+    """
+    recursion = model.config.recursion
+    if recursion is None or len(model.recursions) != 1:
+        raise ValueError("early exit needs a model with sharing 'cycle' or 'middle_cycle'.")
+    (block,) = model.recursions
+    if not isinstance(block.router, FixedDepthRouter | EarlyExitRouter):
+        raise ValueError(
+            f"{type(block.router).__name__} decides about depth already. Early exit is for models "
+            "trained with FixedDepth."
+        )
+
+    def read_out(hidden: Tensor) -> Tensor:
+        return model.output(model.norm(hidden))
+
+    block.router = EarlyExitRouter(criterion, read_out, recursion.num_recursions)

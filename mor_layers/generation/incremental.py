@@ -1,0 +1,179 @@
+"""IncrementalDecoder: a batch of texts that grow together, each call continuing all of them.
+
+The engine of `depth_batching` serves requests that come and go. This is for callers that have a loop
+of their own: they hand in the next tokens of every text and get a state for each. Memory grows by
+need, so it holds the rows that the KV policy keeps and no more than as much again. Texts can be
+reordered and copied (beams), and cut (rejected drafts).
+
+Legend: `b` texts, `q` new tokens of each, `s` columns seen before, `h` hidden.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mor_layers.generation.cache import CacheSettings, KVArena, PagedRows
+from mor_layers.generation.in_flight import Pool, Rows
+from mor_layers.generation.runner import Decoder
+from mor_layers.models import MoRTransformer
+
+
+class IncrementalDecoder(Decoder):
+    """Keys and values of a batch of texts, and the passes that lengthen them.
+
+    Args:
+        model: on the device and in the precision to run with. Put into evaluation mode.
+        num_texts: how many there are.
+
+    Raises:
+        ValueError: experts drop tokens.
+    """
+
+    def __init__(self, model: MoRTransformer, num_texts: int) -> None:
+        length = CacheSettings.page_size
+        settings = CacheSettings.for_all_steps(model, length, num_slots=1)
+        super().__init__(model, replace(settings, num_slots=num_texts), max_span=1)
+        self.is_token = torch.zeros(num_texts, 0, dtype=torch.bool, device=self.device)
+        """Which columns of each text hold a token, `[b s]`."""
+        self.depths = torch.zeros(num_texts, length, dtype=torch.long, device=self.device)
+        """Steps that each token ran, by its place among the text's tokens."""
+
+    @property
+    def num_texts(self) -> int:
+        return len(self.is_token)
+
+    @property
+    def num_columns(self) -> int:
+        """Length of the texts with their padding."""
+        return self.is_token.shape[1]
+
+    @torch.no_grad()
+    def extend(
+        self, ids: Int[Tensor, "b q"], is_token: Bool[Tensor, "b q"] | None = None
+    ) -> Float[Tensor, "b q h"]:
+        """Continue every text.
+
+        Args:
+            ids: the next tokens.
+            is_token: False where `ids` holds none, on any side. Default: everywhere one.
+
+        Returns:
+            States behind the last norm; zeros where there is no token.
+
+        Raises:
+            ValueError: there are not as many rows as texts, or the mask has another shape.
+        """
+        if is_token is None:
+            is_token = torch.ones_like(ids, dtype=torch.bool)
+        if ids.dim() != 2 or len(ids) != self.num_texts or is_token.shape != ids.shape:
+            raise ValueError(
+                f"ids {tuple(ids.shape)} and is_token {tuple(is_token.shape)} must both be [b q] "
+                f"with b={self.num_texts}, the texts held."
+            )
+        before = self.is_token.sum(dim=1)
+        self.is_token = torch.cat([self.is_token, is_token], dim=1)
+        rank = is_token.long().cumsum(dim=1) - 1
+        slots, columns = is_token.nonzero(as_tuple=True)
+        states = self._final.new_zeros(*ids.shape, self._final.shape[2])
+        if not len(slots):
+            return states
+        places = rank[slots, columns]
+        positions = before[slots] + places
+        self._lengthen(int(positions.max()) + 1)
+        size = (self.num_texts, ids.shape[1])
+        self._final = states.new_zeros(*size, states.shape[2])
+        self._depths = self.depths.new_zeros(size)
+        _reserve(self.outer_pages, self.caches.outer, self.outer_pages.pages_needed(slots))
+        self._recur(self._begin(ids[slots, columns], slots, positions, places))
+        self._note_exits()
+        self.depths[slots, positions] = self._depths[slots, places]
+        states[slots, columns] = self.model.norm(self._end(slots, positions, places))
+        return states
+
+    @torch.no_grad()
+    def select(self, texts: Int[Tensor, " b"]) -> None:
+        """Let text i become a copy of what text `texts[i]` was."""
+        texts = texts.to(self.device)
+        if torch.equal(texts, torch.arange(self.num_texts, device=self.device)):
+            return
+        size = self.settings.page_size
+        self.caches.inner.take_pages(self.policy.select(texts), size)
+        self.caches.outer.take_pages(self.outer_pages.select(texts)[0], size)
+        self.is_token, self.depths = self.is_token[texts], self.depths[texts]
+        self._left = self._left[texts]
+        self._exited = [_copied(rows, texts) for rows in self._exited]
+        self.settings = replace(self.settings, num_slots=len(texts))
+
+    def cut(self, num_columns: int) -> None:
+        """Keep the first columns only.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        if not 0 <= num_columns <= self.num_columns:
+            raise ValueError(f"cannot keep {num_columns} columns of {self.num_columns}.")
+        self.is_token = self.is_token[:, :num_columns]
+        lengths = self.is_token.sum(dim=1)
+        place = torch.arange(self.depths.shape[1], device=self.device)
+        self.depths = self.depths.where(place < lengths[:, None], 0)
+        self.policy.rewind(self.depths)
+        if self._has(self.caches.outer):
+            self.outer_pages.truncate(lengths)
+        self._exited = [
+            rows.take((rows.positions < lengths[rows.slots]).nonzero()[:, 0])
+            for rows in self._exited
+        ]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "IncrementalDecoder":
+        """Another batch of the same texts, of the same model."""
+        from copy import deepcopy
+
+        memo |= {id(module): module for module in self.model.modules()}
+        copy = object.__new__(type(self))
+        memo[id(self)] = copy
+        copy.__dict__.update(deepcopy(self.__dict__, memo))
+        return copy
+
+    def _recur(self, pool: Pool) -> None:
+        """All steps of the recursion, one after another."""
+        while len(pool := self._route(pool)):
+            tokens, exited = self._in_flight(pool)
+            if exited is not None:  # after cuts their list may be longer than the text
+                longest = int(self.policy.pages.counts.max()) + len(exited.slots)
+                self.policy.pages.lengthen(max(longest, self.settings.max_length))
+            needed = self.policy.pages_needed(tokens, exited)
+            _reserve(self.policy.pages, self.caches.inner, needed)
+            pool = self._run(pool)
+
+    def _lengthen(self, length: int) -> None:
+        if length <= self.settings.max_length:
+            return
+        longer = max(length, 2 * self.settings.max_length)
+        self.settings = replace(self.settings, max_length=longer)
+        self.outer_pages.lengthen(longer)
+        self.policy.lengthen(longer)
+        self.depths = F.pad(self.depths, (0, longer - self.depths.shape[1]))
+
+    @staticmethod
+    def _has(arena: KVArena) -> bool:
+        return arena.data.shape[0] > 0
+
+
+def _reserve(pages: PagedRows, arena: KVArena, needed: int) -> None:
+    """Have so many free pages; what is missing comes with as much again as is held."""
+    missing = needed - pages.pages_free
+    if missing > 0 and arena.data.shape[0]:
+        added = max(missing, pages.num_pages)
+        pages.grow(added)
+        arena.grow(added * pages.page_size)
+
+
+def _copied(rows: Rows, texts: Tensor) -> Rows:
+    """What tokens of each text become when text i is a copy of text `texts[i]`."""
+    text, index = (texts[:, None] == rows.slots).nonzero(as_tuple=True)
+    copies = rows.take(index)
+    return replace(copies, notes=torch.cat([text[None], copies.notes[1:]]))

@@ -1,0 +1,94 @@
+"""A generating model over several ranks, each with some of the heads and of every MLP's width.
+
+    model = shard(MoRTransformer(config), group)
+    engine = LockstepEngine(model, cache, group=group)
+
+Every rank holds the embedding, the routers and the norms, computes the same hidden states, and so
+takes the same decisions; after attention and after the MLP the ranks' parts are summed. Keys and
+values of a rank's own heads lie in its own cache. For inference: sums have no gradient.
+
+Source: Shoeybi et al. 2019 (arXiv 1909.08053), section 3.
+
+Legend: `n` query heads, `g` key-value heads, `d` head size, `f` MLP width, `h` hidden, `e` experts.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from mor_layers.layers import MoE, RelaxedLinear, StepDelta
+from mor_layers.models import DecoderLayer, MoRTransformer
+
+
+def shard(model: MoRTransformer, group: ProcessGroup) -> MoRTransformer:
+    """Keep this rank's part of every layer, in place.
+
+    Args:
+        model: the whole model, the same on every rank.
+
+    Raises:
+        ValueError: heads or widths do not divide by the number of ranks.
+    """
+    size = group.size()
+    sizes = {"num_heads": model.config.num_heads, "num_kv_heads": model.config.kv_heads}
+    layers = [module for module in model.modules() if isinstance(module, DecoderLayer)]
+    for layer in layers:
+        is_moe = isinstance(layer.mlp, MoE)
+        width = layer.mlp.experts.gate.shape[1] if is_moe else layer.mlp.gate.out_features
+        sizes["width of an expert" if is_moe else "ffn_hidden_size"] = width
+    for name, value in sizes.items():
+        if value % size:
+            raise ValueError(
+                f"{name}={value} does not divide by {size} ranks. Use a number of ranks that "
+                "divides it."
+            )
+    for layer in layers:
+        attention, mlp = layer.attention, layer.mlp
+        for linear in (attention.query, attention.key, attention.value):
+            _keep(linear, "weight", 0, group)  # [nd h], [gd h]
+            if linear.bias is not None:
+                _keep(linear, "bias", 0, group)
+            _keep_deltas(linear, 0, group)
+        _keep(attention.output, "weight", 1, group)  # [h nd]
+        _keep_deltas(attention.output, 1, group)
+        _sum_over_ranks(attention.output, group)
+        if isinstance(mlp, MoE):
+            _keep(mlp.experts, "gate", 1, group)  # [e f h]
+            _keep(mlp.experts, "up", 1, group)
+            _keep(mlp.experts, "down", 2, group)  # [e h f]
+            _sum_over_ranks(mlp.experts, group)
+        else:
+            _keep(mlp.gate, "weight", 0, group)  # [f h]
+            _keep(mlp.up, "weight", 0, group)
+            _keep(mlp.down, "weight", 1, group)  # [h f]
+            for linear, dim in ((mlp.gate, 0), (mlp.up, 0), (mlp.down, 1)):
+                _keep_deltas(linear, dim, group)
+            _sum_over_ranks(mlp.down, group)
+    return model
+
+
+def _keep(module: nn.Module, name: str, dim: int, group: ProcessGroup) -> None:
+    whole = getattr(module, name).detach()
+    own = whole.chunk(group.size(), dim)[group.rank()].clone()
+    setattr(module, name, nn.Parameter(own, requires_grad=False))
+
+
+def _keep_deltas(linear: nn.Linear, dim: int, group: ProcessGroup) -> None:
+    """Of every step's delta what belongs to rows (0) or columns (1) of the weight."""
+    for delta in linear.deltas if isinstance(linear, RelaxedLinear) else ():
+        assert isinstance(delta, StepDelta)
+        if dim == 1:
+            _keep(delta, "a", 1, group)
+            delta.column_group = group
+            continue
+        _keep(delta, "b", 0, group)
+        if delta.magnitude is not None:
+            _keep(delta, "magnitude", 0, group)
+
+
+def _sum_over_ranks(module: nn.Module, group: ProcessGroup) -> None:
+    def summed(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        torch.distributed.all_reduce(output, group=group)
+        return output
+
+    module.register_forward_hook(summed)

@@ -1,0 +1,32 @@
+"""Layers for the inside of a recursion: a mixture of experts, per-step deltas, adapters."""
+
+from mor_layers.layers.adapters import EncoderLayers, PointwiseLayers
+from mor_layers.layers.moe import ExpertRouters, MoE, MoEConfig
+from mor_layers.layers.relaxation import (
+    MLP_PROJECTIONS,
+    Projection,
+    Relaxation,
+    RelaxedLinear,
+    StepDelta,
+    make_projection,
+    merged_weight,
+    project,
+    row_norms,
+)
+
+__all__ = [
+    "MLP_PROJECTIONS",
+    "EncoderLayers",
+    "ExpertRouters",
+    "MoE",
+    "MoEConfig",
+    "PointwiseLayers",
+    "Projection",
+    "Relaxation",
+    "RelaxedLinear",
+    "StepDelta",
+    "make_projection",
+    "merged_weight",
+    "project",
+    "row_norms",
+]

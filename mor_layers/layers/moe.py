@@ -1,0 +1,324 @@
+"""A mixture of experts that counts per recursion step: route -> dispatch -> compute -> combine.
+
+Its experts are shared by all steps it runs in; its router too, or each step has its own. The unit
+of balance is the (step, expert) cell: load, drops, losses and the loss-free bias are kept for each.
+
+Sources: Shazeer et al. 2017; Fedus et al. 2021 (balance loss); Zoph et al. 2022 (z-loss); Wang et al.
+2024, arXiv 2408.15664 (loss-free bias). Losses of a layer that runs N_r times are divided by N_r.
+
+Legend: `b` batch, `k` tokens that run a step, `t` = `k · b`, `h` hidden, `e` experts, `c` experts
+that a token may take, `a` assignments of a token to an expert, `f` width of an expert, `r` steps.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from mor_layers.modules import PreciseBuffers
+from mor_layers.recursion import ExpertUse
+from mor_layers.routers import Thresholds
+from mor_layers.settings import check_types
+
+ExpertRouters = Literal["shared", "per_step"]
+DropPolicy = Literal["probability", "position"]
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Settings of a mixture of experts in place of an MLP."""
+
+    num_experts: int
+    """Experts. At least 1."""
+    experts_per_token: int = 2
+    """Experts that a token takes; where a router asks for a mean, the most that it may take."""
+    ffn_hidden_size: int | None = None
+    """Width of an expert. Default: that of the MLP it replaces."""
+    balance_coefficient: float = 0.01
+    """Weight of the balance loss. 0: none."""
+    z_loss_coefficient: float = 0.001
+    """Weight of the z-loss. 0: none."""
+    bias_update_rate: float = 0.0
+    """Step by which the loss-free bias of each cell moves after an optimizer step. 0: no bias."""
+    capacity_factor: float | None = None
+    """An expert takes at most this times its even share of a step's assignments, rounded up; what
+    exceeds it is dropped. None: nothing is."""
+    drop_policy: DropPolicy | None = None
+    """Who keeps a place in a full expert: those of largest `probability` (default), which looks at
+    later tokens, or of earliest `position`."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"MoEConfig.experts_per_token={self.experts_per_token} must lie in "
+                f"1..num_experts={self.num_experts}."
+            )
+        for name in ("balance_coefficient", "z_loss_coefficient", "bias_update_rate"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"MoEConfig.{name}={getattr(self, name)} must be 0 or more.")
+        if self.ffn_hidden_size is not None and self.ffn_hidden_size < 1:
+            raise ValueError(
+                f"MoEConfig.ffn_hidden_size={self.ffn_hidden_size} must be at least 1."
+            )
+        if self.capacity_factor is not None and not 0 < self.capacity_factor < float("inf"):
+            raise ValueError(f"MoEConfig.capacity_factor={self.capacity_factor} must be above 0.")
+        if self.drop_policy is None:
+            return
+        if self.drop_policy not in get_args(DropPolicy):
+            raise ValueError(
+                f"MoEConfig.drop_policy={self.drop_policy!r} is unknown. Use one of "
+                f"{', '.join(get_args(DropPolicy))}."
+            )
+        if self.capacity_factor is None:
+            raise ValueError(
+                f"MoEConfig.drop_policy={self.drop_policy!r} has no effect without "
+                "capacity_factor. Leave it out, or set a capacity."
+            )
+
+    def check_mean(self, mean_experts: tuple[float, ...] | None) -> None:
+        """Raise ValueError where a mean number of experts cannot be held."""
+        for mean in mean_experts or ():
+            if not 1 <= mean <= self.experts_per_token or self.experts_per_token < 2:
+                raise ValueError(
+                    f"mean_experts={mean} must lie in 1..experts_per_token="
+                    f"{self.experts_per_token}, which must be 2 or more."
+                )
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which experts each token takes."""
+
+    experts: Int[Tensor, "t c"]
+    gates: Float[Tensor, "t c"]
+    is_taken: Bool[Tensor, "t c"]
+    """False where a token takes fewer than `c`, where an expert was full, and in padding."""
+
+
+class ExpertRouter(PreciseBuffers):
+    """Softmax over experts; a token takes the likeliest ones.
+
+    Args:
+        hidden_size: of the tokens.
+        config: of the layer.
+        num_steps: recursion steps the layer runs in.
+        routers: whether these share one router.
+        mean_experts: number of experts a token takes in the mean, at each step: the best, and any
+            of the next whose probability exceeds a threshold that holds the mean. None: always
+            `experts_per_token`.
+    """
+
+    bias: Float[Tensor, "r e"]
+
+    def __init__(
+        self,
+        hidden_size: int,
+        config: MoEConfig,
+        num_steps: int = 1,
+        routers: ExpertRouters = "shared",
+        mean_experts: tuple[float, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        config.check_mean(mean_experts)
+        self.config, self.num_steps, self.mean_experts = config, num_steps, mean_experts
+        count = num_steps if routers == "per_step" else 1
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.empty(config.num_experts, hidden_size).normal_(std=0.02))
+            for _ in range(count)
+        )
+        if config.bias_update_rate:
+            self.register_buffer("bias", torch.zeros(num_steps, config.num_experts))
+        self.widths = None if mean_experts is None else Thresholds(num_steps, "width")
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "t h"],
+        step: int | Int[Tensor, " t"],
+        is_padding: Bool[Tensor, " t"] | None,
+    ) -> tuple[Assignment, ExpertUse]:
+        """Who goes where. While generating, tokens may be at different steps."""
+        if isinstance(step, Tensor) and len(self.weights) > 1:
+            every = F.linear(hidden.float(), torch.cat(tuple(self.weights)).float())
+            row = torch.arange(len(step), device=step.device)
+            logits = every.unflatten(-1, (len(self.weights), -1))[row, step]
+        else:
+            weight = self.weights[step if len(self.weights) > 1 else 0]
+            logits = F.linear(hidden.float(), weight.float())
+        probabilities = logits.softmax(dim=-1)
+        ranking = probabilities.detach()
+        if self.config.bias_update_rate:
+            ranking = ranking + self.bias[step]
+        experts = ranking.topk(self.config.experts_per_token, dim=-1).indices
+        chosen = probabilities.gather(-1, experts)
+        is_wanted = torch.ones_like(experts, dtype=torch.bool)
+        if self.widths is not None:
+            is_wanted[:, 1:] = chosen[:, 1:] > self.widths.current()[step, None]
+        if is_padding is not None:
+            is_wanted &= ~is_padding[:, None]
+        gates = chosen  # a single expert's gate must not be renormalised to a constant 1
+        if self.config.experts_per_token > 1:
+            taken = chosen * is_wanted
+            gates = taken / taken.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+        is_taken = self._within_capacity(experts, chosen, is_wanted, is_padding)
+        use = self._account(logits, probabilities, experts, is_wanted, is_taken, step, is_padding)
+        return Assignment(experts, gates.to(hidden.dtype), is_taken), use
+
+    @torch.no_grad()
+    def advance(
+        self, step: int, wanted: Float[Tensor, " e"], histogram: Float[Tensor, " bins"] | None
+    ) -> None:
+        """Move this step's biases and width threshold after an optimizer step.
+
+        Args:
+            wanted: tokens of the global batch that chose each expert, dropped ones too.
+            histogram: of the global batch, where a mean number of experts is held.
+        """
+        if self.config.bias_update_rate:
+            self.bias[step] += self.config.bias_update_rate * (wanted.mean() - wanted).sign()
+        if self.widths is not None and self.mean_experts is not None and histogram is not None:
+            share = (self.mean_experts[step] - 1) / (self.config.experts_per_token - 1)
+            histograms = histogram.new_zeros(self.num_steps, len(histogram))
+            histograms[step] = histogram
+            self.widths.follow(histograms, histogram.new_full((self.num_steps,), share))
+
+    def _within_capacity(
+        self, experts: Tensor, chosen: Tensor, is_wanted: Tensor, is_padding: Tensor | None
+    ) -> Tensor:
+        factor, num_experts = self.config.capacity_factor, self.config.num_experts
+        if factor is None:
+            return is_wanted
+        tokens = is_wanted.new_full((), len(experts), dtype=torch.float64)
+        if is_padding is not None:
+            tokens = is_padding.logical_not().sum().double()
+        capacity = (tokens * self.config.experts_per_token / num_experts * factor).ceil()
+        flat = torch.where(is_wanted, experts, num_experts).flatten()
+        # Two stable sorts order by expert, then by who comes first.
+        order = torch.arange(len(flat), device=flat.device)
+        if self.config.drop_policy != "position":
+            order = chosen.detach().flatten().sort(descending=True, stable=True).indices
+        by_expert = flat[order].sort(stable=True)
+        order = order[by_expert.indices]
+        begins = torch.searchsorted(by_expert.values, by_expert.values)
+        rank = torch.empty_like(flat)
+        rank[order] = torch.arange(len(flat), device=flat.device) - begins
+        return is_wanted & (rank < capacity).view_as(is_wanted)
+
+    def _account(
+        self,
+        logits: Tensor,
+        probabilities: Tensor,
+        experts: Tensor,
+        is_wanted: Tensor,
+        is_taken: Tensor,
+        step: int | Tensor,
+        is_padding: Tensor | None,
+    ) -> ExpertUse:
+        num_experts = self.config.num_experts
+        wanted, load = (_count(experts, x, num_experts) for x in (is_wanted, is_taken))
+        counted = None if is_padding is None else is_padding.logical_not()
+        # No token, no loss: a mean over nothing must stay finite.
+        z = torch.logsumexp(logits, dim=-1).square()
+        if counted is None:
+            mean, z = probabilities.mean(dim=0), z.mean()
+        else:
+            count = counted.sum().clamp(min=1)
+            mean = probabilities.masked_fill(~counted[:, None], 0).sum(dim=0) / count
+            z = z.masked_fill(~counted, 0).sum() / count
+        share = wanted / wanted.sum().clamp(min=1)
+        raw = {"expert_balance_loss": num_experts * (share * mean).sum(), "expert_z_loss": z}
+        weights = {
+            "expert_balance_loss": self.config.balance_coefficient,
+            "expert_z_loss": self.config.z_loss_coefficient,
+        }
+        return ExpertUse(
+            load,
+            wanted - load,
+            {n: weights[n] / self.num_steps * loss for n, loss in raw.items() if weights[n]},
+            {name: loss.detach() for name, loss in raw.items()},
+            self._histogram(probabilities, experts, step, counted),
+        )
+
+    def _histogram(
+        self, probabilities: Tensor, experts: Tensor, step: int | Tensor, counted: Tensor | None
+    ) -> Tensor | None:
+        if self.widths is None or not self.training:
+            return None
+        assert isinstance(step, int), "training runs one step at a time"
+        further = probabilities.detach().gather(-1, experts)[:, 1:]
+        is_counted = None if counted is None else counted[:, None].expand_as(further)
+        return self.widths.histogram(step, further, is_counted)
+
+
+class Experts(nn.Module):
+    """SwiGLU experts; tokens are grouped by a sort, and each expert runs once on its group."""
+
+    def __init__(self, num_experts: int, hidden_size: int, ffn_hidden_size: int) -> None:
+        super().__init__()
+        into, out = (num_experts, ffn_hidden_size, hidden_size), (num_experts, hidden_size)
+        self.gate = nn.Parameter(torch.empty(into).normal_(std=0.02))
+        self.up = nn.Parameter(torch.empty(into).normal_(std=0.02))
+        self.down = nn.Parameter(torch.empty(*out, ffn_hidden_size).normal_(std=0.02))
+
+    def forward(self, hidden: Float[Tensor, "t h"], assignment: Assignment) -> Float[Tensor, "t h"]:
+        """Sum over each token's experts, weighted by its gates.
+
+        Waits for the device once, to learn how many tokens each expert has.
+        """
+        num_experts, width = len(self.gate), assignment.experts.shape[1]
+        expert = torch.where(assignment.is_taken, assignment.experts, num_experts).flatten()
+        order = expert.argsort(stable=True)
+        sizes = torch.bincount(expert, minlength=num_experts + 1)[:num_experts].tolist()
+        order = order[: sum(sizes)]  # what nobody takes stands behind
+        token = order // width
+        groups = hidden[token].split(sizes)  # [t h] -> [a h]
+        matrices = zip(self.gate.unbind(), self.up.unbind(), self.down.unbind(), strict=True)
+        outputs = [
+            F.linear(F.silu(F.linear(group, gate)) * F.linear(group, up), down)
+            for group, (gate, up, down) in zip(groups, matrices, strict=True)
+        ]
+        gated = torch.cat(outputs) * assignment.gates.flatten()[order][:, None]
+        return torch.zeros_like(hidden).index_add(0, token, gated)  # [a h] -> [t h]
+
+
+class MoE(nn.Module):
+    """A mixture of experts in place of an MLP. Arguments as of `ExpertRouter`.
+
+    Args:
+        ffn_hidden_size: width of an expert where the settings leave it out.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        ffn_hidden_size: int,
+        config: MoEConfig,
+        num_steps: int = 1,
+        routers: ExpertRouters = "shared",
+        mean_experts: tuple[float, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        width = config.ffn_hidden_size or ffn_hidden_size
+        self.router = ExpertRouter(hidden_size, config, num_steps, routers, mean_experts)
+        self.experts = Experts(config.num_experts, hidden_size, width)
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "k b h"],
+        step: int | Int[Tensor, "k b"] = 0,
+        is_padding: Bool[Tensor, "k b"] | None = None,
+    ) -> tuple[Float[Tensor, "k b h"], ExpertUse]:
+        """The layer's output, 0 for padding and for tokens that every expert turned away."""
+        rows = hidden.flatten(0, 1)
+        padding = None if is_padding is None else is_padding.flatten()
+        step = step if isinstance(step, int) else step.expand(hidden.shape[:2]).flatten()
+        assignment, use = self.router(rows, step, padding)
+        return self.experts(rows, assignment).view_as(hidden), use
+
+
+def _count(experts: Tensor, is_counted: Tensor, num_experts: int) -> Float[Tensor, " e"]:
+    counts = torch.zeros(num_experts, device=experts.device)
+    return counts.index_add(0, experts.flatten(), is_counted.flatten().float())

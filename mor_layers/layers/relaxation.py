@@ -1,0 +1,200 @@
+"""Relaxed recursion: what each step adds to projections that all steps share.
+
+    lora  y = W x + scale · B_r A_r x
+    dora  y = m_r · (W + scale · B_r A_r) x / ‖W + scale · B_r A_r‖, norms and m_r one per row of W
+
+`B_r` starts at 0 and `m_r` at the norms of `W`: the model is then the unrelaxed one, bit for bit.
+Truncated singular value decompositions of what a dense model's layers have beside the shared
+weights are the other start, see `mor_layers.weights.uptraining`.
+
+Sources: Bae et al. 2024 (Relaxed Recursive Transformers, arXiv 2410.20672), section 2.3; Liu et al.
+2024 (DoRA, arXiv 2402.09353), whose section 4.3 we follow: the norms get no gradient.
+
+Legend: `b` batch, `k` tokens that run a step, `i` inputs and `o` outputs of a projection, `q` rank.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from mor_layers.recursion import KVPolicy, StepContext
+from mor_layers.settings import check_types
+
+RelaxationKind = Literal["lora", "dora"]
+Projection = Literal["query", "key", "value", "output", "gate", "up", "down"]
+PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
+MLP_PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """Settings of per-step deltas."""
+
+    rank: int
+    """Rank of each delta; a projection whose smaller side is less has that instead. At least 1."""
+    kind: RelaxationKind = "lora"
+    """`lora`: a delta is added. `dora`: and each row has a magnitude of its own."""
+    projections: tuple[Projection, ...] = PROJECTIONS
+    """Which have deltas: query, key, value, output (attention), gate, up, down (MLP)."""
+    scale: float = 1.0
+    """Weight of the deltas. Not 0."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.rank < 1:
+            raise ValueError(f"Relaxation.rank={self.rank} must be at least 1.")
+        if self.kind not in get_args(RelaxationKind):
+            raise ValueError(f"Relaxation.kind={self.kind!r} is unknown. Use lora or dora.")
+        unknown = [name for name in self.projections if name not in PROJECTIONS]
+        if unknown or not self.projections or len(set(self.projections)) < len(self.projections):
+            raise ValueError(
+                f"Relaxation.projections={self.projections} must name one or more of "
+                f"{', '.join(PROJECTIONS)}, each once."
+            )
+        if not math.isfinite(self.scale) or self.scale == 0:
+            raise ValueError(f"Relaxation.scale={self.scale} must be finite, and not 0.")
+
+    def check(self, num_recursions: int, kv_policy: KVPolicy) -> None:
+        """Raise ValueError where a delta can have no effect, or would contradict the KV policy."""
+        if num_recursions < 2:
+            raise ValueError(
+                f"relaxation has no effect with num_recursions={num_recursions}: there is nothing "
+                "shared to relax. Leave it out."
+            )
+        keyed = [name for name in ("key", "value") if name in self.projections]
+        if not keyed or kv_policy not in ("exit_state", "recursive_sharing"):
+            return
+        why = {
+            "exit_state": "projects an exited token once for all later steps, which a delta would "
+            "make different at each",
+            "recursive_sharing": "computes keys and values at the first step only",
+        }[kv_policy]
+        rest = tuple(name for name in self.projections if name not in keyed)
+        raise ValueError(
+            f"kv_policy={kv_policy!r} {why}, so Relaxation.projections cannot have "
+            f"{' and '.join(keyed)}. Use projections={rest}, or another kv_policy."
+        )
+
+    def rank_of(self, into: int, out: int) -> int:
+        """Rank of the delta of a projection with so many inputs and outputs."""
+        return min(self.rank, into, out)
+
+
+def row_norms(
+    weight: Float[Tensor, "o i"], a: Float[Tensor, "q i"], b: Float[Tensor, "o q"], scale: float
+) -> Float[Tensor, " o"]:
+    """Norms of the rows of a relaxed weight, in fp32."""
+    return torch.linalg.vector_norm(weight.float() + scale * (b @ a).float(), dim=1)
+
+
+class StepDelta(nn.Module):
+    """What one step adds to one projection."""
+
+    column_group: ProcessGroup | None = None
+    """Ranks that hold the other columns of the weight, see `tensor_parallel`; None: no such."""
+
+    def __init__(self, into: int, out: int, relaxation: Relaxation) -> None:
+        super().__init__()
+        rank = relaxation.rank_of(into, out)
+        self.scale = relaxation.scale
+        self.a = nn.Parameter(torch.empty(rank, into))
+        self.b = nn.Parameter(torch.zeros(out, rank))
+        self.magnitude = nn.Parameter(torch.empty(out)) if relaxation.kind == "dora" else None
+
+    @torch.no_grad()
+    def reset(self, weight: Float[Tensor, "o i"]) -> None:
+        """Start as the projection of `weight` is."""
+        nn.init.normal_(self.a, std=0.02)
+        nn.init.zeros_(self.b)
+        if self.magnitude is not None:
+            self.magnitude.copy_(row_norms(weight, self.a, self.b, self.scale))
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "k b i"],
+        projected: Float[Tensor, "k b o"],
+        weight: Float[Tensor, "o i"],
+    ) -> Float[Tensor, "k b o"]:
+        """`projected`, which is `hidden` by the shared weight, as this step has it."""
+        relaxed = projected + self.scale * F.linear(self.lowered(hidden), self.b)
+        if self.magnitude is None:
+            return relaxed
+        return relaxed * (self.magnitude / self.norms(weight)).to(relaxed.dtype)
+
+    def lowered(self, hidden: Float[Tensor, "k b i"]) -> Float[Tensor, "k b q"]:
+        """`A x`."""
+        return F.linear(hidden, self.a)
+
+    @torch.no_grad()
+    def norms(self, weight: Float[Tensor, "o i"]) -> Float[Tensor, " o"]:
+        """Norms of the rows of the step's own weight, whatever ranks hold their columns."""
+        norms = row_norms(weight, self.a, self.b, self.scale)
+        if self.column_group is None or self.column_group.size() == 1:
+            return norms
+        squares = norms.square()
+        torch.distributed.all_reduce(squares, group=self.column_group)
+        return squares.sqrt()
+
+
+def merged_weight(
+    weight: Float[Tensor, "o i"],
+    a: Float[Tensor, "q i"],
+    b: Float[Tensor, "o q"],
+    scale: float,
+    magnitude: Float[Tensor, " o"] | None = None,
+) -> Float[Tensor, "o i"]:
+    """The weight of one step's own projection, computed in fp32, in the dtype of `weight`."""
+    own = weight.float() + scale * (b.float() @ a.float())
+    if magnitude is not None:
+        own = own * (magnitude.float() / row_norms(weight, a, b, scale))[:, None]
+    return own.to(weight.dtype)
+
+
+class RelaxedLinear(nn.Linear):
+    """A projection shared by all steps, with a delta for each."""
+
+    def __init__(
+        self, into: int, out: int, bias: bool, relaxation: Relaxation, num_steps: int
+    ) -> None:
+        super().__init__(into, out, bias=bias)
+        self.deltas = nn.ModuleList(StepDelta(into, out, relaxation) for _ in range(num_steps))
+        self.reset_deltas()
+
+    def reset_deltas(self) -> None:
+        """Let every step start as the shared weight is."""
+        for delta in self.deltas:
+            delta.reset(self.weight)  # type: ignore[operator]
+
+    def forward(self, hidden: Tensor, context: StepContext) -> Tensor:  # type: ignore[override]
+        projected = F.linear(hidden, self.weight)
+        parts = [
+            self.deltas[step](hidden[rows], projected[rows], self.weight)
+            for step, rows in context.rows_by_step(len(hidden))
+        ]
+        relaxed = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return relaxed if self.bias is None else relaxed + self.bias
+
+
+def make_projection(
+    name: Projection,
+    into: int,
+    out: int,
+    relaxation: Relaxation | None,
+    num_steps: int,
+    bias: bool = False,
+) -> nn.Linear:
+    """The projection `name` of a layer that runs in `num_steps` steps."""
+    if relaxation is None or name not in relaxation.projections:
+        return nn.Linear(into, out, bias=bias)
+    return RelaxedLinear(into, out, bias, relaxation, num_steps)
+
+
+def project(linear: nn.Linear, hidden: Tensor, context: StepContext) -> Tensor:
+    """`hidden` through a projection, with the delta of the step of each row where it has any."""
+    return linear(hidden, context) if isinstance(linear, RelaxedLinear) else linear(hidden)

@@ -1,0 +1,240 @@
+"""Settings of a recursion and of a decoder.
+
+One frozen dataclass per component; each router's settings stand beside the router. A wrong
+setting is an error before anything is built.
+"""
+
+import math
+import typing
+from dataclasses import dataclass, field
+
+from mor_layers.layers import MLP_PROJECTIONS, ExpertRouters, MoEConfig, Relaxation
+from mor_layers.recursion import (
+    KV_POLICIES,
+    SHARING_SCHEMES,
+    KVPolicy,
+    Sharing,
+    SharingSchedule,
+    StepInput,
+)
+from mor_layers.routers import FixedDepth, RouterConfig
+from mor_layers.settings import check_types
+
+
+@dataclass(frozen=True)
+class RecursionConfig:
+    """How a recursion block is shared, routed and attended to."""
+
+    num_recursions: int
+    """Times the shared block runs (paper: N_r). At least 1."""
+    sharing: Sharing = "middle_cycle"
+    """Which weights run at which depth: cycle, sequence, middle_cycle or middle_sequence."""
+    router: RouterConfig = field(default_factory=FixedDepth)
+    """Who goes on at each step. In YAML a mapping with `type`: a registered name, or
+    `package.module:ClassName` of a RouterConfig of your own."""
+    kv_policy: KVPolicy = "recursion_wise"
+    """Keys and values at later steps: recursion_wise, recursive_sharing, sharing_with_update,
+    exit_state."""
+    share_norms: bool = True
+    """Whether the steps share norm weights, or each step has its own."""
+    expert_routers: ExpertRouters = "shared"
+    """Where layers have experts: whether the steps share the router over them, or each step has
+    its own (`per_step`)."""
+    relaxation: Relaxation | None = None
+    """Low-rank deltas that each step adds to projections; None: steps share them as they are."""
+    step_embeddings: bool = False
+    """Whether a learnt vector of each step is added to the states that enter the block."""
+    input_injection: bool = False
+    """Whether later steps add the states that entered the recursion, each number times a gain."""
+    sandwich_norms: bool = False
+    """Whether the block's layers norm what attention and MLP give, before the residual."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.router, RouterConfig):
+            raise ValueError(
+                f"router={self.router!r} is no RouterConfig. Give one, such as ExpertChoice() or "
+                "FixedDepth(); a name and settings are for YAML."
+            )
+        check_types(self)
+        if self.num_recursions < 1:
+            raise ValueError(f"num_recursions={self.num_recursions} must be at least 1.")
+        if self.sharing not in SHARING_SCHEMES:
+            raise ValueError(
+                f"sharing={self.sharing!r} is unknown. Use one of {', '.join(SHARING_SCHEMES)}."
+            )
+        if self.kv_policy not in KV_POLICIES:
+            raise ValueError(
+                f"kv_policy={self.kv_policy!r} is unknown. Use one of {', '.join(KV_POLICIES)}."
+            )
+        if self.expert_routers not in typing.get_args(ExpertRouters):
+            raise ValueError(
+                f"expert_routers={self.expert_routers!r} is unknown. Use one of "
+                f"{', '.join(typing.get_args(ExpertRouters))}."
+            )
+        self.router.validate(self.num_recursions)
+        if self.relaxation is not None:
+            self.relaxation.check(self.num_recursions, self.kv_policy)
+        if self.num_recursions < 2 and self.beyond_published:
+            raise ValueError(
+                f"{self.beyond_published[0]} needs several steps, not num_recursions="
+                f"{self.num_recursions}. Leave it out."
+            )
+        if self.kv_policy == "exit_state" and not self.share_norms:
+            raise ValueError(
+                "kv_policy='exit_state' projects an exited token once for all later steps, which "
+                "share_norms=False would make different at each. Use share_norms=True, or another "
+                "kv_policy."
+            )
+        if self.sharing in ("cycle", "middle_cycle"):
+            return
+        if not isinstance(self.router, FixedDepth):
+            raise ValueError(
+                f"sharing={self.sharing!r} cannot route tokens with "
+                f"{type(self.router).__name__}: its layers repeat one by one, so no step runs the "
+                "whole block. Use cycle or middle_cycle, or router FixedDepth."
+            )
+        if self.kv_policy != "recursion_wise":
+            raise ValueError(
+                f"kv_policy={self.kv_policy!r} needs cycle or middle_cycle sharing, "
+                f"not {self.sharing!r}. Use kv_policy='recursion_wise'."
+            )
+
+    @property
+    def mean_experts(self) -> tuple[float, ...] | None:
+        """Mean number of experts that a token shall take at each step; None: as the layers say."""
+        return self.router.mean_experts_for(self.num_recursions)
+
+    @property
+    def beyond_published(self) -> tuple[str, ...]:
+        """Those settings in use that published checkpoints and plain decoders know nothing of."""
+        names = ("relaxation", "step_embeddings", "input_injection", "sandwich_norms")
+        return tuple(name for name in names if getattr(self, name))
+
+    def build_step_input(self, hidden_size: int) -> StepInput | None:
+        """What is added to the states that enter the block; None: nothing."""
+        if not (self.step_embeddings or self.input_injection):
+            return None
+        how = self.num_recursions, self.step_embeddings, self.input_injection
+        return StepInput(hidden_size, *how)
+
+    def require_experts(self, has_experts: bool) -> None:
+        """Raise ValueError where a setting over experts can have no effect."""
+        if not has_experts and self.expert_routers != "shared":
+            raise ValueError(
+                f"expert_routers={self.expert_routers!r} needs layers with experts. Leave it out, "
+                "or give the model a mixture of experts."
+            )
+        relaxed = () if self.relaxation is None else self.relaxation.projections
+        if has_experts and set(relaxed) & set(MLP_PROJECTIONS):
+            rest = tuple(name for name in relaxed if name not in MLP_PROJECTIONS)
+            raise ValueError(
+                f"Relaxation.projections={relaxed} cannot have {', '.join(MLP_PROJECTIONS)} where "
+                f"the MLP is a mixture of experts. Use projections={rest or ('output',)}."
+            )
+        if not has_experts and self.mean_experts is not None:
+            raise ValueError(
+                f"mean_experts={self.mean_experts[0]} needs layers with experts. Leave it out, or "
+                "give the model a mixture of experts."
+            )
+
+    def schedule(self, num_unrolled_layers: int) -> SharingSchedule:
+        """Which layer runs at which depth of a model of `num_unrolled_layers`."""
+        return SharingSchedule(num_unrolled_layers, self.num_recursions, self.sharing)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder in the Llama layout: RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases.
+
+    `qkv_bias` makes it a Qwen2, `qk_norm` a Qwen3.
+    """
+
+    vocab_size: int
+    """Number of token ids."""
+    hidden_size: int
+    """Width of the residual stream."""
+    ffn_hidden_size: int
+    """Width of the MLP."""
+    num_unrolled_layers: int
+    """Depth counted with repeats."""
+    num_heads: int
+    """Query heads; divides `hidden_size` unless `head_dim` is given."""
+    num_kv_heads: int | None = None
+    """Key-value heads; divides `num_heads`. Default: `num_heads`."""
+    head_dim: int | None = None
+    """Numbers per head, even. Default: `hidden_size / num_heads`; see `head_size`."""
+    qkv_bias: bool = False
+    """Whether the projections to queries, keys and values add a bias."""
+    qk_norm: bool = False
+    """Whether an RMSNorm over each head of queries and keys precedes RoPE; its weights are shared
+    by heads and steps."""
+    rms_norm_epsilon: float = 1e-5
+    """Added to the mean square before the root."""
+    rope_base: float = 10000.0
+    """Base of the rotary position embedding."""
+    tie_embeddings: bool = False
+    """Whether input and output embeddings are one matrix."""
+    recursion: RecursionConfig | None = None
+    """The recursion; None: a plain decoder."""
+    moe: MoEConfig | None = None
+    """The mixture of experts in place of the MLP; None: a dense MLP."""
+    dense_ends: bool = False
+    """Whether the unshared layers at both ends (without recursion, the first and the last one) keep
+    a dense MLP beside `moe`."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("vocab_size", "hidden_size", "ffn_hidden_size", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.num_unrolled_layers < 1:
+            raise ValueError(f"num_unrolled_layers={self.num_unrolled_layers} must be at least 1.")
+        for name in ("rms_norm_epsilon", "rope_base"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0, and finite.")
+        if self.head_dim is not None and (self.head_dim < 2 or self.head_dim % 2):
+            raise ValueError(
+                f"head_dim={self.head_dim} must be even and at least 2, since RoPE turns pairs of "
+                "a head's numbers."
+            )
+        if self.head_dim is None and (self.hidden_size % self.num_heads or self.head_size % 2):
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be an even multiple of "
+                f"num_heads={self.num_heads}, since RoPE turns pairs of a head's numbers. Or give "
+                "head_dim."
+            )
+        if self.kv_heads < 1 or self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}."
+            )
+        if self.recursion is not None:
+            self.recursion.schedule(self.num_unrolled_layers)
+            self.recursion.require_experts(self.moe is not None)
+            if self.moe is not None:
+                self.moe.check_mean(self.recursion.mean_experts)
+        if self.dense_ends and (self.moe is None or not self.schedule.prelude):
+            raise ValueError(
+                "dense_ends=True needs moe, and layers outside the recursion. Leave it out, or set "
+                "moe and sharing middle_cycle or middle_sequence."
+            )
+
+    @property
+    def effective_recursion(self) -> RecursionConfig:
+        """The recursion; where there is none, one step through the layers between the ends."""
+        plain = RecursionConfig(1, sharing="middle_cycle" if self.dense_ends else "cycle")
+        return self.recursion or plain
+
+    @property
+    def schedule(self) -> SharingSchedule:
+        """Which layer runs at which depth."""
+        return self.effective_recursion.schedule(self.num_unrolled_layers)
+
+    @property
+    def kv_heads(self) -> int:
+        """`num_kv_heads`, its default filled in."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_size(self) -> int:
+        """`head_dim`, its default filled in."""
+        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim

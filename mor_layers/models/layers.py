@@ -1,0 +1,210 @@
+"""The layers of a decoder in the Llama layout, aware of the recursion step they run.
+
+Legend: `b` batch, `k` tokens that run a step, `h` hidden, `n` heads, `d` head size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mor_layers.layers import MoE, Relaxation, make_projection, project
+from mor_layers.models.config import DecoderConfig
+from mor_layers.recursion import ExpertUse, StepContext
+
+
+class StepNorm(nn.Module):
+    """RMSNorm of the last dimension, whose weight is shared by all steps, or is one per step."""
+
+    def __init__(self, hidden_size: int, epsilon: float, num_weights: int = 1) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.ones(hidden_size)) for _ in range(num_weights)
+        )
+
+    def forward(
+        self, hidden: Float[Tensor, "k b h"], step: int | Int[Tensor, "k b"] = 0
+    ) -> Float[Tensor, "k b h"]:
+        weight = self.weights[0]
+        if len(self.weights) > 1:  # one step for all rows, or one for each while generating
+            is_int = isinstance(step, int)
+            weight = self.weights[step] if is_int else torch.stack(tuple(self.weights))[step]
+        return F.rms_norm(hidden.float(), hidden.shape[-1:], eps=self.epsilon).to(hidden) * weight
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with RoPE, under any KV policy."""
+
+    def __init__(self, config: DecoderConfig, layer: int, num_steps: int = 1) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_size = config.head_size
+        width, kv_width = (n * config.head_size for n in (config.num_heads, config.kv_heads))
+        size, bias = config.hidden_size, config.qkv_bias
+        how = _relaxation(config, num_steps), num_steps
+        self.query = make_projection("query", size, width, *how, bias)
+        self.key = make_projection("key", size, kv_width, *how, bias)
+        self.value = make_projection("value", size, kv_width, *how, bias)
+        self.output = make_projection("output", width, size, *how)
+        self.query_norm = self.key_norm = None
+        if config.qk_norm:
+            self.query_norm = StepNorm(config.head_size, config.rms_norm_epsilon)
+            self.key_norm = StepNorm(config.head_size, config.rms_norm_epsilon)
+
+    @property
+    def num_heads(self) -> tuple[int, int]:
+        """Query and key-value heads that are computed here; see `tensor_parallel`."""
+        rows = len(self.query.weight), len(self.key.weight)
+        return rows[0] // self.head_size, rows[1] // self.head_size
+
+    def forward(
+        self, hidden: Float[Tensor, "kx b h"], context: StepContext, rotary: "Rotary"
+    ) -> Float[Tensor, "k b h"]:
+        """`hidden` has the rows of `context.with_exited`; the result those that run the step."""
+        running = hidden[: context.tokens.shape[0]]
+        query = rotary.turn(self._heads(project(self.query, running, context), self.query_norm))
+        key = value = None
+        if context.projects_keys:
+            projected = hidden[: context.num_projected]
+            key = rotary.turn(self._heads(project(self.key, projected, context), self.key_norm))
+            value = self._heads(project(self.value, projected, context))
+        out = context.attend(self.layer, query, key, value)
+        return project(self.output, out.flatten(2), context)  # [k b n d] -> [k b h]
+
+    def _heads(self, values: Tensor, norm: StepNorm | None = None) -> Tensor:
+        heads = values.unflatten(-1, (-1, self.head_size))  # [k b nd] -> [k b n d]
+        return heads if norm is None else norm(heads)
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: DecoderConfig, num_steps: int = 1) -> None:
+        super().__init__()
+        size, width = config.hidden_size, config.ffn_hidden_size
+        how = _relaxation(config, num_steps), num_steps
+        self.gate = make_projection("gate", size, width, *how)
+        self.up = make_projection("up", size, width, *how)
+        self.down = make_projection("down", width, size, *how)
+
+    def forward(self, hidden: Float[Tensor, "k b h"], context: StepContext) -> Tensor:
+        """`[k b h] -> [k b h]`."""
+        gate, up = project(self.gate, hidden, context), project(self.up, hidden, context)
+        return project(self.down, F.silu(gate) * up, context)
+
+
+def _relaxation(config: DecoderConfig, num_steps: int) -> Relaxation | None:
+    """Of layers that run in so many steps; those outside the recursion run once."""
+    return config.effective_recursion.relaxation if num_steps > 1 else None
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm and inside a residual."""
+
+    def __init__(
+        self, config: DecoderConfig, layer: int, num_norms: int = 1, num_steps: int = 1
+    ) -> None:
+        super().__init__()
+        self.attention_norm = StepNorm(config.hidden_size, config.rms_norm_epsilon, num_norms)
+        self.attention = Attention(config, layer, num_steps)
+        self.mlp_norm = StepNorm(config.hidden_size, config.rms_norm_epsilon, num_norms)
+        self.mlp = MLP(config, num_steps) if config.moe is None else _experts(config, num_steps)
+        self.attention_output_norm = self.mlp_output_norm = None
+        if num_steps > 1 and config.effective_recursion.sandwich_norms:
+            sizes = config.hidden_size, config.rms_norm_epsilon, num_norms
+            self.attention_output_norm, self.mlp_output_norm = StepNorm(*sizes), StepNorm(*sizes)
+
+    def forward(
+        self, hidden: Float[Tensor, "k b h"], context: StepContext, rotary: "Rotary"
+    ) -> Float[Tensor, "k b h"]:
+        normed = self.attention_norm(context.with_exited(hidden), context.step)
+        output = self.attention(normed, context, rotary)
+        if self.attention_output_norm is not None:
+            output = self.attention_output_norm(output, context.step)
+        hidden = hidden + output
+        normed = self.mlp_norm(hidden, context.step)
+        if isinstance(self.mlp, MoE):
+            output, use = self.mlp(normed, context.step, context.tokens.is_padding)
+            context.expert_use[self.attention.layer] = use
+        else:
+            output = self.mlp(normed, context)
+        if self.mlp_output_norm is not None:
+            output = self.mlp_output_norm(output, context.step)
+        return hidden + output
+
+
+def _experts(config: DecoderConfig, num_steps: int) -> MoE:
+    assert config.moe is not None
+    width, recursion = config.ffn_hidden_size, config.recursion
+    if num_steps == 1 or recursion is None:
+        return MoE(config.hidden_size, width, config.moe)
+    routers, means = recursion.expert_routers, recursion.mean_experts
+    return MoE(config.hidden_size, width, config.moe, num_steps, routers, means)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Cosines and sines at given positions; turns heads by them (Su et al. 2021, halves paired)."""
+
+    cos: Float[Tensor, "k b 1 d"]
+    sin: Float[Tensor, "k b 1 d"]
+
+    @classmethod
+    def at(
+        cls, positions: Int[Tensor, "k b"], head_size: int, base: float, dtype: torch.dtype
+    ) -> "Rotary":
+        """The rotation of each position, computed in fp32."""
+        exponent = torch.arange(0, head_size, 2, device=positions.device).float() / head_size
+        angles = positions[..., None].float() * base**-exponent  # [k b] -> [k b d/2]
+        angles = torch.cat([angles, angles], dim=-1)[:, :, None]
+        return cls(angles.cos().to(dtype), angles.sin().to(dtype))
+
+    def turn(self, heads: Float[Tensor, "k b n d"]) -> Float[Tensor, "k b n d"]:
+        """Turn the first `k` rows' heads."""
+        first, second = heads.chunk(2, dim=-1)
+        cos, sin = self.cos[: len(heads)], self.sin[: len(heads)]
+        return heads * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class DecoderStack(nn.Module):
+    """Decoder layers one after another: what a RecursionBlock wraps, and prelude and coda too.
+
+    Args:
+        num_norms: weights of each norm: one, or one a step.
+        num_steps: recursion steps that the stack runs in.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, num_layers: int, num_norms: int = 1, num_steps: int = 1
+    ) -> None:
+        super().__init__()
+        self.head_size, self.rope_base = config.head_size, config.rope_base
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer, num_norms, num_steps) for layer in range(num_layers)
+        )
+
+    def forward(
+        self, hidden: Float[Tensor, "k b h"], context: StepContext
+    ) -> Float[Tensor, "k b h"]:
+        positions = context.projected_positions
+        rotary = Rotary.at(positions, self.head_size, self.rope_base, hidden.dtype)
+        for layer in self.layers:
+            hidden = layer(hidden, context, rotary)
+        return hidden
+
+    def advance(self, step: int, uses: list[dict[int, ExpertUse]]) -> None:
+        """Let the layers' routers over experts change their state after an optimizer step.
+
+        Args:
+            uses: `StepContext.expert_use` of the runs of `step` that it learnt from.
+        """
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer.mlp, MoE):
+                own = [use[index] for use in uses]
+                wanted = torch.stack([use.load + use.dropped for use in own]).sum(dim=0)
+                histograms = [use.histogram for use in own if use.histogram is not None]
+                histogram = torch.stack(histograms).sum(dim=0) if histograms else None
+                layer.mlp.router.advance(step, wanted, histogram)

@@ -1,0 +1,215 @@
+"""MoRTransformer: a small complete decoder in the Llama layout, from the parts of this package.
+
+Legend: `b` batch, `s` sequence, `k` tokens that run a step, `h` hidden, `n` query heads, `g`
+key-value heads, `d` head size, `v` vocabulary. Token ids are batch first, as tokenizers give them;
+inside, states are sequence first.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from mor_layers.layers import RelaxedLinear
+from mor_layers.models.config import DecoderConfig
+from mor_layers.models.layers import DecoderStack, StepNorm
+from mor_layers.recursion import ExpertUse, RecursionBlock, RecursionOutput, StepContext, summed
+from mor_layers.selection import Tokens
+
+
+@dataclass(frozen=True)
+class DecoderOutput:
+    """What a forward pass of `MoRTransformer` gives."""
+
+    logits: Float[Tensor, "b s v"]
+    """Logits of the next token."""
+    recursions: tuple[RecursionOutput, ...]
+    """One per recursion block: decisions, depths, losses."""
+    lm_loss: Float[Tensor, ""] | None = None
+    """Mean cross entropy in nats per token, where labels were given."""
+    prelude_experts: dict[int, ExpertUse] = field(default_factory=dict)
+    """What the experts of each layer before the recursion did."""
+    coda_experts: dict[int, ExpertUse] = field(default_factory=dict)
+    """What the experts of each layer after it did."""
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """Auxiliary losses of all routers by name, coefficients multiplied in."""
+        ends = (*self.prelude_experts.values(), *self.coda_experts.values())
+        return summed([*(r.losses for r in self.recursions), *(use.losses for use in ends)])
+
+    @property
+    def loss(self) -> Float[Tensor, ""]:
+        """What to minimise: the language-model loss and every auxiliary loss.
+
+        Raises:
+            ValueError: the forward pass had no labels.
+        """
+        if self.lm_loss is None:
+            raise ValueError("there is no loss without labels. Call model(ids, labels=...).")
+        return sum(self.losses.values(), self.lm_loss)
+
+    @property
+    def depths(self) -> Int[Tensor, "b s"]:
+        """Steps each token took, summed over recursions."""
+        return sum((r.depths for r in self.recursions[1:]), self.recursions[0].depths).T
+
+
+class MoRTransformer(nn.Module):
+    """A decoder-only language model whose middle is a recursion.
+
+    Args:
+        config: sizes and the recursion; without a recursion it is a plain decoder.
+        recompute: recompute the recursion's layers in the backward pass.
+    """
+
+    def __init__(self, config: DecoderConfig, recompute: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        recursion, schedule = config.effective_recursion, config.schedule
+        ends = config
+        if config.dense_ends:
+            ends = replace(config, moe=None, dense_ends=False, recursion=None)
+        num_norms = 1 if recursion.share_norms else recursion.num_recursions
+
+        def block(num_layers: int) -> RecursionBlock:
+            router = recursion.router.build(config.hidden_size, recursion.num_recursions)
+            stack = DecoderStack(config, num_layers, num_norms, recursion.num_recursions)
+            step_input = recursion.build_step_input(config.hidden_size)
+            return RecursionBlock(
+                stack, router, recursion.kv_policy, recompute=recompute, step_input=step_input
+            )
+
+        # A cyclic step runs the whole block; in a sequence each layer repeats on its own.
+        sizes = [schedule.block_size] if schedule.is_cyclic else [1] * schedule.block_size
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.prelude = DecoderStack(ends, schedule.prelude)
+        self.recursions = nn.ModuleList(block(size) for size in sizes)
+        self.coda = DecoderStack(ends, schedule.coda)
+        self.norm = StepNorm(config.hidden_size, config.rms_norm_epsilon)
+        self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.apply(self._initialize)
+        if config.tie_embeddings:
+            self.output.weight = self.embedding.weight
+
+    @staticmethod
+    def _initialize(module: nn.Module) -> None:
+        if not isinstance(module, nn.Linear | nn.Embedding) or module.weight.is_meta:
+            return  # nothing to draw on the meta device, where it takes long
+        nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, RelaxedLinear):
+            module.reset_deltas()
+
+    @property
+    def num_heads(self) -> tuple[int, int]:
+        """Query and key-value heads of each layer that are computed here."""
+        return self.recursions[0].layers.layers[0].attention.num_heads  # type: ignore[union-attr]
+
+    def forward(
+        self,
+        ids: Int[Tensor, "b s"],
+        labels: Int[Tensor, "b s"] | None = None,
+        documents: Int[Tensor, "b s"] | None = None,
+        is_padding: Bool[Tensor, "b s"] | None = None,
+        causal_routing: bool = False,
+    ) -> DecoderOutput:
+        """Logits of every next token, and the loss where `labels` are given.
+
+        Args:
+            ids: token ids.
+            labels: the id that follows each token; negative where none should be learnt.
+            documents: numbers that change where a document begins; tokens see and compete with
+                those of their own document only.
+            is_padding: True where `ids` holds no token. Never routed, counted or seen.
+            causal_routing: let no token's depth depend on later tokens, as generation does.
+
+        Raises:
+            ValueError: `ids` is not `[b s]`, or a mask has another shape.
+        """
+        if ids.dim() != 2 or not ids.numel():
+            raise ValueError(f"ids has shape {tuple(ids.shape)}; expected [b s], neither empty.")
+        documents = None if documents is None else documents.T
+        is_padding = None if is_padding is None else is_padding.T
+        tokens = Tokens.whole_sequence(*ids.T.shape, ids.device, documents, is_padding)
+        before, after = StepContext(0, tokens), StepContext(0, tokens)
+        hidden = self.prelude(self.embedding(ids.T), before)
+        outputs = []
+        for recursion in self.recursions:
+            outputs.append(recursion(hidden, tokens, causal_routing))
+            hidden = outputs[-1].hidden
+        hidden = self.norm(self.coda(hidden, after))
+        logits = self.output(hidden).transpose(0, 1)  # [s b v] -> [b s v]
+        lm_loss = None
+        if labels is not None:
+            if is_padding is not None:
+                labels = labels.masked_fill(is_padding.T, -1)
+            labels = labels.clamp(min=-1)
+            lm_loss = F.cross_entropy(
+                logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-1
+            )
+        return DecoderOutput(logits, tuple(outputs), lm_loss, before.expert_use, after.expert_use)
+
+    def generate(
+        self,
+        ids: Int[Tensor, "b s"],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Int[Tensor, " b"]]:
+        """Continue each sequence, one token at a time, with causal routing and no cache.
+
+        Args:
+            ids: prompts of one length.
+            max_new_tokens: how many tokens to yield.
+            temperature: 0 takes the likeliest token; above 0 samples.
+            generator: source of randomness for sampling.
+
+        Raises:
+            ValueError: a negative temperature, or fewer than one token asked for.
+        """
+        if temperature < 0 or max_new_tokens < 1:
+            raise ValueError(
+                f"temperature={temperature} must be 0 or more and "
+                f"max_new_tokens={max_new_tokens} at least 1."
+            )
+        return self._generate(ids, max_new_tokens, temperature, generator)
+
+    @torch.no_grad()
+    def _generate(
+        self,
+        ids: Tensor,
+        max_new_tokens: int,
+        temperature: float,
+        generator: torch.Generator | None,
+    ) -> Iterator[Tensor]:
+        for _ in range(max_new_tokens):
+            logits = self(ids, causal_routing=True).logits[:, -1].float()
+            if temperature == 0:
+                token = logits.argmax(dim=-1)
+            else:
+                probabilities = (logits / temperature).softmax(dim=-1)
+                token = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+            yield token
+            ids = torch.cat([ids, token[:, None]], dim=1)
+
+    def advance(self, outputs: list[DecoderOutput]) -> None:
+        """Let routers, over depth and over experts, change their state after an optimizer step.
+
+        Args:
+            outputs: the forward passes that the step learnt from. With several processes, sum
+                what these say over all of them and call each router's methods yourself.
+        """
+        for i, recursion in enumerate(self.recursions):
+            own = [output.recursions[i] for output in outputs]
+            counts = [torch.stack([d.tokens.count for d in run.decisions]) for run in own]
+            recursion.router.advance(torch.stack(counts).sum(dim=0))
+            recursion.router.adjust(summed([run.observations for run in own]))
+            for step in range(recursion.router.num_recursions):
+                recursion.layers.advance(step, [run.expert_use[step] for run in own])
+        self.prelude.advance(0, [output.prelude_experts for output in outputs])
+        self.coda.advance(0, [output.coda_experts for output in outputs])

@@ -1,0 +1,36 @@
+"""The recursion itself: the block, what attention sees at each step, and what steps share."""
+
+from mor_layers.recursion.attention import attend, causal_mask, visible
+from mor_layers.recursion.block import RecursionBlock, RecursionLayers, RecursionOutput, summed
+from mor_layers.recursion.expert_use import ExpertUse
+from mor_layers.recursion.kv_policies import (
+    KV_POLICIES,
+    Exited,
+    KVPolicy,
+    SharingContext,
+    StepContext,
+    begin_step,
+)
+from mor_layers.recursion.sharing import SHARING_SCHEMES, Sharing, SharingSchedule
+from mor_layers.recursion.step_input import StepInput
+
+__all__ = [
+    "KV_POLICIES",
+    "SHARING_SCHEMES",
+    "Exited",
+    "ExpertUse",
+    "KVPolicy",
+    "RecursionBlock",
+    "RecursionLayers",
+    "RecursionOutput",
+    "Sharing",
+    "SharingContext",
+    "SharingSchedule",
+    "StepContext",
+    "StepInput",
+    "attend",
+    "begin_step",
+    "causal_mask",
+    "summed",
+    "visible",
+]

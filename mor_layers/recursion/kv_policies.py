@@ -1,0 +1,270 @@
+"""What attention sees at a recursion step, per KV policy.
+
+Legend: `b` batch, `k` tokens that run the step (queries), `m` tokens whose keys they see,
+`n` query heads, `g` key-value heads, `d` head size.
+
+| policy                | keys and values at step r                            | projects |
+|-----------------------|------------------------------------------------------|----------|
+| `recursion_wise`      | of the tokens that run r                             | q, k, v  |
+| `recursive_sharing`   | of all tokens that ran step 1, computed there        | q        |
+| `sharing_with_update` | as sharing, the rows of tokens that run r recomputed | q, k, v  |
+| `exit_state`          | of the tokens that run r, and of every token that    | q, k, v  |
+|                       | exited before r from the state it keeps              |          |
+
+Source: arXiv 2507.10524, section 2.2.2; `exit_state` is ours. Under `sharing_with_update` every step
+starts again from step 1's rows, as the released implementation does. Under `exit_state` each layer
+projects the state of an exited token once, when it exits, and later steps reuse the rows; `q, k, v`
+there are of the running tokens, `k, v` of those that just exited.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mor_layers.recursion.attention import attend, causal_mask, visible
+from mor_layers.recursion.expert_use import ExpertUse
+from mor_layers.selection import Tokens, put_rows, take_rows
+
+KVPolicy = Literal["recursion_wise", "recursive_sharing", "sharing_with_update", "exit_state"]
+KV_POLICIES: tuple[str, ...] = get_args(KVPolicy)
+
+
+@dataclass(frozen=True)
+class Exited:
+    """Tokens whose last step was the one before, and the states they keep."""
+
+    tokens: Tokens
+    hidden: Float[Tensor, "x b h"]
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What the layers of a block are told about the step they run. Recursion-wise as it stands."""
+
+    step: int
+    """0-based recursion step."""
+    tokens: Tokens
+    """The tokens whose states the layers get."""
+    expert_use: dict[int, ExpertUse] = field(default_factory=dict, kw_only=True)
+    """What the experts of each layer did at this step, by layer; written by the layers."""
+
+    @property
+    def keys(self) -> Tokens:
+        """The tokens whose keys and values the step's queries may see."""
+        return self.tokens
+
+    @property
+    def projects_keys(self) -> bool:
+        """Whether layers must compute keys and values at this step."""
+        return True
+
+    @property
+    def exited(self) -> Exited | None:
+        """Further tokens whose keys and values layers must compute at this step; None: no such."""
+        return None
+
+    @property
+    def projected_positions(self) -> Int[Tensor, "kx b"]:
+        """Positions of the rows that `with_exited` gives."""
+        exited, own = self.exited, self.tokens.positions
+        return own if exited is None else torch.cat([own, exited.tokens.positions])
+
+    def with_exited(self, hidden: Float[Tensor, "k b h"]) -> Float[Tensor, "kx b h"]:
+        """All rows whose keys and values a layer must compute: those that run, then `exited`."""
+        return hidden if self.exited is None else torch.cat([hidden, self.exited.hidden])
+
+    def rows_by_step(self, count: int) -> list[tuple[int, slice]]:
+        """The step that the first `count` rows run, or each step with its rows, in their order."""
+        return [(self.step, slice(0, count))]
+
+    def exchange(
+        self,
+        layer: int,
+        key: Float[Tensor, "kx b g d"] | None,
+        value: Float[Tensor, "kx b g d"] | None,
+    ) -> tuple[Float[Tensor, "m b g d"], Float[Tensor, "m b g d"]]:
+        """Hand in what a layer projected (positions already applied), get what it attends to.
+
+        Args:
+            layer: 0-based index of the layer in the block.
+            key, value: of the rows of `with_exited`; None exactly where `projects_keys` is False.
+        """
+        assert key is not None and value is not None
+        return key, value
+
+    @cached_property
+    def causal_mask(self) -> Bool[Tensor, "b 1 k m"] | None:
+        """True where a query may see a key; None where plain causal attention is that."""
+        return causal_mask(self.tokens, self.keys)
+
+    @property
+    def num_projected(self) -> int | None:
+        """Of the rows of `with_exited`, so many need keys and values; None: all."""
+        return None
+
+    def attend(
+        self,
+        layer: int,
+        query: Float[Tensor, "k b n d"],
+        key: Float[Tensor, "kx b g d"] | None,
+        value: Float[Tensor, "kx b g d"] | None,
+    ) -> Float[Tensor, "k b n d"]:
+        """`exchange`, and attention to what it gives."""
+        key, value = self.exchange(layer, key, value)
+        return attend(query, key, value, self.causal_mask)
+
+
+@dataclass(frozen=True)
+class SharingContext(StepContext):
+    """Recursive sharing: step 1's keys and values serve every step."""
+
+    first: Tokens
+    """The tokens that ran step 1."""
+    store: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Step 1's keys and values by layer; alive for one forward pass."""
+
+    @property
+    def keys(self) -> Tokens:
+        return self.first
+
+    @property
+    def projects_keys(self) -> bool:
+        return self.step == 0
+
+    def exchange(
+        self, layer: int, key: Tensor | None, value: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if self.step == 0:
+            assert key is not None and value is not None
+            self.store[layer] = (key, value)
+        return self.store[layer]
+
+
+@dataclass(frozen=True)
+class UpdatingContext(SharingContext):
+    """Sharing with update: as sharing, with the running tokens' rows recomputed."""
+
+    @property
+    def projects_keys(self) -> bool:
+        return True
+
+    def exchange(
+        self, layer: int, key: Tensor | None, value: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        shared_key, shared_value = super().exchange(layer, key, value)
+        if self.step == 0:
+            return shared_key, shared_value
+        assert key is not None and value is not None
+        return self._update(shared_key, key), self._update(shared_value, value)
+
+    def _update(self, shared: Tensor, fresh: Tensor) -> Tensor:
+        rows = self._rows_in_first
+        if self.tokens.is_padding is not None:  # a padding slot holds no state to write
+            is_padding = self.tokens.is_padding[..., None, None]
+            fresh = torch.where(is_padding, take_rows(shared, rows), fresh)
+        return put_rows(shared, fresh, rows)
+
+    @cached_property
+    def _rows_in_first(self) -> Int[Tensor, "k b"]:
+        positions, count = self.first.positions, self.first.shape[0]
+        row = torch.arange(count, device=positions.device)[:, None].expand_as(positions)
+        row_of = row.new_zeros(self.first.sequence_length, positions.shape[1])
+        return row_of.scatter(0, positions, row).gather(0, self.tokens.positions)
+
+
+@dataclass(frozen=True)
+class ExitStateContext(StepContext):
+    """Exit-state: the running tokens' own rows, then those of every token that exited before."""
+
+    exited: Exited | None = None
+    """The tokens that ran the step before (at step 1: that are there) and do not run this one."""
+    exited_tokens: tuple[Tokens, ...] = ()
+    """All that exited up to now, one entry for each step at which some did; this step's is last."""
+    store: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Keys and values by layer and entry of `exited_tokens`; alive for one forward pass."""
+
+    @cached_property
+    def keys(self) -> Tokens:  # type: ignore[override]
+        return concatenated([self.tokens, *self.exited_tokens])
+
+    def exchange(
+        self, layer: int, key: Tensor | None, value: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        assert key is not None and value is not None
+        count, last = self.tokens.shape[0], len(self.exited_tokens) - 1
+        if self.exited is not None:
+            if len(key) != count + self.exited.tokens.shape[0]:
+                raise ValueError(
+                    f"layer {layer} projected {len(key)} keys; kv_policy='exit_state' needs "
+                    f"{count + self.exited.tokens.shape[0]}, those of context.with_exited(hidden)."
+                )
+            self.store[layer, last] = (key[count:], value[count:])
+        rows = [(key[:count], value[:count])]
+        rows += [self.store[layer, entry] for entry in range(last + 1)]
+        keys, values = zip(*rows, strict=True)
+        return (keys[0], values[0]) if last < 0 else (torch.cat(keys), torch.cat(values))
+
+    @cached_property
+    def causal_mask(self) -> Bool[Tensor, "b 1 k m"] | None:
+        if not self.exited_tokens:
+            return causal_mask(self.tokens, self.tokens)
+        mask = visible(self.tokens, self.keys)
+        # Not "the key at one's own position": a padding slot among the keys may hold it too.
+        own = torch.eye(*mask.shape[1:], dtype=torch.bool, device=mask.device)
+        return (mask | own)[:, None]
+
+
+def concatenated(parts: list[Tokens]) -> Tokens:
+    """Rows of several selections of the same sequences, one after another, in no order."""
+    if len(parts) == 1:
+        return parts[0]
+    is_padding = None
+    if any(part.is_padding is not None for part in parts):
+        is_padding = torch.cat(
+            [
+                torch.zeros_like(part.positions, dtype=torch.bool)
+                if part.is_padding is None
+                else part.is_padding
+                for part in parts
+            ]
+        )
+    documents = [part.documents for part in parts if part.documents is not None]
+    return Tokens(
+        torch.cat([part.positions for part in parts]),
+        parts[0].sequence_length,
+        torch.cat(documents) if documents else None,
+        is_padding,
+        padding_trails=False,
+    )
+
+
+def begin_step(
+    policy: KVPolicy,
+    step: int,
+    tokens: Tokens,
+    earlier: StepContext | None,
+    exited: Exited | None = None,
+) -> StepContext:
+    """The context of a step under a policy.
+
+    Args:
+        earlier: the context of the step before.
+        exited: under `exit_state`, who was a candidate of this step and does not run it.
+    """
+    if policy == "recursion_wise":
+        return StepContext(step, tokens)
+    if policy == "exit_state":
+        assert earlier is None or isinstance(earlier, ExitStateContext)
+        before = () if earlier is None else earlier.exited_tokens
+        now = () if exited is None else (exited.tokens,)
+        store = {} if earlier is None else earlier.store
+        return ExitStateContext(step, tokens, exited, before + now, store)
+    kind = SharingContext if policy == "recursive_sharing" else UpdatingContext
+    if earlier is None:
+        return kind(step, tokens, first=tokens)
+    assert isinstance(earlier, kind)
+    return kind(step, tokens, earlier.first, earlier.store)

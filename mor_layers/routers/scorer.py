@@ -1,0 +1,79 @@
+"""The small network that scores tokens, and what turns scores into a choice.
+
+Legend: `b` batch, `n` candidates of a step, `h` hidden, `c` logits a token.
+"""
+
+import math
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mor_layers.modules import CalledParameters
+
+
+class Scorer(nn.Module):
+    """Logits of tokens from their hidden states, computed in fp32: `h → out` or `h → 2h → out`.
+
+    Neither has biases (arXiv 2507.10524, table 5), unless the last is given a first value.
+    """
+
+    def __init__(
+        self, architecture: str, hidden_size: int, num_logits: int, bias: float | None = None
+    ) -> None:
+        super().__init__()
+        self.first_bias = bias
+        sizes = [hidden_size, num_logits]
+        if architecture == "mlp":
+            sizes.insert(1, 2 * hidden_size)
+        self.weights = CalledParameters(
+            nn.Parameter(torch.empty(out, into)) for into, out in pairwise(sizes)
+        )
+        self.bias = None if bias is None else nn.Parameter(torch.empty(num_logits))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal with standard deviation 0.02, as the published implementation starts."""
+        for weight in self.weights:
+            nn.init.normal_(weight, std=0.02)
+        if self.bias is not None and self.first_bias is not None:
+            nn.init.constant_(self.bias, self.first_bias)
+
+    def forward(
+        self, hidden: Float[Tensor, "n b h"], temperature: float = 1.0
+    ) -> Float[Tensor, "n b c"]:
+        """Logits of the states divided by a temperature."""
+        values = hidden.float() if temperature == 1.0 else (hidden / temperature).float()
+        for i in range(len(self.weights)):
+            if i:
+                values = nn.functional.gelu(values)
+            values = nn.functional.linear(values, self.weights(i).float())
+        return values if self.bias is None else values + self.bias.float()
+
+
+def bar_above(values: Float[Tensor, " t"], count: float) -> float:
+    """A number that `count` of the values, rounded, exceed: halfway between two neighbours."""
+    kept = min(len(values), max(0, round(count)))
+    if kept == 0:
+        return torch.finfo(torch.float32).max
+    if kept == len(values):
+        return torch.finfo(torch.float32).min
+    ordered = values.double().sort(descending=True).values
+    return float(ordered[kept - 1] + ordered[kept]) / 2
+
+
+def require_gates(
+    owner: str, bias: float | None, combine: str, activation: str = "sigmoid"
+) -> None:
+    """Raise ValueError where a bias of gates is not finite, or there are no gates it could move."""
+    if bias is None:
+        return
+    if not math.isfinite(bias):
+        raise ValueError(f"{owner}.gate_bias={bias} must be finite.")
+    if combine == "additive" or activation == "softmax":
+        given = "combine='additive'" if combine == "additive" else "activation='softmax'"
+        raise ValueError(
+            f"{owner}.gate_bias={bias} has no effect with {given}. Leave it out, or use "
+            "combine='weighted' with activation='sigmoid'."
+        )

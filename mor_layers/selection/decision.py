@@ -1,0 +1,162 @@
+"""What a router decides about the candidates of a step.
+
+Legend: `b` batch, `s` sequence, `n` candidates of a step, `k` tokens that run it, `p` numbers a
+router plans per token.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mor_layers.selection.tokens import Tokens, take_rows
+
+
+@dataclass(frozen=True)
+class RoutingDecision:
+    """Which of a step's candidates run it. The only thing that travels between steps."""
+
+    tokens: Tokens
+    """The selected tokens, `[k b]`."""
+    rows: Int[Tensor, "k b"] | None = None
+    """Row of each selected token among the candidates; None: all candidates, in order."""
+    gates: Float[Tensor, "k b"] | None = None
+    """What the block's output is multiplied by; None where the router does not gate."""
+    plan: Float[Tensor, "k b p"] | None = None
+    """What the router noted about each selected token for later steps."""
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    """Auxiliary losses of this step by name, multiplied by their coefficients: add them up."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Scalars for the log by name, detached."""
+    observations: dict[str, Tensor] = field(default_factory=dict)
+    """What `Router.adjust` wants to know of the global batch, such as histograms: add them up."""
+
+    @classmethod
+    def everything(cls, tokens: Tokens) -> "RoutingDecision":
+        """The decision before the first step: every token is a candidate."""
+        return cls(tokens=tokens)
+
+    def keep_all(self) -> "RoutingDecision":
+        """This decision's tokens once more, without sorting or gathering."""
+        return RoutingDecision(self.tokens, plan=self.plan)
+
+    def taken(self, values: Float[Tensor, "n b"]) -> Float[Tensor, "k b"]:
+        """Of one value per candidate, those of the selected tokens."""
+        return values if self.rows is None else values.gather(0, self.rows)
+
+    def is_selected(self, num_candidates: int) -> Bool[Tensor, "n b"]:
+        """Which candidates the decision kept."""
+        tokens = self.tokens
+        kept = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.positions.device)
+        if tokens.is_padding is not None:
+            kept = tokens.is_padding.logical_not()
+        if self.rows is None:
+            return kept
+        return kept.new_zeros(num_candidates, kept.shape[1]).scatter(0, self.rows, kept)
+
+    def with_plan(self, plan: Float[Tensor, "k b p"]) -> "RoutingDecision":
+        """This decision with a plan for its tokens, which later selections take along."""
+        return replace(self, plan=plan)
+
+    def with_gates(self, gates: Float[Tensor, "k b"]) -> "RoutingDecision":
+        """This decision with what the block's output is multiplied by."""
+        return replace(self, gates=gates)
+
+    def with_losses(
+        self, losses: dict[str, Tensor], metrics: dict[str, Tensor]
+    ) -> "RoutingDecision":
+        """This decision with auxiliary losses and metrics."""
+        return replace(self, losses=losses, metrics=metrics)
+
+    def with_observations(self, observations: dict[str, Tensor]) -> "RoutingDecision":
+        """This decision with what it observed."""
+        return replace(self, observations=observations)
+
+    def keep_where(self, is_selected: Bool[Tensor, "n b"]) -> "RoutingDecision":
+        """The marked tokens, in order; padding is left out even where it is marked.
+
+        Sequences with fewer than the widest are filled up with padding slots. Waits for the
+        device once, to learn the width, unless each sequence has one candidate. The width is at
+        least 1: a step whose tokens have all exited still runs, on padding, so that every rank of
+        a collective takes part and every parameter gets a gradient.
+        """
+        if self.tokens.is_padding is not None:
+            is_selected = is_selected & ~self.tokens.is_padding
+        if len(is_selected) == 1:  # each sequence's only candidate stays, if only as padding
+            tokens = replace(self.tokens, is_padding=~is_selected, padding_trails=True)
+            rows = torch.zeros_like(tokens.positions)
+            return RoutingDecision(tokens, rows, plan=self.plan)
+        width = max(1, int(is_selected.sum(dim=0).max()))
+        rows = is_selected.logical_not().to(torch.uint8).sort(dim=0, stable=True).indices[:width]
+        is_padding = is_selected.gather(0, rows).logical_not()
+        return self._take(rows, is_padding)
+
+    def rest(self, taken: "RoutingDecision") -> "RoutingDecision | None":
+        """Of this decision's tokens, those that the next one did not take; None: it took all.
+
+        Waits for the device once, as `keep_where`, unless every sequence lost equally many.
+        """
+        if taken.rows is None:
+            return None
+        count = len(self.tokens.positions)
+        is_left = taken.is_selected(count).logical_not()
+        if self.tokens.is_padding is None and taken.tokens.is_padding is None:
+            order = is_left.logical_not().to(torch.uint8).sort(dim=0, stable=True).indices
+            return self._take(order[: count - len(taken.rows)], None)
+        if self.tokens.is_padding is not None:
+            is_left = is_left & ~self.tokens.is_padding
+        return self.keep_where(is_left)
+
+    def _take(self, rows: Tensor, is_padding: Tensor | None) -> "RoutingDecision":
+        plan = None if self.plan is None else take_rows(self.plan, rows)
+        return RoutingDecision(self.tokens.take(rows, is_padding), rows, plan=plan)
+
+    def keep_valid(self) -> "RoutingDecision":
+        """Every token once more; padding that stood between tokens moves to the end."""
+        if self.tokens.padding_trails:
+            return self.keep_all()
+        assert self.tokens.is_padding is not None
+        return self.keep_where(self.tokens.is_padding.logical_not())
+
+    def keep_top(self, weights: Float[Tensor, "n b"], share: float) -> "RoutingDecision":
+        """Of every document, the tokens of largest weight.
+
+        Args:
+            weights: one per candidate; only their order matters.
+            share: of the document's length, in (0, 1]: `max(1, floor(share · length))` stay. A
+                share of 1 keeps everything and neither sorts nor gathers.
+        """
+        if share >= 1.0:
+            return self.keep_valid()
+        weights = weights.detach()
+        if self.tokens.is_plain:
+            capacity = max(1, math.floor(share * self.tokens.sequence_length))
+            if capacity == weights.shape[0]:
+                return self.keep_all()
+            rows = weights.topk(capacity, dim=0, sorted=False).indices.sort(dim=0).values
+            return self._take(rows, None)
+        return self.keep_where(self._is_top(weights, share))
+
+    def _is_top(self, weights: Float[Tensor, "n b"], share: float) -> Bool[Tensor, "n b"]:
+        tokens = self.tokens
+        if tokens.is_padding is not None:
+            weights = weights.masked_fill(tokens.is_padding, -torch.inf)
+        # Two stable sorts order by document, then weight; the place within the document is a rank.
+        order = weights.sort(dim=0, descending=True, stable=True).indices
+        row = torch.arange(len(weights), device=weights.device)[:, None].expand_as(order)
+        begin = torch.zeros_like(order)
+        if tokens.documents is not None:
+            documents, by_document = tokens.documents.gather(0, order).sort(dim=0, stable=True)
+            order = order.gather(0, by_document)
+            begins = documents[1:] != documents[:-1]
+            begin[1:] = torch.where(begins, row[1:], 0)
+            begin = begin.cummax(dim=0).values
+        rank = torch.empty_like(order).scatter_(0, order, row - begin)
+        lengths = tokens.document_lengths
+        if lengths is None:  # plain until a ragged selection
+            lengths = torch.full_like(rank, tokens.sequence_length)
+        # float64, as Python rounds share · length on the plain path.
+        capacity = (lengths.double() * share).floor().clamp(min=1)
+        return rank < capacity

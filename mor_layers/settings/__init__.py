@@ -1,0 +1,16 @@
+"""Settings: frozen dataclasses, their checks, and YAML."""
+
+from mor_layers.settings.checks import require_choice, require_not_negative, require_positive
+from mor_layers.settings.field_types import check_types
+from mor_layers.settings.mapping import from_mapping, load_config, plain_fields, to_mapping
+
+__all__ = [
+    "check_types",
+    "from_mapping",
+    "load_config",
+    "plain_fields",
+    "require_choice",
+    "require_not_negative",
+    "require_positive",
+    "to_mapping",
+]

@@ -1,0 +1,110 @@
+"""YAML and plain mappings to frozen dataclasses of settings, and back.
+
+A dataclass reads and writes itself differently by having `from_mapping` and `to_mapping`, as
+`RouterConfig` does; nothing here knows of it.
+"""
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+
+def load_config[T](kind: type[T], path: str | Path) -> T:
+    """Settings of `kind` from a YAML file of the user's own, interpolations resolved.
+
+    The file may name classes of installed modules (`package.module:ClassName`), which are imported.
+
+    Raises:
+        ValueError: a setting is unknown, missing, of the wrong type, or not allowed.
+        FileNotFoundError: there is no such file.
+    """
+    from omegaconf import OmegaConf
+
+    values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    return from_mapping(kind, values, may_import=True)
+
+
+def from_mapping[T](kind: type[T], values: object, where: str = "", may_import: bool = False) -> T:
+    """Settings of the dataclass `kind` from plain mappings, as YAML gives them.
+
+    Args:
+        values: a mapping with the dataclass's fields.
+        where: name of the place in the file, for errors.
+        may_import: whether the values may name modules to import. Say True only of files that the
+            user vouches for: importing a module runs its code.
+
+    Raises:
+        ValueError: a setting is unknown, missing, of the wrong type, or not allowed.
+    """
+    place = where or kind.__name__
+    if not isinstance(values, dict):
+        raise ValueError(f"{place}: expected a mapping of settings, got {values!r}.")
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(fields), key=str)
+    if unknown:
+        raise ValueError(
+            f"{place}: unknown setting {', '.join(map(repr, unknown))}. "
+            f"Allowed: {', '.join(sorted(fields)) or 'none'}."
+        )
+    missing = sorted(
+        name
+        for name, f in fields.items()
+        if name not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    )
+    if missing:
+        raise ValueError(f"{place}: missing setting {', '.join(map(repr, missing))}. Set it.")
+    hints = typing.get_type_hints(kind)
+    return kind(
+        **{
+            name: _convert(hints[name], value, f"{where}.{name}" if where else name, may_import)
+            for name, value in values.items()
+        }
+    )
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """A dataclass of settings as plain mappings and lists, which `from_mapping` takes back."""
+    write = getattr(config, "to_mapping", None)
+    return plain_fields(config) if write is None else write()
+
+
+def plain_fields(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass as plain mappings and lists, whatever `to_mapping` adds to them."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_mapping(value)
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _convert(hint: Any, value: object, where: str, may_import: bool) -> object:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (hint,) = (argument for argument in arguments if argument is not type(None))
+        return _convert(hint, value, where, may_import)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise ValueError(f"{where}={value!r}: use one of {', '.join(map(str, arguments))}.")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where}={value!r}: expected a list.")
+        items = enumerate(value)
+        return tuple(_convert(arguments[0], v, f"{where}[{i}]", may_import) for i, v in items)
+    if hasattr(hint, "from_mapping"):
+        return hint.from_mapping(value, where, may_import)
+    if dataclasses.is_dataclass(hint):
+        return from_mapping(hint, value, where, may_import)  # type: ignore[arg-type]
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ValueError(f"{where}={value!r}: expected {hint.__name__}.")
+    return value

@@ -1,0 +1,65 @@
+"""Folders of weights, names of tensors, and weights made from those of other models."""
+
+from mor_layers.weights.folder import (
+    CONFIG,
+    MODEL_TYPE,
+    SETTINGS,
+    StoredModel,
+    carried,
+    copy_side_files,
+    dtype_name,
+    fitting,
+    load_model,
+    open_model,
+    read_config,
+    read_json,
+    save_model,
+    side_files,
+    tensor_shapes,
+    weight_names,
+    write_model,
+    written_whole,
+)
+from mor_layers.weights.names import layer_names, unrolled_layers
+from mor_layers.weights.tensor_files import (
+    SAFETENSORS,
+    LazyTensors,
+    open_tensor_file,
+    open_tensors,
+    write_tensors,
+)
+from mor_layers.weights.unrolling import require_unrollable, unrolled_weights
+from mor_layers.weights.uptraining import INITIALIZATIONS, Initialization, recursive_weights
+
+__all__ = [
+    "CONFIG",
+    "INITIALIZATIONS",
+    "MODEL_TYPE",
+    "SAFETENSORS",
+    "SETTINGS",
+    "Initialization",
+    "LazyTensors",
+    "StoredModel",
+    "carried",
+    "copy_side_files",
+    "dtype_name",
+    "fitting",
+    "layer_names",
+    "load_model",
+    "open_model",
+    "open_tensor_file",
+    "open_tensors",
+    "read_config",
+    "read_json",
+    "recursive_weights",
+    "require_unrollable",
+    "save_model",
+    "side_files",
+    "tensor_shapes",
+    "unrolled_layers",
+    "unrolled_weights",
+    "weight_names",
+    "write_model",
+    "write_tensors",
+    "written_whole",
+]

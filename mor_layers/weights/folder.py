@@ -1,0 +1,241 @@
+"""A model in a folder: `config.json`, `model.safetensors` and a tokenizer's files.
+
+The folder is one of Hugging Face's: with `import mor_huggingface` its AutoModelForCausalLM loads it
+too. In config.json `mor` holds the DecoderConfig. Tied weights are stored once.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mor_layers.models import DecoderConfig, MoRTransformer
+from mor_layers.settings import from_mapping, to_mapping
+from mor_layers.weights.tensor_files import SAFETENSORS, LazyTensors, open_tensors, write_tensors
+
+MODEL_TYPE = "mor"
+CONFIG = "config.json"
+SETTINGS = "mor"
+"""Its entry for the DecoderConfig; transformers takes `decoder` for a config of its own."""
+_PREFIX = "model."
+"""Before each name in the file: where transformers keeps the model inside its own."""
+_CARRIED = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+_SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model that is not in memory."""
+
+    config: DecoderConfig
+    weights: Mapping[str, Tensor]
+    """By the names of a MoRTransformer's state dict; read when asked for. Tied ones once."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What else its config.json said that any format keeps: special tokens, longest text."""
+    side_files: tuple[Path, ...] = ()
+    """A tokenizer's files."""
+
+
+def save_model(model: MoRTransformer, folder: Path, tokenizer: Path | None = None) -> None:
+    """Write a folder; an earlier one in its place is replaced when it is whole.
+
+    Args:
+        tokenizer: a tokenizer.json to copy.
+    """
+    side_files = () if tokenizer is None else (tokenizer,)
+    state = model.state_dict()
+    weights = LazyTensors(weight_names(model.config), state.__getitem__)
+    with written_whole(folder) as partial:
+        write_model(StoredModel(model.config, weights, side_files=side_files), partial)
+        if tokenizer is not None and tokenizer.name != "tokenizer.json":
+            (partial / tokenizer.name).rename(partial / "tokenizer.json")
+
+
+def load_model(folder: str | Path, trust_remote_code: bool = False) -> MoRTransformer:
+    """The model of a folder.
+
+    Args:
+        folder: as `save_model` or `mor convert` writes it.
+        trust_remote_code: whether the folder may name a router whose module is imported, which runs
+            that module's code. Without it only registered routers are built.
+
+    Raises:
+        ValueError: a file is missing or damaged, or its parts do not fit.
+        FileNotFoundError: there is no such folder.
+    """
+    stored = open_model(Path(folder), trust_remote_code)
+    model = MoRTransformer(stored.config)
+    state = model.state_dict()
+    with torch.no_grad():
+        for name in stored.weights:
+            state[name].copy_(stored.weights[name])
+    return model
+
+
+def open_model(folder: Path, trust_remote_code: bool = False) -> StoredModel:
+    """What a folder holds, without reading tensors.
+
+    Args:
+        trust_remote_code: whether the folder may name a router whose module is imported, which runs
+            that module's code. Without it only registered routers are built.
+
+    Raises:
+        ValueError: a file is missing or damaged, or its parts do not fit; shapes show when read.
+        FileNotFoundError: there is no such folder.
+    """
+    values = read_config(folder)
+    if values.get("model_type") != MODEL_TYPE:
+        raise ValueError(
+            f"{folder / CONFIG}: model_type={values.get('model_type')!r} must be {MODEL_TYPE!r}. "
+            "`mor convert` makes such a folder from other models."
+        )
+    config = from_mapping(DecoderConfig, values.get(SETTINGS), SETTINGS, trust_remote_code)
+    names = {name: f"{_PREFIX}{name}" for name in weight_names(config)}
+    weights = fitting(config, names, open_tensors(folder), folder)
+    return StoredModel(config, weights, carried(values), side_files(folder))
+
+
+def write_model(
+    model: StoredModel, folder: Path, written: Callable[[str], None] | None = None
+) -> None:
+    """Write a model's files into an existing folder, tensor by tensor."""
+    names = {f"{_PREFIX}{name}": name for name in model.weights}
+    tensors = LazyTensors(list(names), lambda name: model.weights[names[name]])
+    write_tensors(folder / SAFETENSORS, tensors, written)
+    values = {
+        "model_type": MODEL_TYPE,
+        "architectures": ["MoRForCausalLM"],
+        "dtype": dtype_name(model),
+        "tie_word_embeddings": model.config.tie_embeddings,
+        **model.facts,
+        SETTINGS: to_mapping(model.config),
+    }
+    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+    copy_side_files(model, folder)
+
+
+def dtype_name(model: StoredModel) -> str:
+    """The dtype of its weights, as a config.json names it."""
+    return str(model.weights["embedding.weight"].dtype).removeprefix("torch.")
+
+
+def copy_side_files(model: StoredModel, folder: Path) -> None:
+    """Put a tokenizer's files beside the model's."""
+    for path in model.side_files:
+        shutil.copyfile(path, folder / path.name)
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """An empty folder that takes `folder`'s name once all is written; after an error nothing is."""
+    partial, earlier = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "earlier"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)
+    if folder.exists():
+        folder.rename(earlier)  # kept until the new one is in its place
+    partial.rename(folder)
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def weight_names(config: DecoderConfig) -> list[str]:
+    """Names of a model's tensors; of tied ones the first."""
+    return list(tensor_shapes(config))
+
+
+def tensor_shapes(config: DecoderConfig) -> dict[str, torch.Size]:
+    """Shapes of a model's tensors, of tied ones the first, in order."""
+    with torch.device("meta"):
+        state = MoRTransformer(config).state_dict()
+    if config.tie_embeddings:
+        del state["output.weight"]
+    return {name: tensor.shape for name, tensor in state.items()}
+
+
+def fitting(
+    config: DecoderConfig, names: Mapping[str, str], tensors: Mapping[str, Tensor], where: Path
+) -> LazyTensors:
+    """A model's tensors by our names from those by others, with their shapes checked when read.
+
+    Args:
+        names: theirs for each of ours.
+        where: the folder they are from, for errors.
+
+    Raises:
+        ValueError: one is missing, or there is one that the model has no use for.
+    """
+    missing = [name for name in names.values() if name not in tensors]
+    if missing:
+        raise ValueError(f"{where} has no tensor {missing[0]!r}, nor {len(missing) - 1} others.")
+    known = set(names.values())
+    unknown = [name for name in tensors if name not in known]
+    if unknown:
+        raise ValueError(f"{where}: its settings leave no place for the tensor {unknown[0]!r}.")
+    shapes = tensor_shapes(config)
+
+    def read(name: str) -> Tensor:
+        tensor = tensors[names[name]]
+        if tensor.shape != shapes[name]:
+            raise ValueError(
+                f"{where}: {names[name]!r} has shape {tuple(tensor.shape)}; its settings ask for "
+                f"{tuple(shapes[name])}."
+            )
+        return tensor
+
+    return LazyTensors(list(names), read)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's config.json.
+
+    Raises:
+        ValueError: it is no JSON mapping.
+        FileNotFoundError: it is not there.
+    """
+    return read_json(folder / CONFIG)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A mapping of settings in a file.
+
+    Raises:
+        ValueError: it is no JSON mapping.
+        FileNotFoundError: it is not there.
+    """
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a mapping of settings, got {values!r}.")
+    return values
+
+
+def carried(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a config.json any format keeps."""
+    return {name: values[name] for name in _CARRIED if values.get(name) is not None}
+
+
+def side_files(folder: Path) -> tuple[Path, ...]:
+    """A tokenizer's files."""
+    return tuple(folder / name for name in _SIDE_FILES if (folder / name).is_file())

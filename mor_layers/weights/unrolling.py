@@ -1,0 +1,80 @@
+"""A recursion without routing as the plain decoder that computes the same, deltas merged.
+
+config, weights = unrolled_weights(model.state_dict(), model.config)
+plain = MoRTransformer(config)
+plain.load_state_dict(dict(weights))
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from mor_layers.layers import merged_weight
+from mor_layers.models import DecoderConfig
+from mor_layers.routers import FixedDepth
+from mor_layers.weights.names import layer_names, unrolled_layers
+from mor_layers.weights.tensor_files import LazyTensors
+
+
+def require_unrollable(config: DecoderConfig) -> None:
+    """Raise ValueError where no plain decoder computes the same."""
+    recursion = config.effective_recursion
+    if config.moe is not None:
+        raise ValueError("moe is set, and a plain decoder has no experts. Keep the model as it is.")
+    beyond = [name for name in recursion.beyond_published if name != "relaxation"]
+    if beyond:
+        raise ValueError(
+            f"{beyond[0]} is set, and a plain decoder has no such thing. Keep the model as it is."
+        )
+    if not isinstance(recursion.router, FixedDepth) or recursion.kv_policy != "recursion_wise":
+        raise ValueError(
+            f"router={type(recursion.router).__name__} with kv_policy={recursion.kv_policy!r} has "
+            "no equal among plain decoders, only FixedDepth with 'recursion_wise'. Keep the model "
+            "as it is."
+        )
+
+
+def unrolled_weights(
+    weights: Mapping[str, Tensor], config: DecoderConfig
+) -> tuple[DecoderConfig, LazyTensors]:
+    """Settings and weights of the plain decoder, made tensor by tensor.
+
+    Args:
+        weights: by the names of a MoRTransformer's state dict.
+        config: its settings; a model without recursion stays as it is.
+
+    Raises:
+        ValueError: the model routes tokens, shares keys and values, or has experts.
+    """
+    require_unrollable(config)
+    plain = replace(config, recursion=None)
+    relaxation, schedule = config.effective_recursion.relaxation, config.schedule
+    relaxed = () if relaxation is None else relaxation.projections
+    theirs = [name for name, _ in unrolled_layers(plain)]
+    sources = {"embedding.weight": ("embedding.weight", None)}
+    steps = Counter[str]()
+    for depth, (ours, norm) in enumerate(unrolled_layers(config)):
+        own = layer_names(config, ours, "", norm)
+        for name, source in zip(layer_names(plain, theirs[depth], ""), own, strict=True):
+            module, _, kind = source.rpartition(".")
+            is_shared = ours.startswith("recursions.") and kind == "weight"
+            has_delta = is_shared and module.rpartition(".")[2] in relaxed
+            sources[name] = source, f"{module}.deltas.{steps[ours]}" if has_delta else None
+        steps[ours] += 1
+    assert sum(steps.values()) == schedule.num_unrolled_layers
+    sources["norm.weights.0"] = "norm.weights.0", None
+    if not config.tie_embeddings:
+        sources["output.weight"] = "output.weight", None
+
+    def make(name: str) -> Tensor:
+        source, delta = sources[name]
+        if delta is None:
+            return weights[source]
+        assert relaxation is not None
+        magnitude = weights[f"{delta}.magnitude"] if relaxation.kind == "dora" else None
+        a, b = weights[f"{delta}.a"], weights[f"{delta}.b"]
+        return merged_weight(weights[source], a, b, relaxation.scale, magnitude)
+
+    return plain, LazyTensors(list(sources), make)

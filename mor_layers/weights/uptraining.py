@@ -1,0 +1,218 @@
+"""Weights of a recursive model from those of a dense one.
+
+Sources: Bae et al. 2024 (Relaxed Recursive Transformers, arXiv 2410.20672), section 2.2, and Bae
+et al. 2025 (arXiv 2507.10524). With 6 shared layers in 3 recursions a block of two gets:
+
+    stepwise  1 6          layers at even distances, the first and the last among them
+    average   the mean of the layers that each one stands for under the sharing scheme
+    lower     1 2
+    upper     5 6
+    random    fresh weights
+
+Layers outside the block, embeddings and the last norm are the dense model's. A block of one layer
+takes the first for `stepwise`.
+
+Where the recursion is relaxed (`mor_layers.layers.relaxation`), each step's delta is the truncated
+singular value decomposition of what the layer at its depth has beside the shared weight:
+`B = U S / scale`, `A = Vᵀ`. At full rank, with norms of single steps, the recursive model then is the
+dense one (but for biases and norms of queries and keys, which steps share).
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mor_layers.layers import MLP_PROJECTIONS, Relaxation, row_norms
+from mor_layers.models import DecoderConfig, MoRTransformer, RecursionConfig
+from mor_layers.weights.names import layer_names, unrolled_layers
+from mor_layers.weights.tensor_files import LazyTensors
+
+Initialization = Literal["stepwise", "average", "lower", "upper", "random"]
+INITIALIZATIONS: tuple[str, ...] = get_args(Initialization)
+
+
+def recursive_weights(
+    weights: Mapping[str, Tensor],
+    dense: DecoderConfig,
+    recursion: RecursionConfig,
+    initialization: Initialization,
+    seed: int = 0,
+) -> tuple[DecoderConfig, LazyTensors]:
+    """Settings and weights of a recursive model that begins where a dense one ended.
+
+    Norms of single steps (`share_norms=False`) are those of the layers at their depths, whatever
+    the initialization, `random` excepted; deltas likewise. A router is new, from `seed`.
+
+    Args:
+        weights: of the dense model, by the names of a MoRTransformer's state dict.
+        dense: its settings.
+
+    Raises:
+        ValueError: the model is no dense one, its layers do not divide into such recursions, or
+            the initialization is unknown.
+    """
+    if initialization not in INITIALIZATIONS:
+        raise ValueError(
+            f"initialization={initialization!r} is unknown. Use one of "
+            f"{', '.join(INITIALIZATIONS)}."
+        )
+    if dense.recursion is not None or dense.moe is not None:
+        raise ValueError(
+            "a recursive model begins from a dense one, and this one has a recursion or experts. "
+            "Give settings with recursion=None and moe=None."
+        )
+    if recursion.sandwich_norms:
+        raise ValueError(
+            "sandwich_norms=True norms what no layer of the dense model does: nothing it learnt "
+            "would be left. Leave it out, or train from scratch."
+        )
+    config = replace(dense, recursion=recursion)
+    sources = _sources(dense, config, initialization)
+    routers = _routers(config, seed)
+    with torch.device("meta"):
+        state = MoRTransformer(config).state_dict()
+    if config.tie_embeddings:
+        del state["output.weight"]
+    seeds = {name: seed * len(state) + place for place, name in enumerate(state)}
+    shared = {name for name in sources if name.startswith("recursions.")}
+
+    originals = _originals(dense, config)
+
+    @lru_cache(maxsize=1)  # the tensors of a delta follow one another
+    def delta(place: str) -> dict[str, Tensor]:
+        assert recursion.relaxation is not None
+        shared_weight = make(f"{place.rpartition('.deltas.')[0]}.weight")
+        if initialization != "random":
+            return start_of_delta(shared_weight, weights[originals[place]], recursion.relaxation)
+        return _fresh_delta(shared_weight, recursion.relaxation, seeds[f"{place}.a"])
+
+    def make(name: str) -> Tensor:
+        if name in routers:
+            return routers[name]
+        if ".step_input." in name:  # zero, as in a new model
+            return weights["embedding.weight"].new_zeros(config.hidden_size)
+        place, _, part = name.rpartition(".")
+        if place in originals:
+            return delta(place)[part]
+        parts = [weights[source] for source in sources.get(name, [name])]
+        if initialization == "random" and name in shared:
+            return _random(parts[0], seeds[name])
+        return parts[0] if len(parts) == 1 else _mean(parts)
+
+    return config, LazyTensors(list(state), make)
+
+
+def _sources(
+    dense: DecoderConfig, config: DecoderConfig, initialization: Initialization
+) -> dict[str, list[str]]:
+    """For each tensor of the recursive model's layers, those of the dense model it comes from."""
+    schedule = config.schedule
+    theirs = [name for name, _ in unrolled_layers(dense)]
+    depths: dict[str, list[int]] = {}
+    for depth, (name, _) in enumerate(unrolled_layers(config)):
+        depths.setdefault(name, []).append(depth)
+    size = schedule.block_size
+    num_shared = size * schedule.num_recursions
+    names: dict[str, list[str]] = {}
+    for place, (ours, own) in enumerate(depths.items()):
+        layer, chosen = place - schedule.prelude, own
+        if ours.startswith("recursions."):
+            offset = {
+                "stepwise": round(layer * (num_shared - 1) / max(size - 1, 1)),
+                "lower": layer,
+                "upper": num_shared - size + layer,
+            }
+            if initialization in offset:
+                chosen = [schedule.prelude + offset[initialization]]
+        for step, depth in enumerate(own):
+            per_step = not config.effective_recursion.share_norms
+            for name, suffix in layer_names(config, ours, "", step if per_step else 0).items():
+                is_own = per_step and suffix.endswith("layernorm.weight")
+                original = _WITHOUT_STEP.sub(".weights.0", name.removeprefix(ours))
+                names[name] = [f"{theirs[d]}{original}" for d in ([depth] if is_own else chosen)]
+    return names
+
+
+def _originals(dense: DecoderConfig, config: DecoderConfig) -> dict[str, str]:
+    """For each delta, the weight of the dense model that its step had."""
+    relaxation = config.effective_recursion.relaxation
+    theirs, steps = [name for name, _ in unrolled_layers(dense)], Counter[str]()
+    names: dict[str, str] = {}
+    for depth, (ours, _) in enumerate(unrolled_layers(config)):
+        step = steps[ours]
+        steps[ours] += 1
+        if relaxation is None or not ours.startswith("recursions."):
+            continue
+        for name in relaxation.projections:
+            part = f"{'mlp' if name in MLP_PROJECTIONS else 'attention'}.{name}"
+            names[f"{ours}.{part}.deltas.{step}"] = f"{theirs[depth]}.{part}.weight"
+    return names
+
+
+def start_of_delta(
+    shared: Float[Tensor, "o i"], original: Float[Tensor, "o i"], relaxation: Relaxation
+) -> dict[str, Tensor]:
+    """The tensors of the `StepDelta` that brings `shared` closest to `original`.
+
+    No delta of its rank leaves a smaller sum of squares (Eckart and Young 1936). The magnitudes of
+    `dora` are those of the rows as they come out, so that both kinds start as the same model.
+    """
+    rank = relaxation.rank_of(*shared.shape)
+    u, s, v = torch.linalg.svd(original.double() - shared.double(), full_matrices=False)
+    b = (u[:, :rank] * s[:rank] / relaxation.scale).to(shared.dtype)
+    return _delta(shared, v[:rank].to(shared.dtype).contiguous(), b, relaxation)
+
+
+def _fresh_delta(shared: Tensor, relaxation: Relaxation, seed: int) -> dict[str, Tensor]:
+    rank = relaxation.rank_of(*shared.shape)
+    a = _random(shared.new_empty(rank, shared.shape[1]), seed)
+    return _delta(shared, a, shared.new_zeros(len(shared), rank), relaxation)
+
+
+def _delta(shared: Tensor, a: Tensor, b: Tensor, relaxation: Relaxation) -> dict[str, Tensor]:
+    if relaxation.kind == "lora":
+        return {"a": a, "b": b}
+    norms = row_norms(shared, a, b, relaxation.scale)
+    return {"a": a, "b": b, "magnitude": norms.to(shared.dtype)}
+
+
+_WITHOUT_STEP = re.compile(r"\.weights\.\d+$")
+
+
+def _routers(config: DecoderConfig, seed: int) -> dict[str, Tensor]:
+    """New routers, and their buffers."""
+    recursion, schedule = config.effective_recursion, config.schedule
+    blocks = 1 if schedule.is_cyclic else schedule.block_size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        routers = [
+            recursion.router.build(config.hidden_size, recursion.num_recursions)
+            for _ in range(blocks)
+        ]
+    return {
+        f"recursions.{block}.router.{name}": tensor
+        for block, router in enumerate(routers)
+        for name, tensor in router.state_dict().items()
+    }
+
+
+def _mean(parts: list[Tensor]) -> Tensor:
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part
+    return (total / len(parts)).to(parts[0].dtype)
+
+
+def _random(like: Tensor, seed: int) -> Tensor:
+    """As a new MoRTransformer has it: matrices from a normal distribution, norms one."""
+    if like.dim() == 1:
+        return torch.ones_like(like)
+    generator = torch.Generator().manual_seed(seed)
+    return (0.02 * torch.randn(like.shape, generator=generator)).to(like.dtype)
