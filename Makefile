@@ -19,7 +19,7 @@ env:  ## what puts the environment's python and `mor` into a shell: eval "$(make
 
 pretrain:  ## pretrain a small model on text that ships with Python (ARGUMENTS="key=value ...")
 	@$(use_python) OMP_NUM_THREADS=1 $$python -m torch.distributed.run --standalone \
-	    --nproc-per-node $(PROCESSES) examples/pretrain_gpt_mor.py \
+	    --nproc-per-node $(PROCESSES) -m mor_tools.pretraining \
 	    --config examples/configs/tiny.yaml $(ARGUMENTS)
 
 test:  ## run the tests

@@ -8,8 +8,8 @@ from jaxtyping import Int
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
+from mor_tools.pretraining.data.text import prepare
 from mor_tools.pretraining.settings import DataSettings
-from mor_tools.pretraining.text import prepare
 
 
 class TextPieces:

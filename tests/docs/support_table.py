@@ -12,8 +12,8 @@ from typing import get_args
 
 from mor_layers import RecursionConfig, RouterConfig
 from mor_layers.recursion import KVPolicy, Sharing
-from mor_tools.pretraining import model
 from mor_tools.pretraining.command_line import load_settings
+from mor_tools.pretraining.models import build
 from tests.core.random_configs import OURS
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +76,7 @@ def is_refused(layout: list[str], row: list[str]) -> str | None:
         # The file's recursion goes as a whole; what a row says of one would bring a part of it back.
         row = [change for change in row if not change.startswith("recursion.")]
     try:
-        model.check(load_settings(["--config", config, *base, *layout, *row]))
+        build.check(load_settings(["--config", config, *base, *layout, *row]))
     except ValueError as error:
         return str(error)
     return None

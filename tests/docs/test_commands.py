@@ -36,7 +36,9 @@ def check(command: str) -> None:
     program, *arguments = words
     if program == "torchrun":
         assert arguments[:1] == ["--nproc-per-node"], command
-        program, *arguments = arguments[2:]
+        program, *arguments = ["python", *arguments[2:]]
+        if arguments[0] != "-m":
+            program, *arguments = arguments
     elif program == "python" and arguments[0] != "-m":
         program, *arguments = arguments
     if program == "make":
@@ -47,6 +49,8 @@ def check(command: str) -> None:
         own.parse_args(arguments[1:])
     elif program == "python":
         assert find_spec(arguments[1]) is not None, command
+        if arguments[1] == "mor_tools.pretraining":
+            load_settings(arguments[2:])
     elif program == "eval":
         assert command == 'eval "$(make -s env)"', command
     elif program not in OTHERS:
@@ -88,6 +92,7 @@ def test_wrong_commands_are_noticed(monkeypatch):
         "python examples/generate.py --prompts x",
         "torchrun --nproc-per-node 2 examples/pretrain_gpt_mor.py training.step=1",
         "python -m mor_huggingface.harness",
+        "torchrun --nproc-per-node 2 -m mor_tools.pretraining training.step=1",
         "examples/launch/node.sh",
     ):
         with pytest.raises(

@@ -52,10 +52,10 @@ def write_text(folder: Path) -> list[str]:
 
 def pretrain_on_rank(*, settings: list[str]) -> str:
     """The script's work on a rank of the pool, and what it printed; run it with `pool.run`."""
-    import pretrain_gpt_mor
     from mor_megatron.platform import cpu
     from mor_tools.pretraining import distributed
     from mor_tools.pretraining.command_line import load_settings
+    from mor_tools.pretraining.session import pretrain
 
     os.environ["RANK"] = str(torch.distributed.get_rank())
     os.environ["WORLD_SIZE"] = str(torch.distributed.get_world_size())
@@ -65,7 +65,7 @@ def pretrain_on_rank(*, settings: list[str]) -> str:
     read.data_parallel_size(distributed.world_size())
     try:
         with distributed.model_parallel(read), contextlib.redirect_stdout(io.StringIO()) as printed:
-            pretrain_gpt_mor.pretrain(read)
+            pretrain(read)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

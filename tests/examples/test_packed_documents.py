@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from mor_tools.pretraining.command_line import load_settings
-from mor_tools.pretraining.text import TextTokenizer, prepare
+from mor_tools.pretraining.data.text import TextTokenizer, prepare
 from tests.distributed.pool import WorkerPool
 from tests.examples.pretraining_runs import SMALL, TINY, write_text
 
@@ -16,8 +16,9 @@ def losses_of_last_documents(*, settings: list[str]) -> list[list[float]]:
     A pair for training's routing and one for that of generation.
     """
     from mor_megatron.platform import cpu
-    from mor_tools.pretraining import distributed, model
-    from mor_tools.pretraining.datasets import build_datasets
+    from mor_tools.pretraining import distributed
+    from mor_tools.pretraining.data.datasets import build_datasets
+    from mor_tools.pretraining.models import build
     from mor_tools.pretraining.training import Trainer
     from mor_tools.pretraining.watch import shared_watch
 
@@ -38,8 +39,8 @@ def losses_of_last_documents(*, settings: list[str]) -> list[list[float]]:
         distributed.seed(run.training.seed, step=0)
         trainer = Trainer(
             run,
-            model.build_model(run, tokenizer.vocab_size),
-            model.decoder_config(run, tokenizer.vocab_size),
+            build.build_model(run, tokenizer.vocab_size),
+            build.decoder_config(run, tokenizer.vocab_size),
             shared_watch(run.training.timeout_seconds),
         )
         if not run.data.reset_attention_mask:

@@ -14,11 +14,11 @@ from rich.console import Console
 
 from mor_megatron import RoutingReport
 from mor_tools.pretraining.command_line import load_settings
-from mor_tools.pretraining.demonstration import TokenDepth
-from mor_tools.pretraining.display import Costs, Display
-from mor_tools.pretraining.history import History
-from mor_tools.pretraining.report import Report, render
-from mor_tools.pretraining.summary import write_summary
+from mor_tools.pretraining.reporting.demonstration import TokenDepth
+from mor_tools.pretraining.reporting.display import Costs, Display
+from mor_tools.pretraining.reporting.history import History
+from mor_tools.pretraining.reporting.report import Report, render
+from mor_tools.pretraining.reporting.summary import write_summary
 from mor_tools.reports.rows import Routing, Row, Validation
 from mor_tools.reports.trackers import TensorBoard, Wandb
 

@@ -7,8 +7,8 @@ import pytest
 from mor_layers import ExpertChoice, FixedDepth, TokenChoice
 from mor_tools.pretraining import run_folder
 from mor_tools.pretraining.command_line import load_settings, schema
+from mor_tools.pretraining.data.text import PreparedText
 from mor_tools.pretraining.settings import Settings
-from mor_tools.pretraining.text import PreparedText
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 TINY = ["--config", str(CONFIGS / "tiny.yaml")]

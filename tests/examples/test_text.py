@@ -10,10 +10,10 @@ import numpy
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from mor_tools.pretraining import text
-from mor_tools.pretraining.datasets import SampleOrder, build_datasets, unigram_entropy
+from mor_tools.pretraining.data import text
+from mor_tools.pretraining.data.datasets import SampleOrder, build_datasets, unigram_entropy
+from mor_tools.pretraining.data.text import TextTokenizer, collect, prepare
 from mor_tools.pretraining.settings import DataSettings, EvaluationSettings, Settings
-from mor_tools.pretraining.text import TextTokenizer, collect, prepare
 
 STORIES = [f"Story {i}: the {'quick ' * (i % 3)}fox jumps {i} times.\n" * 20 for i in range(40)]
 

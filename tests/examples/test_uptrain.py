@@ -13,9 +13,9 @@ from mor_huggingface.llama import write_llama
 from mor_layers import MoRTransformer, RecursionConfig, load_model, save_model
 from mor_layers.training.distillation import logits_divergence
 from mor_layers.weights import open_model, recursive_weights
-from mor_tools.pretraining import teacher
 from mor_tools.pretraining.command_line import load_settings
-from mor_tools.pretraining.text import TextTokenizer
+from mor_tools.pretraining.data.text import TextTokenizer
+from mor_tools.pretraining.models import teacher
 from tests.distributed.pool import WorkerPool
 from tests.examples.pretraining_runs import (
     SMALL,
@@ -71,8 +71,9 @@ def on_one_process(pool: WorkerPool, dense, tmp_path_factory) -> tuple[list[str]
 def first_batch_in_torch(*, settings: list[str]) -> tuple[float, float]:
     """Loss and divergence of the first global batch, from the torch models; runs on a rank."""
     from mor_megatron.platform import cpu
-    from mor_tools.pretraining import datasets, distributed
-    from mor_tools.pretraining.text import TextTokenizer, prepare
+    from mor_tools.pretraining import distributed
+    from mor_tools.pretraining.data import datasets
+    from mor_tools.pretraining.data.text import TextTokenizer, prepare
 
     cpu.enable()
     read = load_settings(["--config", TINY, *SMALL, *settings])

@@ -40,7 +40,7 @@ GIB = 2**30
 def add_arguments(options: argparse.ArgumentParser) -> None:
     """The command line."""
     add = options.add_argument
-    add("config", type=Path, help="YAML file of examples/pretrain_gpt_mor.py")
+    add("config", type=Path, help="YAML file of a pretraining run")
     add("--gpus", type=int, required=True, help="devices")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
     add("--hardware", default="h100", help=f"one of {', '.join(HARDWARE)} (default: h100)")

@@ -1,4 +1,7 @@
-"""The parts of `pretrain_gpt_mor.py`, each about one thing."""
+"""Pretraining through Megatron-Core: `torchrun -m mor_tools.pretraining --config FILE.yaml`.
+
+`session` is the main path: from text to a trained model. Everything else is one part of it.
+"""
 
 import logging
 import warnings

@@ -20,7 +20,7 @@ from mor_layers.routers import registered_routers
 from mor_tools.pretraining.settings import Settings
 
 USAGE = """\
-torchrun --nproc-per-node N examples/pretrain_gpt_mor.py [--config FILE.yaml] [key=value ...]
+torchrun --nproc-per-node N -m mor_tools.pretraining [--config FILE.yaml] [key=value ...]
 
 Pretrains a GPT with Mixture-of-Recursions and Mixture-of-Experts through Megatron-Core.
 Settings come from the file, then from key=value, e.g. training.steps=100 recursion=null.

@@ -41,7 +41,7 @@ def process_groups(settings: Settings) -> Iterator[None]:
     if "RANK" not in os.environ:
         raise ValueError(
             "start this script through torchrun, e.g. torchrun --nproc-per-node 1 "
-            "examples/pretrain_gpt_mor.py; --help lists the settings."
+            "-m mor_tools.pretraining; --help lists the settings."
         )
     if torch.cuda.is_available():
         torch.cuda.set_device(device())

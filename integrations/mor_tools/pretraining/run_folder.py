@@ -8,8 +8,8 @@ from typing import Any
 from mor_layers import from_mapping, to_mapping
 from mor_layers.routers import registry
 from mor_megatron.checkpoints import runs
+from mor_tools.pretraining.data.text import PreparedText
 from mor_tools.pretraining.settings import Settings
-from mor_tools.pretraining.text import PreparedText
 
 FREE_TO_CHANGE = (
     "output",

@@ -35,9 +35,9 @@ from mor_megatron import (
 )
 from mor_megatron.checkpoints import describe, runs
 from mor_tools.pretraining import distributed
-from mor_tools.pretraining.datasets import batches
+from mor_tools.pretraining.data.datasets import batches
+from mor_tools.pretraining.models.teacher import Teacher
 from mor_tools.pretraining.settings import Settings
-from mor_tools.pretraining.teacher import Teacher
 from mor_tools.pretraining.watch import Watch
 
 Batches = Iterator[dict[str, Tensor]]

@@ -1,4 +1,4 @@
-"""Every setting of `pretrain_gpt_mor.py`: what it means, and which values fit together.
+"""Every setting of a pretraining run: what it means, and which values fit together.
 
 A YAML file and `key=value` overrides become one frozen `Settings`. Whatever is wrong with it is
 found here, before a process group, a file or a model exists.

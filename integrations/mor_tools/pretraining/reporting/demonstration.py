@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mor_layers import MoRTransformer
 from mor_layers.generation import CacheSettings, DepthBatchingEngine, Request, Sampling
+from mor_tools.pretraining.data.text import TextTokenizer
 from mor_tools.pretraining.settings import Settings
-from mor_tools.pretraining.text import TextTokenizer
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from mor_dali import BatchOrder, MegatronSamples, Prefetch, token_batches
+from mor_tools.pretraining.data.text import PreparedText, TextTokenizer
 from mor_tools.pretraining.settings import Settings
-from mor_tools.pretraining.text import PreparedText, TextTokenizer
 
 ENTROPY_SAMPLE = 20_000_000
 """Tokens of held-out text that the unigram entropy is computed from, at most."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mor_layers import to_mapping
-from mor_tools.pretraining.history import History
+from mor_tools.pretraining.reporting.history import History
 from mor_tools.pretraining.run_folder import write_atomically
 from mor_tools.pretraining.settings import Settings
 from mor_tools.reports.rows import Validation

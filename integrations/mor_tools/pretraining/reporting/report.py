@@ -4,7 +4,7 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mor_tools.pretraining.demonstration import TokenDepth
+from mor_tools.pretraining.reporting.demonstration import TokenDepth
 from mor_tools.reports.page import TokenView, document, facts, passage
 from mor_tools.reports.plots import svg
 from mor_tools.reports.rows import Row, Validation

@@ -1,0 +1,1 @@
+"""Text and the sequences of a run made from it."""

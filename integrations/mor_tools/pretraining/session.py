@@ -1,0 +1,237 @@
+"""The main path of a run: from text to a trained model, its checkpoint and its report."""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from mor_layers import save_model, to_mapping
+from mor_tools.pretraining import distributed, run_folder
+from mor_tools.pretraining.command_line import load_settings
+from mor_tools.pretraining.data.datasets import Datasets, batches, build_datasets, unigram_entropy
+from mor_tools.pretraining.data.text import TextTokenizer, prepare
+from mor_tools.pretraining.models import build, initial_weights, teacher
+from mor_tools.pretraining.reporting import demonstration
+from mor_tools.pretraining.reporting.display import Costs, Display
+from mor_tools.pretraining.reporting.history import History
+from mor_tools.pretraining.reporting.report import Report, render
+from mor_tools.pretraining.reporting.summary import write_summary
+from mor_tools.pretraining.settings import Settings
+from mor_tools.pretraining.training import Batches, Trainer
+from mor_tools.pretraining.watch import shared_watch
+from mor_tools.reports.rows import Routing, Row, Validation
+from mor_tools.reports.trackers import TensorBoard, Tracker, Wandb
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Train, or resume, the run that the arguments describe; exits with 2 where they are wrong."""
+    try:
+        settings = load_settings(arguments)
+        settings.data_parallel_size(distributed.world_size())
+        with distributed.process_groups(settings):
+            pretrain(settings)
+    except (*distributed.ERRORS, FloatingPointError) as error:
+        if distributed.is_first_rank():
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def pretrain(settings: Settings) -> None:
+    """From text to a trained model, its checkpoint, report.html and summary.json."""
+    build.check(settings)
+    console = Console() if distributed.is_first_rank() else None
+    if distributed.on_first_rank(lambda: run_folder.is_complete(settings)):
+        if console is not None:
+            console.print(
+                f"{settings.output} is complete: all {settings.training.steps} steps are done. See "
+                f"{settings.output}/report.html. For another run choose another output=.",
+                soft_wrap=True,
+            )
+        return
+    text = distributed.on_first_rank(lambda: prepare(settings.data))
+    distributed.on_first_rank(lambda: run_folder.claim(settings, text))
+    tokenizer = TextTokenizer(text.tokenizer, settings.data.end_of_document)
+    data = build_datasets(settings, text, tokenizer)
+    distributed.seed(settings.training.seed, step=0)
+    chunks = build.build_model(settings, tokenizer.vocab_size)
+    decoder = build.decoder_config(settings, tokenizer.vocab_size)
+    if settings.training.initial_weights is not None:
+        initial_weights.load(Path(settings.training.initial_weights), chunks, decoder)
+    dense = None if settings.uptrain is None else teacher.open_dense(settings, tokenizer)
+    if dense is not None and not run_folder.has_checkpoint(settings):
+        teacher.load_recursive(chunks, settings, dense)
+    taught_by = teacher.build(settings, dense) if settings.is_distilled else None
+    watch = shared_watch(settings.training.timeout_seconds)
+    trainer = Trainer(settings, chunks, decoder, watch, taught_by)
+    refused = trainer.resume()
+    session = Session(settings, trainer, data, tokenizer, console)
+    with session.display:
+        for damaged in refused:
+            session.display.say(f"{damaged}. It is left out.")
+        with watch:
+            session.train()
+        if trainer.step == settings.training.steps:
+            session.finish()
+    session.history.close()
+
+
+class Session:
+    """One process's work from a start or a resume to the next stop."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        trainer: Trainer,
+        data: Datasets,
+        tokenizer: TextTokenizer,
+        console: Console | None,
+    ) -> None:
+        self.settings, self.trainer, self.data, self.tokenizer = settings, trainer, data, tokenizer
+        self.folder = Path(settings.output)
+        self.shape = build.shape(settings, tokenizer.vocab_size)
+        self.unigram_entropy = unigram_entropy(data.held_out, tokenizer.vocab_size)
+        is_writer = console is not None
+        trackers: list[Tracker] = []
+        distributed.on_first_rank(lambda: trackers.extend(_trackers(settings, trainer.step)))
+        self.history = History(self.folder, trainer.step, trackers, is_writer)
+        self.display = Display(
+            settings.output, settings.training.steps, self.unigram_entropy, console
+        )
+        self.is_stopping = distributed.StopRequest()
+        self.validation: Validation | None = None
+        self.train_seconds, self.train_tokens = 0.0, 0
+
+    def train(self) -> None:
+        """Take steps until the run is done, or told to stop; leaves a checkpoint."""
+        settings, trainer = self.settings, self.trainer
+        if trainer.step > 0:
+            self.display.say(f"resumed at step {trainer.step} of {settings.training.steps}")
+        train_batches = batches(self.data.train, settings, first_step=trainer.step)
+        while trainer.step < settings.last_step and not self.is_stopping():
+            row = self.step(train_batches)
+            self.history.add(row)
+            if row.tokens_per_second is not None or row.validation_loss is not None:
+                self.display.show(row, self.costs(row))
+            if trainer.step % settings.training.checkpoint_every == 0:
+                trainer.save()
+        trainer.save()
+        if trainer.step < settings.training.steps:
+            self.display.say(
+                f"stopped after step {trainer.step} of {settings.training.steps}, with a "
+                "checkpoint. Run again to go on."
+            )
+
+    def step(self, train_batches: Batches) -> Row:
+        """One optimizer step, and what is due after it."""
+        settings, trainer = self.settings, self.trainer
+        started = time.monotonic()
+        result = trainer.train_step(train_batches)
+        self.train_seconds += time.monotonic() - started
+        self.train_tokens += settings.training.global_batch_size * settings.data.sequence_length
+        speed = routing = None
+        is_last = trainer.step == settings.training.steps
+        if trainer.step % settings.log_every == 0 or is_last:
+            speed = self.train_tokens / self.train_seconds
+            routing = Routing.from_reports(result.routing)
+            self.train_seconds, self.train_tokens = 0.0, 0
+        self.validation = None
+        if trainer.step % settings.evaluation.every == 0 or is_last:
+            self.validation = self.validate()
+        return Row(
+            trainer.step,
+            result.loss,
+            result.learning_rate,
+            result.gradient_norm,
+            speed,
+            routing,
+            self.validation and self.validation.loss,
+            self.validation and self.validation.causal_loss,
+            result.divergence,
+        )
+
+    def validate(self) -> Validation:
+        """Held-out loss and routing: as in training, and as in generation."""
+        loss, reports = self.trainer.evaluate(self.data.held_out)
+        if not reports:
+            return Validation(loss)
+        causal_loss, causal_reports = self.trainer.evaluate(self.data.held_out, causal=True)
+        return Validation(
+            loss,
+            Routing.from_reports(reports),
+            causal_loss,
+            Routing.from_reports(causal_reports),
+        )
+
+    def costs(self, row: Row) -> Costs:
+        """What the work of a step amounts to."""
+        shares = row.routing.shares if row.routing else None
+        flops = build.flops_per_token(self.shape, self.settings, shares)
+        peak = self.settings.peak_tflops
+        utilization = None
+        if peak is not None and row.tokens_per_second is not None:
+            utilization = flops * row.tokens_per_second / (peak * 1e12 * distributed.world_size())
+        return Costs(flops, utilization)
+
+    def finish(self) -> None:
+        """Show the trained model at work, and write report.html and summary.json."""
+        validation = self.validation or self.validate()
+        losses = {"Held-out loss": validation.loss, "Unigram entropy": self.unigram_entropy}
+        if validation.causal_loss is not None:
+            losses["Held-out loss, routed as in generation"] = validation.causal_loss
+        for name, value in losses.items():
+            self.display.say(f"{name}: {value:.3f} nats per token")
+        trained, sample, passage = None, "", []
+        if self.settings.evaluation.sample_tokens > 0:
+            size = self.tokenizer.vocab_size
+            trained = build.torch_model(self.settings, self.trainer.chunks, size)
+        if not distributed.is_first_rank():
+            return
+        if trained is not None:
+            sample = demonstration.continuation(trained, self.settings, self.tokenizer)
+            passage = demonstration.depths(trained, self.data.held_out[0], self.tokenizer)
+            save_model(trained, self.folder / "model", self.tokenizer.path)
+            self.display.say(f"a continuation:\n{sample}\n")
+            self.display.say(f"wrote {self.folder}/model, for examples/generate.py and serve.py")
+        parameters = build.parameters(self.shape)
+        routing = validation.routing
+        flops = build.flops_per_token(self.shape, self.settings, routing and routing.shares)
+        report = Report(
+            title=f"Pretraining {self.settings.output}",
+            facts={name: f"{value:.3f} nats per token" for name, value in losses.items()}
+            | {
+                "Optimizer steps": f"{self.settings.training.steps:,}",
+                "Parameters": f"{parameters:,}",
+                "Training FLOPs per token": f"{flops:.4g}",
+            },
+            rows=self.history.rows,
+            unigram_entropy=self.unigram_entropy,
+            validation=validation,
+            passage=passage,
+            sample=sample,
+        )
+        run_folder.write_atomically(self.folder / "report.html", render(report))
+        write_summary(
+            self.folder / "summary.json",
+            self.settings,
+            self.history,
+            validation=validation,
+            unigram_entropy=self.unigram_entropy,
+            parameters=parameters,
+            flops_per_token=flops,
+            sample=sample,
+        )
+        self.display.say(f"wrote {self.folder}/report.html and summary.json")
+
+
+def _trackers(settings: Settings, step: int) -> list[Tracker]:
+    """Where the numbers of each step go besides history.jsonl."""
+    folder = Path(settings.output)
+    trackers: list[Tracker] = [TensorBoard(folder / "tensorboard", purge_step=step + 1)]
+    if settings.wandb is not None:
+        wandb = settings.wandb
+        trackers.append(
+            Wandb(wandb.project, folder / "wandb", wandb.mode, folder.name, to_mapping(settings))
+        )
+    return trackers
