@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,19 @@ def write_text(folder: Path) -> list[str]:
     return [f"data.path={folder}/text.jsonl", f"data.prepared_folder={folder}/prepared"]
 
 
-def pretrain_on_rank(*, settings: list[str]) -> str:
-    """The script's work on a rank of the pool, and what it printed; run it with `pool.run`."""
+def resume_on_rank(*, folder: str) -> str:
+    """Resume the run of `folder`/tiny.yaml, whose paths are relative to that folder."""
+    with contextlib.chdir(folder):
+        return pretrain_on_rank(arguments=["--config", "tiny.yaml"])
+
+
+def pretrain_on_rank(*, settings: Sequence[str] = (), arguments: list[str] | None = None) -> str:
+    """The script's work on a rank of the pool, and what it printed; run it with `pool.run`.
+
+    Args:
+        settings: changes to the small run.
+        arguments: the whole command line, instead of the small run's.
+    """
     from mor_megatron.platform import cpu
     from mor_tools.pretraining import distributed
     from mor_tools.pretraining.command_line import load_settings
@@ -61,7 +73,7 @@ def pretrain_on_rank(*, settings: list[str]) -> str:
     os.environ["WORLD_SIZE"] = str(torch.distributed.get_world_size())
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     cpu.enable()
-    read = load_settings(["--config", TINY, *SMALL, *settings])
+    read = load_settings(arguments or ["--config", TINY, *SMALL, *settings])
     read.data_parallel_size(distributed.world_size())
     try:
         with distributed.model_parallel(read), contextlib.redirect_stdout(io.StringIO()) as printed:
