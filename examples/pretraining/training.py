@@ -161,13 +161,20 @@ class Trainer:
             self.saved_step = self.step
 
     def resume(self) -> tuple[str, ...]:
-        """Go on from the newest good checkpoint, if there is one; what is wrong with newer ones."""
+        """Go on from the newest good checkpoint, if there is one; what to tell about it."""
         if checkpointing.latest_step(self.checkpoints) is not None:
             restored = checkpointing.load(
                 self.checkpoints, self.chunks, self.optimizer, self.scheduler
             )
             self.step = self.saved_step = restored.step
-            return restored.refused
+            notes = [f"{damaged}. It is left out." for damaged in restored.refused]
+            if restored.unsealed is not None:
+                notes.append(
+                    f"warning: {restored.unsealed} has no manifest.json with checksums, which every "
+                    "checkpoint of this script has. Whether its tensors are what was written cannot "
+                    "be told."
+                )
+            return tuple(notes)
         return ()
 
     def _run(self, data: Batches, microbatches: int, forward_only: bool) -> tuple[float, float]:

@@ -117,7 +117,7 @@ def checkpoint_folder(folder: Path) -> Path:
         return folder
     for directory in (folder, folder / "checkpoints"):
         if (directory / _LATEST).is_file():
-            found = directory / (directory / _LATEST).read_text("utf-8").strip()
+            found = directory / (directory / _LATEST).read_text("utf-8", "replace").strip()
             if is_dist_checkpoint(found):
                 return found
             raise FileNotFoundError(
