@@ -12,6 +12,7 @@ from pretraining.settings import Settings
 from pretraining.text import PreparedText
 
 _CLAIM = "run.json"
+
 FREE_TO_CHANGE = (
     "output",
     "log_every",

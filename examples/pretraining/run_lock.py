@@ -105,7 +105,7 @@ class RunLock:
         """Give the folder back, if it is ours."""
         self._over.set()
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(5.0)  # not for ever, where the file server does not answer
         with contextlib.suppress(OSError):  # the next run sees that this process is gone
             if self._is_ours():
                 self._file.unlink()
