@@ -49,7 +49,7 @@ def waits_of_a_step(
     return found
 
 
-WIDTH = "routing.py:keep_where"
+WIDTH = "decision.py:keep_where"
 """How wide the widest sequence of a ragged selection is: once a step that selects."""
 
 

@@ -49,6 +49,28 @@ def test_a_damaged_checkpoint_is_left_out_and_the_run_goes_on_from_the_one_befor
     assert shard.stat().st_size == len(shard.read_bytes()) > 1  # written anew at step 4
 
 
+def test_what_a_killed_session_left_and_what_a_folder_lacks_is_said(
+    pool: WorkerPool, text, begun, tmp_path
+):
+    folder = tmp_path / "run"
+    settings = [*text, *RUN, continued(begun, folder), "training.stop_after=5"]
+    left = folder / "checkpoints" / ".step_00000006.partial"
+    left.mkdir()
+    (folder / "checkpoints" / "step_00000004" / "manifest.json").unlink()
+    (folder / "checkpoints" / "latest").write_text("step_00000002")  # killed before it was written
+    (folder / "checkpoints" / "step_00000002" / "manifest.json").unlink()
+    rows = (folder / "history.jsonl").read_text().splitlines(keepends=True)
+    (folder / "history.jsonl").write_text("".join(rows[:1]))
+    (printed,) = pool.run(pretrain_on_rank, settings=settings)
+    assert f"{left}, which a save that did not finish left behind, was removed." in printed
+    assert not left.exists()
+    assert "resumed at step 2 of 6" in printed  # that of step 4 is not known to be complete
+    unsealed = folder / "checkpoints" / "step_00000002"
+    assert f"warning: {unsealed} has no manifest.json with checksums" in printed
+    assert "history.jsonl lacks 1 of the 2 steps taken so far, between steps 2 and 2" in printed
+    assert not (folder / "run.lock").exists()
+
+
 class SpoiledBackward(torch.autograd.Function):
     """The same number, with a gradient that is not one."""
 
