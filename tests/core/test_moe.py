@@ -83,7 +83,7 @@ def by_loops(
         mean = mean + torch.stack(p) / len(places)
         z = z + torch.log(sum(exponentials)) ** 2 / len(places)
         bias = router.bias[step].tolist() if config.bias_update_rate else [0.0] * len(p)
-        ranked = sorted(range(len(p)), key=lambda e: -(float(p[e]) + bias[e]))
+        ranked = sorted(range(len(p)), key=lambda e: -(p[e].item() + bias[e]))
         taken = ranked[: config.experts_per_token]
         if router.widths is not None:
             bar = router.widths.values[step]

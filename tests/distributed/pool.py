@@ -29,6 +29,7 @@ _GRACE = 5.0
 # Seconds that imports may take, which are no part of a run's time: a slow machine does not hang.
 _IMPORT_TIMEOUT = 600.0
 
+# What the fork server imports for its forks.
 _PRELOADED = "tests.distributed.preloaded"
 
 
@@ -37,7 +38,7 @@ class _Imports:
     """What every rank imports before a run."""
 
     search_path: list[str]
-    modules: list[str]
+    module: str
     timeout: float
 
 
@@ -117,9 +118,8 @@ class WorkerPool:
         self._start(world_size)
         self._runs += 1
         rendezvous = os.path.join(self._directory.name, f"rendezvous_{self._runs}")
-        imports = _Imports(
-            [*self.search_first, *sys.path], [_PRELOADED, function.__module__], _IMPORT_TIMEOUT
-        )
+        search_path = [*self.search_first, *sys.path]
+        imports = _Imports(search_path, function.__module__, _IMPORT_TIMEOUT)
         self._ask(f"importing what {name} needs", world_size, imports)
         return self._ask(
             name, world_size, _Run(call, rendezvous, world_size, timeout, self.on_gpus)
@@ -217,8 +217,7 @@ def _answer(rank: int, request: _Imports | _Run) -> bytes:
 
 def _import(imports: _Imports) -> None:
     sys.path[:] = imports.search_path
-    for module in imports.modules:
-        importlib.import_module(module)
+    importlib.import_module(imports.module)
 
 
 def _on_rank(rank: int, run: _Run) -> Any:

@@ -1,8 +1,4 @@
-"""What every worker of the pool imports before its first run.
-
-The fork server of the pool imports this once, so that a new worker has it at once instead of after
-several seconds of its own.
-"""
+"""What the fork server of the worker pool imports once, so that no worker takes seconds for it."""
 
 import gc
 
