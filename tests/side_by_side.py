@@ -22,7 +22,11 @@ ROOT = Path(__file__).parents[1]
 
 # Both take about as long. What the first does not name is left to the second, so that a new folder
 # of tests cannot be forgotten.
-_DISTRIBUTED = ("tests/distributed", "tests/test_reference.py")
+_DISTRIBUTED = (
+    "tests/distributed",
+    "tests/examples/test_several_nodes.py",
+    "tests/test_reference.py",
+)
 PARTS = {
     "distributed": _DISTRIBUTED,
     "others": ("tests", *(f"--ignore={path}" for path in _DISTRIBUTED)),
@@ -87,7 +91,7 @@ class Part:
 def counts_of(closing: str) -> Counter[str]:
     """Tests by outcome: `3 passed, 1 error in 2.50s` says {"passed": 3, "errors": 1}."""
     plurals = {"warning": "warnings", "error": "errors"}
-    pairs = re.findall(r"(\d+) ([a-z]+)", closing.partition(" in ")[0])
+    pairs: list[tuple[str, str]] = re.findall(r"(\d+) ([a-z]+)", closing.partition(" in ")[0])
     return Counter({plurals.get(outcome, outcome): int(number) for number, outcome in pairs})
 
 
@@ -130,10 +134,11 @@ def run(parts: Mapping[str, Sequence[str]], options: Sequence[str]) -> int:
         total += counts
         code = code or code_of_part
         print(f"\n--- {part.name}: {part.closing or 'pytest ended without a closing line'}")
-        print("\n".join(part.report).strip())
+        if report := "\n".join(part.report).strip():
+            print(report)
     if not total.keys() - {"deselected"}:
         code = code or int(pytest.ExitCode.NO_TESTS_COLLECTED)
-    print(closing_line(total, time.monotonic() - began), flush=True)
+    print(f"\n{closing_line(total, time.monotonic() - began)}", flush=True)
     return code
 
 

@@ -8,6 +8,7 @@ are its forks.
 import faulthandler
 import gc
 import importlib
+import math
 import multiprocessing
 import os
 import pickle
@@ -51,6 +52,16 @@ class _Run:
     world_size: int
     timeout: float
     on_gpus: bool
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a rank made of a request."""
+
+    value: Any
+    """What the function returned, or the text of what went wrong."""
+    failed_at: float | None = None
+    """When it failed, on the clock that all processes share; None where it did not."""
 
 
 class WorkerPool:
@@ -151,7 +162,7 @@ class WorkerPool:
 
     def _collect(self, name: str, world_size: int, timeout: float) -> list[Any]:
         results: dict[int, Any] = {}
-        failures: dict[int, str] = {}
+        failures: dict[int, _Answer] = {}
         pending = {self._workers[rank][1]: rank for rank in range(world_size)}
         error = AssertionError
         hung_at = time.monotonic() + timeout
@@ -161,19 +172,25 @@ class WorkerPool:
             for connection in ready:
                 rank = pending.pop(connection)
                 try:
-                    succeeded, value = pickle.loads(connection.recv_bytes())
+                    answer = pickle.loads(connection.recv_bytes())
                 except (EOFError, ConnectionResetError):
-                    succeeded, value = False, self._obituary(rank)
-                if not succeeded and not failures:
+                    # No time is known, but what others may say will be for want of this one.
+                    answer = _Answer(self._obituary(rank), -math.inf)
+                if answer.failed_at is None:
+                    results[rank] = answer.value
+                    continue
+                if not failures:
                     error = TimeoutError if time.monotonic() >= hung_at else AssertionError
                     deadline = min(deadline, time.monotonic() + _GRACE)
-                (results if succeeded else failures)[rank] = value
-        failures |= {rank: "gave no answer" for rank in pending.values()}
+                failures[rank] = answer
+        failures |= {rank: _Answer("gave no answer", math.inf) for rank in pending.values()}
         if pending or any(not process.is_alive() for process, _ in self._workers):
             self.close()
         if failures:
-            details = "\n".join(f"--- rank {rank}\n{text}" for rank, text in failures.items())
-            raise error(f"{name} failed on ranks {list(failures)} of {world_size}\n{details}")
+            # Which answer comes first is chance: a rank that fails takes the others with it.
+            ranks = sorted(failures, key=lambda rank: failures[rank].failed_at or 0.0)
+            details = "\n".join(f"--- rank {rank}\n{failures[rank].value}" for rank in ranks)
+            raise error(f"{name} failed on ranks {ranks} of {world_size}\n{details}")
         return [results[rank] for rank in range(world_size)]
 
     def _obituary(self, rank: int) -> str:
@@ -209,18 +226,19 @@ def _serve(connection: Connection, stack_file: Path) -> None:
 
 def _answer(rank: int, request: _Imports | _Run) -> bytes:
     try:
-        result = _import(request) if isinstance(request, _Imports) else _on_rank(rank, request)
-        return pickle.dumps((True, result))
+        answer = _import(request) if isinstance(request, _Imports) else _on_rank(rank, request)
+        return pickle.dumps(answer)
     except Exception:
-        return pickle.dumps((False, traceback.format_exc()))
+        return pickle.dumps(_Answer(traceback.format_exc(), time.monotonic()))
 
 
-def _import(imports: _Imports) -> None:
+def _import(imports: _Imports) -> _Answer:
     sys.path[:] = imports.search_path
     importlib.import_module(imports.module)
+    return _Answer(None)
 
 
-def _on_rank(rank: int, run: _Run) -> Any:
+def _on_rank(rank: int, run: _Run) -> _Answer:
     import torch
 
     function, kwargs = pickle.loads(run.call)
@@ -235,9 +253,11 @@ def _on_rank(rank: int, run: _Run) -> Any:
         timeout=timedelta(seconds=run.timeout),
     )
     try:
-        return function(**kwargs)
-    finally:
-        _forget_run()
+        answer = _Answer(function(**kwargs))
+    except Exception:
+        answer = _Answer(traceback.format_exc(), time.monotonic())
+    _forget_run()
+    return answer
 
 
 def _forget_run() -> None:
