@@ -22,11 +22,11 @@ pretrain:  ## pretrain a small model on text that ships with Python (ARGUMENTS="
 	    --nproc-per-node $(PROCESSES) -m mor_tools.pretraining \
 	    --config examples/configs/tiny.yaml $(ARGUMENTS)
 
-test:  ## run the tests
-	@$(use_python) OMP_NUM_THREADS=1 $$python -m pytest -q -m "not full"
+test:  ## run the tests (ARGUMENTS="options of pytest")
+	@$(use_python) OMP_NUM_THREADS=1 $$python -m tests.side_by_side $(ARGUMENTS)
 
 test-full:  ## run the tests and the exhaustive sweeps
-	@$(use_python) OMP_NUM_THREADS=1 $$python -m pytest -q
+	@$(use_python) OMP_NUM_THREADS=1 $$python -m tests.side_by_side --full $(ARGUMENTS)
 
 test-gpu:  ## what needs GPUs, with a verdict (ARGUMENTS="--list", "--rehearse" on CPUs)
 	@$(use_python) $$python -m tests.gpu $(ARGUMENTS)

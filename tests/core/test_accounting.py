@@ -36,6 +36,7 @@ from mor_layers.costs.shapes import MLPShape, ScorerMatrix
 from mor_layers.layers.relaxation import PROJECTIONS
 from mor_layers.recursion import KV_POLICIES, SharingContext
 from tests.core.small_models import plain_config, random_ids, small_config, small_model
+from tests.pairs import pairwise_sweep
 
 BATCH = 3
 
@@ -126,9 +127,13 @@ ROUTED = [
 ]
 
 
-@pytest.mark.parametrize("length", [1, 11])
-@pytest.mark.parametrize("sharing", ["cycle", "middle_cycle"])
-@pytest.mark.parametrize(("router", "kv_policy"), ROUTED)
+@pytest.mark.parametrize(
+    ("router", "kv_policy", "sharing", "length"),
+    pairwise_sweep(
+        (*routed, sharing, length)
+        for routed, sharing, length in product(ROUTED, ["cycle", "middle_cycle"], [1, 11])
+    ),
+)
 def test_flops_of_a_routed_model_are_what_flop_counter_sees(router, kv_policy, sharing, length):
     config = small_config(ROUTERS[router], 3, sharing, kv_policy, block_size=2)
     measured = measure(small_model(config), random_ids(BATCH, length))
@@ -227,14 +232,16 @@ def test_steps_and_the_output_sum_to_the_totals():
     assert cost.flops_per_token(training=False) == cost.forward.total / 11
 
 
-@pytest.mark.parametrize("tie_embeddings", [False, True])
-@pytest.mark.parametrize("share_norms", [True, False])
 @pytest.mark.parametrize(
-    ("router", "sharing"),
-    [
-        *product(ROUTERS, ["cycle", "middle_cycle"]),
-        *product(["fixed_depth"], ["sequence", "middle_sequence"]),
-    ],
+    ("router", "sharing", "share_norms", "tie_embeddings"),
+    pairwise_sweep(
+        [
+            *product(ROUTERS, ["cycle", "middle_cycle"], [True, False], [True, False]),
+            *product(
+                ["fixed_depth"], ["sequence", "middle_sequence"], [True, False], [True, False]
+            ),
+        ]
+    ),
 )
 def test_parameters_are_those_of_the_model(router, sharing, share_norms, tie_embeddings):
     config = small_config(ROUTERS[router], 3, sharing, share_norms=share_norms, block_size=2)

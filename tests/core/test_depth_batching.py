@@ -27,6 +27,7 @@ from tests.core.small_models import (
     small_config,
     small_model,
 )
+from tests.pairs import pairwise_sweep
 
 ALL_ROUTERS = {**ROUTERS, "depth_and_width": DepthAndWidth()}
 POLICIES: tuple[KVPolicy, ...] = (
@@ -36,9 +37,6 @@ POLICIES: tuple[KVPolicy, ...] = (
     "exit_state",
 )
 SHARINGS = ("cycle", "middle_cycle")
-COMBINATIONS = [
-    pytest.param(*c, id="-".join(c)) for c in itertools.product(ALL_ROUTERS, POLICIES, SHARINGS)
-]
 
 
 def model_for(router: str, policy: KVPolicy, sharing: str = "cycle", **changes) -> MoRTransformer:
@@ -53,7 +51,10 @@ def others(model: MoRTransformer, recorder: Recorder) -> None:
         recorder.step()
 
 
-@pytest.mark.parametrize(("router", "policy", "sharing"), COMBINATIONS)
+@pytest.mark.parametrize(
+    ("router", "policy", "sharing"),
+    pairwise_sweep(itertools.product(ALL_ROUTERS, POLICIES, SHARINGS)),
+)
 def test_decoding_equals_the_full_forward_pass(router: str, policy: KVPolicy, sharing: str) -> None:
     model = model_for(router, policy, sharing, block_size=2)
     request = Request(prompt(9), 5)

@@ -83,7 +83,7 @@ def by_loops(
         mean = mean + torch.stack(p) / len(places)
         z = z + torch.log(sum(exponentials)) ** 2 / len(places)
         bias = router.bias[step].tolist() if config.bias_update_rate else [0.0] * len(p)
-        ranked = sorted(range(len(p)), key=lambda e: -(float(p[e]) + bias[e]))
+        ranked = sorted(range(len(p)), key=lambda e: -(float(p[e].detach()) + bias[e]))
         taken = ranked[: config.experts_per_token]
         if router.widths is not None:
             bar = router.widths.values[step]
@@ -97,7 +97,7 @@ def by_loops(
         share[e] = len(queue) / max(1, len(wanted))
         if config.capacity_factor is not None:
             if config.drop_policy != "position":
-                queue = sorted(queue, key=lambda entry: -float(entry[3]))
+                queue = sorted(queue, key=lambda entry: -float(entry[3].detach()))
             even = len(places) * config.experts_per_token / config.num_experts
             queue = queue[: math.ceil(even * config.capacity_factor)]
         load[e] = len(queue)
@@ -205,7 +205,8 @@ def test_a_model_counts_every_cell_and_learns_from_every_loss(router, expert_rou
     assert len(ends) == 2
     wanted = sum(0.01 * u.metrics["expert_balance_loss"] / 3 for u in parts)
     wanted = wanted + sum(0.01 * u.metrics["expert_balance_loss"] for u in ends)
-    assert float(output.losses["expert_balance_loss"]) == pytest.approx(float(wanted), rel=1e-6)
+    balance = output.losses["expert_balance_loss"].item()
+    assert balance == pytest.approx(wanted.item(), rel=1e-6)
     assert output.loss > output.lm_loss
     output.loss.backward()
     routers = [n for n, _ in model.named_parameters() if ".mlp.router." in n]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -36,6 +36,7 @@ from tests.core.small_models import (
     small_config,
     small_model,
 )
+from tests.pairs import sweep
 
 KINDS = ("lora", "dora")
 WITHOUT_KEYS = ("query", "output", "gate", "up", "down")
@@ -136,9 +137,18 @@ def test_a_delta_moves_its_own_step_only():
     assert not torch.equal(second, other)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sharing", SHARING_SCHEMES)
-@pytest.mark.parametrize("initialization", INITIALIZATIONS[:-1])
+# Every initialization under two schemes and every scheme with two initializations, a kind each.
+AT_FULL_RANK = [
+    (initialization, SHARING_SCHEMES[(index + turn) % len(SHARING_SCHEMES)], kind)
+    for index, initialization in enumerate(INITIALIZATIONS[:-1])
+    for turn, kind in enumerate(KINDS)
+]
+
+
+@pytest.mark.parametrize(
+    ("initialization", "sharing", "kind"),
+    sweep(product(INITIALIZATIONS[:-1], SHARING_SCHEMES, KINDS), AT_FULL_RANK),
+)
 def test_at_full_rank_the_dense_model_is_reproduced(kind, sharing, initialization):
     dense = dense_model(sharing)
     relaxation = Relaxation(HIDDEN_SIZE, kind, scale=2.0)

@@ -20,6 +20,7 @@ from mor_layers import (
 )
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pool import WorkerPool
+from tests.pairs import sweep
 
 SEQUENCE_LENGTH = 14  # with three steps: 14, 9 and 4 tokens, of which 9 do not divide by two ranks
 
@@ -151,17 +152,25 @@ CASES += [
     ("fixed, deltas", "full recompute of dense layers"),
 ]
 
-# Every recursion in every other layout, every layout with every other recursion; the rest on demand.
-SAMPLED = [
-    pytest.param(
-        name,
-        layout,
-        marks=[pytest.mark.full]
-        * (name not in RARER and (index + list(LAYOUTS).index(layout)) % 2),
-    )
-    for name, layout in CASES
-    for index in [list(RECURSIONS).index(name)]
-]
+# Every day, a layout runs a router of each kind it can tell apart: one with a fixed number of tokens
+# and one without. Every recursion meets a layout that cuts the model and one that does not.
+DAILY = {
+    "tp": ["random", "aux router"],
+    "tp+sp": ["expert", "token, sharing"],
+    "pp": ["token", "expert, sharing"],
+    "dp": ["fixed", "expert, update"],
+    "dp overlap": ["token"],
+    "tp+sp moe": ["token", "expert, sharing", "sequence"],
+    "ep": ["expert", "token, sharing"],
+    "tp+sp ep etp1": ["token", "expert, update"],
+    "ep allgather": ["fixed"],
+    "full recompute": ["random", "expert", "token, sharing"],
+    "selective recompute": ["sequence", "aux router"],
+}
+SAMPLED = sweep(
+    CASES,
+    [(name, layout) for name, layout in CASES if name in RARER or name in DAILY[layout]],
+)
 
 
 @pytest.fixture(scope="module")

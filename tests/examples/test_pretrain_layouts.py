@@ -41,7 +41,7 @@ STABILITY = [
     "recursion.router.gate_bias=-1.0",
     "recursion.relaxation={rank: 2, projections: [query, output]}",
 ]
-IN_SHORT = ("PP=2, steps as stages", "CP=2")
+IN_SHORT = ("PP=2, steps as stages",)
 
 
 @pytest.fixture(scope="module")

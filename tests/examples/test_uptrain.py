@@ -40,7 +40,7 @@ LAYOUTS = {
     "DP=2": (2, []),
     "TP=2 x PP=2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
 }
-IN_SHORT = ("TP=2", "PP=2, steps as stages")
+IN_SHORT = ("PP=2, steps as stages",)
 
 
 @pytest.fixture(scope="module")
