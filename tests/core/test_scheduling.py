@@ -236,11 +236,11 @@ def test_who_runs_more_than_its_share_gives_way_in_time() -> None:
 
 def test_a_difference_of_one_is_fair() -> None:
     clock = Time()
-    own = scheduler(slots=1, clock=clock)
-    submit(own, prompt=1, client="first")
+    own = scheduler(slots=3, clock=clock)
+    for client in ("first", "first", "second", "second"):
+        submit(own, prompt=1, client=client)
     own.admit((10, 10))
-    submit(own, prompt=1, client="second")
-    own.admit((10, 10))
+    assert running(own) == [0, 1, 2]
     clock.now = 100.0
     assert own.unfair() is None
 
