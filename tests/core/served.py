@@ -23,6 +23,7 @@ class Served:
     """Of each token of prompt and continuation but the last."""
     text: str = ""
     finish_reason: str | None = None
+    error: str = ""
 
 
 class Recorder:
@@ -58,6 +59,7 @@ class Recorder:
             own = self.served[event.number]
             assert own.finish_reason is None, "news of a request that has ended"
             own.finish_reason, own.text = event.finish_reason, own.text + event.text
+            own.error = event.error
             if event.token is not None:
                 own.logits.append(self._logits[event.number, len(own.tokens)])
                 own.tokens.append(event.token)

@@ -272,6 +272,26 @@ def test_a_single_sequence_that_outgrows_the_cache_ends_with_a_reason() -> None:
     assert served.finish_reason == "memory" and 0 < len(served.tokens) < 50
 
 
+def test_a_client_with_many_requests_makes_room_for_another() -> None:
+    model = model_for("expert_choice", "sharing_with_update", "middle_cycle")
+    now = [0.0]
+    recorder = Recorder(model, num_slots=2, clock=lambda: now[0])
+    many = [Request(prompt(3, seed), 20, client="many") for seed in range(4)]
+    for request in many:
+        recorder.submit(request)
+    for _ in range(8):
+        recorder.step()
+    short = Request(prompt(2, 9), 2, client="one")
+    number = recorder.submit(short)
+    now[0] += 1.0
+    while recorder.served[number].finish_reason is None:
+        recorder.step()
+    assert recorder.engine.counters.finished == recorder.engine.counters.preemptions == 1
+    for request, served in zip((*many, short), recorder.finish(), strict=True):
+        assert len(served.tokens) == request.max_new_tokens
+        assert_exact(model, request, served)
+
+
 def test_a_token_that_exits_makes_room_at_once() -> None:
     model = model_for("expert_choice_first_step_too", "recursion_wise")
     recorder = Recorder(model, num_slots=1)
@@ -293,6 +313,60 @@ def test_a_long_prompt_does_not_stop_the_others() -> None:
     while recorder.served[second].finish_reason is None:
         recorder.step()
     assert len(recorder.served[first].tokens) >= 10
+
+
+@pytest.mark.parametrize("router", ["expert_choice", "token_choice"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_logits_that_are_not_finite_end_their_own_request(policy: KVPolicy, router: str) -> None:
+    model = model_for(router, policy, "middle_cycle")
+    prompts = [tuple(i % 4 for i in prompt(length, length)) for length in (3, 9, 1, 4, 7)]
+    good = [Request(ids, 6) for ids in prompts]
+    alone = serve(model, good)
+    said = {0, 1, 2, 3}.union(*(own.tokens for own in alone))
+    broken = next(i for i in range(VOCAB_SIZE) if i not in said)
+    # A token whose state is NaN, from its embedding on.
+    model.embedding.register_forward_hook(
+        lambda _, given, out: out.masked_fill((given[0] == broken)[..., None], torch.nan)
+    )
+    recorder = Recorder(model, num_slots=3, chunk_size=4)
+    bad = Request((0, broken, 1, broken), 6)
+    for request in (*good, bad):
+        recorder.submit(request)
+    served = recorder.finish()  # no page is left in use
+    assert served[-1].finish_reason == "error" and "not finite" in served[-1].error
+    assert [own.tokens for own in served[:-1]] == [own.tokens for own in alone]
+    # Pages that held NaN are taken again, by whoever comes next.
+    for request, expected in zip(good, alone, strict=True):
+        tokens = [event.token for event in recorder.engine.stream(request)]
+        assert tokens == expected.tokens
+
+
+def test_a_text_that_cannot_be_decoded_ends_its_own_request() -> None:
+    model = model_for("fixed_depth", "recursion_wise")
+    requests = [Request((first,), 6, Sampling(1.0)) for first in range(3)]
+    alone = serve(model, requests)
+    broken = set(alone[0].tokens) - {i for own in alone[1:] for i in own.tokens}
+
+    def decode(ids) -> str:
+        if not broken.isdisjoint(ids):
+            raise KeyError("no such token")
+        return "".join(chr(ord("a") + i) for i in ids)
+
+    assert broken
+    recorder = Recorder(model, decode=decode)
+    for request in requests:
+        recorder.submit(request)
+    served = recorder.finish()
+    assert [own.finish_reason for own in served] == ["error", "length", "length"]
+    assert [own.tokens for own in served[1:]] == [own.tokens for own in alone[1:]]
+    # What is held back is decoded at the end, for whatever reason that comes.
+    number = recorder.engine.submit(requests[1])
+    while not recorder.engine.step():
+        pass
+    broken |= set(range(VOCAB_SIZE))
+    assert recorder.engine.cancel(number)
+    (end,) = recorder.engine.step()
+    assert end.finish_reason == "error" and "KeyError" in end.error and recorder.engine.is_idle
 
 
 def test_cancelled_and_late_requests_leave_nothing_behind() -> None:

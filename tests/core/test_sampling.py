@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mor_layers.generation import Sampling, sampling
-from mor_layers.generation.sampling import sample
+from mor_layers.generation import sampling
+from mor_layers.generation.sampling import Sampling, has_distribution, sample
 from mor_layers.generation.text_stream import TextStream
 
 
@@ -71,9 +71,78 @@ def test_seeds_and_places_give_different_numbers() -> None:
     assert len(numbers) == 1800 and all(0 <= n < 1 for n in numbers)
 
 
+def drawn(logits: list[float], settings: Sampling, count: int = 200) -> set[int]:
+    """Every token that comes up."""
+    rows = torch.tensor(logits).expand(count, -1)
+    return set(sample(rows, [settings] * count, range(count)).tolist())
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-40, 1e-30])
+@pytest.mark.parametrize("limits", [{}, {"top_k": 2}, {"top_p": 0.9}], ids=str)
+def test_a_temperature_close_to_0_takes_the_likeliest(temperature: float, limits) -> None:
+    settings = Sampling(temperature, **limits)
+    assert drawn([1.0, -2.0, 1.5, 0.0], settings) == {2}
+    assert drawn([-1e-30, -1.0, -3e38, -5.0], settings) == {0}
+    assert drawn([3.0, -2.0, 3.0, 0.0], settings) == {0, 2}  # equally likely
+
+
+@pytest.mark.parametrize("limits", [{}, {"top_k": 10**30}, {"top_p": 1.0 - 1e-16}], ids=str)
+def test_a_huge_temperature_takes_all_tokens_alike(limits) -> None:
+    assert drawn([3e38, -3e38, 0.0, 1.0], Sampling(1e308, **limits)) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("top_k", [14, 1 << 63, 10**400], ids=["14", "2^63", "10^400"])
+def test_more_candidates_than_there_are_tokens_limit_nothing(top_k: int) -> None:
+    torch.manual_seed(0)
+    logits, count = torch.rand(13).expand(300, -1), range(300)
+    limited = sample(logits, [Sampling(1.0, top_k=top_k)] * 300, count)
+    assert torch.equal(limited, sample(logits, [Sampling(1.0, top_k=13)] * 300, count))
+    assert len(limited.unique()) == 13
+
+
+@pytest.mark.parametrize("top_p", [5e-324, 1e-50, 1e-9])
+def test_a_tiny_top_p_takes_the_likeliest(top_p: float) -> None:
+    assert drawn([1.0, -2.0, 1.5, 0.0], Sampling(100.0, top_p=top_p)) == {2}
+
+
+def test_tokens_that_are_ruled_out_never_come() -> None:
+    ruled_out = [-torch.inf, 2.0, -torch.inf, 2.0, -torch.inf]
+    for limits in ({}, {"top_k": 4}, {"top_p": 1.0 - 1e-9}):
+        assert drawn(ruled_out, Sampling(5.0, **limits)) == {1, 3}
+
+
+@given(
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=9),
+    st.builds(
+        Sampling,
+        temperature=st.floats(0.0, allow_infinity=False),
+        top_k=st.integers(0, 1 << 70),
+        top_p=st.floats(0.0, 1.0, exclude_min=True),
+        seed=st.integers(),
+    ),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_no_admissible_numbers_leave_the_vocabulary(logits, settings, dtype) -> None:
+    rows = torch.tensor(logits).clamp(-6e4, 6e4).to(dtype)[None]
+    assert 0 <= sample(rows, [settings], [0]).item() < len(logits)
+
+
+def test_logits_that_are_no_distribution_are_told_apart() -> None:
+    nan, inf = torch.nan, torch.inf
+    rows = [[0.0, 1.0], [-inf, 1.0], [nan, 1.0], [1.0, inf], [-inf, -inf], [inf, nan]]
+    assert has_distribution(torch.tensor(rows)).tolist() == [True, True] + [False] * 4
+
+
 @pytest.mark.parametrize(
     "arguments",
-    [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"temperature": float("nan")}],
+    [
+        {"temperature": 10**400},
+        {"temperature": float("inf")},
+        {"temperature": -1.0},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"temperature": float("nan")},
+    ],
 )
 def test_wrong_settings_are_named(arguments) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):

@@ -20,6 +20,7 @@ def any_request(rng: random.Random, seed: int) -> Request:
         Sampling(temperature, rng.choice([0, 4]), rng.choice([1.0, 0.9])),
         stop_ids=(rng.randrange(17),) if rng.random() < 0.2 else (),
         timeout=rng.choice([None, None, None, 15.0]),
+        client=rng.choice(["few", "many", "many", "many"]),
     )
 
 

@@ -211,7 +211,7 @@ def test_a_folder_that_cannot_be_written_shows_before_any_work(pool: WorkerPool,
 
 def interrupt_a_run(*, settings: list[str]) -> str:
     """Ctrl-C while the text is prepared; who has the folder at that moment."""
-    import pretrain_gpt_mor
+    from mor_tools.pretraining import session
 
     holders = []
 
@@ -220,13 +220,13 @@ def interrupt_a_run(*, settings: list[str]) -> str:
         holders.append((output / NAME).read_text())
         raise KeyboardInterrupt
 
-    prepare, pretrain_gpt_mor.prepare = pretrain_gpt_mor.prepare, interrupted
+    prepare, session.prepare = session.prepare, interrupted
     try:
         pretrain_on_rank(settings=settings)
     except KeyboardInterrupt:
         return holders[0]
     finally:
-        pretrain_gpt_mor.prepare = prepare
+        session.prepare = prepare
     return "it went on"
 
 
