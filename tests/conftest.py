@@ -79,7 +79,7 @@ def pool() -> Iterator[WorkerPool]:
 @pytest.fixture(scope="session")
 def stand_in_pool() -> Iterator[WorkerPool]:
     """The same, in which stand-ins take the places of Transformer Engine and NVIDIA's apex."""
-    folder = Path(__file__).with_name("distributed")
+    folder = Path(__file__).parent / "distributed" / "platform"
     workers = WorkerPool(1, search_first=[folder / "te_stand_in", folder / "apex_stand_in"])
     yield workers
     workers.close()

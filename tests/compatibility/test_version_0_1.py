@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from mor_layers import load_model
 from tests.distributed.pool import WorkerPool
-from tests.examples.pretraining_runs import assert_same_curves, resume_on_rank
+from tests.mor_tools.pretraining.runs import assert_same_curves, resume_on_rank
 
 OLD = Path(__file__).with_name("v0_1")
 
