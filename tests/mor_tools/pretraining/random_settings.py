@@ -24,7 +24,7 @@ LEFT_OUT = {
     "training.timeout_seconds",
     "wandb",
     "uptrain",
-    # Relaxation, see tests/distributed/layers/test_relaxation.py; a router around another, test_deepening.py.
+    # Relaxation, see layers/test_relaxation.py; a router around another, test_deepening.py.
     "recursion.relaxation",
 }
 PLAUSIBLE: dict[str, list[Any]] = {
