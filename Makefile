@@ -8,7 +8,7 @@ ARGUMENTS ?=
 export PYTHONPATH := $(CURDIR):$(CURDIR)/integrations
 use_python = python=$(or $(PYTHON),$$(.ci/setup)) &&
 
-.PHONY: help env pretrain test test-full test-gpu lint docs bench
+.PHONY: help env pretrain test test-full test-gpu faults lint docs bench
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -30,6 +30,9 @@ test-full:  ## run the tests and the exhaustive sweeps
 
 test-gpu:  ## what needs GPUs, with a verdict (ARGUMENTS="--list", "--rehearse" on CPUs)
 	@$(use_python) $$python -m tests.gpu $(ARGUMENTS)
+
+faults:  ## plant a hundred small faults and see that the tests notice (half an hour)
+	@$(use_python) $$python -m tests.campaigns.planted_faults $(ARGUMENTS)
 
 lint:  ## ruff, pyright and the import contracts
 	@$(use_python) $$python -m ruff check . && $$python -m ruff format --check . \
