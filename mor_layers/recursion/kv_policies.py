@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mor_layers.recursion.attention import attend, causal_mask, visible
-from mor_layers.recursion.expert_use import ExpertUse
+from mor_layers.recursion.expert_use import ExpertRecorder, ExpertUse
 from mor_layers.selection import Tokens, put_rows, take_rows
 
 KVPolicy = Literal["recursion_wise", "recursive_sharing", "sharing_with_update", "exit_state"]
@@ -43,14 +43,27 @@ class Exited:
 
 @dataclass(frozen=True)
 class StepContext:
-    """What the layers of a block are told about the step they run. Recursion-wise as it stands."""
+    """What the layers of a block are told about the step they run.
+
+    This base class is the recursion-wise KV policy. A context is frozen: which step runs, on which
+    tokens, does not change. Two things belong to the pass and are filled while it runs: layers
+    hand keys and values to `exchange`, which policies that keep some put into a `store`, and a
+    mixture of experts tells `experts` what it did.
+    """
 
     step: int
     """0-based recursion step."""
     tokens: Tokens
     """The tokens whose states the layers get."""
-    expert_use: dict[int, ExpertUse] = field(default_factory=dict, kw_only=True)
-    """What the experts of each layer did at this step, by layer; written by the layers."""
+    # Not the class itself as the factory: torch.compile makes objects only of classes that it
+    # finds by name.
+    experts: ExpertRecorder = field(default_factory=lambda: ExpertRecorder(), kw_only=True)
+    """Where layers record what their experts did."""
+
+    @property
+    def expert_use(self) -> dict[int, ExpertUse]:
+        """What the experts of each layer did at this step, by layer, as far as it has run."""
+        return self.experts.uses
 
     @property
     def keys(self) -> Tokens:
@@ -64,7 +77,7 @@ class StepContext:
 
     @property
     def exited(self) -> Exited | None:
-        """Further tokens whose keys and values layers must compute at this step; None: no such."""
+        """Further tokens whose keys and values layers must compute; None when there are none."""
         return None
 
     @property
@@ -77,9 +90,17 @@ class StepContext:
         """All rows whose keys and values a layer must compute: those that run, then `exited`."""
         return hidden if self.exited is None else torch.cat([hidden, self.exited.hidden])
 
+    # The two hooks below are trivial here, where all rows run one step. They stand in the base
+    # class because a layer is written once, for training and for generation, and generation
+    # batches tokens that are at different steps.
+
     def rows_by_step(self, count: int) -> list[tuple[int, slice]]:
-        """The step that the first `count` rows run, or each step with its rows, in their order."""
+        """Which of the first `count` rows run which step; rows of one step stand together."""
         return [(self.step, slice(0, count))]
+
+    def rows_to_project(self, hidden: Float[Tensor, "kx b h"]) -> Float[Tensor, "w b h"]:
+        """Of the rows of `with_exited`, the first ones: those that need keys and values."""
+        return hidden
 
     def exchange(
         self,
@@ -100,11 +121,6 @@ class StepContext:
     def causal_mask(self) -> Bool[Tensor, "b 1 k m"] | None:
         """True where a query may see a key; None where plain causal attention is that."""
         return causal_mask(self.tokens, self.keys)
-
-    @property
-    def num_projected(self) -> int | None:
-        """Of the rows of `with_exited`, so many need keys and values; None: all."""
-        return None
 
     def attend(
         self,
