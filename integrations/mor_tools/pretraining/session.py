@@ -156,7 +156,10 @@ class Session:
         loss, reports = self.trainer.evaluate(self.data.held_out)
         if not reports:
             return Validation(loss)
-        causal_loss, causal_reports = self.trainer.evaluate(self.data.held_out, causal=True)
+        causal_loss, causal_reports = loss, reports
+        recursion = self.settings.recursion
+        if recursion is not None and not recursion.router.is_causal:
+            causal_loss, causal_reports = self.trainer.evaluate(self.data.held_out, causal=True)
         return Validation(
             loss,
             Routing.from_reports(reports),
