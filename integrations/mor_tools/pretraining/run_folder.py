@@ -8,6 +8,7 @@ from typing import Any
 from mor_layers import from_mapping, to_mapping
 from mor_layers.routers import registry
 from mor_megatron.checkpoints import runs
+from mor_tools.formats import RUN_CHECKPOINTS, RUN_CLAIM
 from mor_tools.pretraining.data.text import PreparedText
 from mor_tools.pretraining.settings import Settings
 
@@ -36,16 +37,16 @@ def is_complete(settings: Settings) -> bool:
         ValueError: it is a run with other settings.
     """
     folder = Path(settings.output)
-    claimed = folder / "run.json"
+    claimed = folder / RUN_CLAIM
     if claimed.exists():
         _check_same(folder, json.loads(claimed.read_text("utf-8"))["settings"], settings)
-    done = runs.latest_step(folder / "checkpoints") == settings.training.steps
+    done = runs.latest_step(folder / RUN_CHECKPOINTS) == settings.training.steps
     return done and (folder / "summary.json").exists()
 
 
 def has_checkpoint(settings: Settings) -> bool:
     """Whether a run would go on from a checkpoint."""
-    return runs.latest_step(Path(settings.output) / "checkpoints") is not None
+    return runs.latest_step(Path(settings.output) / RUN_CHECKPOINTS) is not None
 
 
 def claim(settings: Settings, text: PreparedText) -> None:
@@ -56,7 +57,7 @@ def claim(settings: Settings, text: PreparedText) -> None:
     """
     folder = Path(settings.output)
     folder.mkdir(parents=True, exist_ok=True)
-    claimed = folder / "run.json"
+    claimed = folder / RUN_CLAIM
     if not claimed.exists():
         claim = {"text": str(text.prefix), "settings": to_mapping(settings)}
         write_atomically(claimed, json.dumps(claim, indent=2) + "\n")
@@ -79,7 +80,7 @@ def write_atomically(path: Path, text: str) -> None:
 def _check_same(folder: Path, earlier: dict[str, Any], settings: Settings) -> None:
     # Read like any other, so that settings newer than the run have their defaults. The folder may
     # name the router that the user names too, whose module is imported already, and no other.
-    where, recursion = str(folder / "run.json"), settings.recursion
+    where, recursion = str(folder / RUN_CLAIM), settings.recursion
     own = None if recursion is None else registry.router_name(recursion.router)
     names_own = _flat(earlier).get("recursion.router.type") == own
     before = _flat(to_mapping(from_mapping(Settings, earlier, where, may_import=names_own)))

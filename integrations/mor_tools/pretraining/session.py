@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mor_layers import save_model, to_mapping
+from mor_tools.formats import RUN_MODEL
 from mor_tools.pretraining import distributed, run_folder
 from mor_tools.pretraining.command_line import load_settings
 from mor_tools.pretraining.data.datasets import Datasets, batches, build_datasets, unigram_entropy
@@ -194,9 +195,11 @@ class Session:
         if trained is not None:
             sample = demonstration.continuation(trained, self.settings, self.tokenizer)
             passage = demonstration.depths(trained, self.data.held_out[0], self.tokenizer)
-            save_model(trained, self.folder / "model", self.tokenizer.path)
+            save_model(trained, self.folder / RUN_MODEL, self.tokenizer.path)
             self.display.say(f"a continuation:\n{sample}\n")
-            self.display.say(f"wrote {self.folder}/model, for examples/generate.py and serve.py")
+            self.display.say(
+                f"wrote {self.folder}/{RUN_MODEL}, for examples/generate.py and serve.py"
+            )
         parameters = build.parameters(self.shape)
         routing = validation.routing
         flops = build.flops_per_token(self.shape, self.settings, routing and routing.shares)
