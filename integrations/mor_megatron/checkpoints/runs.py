@@ -9,7 +9,7 @@ damaged is refused by name, and the newest good one before it is taken.
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from torch import nn
 from mor_megatron.checkpoints import integrity
 from mor_megatron.checkpoints.optimizer import load_state, sharded_state, shared_state
 from mor_megatron.checkpoints.writer import write_state
+from mor_megatron.platform import on_first_rank
 
 _LATEST = "latest"
 _MOST_DIFFERENCES_SHOWN = 8
@@ -87,12 +88,12 @@ def save(
         state["optimizer"] = sharded_state(optimizer, state["model"], False)
         state["shared_optimizer"] = shared_state(optimizer)
     try:
-        _on_first_rank(lambda: _make_empty(partial))
+        on_first_rank(lambda: _make_empty(partial))
         write_state(state, partial)
         integrity.seal(partial)
-        _on_first_rank(lambda: _publish(partial, target))
+        on_first_rank(lambda: _publish(partial, target))
     except OSError as error:
-        raise OSError(_on_first_rank(lambda: _given_up(partial, target, error))) from error
+        raise OSError(on_first_rank(lambda: _given_up(partial, target, error))) from error
     return target
 
 
@@ -120,7 +121,7 @@ def load(
         ValueError: it is damaged, and so are all before it where `step` is None; it does not fit the
             model, or lacks the optimizer or the scheduler.
     """
-    source, refused = _good(_on_first_rank(lambda: _find(Path(directory), step)))
+    source, refused = _good(on_first_rank(lambda: _find(Path(directory), step)))
     shared = dist_checkpointing.load_common_state_dict(source)
     if optimizer is not None and "shared_optimizer" not in shared:
         raise ValueError(f"{source} was saved without an optimizer. Load it with optimizer=None.")
@@ -166,20 +167,6 @@ def _model_state(chunks: Sequence[nn.Module]) -> ShardedStateDict:
         )
         for index, chunk in enumerate(chunks)
     }
-
-
-def _on_first_rank[T](action: Callable[[], T]) -> T:
-    """The result of `action`, run on rank 0 alone, on every rank; its error too."""
-    outcome: list[Any] = [None, None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            outcome[0] = action()
-        except (OSError, ValueError) as error:
-            outcome[1] = error
-    torch.distributed.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
 
 
 def _given_up(partial: Path, target: Path, error: OSError) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mor_layers import save_model, to_mapping
+from mor_megatron.platform import on_first_rank
 from mor_tools.formats import RUN_MODEL
 from mor_tools.pretraining import distributed, run_folder
 from mor_tools.pretraining.command_line import load_settings
@@ -43,7 +44,7 @@ def pretrain(settings: Settings) -> None:
     """From text to a trained model, its checkpoint, report.html and summary.json."""
     build.check(settings)
     console = Console() if distributed.is_first_rank() else None
-    if distributed.on_first_rank(lambda: run_folder.is_complete(settings)):
+    if on_first_rank(lambda: run_folder.is_complete(settings)):
         if console is not None:
             console.print(
                 f"{settings.output} is complete: all {settings.training.steps} steps are done. See "
@@ -51,8 +52,8 @@ def pretrain(settings: Settings) -> None:
                 soft_wrap=True,
             )
         return
-    text = distributed.on_first_rank(lambda: prepare(settings.data))
-    distributed.on_first_rank(lambda: run_folder.claim(settings, text))
+    text = on_first_rank(lambda: prepare(settings.data))
+    on_first_rank(lambda: run_folder.claim(settings, text))
     tokenizer = TextTokenizer(text.tokenizer, settings.data.end_of_document)
     data = build_datasets(settings, text, tokenizer)
     distributed.seed(settings.training.seed, step=0)
@@ -95,7 +96,7 @@ class Session:
         self.unigram_entropy = unigram_entropy(data.held_out, tokenizer.vocab_size)
         is_writer = console is not None
         trackers: list[Tracker] = []
-        distributed.on_first_rank(lambda: trackers.extend(_trackers(settings, trainer.step)))
+        on_first_rank(lambda: trackers.extend(_trackers(settings, trainer.step)))
         self.history = History(self.folder, trainer.step, trackers, is_writer)
         self.display = Display(
             settings.output, settings.training.steps, self.unigram_entropy, console

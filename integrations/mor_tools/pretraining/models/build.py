@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from mor_layers import DecoderConfig, MoEConfig, MoRTransformer
 from mor_layers.costs import ModelShape, account, count_parameters
+from mor_layers.weights import state_of
 from mor_megatron import (
     Norm,
     SDPACoreAttention,
@@ -220,9 +221,7 @@ def torch_model(
     if tensors is None:
         return None
     config = decoder_config(settings, vocab_size)
-    weights = decoder_tensors(tensors, config)
-    if config.tie_embeddings:
-        weights["output.weight"] = weights["embedding.weight"]
+    weights = state_of(config, decoder_tensors(tensors, config))
     for name in ("embedding.weight", "output.weight"):
         weights[name] = weights[name][:vocab_size]
     model = MoRTransformer(config)
