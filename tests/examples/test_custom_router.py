@@ -4,6 +4,7 @@ import inspect
 import json
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +13,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import custom_router
-from mor_layers import DecoderConfig, MoRTransformer, RecursionConfig, from_mapping, save_model
+from mor_layers import (
+    DecoderConfig,
+    ExpertChoice,
+    MoRTransformer,
+    RecursionConfig,
+    from_mapping,
+    save_model,
+)
 from mor_layers.costs import account
 from mor_layers.generation import Request
 from mor_layers.routers import registered_routers, registry
+from mor_megatron.layers import RoutingReport
 from mor_tools.commands import main
+from mor_vllm.plugin import require_servable
 from tests.core.served import assert_exact, serve
 from tests.core.small_models import random_ids, small_config, small_model
 from tests.distributed.pool import WorkerPool
@@ -125,6 +135,38 @@ def test_a_plan_counts_it_in_every_layout(tmp_path):
     main([*command, "--micro-batch-sizes", "1,2"])
     plans = json.loads(report.read_text())["plans"]
     assert {plan["pipeline_layout"] for plan in plans} == {"one_stage", "steps_as_stages"}
+
+
+def test_a_run_counts_it_and_measures_it_once():
+    from mor_tools.pretraining.models import build
+    from mor_tools.pretraining.session import Session
+    from mor_tools.pretraining.settings import Settings
+
+    settings = Settings(recursion=RecursionConfig(3, router=custom_router.Halting()))
+    router = next(s.router for s in build.shape(settings, 256).stacks if s.router is not None)
+    assert router.parameters == 3 * (settings.model.hidden_size + 1)
+    ways = []
+
+    def evaluate(held_out, causal=False):
+        ways.append(causal)
+        return 5.0 + causal, [RoutingReport((1.0, 0.5, 0.5), 0.0, {}, None)]
+
+    def validate(settings):
+        trainer, data = SimpleNamespace(evaluate=evaluate), SimpleNamespace(held_out=None)
+        run = SimpleNamespace(trainer=trainer, data=data, settings=settings)
+        return Session.validate(run)  # type: ignore[arg-type]
+
+    assert validate(settings).causal_loss == 5.0  # generation routes alike
+    assert ways == [False]
+    other = replace(settings, recursion=RecursionConfig(3, router=ExpertChoice()))
+    assert validate(other).causal_loss == 6.0
+    assert ways == [False, False, True]
+
+
+def test_vllm_serves_it_where_it_keeps_a_row_of_every_token():
+    require_servable(small_config(custom_router.Halting(), kv_policy="recursive_sharing"))
+    with pytest.raises(ValueError, match=r"router=Halting with kv_policy='recursion_wise' cannot"):
+        require_servable(small_config(custom_router.Halting()))
 
 
 @pytest.fixture
