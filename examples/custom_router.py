@@ -4,6 +4,18 @@
 
 A token of `halting` depth goes on for as long as its score is above one half, and a loss holds the
 mean score of a step at `share`. It looks at no other token, so it generates as it was trained.
+
+Nothing else need know of the router: it trains in Megatron at any layout, generates, and is counted
+by `mor plan` and shown by `mor inspect`. A YAML file names it by where it is imported from, with the
+folder of this file in PYTHONPATH, or by its registered name where the module is imported already:
+
+    recursion:
+      num_recursions: 3
+      router:
+        type: custom_router:Halting  # `halting` once the module is imported
+        share: 0.5
+
+What the library cannot see for itself, settings may declare; see the methods of `RouterConfig`.
 """
 
 import sys
@@ -32,6 +44,8 @@ from mor_layers.routers import masked_mean
 class Halting(RouterConfig):
     share: float = 0.5  # mean score that the loss holds at each step
     coefficient: float = 1.0  # weight of that loss
+
+    is_causal = True  # no choice reads later tokens: evaluate once, not as in generation too
 
     def build(self, hidden_size: int, num_recursions: int) -> Router:
         return HaltingRouter(self, hidden_size, num_recursions)

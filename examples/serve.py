@@ -17,8 +17,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mor_layers.generation.cache.caches import CacheSettings
-from mor_layers.generation.engine import DepthBatchingEngine
+from mor_layers.generation import CacheSettings, DepthBatchingEngine
 from mor_tools.serving.access import Access, read_keys
 from mor_tools.serving.app import Limits, Service
 from mor_tools.serving.loading import ServedModel, load

@@ -1,11 +1,12 @@
 """Which samples a process reads, and where it resumes."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class BatchOrder:
-    """Batches of one data-parallel rank.
+    """Batches of one data-parallel rank: also a `batch_sampler` of PyTorch's DataLoader.
 
     Ranks take turns: batch `i` of the whole run, samples `first + i·size` and on, is for rank
     `i % ranks`. What is left at the end and does not fill a batch is not read.
@@ -34,6 +35,9 @@ class BatchOrder:
             raise ValueError(
                 f"BatchOrder: rank={self.rank} must lie between 0 and ranks-1={self.ranks - 1}."
             )
+
+    def __iter__(self) -> Iterator[range]:
+        return (self[index] for index in range(len(self)))
 
     def __len__(self) -> int:
         return len(self._starts)

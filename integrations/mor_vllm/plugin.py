@@ -4,7 +4,7 @@ vLLM calls `register` in each of its processes (entry point group `vllm.general_
 `mor_layers.weights.folder` is served as it is; what can be is said by `require_servable`.
 """
 
-from mor_layers import DecoderConfig, FixedDepth, RandomLoops
+from mor_layers import DecoderConfig
 
 ARCHITECTURE = "MoRForCausalLM"
 """Of a folder's config.json."""
@@ -37,7 +37,7 @@ def require_servable(config: DecoderConfig, tensor_parallel: int = 1) -> None:
     """
     recursion = config.effective_recursion
     router, policy = recursion.router, recursion.kv_policy
-    routes = not isinstance(router, FixedDepth | RandomLoops)
+    routes = router.lets_tokens_exit
     heads = (config.num_heads, config.kv_heads, config.ffn_hidden_size)
     rules = (
         (

@@ -212,7 +212,6 @@ def count_parameters(shape: ModelShape) -> Parts:
     biases = shape.query_size + 2 * shape.kv_size if shape.qkv_bias else 0
     for stack in shape.stacks:
         layers, experts = stack.num_layers, stack.mlp.num_experts
-        scorers = stack.router.scorers if stack.router else ()
         norms = (
             (4 if stack.sandwich_norms else 2)
             * h
@@ -223,8 +222,7 @@ def count_parameters(shape: ModelShape) -> Parts:
             projections=layers * (2 * h * (shape.query_size + shape.kv_size) + biases),
             mlp=layers * stack.mlp.weights(h, experts or 1),
             expert_router=layers * h * (experts or 0) * stack.mlp.num_expert_routers,
-            depth_router=sum(matrix.weights for scorer in scorers for matrix in scorer)
-            + (stack.router.num_biases if stack.router else 0),
+            depth_router=stack.router.parameters if stack.router else 0,
             deltas=layers * stack.num_recursions * _delta_parameters(shape, stack)
             + stack.input_vectors * h,
         )

@@ -3,17 +3,12 @@
 from dataclasses import dataclass, replace
 from typing import Self
 
+import torch
+
 from mor_layers.layers import Relaxation
 from mor_layers.models import DecoderConfig, RecursionConfig
 from mor_layers.recursion import KVPolicy
-from mor_layers.routers import (
-    DepthAndWidth,
-    ExpertChoice,
-    FixedDepth,
-    RandomDepth,
-    RandomLoops,
-    TokenChoice,
-)
+from mor_layers.routers import ScorerMatrix
 
 
 @dataclass(frozen=True)
@@ -57,15 +52,6 @@ class MLPShape:
 
 
 @dataclass(frozen=True)
-class ScorerMatrix:
-    """One matrix of a router, of so many weights."""
-
-    weights: int
-    backward_products: int = 2
-    """Its products in the backward pass: 1 if its input is detached, 0 if no gradient arrives."""
-
-
-@dataclass(frozen=True)
 class RouterShape:
     """A router over depth."""
 
@@ -73,35 +59,28 @@ class RouterShape:
     """At each step, the matrices that all its candidates meet."""
     capacity_factors: tuple[float, ...] | None = None
     """Share of the sequence that runs each step; None where the settings do not fix it."""
-    num_biases: int = 0
-    """Biases of logits."""
+    num_parameters: int | None = None
+    """All its parameters; None: as many as the scorers have weights."""
 
     @classmethod
     def from_recursion(cls, config: RecursionConfig, hidden_size: int) -> Self | None:
-        """The shape of a built-in router; None for FixedDepth, which has nothing to count."""
+        """The shape of a recursion's router; None where every token runs every step for nothing."""
         router, steps = config.router, config.num_recursions
+        with torch.device("meta"):
+            built = router.build(hidden_size, steps)
+        count = sum(parameter.numel() for parameter in built.parameters())
+        scorers = router.scorer_shapes(hidden_size, steps)
         factors = router.capacity_factors_for(steps)
-        if isinstance(router, FixedDepth | RandomDepth | RandomLoops):
-            return None if isinstance(router, FixedDepth) else cls(((),) * steps, factors)
-        if isinstance(router, DepthAndWidth):
-            h, out = hidden_size, steps - 1
-            weights = (h * out,) if router.architecture == "linear" else (2 * h * h, 2 * h * out)
-            scorer = tuple(ScorerMatrix(w) for w in weights)
-            return cls((scorer, *((),) * (steps - 1)), factors)
-        if not isinstance(router, ExpertChoice | TokenChoice):
-            raise ValueError(f"{type(router).__name__} is not built in: give its RouterShape too.")
-        h, logits = hidden_size, 1 if isinstance(router, ExpertChoice) else steps
-        weights = (h * logits,) if router.architecture == "linear" else (2 * h * h, 2 * h * logits)
-        scorer = tuple(ScorerMatrix(w) for w in weights)
-        if isinstance(router, ExpertChoice):
-            if router.predictor == "aux_router":  # a twin that reads detached states
-                scorer += (ScorerMatrix(weights[0], 1), *scorer[1:])
-            return cls((scorer,) * steps, factors, 0 if router.gate_bias is None else steps)
-        has_loss = router.balancing == "loss" or router.z_loss_coefficient > 0
-        if router.combine == "additive" and not has_loss:  # nothing reads the gate
-            scorer = tuple(ScorerMatrix(w, 0) for w in weights)
-        biases = 0 if router.gate_bias is None else steps
-        return cls((scorer, *((),) * (steps - 1)), factors, biases)
+        if factors == (1.0,) * steps and not any(scorers) and not count:
+            return None
+        return cls(scorers, factors, count)
+
+    @property
+    def parameters(self) -> int:
+        """`num_parameters`, its default filled in."""
+        if self.num_parameters is not None:
+            return self.num_parameters
+        return sum(matrix.weights for scorer in self.scorers for matrix in scorer)
 
 
 @dataclass(frozen=True)
@@ -167,7 +146,7 @@ class ModelShape:
 
     @classmethod
     def from_decoder(cls, config: DecoderConfig, router: RouterShape | None = None) -> Self:
-        """The shape of a `MoRTransformer`; `router` only where it is one of your own."""
+        """The shape of a `MoRTransformer`; `router`: instead of what its router declares."""
         recursion, schedule = config.effective_recursion, config.schedule
         router = router or RouterShape.from_recursion(recursion, config.hidden_size)
         block, mlp = MLPShape.of_layer(config, recursion), MLPShape.of_layer(config)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mor_layers.modules import PreciseBuffers
 from mor_layers.recursion import ExpertUse
 from mor_layers.routers import Thresholds
-from mor_layers.settings import check_types
+from mor_layers.settings import check_types, require_choice
 
 ExpertRouters = Literal["shared", "per_step"]
 DropPolicy = Literal["probability", "position"]
@@ -68,11 +68,7 @@ class MoEConfig:
             raise ValueError(f"MoEConfig.capacity_factor={self.capacity_factor} must be above 0.")
         if self.drop_policy is None:
             return
-        if self.drop_policy not in get_args(DropPolicy):
-            raise ValueError(
-                f"MoEConfig.drop_policy={self.drop_policy!r} is unknown. Use one of "
-                f"{', '.join(get_args(DropPolicy))}."
-            )
+        require_choice("MoEConfig", "drop_policy", self.drop_policy, get_args(DropPolicy))
         if self.capacity_factor is None:
             raise ValueError(
                 f"MoEConfig.drop_policy={self.drop_policy!r} has no effect without "

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from mor_layers.recursion import KVPolicy, StepContext
-from mor_layers.settings import check_types
+from mor_layers.settings import check_types, require_choice
 
 RelaxationKind = Literal["lora", "dora"]
 Projection = Literal["query", "key", "value", "output", "gate", "up", "down"]
@@ -49,8 +49,7 @@ class Relaxation:
         check_types(self)
         if self.rank < 1:
             raise ValueError(f"Relaxation.rank={self.rank} must be at least 1.")
-        if self.kind not in get_args(RelaxationKind):
-            raise ValueError(f"Relaxation.kind={self.kind!r} is unknown. Use lora or dora.")
+        require_choice("Relaxation", "kind", self.kind, get_args(RelaxationKind))
         unknown = [name for name in self.projections if name not in PROJECTIONS]
         if unknown or not self.projections or len(set(self.projections)) < len(self.projections):
             raise ValueError(

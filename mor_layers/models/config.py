@@ -18,7 +18,7 @@ from mor_layers.recursion import (
     StepInput,
 )
 from mor_layers.routers import FixedDepth, RouterConfig
-from mor_layers.settings import check_types
+from mor_layers.settings import check_types, require_choice
 
 
 @dataclass(frozen=True)
@@ -58,19 +58,10 @@ class RecursionConfig:
         check_types(self)
         if self.num_recursions < 1:
             raise ValueError(f"num_recursions={self.num_recursions} must be at least 1.")
-        if self.sharing not in SHARING_SCHEMES:
-            raise ValueError(
-                f"sharing={self.sharing!r} is unknown. Use one of {', '.join(SHARING_SCHEMES)}."
-            )
-        if self.kv_policy not in KV_POLICIES:
-            raise ValueError(
-                f"kv_policy={self.kv_policy!r} is unknown. Use one of {', '.join(KV_POLICIES)}."
-            )
-        if self.expert_routers not in typing.get_args(ExpertRouters):
-            raise ValueError(
-                f"expert_routers={self.expert_routers!r} is unknown. Use one of "
-                f"{', '.join(typing.get_args(ExpertRouters))}."
-            )
+        name, expert_routers = "RecursionConfig", typing.get_args(ExpertRouters)
+        require_choice(name, "sharing", self.sharing, SHARING_SCHEMES)
+        require_choice(name, "kv_policy", self.kv_policy, KV_POLICIES)
+        require_choice(name, "expert_routers", self.expert_routers, expert_routers)
         self.router.validate(self.num_recursions)
         if self.relaxation is not None:
             self.relaxation.check(self.num_recursions, self.kv_policy)

@@ -13,6 +13,8 @@ Source: Bae et al. 2025 (arXiv 2507.10524), section 2.2.1 and table 1.
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from mor_layers.settings import require_choice
+
 Sharing = Literal["cycle", "sequence", "middle_cycle", "middle_sequence"]
 SHARING_SCHEMES: tuple[str, ...] = get_args(Sharing)
 
@@ -34,10 +36,7 @@ class SharingSchedule:
     """Scheme that orders the repeats."""
 
     def __post_init__(self) -> None:
-        if self.sharing not in SHARING_SCHEMES:
-            raise ValueError(
-                f"sharing={self.sharing!r} is unknown. Use one of {', '.join(SHARING_SCHEMES)}."
-            )
+        require_choice("SharingSchedule", "sharing", self.sharing, SHARING_SCHEMES)
         if self.num_recursions < 1:
             raise ValueError(f"num_recursions={self.num_recursions} must be at least 1.")
         shared = self.num_unrolled_layers - self.prelude - self.coda

@@ -2,6 +2,7 @@
 
 from mor_layers.routers.base import Router, RouterConfig
 from mor_layers.routers.baselines import FixedDepth, FixedDepthRouter, RandomDepth, RandomLoops
+from mor_layers.routers.declarations import PublishedRouter, ScorerMatrix, StepNotes
 from mor_layers.routers.deepened import Deepened
 from mor_layers.routers.depth_and_width import DepthAndWidth
 from mor_layers.routers.early_exit import (
@@ -31,10 +32,13 @@ __all__ = [
     "ExpertChoice",
     "FixedDepth",
     "FixedDepthRouter",
+    "PublishedRouter",
     "RandomDepth",
     "RandomLoops",
     "Router",
     "RouterConfig",
+    "ScorerMatrix",
+    "StepNotes",
     "Thresholds",
     "TokenChoice",
     "masked_mean",

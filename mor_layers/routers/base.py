@@ -8,10 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mor_layers.modules import PreciseBuffers
+from mor_layers.routers.declarations import (
+    PublishedRouter,
+    ScorerMatrix,
+    StepNotes,
+    measured_scorers,
+    observed_notes,
+)
 from mor_layers.selection import RoutingDecision
 from mor_layers.settings import from_mapping, plain_fields
 
@@ -153,7 +161,11 @@ class Router(PreciseBuffers, ABC):
 
 @dataclass(frozen=True)
 class RouterConfig(ABC):
-    """Settings of a router: a frozen dataclass that knows which router it builds."""
+    """Settings of a router: a frozen dataclass that knows which router it builds.
+
+    Only `build` must be given. The other methods and properties declare what the rest of the library
+    must know of a router; each has a default that is right, or at least safe, for any router.
+    """
 
     @abstractmethod
     def build(self, hidden_size: int, num_recursions: int) -> Router:
@@ -171,6 +183,54 @@ class RouterConfig(ABC):
     def capacity_factors_for(self, num_recursions: int) -> tuple[float, ...] | None:
         """Expected share of tokens at each step, where the settings fix it."""
         return None
+
+    @property
+    def has_fixed_capacities(self) -> bool:
+        """Whether in training step r of a batch without documents and padding runs exactly
+        `max(1, floor(c_r · s))` tokens of each sequence, with c from `capacity_factors_for`."""
+        return False
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether evaluation decides alike with and without `causal`: no choice reads later tokens."""
+        return False
+
+    @property
+    def lets_tokens_exit(self) -> bool:
+        """Whether, outside training, a token may leave before the last step."""
+        return True
+
+    def scorer_shapes(
+        self, hidden_size: int, num_recursions: int
+    ) -> tuple[tuple[ScorerMatrix, ...], ...]:
+        """At each step, the matrices that all its candidates meet: what routing costs.
+
+        Here: those that `Router.logits` is seen to use, as if all logits reached a loss.
+        """
+        # Parameters made in inference mode would take part in no backward pass.
+        with torch.inference_mode(False), torch.device("meta"):
+            router = self.build(hidden_size, num_recursions)
+        if type(router).logits is Router.logits:  # it has none
+            return ((),) * num_recursions
+        return measured_scorers(router, hidden_size)
+
+    def notes_for(self, num_recursions: int) -> tuple[StepNotes, ...]:
+        """At each step, what decisions say of each token: what travels between pipeline stages.
+
+        Here: as a trial of the router shows.
+        """
+        return observed_notes(self, num_recursions)
+
+    def published_for(self, num_recursions: int) -> PublishedRouter:
+        """The router's place in checkpoints of the published Mixture-of-Recursions code.
+
+        Raises:
+            ValueError: it has none, as here.
+        """
+        raise ValueError(
+            f"router={type(self).__name__!r} has no place in a published checkpoint. Keep the model "
+            "in our format."
+        )
 
     def mean_experts_for(self, num_recursions: int) -> tuple[float, ...] | None:
         """Mean number of experts that a token shall take at each step; None: as the layers say."""

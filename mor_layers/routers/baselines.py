@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mor_layers.routers.base import Router, RouterConfig
 from mor_layers.routers.capacity import checked_capacity_factors
+from mor_layers.routers.declarations import PublishedRouter, StepNotes
 from mor_layers.routers.registry import register_router
 from mor_layers.selection import RoutingDecision
 from mor_layers.settings import check_types
@@ -22,6 +23,24 @@ class FixedDepth(RouterConfig):
 
     def capacity_factors_for(self, num_recursions: int) -> tuple[float, ...]:
         return (1.0,) * num_recursions
+
+    @property
+    def has_fixed_capacities(self) -> bool:
+        return True
+
+    @property
+    def is_causal(self) -> bool:
+        return True
+
+    @property
+    def lets_tokens_exit(self) -> bool:
+        return False
+
+    def notes_for(self, num_recursions: int) -> tuple[StepNotes, ...]:
+        return (StepNotes(),) * num_recursions
+
+    def published_for(self, num_recursions: int) -> PublishedRouter:
+        return PublishedRouter({"enable": False}, "every_pass")
 
     def build(self, hidden_size: int, num_recursions: int) -> "FixedDepthRouter":
         return FixedDepthRouter(num_recursions)
@@ -73,6 +92,17 @@ class RandomLoops(RouterConfig):
     def capacity_factors_for(self, num_recursions: int) -> tuple[float, ...]:
         choices = num_recursions - self.min_recursions + 1
         return tuple(min(1.0, (num_recursions - r) / choices) for r in range(num_recursions))
+
+    @property
+    def is_causal(self) -> bool:
+        return True
+
+    @property
+    def lets_tokens_exit(self) -> bool:
+        return False
+
+    def notes_for(self, num_recursions: int) -> tuple[StepNotes, ...]:
+        return (StepNotes(),) * num_recursions
 
     def build(self, hidden_size: int, num_recursions: int) -> "RandomLoopsRouter":
         self.validate(num_recursions)
@@ -138,6 +168,13 @@ class RandomDepth(RouterConfig):
 
     def capacity_factors_for(self, num_recursions: int) -> tuple[float, ...]:
         return checked_capacity_factors(self.capacity_factors, num_recursions)
+
+    @property
+    def has_fixed_capacities(self) -> bool:
+        return True
+
+    def notes_for(self, num_recursions: int) -> tuple[StepNotes, ...]:
+        return (StepNotes(),) * num_recursions
 
     def build(self, hidden_size: int, num_recursions: int) -> "RandomDepthRouter":
         return RandomDepthRouter(self, num_recursions)

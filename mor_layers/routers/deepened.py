@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mor_layers.routers.base import Router, RouterConfig
+from mor_layers.routers.declarations import ScorerMatrix, StepNotes
 from mor_layers.routers.registry import register_router
 from mor_layers.selection import RoutingDecision
 from mor_layers.settings import check_types
@@ -49,17 +50,37 @@ class Deepened(RouterConfig):
         return self.router.needs_updates
 
     def capacity_factors_for(self, num_recursions: int) -> tuple[float, ...] | None:
-        return self._continued(self.router.capacity_factors_for(num_recursions - self.extra_steps))
+        factors = self.router.capacity_factors_for(num_recursions - self.extra_steps)
+        return None if factors is None else self._continued(factors)
 
     def mean_experts_for(self, num_recursions: int) -> tuple[float, ...] | None:
-        return self._continued(self.router.mean_experts_for(num_recursions - self.extra_steps))
+        means = self.router.mean_experts_for(num_recursions - self.extra_steps)
+        return None if means is None else self._continued(means)
+
+    @property
+    def is_causal(self) -> bool:
+        return self.router.is_causal
+
+    @property
+    def lets_tokens_exit(self) -> bool:
+        return self.router.lets_tokens_exit
+
+    def scorer_shapes(
+        self, hidden_size: int, num_recursions: int
+    ) -> tuple[tuple[ScorerMatrix, ...], ...]:
+        trained_steps = num_recursions - self.extra_steps
+        return self._continued(self.router.scorer_shapes(hidden_size, trained_steps))
+
+    def notes_for(self, num_recursions: int) -> tuple[StepNotes, ...]:
+        return self._continued(self.router.notes_for(num_recursions - self.extra_steps))
 
     def build(self, hidden_size: int, num_recursions: int) -> "DeepenedRouter":
         trained = self.router.build(hidden_size, num_recursions - self.extra_steps)
         return DeepenedRouter(trained, self.extra_steps)
 
-    def _continued(self, values: tuple[float, ...] | None) -> tuple[float, ...] | None:
-        return None if values is None else values + values[-1:] * self.extra_steps
+    def _continued[T](self, values: tuple[T, ...]) -> tuple[T, ...]:
+        """What was declared of the trained steps, the last one's for the further steps too."""
+        return values + values[-1:] * self.extra_steps
 
 
 class DeepenedRouter(Router):

@@ -31,9 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mor_layers.routers.base import Router, RouterConfig, StepScores
+from mor_layers.routers.declarations import ScorerMatrix, StepNotes
 from mor_layers.routers.expert_choice import Architecture
 from mor_layers.routers.registry import register_router
-from mor_layers.routers.scorer import Scorer, bar_above
+from mor_layers.routers.scorer import Scorer, bar_above, scorer_matrices
 from mor_layers.routers.thresholds import Thresholds
 from mor_layers.selection import RoutingDecision
 from mor_layers.settings import check_types, require_choice
@@ -98,6 +99,20 @@ class DepthAndWidth(RouterConfig):
 
     def mean_experts_for(self, num_recursions: int) -> tuple[float, ...] | None:
         return None if self.mean_experts is None else (self.mean_experts,) * num_recursions
+
+    @property
+    def is_causal(self) -> bool:
+        return True
+
+    def scorer_shapes(
+        self, hidden_size: int, num_recursions: int
+    ) -> tuple[tuple[ScorerMatrix, ...], ...]:
+        scorer = scorer_matrices(self.architecture, hidden_size, num_recursions - 1)
+        return (scorer, *((),) * (num_recursions - 1))
+
+    def notes_for(self, num_recursions: int) -> tuple[StepNotes, ...]:
+        # The depth, and the gates of the steps after the first.
+        return (StepNotes(plan_size=num_recursions),) * num_recursions
 
     def build(self, hidden_size: int, num_recursions: int) -> "DepthAndWidthRouter":
         return DepthAndWidthRouter(self, hidden_size, num_recursions)

@@ -9,7 +9,7 @@ Legend: `b` batch, `n` candidates of a step, `k` tokens selected, `h` hidden.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -18,8 +18,15 @@ from torch import Tensor, nn
 from mor_layers.routers import losses
 from mor_layers.routers.base import Router, RouterConfig, StepScores
 from mor_layers.routers.capacity import checked_capacity_factors
+from mor_layers.routers.declarations import PublishedRouter, ScorerMatrix, StepNotes
 from mor_layers.routers.registry import register_router
-from mor_layers.routers.scorer import Scorer, bar_above, require_gates
+from mor_layers.routers.scorer import (
+    Scorer,
+    bar_above,
+    published_scorer,
+    require_gates,
+    scorer_matrices,
+)
 from mor_layers.selection import RoutingDecision
 from mor_layers.settings import check_types, require_choice, require_not_negative, require_positive
 
@@ -97,6 +104,64 @@ class ExpertChoice(RouterConfig):
 
     def capacity_factors_for(self, num_recursions: int) -> tuple[float, ...]:
         return checked_capacity_factors(self.capacity_factors, num_recursions)
+
+    @property
+    def has_fixed_capacities(self) -> bool:
+        return self.warmup_steps == 0
+
+    def scorer_shapes(
+        self, hidden_size: int, num_recursions: int
+    ) -> tuple[tuple[ScorerMatrix, ...], ...]:
+        scorer = scorer_matrices(self.architecture, hidden_size, 1)
+        if self.predictor == "aux_router":  # a twin that reads detached states
+            scorer += (replace(scorer[0], backward_products=1), *scorer[1:])
+        return (scorer,) * num_recursions
+
+    def notes_for(self, num_recursions: int) -> tuple[StepNotes, ...]:
+        return (StepNotes(has_gates=True),) * num_recursions
+
+    def published_for(self, num_recursions: int) -> PublishedRouter:
+        has_twin = self.predictor == "aux_router"
+        names = {}
+        for step in range(num_recursions):
+            ours, architecture = f"scorers.{step}", self.architecture
+            names |= published_scorer(ours, step, "mor_router", architecture)
+            if has_twin:
+                ours = f"predictors.{step}"
+                names |= published_scorer(ours, step, "mlp_router", architecture)
+        factors = self.capacity_factors_for(num_recursions)
+        without_place = {
+            # The published second router's loss has no weight; `coeff` is the other one's.
+            "predictor_coefficient": has_twin and self.predictor_weight != 1.0,
+            "threshold": self.threshold != ExpertChoice.threshold,
+            # Without an activation the published code leaves alpha out.
+            "alpha": self.activation == "none" and self.alpha != 1.0,
+            "gate_bias": self.gate_bias is not None,
+        }
+        return PublishedRouter(
+            settings={
+                "enable": True,
+                "type": "expert",
+                "capacity": ",".join(map(repr, factors)),
+                "router_type": self.architecture,
+                "z_loss": self.z_loss_coefficient > 0,
+                "z_coeff": self.z_loss_coefficient,
+                "temp": self.temperature,
+                "expert": {
+                    "cap_warmup_step": self.warmup_steps,
+                    "router_func": None if self.activation == "none" else self.activation,
+                    "alpha": self.alpha,
+                    "sampling": self.predictor,
+                    "include_first": True,
+                    "coeff": 0.001 if has_twin else self.predictor_weight,
+                    "gating": self.combine,
+                },
+            },
+            layers="every_step",
+            names=names,
+            buffers={"training_steps": self.warmup_steps},
+            without_place=tuple(name for name, is_set in without_place.items() if is_set),
+        )
 
     def build(self, hidden_size: int, num_recursions: int) -> "ExpertChoiceRouter":
         return ExpertChoiceRouter(self, hidden_size, num_recursions)

@@ -39,10 +39,18 @@ def registered_routers() -> dict[str, type[RouterConfig]]:
 
 
 def router_name(config: RouterConfig) -> str:
-    """What YAML calls the class of these settings: its registered name, else `module:ClassName`."""
+    """What files call the class of these settings.
+
+    Ours by their registered names, all others `module:ClassName`: whoever reads the file may not have
+    imported the module that registers the name. A class that nobody can import has only its name.
+    """
     kind = type(config)
     names = {known: name for name, known in _REGISTRY.items()}
-    return names.get(kind, f"{kind.__module__}:{kind.__qualname__}")
+    is_ours = kind.__module__.partition(".")[0] == __name__.partition(".")[0]
+    is_importable = kind.__module__ != "__main__" and "." not in kind.__qualname__
+    if kind in names and (is_ours or not is_importable):
+        return names[kind]
+    return _import_path(kind)
 
 
 def read_router(value: object, where: str, may_import: bool) -> RouterConfig:
@@ -64,14 +72,19 @@ def read_router(value: object, where: str, may_import: bool) -> RouterConfig:
     return from_mapping(kind, settings, where, may_import)
 
 
+def _import_path(kind: type[RouterConfig]) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
 def _allowed() -> str:
     known = ", ".join(sorted(_REGISTRY))
     return f"one of {known}, or 'package.module:ClassName' of your own"
 
 
 def _router_class(name: str, where: str, may_import: bool) -> type[RouterConfig]:
-    if name in _REGISTRY:
-        return _REGISTRY[name]
+    known = _REGISTRY | {_import_path(kind): kind for kind in _REGISTRY.values()}
+    if name in known:
+        return known[name]
     module_name, colon, class_name = name.partition(":")
     if not colon:
         raise ValueError(f"{where}.type={name!r} is not registered. Use {_allowed()}.")

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mor_layers.modules import CalledParameters
+from mor_layers.routers.declarations import ScorerMatrix
 
 
 class Scorer(nn.Module):
@@ -61,6 +62,33 @@ def bar_above(values: Float[Tensor, " t"], count: float) -> float:
         return torch.finfo(torch.float32).min
     ordered = values.double().sort(descending=True).values
     return float(ordered[kept - 1] + ordered[kept]) / 2
+
+
+def scorer_matrices(
+    architecture: str, hidden_size: int, num_logits: int
+) -> tuple[ScorerMatrix, ...]:
+    """What a `Scorer` multiplies a token with."""
+    if architecture == "linear":
+        return (ScorerMatrix(hidden_size * num_logits),)
+    inner = 2 * hidden_size
+    return ScorerMatrix(hidden_size * inner), ScorerMatrix(inner * num_logits)
+
+
+def published_scorer(
+    ours: str, entry: int, theirs: str, architecture: str
+) -> dict[str, tuple[int, str]]:
+    """Where the published code keeps a `Scorer`'s matrices: see `PublishedRouter.names`.
+
+    Args:
+        ours: name of the scorer in our router.
+        entry: its entry among the model's layers, counted from the recursion's first.
+        theirs: name of the published router in that entry.
+        architecture: of the scorer.
+    """
+    layers = ("router",) if architecture == "linear" else ("router.0", "router.2")
+    return {
+        f"{ours}.weights.{i}": (entry, f"{theirs}.{layer}.weight") for i, layer in enumerate(layers)
+    }
 
 
 def require_gates(

@@ -7,7 +7,7 @@ Legend: `b` batch, `n` candidates of a step, `k` tokens selected, `h` hidden, `r
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from mor_layers.routers import losses
 from mor_layers.routers.base import Router, RouterConfig, StepScores
+from mor_layers.routers.declarations import PublishedRouter, ScorerMatrix, StepNotes
 from mor_layers.routers.expert_choice import Architecture, Combination
 from mor_layers.routers.registry import register_router
-from mor_layers.routers.scorer import Scorer, require_gates
+from mor_layers.routers.scorer import Scorer, published_scorer, require_gates, scorer_matrices
 from mor_layers.selection import RoutingDecision
 from mor_layers.settings import check_types, require_choice, require_not_negative, require_positive
 
@@ -85,6 +86,54 @@ class TokenChoice(RouterConfig):
     @property
     def needs_updates(self) -> bool:
         return self.balancing == "loss_free"
+
+    @property
+    def is_causal(self) -> bool:
+        return True
+
+    def scorer_shapes(
+        self, hidden_size: int, num_recursions: int
+    ) -> tuple[tuple[ScorerMatrix, ...], ...]:
+        scorer = scorer_matrices(self.architecture, hidden_size, num_recursions)
+        has_loss = self.balancing == "loss" or self.z_loss_coefficient > 0
+        if self.combine == "additive" and not has_loss:  # nothing reads the gate
+            scorer = tuple(replace(matrix, backward_products=0) for matrix in scorer)
+        return (scorer, *((),) * (num_recursions - 1))
+
+    def notes_for(self, num_recursions: int) -> tuple[StepNotes, ...]:
+        return (StepNotes(plan_size=2),) * num_recursions  # depth and gate
+
+    def published_for(self, num_recursions: int) -> PublishedRouter:
+        names = published_scorer("scorer", 0, "mor_router", self.architecture)
+        if self.balancing == "loss_free":
+            names["depth_bias"] = (0, "router_bias")
+        has_loss = self.balancing == "loss"
+        without_place = {
+            "balancing": self.balancing == "none",
+            "gate_bias": self.gate_bias is not None,
+        }
+        return PublishedRouter(
+            settings={
+                "enable": True,
+                "type": "token",
+                "router_type": self.architecture,
+                "z_loss": self.z_loss_coefficient > 0,
+                "z_coeff": self.z_loss_coefficient,
+                "temp": self.temperature,
+                "token": {
+                    "bal_warmup_step": 0,
+                    "router_func": self.activation,
+                    "alpha": self.alpha,
+                    "balancing": self.balancing,
+                    "coeff": self.balancing_weight if has_loss else 0.1,
+                    "u": 0.001 if has_loss else self.balancing_weight,
+                    "gating": self.combine,
+                },
+            },
+            layers="one_entry",
+            names=names,
+            without_place=tuple(name for name, is_set in without_place.items() if is_set),
+        )
 
     def build(self, hidden_size: int, num_recursions: int) -> "TokenChoiceRouter":
         return TokenChoiceRouter(self, hidden_size, num_recursions)

@@ -24,6 +24,7 @@ from mor_layers.models import DecoderConfig, DecoderOutput, MoRTransformer
 from mor_layers.recursion import StepContext
 from mor_layers.routers import masked_mean
 from mor_layers.selection import Tokens
+from mor_layers.settings import require_choice
 from mor_layers.weights import unrolled_layers
 
 HiddenMeasure = Literal["cosine", "mse"]
@@ -61,11 +62,8 @@ class Distillation:
             raise ValueError(f"temperature={self.temperature} must be above 0.")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be at least 1, or None for all tokens.")
-        if self.hidden_measure not in get_args(HiddenMeasure):
-            raise ValueError(
-                f"hidden_measure={self.hidden_measure!r} is unknown. Use one of "
-                f"{', '.join(get_args(HiddenMeasure))}."
-            )
+        measures = get_args(HiddenMeasure)
+        require_choice("Distillation", "hidden_measure", self.hidden_measure, measures)
         if not (self.logits_coefficient or self.hidden_coefficient):
             raise ValueError(
                 "logits_coefficient=0 and hidden_coefficient=0 leave nothing to learn from a "

@@ -172,6 +172,14 @@ def tensor_shapes(config: DecoderConfig) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in state.items()}
 
 
+def state_of(config: DecoderConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A whole state dict from a model's weights, in which tied ones stand once."""
+    state = dict(weights)
+    if config.tie_embeddings:
+        state["output.weight"] = state["embedding.weight"]
+    return state
+
+
 def fitting(
     config: DecoderConfig, names: Mapping[str, str], tensors: Mapping[str, Tensor], where: Path
 ) -> LazyTensors:

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from mor_layers.layers import MLP_PROJECTIONS, Relaxation, row_norms
 from mor_layers.models import DecoderConfig, MoRTransformer, RecursionConfig
+from mor_layers.settings import require_choice
 from mor_layers.weights.names import layer_names, unrolled_layers
 from mor_layers.weights.tensor_files import LazyTensors
 
@@ -58,11 +59,7 @@ def recursive_weights(
         ValueError: the model is no dense one, its layers do not divide into such recursions, or
             the initialization is unknown.
     """
-    if initialization not in INITIALIZATIONS:
-        raise ValueError(
-            f"initialization={initialization!r} is unknown. Use one of "
-            f"{', '.join(INITIALIZATIONS)}."
-        )
+    require_choice("recursive_weights", "initialization", initialization, INITIALIZATIONS)
     if dense.recursion is not None or dense.moe is not None:
         raise ValueError(
             "a recursive model begins from a dense one, and this one has a recursion or experts. "

@@ -15,7 +15,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from torch.utils.data import DataLoader
 
 from mor_dali import BatchFields, BatchOrder, MegatronSamples, NumpyShards, Prefetch, token_batches
-from mor_tools.pretraining.data.datasets import PackedDocuments, SampleOrder
+from mor_tools.pretraining.data.datasets import PackedDocuments
 from mor_tools.pretraining.settings import DataSettings
 
 LENGTH, VOCABULARY = 13, 40
@@ -67,7 +67,7 @@ def dataset(folder: Path, kind=GPTDataset, eod=3, held_out=False, **options) -> 
 
 def megatron_batches(data: GPTDataset, size: int, first=0, rank=0, ranks=1):
     """What `integrations/mor_tools/pretraining/data/datasets.py` reads."""
-    order = SampleOrder(first=first, end=len(data), size=size, rank=rank, copies=ranks)
+    order = BatchOrder(first=first, end=len(data), size=size, rank=rank, ranks=ranks)
     return list(DataLoader(data, batch_sampler=order))
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, planner
-from torch.distributed.checkpoint import metadata as format
+from torch.distributed.checkpoint import metadata as dcp
 
 _METADATA, _CONFIG, _DATA = ".metadata", "metadata.json", "__0_0.distcp"
 _COMMON = "common_state/shard_0_1"
@@ -43,7 +43,7 @@ class DistTensors(Mapping[str, Tensor]):
         self._entries = {
             name: entry
             for name, entry in self._metadata.state_dict_metadata.items()
-            if isinstance(entry, format.TensorStorageMetadata)
+            if isinstance(entry, dcp.TensorStorageMetadata)
         }
         self._check_files()
 
@@ -89,12 +89,12 @@ class DistTensors(Mapping[str, Tensor]):
             return unpickled(legacy.read_bytes(), legacy, "common state")
         if _COMMON not in self._metadata.state_dict_metadata:
             raise ValueError(f"{self.folder} has no entry {_COMMON!r}.")
-        info = self._metadata.storage_data[format.MetadataIndex(_COMMON)]
+        info = self._metadata.storage_data[dcp.MetadataIndex(_COMMON)]
         (values,) = unpickled(self._bytes(_COMMON, info), self._path(info), _COMMON)
         return values
 
     def _piece(self, name: str, offsets: torch.Size, sizes: torch.Size) -> Tensor:
-        info = self._metadata.storage_data[format.MetadataIndex(name, offsets)]
+        info = self._metadata.storage_data[dcp.MetadataIndex(name, offsets)]
         tensor = unpickled(self._bytes(name, info), self._path(info), f"tensor {name!r}")
         if tensor.shape != sizes:
             raise ValueError(
@@ -138,10 +138,10 @@ def write_dist_checkpoint(
         written: called with the name of each tensor after it.
     """
     entries: dict[str, Any] = {}
-    places: dict[format.MetadataIndex, Any] = {}
+    places: dict[dcp.MetadataIndex, Any] = {}
     with (folder / _DATA).open("wb") as file:
 
-        def write(index: format.MetadataIndex, value: object) -> None:
+        def write(index: dcp.MetadataIndex, value: object) -> None:
             begin = file.tell()
             torch.save(value, file)
             places[index] = filesystem._StorageInfo(_DATA, begin, file.tell() - begin)
@@ -151,21 +151,21 @@ def write_dist_checkpoint(
             tensor = tensor.detach().cpu().contiguous()
             whole = tensor.untyped_storage().nbytes() == tensor.nbytes
             start = torch.Size([0] * tensor.dim())
-            write(format.MetadataIndex(name, start), tensor if whole else tensor.clone())
-            entries[name] = format.TensorStorageMetadata(
-                format.TensorProperties.create_from_tensor(tensor),
+            write(dcp.MetadataIndex(name, start), tensor if whole else tensor.clone())
+            entries[name] = dcp.TensorStorageMetadata(
+                dcp.TensorProperties.create_from_tensor(tensor),
                 tensor.shape,
-                [format.ChunkStorageMetadata(start, tensor.shape)],
+                [dcp.ChunkStorageMetadata(start, tensor.shape)],
             )
             if written is not None:
                 written(name)
         for name, value in {**dict.fromkeys(objects), _COMMON: common}.items():
-            write(format.MetadataIndex(name), [value])
-            entries[name] = format.BytesStorageMetadata()
-    content = format.Metadata(
+            write(dcp.MetadataIndex(name), [value])
+            entries[name] = dcp.BytesStorageMetadata()
+    content = dcp.Metadata(
         entries,
         storage_data=places,
-        storage_meta=format.StorageMeta(),
+        storage_meta=dcp.StorageMeta(),
         version=filesystem.CURRENT_DCP_VERSION,
     )
     with (folder / _METADATA).open("wb") as file:
@@ -197,7 +197,7 @@ def unpickled(data: bytes, path: Path, what: str) -> Any:
         raise ValueError(f"{path}, {what}: damaged, or more than plain values: {first}") from error
 
 
-def read_metadata(path: Path) -> format.Metadata:
+def read_metadata(path: Path) -> dcp.Metadata:
     """The description of a checkpoint, which is a pickle: no other classes are made from it.
 
     Raises:
@@ -211,7 +211,7 @@ def read_metadata(path: Path) -> format.Metadata:
         raise
     except Exception as error:  # a damaged pickle fails in any way
         raise ValueError(f"{path} is damaged, or no checkpoint's: {error}") from error
-    if not isinstance(found, format.Metadata):
+    if not isinstance(found, dcp.Metadata):
         raise ValueError(f"{path} holds {type(found).__name__}, not a checkpoint's metadata.")
     return found
 
@@ -224,7 +224,7 @@ class _MetadataUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         if (module, name) == ("torch.serialization", "_get_layout"):
             return super().find_class(module, name)
-        for known in (format, planner, filesystem):
+        for known in (dcp, planner, filesystem):
             found = vars(known).get(name)
             if module != known.__name__ or not isinstance(found, type):
                 continue

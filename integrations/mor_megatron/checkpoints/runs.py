@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from mor_megatron.checkpoints import integrity
 from mor_megatron.checkpoints.optimizer import load_state, sharded_state, shared_state
 from mor_megatron.checkpoints.reader import restricted_reading
 from mor_megatron.checkpoints.writer import write_state
+from mor_megatron.platform import on_first_rank
 
 _LATEST = "latest"
 _MOST_DIFFERENCES_SHOWN = 8
@@ -94,12 +95,12 @@ def save(
         state["optimizer"] = sharded_state(optimizer, state["model"], False)
         state["shared_optimizer"] = shared_state(optimizer)
     try:
-        _on_first_rank(lambda: _make_empty(partial))
+        on_first_rank(lambda: _make_empty(partial))
         write_state(state, partial)
         integrity.seal(partial)
-        _on_first_rank(lambda: _publish(partial, target))
+        on_first_rank(lambda: _publish(partial, target))
     except OSError as error:
-        raise OSError(_on_first_rank(lambda: _given_up(partial, target, error))) from error
+        raise OSError(on_first_rank(lambda: _given_up(partial, target, error))) from error
     return target
 
 
@@ -127,7 +128,7 @@ def load(
         ValueError: it is damaged, and so are all before it where `step` is None; it does not fit the
             model, or lacks the optimizer or the scheduler.
     """
-    source, refused = _good(_on_first_rank(lambda: _find(Path(directory), step)))
+    source, refused = _good(on_first_rank(lambda: _find(Path(directory), step)))
     with restricted_reading():
         shared = dist_checkpointing.load_common_state_dict(source)
     if optimizer is not None and "shared_optimizer" not in shared:
@@ -147,7 +148,7 @@ def load(
     if scheduler is not None:
         scheduler.num_steps = 0  # loading counts on from here
         scheduler.load_state_dict(state["scheduler"])
-    unsealed = _on_first_rank(lambda: not (source / integrity.MANIFEST).is_file())
+    unsealed = on_first_rank(lambda: not (source / integrity.MANIFEST).is_file())
     return Restored(state["step"], state["extra"], refused, source if unsealed else None)
 
 
@@ -199,20 +200,6 @@ def _model_state(chunks: Sequence[nn.Module]) -> ShardedStateDict:
         )
         for index, chunk in enumerate(chunks)
     }
-
-
-def _on_first_rank[T](action: Callable[[], T]) -> T:
-    """The result of `action`, run on rank 0 alone, on every rank; its error too."""
-    outcome: list[Any] = [None, None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            outcome[0] = action()
-        except (OSError, ValueError) as error:
-            outcome[1] = error
-    torch.distributed.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
 
 
 def _given_up(partial: Path, target: Path, error: OSError) -> str:

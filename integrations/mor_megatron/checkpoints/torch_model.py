@@ -5,6 +5,7 @@ from torch import nn
 
 from mor_layers import DecoderConfig, MoRTransformer
 from mor_layers.generation import shard
+from mor_layers.weights import state_of
 from mor_megatron.checkpoints.weights import decoder_tensors, whole_tensors
 
 
@@ -22,11 +23,8 @@ def tensor_parallel_decoder(chunks: list[nn.Module], config: DecoderConfig) -> M
     """
     tensors = whole_tensors(chunks, on_all_ranks=True)
     assert tensors is not None
-    weights = decoder_tensors(tensors, config)
-    if config.tie_embeddings:
-        weights["output.weight"] = weights["embedding.weight"]
     model = MoRTransformer(config)
-    model.load_state_dict(weights)
+    model.load_state_dict(state_of(config, decoder_tensors(tensors, config)))
     model.to(next(chunks[0].parameters()).device)
     group = parallel_state.get_tensor_model_parallel_group()
     return model if group.size() == 1 else shard(model, group)

@@ -23,15 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mor_layers import (
-    ExpertChoice,
-    FixedDepth,
-    RandomDepth,
-    RecursionConfig,
-    RoutingDecision,
-    StepContext,
-    Tokens,
-)
+from mor_layers import RecursionConfig, RoutingDecision, StepContext, Tokens
 
 _WORD = 4  # bytes of an int32 or fp32
 
@@ -75,20 +67,17 @@ class CarriedLayout:
         ranks: int,
         documents: bool,
     ) -> Self:
-        """The layout for a router: what it puts into decisions is seen from a trial of it."""
-        decisions = _trial(recursion)
-        router = recursion.router
-        shares = None
-        if isinstance(router, ExpertChoice | FixedDepth | RandomDepth) and not documents:
-            shares = router.capacity_factors_for(recursion.num_recursions)
-        if isinstance(router, ExpertChoice) and router.warmup_steps:
-            shares = None
+        """The layout for what the recursion's router says that it notes about tokens."""
+        router, steps = recursion.router, recursion.num_recursions
+        notes, shares = router.notes_for(steps), None
+        if router.has_fixed_capacities and not documents:
+            shares = router.capacity_factors_for(steps)
         return cls(
             hidden_size,
             itemsize,
             ranks,
-            tuple(d.gates is not None for d in decisions),
-            tuple(0 if d.plan is None else d.plan.shape[-1] for d in decisions),
+            tuple(step.has_gates for step in notes),
+            tuple(step.plan_size for step in notes),
             shares,
             documents,
         )
@@ -203,20 +192,6 @@ def _sequence_length(layout: CarriedLayout, carried_rows: int) -> int:
         f"no sequence fills the {total} rows that the schedule sends from stage to stage. Run it "
         "through recursion_forward_backward, or give it seq_length=carried_length(chunks, s)."
     )
-
-
-def _trial(recursion: RecursionConfig) -> list[RoutingDecision]:
-    """The decisions of such a router about a few tokens."""
-    decisions, size = [], 4
-    with torch.random.fork_rng(devices=()), torch.no_grad(), torch.device("cpu"):
-        router = recursion.router.build(size, recursion.num_recursions)
-        candidates = torch.zeros(8, 1, size)
-        decision = RoutingDecision.everything(Tokens.whole_sequence(8, 1))
-        for step in range(recursion.num_recursions):
-            decision = router.decide(router.logits(candidates, step), step, decision)
-            candidates = candidates[: decision.tokens.shape[0]]
-            decisions.append(decision)
-    return decisions
 
 
 @dataclass(frozen=True)

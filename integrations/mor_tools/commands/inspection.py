@@ -8,7 +8,6 @@ experts work at which step. A run's folder adds the training's history.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ from rich.console import Console
 
 from mor_layers import load_model
 from mor_layers.inspection import Inspection, inspect_text
-from mor_layers.weights import CONFIG, read_config
 from mor_tools.commands.options import TRUST_REMOTE_CODE
+from mor_tools.formats import model_folder, trained_length
 
 DEFAULT_WINDOW = 1024
 """Tokens in a window where nothing says what the model was trained for."""
@@ -60,56 +59,20 @@ def run(options: argparse.Namespace) -> None:
 
     if options.wandb_offline and options.wandb is None:
         raise ValueError("--wandb-offline has no effect without --wandb PROJECT. Leave it out.")
-    folder = _model_folder(options.checkpoint)
+    folder = model_folder(options.checkpoint)
     text = options.text.read_text("utf-8")
     model = load_model(folder, options.trust_remote_code)
     tokens = _tokenize(folder, text, model.config.vocab_size)
     if len(tokens.ids) < 2:
         raise ValueError(f"{options.text} has {len(tokens.ids)} tokens. Give it 2 or more.")
-    seen = inspect_text(model, tokens.ids, options.window or _window(folder))
+    window = options.window or trained_length(folder) or DEFAULT_WINDOW
+    seen = inspect_text(model, tokens.ids, window)
     rows = read_rows(options.checkpoint / "history.jsonl")
     page = render(seen, tokens.texts, f"{options.checkpoint} reads {options.text.name}", rows)
     output = options.output or options.checkpoint / "inspection.html"
     output.write_text(page, "utf-8")
     _track(options, seen, output.parent, rows[-1].step if rows else 0)
     Console().print(f"wrote {output}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _model_folder(given: Path) -> Path:
-    """The folder itself, or its `model`."""
-    for folder in (given, given / "model"):
-        if (folder / CONFIG).is_file():
-            return folder
-    if not given.is_dir():
-        raise FileNotFoundError(f"{given}: there is no such folder.")
-    signs = (
-        "latest",
-        "checkpoints",
-        ".metadata",
-        "metadata.json",
-        "latest_checkpointed_iteration.txt",
-    )
-    if any((given / sign).exists() for sign in signs):
-        raise ValueError(
-            f"{given} has a Megatron checkpoint, but no folder of a model. Make one with "
-            "`mor convert`, and name that; a finished pretraining run has one in its `model`."
-        )
-    raise ValueError(
-        f"{given} has no {CONFIG}. Name the folder of a model of ours, or of a finished "
-        "pretraining run."
-    )
-
-
-def _window(folder: Path) -> int:
-    """Tokens of the sequences that the model was trained on, as far as its files say."""
-    longest = read_config(folder).get("max_position_embeddings")
-    if isinstance(longest, int):
-        return longest
-    claim = folder.parent / "run.json"
-    if claim.is_file():
-        length = json.loads(claim.read_text("utf-8"))["settings"]["data"]["sequence_length"]
-        return int(length)
-    return DEFAULT_WINDOW
 
 
 def _tokenize(folder: Path, text: str, vocab_size: int) -> _Tokenized:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mor_layers import MoRTransformer
-from mor_layers.weights import StoredModel
+from mor_layers.weights import StoredModel, state_of
 
 TOLERANCE = 1e-4
 """Largest difference, as a share of the largest logit."""
@@ -33,9 +33,7 @@ def logits_of(stored: StoredModel, ids: Int[Tensor, "b s"]) -> Float[Tensor, "b 
     weights = {}
     for name, tensor in stored.weights.items():
         weights[name] = tensor.float() if tensor.is_floating_point() else tensor
-    if stored.config.tie_embeddings:
-        weights["output.weight"] = weights["embedding.weight"]
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict(state_of(stored.config, weights), assign=True)
     return model.eval()(ids, causal_routing=True).logits
 
 

@@ -114,11 +114,11 @@ def published_names(config: DecoderConfig) -> dict[str, str]:
             renamed = layer_names(config, ours, places[norm], norm)
             names |= {o: t for o, t in renamed.items() if norm == 0 or _is_norm(o)}
     if schedule.coda:
-        # A routed model lists one entry per step, or one for all of them.
-        entries = {ExpertChoice: steps, TokenChoice: 1}.get(type(recursion.router), size * steps)
+        layers = recursion.router.published_for(steps).layers
+        entries = {"every_pass": size * steps, "every_step": steps, "one_entry": 1}[layers]
         last = f"model.layers.{schedule.prelude + entries}"
         names |= layer_names(config, "coda.layers.0", last)
-    names |= dict(_router_names(recursion, f"model.layers.{schedule.prelude}"))
+    names |= dict(_router_names(recursion, schedule.prelude))
     return names
 
 
@@ -143,11 +143,12 @@ def _shared_layers(config: DecoderConfig) -> dict[str, list[str]]:
     """For each shared layer its published name at every step."""
     recursion, schedule = config.effective_recursion, config.schedule
     first, size, steps = schedule.prelude, schedule.block_size, recursion.num_recursions
+    layers = recursion.router.published_for(steps).layers
 
     def place(layer: int, step: int) -> str:
-        if isinstance(recursion.router, ExpertChoice):
+        if layers == "every_step":
             return f"model.layers.{first + step}.block.{layer}"
-        if not isinstance(recursion.router, FixedDepth):
+        if layers == "one_entry":
             return f"model.layers.{first}.block_list.{step}.{layer}"
         stride = step * size + layer if schedule.is_cyclic else layer * steps + step
         return f"model.layers.{first + stride}"
@@ -163,29 +164,11 @@ def _is_norm(ours: str) -> bool:
     return "attention_norm." in ours or "mlp_norm." in ours
 
 
-def _router_names(recursion: RecursionConfig, first: str) -> Iterator[tuple[str, str]]:
-    router, ours = recursion.router, "recursions.0.router"
-    if isinstance(router, ExpertChoice):
-        stem, number = first.rsplit(".", 1)
-        for step in range(recursion.num_recursions):
-            theirs = f"{stem}.{int(number) + step}"
-            yield from _scorer(f"{ours}.scorers.{step}", f"{theirs}.mor_router", router)
-            if router.predictor == "aux_router":
-                yield from _scorer(f"{ours}.predictors.{step}", f"{theirs}.mlp_router", router)
-    elif isinstance(router, TokenChoice):
-        yield from _scorer(f"{ours}.scorer", f"{first}.mor_router", router)
-        if router.balancing == "loss_free":
-            yield f"{ours}.depth_bias", f"{first}.router_bias"
-
-
-def _scorer(
-    ours: str, theirs: str, router: ExpertChoice | TokenChoice
-) -> Iterator[tuple[str, str]]:
-    if router.architecture == "linear":
-        yield f"{ours}.weights.0", f"{theirs}.router.weight"
-    else:
-        yield f"{ours}.weights.0", f"{theirs}.router.0.weight"
-        yield f"{ours}.weights.1", f"{theirs}.router.2.weight"
+def _router_names(recursion: RecursionConfig, first: int) -> Iterator[tuple[str, str]]:
+    """Our name and the published one of each of the router's tensors; `first`: of its layers."""
+    place = recursion.router.published_for(recursion.num_recursions)
+    for ours, (entry, theirs) in place.names.items():
+        yield f"recursions.0.router.{ours}", f"model.layers.{first + entry}.{theirs}"
 
 
 def from_published(settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> MoRTransformer:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mor_layers import DecoderConfig, ExpertChoice
+from mor_layers import DecoderConfig
 from mor_layers.weights import (
     CONFIG,
     SAFETENSORS,
@@ -138,10 +138,10 @@ def _buffers(config: DecoderConfig) -> dict[str, Tensor]:
     """What of a router's state is in no published checkpoint."""
     recursion, schedule = config.effective_recursion, config.schedule
     router = recursion.router.build(config.hidden_size, recursion.num_recursions)
-    if isinstance(recursion.router, ExpertChoice):
-        router.training_steps.fill_(recursion.router.warmup_steps)  # type: ignore[operator]
     blocks = 1 if schedule.is_cyclic else schedule.block_size
     state = router.state_dict()
+    for name, value in recursion.router.published_for(recursion.num_recursions).buffers.items():
+        state[name].fill_(value)
     return {f"recursions.{b}.router.{name}": t for b in range(blocks) for name, t in state.items()}
 
 

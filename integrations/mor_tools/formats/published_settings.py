@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mor_layers import DecoderConfig, ExpertChoice, FixedDepth, RecursionConfig, TokenChoice
+from mor_layers import DecoderConfig, ExpertChoice, RecursionConfig, TokenChoice
 
 _KV_POLICIES = ("recursion_wise", "recursive_sharing", "sharing_with_update")
 
@@ -62,59 +62,30 @@ def _check_decoder(config: DecoderConfig) -> None:
         _refuse("kv_policy", recursion.kv_policy)
     if recursion.relaxation is not None:
         _refuse("relaxation", recursion.relaxation)
-    if not isinstance(recursion.router, FixedDepth | ExpertChoice | TokenChoice):
-        _refuse("router", type(recursion.router).__name__)
 
 
 def _mor(recursion: RecursionConfig) -> dict[str, Any]:
     router = recursion.router
-    expert = router if isinstance(router, ExpertChoice) else ExpertChoice()
-    token = router if isinstance(router, TokenChoice) else TokenChoice()
-    aux_coefficient = 0.001
-    if expert.predictor == "aux_loss":
-        aux_coefficient = expert.predictor_weight
-    elif expert.predictor_weight != 1.0:
-        _refuse("predictor_coefficient", expert.predictor_coefficient)
-    if expert.threshold != ExpertChoice().threshold:
-        _refuse("threshold", expert.threshold)
-    if expert.activation == "none" and expert.alpha != 1.0:
-        _refuse("alpha", expert.alpha)
-    if token.balancing == "none":
-        _refuse("balancing", token.balancing)
-    routed = isinstance(router, ExpertChoice | TokenChoice)
-    z_loss = router.z_loss_coefficient if isinstance(router, ExpertChoice | TokenChoice) else 0.0
-    capacities = None
-    if isinstance(router, ExpertChoice):
-        factors = router.capacity_factors_for(recursion.num_recursions)
-        capacities = ",".join(map(repr, factors))
-    is_loss = token.balancing == "loss"
+    place = router.published_for(recursion.num_recursions)
+    for name in place.without_place:
+        _refuse(name, getattr(router, name))
+    return _unrouted() | dict(place.settings)
+
+
+def _unrouted() -> dict[str, Any]:
+    """The section without a router; it lists the settings of both kinds, as the published files do."""
+    expert, token = (kind().published_for(1).settings for kind in (ExpertChoice, TokenChoice))
     return {
-        "enable": routed,
-        "type": "token" if isinstance(router, TokenChoice) else "expert",
-        "capacity": capacities,
+        "enable": False,
+        "type": "expert",
+        "capacity": None,
         "rand_router": False,
-        "router_type": router.architecture if routed else "linear",  # type: ignore[union-attr]
-        "z_loss": z_loss > 0,
-        "z_coeff": z_loss,
-        "temp": router.temperature if routed else 1.0,  # type: ignore[union-attr]
-        "expert": {
-            "cap_warmup_step": expert.warmup_steps,
-            "router_func": None if expert.activation == "none" else expert.activation,
-            "alpha": expert.alpha,
-            "sampling": expert.predictor,
-            "include_first": True,
-            "coeff": aux_coefficient,
-            "gating": expert.combine,
-        },
-        "token": {
-            "bal_warmup_step": 0,
-            "router_func": token.activation,
-            "alpha": token.alpha,
-            "balancing": token.balancing,
-            "coeff": token.balancing_weight if is_loss else 0.1,
-            "u": 0.001 if is_loss else token.balancing_weight,
-            "gating": token.combine,
-        },
+        "router_type": "linear",
+        "z_loss": False,
+        "z_coeff": 0.0,
+        "temp": 1.0,
+        "expert": expert["expert"],
+        "token": token["token"],
     }
 
 

@@ -19,16 +19,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, combinations, pairwise
 from typing import Literal, get_args
 
-from mor_layers import (
-    DecoderConfig,
-    DepthAndWidth,
-    ExpertChoice,
-    FixedDepth,
-    RandomDepth,
-    RandomLoops,
-    RecursionConfig,
-    TokenChoice,
-)
+from mor_layers import DecoderConfig, RecursionConfig
 from mor_layers.costs import Accounting, ModelShape, StackShape, account, count_parameters
 from mor_tools.planner.schedule import Pass, simulate
 
@@ -203,29 +194,20 @@ def carried_length(
     recursion: RecursionConfig, hidden_size: int, sequence_length: int, itemsize: int = 2,
     ranks: int = 1,
 ) -> int:  # fmt: skip
-    """Rows that travel between stages where steps are virtual stages, for the built-in routers.
+    """Rows that travel between stages where steps are virtual stages.
 
     The sequence, the tokens inside the block, and bits: for each of those its position, its gate
     and what the router planned.
     """
     router, steps = recursion.router, recursion.num_recursions
-    if isinstance(router, FixedDepth):
+    notes = max(step.numbers for step in router.notes_for(steps))
+    factors = router.capacity_factors_for(steps) if router.has_fixed_capacities else None
+    if factors == (1.0,) * steps and not notes:
         return sequence_length
-    notes: dict[type, int] = {
-        ExpertChoice: 1,
-        RandomDepth: 0,
-        RandomLoops: 0,
-        TokenChoice: 2,
-        DepthAndWidth: steps,
-    }
-    if type(router) not in notes:
-        raise ValueError(f"{type(router).__name__} is not built in: what it plans is not known.")
     room = sequence_length
-    factors = router.capacity_factors_for(steps)
-    is_fixed = not isinstance(router, DepthAndWidth) and not getattr(router, "warmup_steps", 0)
-    if factors is not None and is_fixed:
+    if factors is not None:
         room = max(1, math.floor(factors[0] * sequence_length))
-    words = 1 + room * (1 + notes[type(router)])
+    words = 1 + room * (1 + notes)
     bits = -(-words * 4 // (itemsize * hidden_size))
     return sequence_length + ranks * (-(-room // ranks) + bits)
 

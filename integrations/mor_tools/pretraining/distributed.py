@@ -3,7 +3,7 @@
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from mor_megatron.platform import cpu
+from mor_megatron.platform import cpu, on_first_rank
 from mor_tools.pretraining import launcher, run_lock
 from mor_tools.pretraining.settings import Settings
 
@@ -98,20 +98,6 @@ def seed(settings_seed: int, step: int) -> None:
     value = (settings_seed * 1_000_003 + step) % 2**31
     torch.manual_seed(value)
     model_parallel_cuda_manual_seed(value, force_reset_rng=True)
-
-
-def on_first_rank[T](action: Callable[[], T]) -> T:
-    """The result of `action`, run on the first rank alone, on every rank; its error too."""
-    outcome: list[Any] = [None, None]
-    if is_first_rank():
-        try:
-            outcome[0] = action()
-        except ERRORS as error:
-            outcome[1] = error
-    torch.distributed.broadcast_object_list(outcome, src=0, device=device())
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
 
 
 @contextlib.contextmanager

@@ -9,10 +9,9 @@ from typing import Any
 from mor_layers import from_mapping, to_mapping
 from mor_layers.routers import registry
 from mor_megatron.checkpoints import runs
+from mor_tools.formats import RUN_CHECKPOINTS, RUN_CLAIM
 from mor_tools.pretraining.data.text import PreparedText
 from mor_tools.pretraining.settings import Settings
-
-_CLAIM = "run.json"
 
 FREE_TO_CHANGE = (
     "output",
@@ -42,13 +41,13 @@ def is_complete(settings: Settings) -> bool:
     earlier = _claimed(folder)
     if earlier is not None:
         _check_same(folder, earlier["settings"], settings)
-    done = runs.latest_step(folder / "checkpoints") == settings.training.steps
+    done = runs.latest_step(folder / RUN_CHECKPOINTS) == settings.training.steps
     return done and (folder / "summary.json").exists()
 
 
 def has_checkpoint(settings: Settings) -> bool:
     """Whether a run would go on from a checkpoint."""
-    return runs.latest_step(Path(settings.output) / "checkpoints") is not None
+    return runs.latest_step(Path(settings.output) / RUN_CHECKPOINTS) is not None
 
 
 def claim(settings: Settings, text: PreparedText) -> None:
@@ -62,7 +61,7 @@ def claim(settings: Settings, text: PreparedText) -> None:
     found = _claimed(folder)
     if found is None:
         claim = {"text": str(text.prefix), "settings": to_mapping(settings)}
-        write_atomically(folder / _CLAIM, json.dumps(claim, indent=2) + "\n")
+        write_atomically(folder / RUN_CLAIM, json.dumps(claim, indent=2) + "\n")
         return
     earlier = found["text"]
     if Path(earlier).parts[-2:] != text.prefix.parts[-2:]:
@@ -103,7 +102,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def _claimed(folder: Path) -> dict[str, Any] | None:
     """What run.json says of the folder's run; None where there is no such file."""
-    claimed = folder / _CLAIM
+    claimed = folder / RUN_CLAIM
     if not claimed.exists():
         return None
     try:
@@ -123,7 +122,7 @@ def _claimed(folder: Path) -> dict[str, Any] | None:
 def _check_same(folder: Path, earlier: dict[str, Any], settings: Settings) -> None:
     # Read like any other, so that settings newer than the run have their defaults. The folder may
     # name the router that the user names too, whose module is imported already, and no other.
-    where, recursion = str(folder / "run.json"), settings.recursion
+    where, recursion = str(folder / RUN_CLAIM), settings.recursion
     own = None if recursion is None else registry.router_name(recursion.router)
     names_own = _flat(earlier).get("recursion.router.type") == own
     before = _flat(to_mapping(from_mapping(Settings, earlier, where, may_import=names_own)))

@@ -9,6 +9,8 @@ from pathlib import Path
 from rich.console import Console
 
 from mor_layers import save_model, to_mapping
+from mor_megatron.platform import on_first_rank
+from mor_tools.formats import RUN_MODEL
 from mor_tools.pretraining import distributed, run_folder
 from mor_tools.pretraining.command_line import load_settings
 from mor_tools.pretraining.data.datasets import Datasets, batches, build_datasets, unigram_entropy
@@ -48,7 +50,7 @@ def pretrain(settings: Settings) -> None:
     """From text to a trained model, its checkpoint, report.html and summary.json."""
     build.check(settings)
     console = Console() if distributed.is_first_rank() else None
-    if distributed.on_first_rank(lambda: run_folder.is_complete(settings)):
+    if on_first_rank(lambda: run_folder.is_complete(settings)):
         if console is not None:
             console.print(
                 f"{settings.output} is complete: all {settings.training.steps} steps are done. See "
@@ -58,14 +60,14 @@ def pretrain(settings: Settings) -> None:
         return
     # Before any work: a folder that is in use, or cannot be written, shows at once.
     with distributed.locked(Path(settings.output)) as taken_over:
-        left_behind = distributed.on_first_rank(lambda: run_folder.put_in_order(settings))
+        left_behind = on_first_rank(lambda: run_folder.put_in_order(settings))
         _pretrain(settings, console, [taken_over, *left_behind])
 
 
 def _pretrain(settings: Settings, console: Console | None, notes: list[str | None]) -> None:
     """The work of a process of the run that has the folder; `notes` are what to tell before."""
-    text = distributed.on_first_rank(lambda: prepare(settings.data))
-    distributed.on_first_rank(lambda: run_folder.claim(settings, text))
+    text = on_first_rank(lambda: prepare(settings.data))
+    on_first_rank(lambda: run_folder.claim(settings, text))
     tokenizer = TextTokenizer(text.tokenizer, settings.data.end_of_document)
     data = build_datasets(settings, text, tokenizer)
     distributed.seed(settings.training.seed, step=0)
@@ -107,7 +109,7 @@ class Session:
         self.unigram_entropy = unigram_entropy(data.held_out, tokenizer.vocab_size)
         is_writer = console is not None
         trackers: list[Tracker] = []
-        distributed.on_first_rank(lambda: trackers.extend(_trackers(settings, trainer.step)))
+        on_first_rank(lambda: trackers.extend(_trackers(settings, trainer.step)))
         self.history = History(self.folder, trainer.step, trackers, is_writer)
         self.display = Display(
             settings.output, settings.training.steps, self.unigram_entropy, console
@@ -171,7 +173,10 @@ class Session:
         loss, reports = self.trainer.evaluate(self.data.held_out)
         if not reports:
             return Validation(loss)
-        causal_loss, causal_reports = self.trainer.evaluate(self.data.held_out, causal=True)
+        causal_loss, causal_reports = loss, reports
+        recursion = self.settings.recursion
+        if recursion is not None and not recursion.router.is_causal:
+            causal_loss, causal_reports = self.trainer.evaluate(self.data.held_out, causal=True)
         return Validation(
             loss,
             Routing.from_reports(reports),
@@ -206,9 +211,11 @@ class Session:
         if trained is not None:
             sample = demonstration.continuation(trained, self.settings, self.tokenizer)
             passage = demonstration.depths(trained, self.data.held_out[0], self.tokenizer)
-            save_model(trained, self.folder / "model", self.tokenizer.path)
+            save_model(trained, self.folder / RUN_MODEL, self.tokenizer.path)
             self.display.say(f"a continuation:\n{sample}\n")
-            self.display.say(f"wrote {self.folder}/model, for examples/generate.py and serve.py")
+            self.display.say(
+                f"wrote {self.folder}/{RUN_MODEL}, for examples/generate.py and serve.py"
+            )
         parameters = build.parameters(self.shape)
         routing = validation.routing
         flops = build.flops_per_token(self.shape, self.settings, routing and routing.shares)

@@ -34,6 +34,7 @@ from mor_megatron import (
     update_routers,
 )
 from mor_megatron.checkpoints import describe, runs
+from mor_tools.formats import RUN_CHECKPOINTS
 from mor_tools.pretraining import distributed
 from mor_tools.pretraining.data.datasets import batches
 from mor_tools.pretraining.models.teacher import Teacher
@@ -88,7 +89,7 @@ class Trainer:
         self.chunks = _data_parallel(settings, chunks)
         self.optimizer = _optimizer(settings, self.chunks)
         self.scheduler = _scheduler(settings, self.optimizer)
-        self.checkpoints = Path(settings.output) / "checkpoints"
+        self.checkpoints = Path(settings.output) / RUN_CHECKPOINTS
         copies = parallel_state.get_data_parallel_world_size()
         training = settings.training
         self.microbatches = training.global_batch_size // (training.micro_batch_size * copies)

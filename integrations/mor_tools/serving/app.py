@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from mor_layers.generation.engine import DepthBatchingEngine, Event
+from mor_layers.generation import DepthBatchingEngine, Event
 from mor_tools.serving.access import Access, AccessControl
 from mor_tools.serving.errors import ServiceError
 from mor_tools.serving.loading import Tokenizer

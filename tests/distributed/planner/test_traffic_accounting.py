@@ -10,9 +10,7 @@ import torch
 
 from mor_layers import DecoderConfig, ExpertChoice, MoEConfig, RecursionConfig, Relaxation
 from mor_layers.costs import ModelShape
-from mor_tools.planner import HARDWARE, Workload
-from mor_tools.planner.evaluate import evaluate
-from mor_tools.planner.layouts import Layout
+from mor_tools.planner import HARDWARE, Layout, Workload, evaluate
 from mor_tools.planner.memory import Kept, kept_by_layer
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pipeline import pipeline_setup

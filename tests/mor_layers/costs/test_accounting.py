@@ -456,10 +456,9 @@ class OwnRouterConfig(RouterConfig):
         return OwnRouter(num_recursions)
 
 
-def test_a_router_of_ones_own_is_counted_once_it_is_described():
+def test_a_router_of_ones_own_is_counted_and_may_be_described():
     config = small_config(OwnRouterConfig())
-    with pytest.raises(ValueError, match="OwnRouterConfig is not built in: give its RouterShape"):
-        account(config, 11)
+    assert account(config, 11, [11, 5, 5]).parameters.depth_router == 0
     router = RouterShape(((ScorerMatrix(24, 1),), (), ()))
     cost = account(ModelShape.from_decoder(config, router), 11, [11, 5, 5])
     assert cost.parameters.depth_router == 24

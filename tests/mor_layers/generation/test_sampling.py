@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mor_layers.generation import sampling
-from mor_layers.generation.sampling import Sampling, has_distribution, sample
+from mor_layers.generation import Sampling, sampling
+from mor_layers.generation.sampling import has_distribution, sample
 from mor_layers.generation.text_stream import TextStream
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from mor_layers.generation.scheduling import Progress, Request, Scheduler
+from mor_layers.generation import Request
+from mor_layers.generation.scheduling import Progress, Scheduler
 
 PAGE = 4
 """Tokens a page holds, in these tests."""

@@ -277,7 +277,7 @@ def test_settings_go_through_plain_mappings():
 
 @pytest.mark.parametrize(("mistake", "message"), [
     (lambda: Relaxation(0), "rank=0 must be at least 1"),
-    (lambda: Relaxation(1, "qlora"), "Use lora or dora"),
+    (lambda: Relaxation(1, "qlora"), "Use one of lora, dora"),
     (lambda: Relaxation(1, projections=()), "must name one or more"),
     (lambda: Relaxation(1, projections=("query", "fc1")), "must name one or more of query"),
     (lambda: Relaxation(1, projections=("query", "query")), "each once"),

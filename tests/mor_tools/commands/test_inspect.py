@@ -188,11 +188,12 @@ def test_what_cannot_be_shown_is_answered(run, capsys):
     text = str(run.parent / "text.txt")
     checkpoint, nothing = run.parent / "unfinished", run.parent / "nothing"
     (checkpoint / "checkpoints").mkdir(parents=True)
+    (checkpoint / "checkpoints" / "latest").write_text("step_00000001")
     nothing.mkdir()
     for arguments, message in (
         ([str(checkpoint), "--text", text], "Make one with `mor convert`"),
-        ([str(nothing), "--text", text], "has no config.json. Name the folder of a model"),
-        ([str(run / "nowhere"), "--text", text], "there is no such folder"),
+        ([str(nothing), "--text", text], "is no model: it has no config.json"),
+        ([str(run / "nowhere"), "--text", text], "there is no "),
         ([str(run), "--text", str(run.parent / "empty.txt")], "has 0 tokens. Give it 2"),
         ([str(run), "--text", text, "--window", "-1"], "window=-1 must be at least 1"),
         ([str(run), "--text", text, "--wandb-offline"], "no effect without --wandb"),

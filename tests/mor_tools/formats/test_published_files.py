@@ -13,6 +13,7 @@ from mor_layers import (
     RandomDepth,
     RecursionConfig,
     Relaxation,
+    TokenChoice,
     load_model,
     save_model,
 )
@@ -127,6 +128,9 @@ def test_damage_is_named(folder):
         (replace(small_config(), qk_norm=True), "qk_norm=True"),
         (replace(small_config(), head_dim=4), "head_dim=4"),
         (small_config(ExpertChoice(threshold=0.4)), "threshold=0.4"),
+        (small_config(ExpertChoice(gate_bias=1.0)), "gate_bias=1.0"),
+        (small_config(TokenChoice(gate_bias=1.0, activation="sigmoid")), "gate_bias=1.0"),
+        (small_config(TokenChoice(balancing="none")), "balancing='none'"),
         (small_config(RandomDepth()), "router='RandomDepth'"),
         (
             replace(small_config(), recursion=RecursionConfig(3, relaxation=Relaxation(rank=2))),

@@ -10,9 +10,7 @@ import pytest
 from mor_layers import from_mapping
 from mor_tools.commands import main
 from mor_tools.commands.plan_settings import WITHOUT_COST, PlanSettings, read_settings, workload
-from mor_tools.planner import HARDWARE, PipelinePlan, pipeline_account, search
-from mor_tools.planner.evaluate import evaluate
-from mor_tools.planner.layouts import Layout
+from mor_tools.planner import HARDWARE, Layout, PipelinePlan, evaluate, pipeline_account, search
 from mor_tools.planner.search import refusal
 from mor_tools.pretraining.settings import Settings
 

@@ -10,8 +10,9 @@ import numpy
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from mor_dali import BatchOrder
 from mor_tools.pretraining.data import text
-from mor_tools.pretraining.data.datasets import SampleOrder, build_datasets, unigram_entropy
+from mor_tools.pretraining.data.datasets import build_datasets, unigram_entropy
 from mor_tools.pretraining.data.text import TextTokenizer, collect, prepare
 from mor_tools.pretraining.settings import DataSettings, EvaluationSettings, Settings
 
@@ -178,7 +179,7 @@ def test_a_split_too_short_for_one_sample_is_answered(stories, tmp_path):
 @pytest.mark.parametrize("first", [0, 24])
 def test_copies_of_the_model_share_the_samples_of_one(first):
     def order(rank, copies):
-        return list(SampleOrder(first=first, end=48, size=2, rank=rank, copies=copies))
+        return [list(b) for b in BatchOrder(first=first, end=48, size=2, rank=rank, ranks=copies)]
 
     alone = order(0, 1)
     assert alone[0] == [first, first + 1]

@@ -19,10 +19,7 @@ import torch
 
 import generate
 import serve
-from mor_layers.generation import scheduling
-from mor_layers.generation.engine import DepthBatchingEngine
-from mor_layers.generation.sampling import Sampling
-from mor_layers.generation.scheduling import Request
+from mor_layers.generation import DepthBatchingEngine, Request, Sampling, scheduling
 from mor_tools.serving.access import Access
 from mor_tools.serving.app import Limits, Service
 from mor_tools.serving.server import Server

@@ -15,7 +15,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from mor_dali import BatchOrder, MegatronSamples, Prefetch, token_batches
 from mor_tools.pretraining.data.text import PreparedText, TextTokenizer
@@ -78,15 +78,15 @@ def batches(
     dataset: GPTDataset, settings: Settings, first_step: int = 0
 ) -> Iterator[dict[str, Tensor]]:
     """This process's micro-batches, from the first one of `first_step` (0-based) on."""
-    if settings.data.loader == "dali":
-        return _dali_batches(dataset, settings, first_step)
-    order = SampleOrder(
-        first=first_step * settings.training.global_batch_size,
+    order = BatchOrder(
         end=len(dataset),
         size=settings.training.micro_batch_size,
+        first=first_step * settings.training.global_batch_size,
         rank=parallel_state.get_data_parallel_rank(),
-        copies=parallel_state.get_data_parallel_world_size(),
+        ranks=parallel_state.get_data_parallel_world_size(),
     )
+    if settings.data.loader == "dali":
+        return _dali_batches(dataset, settings, order)
     workers = settings.data.workers
     return iter(
         DataLoader(
@@ -122,43 +122,10 @@ def unigram_entropy(dataset: GPTDataset, vocab_size: int) -> float:
     return float(-(shares * numpy.log(shares)).sum())
 
 
-class SampleOrder(Sampler[list[int]]):
-    """Sample numbers of one process's micro-batches.
-
-    A global batch is `global_batch_size` consecutive samples; the processes take turns in it, a
-    micro-batch at a time.
-
-    Args:
-        first: number of the first sample.
-        end: number of samples there are.
-        size: samples in a micro-batch.
-        rank: data-parallel rank.
-        copies: data-parallel ranks.
-    """
-
-    def __init__(self, *, first: int, end: int, size: int, rank: int, copies: int) -> None:
-        self.size = size
-        self.starts = range(first + rank * size, end - size + 1, copies * size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for start in self.starts:
-            yield list(range(start, start + self.size))
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-
 def _dali_batches(
-    dataset: GPTDataset, settings: Settings, first_step: int
+    dataset: GPTDataset, settings: Settings, order: BatchOrder
 ) -> Iterator[dict[str, Tensor]]:
     samples = MegatronSamples(dataset, numbers_documents=isinstance(dataset, PackedDocuments))
-    order = BatchOrder(
-        end=len(samples),
-        size=settings.training.micro_batch_size,
-        first=first_step * settings.training.global_batch_size,
-        rank=parallel_state.get_data_parallel_rank(),
-        ranks=parallel_state.get_data_parallel_world_size(),
-    )
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
     return token_batches(samples, order, Prefetch(device, workers=settings.data.workers))
 

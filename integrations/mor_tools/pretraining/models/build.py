@@ -18,8 +18,9 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import nn
 from torch.nn import functional as F
 
-from mor_layers import DecoderConfig, MoEConfig, MoRTransformer, RecursionConfig
-from mor_layers.costs import ModelShape, RouterShape, account, count_parameters
+from mor_layers import DecoderConfig, MoEConfig, MoRTransformer
+from mor_layers.costs import ModelShape, account, count_parameters
+from mor_layers.weights import state_of
 from mor_megatron import (
     Norm,
     SDPACoreAttention,
@@ -220,9 +221,7 @@ def torch_model(
     if tensors is None:
         return None
     config = decoder_config(settings, vocab_size)
-    weights = decoder_tensors(tensors, config)
-    if config.tie_embeddings:
-        weights["output.weight"] = weights["embedding.weight"]
+    weights = state_of(config, decoder_tensors(tensors, config))
     for name in ("embedding.weight", "output.weight"):
         weights[name] = weights[name][:vocab_size]
     model = MoRTransformer(config)
@@ -231,10 +230,10 @@ def torch_model(
 
 
 def shape(settings: Settings, vocab_size: int) -> ModelShape:
-    """What the cost of the model depends on; the scorers of a router of your own are left out."""
-    config = decoder_config(settings, padded_vocabulary(settings, vocab_size))
-    router = _router_shape(config.effective_recursion, config.hidden_size)
-    return ModelShape.from_decoder(config, router)
+    """What the cost of the model depends on."""
+    return ModelShape.from_decoder(
+        decoder_config(settings, padded_vocabulary(settings, vocab_size))
+    )
 
 
 def parameters(model: ModelShape) -> int:
@@ -289,11 +288,3 @@ def _layer_spec(settings: Settings, config: TransformerConfig) -> ModuleSpec:
 def _unshared_layers(settings: Settings) -> int:
     """Layers before the recursion, and as many after it; one without recursion."""
     return 1 if settings.schedule is None else settings.schedule.prelude
-
-
-def _router_shape(recursion: RecursionConfig, hidden_size: int) -> RouterShape | None:
-    try:
-        return RouterShape.from_recursion(recursion, hidden_size)
-    except ValueError:  # a router of the user's own
-        steps = recursion.num_recursions
-        return RouterShape(((),) * steps, recursion.router.capacity_factors_for(steps))

@@ -1,12 +1,12 @@
-"""Weights to start from: a model of ours, or a Megatron checkpoint of any layout."""
+"""Weights to start from: a model in any format, such as a Megatron checkpoint of any layout."""
 
 from pathlib import Path
 
 from torch import nn
 
 from mor_layers import DecoderConfig
-from mor_layers.weights import CONFIG, open_model
-from mor_megatron.checkpoints import load_tensors, megatron_view, open_checkpoint
+from mor_megatron.checkpoints import load_tensors, megatron_view
+from mor_tools.formats import opened
 
 _SAME = (
     "vocab_size",
@@ -30,10 +30,10 @@ def load(folder: Path, chunks: list[nn.Module], decoder: DecoderConfig) -> None:
     One tensor at a time is in memory beside the model.
 
     Raises:
-        ValueError: the folder is damaged, or holds another model.
-        FileNotFoundError: there is no model in it.
+        ValueError: there is no model in the folder, it is damaged, or it is another one.
+        FileNotFoundError: there is no such folder, or a part is missing.
     """
-    stored = open_model(folder) if (folder / CONFIG).is_file() else open_checkpoint(folder)
+    stored = opened(folder)
     differences = [
         f"{name} is {getattr(stored.config, name)} there, {getattr(decoder, name)} here"
         for name in _SAME

@@ -14,9 +14,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from mor_layers import DecoderConfig
-from mor_layers.weights import MODEL_TYPE, StoredModel, open_model, read_config, recursive_weights
+from mor_layers.weights import StoredModel, recursive_weights
 from mor_megatron.checkpoints import load_tensors, megatron_view
 from mor_megatron.training import vocab_parallel_divergence
+from mor_tools.formats import opened
 from mor_tools.pretraining.data.text import TextTokenizer
 from mor_tools.pretraining.models.build import build_teacher, decoder_config
 from mor_tools.pretraining.settings import Settings, UptrainSettings
@@ -68,7 +69,7 @@ def open_dense(settings: Settings, tokenizer: TextTokenizer) -> StoredModel:
     """
     assert settings.uptrain is not None
     folder = Path(settings.uptrain.teacher)
-    dense = _open(folder)
+    dense = opened(folder)
     if dense.config.recursion is not None or dense.config.moe is not None:
         raise ValueError(
             f"uptrain.teacher={folder} has a recursion or experts; only a dense model can be made "
@@ -98,14 +99,6 @@ def build(settings: Settings, dense: StoredModel | None) -> Teacher | None:
     model = build_teacher(settings, vocab_size)
     load_tensors([model], megatron_view(dense.weights, dense.config))
     return Teacher(model, settings.uptrain, vocab_size)
-
-
-def _open(folder: Path) -> StoredModel:
-    if read_config(folder).get("model_type") == MODEL_TYPE:
-        return open_model(folder)
-    from mor_huggingface.llama import open_llama  # needs transformers, which our format does not
-
-    return open_llama(folder)
 
 
 def _check_tokenizer(folder: Path, dense: DecoderConfig, tokenizer: TextTokenizer) -> None:

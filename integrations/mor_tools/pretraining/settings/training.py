@@ -46,8 +46,8 @@ class TrainingSettings:
     seed: int = 1
     """Of the initial weights and of the order of the text."""
     initial_weights: str | None = None
-    """Folder of the weights to start from: a model of ours, or a Megatron checkpoint in any layout
-    (`mor convert` makes both). null: random ones."""
+    """Folder of the weights to start from: a model in any format that `mor convert` reads, such as a
+    Megatron checkpoint in any layout. null: random ones."""
     checkpoint_every: int = 200
     """Steps between checkpoints; there is always one at the end."""
     timeout_seconds: float = 600.0
@@ -103,8 +103,9 @@ class UptrainSettings:
     """Beginning with a dense model's weights and learning from it; null: fresh weights."""
 
     teacher: str
-    """Folder of the dense model, in our format or a Llama's, whose tokenizer the data has. It says
-    the sizes of the model: `model.*` and, but for their recursion, the layers are the same."""
+    """Folder of the dense model, in any format that `mor convert` reads, whose tokenizer the data
+    has. It says the sizes of the model: `model.*` and, but for their recursion, the layers are the
+    same."""
     initialization: Initialization = "stepwise"
     """Where shared layers come from: `stepwise`, `average`, `lower`, `upper` or `random`. The rest
     is the dense model's."""
