@@ -40,7 +40,7 @@ def losses_of_last_documents(*, settings: list[str]) -> list[list[float]]:
         trainer = Trainer(
             run,
             build.build_model(run, tokenizer.vocab_size),
-            build.decoder_config(run, tokenizer.vocab_size),
+            decoder_config(run, tokenizer.vocab_size),
             shared_watch(run.training.timeout_seconds),
         )
         if not run.data.reset_attention_mask:

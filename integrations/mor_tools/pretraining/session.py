@@ -13,6 +13,7 @@ from mor_tools.pretraining.command_line import load_settings
 from mor_tools.pretraining.data.datasets import Datasets, batches, build_datasets, unigram_entropy
 from mor_tools.pretraining.data.text import TextTokenizer, prepare
 from mor_tools.pretraining.models import build, initial_weights, teacher
+from mor_tools.pretraining.models.decoder import decoder_config
 from mor_tools.pretraining.reporting import demonstration
 from mor_tools.pretraining.reporting.display import Costs, Display
 from mor_tools.pretraining.reporting.history import History
@@ -56,7 +57,7 @@ def pretrain(settings: Settings) -> None:
     data = build_datasets(settings, text, tokenizer)
     distributed.seed(settings.training.seed, step=0)
     chunks = build.build_model(settings, tokenizer.vocab_size)
-    decoder = build.decoder_config(settings, tokenizer.vocab_size)
+    decoder = decoder_config(settings, tokenizer.vocab_size)
     if settings.training.initial_weights is not None:
         initial_weights.load(Path(settings.training.initial_weights), chunks, decoder)
     dense = None if settings.uptrain is None else teacher.open_dense(settings, tokenizer)
