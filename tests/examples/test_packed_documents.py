@@ -19,6 +19,7 @@ def losses_of_last_documents(*, settings: list[str]) -> list[list[float]]:
     from mor_tools.pretraining import distributed
     from mor_tools.pretraining.data.datasets import build_datasets
     from mor_tools.pretraining.models import build
+    from mor_tools.pretraining.models.decoder import decoder_config
     from mor_tools.pretraining.training import Trainer
     from mor_tools.pretraining.watch import shared_watch
 

@@ -14,7 +14,7 @@ from mor_tools.planner.report import (
     plans_table,
     refusals,
 )
-from mor_tools.planner.search import Search, nearest, search
+from mor_tools.planner.search import Search, nearest, refusal, search
 
 __all__ = [
     "FP32_TFLOPS",
@@ -37,6 +37,7 @@ __all__ = [
     "nearest",
     "parts_table",
     "plans_table",
+    "refusal",
     "refusals",
     "search",
     "timeline",
