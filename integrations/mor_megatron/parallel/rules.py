@@ -255,7 +255,6 @@ LAYOUT_RULES = (
             + (f", which {n.tensor}={a.tensor} ranks share." if a.sequence_parallel else ".")
         ),
     ),
-    *STEPS_AS_STAGES_RULES[:1],
     Rule(
         "expert: no experts",
         lambda a: a.expert > 1 and a.num_experts is None,
@@ -276,7 +275,7 @@ LAYOUT_RULES = (
             "Megatron-Core trains experts under tensor parallelism only with it."
         ),
     ),
-    *STEPS_AS_STAGES_RULES[1:],
+    *STEPS_AS_STAGES_RULES,
     Rule(
         "pipeline: layers do not divide",
         lambda a: a.recursion is None and a.num_unrolled_layers % a.pipeline > 0,

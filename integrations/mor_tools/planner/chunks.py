@@ -77,16 +77,17 @@ def carried_rows(work: Workload, layout: Layout) -> int:
     return replace(work.carried, ranks=ranks).carried_length(work.sequence_length)
 
 
-def _run(work: Workload, part: Part) -> StepAccount:
-    """What a step of the whole stack costs."""
-    return work.cost.steps[work.first_run[part.index] + part.step]
+def _step(work: Workload, stack: int, step: int) -> StepAccount:
+    """What a step of a whole stack costs."""
+    return work.cost.steps[work.first_run[stack] + step]
 
 
 def _flops(work: Workload, layout: Layout, parts: list[Part], at_end: bool) -> tuple[float, float]:
     """Of one sequence, on one rank: forward, and backward with what is computed again."""
     ahead, behind = 0.0, 0.0
     for part in parts:
-        run, share = _run(work, part), part.layers / part.stack.num_layers
+        run = _step(work, part.index, part.step)
+        share = part.layers / part.stack.num_layers
         flops = [
             (way.total - way.depth_router) * share + way.depth_router * part.first
             for way in (run.forward, run.backward)
@@ -107,10 +108,10 @@ def _kept(work: Workload, layout: Layout, parts: list[Part], at_end: bool) -> tu
     how = Kept(work.itemsize, layout.tensor, layout.sequence_parallel)
     entries: Counter[int] = Counter()  # bytes by stack: what is recomputed together
     for part in parts:
-        tokens = _run(work, part).tokens / layout.context
+        tokens = _step(work, part.index, part.step).tokens / layout.context
         before = length
         if part.step:
-            before = _run(work, replace(part, step=part.step - 1)).tokens / layout.context
+            before = _step(work, part.index, part.step - 1).tokens / layout.context
         entries[part.index] += part.layers * kept_by_layer(
             shape, part.stack, tokens, how
         ) + part.first * kept_by_routing(shape, part.stack, part.step, before, tokens, how)
@@ -133,12 +134,12 @@ def _sent(
     )
     traffic = end_traffic(shape, at_start, at_end, s, spread)
     for part in parts:
-        run = _run(work, part)
+        run = _step(work, part.index, part.step)
         projected = run.kv_numbers / (2 * shape.kv_size * part.stack.num_layers)
         sources = [run_traffic(shape, part.stack, part.layers, run.tokens, projected, spread)]
         if part.step == 0 and part.stack.num_recursions > 1:
             steps = range(part.stack.num_recursions)
-            tokens = tuple(_run(work, replace(part, step=step)).tokens for step in steps)
+            tokens = tuple(_step(work, part.index, step).tokens for step in steps)
             head = work.model.head_size
             sources.append(routing_traffic(shape, part.stack, tokens, s, spread, head))
         for ahead, behind in sources:

@@ -23,7 +23,6 @@ from mor_tools.planner.memory import RECOMPUTE, Recompute
 USABLE = 0.9
 """Share of a device's memory that a plan may fill; libraries and fragments have the rest."""
 
-
 NEIGHBOURS = 64
 """Numbers of devices that `nearest` tries on its way from the one that was asked for."""
 
@@ -121,10 +120,17 @@ def _possible_counts(work: Workload) -> set[int]:
     widths = gcd(model.num_heads, model.kv_heads, model.ffn_hidden_size)
     if moe is not None:
         widths = gcd(widths, moe.ffn_hidden_size or model.ffn_hidden_size)
-    # Each axis divides what it shares; only the pipeline need not, and it has few stages.
+    # Each axis divides what it shares; only a pipeline with uneven stages need not.
     tensor = divisors(widths, widths)
-    context = divisors(work.sequence_length, work.sequence_length // 2) or [1]
-    pipeline = range(1, model.num_unrolled_layers + 1)
+    context = divisors(work.sequence_length, work.sequence_length // 2) or (1,)
+    pipeline = [
+        size
+        for size in range(1, model.num_unrolled_layers + 1)
+        if any(
+            broken_rule(_arrangement(work, Layout(1, size, kind)), LAYOUT_RULES) is None
+            for kind in get_args(PipelineLayout)
+        )
+    ]
     data = divisors(work.global_batch_size, work.global_batch_size)
     counts = {1}
     for sizes in (tensor, context, pipeline, data):
