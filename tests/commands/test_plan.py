@@ -211,11 +211,17 @@ def test_a_million_devices_are_planned_in_seconds(batch):
 
 
 def test_what_is_beyond_a_few_turns_of_a_schedule_is_as_if_it_were_played():
-    from mor_tools.planner.evaluate import _play
+    from mor_tools.planner.evaluate import _makespan, _peak
     from mor_tools.planner.schedule import simulate
 
     for durations in ([[(1.0, 2.0)], [(3.0, 5.0)], [(1.5, 3.0)]],
                       [[(1.0, 2.0), (0.5, 1.0)], [(2.0, 3.0), (0.7, 1.0)]]):  # fmt: skip
-        whole = max(run.end for run in simulate(durations, 60))
-        kept = [[1.0] * len(own) for own in durations]
-        assert _play(durations, 60, kept)[0] == pytest.approx(whole)
+        passes = simulate(durations, 60)
+        assert _makespan(durations, 60) == pytest.approx(max(run.end for run in passes))
+        for p, own in enumerate(durations):
+            kept = [3.0, 5.0][: len(own)]
+            at_once, most = 0.0, 0.0
+            for run in (run for run in passes if run.stage == p):
+                at_once += kept[run.chunk] if run.is_forward else -kept[run.chunk]
+                most = max(most, at_once)
+            assert _peak(p, len(durations), kept, 60) == most

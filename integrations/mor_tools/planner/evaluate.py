@@ -6,15 +6,20 @@ overlapped, played through the pipeline's schedule.
 """
 
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from mor_layers.costs import count_parameters
 from mor_tools.planner.chunks import Chunk, Way, count_chunk
 from mor_tools.planner.hardware import Hardware
 from mor_tools.planner.layouts import Layout, Memory, Plan, StagePlan, Workload
-from mor_tools.planner.schedule import Pass, simulate
+from mor_tools.planner.schedule import Pass, order_of_passes, play, simulate
 from mor_tools.planner.stages import Part, place
 from mor_tools.planner.traffic import Traffic, gradient_traffic, sequence_parallel_gradients
+
+TURNS = 4
+"""Microbatches for each stage that are played; a schedule repeats itself before."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +62,12 @@ def evaluate(work: Workload, layout: Layout, hardware: Hardware, efficiency: flo
     """
     stages, links = _stages(work, layout, hardware, efficiency), _links(layout, hardware)
     microbatches = _microbatches(work, layout)
-    makespan, peaks = _play([s.durations for s in stages], microbatches, [s.kept for s in stages])
+    makespan = _makespan([stage.durations for stage in stages], microbatches)
     plans = tuple(
-        _stage_plan(work, layout, stage, peak, microbatches)
-        for stage, peak in zip(stages, peaks, strict=True)
+        _stage_plan(
+            work, layout, stage, _peak(p, len(stages), stage.kept, microbatches), microbatches
+        )
+        for p, stage in enumerate(stages)
     )
     slowest = max(plans, key=lambda stage: stage.busy)
     times = {
@@ -92,27 +99,39 @@ def _microbatches(work: Workload, layout: Layout) -> int:
 
 
 def _stages(work: Workload, layout: Layout, hardware: Hardware, efficiency: float) -> list[_Stage]:
-    speed, links = hardware.tflops * 1e12 * efficiency, _links(layout, hardware)
     placed = place(work.shape, layout.pipeline_layout, layout.pipeline)
     last = len(placed) - 1
+    alike: dict[Hashable, _Stage] = {}
     stages = []
-    for p, own in enumerate(placed):
-        chunks = tuple(
-            count_chunk(work, layout, parts, p == v == 0, p == last and v == len(own) - 1)
-            for v, parts in enumerate(own)
+    for p, chunks in enumerate(placed):
+        # Most stages of a deep model run the same layers: each kind is counted once.
+        kind = tuple(
+            tuple((id(part.stack), part.step, part.layers, part.first) for part in parts)
+            for parts in chunks
         )
-        stages.append(
-            _Stage(
-                chunks,
-                [
-                    (_seconds(c.forward, speed, links), _seconds(c.backward, speed, links))
-                    for c in chunks
-                ],
-                sum(c.forward.flops + c.backward.flops for c in chunks) / speed,
-                _parameters(work, layout, own, p == 0, p == last),
-            )
-        )
+        key = (kind, p == 0, p == last)
+        if key not in alike:
+            alike[key] = _stage(work, layout, chunks, p == 0, p == last, hardware, efficiency)
+        stages.append(alike[key])
     return stages
+
+
+def _stage(
+    work: Workload, layout: Layout, chunks: list[list[Part]], first: bool, last: bool,
+    hardware: Hardware, efficiency: float,
+) -> _Stage:  # fmt: skip
+    speed, links = hardware.tflops * 1e12 * efficiency, _links(layout, hardware)
+    end = len(chunks) - 1
+    counted = tuple(
+        count_chunk(work, layout, parts, first and v == 0, last and v == end)
+        for v, parts in enumerate(chunks)
+    )
+    return _Stage(
+        counted,
+        [(_seconds(c.forward, speed, links), _seconds(c.backward, speed, links)) for c in counted],
+        sum(c.forward.flops + c.backward.flops for c in counted) / speed,
+        _parameters(work, layout, chunks, first, last),
+    )
 
 
 def _seconds(way: Way, speed: float, links: dict[str, float]) -> float:
@@ -201,23 +220,26 @@ def _links(layout: Layout, hardware: Hardware) -> dict[str, float]:
     }
 
 
-def _play(
-    durations: list[list[tuple[float, float]]], microbatches: int, kept: list[list[float]]
-) -> tuple[float, list[float]]:
-    """Time from the first pass to the last, and the most that each stage keeps.
+def _makespan(durations: list[list[tuple[float, float]]], microbatches: int) -> float:
+    """Time from the first pass to the last.
 
     Of many microbatches the schedule repeats itself: what is beyond a few turns is not played.
     """
     stages = len(durations)
-    enough = 4 * stages
-    played = min(microbatches, enough + microbatches % stages)
-    passes = simulate(durations, played)
-    makespan = max(run.end for run in passes)
+    played = min(microbatches, TURNS * stages + microbatches % stages)
+    makespan = play(durations, played)
     if microbatches > played:
-        before = max(run.end for run in simulate(durations, played - stages))
+        before = play(durations, played - stages)
         makespan += (makespan - before) * (microbatches - played) / stages
-    held, peaks = [0.0] * stages, [0.0] * stages
-    for run in passes:
-        held[run.stage] += kept[run.stage][run.chunk] * (1 if run.is_forward else -1)
-        peaks[run.stage] = max(peaks[run.stage], held[run.stage])
-    return makespan, peaks
+    return makespan
+
+
+def _peak(stage: int, stages: int, kept: list[float], microbatches: int) -> float:
+    """The most bytes that a stage keeps at any time, from what a microbatch keeps in each chunk."""
+    # As many as are in flight are reached within the first turns, and never exceeded.
+    played = min(microbatches, TURNS * stages + microbatches % stages)
+    held = accumulate(
+        kept[chunk] if is_forward else -kept[chunk]
+        for chunk, _, is_forward in order_of_passes(stage, stages, len(kept), played)
+    )
+    return max(held)
