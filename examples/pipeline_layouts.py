@@ -4,11 +4,12 @@
 
 A block can lie in one stage with all its steps, or its layers are spread over all stages and every
 step is a virtual stage (`mor_megatron.recursion_pipeline_spec`). Memory, bubble and traffic are
-counted from the settings, on any number of GPUs, without one. Times are FLOPs at one speed:
-communication, and kernels that are slower on fewer tokens, come on top.
+those of `mor plan`, counted from the settings: no GPU is needed. Kernels that are slower on fewer
+tokens are not counted.
 """
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,18 @@ from rich.console import Console
 from rich.table import Table
 
 from mor_layers import DecoderConfig, ExpertChoice, FixedDepth, RecursionConfig, TokenChoice
-from mor_tools.planner import PipelineAccount, PipelinePlan, pipeline_account
+from mor_tools.planner import (
+    HARDWARE,
+    Hardware,
+    Layout,
+    PipelineLayout,
+    Plan,
+    Workload,
+    carried_rows,
+    evaluate,
+    refusal,
+    timeline,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,19 +36,28 @@ if TYPE_CHECKING:
 GB = 1e9
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """The same training step in several layouts."""
+
+    work: Workload
+    hardware: Hardware
+    plans: list[Plan]
+    """Steps as virtual stages last."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     try:
-        model, accounts = count(options)
+        compared = count(options)
     except ValueError as error:
         parser().error(str(error))
     console = Console()
-    console.print(describe(model, options))
-    console.print(layouts(accounts))
-    chosen = accounts[-1]
-    console.print(stages(chosen))
+    console.print(describe(compared.work.model, options))
+    console.print(layouts(compared))
+    console.print(stages(compared.plans[-1]))
     if options.picture:
-        draw(chosen, options.steps).savefig(options.picture, dpi=150)
+        draw(compared, options.steps).savefig(options.picture, dpi=150)
         console.print(f"The schedule is drawn in {options.picture}.")
 
 
@@ -60,19 +81,20 @@ def parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--kv-policy", default="recursion_wise")
     machine = parser.add_argument_group("machine and batch")
+    machine.add_argument("--hardware", choices=sorted(HARDWARE), default="h100")
     machine.add_argument("--gpus", type=int, default=2048)
     machine.add_argument("--stages", type=int, default=8, help="pipeline stages for virtual stages")
     machine.add_argument("--tensor-parallel", type=int, default=8)
     machine.add_argument("--sequence-length", type=int, default=8192)
     machine.add_argument("--global-batch", type=int, default=1024, help="sequences per step")
     machine.add_argument("--microbatch-size", type=int, default=1)
-    machine.add_argument("--recompute", action="store_true", help="keep only what enters a chunk")
+    machine.add_argument("--recompute", action="store_true", help="keep only what enters layers")
     parser.add_argument("--picture", type=Path, help="a .png or .svg file to draw the schedule in")
     return parser
 
 
-def count(options: argparse.Namespace) -> tuple[DecoderConfig, list[PipelineAccount]]:
-    """The layouts that fit, steps as virtual stages last.
+def count(options: argparse.Namespace) -> Comparison:
+    """The layouts that are legal.
 
     Raises:
         ValueError: settings that do not fit together.
@@ -94,34 +116,38 @@ def count(options: argparse.Namespace) -> tuple[DecoderConfig, list[PipelineAcco
         num_kv_heads=options.kv_heads,
         recursion=recursion,
     )
-    tokens = None
-    if options.router == "token_choice":  # as its balancing aims at: equally many exit at each step
-        length, steps = options.sequence_length, options.steps
-        tokens = tuple(length * (steps - r) / steps for r in range(steps))
-    accounts = []
-    for layout, size in (("one_stage", 1), ("one_stage", 2), ("steps_as_stages", options.stages)):
+    work = Workload(
+        model, options.sequence_length, options.global_batch, distributed_optimizer=True
+    )
+    hardware, plans = HARDWARE[options.hardware], []
+    sizes: list[tuple[PipelineLayout, int]] = [
+        ("one_stage", 1),
+        ("one_stage", 2),
+        ("steps_as_stages", options.stages),
+    ]
+    for kind, size in sizes:
         ranks = options.tensor_parallel * size
-        replicas = options.gpus // ranks
-        batch = options.microbatch_size * max(1, replicas)
-        if options.gpus % ranks or options.global_batch % batch:
-            if layout == "one_stage":
-                continue
-            raise ValueError(
-                f"--gpus {options.gpus} must be a multiple of {ranks} (stages times tensor "
-                f"parallel), and --global-batch {options.global_batch} of {batch} (replicas times "
-                "microbatch size)."
-            )
-        plan = PipelinePlan(
-            layout,  # type: ignore[arg-type]
-            stages=size,
-            num_microbatches=options.global_batch // batch,
-            microbatch_size=options.microbatch_size,
-            tensor_parallel=options.tensor_parallel,
-            data_parallel=replicas,
-            recompute=options.recompute,
+        layout = Layout(
+            tensor=options.tensor_parallel,
+            pipeline=size,
+            pipeline_layout=kind,
+            data=max(1, options.gpus // ranks),
+            micro_batch_size=options.microbatch_size,
+            recompute="full" if options.recompute else "none",
+            sequence_parallel=options.tensor_parallel > 1,
         )
-        accounts.append(pipeline_account(model, plan, options.sequence_length, tokens))
-    return model, accounts
+        reason = refusal(work, layout)
+        if reason is None and layout.num_devices == options.gpus:
+            plans.append(evaluate(work, layout, hardware))
+        elif kind == "steps_as_stages":
+            raise ValueError(
+                f"--stages {size} cannot be used ({reason or 'devices are left over'}). --gpus "
+                f"{options.gpus} must be a multiple of {ranks} (stages times tensor parallel), "
+                f"--global-batch {options.global_batch} of "
+                f"{layout.data * layout.micro_batch_size * size} (replicas times microbatch size "
+                f"times stages), and --block-size {options.block_size} of {size}."
+            )
+    return Comparison(work, hardware, plans)
 
 
 def describe(model: DecoderConfig, options: argparse.Namespace) -> str:
@@ -133,7 +159,7 @@ def describe(model: DecoderConfig, options: argparse.Namespace) -> str:
     )
 
 
-def layouts(accounts: list[PipelineAccount]) -> Table:
+def layouts(compared: Comparison) -> Table:
     """One row per layout; memory is that of the fullest GPU."""
     table = Table(title="Layouts")
     table.add_column("layout", no_wrap=True)
@@ -147,24 +173,23 @@ def layouts(accounts: list[PipelineAccount]) -> Table:
         "bubble",
         "time",
         "rows sent",
-        "sent per GPU\n(GB)",
+        "sent to stages\nper GPU (GB)",
     ):
         table.add_column(name, justify="right")
-    for result in accounts:
-        plan = result.plan
-        fullest = max(result.stages, key=lambda stage: stage.memory_bytes)
+    for plan in compared.plans:
+        layout, is_piped = plan.layout, plan.layout.pipeline > 1
         table.add_row(
-            plan.layout,
-            str(plan.stages),
-            str(plan.data_parallel),
-            str(plan.num_microbatches),
-            f"{max(stage.parameters for stage in result.stages) / 1e6:.0f}",
-            f"{fullest.memory_bytes / GB:.1f}",
-            f"{fullest.activation_bytes / GB:.1f}",
-            f"{result.bubble:.1%}",
-            f"{result.time_per_sequence / accounts[0].time_per_sequence:.2f}",
-            str(result.carried_rows) if plan.stages > 1 else "-",
-            f"{max(stage.sent_bytes for stage in result.stages) / GB:.1f}",
+            layout.pipeline_layout,
+            str(layout.pipeline),
+            str(layout.data),
+            str(microbatches(compared.work, layout)),
+            f"{max(stage.parameters for stage in plan.stages) / 1e6:.0f}",
+            f"{plan.memory.total / GB:.1f}",
+            f"{plan.memory.activations / GB:.1f}",
+            f"{plan.bubble:.1%}",
+            f"{plan.seconds / compared.plans[0].seconds:.2f}",
+            str(carried_rows(compared.work, layout)) if is_piped else "-",
+            f"{max(stage.traffic['pipeline', 'send'] for stage in plan.stages) / GB:.1f}",
         )
     table.caption = (
         "time: of an optimizer step, relative to the first row; sent: per optimizer step"
@@ -172,25 +197,31 @@ def layouts(accounts: list[PipelineAccount]) -> Table:
     return table
 
 
-def stages(account: PipelineAccount) -> Table:
+def microbatches(work: Workload, layout: Layout) -> int:
+    """Microbatches of each pipeline per optimizer step."""
+    return work.global_batch_size // (layout.data * layout.micro_batch_size)
+
+
+def stages(plan: Plan) -> Table:
     """Memory of each stage's GPUs."""
-    table = Table(title=f"Memory per GPU, {account.plan.layout} (GB)")
+    table = Table(title=f"Memory per GPU, {plan.layout.pipeline_layout} (GB)")
     for name in ("stage", "weights", "gradients", "optimizer", "activations", "sum", "idle"):
         table.add_column(name, justify="right")
-    for number, stage in enumerate(account.stages):
+    for number, stage in enumerate(plan.stages):
+        memory = stage.memory
         parts = (
-            stage.weight_bytes,
-            stage.gradient_bytes,
-            stage.optimizer_bytes,
-            stage.activation_bytes,
-            stage.memory_bytes,
+            memory.weights,
+            memory.gradients,
+            memory.optimizer,
+            memory.activations,
+            memory.total,
         )
-        idle = 1 - stage.busy / account.makespan
+        idle = 1 - stage.busy / plan.makespan
         table.add_row(str(number), *(f"{part / GB:.2f}" for part in parts), f"{idle:.1%}")
     return table
 
 
-def draw(account: PipelineAccount, steps: int) -> "Figure":
+def draw(compared: Comparison, steps: int) -> "Figure":
     """A row per stage, a box per pass: colour is the step, light boxes are backward passes."""
     import matplotlib
 
@@ -200,33 +231,35 @@ def draw(account: PipelineAccount, steps: int) -> "Figure":
     from matplotlib.collections import PolyCollection
     from matplotlib.patches import Patch
 
-    plan = account.plan
+    plan = compared.plans[-1]
+    layout, passes = plan.layout, timeline(compared.work, plan.layout, compared.hardware)
+    makespan = max(run.end for run in passes)
     colors = colormaps["viridis"].resampled(steps + 1)
     boxes, faces = [], []
-    for run in account.passes:
-        left, right = run.start / account.makespan, run.end / account.makespan
+    for run in passes:
+        left, right = run.start / makespan, run.end / makespan
         top, bottom = run.stage - 0.45, run.stage + 0.45
         boxes.append([(left, top), (right, top), (right, bottom), (left, bottom)])
         faces.append((*colors(run.chunk)[:3], 0.95 if run.is_forward else 0.4))
-    figure, axes = plt.subplots(figsize=(14, 1.6 + 0.34 * plan.stages), layout="constrained")
+    figure, axes = plt.subplots(figsize=(14, 1.6 + 0.34 * layout.pipeline), layout="constrained")
     edge = "white" if len(boxes) < 2500 else "none"
     axes.add_collection(PolyCollection(boxes, facecolors=faces, edgecolors=edge, linewidths=0.3))
     if len(boxes) < 700:
-        for run in account.passes:
-            middle = (run.start + run.end) / 2 / account.makespan
-            if run.end - run.start > 0.006 * account.makespan:
+        for run in passes:
+            middle = (run.start + run.end) / 2 / makespan
+            if run.end - run.start > 0.006 * makespan:
                 axes.text(middle, run.stage, run.microbatch, ha="center", va="center", fontsize=6)
     axes.set(
         xlim=(0, 1),
-        ylim=(plan.stages - 0.5, -0.5),
+        ylim=(layout.pipeline - 0.5, -0.5),
         xlabel="time of an optimizer step",
         ylabel="pipeline stage",
-        title=f"{plan.num_gpus} GPUs: {plan.stages} stages of {plan.tensor_parallel} "
-        f"tensor-parallel ranks, {plan.data_parallel} replicas alike; "
-        f"{plan.num_microbatches} microbatches, bubble {account.bubble:.1%}",
+        title=f"{layout.num_devices} GPUs: {layout.pipeline} stages of {layout.tensor} "
+        f"tensor-parallel ranks, {layout.data} replicas alike; "
+        f"{microbatches(compared.work, layout)} microbatches, bubble {plan.bubble:.1%}",
     )
-    axes.set_yticks(range(0, plan.stages, max(1, plan.stages // 16)))
-    chunks = 1 + max(run.chunk for run in account.passes)
+    axes.set_yticks(range(0, layout.pipeline, max(1, layout.pipeline // 16)))
+    chunks = 1 + max(run.chunk for run in passes)
     axes.legend(
         handles=[Patch(color=colors(v), label=f"step {v + 1}") for v in range(chunks)]
         + [Patch(color="grey", alpha=0.4, label="backward")],

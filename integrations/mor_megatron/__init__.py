@@ -1,28 +1,37 @@
-"""Mixture-of-Recursions inside Megatron-Core transformer stacks."""
+"""Mixture-of-Recursions inside Megatron-Core transformer stacks.
+
+The names below are looked up when they are first used: `mor_megatron.parallel`, which plans layouts,
+can then be imported where Megatron-Core is not installed.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from mor_layers.moved import keep_old_modules
-from mor_megatron.layers import (
-    Norm,
-    RecursionLayer,
-    RecursionSubmodules,
-    RoutingReport,
-    SDPACoreAttention,
-)
-from mor_megatron.models import default_layer_spec, recursion_block_spec
-from mor_megatron.models.gpt import recursion_layer_spec
-from mor_megatron.pipeline import (
-    connect_stages,
-    recursion_forward_backward,
-    recursion_pipeline_spec,
-)
-from mor_megatron.pipeline.spec import carried_length
-from mor_megatron.training import (
-    causal_routing,
-    recursion_layers,
-    routing_reports,
-    token_depths,
-    update_routers,
-)
+
+if TYPE_CHECKING:
+    from mor_megatron.layers import (
+        Norm,
+        RecursionLayer,
+        RecursionSubmodules,
+        RoutingReport,
+        SDPACoreAttention,
+    )
+    from mor_megatron.models import default_layer_spec, recursion_block_spec
+    from mor_megatron.models.gpt import recursion_layer_spec
+    from mor_megatron.pipeline import (
+        connect_stages,
+        recursion_forward_backward,
+        recursion_pipeline_spec,
+    )
+    from mor_megatron.pipeline.spec import carried_length
+    from mor_megatron.training import (
+        causal_routing,
+        recursion_layers,
+        routing_reports,
+        token_depths,
+        update_routers,
+    )
 
 __all__ = [
     "Norm",
@@ -43,6 +52,51 @@ __all__ = [
     "token_depths",
     "update_routers",
 ]
+
+_PLACES = {
+    "Norm": "layers",
+    "RecursionLayer": "layers",
+    "RecursionSubmodules": "layers",
+    "RoutingReport": "layers",
+    "SDPACoreAttention": "layers",
+    "carried_length": "pipeline.spec",
+    "causal_routing": "training",
+    "connect_stages": "pipeline",
+    "default_layer_spec": "models",
+    "recursion_block_spec": "models",
+    "recursion_forward_backward": "pipeline",
+    "recursion_layer_spec": "models.gpt",
+    "recursion_layers": "training",
+    "recursion_pipeline_spec": "pipeline",
+    "routing_reports": "training",
+    "token_depths": "training",
+    "update_routers": "training",
+}
+_PACKAGES = (
+    "checkpoints",
+    "layers",
+    "models",
+    "parallel",
+    "pipeline",
+    "platform",
+    "step",
+    "training",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"{__name__}.{name}")
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+    globals()[name] = value  # found without this function from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_PACKAGES})
+
 
 # Import paths of version 0.1.
 keep_old_modules(

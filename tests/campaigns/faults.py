@@ -704,9 +704,8 @@ FAULTS = [
     Fault(
         "a resumed run reads a batch twice",
         TOOLS + "pretraining/data/datasets.py",
-        "first=first_step * settings.training.global_batch_size,\n        end=len(dataset)",
-        "first=max(0, first_step - 1) * settings.training.global_batch_size,\n"
-        "        end=len(dataset)",
+        "first=first_step * settings.training.global_batch_size,",
+        "first=max(0, first_step - 1) * settings.training.global_batch_size,",
         PRETRAINING + "/test_resume.py",
     ),
     Fault(

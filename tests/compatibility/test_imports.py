@@ -77,3 +77,12 @@ def test_a_name_that_never_was_is_an_attribute_error():
 def test_the_face_is_small_and_whole():
     assert len(mor_layers.__all__) == 28
     assert all(hasattr(mor_layers, name) for name in mor_layers.__all__)
+
+
+def test_every_name_of_the_megatron_face_is_found_when_it_is_used():
+    mor_megatron = importlib.import_module("mor_megatron")
+    assert set(mor_megatron._PLACES) == set(mor_megatron.__all__)
+    assert all(getattr(mor_megatron, name) is not None for name in mor_megatron.__all__)
+    assert mor_megatron.training.update_routers is mor_megatron.update_routers
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = mor_megatron.nothing

@@ -2,7 +2,6 @@
 
 import importlib.util
 import pickle
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from mor_dali import BatchFields, BatchOrder, MegatronSamples, NumpyShards, Prefetch, token_batches
 from mor_tools.pretraining.data.datasets import PackedDocuments
-from mor_tools.pretraining.settings import DataSettings
+from mor_tools.pretraining.settings import DataSettings, Settings
 
 LENGTH, VOCABULARY = 13, 40
 
@@ -208,7 +207,7 @@ def test_without_dali_it_says_what_to_install(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r"Install mor-layers\[dali\]"):
         token_batches(samples, BatchOrder(end=1, size=1))
     with pytest.raises(ValueError, match=r"data\.loader='dali': NVIDIA DALI is not installed"):
-        replace(DataSettings(), loader="dali")
+        Settings(data=DataSettings(loader="dali")).require_installed()
     monkeypatch.setattr("mor_dali.pipeline.find_spec", importlib.util.find_spec)
     assert (
         next(islice(token_batches(samples, BatchOrder(end=1, size=1)), 1))["tokens"].shape[0] == 1

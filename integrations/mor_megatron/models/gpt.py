@@ -10,7 +10,6 @@ layer, a block of 2 that runs 3 times, and a coda layer.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from itertools import accumulate
 from typing import Any, cast
 
@@ -40,6 +39,7 @@ from mor_megatron.layers import (
     document_attention,
     local_norm,
 )
+from mor_megatron.parallel import even_stages
 from mor_megatron.platform import has_transformer_engine
 
 
@@ -192,13 +192,7 @@ def set_pipeline_layout(config: TransformerConfig, depths: Sequence[int]) -> Non
     )
     if size == 1 or any(is_given):
         return
-    if size > len(depths):
-        raise ValueError(
-            f"pipeline_model_parallel_size={size} exceeds the {len(depths)} parts of the model "
-            f"({', '.join(map(str, depths))} unrolled layers), and a recursion inside one stage is "
-            f"not cut. Use {len(depths)} stages or fewer."
-        )
-    rows = [["decoder"] * sum(stage) for stage in _even_stages(tuple(depths), size)]
+    rows = [["decoder"] * sum(stage) for stage in even_stages(depths, size)]
     rows[0].insert(0, "embedding")
     rows[-1].append("loss")
     config.pipeline_model_parallel_layout = PipelineParallelLayerLayout(rows, size)
@@ -216,18 +210,6 @@ def check_whole(config: TransformerConfig, depths: Sequence[int], first: int, co
         f"{', '.join(map(str, depths))} unrolled layers. Put whole parts into stages with "
         f"pipeline_model_parallel_layout, for example 'E{layout}L' for a stage each."
     )
-
-
-@cache
-def _even_stages(depths: tuple[int, ...], size: int) -> tuple[tuple[int, ...], ...]:
-    """Consecutive parts in stages, none empty, with the deepest stage as shallow as possible."""
-    if size == 1:
-        return (depths,)
-    candidates = [
-        (depths[:cut], *_even_stages(depths[cut:], size - 1))
-        for cut in range(1, len(depths) - size + 2)
-    ]
-    return min(candidates, key=lambda stages: max(map(sum, stages)))
 
 
 def final_norm(layer_spec: ModuleSpec) -> type:

@@ -6,6 +6,7 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 
 from mor_layers import RecursionConfig
 from mor_layers.recursion import SharingSchedule
+from mor_megatron.parallel import STEPS_AS_STAGES_RULES, Arrangement, Names, require_rules
 
 
 def validate_pipeline(
@@ -16,6 +17,14 @@ def validate_pipeline(
     Raises:
         ValueError: for the first such setting: what it is, why not, and what to use.
     """
+    arrangement = Arrangement(
+        config.num_layers,
+        recursion,
+        pipeline=_stages(config),
+        pipeline_layout="steps_as_stages",
+        context=config.context_parallel_size,
+    )
+    require_rules(arrangement, STEPS_AS_STAGES_RULES, Names())
     for is_wrong, given, reason in _rules(config, recursion, schedule):
         if is_wrong:
             raise ValueError(f"{given} cannot run with recursion steps as virtual stages: {reason}")
@@ -26,10 +35,6 @@ def _rules(
 ) -> list[tuple[bool, str, str]]:
     stages, chunks = _stages(config), config.virtual_pipeline_model_parallel_size
     steps, size = recursion.num_recursions, schedule.block_size
-    below = size - size % stages
-    fitting = " or ".join(
-        str(n * steps + schedule.prelude + schedule.coda) for n in (below, below + stages) if n
-    )
     dtype = _dtype(config)
     layout = config.pipeline_model_parallel_layout
     uneven = (
@@ -40,34 +45,10 @@ def _rules(
     )
     return [
         (
-            config.context_parallel_size > 1,
-            f"context_parallel_size={config.context_parallel_size}",
-            "what travels between stages is laid out for whole sequences. Use "
-            "recursion_block_spec, which keeps the recursion in one stage, or tensor parallelism "
-            "with sequence_parallel=True.",
-        ),
-        (
-            not schedule.is_cyclic,
-            f"sharing={recursion.sharing!r}",
-            "its layers repeat one by one, so no step goes round. Use 'cycle' or 'middle_cycle', "
-            "or recursion_block_spec.",
-        ),
-        (
-            stages == 1 or steps == 1,
-            f"pipeline_model_parallel_size={stages} with num_recursions={steps}",
-            "nothing goes round. Use at least 2 of both, or recursion_block_spec.",
-        ),
-        (
             chunks != steps,
             f"virtual_pipeline_model_parallel_size={chunks}",
             f"each chunk runs one of the {steps} steps. Use "
             f"virtual_pipeline_model_parallel_size={steps}.",
-        ),
-        (
-            size % stages > 0,
-            f"num_layers={config.num_layers}",
-            f"a block of {size} layers does not spread evenly over {stages} stages. "
-            f"Use num_layers={fitting}.",
         ),
         (
             any(getattr(config, name) for name in uneven),
@@ -79,13 +60,6 @@ def _rules(
             layout is not None and repr(layout) != repr(_layout(schedule, stages)),
             f"pipeline_model_parallel_layout={layout!r}",
             "the layout follows from the recursion. Leave it out.",
-        ),
-        (
-            recursion.kv_policy
-            not in ("recursion_wise", "recursive_sharing", "sharing_with_update"),
-            f"kv_policy={recursion.kv_policy!r}",
-            "only what step 1 makes is kept for later steps. Use 'recursion_wise', "
-            "'recursive_sharing' or 'sharing_with_update', or recursion_block_spec.",
         ),
         (
             config.pipeline_dtype is not dtype,

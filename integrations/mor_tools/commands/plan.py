@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mor_tools.commands.plan_settings import PlanSettings, read_settings, workload
+from mor_tools.commands.workload import workload
 from mor_tools.planner import (
     FP32_TFLOPS,
     HARDWARE,
@@ -28,13 +28,18 @@ from mor_tools.planner import (
     describe,
     draw,
     inference_table,
+    nearest,
     parts_table,
     plans_table,
     refusals,
     search,
 )
+from mor_tools.pretraining.command_line import read_settings
+from mor_tools.pretraining.settings import Settings
 
 GIB = 2**30
+MOST_DEVICES = 10**9
+"""Beyond this many devices, finding the layouts would take minutes."""
 
 
 def add_arguments(options: argparse.ArgumentParser) -> None:
@@ -66,11 +71,23 @@ def run(options: argparse.Namespace) -> None:
         ValueError: settings that do not fit together, or nothing fits.
         OSError: the file is missing, or one cannot be written.
     """
-    if options.gpus < 1:
-        raise ValueError(f"--gpus {options.gpus} must be at least 1.")
+    if not 1 <= options.gpus <= MOST_DEVICES:
+        raise ValueError(f"--gpus {options.gpus} must be at least 1 and at most {MOST_DEVICES}.")
     if options.top < 1:
         raise ValueError(f"--top {options.top} must be at least 1.")
-    settings = read_settings(options.config, options.set)
+    for change in options.set:
+        if "=" not in change:
+            raise ValueError(f"--set {change} is no key=value setting.")
+    settings = read_settings(str(options.config), options.set)
+    try:
+        _plan(options, settings)
+    except OverflowError as error:
+        raise ValueError(
+            f"the sizes that are given are too large to be counted ({error}). Use smaller ones."
+        ) from error
+
+
+def _plan(options: argparse.Namespace, settings: Settings) -> None:
     work, hardware = workload(settings, options.vocab_size), _hardware(options, settings)
     console = Console()
     console.print(describe(work, options.gpus, hardware, options.efficiency))
@@ -96,7 +113,7 @@ def run(options: argparse.Namespace) -> None:
         draw(best, hardware).savefig(options.picture, dpi=120)
 
 
-def _hardware(options: argparse.Namespace, settings: PlanSettings) -> Hardware:
+def _hardware(options: argparse.Namespace, settings: Settings) -> Hardware:
     if options.hardware not in HARDWARE:
         raise ValueError(
             f"--hardware {options.hardware} is unknown. Use one of {', '.join(HARDWARE)}, and "
@@ -137,7 +154,7 @@ def _nothing_fits(work: Workload, gpus: int, hardware: Hardware, found: Search) 
     else:
         reasons = "; ".join(f"{why} ({n})" for why, n in Counter(found.refused).most_common(3))
         told = f"no layout of {gpus} devices is legal: {reasons}."
-    near = _nearest(work, gpus, hardware)
+    near = nearest(work, gpus, hardware)
     if near is None:
         return f"{told} Use a smaller model or larger devices, or another global batch size."
     return (
@@ -145,18 +162,6 @@ def _nothing_fits(work: Workload, gpus: int, hardware: Hardware, found: Search) 
         f"{near.layout.micro_batch_size} --recompute {near.layout.recompute} "
         f"({near.memory.total / GIB:.1f} GiB)."
     )
-
-
-def _nearest(work: Workload, gpus: int, hardware: Hardware) -> Plan | None:
-    """The fastest layout that fits, with any recomputation and a small micro-batch, on the nearest
-    number of devices."""
-    near = [n for d in range(min(gpus, 256)) for n in (gpus - d, gpus + d)]
-    doubled = [gpus * 2**n for n in range(1, 11)]
-    for devices in dict.fromkeys([*near, *doubled]):
-        found = search(work, devices, hardware, (1, 2), RECOMPUTE)
-        if found.fitting:
-            return found.fitting[0]
-    return None
 
 
 def _row(plan: Plan) -> dict[str, Any]:

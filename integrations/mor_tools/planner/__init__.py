@@ -1,15 +1,11 @@
 """What a training step costs in every parallel layout, before anything is built."""
 
-from mor_tools.planner.evaluate import evaluate
+from mor_megatron.parallel import PipelineLayout
+from mor_tools.planner.chunks import carried_rows
+from mor_tools.planner.evaluate import evaluate, timeline
 from mor_tools.planner.hardware import FP32_TFLOPS, HARDWARE, Hardware
-from mor_tools.planner.layouts import Layout, Plan, Workload
+from mor_tools.planner.layouts import Layout, Memory, Plan, StagePlan, Workload
 from mor_tools.planner.memory import RECOMPUTE, Recompute
-from mor_tools.planner.pipeline import (
-    PipelineAccount,
-    PipelineLayout,
-    PipelinePlan,
-    pipeline_account,
-)
 from mor_tools.planner.report import (
     describe,
     draw,
@@ -18,7 +14,7 @@ from mor_tools.planner.report import (
     plans_table,
     refusals,
 )
-from mor_tools.planner.search import Search, search
+from mor_tools.planner.search import Search, nearest, refusal, search
 
 __all__ = [
     "FP32_TFLOPS",
@@ -26,20 +22,23 @@ __all__ = [
     "RECOMPUTE",
     "Hardware",
     "Layout",
-    "PipelineAccount",
+    "Memory",
     "PipelineLayout",
-    "PipelinePlan",
     "Plan",
     "Recompute",
     "Search",
+    "StagePlan",
     "Workload",
+    "carried_rows",
     "describe",
     "draw",
     "evaluate",
     "inference_table",
+    "nearest",
     "parts_table",
-    "pipeline_account",
     "plans_table",
+    "refusal",
     "refusals",
     "search",
+    "timeline",
 ]

@@ -1,4 +1,4 @@
-"""What a training step costs in a parallel layout: memory, traffic, time of the fullest rank.
+"""What a training step costs in a parallel layout: memory, traffic and time of each stage.
 
 Nothing is built: a model of any size on any number of devices is counted from its settings. Times
 are FLOPs at `efficiency` of the peak plus bytes at the slowest link of the group, none of it
@@ -6,188 +6,174 @@ overlapped, played through the pipeline's schedule.
 """
 
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from mor_layers.costs import count_parameters
+from mor_tools.planner.chunks import Chunk, Way, count_chunk
 from mor_tools.planner.hardware import Hardware
-from mor_tools.planner.layouts import Layout, Memory, Plan, Workload
-from mor_tools.planner.memory import (
-    Kept,
-    kept_by_layer,
-    kept_by_output,
-    kept_by_routing,
-    kept_input,
-)
-from mor_tools.planner.pipeline import carried_length
-from mor_tools.planner.schedule import simulate
+from mor_tools.planner.layouts import Layout, Memory, Plan, StagePlan, Workload
+from mor_tools.planner.schedule import Pass, order_of_passes, play, simulate
 from mor_tools.planner.stages import Part, place
-from mor_tools.planner.traffic import (
-    Spread,
-    Traffic,
-    end_traffic,
-    gradient_traffic,
-    routing_traffic,
-    run_traffic,
-    sequence_parallel_gradients,
-)
+from mor_tools.planner.traffic import Traffic, gradient_traffic, sequence_parallel_gradients
+
+TURNS = 4
+"""Microbatches for each stage that are played; a schedule repeats itself before."""
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Parameters that one rank of a stage holds."""
+
+    dense: float
+    experts: float
+    whole: float
+    """Of the dense ones, those that all tensor-parallel ranks hold."""
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What is known of a stage before its schedule is played."""
+
+    chunks: tuple[Chunk, ...]
+    durations: list[tuple[float, float]]
+    """Seconds of a forward and a backward pass, by chunk."""
+    compute: float
+    """Seconds of matrix products for a microbatch."""
+    held: _Held
+
+    @property
+    def busy(self) -> float:
+        """Seconds of all passes of a microbatch."""
+        return sum(map(sum, self.durations))
+
+    @property
+    def kept(self) -> list[float]:
+        """Bytes that a microbatch keeps for the backward pass, by chunk."""
+        return [chunk.kept for chunk in self.chunks]
 
 
 def evaluate(work: Workload, layout: Layout, hardware: Hardware, efficiency: float = 0.5) -> Plan:
     """Count one layout.
 
     Raises:
-        ValueError: layers that do not spread over its stages.
+        ValueError: there are more stages than parts of the model.
     """
-    shape, b = work.shape, layout.micro_batch_size
-    spread = Spread(
-        layout.tensor, layout.sequence_parallel, layout.context, layout.expert, work.itemsize
-    )
-    stages = place(shape, layout.pipeline_layout, layout.pipeline)
-    microbatches = work.global_batch_size // (layout.data * b)
-    speed = hardware.tflops * 1e12 * efficiency
-    links = _links(layout, hardware)
-    runs = _runs(work)
-    durations, kept, sent, compute, repeated = [], [], [], [], []
-    for p, chunks in enumerate(stages):
-        own: list[tuple[float, float]] = []
-        stage_kept, stage_sent, stage_compute, again = [], Counter(), 0.0, 0.0
-        for v, parts in enumerate(chunks):
-            at_start, at_end = p == v == 0, (p, v) == (len(stages) - 1, len(chunks) - 1)
-            flops, bytes_kept, bytes_again, traffic = _chunk(
-                work, layout, spread, parts, runs, at_start, at_end
-            )
-            again = max(again, bytes_again * b)
-            hop = _hop(work, layout)
-            ways = [dict(t) for t in traffic]
-            for way, is_ahead in zip(ways, (True, False), strict=True):
-                if len(stages) > 1 and not (at_end if is_ahead else at_start):
-                    way["pipeline", "send"] = hop / b
-            seconds = [f * b / speed for f in flops]
-            stage_compute += sum(seconds) * microbatches
-            own.append(tuple(x + _seconds(w, links, b) for x, w in zip(seconds, ways, strict=True)))  # type: ignore[arg-type]
-            for way in ways:
-                for key, value in way.items():
-                    stage_sent[key] += value * b * microbatches
-            stage_kept.append(bytes_kept * b + (hop if len(stages) > 1 and not at_start else 0))
-        durations.append(own)
-        kept.append(stage_kept)
-        sent.append(stage_sent)
-        compute.append(stage_compute)
-        repeated.append(again)
-    makespan, peaks = _play(durations, microbatches, kept)
-    peaks = [peak + more for peak, more in zip(peaks, repeated, strict=True)]
-    busy = [sum(sum(c) for c in own) * microbatches for own in durations]
-    counts = [_parameters(work, layout, chunks, p, len(stages)) for p, chunks in enumerate(stages)]
-    replicas = layout.data * layout.context
-    expert_replicas = max(1, replicas * (layout.tensor if layout.expert > 1 else 1)
-                          // layout.expert)  # fmt: skip
-    memories, totals = [], []
-    for own_sent, (dense, experts, whole), peak in zip(sent, counts, peaks, strict=True):
-        totals.append(
-            own_sent
-            + sequence_parallel_gradients(whole * layout.sequence_parallel, layout.tensor)
-            + gradient_traffic(
-                dense, experts, replicas, expert_replicas, work.itemsize, work.distributed_optimizer
-            )
+    stages, links = _stages(work, layout, hardware, efficiency), _links(layout, hardware)
+    microbatches = _microbatches(work, layout)
+    makespan = _makespan([stage.durations for stage in stages], microbatches)
+    plans = tuple(
+        _stage_plan(
+            work, layout, stage, _peak(p, len(stages), stage.kept, microbatches), microbatches
         )
-        memories.append(_memory(work, dense, experts, replicas, expert_replicas, peak))
-    fullest = max(range(len(stages)), key=lambda p: memories[p].total)
-    slowest = max(range(len(stages)), key=lambda p: busy[p])
-    most = max(totals, key=lambda t: sum(t.values()))
-    data_seconds = max(
-        sum(v for (axis, _), v in t.items() if axis == "data") / links["data"] for t in totals
+        for p, stage in enumerate(stages)
     )
+    slowest = max(plans, key=lambda stage: stage.busy)
     times = {
-        "compute": compute[slowest],
-        "communication": busy[slowest] - compute[slowest],
-        "waiting": makespan - busy[slowest],
-        "gradients": data_seconds,
+        "compute": slowest.compute,
+        "communication": slowest.busy - slowest.compute,
+        "waiting": makespan - slowest.busy,
+        "gradients": max(_sent_along("data", stage.traffic) for stage in plans) / links["data"],
     }
     model_flops = work.cost.training.total * work.global_batch_size
     available = sum(times.values()) * hardware.tflops * 1e12 * layout.num_devices
-    return Plan(
-        layout, memories[fullest], sum(counts[fullest][:2]), +most,
-        1 - sum(busy) / (makespan * len(stages)), times, model_flops / available,
-        work.cost.kv_bytes(work.itemsize) / layout.tensor,
-    )  # fmt: skip
+    kv_bytes = work.cost.kv_bytes(work.itemsize) / layout.tensor
+    return Plan(layout, plans, makespan, times, model_flops / available, kv_bytes)
 
 
-def _runs(work: Workload) -> dict[tuple[int, int], int]:
-    """Place in `cost.steps` of each stack's steps."""
-    keys = [(i, r) for i, x in enumerate(work.shape.stacks) for r in range(x.num_recursions)]
-    return {key: place for place, key in enumerate(keys)}
+def timeline(
+    work: Workload, layout: Layout, hardware: Hardware, efficiency: float = 0.5
+) -> tuple[Pass, ...]:
+    """When each pass of an optimizer step runs, in seconds: the schedule behind `evaluate`.
+
+    Raises:
+        ValueError: there are more stages than parts of the model.
+    """
+    stages = _stages(work, layout, hardware, efficiency)
+    return simulate([stage.durations for stage in stages], _microbatches(work, layout))
 
 
-def _chunk(
-    work: Workload, layout: Layout, spread: Spread, parts: list[Part],
-    runs: dict[tuple[int, int], int], at_start: bool, at_end: bool,
-) -> tuple[tuple[float, float], float, float, tuple[Traffic, Traffic]]:  # fmt: skip
-    """Of one sequence, on one rank: FLOPs forward and backward, bytes kept, bytes that recomputation
-    needs for a moment, and traffic."""
-    shape, s, steps = work.shape, work.sequence_length, work.cost.steps
-    shards = layout.tensor * layout.context
-    how = Kept(work.itemsize, layout.tensor, layout.sequence_parallel)
-    ahead, behind = 0.0, 0.0
-    entries: Counter[int] = Counter()  # bytes by stack: what is recomputed together
-    traffic = end_traffic(shape, at_start, at_end, s, spread)
-    for part in parts:
-        run, share = steps[runs[part.index, part.step]], part.layers / part.stack.num_layers
-        flops = [
-            ((way.total - way.depth_router) * share + way.depth_router * part.first) / shards
-            for way in (run.forward, run.backward)
-        ]
-        again = {"none": 0.0, "selective": run.forward.attention * share / shards}
-        ahead += flops[0]
-        behind += flops[1] + again.get(layout.recompute, flops[0])
-        before = steps[runs[part.index, part.step - 1]].tokens if part.step else s
-        entries[part.index] += part.layers * kept_by_layer(
-            shape, part.stack, run.tokens / layout.context, how
-        ) + part.first * kept_by_routing(
-            shape, part.stack, part.step, before / layout.context, run.tokens / layout.context, how
+def _microbatches(work: Workload, layout: Layout) -> int:
+    return work.global_batch_size // (layout.data * layout.micro_batch_size)
+
+
+def _stages(work: Workload, layout: Layout, hardware: Hardware, efficiency: float) -> list[_Stage]:
+    placed = place(work.shape, layout.pipeline_layout, layout.pipeline)
+    last = len(placed) - 1
+    alike: dict[Hashable, _Stage] = {}
+    stages = []
+    for p, chunks in enumerate(placed):
+        # Most stages of a deep model run the same layers: each kind is counted once.
+        kind = tuple(
+            tuple((id(part.stack), part.step, part.layers, part.first) for part in parts)
+            for parts in chunks
         )
-        projected = run.kv_numbers / (2 * shape.kv_size * part.stack.num_layers)
-        own = run_traffic(shape, part.stack, part.layers, run.tokens, projected, spread)
-        if layout.recompute == "full":
-            own[1].update(own[0])
-        for total, more in zip(traffic, own, strict=True):
-            total.update(more)
-        if part.step == 0 and part.stack.num_recursions > 1:
-            tokens = tuple(
-                steps[runs[part.index, r]].tokens for r in range(part.stack.num_recursions)
-            )
-            routing = routing_traffic(shape, part.stack, tokens, s, spread, work.model.head_size)
-            if layout.recompute == "full":
-                routing[1].update(routing[0])
-            for total, more in zip(traffic, routing, strict=True):
-                total.update(more)
-    kept, for_a_moment = float(sum(entries.values())), 0.0
-    if layout.recompute == "full":
-        kept = len(entries) * kept_input(shape, s / layout.context, how)
-        for_a_moment = max(entries.values(), default=0.0)
-    if at_end:
-        ahead += work.cost.forward.output / shards
-        behind += work.cost.backward.output / shards
-        kept += kept_by_output(shape, s / layout.context, how)
-    return (ahead, behind), kept, for_a_moment, traffic
+        key = (kind, p == 0, p == last)
+        if key not in alike:
+            alike[key] = _stage(work, layout, chunks, p == 0, p == last, hardware, efficiency)
+        stages.append(alike[key])
+    return stages
 
 
-def _hop(work: Workload, layout: Layout) -> float:
-    """Bytes that go from one stage to the next for a microbatch."""
-    rows: float = work.sequence_length
-    recursion, ranks = work.model.recursion, layout.tensor if layout.sequence_parallel else 1
-    if layout.pipeline_layout == "steps_as_stages" and recursion is not None:
-        rows = carried_length(recursion, work.model.hidden_size, int(rows), work.itemsize, ranks)
-    rows *= layout.micro_batch_size / layout.context / ranks
-    return rows * work.model.hidden_size * work.itemsize
+def _stage(
+    work: Workload, layout: Layout, chunks: list[list[Part]], first: bool, last: bool,
+    hardware: Hardware, efficiency: float,
+) -> _Stage:  # fmt: skip
+    speed, links = hardware.tflops * 1e12 * efficiency, _links(layout, hardware)
+    end = len(chunks) - 1
+    counted = tuple(
+        count_chunk(work, layout, parts, first and v == 0, last and v == end)
+        for v, parts in enumerate(chunks)
+    )
+    return _Stage(
+        counted,
+        [(_seconds(c.forward, speed, links), _seconds(c.backward, speed, links)) for c in counted],
+        sum(c.forward.flops + c.backward.flops for c in counted) / speed,
+        _parameters(work, layout, chunks, first, last),
+    )
+
+
+def _seconds(way: Way, speed: float, links: dict[str, float]) -> float:
+    return way.flops / speed + sum(size / links[axis] for (axis, _), size in way.sent.items())
+
+
+def _sent_along(axis: str, traffic: Traffic) -> float:
+    return sum(size for (own, _), size in traffic.items() if own == axis)
+
+
+def _stage_plan(
+    work: Workload, layout: Layout, stage: _Stage, peak: float, microbatches: int
+) -> StagePlan:
+    held, replicas = stage.held, layout.data * layout.context
+    expert_replicas = max(1, replicas * (layout.tensor if layout.expert > 1 else 1)
+                          // layout.expert)  # fmt: skip
+    sent: Traffic = Counter()
+    for chunk in stage.chunks:
+        for way in (chunk.forward, chunk.backward):
+            for key, size in way.sent.items():
+                sent[key] += size * microbatches
+    sent += sequence_parallel_gradients(held.whole * layout.sequence_parallel, layout.tensor)
+    sent += gradient_traffic(
+        held.dense, held.experts, replicas, expert_replicas, work.itemsize,
+        work.distributed_optimizer,
+    )  # fmt: skip
+    kept = peak + max(chunk.recomputed for chunk in stage.chunks)
+    return StagePlan(
+        held.dense + held.experts,
+        _memory(work, held, replicas, expert_replicas, kept),
+        sent,
+        stage.compute * microbatches,
+        stage.busy * microbatches,
+    )
 
 
 def _parameters(
-    work: Workload, layout: Layout, chunks: list[list[Part]], stage: int, stages: int
-) -> tuple[float, float, float]:
-    """Of one rank of a stage: dense ones, experts, and which of the dense all TP ranks hold."""
+    work: Workload, layout: Layout, chunks: list[list[Part]], first: bool, last: bool
+) -> _Held:
+    """Of one rank of a stage."""
     shape = work.shape
     matrix = shape.vocab_size * shape.hidden_size / layout.tensor
-    first, last = stage == 0, stage == stages - 1
     dense = matrix * first + (shape.hidden_size if last else 0)
     dense += matrix if last and not (first and shape.tie_embeddings) else 0
     experts, whole = 0.0, float(shape.hidden_size * last)
@@ -205,17 +191,17 @@ def _parameters(
             experts += share * counted.mlp / cut
         else:
             dense += share * counted.mlp / layout.tensor
-    return dense, experts, whole
+    return _Held(dense, experts, whole)
 
 
 def _memory(
-    work: Workload, dense: float, experts: float, replicas: int, expert_replicas: int, kept: float
+    work: Workload, held: _Held, replicas: int, expert_replicas: int, kept: float
 ) -> Memory:
     # Beside bf16 weights an fp32 copy of them; in both cases Adam's two moments.
     states = 12 if work.is_bf16 else 8
-    spread = dense / replicas + experts / expert_replicas
-    owned = spread if work.distributed_optimizer else dense + experts
-    count = dense + experts
+    spread = held.dense / replicas + held.experts / expert_replicas
+    count = held.dense + held.experts
+    owned = spread if work.distributed_optimizer else count
     return Memory(count * work.itemsize, count * 4, owned * states, kept)
 
 
@@ -234,27 +220,26 @@ def _links(layout: Layout, hardware: Hardware) -> dict[str, float]:
     }
 
 
-def _seconds(traffic: dict[tuple[str, str], float], links: dict[str, float], b: int) -> float:
-    return sum(value * b / links[axis] for (axis, _), value in traffic.items())
-
-
-def _play(
-    durations: list[list[tuple[float, float]]], microbatches: int, kept: list[list[float]]
-) -> tuple[float, list[float]]:
-    """Time from the first pass to the last, and the most that each stage keeps.
+def _makespan(durations: list[list[tuple[float, float]]], microbatches: int) -> float:
+    """Time from the first pass to the last.
 
     Of many microbatches the schedule repeats itself: what is beyond a few turns is not played.
     """
     stages = len(durations)
-    enough = 4 * stages
-    played = min(microbatches, enough + microbatches % stages)
-    passes = simulate(durations, played)
-    makespan = max(run.end for run in passes)
+    played = min(microbatches, TURNS * stages + microbatches % stages)
+    makespan = play(durations, played)
     if microbatches > played:
-        before = max(run.end for run in simulate(durations, played - stages))
+        before = play(durations, played - stages)
         makespan += (makespan - before) * (microbatches - played) / stages
-    held, peaks = [0.0] * stages, [0.0] * stages
-    for run in passes:
-        held[run.stage] += kept[run.stage][run.chunk] * (1 if run.is_forward else -1)
-        peaks[run.stage] = max(peaks[run.stage], held[run.stage])
-    return makespan, peaks
+    return makespan
+
+
+def _peak(stage: int, stages: int, kept: list[float], microbatches: int) -> float:
+    """The most bytes that a stage keeps at any time, from what a microbatch keeps in each chunk."""
+    # As many as are in flight are reached within the first turns, and never exceeded.
+    played = min(microbatches, TURNS * stages + microbatches % stages)
+    held = accumulate(
+        kept[chunk] if is_forward else -kept[chunk]
+        for chunk, _, is_forward in order_of_passes(stage, stages, len(kept), played)
+    )
+    return max(held)

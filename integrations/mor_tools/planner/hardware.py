@@ -1,5 +1,6 @@
 """Devices and the links between them."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -21,8 +22,8 @@ class Hardware:
 
     def __post_init__(self) -> None:
         for name in ("tflops", "memory_gib", "intra_gbps", "inter_gbps", "per_node"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0, and finite.")
 
 
 HARDWARE = {

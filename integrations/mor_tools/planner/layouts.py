@@ -2,13 +2,18 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 from mor_layers import DecoderConfig
 from mor_layers.costs import Accounting, ModelShape, account
+from mor_layers.routers.capacity import default_capacity_factors
+from mor_megatron.parallel import CarriedRows, PipelineLayout
 from mor_tools.planner.memory import Recompute
-from mor_tools.planner.pipeline import PipelineLayout
 from mor_tools.planner.stages import unrolled
 from mor_tools.planner.traffic import Traffic
+
+LARGEST = {"num_unrolled_layers": 1000, "sequence_length": 10**9, "global_batch_size": 10**9}
+"""Sizes beyond which a plan is refused, because counting would take minutes."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,21 @@ class Workload:
     is_bf16: bool = True
     distributed_optimizer: bool = False
     tokens_per_step: tuple[float, ...] | None = None
-    """As for `account`, where the settings do not fix them."""
+    """As for `account`. Where neither this nor the settings fix them, equally many tokens exit at
+    each step, which is what a router's balancing aims at."""
+    documents: bool = False
+    """Whether batches may hold several documents in a sequence, or padding; more then travels
+    between stages that are recursion steps."""
+
+    def __post_init__(self) -> None:
+        sizes = {
+            "num_unrolled_layers": self.model.num_unrolled_layers,
+            "sequence_length": self.sequence_length,
+            "global_batch_size": self.global_batch_size,
+        }
+        for name, size in sizes.items():
+            if not 1 <= size <= LARGEST[name]:
+                raise ValueError(f"{name}={size} must lie between 1 and {LARGEST[name]}.")
 
     @property
     def itemsize(self) -> int:
@@ -33,7 +52,23 @@ class Workload:
 
     @cached_property
     def cost(self) -> Accounting:
-        return account(self.shape, self.sequence_length, self.tokens_per_step, causal_half=False)
+        tokens = self.tokens_per_step
+        routed = [stack for stack in self.shape.stacks if stack.router is not None]
+        if tokens is None and any(s.router and s.router.capacity_factors is None for s in routed):
+            shares = default_capacity_factors(routed[0].num_recursions)
+            tokens = tuple(share * self.sequence_length for share in shares)
+        return account(self.shape, self.sequence_length, tokens, causal_half=False)
+
+    @cached_property
+    def first_run(self) -> tuple[int, ...]:
+        """Place in `cost.steps` of each stack's first step."""
+        return (0, *accumulate(stack.num_recursions for stack in self.shape.stacks))[:-1]
+
+    @cached_property
+    def carried(self) -> CarriedRows:
+        """What travels between stages that are recursion steps, on one tensor-parallel rank."""
+        recursion, size = self.model.effective_recursion, self.model.hidden_size
+        return CarriedRows.of(recursion, size, self.itemsize, 1, self.documents)
 
 
 @dataclass(frozen=True)
@@ -57,12 +92,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the fullest rank."""
+    """Bytes on a rank."""
 
     weights: float
     gradients: float
     optimizer: float
     activations: float
+    """The most that waits for the backward pass at any time."""
 
     @property
     def total(self) -> float:
@@ -70,23 +106,58 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class StagePlan:
+    """What one rank of a pipeline stage holds, sends and does in an optimizer step."""
+
+    parameters: float
+    memory: Memory
+    traffic: Traffic
+    """Bytes sent, by axis and collective."""
+    compute: float
+    """Seconds of matrix products."""
+    busy: float
+    """Seconds of matrix products and of what is sent between them; without gradients."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """A layout and what it costs."""
 
     layout: Layout
-    memory: Memory
-    parameters: float
-    """Held by the fullest rank."""
-    traffic: Traffic
-    """Sent per step by the rank that sends most, bytes by axis and collective."""
-    bubble: float
-    """Share of the pipeline's time in which stages wait."""
+    stages: tuple[StagePlan, ...]
+    makespan: float
+    """Seconds from the first pass of the pipeline to the last."""
     times: dict[str, float]
     """Seconds of a step by what they go into; they sum to `seconds`."""
     utilization: float
     """Model FLOPs over peak FLOPs (MFU)."""
     kv_bytes: float
     """Keys and values of one sequence in generation, on a tensor-parallel rank."""
+
+    @cached_property
+    def fullest(self) -> StagePlan:
+        """The stage that needs the most memory."""
+        return max(self.stages, key=lambda stage: stage.memory.total)
+
+    @property
+    def memory(self) -> Memory:
+        """Bytes on the fullest rank."""
+        return self.fullest.memory
+
+    @property
+    def parameters(self) -> float:
+        """Parameters that the fullest rank holds."""
+        return self.fullest.parameters
+
+    @cached_property
+    def traffic(self) -> Traffic:
+        """Bytes that the rank which sends most sends in a step, by axis and collective."""
+        return max((stage.traffic for stage in self.stages), key=lambda sent: sum(sent.values()))
+
+    @property
+    def bubble(self) -> float:
+        """Share of the pipeline's time in which stages wait."""
+        return 1 - sum(stage.busy for stage in self.stages) / (self.makespan * len(self.stages))
 
     @property
     def seconds(self) -> float:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from math import gcd
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -9,7 +10,7 @@ from rich.table import Table
 
 from mor_tools.planner.hardware import Hardware
 from mor_tools.planner.layouts import Plan, Workload
-from mor_tools.planner.search import USABLE, Search
+from mor_tools.planner.search import USABLE, Search, divisors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -108,7 +109,7 @@ def inference_table(work: Workload, gpus: int, hardware: Hardware) -> Table:
     for column in ("TP", "copies", "weights, GiB", "KV of one, MiB", "fit a copy",
                    "fit in all"):  # fmt: skip
         table.add_column(column, justify="right")
-    for size in (n for n in range(1, gpus + 1) if gpus % n == 0 and work.model.kv_heads % n == 0):
+    for size in divisors(gcd(gpus, work.model.kv_heads), work.model.kv_heads):
         room = hardware.memory_gib * GIB * USABLE - weights / size
         fitting = max(0, int(room // (one / size)))
         table.add_row(

@@ -4,7 +4,9 @@ A schedule is played through, event by event, in Megatron-Core's order. Times ar
 durations are given in.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 
 @dataclass(frozen=True)
@@ -28,29 +30,54 @@ def simulate(durations: list[list[tuple[float, float]]], num_microbatches: int) 
     Returns:
         All passes of an optimizer step, those of a stage in order.
     """
+    passes: list[list[Pass]] = [[] for _ in durations]
+    _run(durations, num_microbatches, lambda *how: passes[how[0]].append(Pass(*how)))
+    return tuple(run for stage in passes for run in stage)
+
+
+def play(durations: list[list[tuple[float, float]]], num_microbatches: int) -> float:
+    """When the last pass of an optimizer step ends, as of `simulate`, which also lists the passes."""
+    return _run(durations, num_microbatches, None)
+
+
+def _run(
+    durations: list[list[tuple[float, float]]],
+    num_microbatches: int,
+    record: Callable[[int, int, int, bool, float, float], None] | None,
+) -> float:
     stages, chunks = len(durations), len(durations[0])
-    ends: dict[tuple[int, int, int, bool], float] = {}
-    orders = [_order(p, stages, chunks, num_microbatches) for p in range(stages)]
+    # When passes end, by stage, chunk and direction: a place for each microbatch, empty at first.
+    kinds = [(p, c, f) for p in range(stages) for c in range(chunks) for f in (True, False)]
+    ends: dict[tuple[int, int, bool], list[float | None]] = {
+        kind: [None] * num_microbatches for kind in kinds
+    }
+    needs = {}
+    for kind in kinds:
+        before = _before(*kind, stages, chunks)
+        needs[kind] = None if before is None else ends[before]
+    orders = [order_of_passes(p, stages, chunks, num_microbatches) for p in range(stages)]
     done, clock = [0] * stages, [0.0] * stages
-    passes: list[list[Pass]] = [[] for _ in range(stages)]
     waiting = True
     while waiting:
         waiting = False
         for p, order in enumerate(orders):
-            while done[p] < len(order):
-                chunk, microbatch, is_forward = order[done[p]]
-                needed = _before(p, chunk, is_forward, stages, chunks)
-                if needed is not None and (*needed, microbatch) not in ends:
-                    break
-                ready = 0.0 if needed is None else ends[(*needed, microbatch)]  # type: ignore[index]
-                start = max(clock[p], ready)
-                clock[p] = start + durations[p][chunk][not is_forward]
-                ends[p, chunk, is_forward, microbatch] = clock[p]  # type: ignore[index]
-                passes[p].append(Pass(p, chunk, microbatch, is_forward, start, clock[p]))
+            now, first = clock[p], done[p]
+            for chunk, microbatch, is_forward in islice(order, first, None):
+                needed, start = needs[p, chunk, is_forward], now
+                if needed is not None:
+                    ready = needed[microbatch]
+                    if ready is None:
+                        break
+                    start = max(now, ready)
+                now = start + durations[p][chunk][not is_forward]
+                ends[p, chunk, is_forward][microbatch] = now
+                if record is not None:
+                    record(p, chunk, microbatch, is_forward, start, now)
                 done[p] += 1
-                waiting = True
+            clock[p] = now
+            waiting |= done[p] > first
     assert done == [len(order) for order in orders], "the schedule does not end"
-    return tuple(run for stage in passes for run in stage)
+    return max(clock)
 
 
 def _before(
@@ -66,7 +93,9 @@ def _before(
     return (0, chunk + 1, False) if chunk < chunks - 1 else (p, chunk, True)
 
 
-def _order(p: int, stages: int, chunks: int, microbatches: int) -> list[tuple[int, int, bool]]:
+def order_of_passes(
+    p: int, stages: int, chunks: int, microbatches: int
+) -> list[tuple[int, int, bool]]:
     """Chunk, microbatch and direction of each pass of a stage, in Megatron's order."""
     group = stages if chunks > 1 else microbatches
     table = [

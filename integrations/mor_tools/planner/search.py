@@ -1,56 +1,59 @@
 """Every parallel layout of so many devices: which are legal, which fit, which is fastest."""
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from math import gcd, isqrt
 from typing import get_args
 
+from mor_megatron.parallel import (
+    BATCH_RULES,
+    LAYOUT_RULES,
+    Arrangement,
+    PipelineLayout,
+    broken_rule,
+)
 from mor_tools.planner.evaluate import evaluate
 from mor_tools.planner.hardware import Hardware
 from mor_tools.planner.layouts import Layout, Plan, Workload
-from mor_tools.planner.memory import Recompute
-from mor_tools.planner.pipeline import PipelineLayout
+from mor_tools.planner.memory import RECOMPUTE, Recompute
 
 USABLE = 0.9
 """Share of a device's memory that a plan may fill; libraries and fragments have the rest."""
 
+NEIGHBOURS = 64
+"""Numbers of devices that `nearest` tries on its way from the one that was asked for."""
+
 
 def refusal(work: Workload, layout: Layout) -> str | None:
     """Why the plug or Megatron-Core would refuse a layout; None if neither does."""
-    model, s, t, c = work.model, work.sequence_length, layout.tensor, layout.context
-    schedule, recursion, moe = model.schedule, model.recursion, model.moe
-    widths = [model.num_heads, model.kv_heads, model.ffn_hidden_size]
-    widths += [moe.ffn_hidden_size or model.ffn_hidden_size] if moe else []
-    is_spread = layout.pipeline_layout == "steps_as_stages"
-    turns = math.lcm(2 * c, c * (t if layout.sequence_parallel else 1))
-    batch = layout.data * layout.micro_batch_size
-    blocks = 1 if schedule.is_cyclic else schedule.block_size
-    rules = (
-        (any(width % t for width in widths), "tensor: heads or widths do not divide"),
-        (layout.sequence_parallel and s % t != 0, "tensor: the sequence does not divide"),
-        (c > 1 and s % turns != 0, "context: the sequence does not divide"),
-        (c > 1 and is_spread, "context: not with steps as stages"),
-        (layout.expert > 1 and moe is None, "expert: no experts"),
-        (moe is not None and moe.num_experts % layout.expert != 0, "expert: experts do not divide"),
-        (t * c * layout.data % layout.expert != 0, "expert: ranks of a stage do not divide"),
-        (moe is not None and t > 1 and not layout.sequence_parallel, "expert: TP needs SP"),
-        (work.global_batch_size % batch != 0, "batch: does not divide by replicas × micro-batch"),
-        (is_spread and (recursion is None or not schedule.is_cyclic
-                        or recursion.num_recursions < 2), "pipeline: nothing goes round"),
-        (is_spread and recursion is not None and recursion.kv_policy == "exit_state",
-         "pipeline: exit_state stays in one stage"),
-        (is_spread and schedule.block_size % layout.pipeline != 0,
-         "pipeline: the block does not spread evenly"),
-        (is_spread and work.global_batch_size // batch % layout.pipeline != 0,
-         "pipeline: micro-batches do not go round in groups"),
-        (not is_spread and recursion is None
-         and model.num_unrolled_layers % layout.pipeline != 0, "pipeline: layers do not divide"),
-        (not is_spread and recursion is not None
-         and layout.pipeline > schedule.prelude + blocks + schedule.coda,
-         "pipeline: more stages than parts"),
-    )  # fmt: skip
-    return next((reason for is_wrong, reason in rules if is_wrong), None)
+    rule = broken_rule(_arrangement(work, layout), (*LAYOUT_RULES, *BATCH_RULES))
+    return None if rule is None else rule.summary
+
+
+def _arrangement(work: Workload, layout: Layout) -> Arrangement:
+    model, moe = work.model, work.model.moe
+    return Arrangement(
+        num_unrolled_layers=model.num_unrolled_layers,
+        recursion=model.recursion,
+        num_heads=model.num_heads,
+        num_kv_heads=model.kv_heads,
+        ffn_hidden_size=model.ffn_hidden_size,
+        expert_ffn_hidden_size=(moe.ffn_hidden_size or model.ffn_hidden_size) if moe else None,
+        num_experts=moe.num_experts if moe else None,
+        sequence_length=work.sequence_length,
+        tensor=layout.tensor,
+        sequence_parallel=layout.sequence_parallel,
+        pipeline=layout.pipeline,
+        pipeline_layout=layout.pipeline_layout,
+        context=layout.context,
+        expert=layout.expert,
+        devices=layout.num_devices,
+        global_batch_size=work.global_batch_size,
+        micro_batch_size=layout.micro_batch_size,
+    )
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,54 @@ def search(
     return Search(tuple(fitting), tuple(rest), refused)
 
 
+def nearest(work: Workload, devices: int, hardware: Hardware) -> Plan | None:
+    """The fastest layout that fits on the number of devices nearest to `devices`.
+
+    With any recomputation and micro-batches of 1 or 2 sequences. None where nothing fits on those
+    of the nearest numbers that have a legal layout, nor on 2 to 1024 times as many devices.
+    """
+    counts = sorted(_possible_counts(work), key=lambda n: (abs(n - devices), n))
+    doubled = [devices * 2**n for n in range(1, 11)]
+    for count in (*counts[:NEIGHBOURS], *(n for n in doubled if n in counts[NEIGHBOURS:])):
+        # One sequence at a time needs the least memory: where that does not fit, nothing does.
+        if _fits(work, count, hardware):
+            return search(work, count, hardware, (1, 2), RECOMPUTE).fitting[0]
+    return None
+
+
+def _fits(work: Workload, devices: int, hardware: Hardware) -> bool:
+    room = hardware.memory_gib * 2**30 * USABLE
+    layouts = _layouts(work, devices, (1,), ("full", "none"))
+    return any(
+        refusal(work, layout) is None and evaluate(work, layout, hardware).memory.total <= room
+        for layout in layouts
+    )
+
+
+def _possible_counts(work: Workload) -> set[int]:
+    """Numbers of devices among which are all that have a legal layout."""
+    model, moe = work.model, work.model.moe
+    widths = gcd(model.num_heads, model.kv_heads, model.ffn_hidden_size)
+    if moe is not None:
+        widths = gcd(widths, moe.ffn_hidden_size or model.ffn_hidden_size)
+    # Each axis divides what it shares; only a pipeline with uneven stages need not.
+    tensor = divisors(widths, widths)
+    context = divisors(work.sequence_length, work.sequence_length // 2) or (1,)
+    pipeline = [
+        size
+        for size in range(1, model.num_unrolled_layers + 1)
+        if any(
+            broken_rule(_arrangement(work, Layout(1, size, kind)), LAYOUT_RULES) is None
+            for kind in get_args(PipelineLayout)
+        )
+    ]
+    data = divisors(work.global_batch_size, work.global_batch_size)
+    counts = {1}
+    for sizes in (tensor, context, pipeline, data):
+        counts = {count * size for count, size in product(counts, sizes)}
+    return counts
+
+
 def _layouts(
     work: Workload,
     devices: int,
@@ -94,16 +145,19 @@ def _layouts(
     recompute: tuple[Recompute, ...],
 ) -> Iterator[Layout]:
     experts = work.model.moe.num_experts if work.model.moe else 1
-    for t in _divisors(devices, work.model.num_heads):
-        for p in _divisors(devices // t, work.model.num_unrolled_layers):
-            for c in _divisors(devices // t // p, work.sequence_length // 2):
+    for t in divisors(devices, work.model.num_heads):
+        for p in divisors(devices // t, work.model.num_unrolled_layers):
+            for c in divisors(devices // t // p, max(1, work.sequence_length // 2)):
                 data = devices // (t * p * c)
-                for e in _divisors(t * c * data, experts):
+                for e in divisors(t * c * data, experts):
                     for kind in get_args(PipelineLayout)[: 1 + (p > 1)]:
                         for size in micro_batch_sizes:
                             for how in recompute:
                                 yield Layout(t, p, kind, c, e, data, size, how, t > 1)
 
 
-def _divisors(number: int, most: int) -> list[int]:
-    return [d for d in range(1, min(number, most) + 1) if number % d == 0]
+@cache
+def divisors(number: int, most: int) -> tuple[int, ...]:
+    """Divisors of a number up to `most`, in order."""
+    small = [d for d in range(1, min(isqrt(number), most) + 1) if number % d == 0]
+    return tuple(sorted({*small, *(number // d for d in small if number // d <= most)}))

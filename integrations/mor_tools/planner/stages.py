@@ -1,11 +1,9 @@
 """Which layers and which recursion steps run on which pipeline stage, without a pipeline."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 
 from mor_layers.costs import ModelShape, StackShape
-from mor_tools.planner.pipeline import PipelineLayout
+from mor_megatron.parallel import PipelineLayout, even_stages
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,6 @@ def place(shape: ModelShape, layout: PipelineLayout, stages: int) -> Stages:
     if layout == "steps_as_stages" and stages > 1:
         return _spread(shape, stages)
     depths = tuple(s.num_layers * s.num_recursions for s in shape.stacks)
-    if stages > len(depths):
-        raise ValueError(f"{stages} stages exceed the {len(depths)} parts of the model.")
     placed, index = [], 0
     for size in map(len, even_stages(depths, stages)):
         parts = [
@@ -62,26 +58,9 @@ def place(shape: ModelShape, layout: PipelineLayout, stages: int) -> Stages:
 def _spread(shape: ModelShape, stages: int) -> Stages:
     (middle,) = (i for i, s in enumerate(shape.stacks) if s.num_recursions > 1)
     block = shape.stacks[middle]
-    if block.num_layers % stages:
-        raise ValueError(f"a block of {block.num_layers} layers does not spread over {stages}.")
     steps, own = block.num_recursions, block.num_layers / stages
     placed = [[[Part(middle, block, v, own, p == 0)] for v in range(steps)] for p in range(stages)]
     ends = [Part(i, stack, 0, stack.num_layers) for i, stack in enumerate(shape.stacks)]
     placed[0][0] = ends[:middle] + placed[0][0]
     placed[-1][-1] = placed[-1][-1] + ends[middle + 1 :]
     return placed
-
-
-def even_stages(depths: Sequence[int], size: int) -> tuple[tuple[int, ...], ...]:
-    """Consecutive parts in stages, none empty, with the deepest stage as shallow as possible."""
-    return _even(tuple(depths), size)
-
-
-@cache
-def _even(depths: tuple[int, ...], size: int) -> tuple[tuple[int, ...], ...]:
-    if size == 1:
-        return (depths,)
-    candidates = [
-        (depths[:cut], *_even(depths[cut:], size - 1)) for cut in range(1, len(depths) - size + 2)
-    ]
-    return min(candidates, key=lambda stages: max(map(sum, stages)))

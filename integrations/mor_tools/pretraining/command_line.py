@@ -47,17 +47,31 @@ def load_settings(arguments: Sequence[str]) -> Settings:
     for override in overrides:
         if override.startswith("-") or "=" not in override:
             raise ValueError(f"{override!r} is no key=value setting. Usage:\n{USAGE}")
-    return from_mapping(Settings, _merged(options.config, overrides), may_import=True)
+    settings = read_settings(options.config, overrides)
+    settings.require_installed()
+    return settings
+
+
+def read_settings(path: str | None, overrides: Sequence[str]) -> Settings:
+    """Settings of a file, or the defaults, changed by `key=value` overrides.
+
+    Raises:
+        ValueError: a setting is unknown, of the wrong type, or not allowed.
+        FileNotFoundError: there is no such configuration file.
+    """
+    return from_mapping(Settings, _merged(path, overrides), may_import=True)
 
 
 def _merged(path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
     """Plain mappings: the file's, changed by the overrides."""
     if path is not None and not Path(path).is_file():
-        raise FileNotFoundError(f"--config {path}: there is no such file.")
+        raise FileNotFoundError(
+            f"{path}: there is no such file. Name a YAML file of the pretraining script."
+        )
     try:
         file = OmegaConf.create() if path is None else OmegaConf.load(path)
         if not isinstance(file, DictConfig):
-            raise ValueError(f"--config {path}: expected a mapping of settings.")
+            raise ValueError(f"{path}: expected a mapping of settings.")
         changes = OmegaConf.from_dotlist(list(overrides))
         new_type = OmegaConf.select(changes, "recursion.router.type")
         if new_type not in (None, OmegaConf.select(file, "recursion.router.type")):

@@ -17,6 +17,7 @@ from mor_tools.pretraining.data.datasets import Datasets, batches, build_dataset
 from mor_tools.pretraining.data.text import TextTokenizer, prepare
 from mor_tools.pretraining.launcher import LauncherLost
 from mor_tools.pretraining.models import build, initial_weights, teacher
+from mor_tools.pretraining.models.decoder import decoder_config
 from mor_tools.pretraining.reporting import demonstration
 from mor_tools.pretraining.reporting.display import Costs, Display
 from mor_tools.pretraining.reporting.history import History
@@ -72,7 +73,7 @@ def _pretrain(settings: Settings, console: Console | None, notes: list[str | Non
     data = build_datasets(settings, text, tokenizer)
     distributed.seed(settings.training.seed, step=0)
     chunks = build.build_model(settings, tokenizer.vocab_size)
-    decoder = build.decoder_config(settings, tokenizer.vocab_size)
+    decoder = decoder_config(settings, tokenizer.vocab_size)
     if settings.training.initial_weights is not None:
         initial_weights.load(Path(settings.training.initial_weights), chunks, decoder)
     dense = None if settings.uptrain is None else teacher.open_dense(settings, tokenizer)

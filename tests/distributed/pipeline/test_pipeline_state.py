@@ -16,31 +16,41 @@ from mor_layers import (
     TokenChoice,
     Tokens,
 )
-from mor_tools.planner.pipeline import carried_length as accounted_length
+from mor_megatron.parallel import CarriedRows
 from mor_tools.planner.schedule import simulate
 
-ALL_ROUTERS = [
-    FixedDepth(),
-    RandomDepth((0.7, 0.5, 0.1)),
-    ExpertChoice(),
-    ExpertChoice(warmup_steps=5),
-    TokenChoice(),
-    DepthAndWidth(),
-    RandomLoops(),
+# Of 8 tokens in rows of 24 numbers, fp32 on one rank and bf16 on each of four. Behind them travel the
+# tokens that run the first step, and for each of these a position, a gate if it has one and what is
+# planned for it, in words of 4 bytes; one word says how many they are.
+TRAVELS = [
+    (FixedDepth(), 8, 8),
+    # floor(0.7 · 8) = 5 tokens, 1 + 5 words: a row of 96 bytes; 2 tokens and a row of 48 on each rank.
+    (RandomDepth((0.7, 0.5, 0.1)), 8 + 5 + 1, 8 + 4 * (2 + 1)),
+    # 1 + 8 · 2 words are 68 bytes: a row, or two.
+    (ExpertChoice(), 8 + 8 + 1, 8 + 4 * (2 + 2)),
+    (ExpertChoice(warmup_steps=5), 8 + 8 + 1, 8 + 4 * (2 + 2)),
+    # Two numbers planned for each token: 1 + 8 · 3 words are 100 bytes.
+    (TokenChoice(), 8 + 8 + 2, 8 + 4 * (2 + 3)),
+    # A number for each of three steps: 1 + 8 · 4 words are 132 bytes.
+    (DepthAndWidth(), 8 + 8 + 2, 8 + 4 * (2 + 3)),
+    # Positions alone, and any of them may run: 1 + 8 words are 36 bytes.
+    (RandomLoops(), 8 + 8 + 1, 8 + 4 * (2 + 1)),
 ]
 
 
-@pytest.mark.parametrize("router", ALL_ROUTERS, ids=lambda router: repr(router)[:40])
-@pytest.mark.parametrize(("itemsize", "ranks"), [(4, 1), (2, 1), (2, 4)])
-def test_what_is_counted_is_what_travels(router, itemsize: int, ranks: int) -> None:
-    from mor_megatron.pipeline.state import CarriedLayout
-
+@pytest.mark.parametrize(("router", "alone", "shared"), TRAVELS, ids=lambda value: repr(value)[:40])
+def test_what_travels_takes_as_many_rows_as_its_parts(router, alone: int, shared: int) -> None:
     settings = RecursionConfig(3, router=router)
-    layout = CarriedLayout.of(settings, 24, itemsize, ranks, documents=False)
+    for itemsize, ranks, expected in ((4, 1, alone), (2, 4, shared)):
+        rows = CarriedRows.of(settings, 24, itemsize, ranks, documents=False)
+        assert rows.carried_length(8) == expected
+
+
+@pytest.mark.parametrize("router", [router for router, *_ in TRAVELS], ids=lambda r: repr(r)[:40])
+def test_a_sequence_is_known_by_the_rows_that_travel(router) -> None:
+    rows = CarriedRows.of(RecursionConfig(3, router=router), 24, 2, 4, documents=False)
     for length in (8, 20, 400):
-        expected = accounted_length(settings, 24, length, itemsize, ranks)
-        assert layout.carried_length(length) == expected
-        assert layout.sequence_length(expected // ranks) == length
+        assert rows.sequence_length(rows.carried_length(length) // 4) == length
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,17 +1,29 @@
 """The schedule played through against formulas for equal stages, and counts against sums."""
 
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
 
 from mor_layers import DecoderConfig, ExpertChoice, FixedDepth, RecursionConfig, TokenChoice
 from mor_layers.costs import account
-from mor_tools.planner import PipelinePlan, pipeline_account
-from mor_tools.planner.pipeline import carried_length
+from mor_megatron.parallel import even_stages
+from mor_tools.planner import (
+    HARDWARE,
+    Layout,
+    Plan,
+    Workload,
+    carried_rows,
+    evaluate,
+    refusal,
+    timeline,
+)
 from mor_tools.planner.schedule import simulate
 
 SEQUENCE = 1024
+FAST = replace(HARDWARE["h100"], intra_gbps=1e15, inter_gbps=1e15)
+"""Links so fast that only matrix products take time."""
 
 
 def decoder(router, steps: int = 3, block: int = 8, **recursion) -> DecoderConfig:
@@ -23,6 +35,19 @@ def decoder(router, steps: int = 3, block: int = 8, **recursion) -> DecoderConfi
         num_heads=4,
         recursion=RecursionConfig(steps, router=router, **recursion),
     )
+
+
+def spread(stages: int, **options) -> Layout:
+    return Layout(pipeline=stages, pipeline_layout="steps_as_stages", **options)
+
+
+def planned(model: DecoderConfig, layout: Layout, batch: int = 8) -> Plan:
+    return evaluate(Workload(model, SEQUENCE, batch), layout, FAST, efficiency=1.0)
+
+
+def busy_flops(plan: Plan) -> float:
+    """FLOPs of all stages' ranks."""
+    return sum(stage.compute for stage in plan.stages) * FAST.tflops * 1e12
 
 
 @pytest.mark.parametrize(
@@ -57,15 +82,35 @@ def test_a_stage_does_one_thing_at_a_time_and_after_what_it_needs() -> None:
         assert all(end[a] <= start[b] for a, b in pairwise(steps))
 
 
+def best_division(depths: Sequence[int], size: int) -> int:
+    """Layers of the deepest stage, of the best of all divisions."""
+    cuts = combinations(range(1, len(depths)), size - 1)
+    borders = ((0, *own, len(depths)) for own in cuts)
+    return min(max(sum(depths[a:b]) for a, b in pairwise(own)) for own in borders)
+
+
+@pytest.mark.parametrize(
+    "depths", [(1,), (1, 30, 1), (3, 3, 3, 3), (1, 9, 2, 5, 1, 1, 8), (1, 1, 1, 1, 1, 1, 7, 1)]
+)
+def test_stages_are_divided_as_evenly_as_any_division_is(depths) -> None:
+    for size in range(1, len(depths) + 1):
+        stages = even_stages(depths, size)
+        assert len(stages) == size and all(stages)
+        assert tuple(depth for stage in stages for depth in stage) == depths
+        assert max(map(sum, stages)) == best_division(depths, size)
+
+
+def test_more_stages_than_parts_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(1, 9, 1 unrolled layers\).*between 1 and 3 stages"):
+        even_stages((1, 9, 1), 4)
+
+
 def test_a_1f1b_stage_keeps_as_many_microbatches_as_stages_follow() -> None:
     model = decoder(FixedDepth(), steps=2)
-    plan = PipelinePlan("one_stage", stages=3, num_microbatches=8)
-    result = pipeline_account(model, plan, SEQUENCE)
-    alone = PipelinePlan("one_stage", stages=3, num_microbatches=1)
-    single = pipeline_account(model, alone, SEQUENCE)
+    many, single = (planned(model, Layout(pipeline=3), batch) for batch in (8, 1))
     ratios = [
-        many.activation_bytes / one.activation_bytes
-        for many, one in zip(result.stages, single.stages, strict=True)
+        a.memory.activations / b.memory.activations
+        for a, b in zip(many.stages, single.stages, strict=True)
     ]
     assert ratios == pytest.approx([3, 2, 1])
 
@@ -73,87 +118,87 @@ def test_a_1f1b_stage_keeps_as_many_microbatches_as_stages_follow() -> None:
 @pytest.mark.parametrize("router", [FixedDepth(), ExpertChoice(), ExpertChoice("mlp")])
 @pytest.mark.parametrize("tie", [False, True])
 def test_stages_hold_the_model_once_and_do_its_work(router, tie: bool) -> None:
-    model = decoder(router)
-    if tie:
-        model = replace(model, tie_embeddings=True)
+    model = replace(decoder(router), tie_embeddings=tie)
     cost = account(model, SEQUENCE)
     twice = model.vocab_size * model.hidden_size if tie else 0  # the last stage has a copy
-    for plan in (
-        PipelinePlan("steps_as_stages", stages=4, num_microbatches=8),
-        PipelinePlan("one_stage", stages=2, num_microbatches=8),
-    ):
-        result = pipeline_account(model, plan, SEQUENCE)
-        assert sum(s.parameters for s in result.stages) == cost.parameters.total + twice
-        assert sum(s.busy for s in result.stages) == pytest.approx(8 * cost.training.total)
-        assert 0 < result.bubble < 1
+    for layout in (spread(4), Layout(pipeline=2)):
+        plan = planned(model, layout)
+        assert sum(s.parameters for s in plan.stages) == cost.parameters.total + twice
+        assert busy_flops(plan) == pytest.approx(8 * cost.training.total)
+        assert 0 < plan.bubble < 1
 
 
 def test_steps_as_stages_divide_the_block_and_shrink_the_bubble() -> None:
     model = decoder(ExpertChoice(), block=16)
-    spread = pipeline_account(model, PipelinePlan("steps_as_stages", 4, 16), SEQUENCE)
-    whole = pipeline_account(model, PipelinePlan("one_stage", 3, 16), SEQUENCE)
-    assert max(s.parameters for s in spread.stages) < 0.5 * max(s.parameters for s in whole.stages)
-    assert spread.bubble < 0.3 < whole.bubble
+    divided, whole = planned(model, spread(4), 16), planned(model, Layout(pipeline=3), 16)
+    assert max(s.parameters for s in divided.stages) < 0.5 * whole.parameters
+    assert divided.bubble < 0.3 < whole.bubble
 
 
 def test_traffic_counts_every_hop_of_every_microbatch() -> None:
     model = decoder(FixedDepth())
-    result = pipeline_account(model, PipelinePlan("steps_as_stages", 4, 8), SEQUENCE)
+    plan = planned(model, spread(4))
     hops = 4 * 3 - 1  # of a microbatch through 4 stages, 3 times
-    assert result.carried_rows == SEQUENCE
-    total = sum(stage.sent_bytes for stage in result.stages)
+    total = sum(stage.traffic["pipeline", "send"] for stage in plan.stages)
     assert total == 2 * hops * 8 * SEQUENCE * model.hidden_size * 2
 
 
 def test_recomputation_keeps_inputs_only_and_costs_a_forward_pass() -> None:
     model = decoder(ExpertChoice())
-    kept = pipeline_account(model, PipelinePlan("steps_as_stages", 4, 8), SEQUENCE)
-    again = pipeline_account(model, PipelinePlan("steps_as_stages", 4, 8, recompute=True), SEQUENCE)
-    assert again.stages[0].activation_bytes < 0.3 * kept.stages[0].activation_bytes
-    assert sum(s.busy for s in again.stages) == pytest.approx(
-        4 / 3 * sum(s.busy for s in kept.stages), rel=0.05
-    )
+    kept, again = (planned(model, spread(4, recompute=how)) for how in ("none", "full"))
+    assert again.stages[0].memory.activations < 0.3 * kept.stages[0].memory.activations
+    # Everything but the logits runs once more.
+    logits = 8 * account(model, SEQUENCE).forward.output
+    more = 8 * account(model, SEQUENCE).forward.total - logits
+    assert busy_flops(again) - busy_flops(kept) == pytest.approx(more)
 
 
-def test_token_choice_needs_to_be_told_how_many_tokens_run() -> None:
-    plan = PipelinePlan("steps_as_stages", 4, 8)
-    with pytest.raises(ValueError, match="Give tokens_per_step"):
-        pipeline_account(decoder(TokenChoice()), plan, SEQUENCE)
-    result = pipeline_account(decoder(TokenChoice()), plan, SEQUENCE, (1024, 700, 300))
-    assert result.carried_rows > 2 * SEQUENCE
-
-
-@pytest.mark.parametrize(
-    ("plan", "message"),
-    [
-        (PipelinePlan("steps_as_stages", 3, 9), "Use a block of 6 or 9 layers"),
-        (PipelinePlan("steps_as_stages", 16, 16), "Use a block of 16 layers"),
-        (PipelinePlan("steps_as_stages", 4, 6), "must be a multiple of 4 stages"),
-        (PipelinePlan("steps_as_stages", 1, 1), "nothing goes round"),
-        (PipelinePlan("one_stage", 4, 8), "Use 3 stages or fewer"),
-    ],
-)
-def test_what_does_not_spread_is_refused(plan: PipelinePlan, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        pipeline_account(decoder(ExpertChoice()), plan, SEQUENCE)
-
-
-def test_wrong_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="Use one of one_stage, steps_as_stages"):
-        PipelinePlan("elsewhere", 2, 2)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="stages=0 must be at least 1"):
-        PipelinePlan("one_stage", 0, 2)
-    plain = DecoderConfig(10, 8, 8, 2, 2)
-    with pytest.raises(ValueError, match="only a model with cycle or middle_cycle"):
-        pipeline_account(plain, PipelinePlan("one_stage", 2, 2), 8)
+def test_token_choice_is_taken_to_let_equally_many_tokens_exit_at_each_step() -> None:
+    model = decoder(TokenChoice())
+    expected = Workload(model, 900, 8, tokens_per_step=(900, 600, 300)).cost
+    assert Workload(model, 900, 8).cost == expected
+    assert Workload(model, 900, 8, tokens_per_step=(900, 700, 300)).cost != expected
 
 
 def test_what_travels_grows_with_what_is_planned() -> None:
-    lengths = [
-        carried_length(RecursionConfig(3, router=router), 64, 1000)
-        for router in (FixedDepth(), ExpertChoice(), TokenChoice())
-    ]
+    def rows(router, layout: Layout, itemsize: int = 2) -> int:
+        return carried_rows(Workload(decoder(router), 1000, 8, itemsize == 2), layout)
+
+    assert rows(ExpertChoice(), Layout(pipeline=2)) == 1000
+    lengths = [rows(router, spread(4)) for router in (FixedDepth(), ExpertChoice(), TokenChoice())]
     assert lengths == [1000, 2000 + 63, 2000 + 94]  # words of 4 bytes in rows of 64 * 2
-    assert (
-        carried_length(RecursionConfig(3, router=ExpertChoice()), 64, 1000, 4, 8) == 2000 + 8 * 32
-    )
+    shared = spread(4, tensor=8, sequence_parallel=True)
+    assert rows(ExpertChoice(), shared, 4) == 2000 + 8 * 32
+
+
+def test_documents_travel_with_their_tokens() -> None:
+    work = Workload(decoder(ExpertChoice(capacity_factors=(0.5, 0.5, 0.5))), 1000, 8)
+    # Half of the tokens, and for each a position and a gate; 2 words more for documents, and room
+    # for all tokens, because how many of a document run is not known before.
+    assert carried_rows(work, spread(4)) == 1000 + 500 + 32  # 1001 words of 4 bytes
+    documents = replace(work, documents=True)
+    assert carried_rows(documents, spread(4)) == 1000 + 1000 + 126  # 4001 words
+
+
+def test_the_timeline_is_the_schedule_that_is_evaluated() -> None:
+    work, layout = Workload(decoder(ExpertChoice()), SEQUENCE, 8), spread(4)
+    passes, plan = timeline(work, layout, FAST), evaluate(work, layout, FAST)
+    assert max(run.end for run in passes) == plan.makespan
+    for number, stage in enumerate(plan.stages):
+        own = [run.end - run.start for run in passes if run.stage == number]
+        assert sum(own) == pytest.approx(stage.busy)
+
+
+@pytest.mark.parametrize(
+    ("layout", "reason"),
+    [
+        (spread(3), "pipeline: the block does not spread evenly"),
+        (spread(16), "pipeline: the block does not spread evenly"),
+        (spread(4), "pipeline: micro-batches do not go round in groups"),
+        (spread(1), "pipeline: nothing goes round"),
+        (Layout(pipeline=4), "pipeline: more stages than parts"),
+        (Layout(pipeline=3), None),
+    ],
+)
+def test_what_does_not_spread_is_refused(layout: Layout, reason: str | None) -> None:
+    assert refusal(Workload(decoder(ExpertChoice()), SEQUENCE, 6), layout) == reason

@@ -1,7 +1,9 @@
 """`mor plan` on the example configurations, its errors, and its rules against the script's."""
 
-import dataclasses
 import json
+import subprocess
+import sys
+import time
 from itertools import product
 from pathlib import Path
 
@@ -9,9 +11,9 @@ import pytest
 
 from mor_layers import from_mapping
 from mor_tools.commands import main
-from mor_tools.commands.plan_settings import WITHOUT_COST, PlanSettings, read_settings, workload
-from mor_tools.planner import HARDWARE, Layout, PipelinePlan, evaluate, pipeline_account, search
-from mor_tools.planner.search import refusal
+from mor_tools.commands.workload import workload
+from mor_tools.planner import HARDWARE, Layout, evaluate, nearest, refusal, search
+from mor_tools.pretraining.command_line import read_settings
 from mor_tools.pretraining.settings import Settings
 
 CONFIGS = Path(__file__).parents[3] / "examples" / "configs"
@@ -39,13 +41,13 @@ def test_tiny_is_planned_for_two_processes_and_for_generation(capsys):
     main(["plan", str(TINY), "--gpus", "2", "--hardware", "cpu"])
     assert "TP2" in capsys.readouterr().out
     main(["plan", str(TINY), "--gpus", "1", "--inference"])
-    work = workload(read_settings(TINY))
+    work = workload(read_settings(str(TINY), []))
     assert f"{work.cost.kv_bytes(4) / 2**20:.2f}" in capsys.readouterr().out
 
 
 def test_what_keeps_training_stable_has_its_price():
     plain, helped = (
-        workload(read_settings(TINY, settings))
+        workload(read_settings(str(TINY), settings))
         for settings in (
             [],
             ["recursion.step_embeddings=true", "recursion.input_injection=true",
@@ -66,11 +68,25 @@ def test_what_keeps_training_stable_has_its_price():
         (["nowhere.yaml", "--gpus", "1"], "there is no such file"),
         ([str(TINY), "--gpus", "0"], "--gpus 0 must be at least 1"),
         ([str(TINY), "--gpus", "2", "--hardware", "v100"], "Use one of a100, h100, b200, cpu"),
+        ([str(TINY), "--gpus", "9" * 400], "and at most 1000000000"),
         ([str(TINY), "--gpus", "2", "--tflops", "0"], "tflops=0.0 must be above 0"),
+        ([str(TINY), "--gpus", "2", "--tflops", "inf"], "tflops=inf must be above 0, and finite"),
+        ([str(TINY), "--gpus", "2", "--memory-gib", "nan"], "memory_gib=nan must be above 0"),
+        ([str(TINY), "--gpus", "2", "--vocab-size", "9" * 400], "too large to be counted"),
+        ([str(TINY), "--gpus", "2", "--vocab-size", "-1"], "--vocab-size -1 must be at least 1"),
+        (
+            [str(CLUSTER), "--gpus", "2", "--set", f"data.sequence_length={'9' * 400}"],
+            "must lie between 1 and 1000000000",
+        ),
+        (
+            [str(CLUSTER), "--gpus", "2", "--set", "model.num_unrolled_layers=3000002"],
+            "num_unrolled_layers=3000002 must lie between 1 and 1000",
+        ),
+        ([str(TINY), "--gpus", "2", "--set", "steps"], "--set steps is no key=value setting"),
         ([str(TINY), "--gpus", "2", "--efficiency", "2"], "must lie in (0, 1]"),
         ([str(TINY), "--gpus", "2", "--recompute", "some"], "use none, selective, full"),
         ([str(TINY), "--gpus", "2", "--set", "training.stepz=3"], "unknown setting 'stepz'"),
-        ([str(TINY), "--gpus", "2", "--set", "uptrain.teacher=llama"], "--set uptrain=null"),
+        ([str(CLUSTER), "--gpus", "2", "--set", "uptrain.teacher=llama"], "--set uptrain=null"),
         ([str(TINY), "--gpus", "7"], "The nearest that fits: --gpus 6 "),
         ([str(CLUSTER), "--gpus", "8", "--memory-gib", "2"], "The nearest that fits: --gpus 8 "),
         ([str(CLUSTER), "--gpus", "1", "--memory-gib", "0.01"], "Use a smaller model"),
@@ -91,23 +107,41 @@ def test_the_nearest_that_would_fit_does(capsys):
     assert "best of" in capsys.readouterr().out
 
 
-def test_settings_and_defaults_are_the_scripts():
-    def compare(ours, theirs, section):
-        known = {f.name: f for f in dataclasses.fields(theirs)}
-        own = {f.name for f in dataclasses.fields(ours)}
-        assert own | WITHOUT_COST[section] == known.keys()
-        return own
+def test_a_plan_needs_neither_megatron_nor_what_only_a_run_does():
+    """The file asks for a loader and a tracker; both are looked for when a run starts."""
+    script = f"""
+import sys
 
-    names = compare(PlanSettings, Settings, "")
-    a, b = PlanSettings(), Settings()
-    for section in sorted(names - {"recursion"}):
-        mine, other = getattr(a, section), getattr(b, section)
-        for name in compare(type(mine), type(other), section):
-            assert getattr(mine, name) == getattr(other, name), (section, name)
-    from mor_tools.commands.plan_settings import Experts
-    from mor_tools.pretraining.settings import MoESettings
+blocked = ["megatron", "nvidia", "wandb", "tokenizers", "transformers"]
+sys.modules.update(dict.fromkeys(blocked))  # importing one of them raises ModuleNotFoundError
+import argparse
+import mor_tools.planner, mor_tools.pretraining.command_line
 
-    compare(Experts, MoESettings, "model.moe")
+for name in ("tokenizers", "transformers"):  # which other subcommands of `mor` import
+    del sys.modules[name]
+from mor_tools.commands import plan
+
+parser = argparse.ArgumentParser()
+plan.add_arguments(parser)
+settings = ["--set", "data.loader=dali", "--set", "wandb.project=mine"]
+plan.run(parser.parse_args([{str(CLUSTER)!r}, "--gpus", "32", *settings]))
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "best of" in ran.stdout
+
+
+def test_what_is_planned_is_what_the_script_builds():
+    from mor_tools.pretraining.models import build
+
+    settings = read_settings(str(TINY), [])
+    shape = build.shape(settings, settings.data.vocabulary_size)
+    work = workload(settings)
+    assert work.cost.parameters.total == build.parameters(shape)
+    flops = build.flops_per_token(shape, settings, None)
+    assert work.cost.flops_per_token() == pytest.approx(flops)
+    assert not work.is_bf16
+    assert work.documents
 
 
 RECURSIONS = {
@@ -130,7 +164,7 @@ def test_a_layout_is_legal_where_the_script_takes_it(recursion, with_experts):
     values["training"] = {"global_batch_size": 24, "micro_batch_size": 2}
     if RECURSIONS[recursion]:
         values["recursion"] = RECURSIONS[recursion]
-    work = workload(from_mapping(PlanSettings, values))
+    work = workload(from_mapping(Settings, values | {"evaluation": {"sample_tokens": 8}}))
     outcomes, ends = [], {"evaluation": {"sample_tokens": 8}}
     for t, p, c, e, d, is_spread in product(
         (1, 2, 3, 4), (1, 2, 3), (1, 2, 3), (1, 2, 3), (1, 2, 5), (False, True)
@@ -155,33 +189,39 @@ def test_a_layout_is_legal_where_the_script_takes_it(recursion, with_experts):
 
 def test_ten_thousand_devices_are_planned():
     settings = read_settings(
-        CLUSTER, ["training.global_batch_size=40000", "data.vocabulary_size=49152"]
+        str(CLUSTER), ["training.global_batch_size=40000", "data.vocabulary_size=49152"]
     )
     found = search(workload(settings), 10000, HARDWARE["h100"], (1, 2, 4), ("none", "full"))
     assert {p.layout.num_devices for p in found.fitting} == {10000}
     assert len(found.fitting) > 20
 
 
-def test_bubble_and_traffic_are_those_of_the_pipeline_account():
-    work = workload(read_settings(CLUSTER, ["recursion.router.warmup_steps=0"]))
-    layout = Layout(pipeline=5, pipeline_layout="steps_as_stages", micro_batch_size=16)
-    work = dataclasses.replace(work, global_batch_size=160)
-    fast = dataclasses.replace(HARDWARE["h100"], intra_gbps=1e15, inter_gbps=1e15)
-    plan = evaluate(work, layout, fast)
-    other = pipeline_account(
-        work.model, PipelinePlan("steps_as_stages", 5, 10, 16), work.sequence_length
-    )
-    assert plan.bubble == pytest.approx(other.bubble, rel=1e-6)
-    assert plan.traffic["pipeline", "send"] == max(stage.sent_bytes for stage in other.stages)
-    assert plan.parameters == max(stage.parameters for stage in other.stages)
+@pytest.mark.parametrize("batch", [512, 4_000_000])
+def test_a_million_devices_are_planned_in_seconds(batch):
+    """Also where no layout is legal and the nearest number of devices is looked for."""
+    changes = [f"training.global_batch_size={batch}", "data.vocabulary_size=49152"]
+    work = workload(read_settings(str(CLUSTER), changes))
+    begin = time.process_time()
+    found = search(work, 1_000_000, HARDWARE["h100"], (1, 2), ("none", "full"))
+    assert bool(found.fitting) == (batch > 512)
+    near = nearest(work, 1_000_000, HARDWARE["h100"])
+    assert near is not None
+    assert near.layout.num_devices == (1_000_000 if batch > 512 else 1_048_576)
+    assert time.process_time() - begin < 5
 
 
 def test_what_is_beyond_a_few_turns_of_a_schedule_is_as_if_it_were_played():
-    from mor_tools.planner.evaluate import _play
+    from mor_tools.planner.evaluate import _makespan, _peak
     from mor_tools.planner.schedule import simulate
 
     for durations in ([[(1.0, 2.0)], [(3.0, 5.0)], [(1.5, 3.0)]],
                       [[(1.0, 2.0), (0.5, 1.0)], [(2.0, 3.0), (0.7, 1.0)]]):  # fmt: skip
-        whole = max(run.end for run in simulate(durations, 60))
-        kept = [[1.0] * len(own) for own in durations]
-        assert _play(durations, 60, kept)[0] == pytest.approx(whole)
+        passes = simulate(durations, 60)
+        assert _makespan(durations, 60) == pytest.approx(max(run.end for run in passes))
+        for p, own in enumerate(durations):
+            kept = [3.0, 5.0][: len(own)]
+            at_once, most = 0.0, 0.0
+            for run in (run for run in passes if run.stage == p):
+                at_once += kept[run.chunk] if run.is_forward else -kept[run.chunk]
+                most = max(most, at_once)
+            assert _peak(p, len(durations), kept, 60) == most

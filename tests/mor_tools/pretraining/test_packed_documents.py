@@ -19,6 +19,7 @@ def losses_of_last_documents(*, settings: list[str]) -> list[list[float]]:
     from mor_tools.pretraining import distributed
     from mor_tools.pretraining.data.datasets import build_datasets
     from mor_tools.pretraining.models import build
+    from mor_tools.pretraining.models.decoder import decoder_config
     from mor_tools.pretraining.training import Trainer
     from mor_tools.pretraining.watch import shared_watch
 
@@ -40,7 +41,7 @@ def losses_of_last_documents(*, settings: list[str]) -> list[list[float]]:
         trainer = Trainer(
             run,
             build.build_model(run, tokenizer.vocab_size),
-            build.decoder_config(run, tokenizer.vocab_size),
+            decoder_config(run, tokenizer.vocab_size),
             shared_watch(run.training.timeout_seconds),
         )
         if not run.data.reset_attention_mask:

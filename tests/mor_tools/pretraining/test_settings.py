@@ -56,7 +56,7 @@ WRONG = {
     "training.final_learning_rate=1": "must not exceed learning_rate",
     "training.adam_beta2=1": "adam_beta2=1.0 must lie in (0, 1)",
     "training.precision=fp8": "use one of fp32, bf16",
-    "training.recompute=some": "use one of none, full, selective",
+    "training.recompute=some": "use one of none, selective, full",
     "training.seed=-1": "seed=-1 must be at least 0",
     "evaluation.every=0": "evaluation.every=0 must be at least 1",
     "evaluation.prompt=''": "prompt is empty",

@@ -1,7 +1,6 @@
 """The model: unmodified GPTModels whose layers come from `mor_megatron`'s specs."""
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,7 +17,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import nn
 from torch.nn import functional as F
 
-from mor_layers import DecoderConfig, MoEConfig, MoRTransformer
+from mor_layers import MoRTransformer
 from mor_layers.costs import ModelShape, account, count_parameters
 from mor_layers.weights import state_of
 from mor_megatron import (
@@ -32,18 +31,13 @@ from mor_megatron import (
 from mor_megatron.checkpoints import decoder_tensors, whole_tensors
 from mor_megatron.layers import validate
 from mor_megatron.models import has_transformer_engine
-from mor_megatron.pipeline import validate_pipeline
+from mor_megatron.pipeline.rules import validate_pipeline
+from mor_tools.pretraining.models.decoder import (
+    decoder_config,
+    padded_vocabulary,
+    unshared_layers,
+)
 from mor_tools.pretraining.settings import Settings
-
-VOCABULARY_MULTIPLE = 128
-"""The embedding is filled up to a multiple of this, so that it is the same for every usual
-tensor-parallel size."""
-
-
-def padded_vocabulary(settings: Settings, vocab_size: int) -> int:
-    """Rows of the embedding."""
-    multiple = math.lcm(VOCABULARY_MULTIPLE, settings.parallel.tensor)
-    return -(-vocab_size // multiple) * multiple
 
 
 def check(settings: Settings) -> None:
@@ -165,7 +159,7 @@ def transformer_config(settings: Settings) -> TransformerConfig:
     elif training.recompute == "selective":
         fields |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     if model.moe is not None:
-        ends = [0] * _unshared_layers(settings)
+        ends = [0] * unshared_layers(settings)
         fields |= {
             "num_moe_experts": model.moe.num_experts,
             "moe_router_topk": model.moe.experts_per_token,
@@ -178,36 +172,6 @@ def transformer_config(settings: Settings) -> TransformerConfig:
             "moe_grouped_gemm": has_cuda and has_transformer_engine(),
         }
     return TransformerConfig(**fields)
-
-
-def decoder_config(settings: Settings, vocab_size: int) -> DecoderConfig:
-    """The same model in plain PyTorch."""
-    model, experts = settings.model, None
-    if model.moe is not None:
-        experts = MoEConfig(
-            model.moe.num_experts,
-            model.moe.experts_per_token,
-            model.moe.ffn_hidden_size,
-            model.moe.balance_coefficient,
-            model.moe.z_loss_coefficient,
-        )
-    return DecoderConfig(
-        vocab_size=vocab_size,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size,
-        num_unrolled_layers=model.num_unrolled_layers,
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        qkv_bias=model.qkv_bias,
-        qk_norm=model.qk_norm,
-        rms_norm_epsilon=model.rms_norm_epsilon,
-        rope_base=model.rope_base,
-        tie_embeddings=model.tie_embeddings,
-        recursion=settings.recursion,
-        moe=experts,
-        dense_ends=experts is not None and _unshared_layers(settings) > 0,
-    )
 
 
 def torch_model(
@@ -265,7 +229,7 @@ def _block(
         )
     if settings.recursion is not None:
         return recursion_block_spec(config, settings.recursion, inner, dense_layer_spec=dense)
-    ends = _unshared_layers(settings)
+    ends = unshared_layers(settings)
     layers = [dense] * ends + [inner] * (config.num_layers - 2 * ends) + [dense] * ends
     first = get_transformer_layer_offset(config)
     return TransformerBlockSubmodules(
@@ -283,8 +247,3 @@ def _layer_spec(settings: Settings, config: TransformerConfig) -> ModuleSpec:
     parts = replace(attention.submodules, core_attention=SDPACoreAttention)
     attention = replace(attention, submodules=parts)
     return replace(spec, submodules=replace(spec.submodules, self_attention=attention))
-
-
-def _unshared_layers(settings: Settings) -> int:
-    """Layers before the recursion, and as many after it; one without recursion."""
-    return 1 if settings.schedule is None else settings.schedule.prelude

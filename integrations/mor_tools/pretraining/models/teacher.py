@@ -19,7 +19,8 @@ from mor_megatron.checkpoints import load_tensors, megatron_view
 from mor_megatron.training import vocab_parallel_divergence
 from mor_tools.formats import opened
 from mor_tools.pretraining.data.text import TextTokenizer
-from mor_tools.pretraining.models.build import build_teacher, decoder_config
+from mor_tools.pretraining.models.build import build_teacher
+from mor_tools.pretraining.models.decoder import decoder_config
 from mor_tools.pretraining.settings import Settings, UptrainSettings
 
 

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-import mor_dali
-from mor_tools.pretraining.settings.rules import require, require_at_least, require_share
+from mor_tools.pretraining.settings.rules import require_at_least, require_share
 
 Loader = Literal["megatron", "dali"]
 
@@ -40,10 +39,6 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         owner = "data"
-        require(
-            self.loader != "dali" or mor_dali.is_installed(),
-            f"{owner}.loader='dali': {mor_dali.INSTALL} That is {owner}.loader=megatron.",
-        )
         require_at_least(0, owner, workers=self.workers)
         require_at_least(1, owner, sequence_length=self.sequence_length)
         require_at_least(257, owner, vocabulary_size=self.vocabulary_size)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mor_tools.planner import PipelineLayout
+from mor_megatron.parallel import PipelineLayout
 from mor_tools.pretraining.settings.rules import require, require_at_least
 
 
@@ -41,9 +41,4 @@ class ParallelSettings:
             self.tensor > 1 or not self.sequence_parallel,
             "parallel.sequence_parallel=True has no effect with parallel.tensor=1. "
             "Set it to False, or parallel.tensor to 2 or more.",
-        )
-        require(
-            self.pipeline > 1 or self.pipeline_layout == "one_stage",
-            f"parallel.pipeline_layout={self.pipeline_layout!r} has no effect with "
-            "parallel.pipeline=1. Use 'one_stage', or set parallel.pipeline to 2 or more.",
         )

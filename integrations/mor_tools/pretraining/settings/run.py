@@ -1,16 +1,49 @@
 """All settings of a run, and which of them fit together."""
 
-import math
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
+import mor_dali
 from mor_layers import RecursionConfig
 from mor_layers.recursion import SharingSchedule
+from mor_megatron.parallel import (
+    BATCH_RULES,
+    LAYOUT_RULES,
+    Arrangement,
+    Names,
+    require_rules,
+)
 from mor_tools.pretraining.settings.data import DataSettings
 from mor_tools.pretraining.settings.model import ModelSettings
 from mor_tools.pretraining.settings.parallel import ParallelSettings
 from mor_tools.pretraining.settings.reporting import EvaluationSettings, WandbSettings
 from mor_tools.pretraining.settings.rules import require, require_at_least
 from mor_tools.pretraining.settings.training import TrainingSettings, UptrainSettings
+
+NAMES = Names(
+    num_unrolled_layers="model.num_unrolled_layers",
+    num_heads="model.num_heads",
+    num_kv_heads="model.num_kv_heads",
+    ffn_hidden_size="model.ffn_hidden_size",
+    expert_ffn_hidden_size="model.moe.ffn_hidden_size",
+    num_experts="model.moe.num_experts",
+    experts="model.moe",
+    sharing="recursion.sharing",
+    num_recursions="recursion.num_recursions",
+    kv_policy="recursion.kv_policy",
+    sequence_length="data.sequence_length",
+    tensor="parallel.tensor",
+    sequence_parallel="parallel.sequence_parallel",
+    pipeline="parallel.pipeline",
+    context="parallel.context",
+    expert="parallel.expert",
+    global_batch_size="training.global_batch_size",
+    micro_batch_size="training.micro_batch_size",
+    steps_as_stages="parallel.pipeline_layout='steps_as_stages'",
+    one_stage="parallel.pipeline_layout=one_stage",
+    to_steps_as_stages="parallel.pipeline_layout=steps_as_stages",
+)
+"""What rules on layouts call the settings."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +75,14 @@ class Settings:
             self.peak_tflops is None or self.peak_tflops > 0,
             f"peak_tflops={self.peak_tflops} must be above 0, or null where it is not known.",
         )
-        self._check_layers()
-        self._check_tensor_parallel()
-        self._check_context_parallel()
-        self._check_experts()
+        require(
+            self.recursion is not None or self.model.num_unrolled_layers >= 3,
+            f"model.num_unrolled_layers={self.model.num_unrolled_layers} without recursion must be "
+            "at least 3: the first, the last, and something between.",
+        )
+        require_rules(self.arrangement(), LAYOUT_RULES, NAMES)
+        if self.recursion is not None:
+            self.recursion.require_experts(self.model.moe is not None)
         self._check_uptrain()
         require(
             self.evaluation.sample_tokens < self.data.sequence_length,
@@ -83,146 +120,46 @@ class Settings:
         Raises:
             ValueError: the processes do not divide into the parallelism or the batch that is set.
         """
-        parallel = self.parallel
-        tensor, pipeline, context = parallel.tensor, parallel.pipeline, parallel.context
-        expert, model = parallel.expert, tensor * pipeline * context
-        require(
-            world_size % model == 0,
-            f"{world_size} processes cannot hold copies of parallel.tensor={tensor} × "
-            f"pipeline={pipeline} × context={context} processes. Start a multiple of {model} "
-            "(torchrun --nproc-per-node), or lower these settings.",
-        )
-        copies = world_size // model
-        require(
-            world_size // pipeline % expert == 0,
-            f"parallel.expert={expert} must divide the {world_size // pipeline} processes of a pipeline "
-            f"stage ({world_size} processes, parallel.pipeline={pipeline}).",
-        )
-        micro = self.training.micro_batch_size
-        require(
-            self.training.global_batch_size % (micro * copies) == 0,
-            f"training.global_batch_size={self.training.global_batch_size} is not a multiple of "
-            f"micro_batch_size={micro} × {copies} data-parallel copies. "
-            f"Use a multiple of {micro * copies}.",
-        )
-        microbatches = self.training.global_batch_size // (micro * copies)
-        require(
-            self.virtual_stages is None or microbatches % pipeline == 0,
-            f"training.global_batch_size={self.training.global_batch_size} leaves {microbatches} "
-            f"micro-batches of {micro} to each of {copies} data-parallel copies, which go round "
-            f"parallel.pipeline={pipeline} stages in groups of {pipeline}. Use a multiple of "
-            f"{micro * copies * pipeline}, or a smaller training.micro_batch_size.",
-        )
-        return copies
+        arrangement = self.arrangement(world_size)
+        require_rules(arrangement, BATCH_RULES, NAMES)
+        return arrangement.copies
 
-    def _check_layers(self) -> None:
-        stages, layers = self.parallel.pipeline, self.model.num_unrolled_layers
-        if self.parallel.pipeline_layout == "steps_as_stages":
-            self._check_steps_as_stages()
-            return
-        if self.schedule is None:
-            require(
-                layers >= 3,
-                f"model.num_unrolled_layers={layers} without recursion must be at least 3: the "
-                "first, the last, and something between.",
-            )
-            require(
-                layers % stages == 0,
-                f"model.num_unrolled_layers={layers} must be a multiple of "
-                f"parallel.pipeline={stages}.",
-            )
-            return
-        blocks = 1 if self.schedule.is_cyclic else self.schedule.block_size
-        parts = self.schedule.prelude + blocks + self.schedule.coda
-        require(
-            stages <= parts,
-            f"parallel.pipeline={stages} exceeds the {parts} parts of the model: a recursion stays "
-            f"within one stage. Use {parts} or fewer, or parallel.pipeline_layout=steps_as_stages.",
+    def arrangement(self, world_size: int = 1) -> Arrangement:
+        """The model on its parallel layout, as rules on layouts see it."""
+        model, parallel, moe = self.model, self.parallel, self.model.moe
+        return Arrangement(
+            num_unrolled_layers=model.num_unrolled_layers,
+            recursion=self.recursion,
+            num_heads=model.num_heads,
+            num_kv_heads=model.num_kv_heads,
+            ffn_hidden_size=model.ffn_hidden_size,
+            expert_ffn_hidden_size=moe.ffn_hidden_size if moe else None,
+            num_experts=moe.num_experts if moe else None,
+            sequence_length=self.data.sequence_length,
+            tensor=parallel.tensor,
+            sequence_parallel=parallel.sequence_parallel,
+            pipeline=parallel.pipeline,
+            pipeline_layout=parallel.pipeline_layout,
+            context=parallel.context,
+            expert=parallel.expert,
+            devices=world_size,
+            global_batch_size=self.training.global_batch_size,
+            micro_batch_size=self.training.micro_batch_size,
         )
 
-    def _check_steps_as_stages(self) -> None:
-        given, stages = "parallel.pipeline_layout='steps_as_stages'", self.parallel.pipeline
-        instead = "or parallel.pipeline_layout=one_stage"
-        if self.recursion is None or self.schedule is None:
-            raise ValueError(f"{given} needs a recursion. Set recursion, {instead}.")
-        steps, size = self.recursion.num_recursions, self.schedule.block_size
-        require(
-            self.schedule.is_cyclic and steps > 1,
-            f"{given} with recursion.sharing={self.recursion.sharing!r}, num_recursions={steps}: "
-            f"nothing goes round. Use 'cycle' or 'middle_cycle' and 2 recursions or more, "
-            f"{instead}.",
-        )
-        require(
-            self.recursion.kv_policy != "exit_state",
-            f"{given} keeps only what step 1 makes for later steps, not recursion.kv_policy="
-            f"'exit_state'. Use 'recursion_wise', 'recursive_sharing' or 'sharing_with_update', "
-            f"{instead}.",
-        )
-        ends = self.schedule.prelude + self.schedule.coda
-        fitting = [n * steps + ends for n in (size - size % stages, size - size % stages + stages)]
-        require(
-            size % stages == 0,
-            f"{given} spreads the block's {size} layers over parallel.pipeline={stages} stages, "
-            f"which is not even. Use model.num_unrolled_layers="
-            f"{' or '.join(str(n) for n in fitting if n > ends)}, {instead}.",
-        )
+    def require_installed(self) -> None:
+        """Raise ValueError where a run needs a package that is missing here.
 
-    def _check_tensor_parallel(self) -> None:
-        size = self.parallel.tensor
-        widths = {
-            "model.num_heads": self.model.num_heads,
-            "model.num_kv_heads": self.model.num_kv_heads,
-            "model.ffn_hidden_size": self.model.ffn_hidden_size,
-        }
-        if self.model.moe is not None:
-            widths["model.moe.ffn_hidden_size"] = self.model.moe.ffn_hidden_size
-        if self.parallel.sequence_parallel:
-            widths["data.sequence_length"] = self.data.sequence_length
-        for name, value in widths.items():
-            require(
-                value % size == 0,
-                f"{name}={value} must be a multiple of parallel.tensor={size}.",
-            )
-
-    def _check_context_parallel(self) -> None:
-        context, tensor = self.parallel.context, self.parallel.tensor
-        if context == 1:
-            return
-        length = self.data.sequence_length
-        spread = tensor if self.parallel.sequence_parallel else 1
-        multiple = math.lcm(2 * context, spread * context)
+        It is not checked with the settings themselves, which a machine that only plans reads too.
+        """
         require(
-            length % multiple == 0,
-            f"data.sequence_length={length} must be a multiple of {multiple}, for two chunks on each "
-            f"of parallel.context={context} processes"
-            + (f", which parallel.tensor={tensor} share." if spread > 1 else "."),
+            self.data.loader != "dali" or mor_dali.is_installed(),
+            f"data.loader='dali': {mor_dali.INSTALL} That is data.loader=megatron.",
         )
         require(
-            self.virtual_stages is None,
-            f"parallel.context={context} cannot run with parallel.pipeline_layout='steps_as_stages'. "
-            "Use one_stage, or parallel.tensor with sequence_parallel.",
-        )
-
-    def _check_experts(self) -> None:
-        moe, expert = self.model.moe, self.parallel.expert
-        if self.recursion is not None:
-            self.recursion.require_experts(moe is not None)
-        if moe is None:
-            require(
-                expert == 1,
-                f"parallel.expert={expert} has no effect without experts. "
-                "Set it to 1, or set model.moe.",
-            )
-            return
-        require(
-            moe.num_experts % expert == 0,
-            f"parallel.expert={expert} must divide model.moe.num_experts={moe.num_experts}.",
-        )
-        require(
-            self.parallel.tensor == 1 or self.parallel.sequence_parallel,
-            f"model.moe with parallel.tensor={self.parallel.tensor} needs "
-            "parallel.sequence_parallel=True: Megatron-Core trains experts under tensor "
-            "parallelism only with it.",
+            self.wandb is None or find_spec("wandb") is not None,
+            f"wandb.project={self.wandb and self.wandb.project!r} needs the package wandb. Install "
+            "it, or set wandb=null.",
         )
 
     def _check_uptrain(self) -> None:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mor_layers.weights import Initialization
+from mor_tools.planner.memory import Recompute
 from mor_tools.pretraining.settings.rules import require, require_at_least, require_share
 
 Precision = Literal["fp32", "bf16"]
-Recompute = Literal["none", "full", "selective"]
 
 
 @dataclass(frozen=True)

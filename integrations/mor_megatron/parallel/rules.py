@@ -1,0 +1,336 @@
+"""Which parallel layouts are legal: one table, which the planner, the settings and the layers ask.
+
+A rule says when it is broken, in a few words for whoever counts layouts, and in a sentence for
+whoever chose one. What depends on more of Megatron-Core's configuration than on the layout is
+checked in `mor_megatron.layers.validation` and `mor_megatron.pipeline.rules`.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from mor_layers import RecursionConfig
+from mor_layers.recursion import SharingSchedule
+
+PipelineLayout = Literal["one_stage", "steps_as_stages"]
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """A model and how it is spread over devices, as far as legality depends on them."""
+
+    num_unrolled_layers: int
+    recursion: RecursionConfig | None = None
+    num_heads: int = 1
+    num_kv_heads: int = 1
+    ffn_hidden_size: int = 1
+    expert_ffn_hidden_size: int | None = None
+    """Inner width of an expert; None without experts."""
+    num_experts: int | None = None
+    """None: dense MLPs everywhere."""
+    sequence_length: int = 1
+    tensor: int = 1
+    sequence_parallel: bool = False
+    pipeline: int = 1
+    pipeline_layout: PipelineLayout = "one_stage"
+    context: int = 1
+    expert: int = 1
+    devices: int = 1
+    """Of the whole run; only `BATCH_RULES` read it and the two below."""
+    global_batch_size: int = 1
+    micro_batch_size: int = 1
+
+    @cached_property
+    def schedule(self) -> SharingSchedule | None:
+        """Which layer runs at which depth; None without recursion."""
+        return self.recursion and self.recursion.schedule(self.num_unrolled_layers)
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether recursion steps are virtual pipeline stages."""
+        return self.pipeline_layout == "steps_as_stages"
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of the model that lie within one stage: single layers, and whole recursions."""
+        if self.schedule is None:
+            return self.num_unrolled_layers
+        # A cyclic step runs the whole block; in a sequence each layer repeats on its own.
+        blocks = 1 if self.schedule.is_cyclic else self.schedule.block_size
+        return self.schedule.prelude + blocks + self.schedule.coda
+
+    @property
+    def model_devices(self) -> int:
+        """Devices of one copy of the model."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def copies(self) -> int:
+        """Data-parallel copies of the model."""
+        return self.devices // self.model_devices
+
+    @property
+    def microbatches(self) -> int:
+        """Microbatches that each copy runs in an optimizer step."""
+        return self.global_batch_size // (self.micro_batch_size * self.copies)
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What the sequence divides by under context parallelism: two chunks on each rank, and
+        rows for each tensor-parallel rank that shares them."""
+        rows = self.tensor if self.sequence_parallel else 1
+        return math.lcm(2 * self.context, rows * self.context)
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the fields of an arrangement are called where they are set; here: in Megatron-Core."""
+
+    num_unrolled_layers: str = "num_layers"
+    num_heads: str = "num_attention_heads"
+    num_kv_heads: str = "num_query_groups"
+    ffn_hidden_size: str = "ffn_hidden_size"
+    expert_ffn_hidden_size: str = "moe_ffn_hidden_size"
+    num_experts: str = "num_moe_experts"
+    experts: str = "num_moe_experts"
+    """What turns experts on."""
+    recursion: str = "recursion"
+    sharing: str = "sharing"
+    num_recursions: str = "num_recursions"
+    kv_policy: str = "kv_policy"
+    sequence_length: str = "seq_length"
+    tensor: str = "tensor_model_parallel_size"
+    sequence_parallel: str = "sequence_parallel"
+    pipeline: str = "pipeline_model_parallel_size"
+    context: str = "context_parallel_size"
+    expert: str = "expert_model_parallel_size"
+    global_batch_size: str = "global_batch_size"
+    micro_batch_size: str = "micro_batch_size"
+    steps_as_stages: str = "recursion steps as virtual stages"
+    one_stage: str = "recursion_block_spec"
+    """What keeps a recursion within one stage."""
+    to_steps_as_stages: str = "recursion_pipeline_spec"
+    """What spreads it instead."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Something that every legal layout fulfils."""
+
+    summary: str
+    """Why a layout that breaks it is refused, in a few words: the axis, then the reason."""
+    is_broken: Callable[[Arrangement], bool]
+    message: Callable[[Arrangement, Names], str]
+    """What was given, what is allowed and how to fix it, of an arrangement that breaks it."""
+
+
+def broken_rule(arrangement: Arrangement, rules: Iterable[Rule]) -> Rule | None:
+    """The first rule that the arrangement breaks; None if it fulfils all."""
+    return next((rule for rule in rules if rule.is_broken(arrangement)), None)
+
+
+def require_rules(arrangement: Arrangement, rules: Iterable[Rule], names: Names) -> None:
+    """Raise ValueError for the first rule that the arrangement breaks."""
+    rule = broken_rule(arrangement, rules)
+    if rule is not None:
+        raise ValueError(rule.message(arrangement, names))
+
+
+STAGE_POLICIES = ("recursion_wise", "recursive_sharing", "sharing_with_update")
+"""KV policies under which only what step 1 makes is kept for later steps."""
+
+_WIDTHS = ("num_heads", "num_kv_heads", "ffn_hidden_size", "expert_ffn_hidden_size")
+
+
+def _uneven_width(a: Arrangement) -> str | None:
+    """The first width that tensor-parallel ranks cannot share evenly."""
+    return next((name for name in _WIDTHS if (getattr(a, name) or 0) % a.tensor), None)
+
+
+def _uneven_width_message(a: Arrangement, n: Names) -> str:
+    name = _uneven_width(a)
+    assert name is not None
+    return f"{getattr(n, name)}={getattr(a, name)} must be a multiple of {n.tensor}={a.tensor}."
+
+
+def _nothing_goes_round(a: Arrangement) -> bool:
+    if a.recursion is None or a.schedule is None:
+        return True
+    return not a.schedule.is_cyclic or a.recursion.num_recursions == 1 or a.pipeline == 1
+
+
+def _nothing_goes_round_message(a: Arrangement, n: Names) -> str:
+    if a.recursion is None:
+        return f"{n.steps_as_stages} needs a recursion. Set {n.recursion}, or use {n.one_stage}."
+    if a.pipeline == 1:
+        return (
+            f"{n.steps_as_stages} has no effect with {n.pipeline}=1. Use {n.one_stage}, or set "
+            f"{n.pipeline} to 2 or more."
+        )
+    if a.recursion.num_recursions == 1:
+        return (
+            f"{n.num_recursions}=1 cannot run with {n.steps_as_stages}: nothing goes round. Use at "
+            f"least 2, or {n.one_stage}."
+        )
+    return (
+        f"{n.sharing}={a.recursion.sharing!r} cannot run with {n.steps_as_stages}: its layers "
+        "repeat one by one, so no step goes round. Use 'cycle' or 'middle_cycle', or "
+        f"{n.one_stage}."
+    )
+
+
+def _uneven_block(a: Arrangement) -> bool:
+    return a.schedule is not None and a.schedule.block_size % a.pipeline > 0
+
+
+def _uneven_block_message(a: Arrangement, n: Names) -> str:
+    assert a.schedule is not None
+    size, stages, steps = a.schedule.block_size, a.pipeline, a.schedule.num_recursions
+    below, ends = size - size % stages, a.schedule.prelude + a.schedule.coda
+    fitting = " or ".join(str(k * steps + ends) for k in (below, below + stages) if k)
+    return (
+        f"{n.num_unrolled_layers}={a.num_unrolled_layers} cannot run with {n.steps_as_stages}: a "
+        f"block of {size} layers does not spread evenly over {stages} stages. Use "
+        f"{n.num_unrolled_layers}={fitting}, or {n.one_stage}."
+    )
+
+
+STEPS_AS_STAGES_RULES = (
+    Rule(
+        "context: not with steps as stages",
+        lambda a: a.is_spread and a.context > 1,
+        lambda a, n: (
+            f"{n.context}={a.context} cannot run with {n.steps_as_stages}: what travels between "
+            f"stages is laid out for whole sequences. Use {n.one_stage}, or {n.tensor} with "
+            f"{n.sequence_parallel}=True."
+        ),
+    ),
+    Rule(
+        "pipeline: nothing goes round",
+        lambda a: a.is_spread and _nothing_goes_round(a),
+        _nothing_goes_round_message,
+    ),
+    Rule(
+        "pipeline: exit_state stays in one stage",
+        lambda a: (
+            a.is_spread and a.recursion is not None and a.recursion.kv_policy not in STAGE_POLICIES
+        ),
+        lambda a, n: (
+            f"{n.kv_policy}={a.recursion and a.recursion.kv_policy!r} cannot run with "
+            f"{n.steps_as_stages}: only what step 1 makes is kept for later steps. Use "
+            f"{', '.join(map(repr, STAGE_POLICIES[:-1]))} or {STAGE_POLICIES[-1]!r}, or "
+            f"{n.one_stage}."
+        ),
+    ),
+    Rule(
+        "pipeline: the block does not spread evenly",
+        lambda a: a.is_spread and _uneven_block(a),
+        _uneven_block_message,
+    ),
+)
+"""What recursion steps as virtual pipeline stages need."""
+
+LAYOUT_RULES = (
+    Rule(
+        "tensor: heads or widths do not divide",
+        lambda a: _uneven_width(a) is not None,
+        _uneven_width_message,
+    ),
+    Rule(
+        "tensor: the sequence does not divide",
+        lambda a: a.sequence_parallel and a.sequence_length % a.tensor > 0,
+        lambda a, n: (
+            f"{n.sequence_length}={a.sequence_length} must be a multiple of {n.tensor}={a.tensor}, "
+            f"whose ranks share it under {n.sequence_parallel}."
+        ),
+    ),
+    Rule(
+        "context: the sequence does not divide",
+        lambda a: a.context > 1 and a.sequence_length % a.sequence_multiple > 0,
+        lambda a, n: (
+            f"{n.sequence_length}={a.sequence_length} must be a multiple of {a.sequence_multiple}, "
+            f"for two chunks on each of {n.context}={a.context} ranks"
+            + (f", which {n.tensor}={a.tensor} ranks share." if a.sequence_parallel else ".")
+        ),
+    ),
+    Rule(
+        "expert: no experts",
+        lambda a: a.expert > 1 and a.num_experts is None,
+        lambda a, n: (
+            f"{n.expert}={a.expert} has no effect without experts. Set it to 1, or set {n.experts}."
+        ),
+    ),
+    Rule(
+        "expert: experts do not divide",
+        lambda a: (a.num_experts or 0) % a.expert > 0,
+        lambda a, n: f"{n.expert}={a.expert} must divide {n.num_experts}={a.num_experts}.",
+    ),
+    Rule(
+        "expert: TP needs SP",
+        lambda a: a.num_experts is not None and a.tensor > 1 and not a.sequence_parallel,
+        lambda a, n: (
+            f"{n.experts} with {n.tensor}={a.tensor} needs {n.sequence_parallel}=True: "
+            "Megatron-Core trains experts under tensor parallelism only with it."
+        ),
+    ),
+    *STEPS_AS_STAGES_RULES,
+    Rule(
+        "pipeline: layers do not divide",
+        lambda a: a.recursion is None and a.num_unrolled_layers % a.pipeline > 0,
+        lambda a, n: (
+            f"{n.num_unrolled_layers}={a.num_unrolled_layers} must be a multiple of "
+            f"{n.pipeline}={a.pipeline}."
+        ),
+    ),
+    Rule(
+        "pipeline: more stages than parts",
+        lambda a: not a.is_spread and a.pipeline > a.num_parts,
+        lambda a, n: (
+            f"{n.pipeline}={a.pipeline} exceeds the {a.num_parts} parts of the model: a recursion "
+            f"stays within one stage. Use {a.num_parts} or fewer, or {n.to_steps_as_stages}."
+        ),
+    ),
+)
+"""What a layout needs, whatever the number of devices and the batch."""
+
+BATCH_RULES = (
+    Rule(
+        "devices: no whole copies of the model",
+        lambda a: a.devices % a.model_devices > 0,
+        lambda a, n: (
+            f"{a.devices} processes cannot hold copies of {n.tensor}={a.tensor} × "
+            f"{n.pipeline}={a.pipeline} × {n.context}={a.context} processes. Start a multiple of "
+            f"{a.model_devices} (torchrun --nproc-per-node), or lower these settings."
+        ),
+    ),
+    Rule(
+        "expert: ranks of a stage do not divide",
+        lambda a: a.devices // a.pipeline % a.expert > 0,
+        lambda a, n: (
+            f"{n.expert}={a.expert} must divide the {a.devices // a.pipeline} processes of a "
+            f"pipeline stage ({a.devices} processes, {n.pipeline}={a.pipeline})."
+        ),
+    ),
+    Rule(
+        "batch: does not divide by replicas × micro-batch",
+        lambda a: a.global_batch_size % (a.micro_batch_size * a.copies) > 0,
+        lambda a, n: (
+            f"{n.global_batch_size}={a.global_batch_size} is not a multiple of "
+            f"{n.micro_batch_size}={a.micro_batch_size} × {a.copies} data-parallel copies. Use a "
+            f"multiple of {a.micro_batch_size * a.copies}."
+        ),
+    ),
+    Rule(
+        "pipeline: micro-batches do not go round in groups",
+        lambda a: a.is_spread and a.microbatches % a.pipeline > 0,
+        lambda a, n: (
+            f"{n.global_batch_size}={a.global_batch_size} leaves {a.microbatches} micro-batches of "
+            f"{a.micro_batch_size} to each of {a.copies} data-parallel copies, which go round "
+            f"{n.pipeline}={a.pipeline} stages in groups of {a.pipeline}. Use a multiple of "
+            f"{a.micro_batch_size * a.copies * a.pipeline}, or a smaller {n.micro_batch_size}."
+        ),
+    ),
+)
+"""What the number of devices and the batch must fulfil, of a layout that is legal by itself."""

@@ -1,0 +1,65 @@
+"""How parts of a model that no stage may cut are divided over pipeline stages."""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from functools import cache
+from itertools import accumulate
+
+
+def even_stages(depths: Sequence[int], size: int) -> tuple[tuple[int, ...], ...]:
+    """Divide consecutive parts into stages so that the deepest stage is as shallow as possible.
+
+    Args:
+        depths: unrolled layers of each part.
+        size: stages, none of which is empty.
+
+    Returns:
+        The depths of the parts of each stage. Of equally good divisions it is the one whose first
+        stages have the fewest parts.
+
+    Raises:
+        ValueError: there are more stages than parts.
+    """
+    if not 1 <= size <= len(depths):
+        raise ValueError(
+            f"{size} pipeline stages do not divide the {len(depths)} parts of the model "
+            f"({', '.join(map(str, depths))} unrolled layers), and a recursion inside one stage is "
+            f"not cut. Use between 1 and {len(depths)} stages."
+        )
+    return _divided(tuple(depths), size)
+
+
+@cache
+def _divided(depths: tuple[int, ...], size: int) -> tuple[tuple[int, ...], ...]:
+    count, sums = len(depths), [0, *accumulate(depths)]
+    # Tables over the parts from i on: the deepest of so many stages that divide them, and where the
+    # first of these stages ends. Trying all divisions would take minutes for a hundred layers.
+    deepest, cuts = [sums[-1] - before for before in sums], [[count] * count]
+    for stages in range(2, size + 1):
+        own = [_first_cut(sums, deepest, i, count - stages + 1) for i in range(count - stages + 1)]
+        deepest = [max(sums[cut] - sums[i], deepest[cut]) for i, cut in enumerate(own)]
+        cuts.append(own)
+    divided, begin = [], 0
+    for own in reversed(cuts):
+        divided.append(depths[begin : own[begin]])
+        begin = own[begin]
+    return tuple(divided)
+
+
+def _first_cut(sums: list[int], rest: list[int], begin: int, last: int) -> int:
+    """The first of the best ends of a stage that starts at `begin` and ends at `last` at most.
+
+    Args:
+        sums: layers before each part.
+        rest: the deepest of the later stages, by where they start.
+    """
+    # Later ends make this stage deeper and the others shallower: the best are where both meet.
+    ends = range(begin + 1, last + 1)
+    own = bisect_left(ends, True, key=lambda end: sums[end] - sums[begin] >= rest[end])
+    is_later_better = own < len(ends) and (
+        own == 0 or sums[ends[own]] - sums[begin] < rest[ends[own - 1]]
+    )
+    if is_later_better:
+        return ends[own]
+    best = rest[ends[own - 1]]
+    return ends[bisect_left(ends, True, key=lambda end: rest[end] <= best)]

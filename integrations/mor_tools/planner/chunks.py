@@ -1,0 +1,150 @@
+"""What one rank does in a chunk of its pipeline stage for one microbatch: FLOPs, traffic, memory."""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from mor_layers.costs.counting import StepAccount
+from mor_tools.planner.layouts import Layout, Workload
+from mor_tools.planner.memory import (
+    Kept,
+    kept_by_layer,
+    kept_by_output,
+    kept_by_routing,
+    kept_input,
+)
+from mor_tools.planner.stages import Part
+from mor_tools.planner.traffic import Spread, Traffic, end_traffic, routing_traffic, run_traffic
+
+
+@dataclass(frozen=True)
+class Way:
+    """One pass of a chunk, forward or backward."""
+
+    flops: float
+    sent: Traffic
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What is counted of a chunk, for one microbatch."""
+
+    forward: Way
+    backward: Way
+    kept: float
+    """Bytes that wait for the backward pass."""
+    recomputed: float
+    """Bytes that recomputation needs beside them while the backward pass runs."""
+
+
+def count_chunk(
+    work: Workload, layout: Layout, parts: list[Part], at_start: bool, at_end: bool
+) -> Chunk:
+    """Count the parts that a chunk runs.
+
+    Args:
+        at_start: whether it is the first chunk of the model, which embeds tokens.
+        at_end: whether it is the last one, which computes the loss.
+    """
+    b, hop = layout.micro_batch_size, hop_bytes(work, layout)
+    kept, recomputed = _kept(work, layout, parts, at_end)
+    ways = []
+    for flops, sent, has_neighbour in zip(
+        _flops(work, layout, parts, at_end),
+        _sent(work, layout, parts, at_start, at_end),
+        (not at_end, not at_start),  # who takes states, and who takes gradients
+        strict=True,
+    ):
+        total = Counter({key: value * b for key, value in sent.items()})
+        if layout.pipeline > 1 and has_neighbour:
+            total["pipeline", "send"] = hop
+        ways.append(Way(flops * b, total))
+    arrived = hop if layout.pipeline > 1 and not at_start else 0
+    return Chunk(ways[0], ways[1], kept * b + arrived, recomputed * b)
+
+
+def hop_bytes(work: Workload, layout: Layout) -> float:
+    """Bytes that a rank sends to the next stage for a microbatch."""
+    ranks = layout.tensor if layout.sequence_parallel else 1
+    rows = carried_rows(work, layout) * layout.micro_batch_size / layout.context / ranks
+    return rows * work.model.hidden_size * work.itemsize
+
+
+def carried_rows(work: Workload, layout: Layout) -> int:
+    """Rows of hidden size that travel between two stages for a sequence, over all their ranks."""
+    if layout.pipeline_layout == "one_stage":
+        return work.sequence_length
+    ranks = layout.tensor if layout.sequence_parallel else 1
+    return replace(work.carried, ranks=ranks).carried_length(work.sequence_length)
+
+
+def _step(work: Workload, stack: int, step: int) -> StepAccount:
+    """What a step of a whole stack costs."""
+    return work.cost.steps[work.first_run[stack] + step]
+
+
+def _flops(work: Workload, layout: Layout, parts: list[Part], at_end: bool) -> tuple[float, float]:
+    """Of one sequence, on one rank: forward, and backward with what is computed again."""
+    ahead, behind = 0.0, 0.0
+    for part in parts:
+        run = _step(work, part.index, part.step)
+        share = part.layers / part.stack.num_layers
+        flops = [
+            (way.total - way.depth_router) * share + way.depth_router * part.first
+            for way in (run.forward, run.backward)
+        ]
+        again = {"none": 0.0, "selective": run.forward.attention * share, "full": flops[0]}
+        ahead += flops[0]
+        behind += flops[1] + again[layout.recompute]
+    if at_end:
+        ahead += work.cost.forward.output
+        behind += work.cost.backward.output
+    shards = layout.tensor * layout.context
+    return ahead / shards, behind / shards
+
+
+def _kept(work: Workload, layout: Layout, parts: list[Part], at_end: bool) -> tuple[float, float]:
+    """Of one sequence, on one rank: bytes kept, and bytes that recomputation needs for a moment."""
+    shape, length = work.shape, work.sequence_length / layout.context
+    how = Kept(work.itemsize, layout.tensor, layout.sequence_parallel)
+    entries: Counter[int] = Counter()  # bytes by stack: what is recomputed together
+    for part in parts:
+        tokens = _step(work, part.index, part.step).tokens / layout.context
+        before = length
+        if part.step:
+            before = _step(work, part.index, part.step - 1).tokens / layout.context
+        entries[part.index] += part.layers * kept_by_layer(
+            shape, part.stack, tokens, how
+        ) + part.first * kept_by_routing(shape, part.stack, part.step, before, tokens, how)
+    kept, for_a_moment = float(sum(entries.values())), 0.0
+    if layout.recompute == "full":
+        kept = len(entries) * kept_input(shape, length, how)
+        for_a_moment = max(entries.values(), default=0.0)
+    if at_end:
+        kept += kept_by_output(shape, length, how)
+    return kept, for_a_moment
+
+
+def _sent(
+    work: Workload, layout: Layout, parts: list[Part], at_start: bool, at_end: bool
+) -> tuple[Traffic, Traffic]:
+    """Of one sequence, by one rank within its stage: bytes forward and backward."""
+    shape, s = work.shape, work.sequence_length
+    spread = Spread(
+        layout.tensor, layout.sequence_parallel, layout.context, layout.expert, work.itemsize
+    )
+    traffic = end_traffic(shape, at_start, at_end, s, spread)
+    for part in parts:
+        run = _step(work, part.index, part.step)
+        projected = run.kv_numbers / (2 * shape.kv_size * part.stack.num_layers)
+        sources = [run_traffic(shape, part.stack, part.layers, run.tokens, projected, spread)]
+        if part.step == 0 and part.stack.num_recursions > 1:
+            steps = range(part.stack.num_recursions)
+            tokens = tuple(_step(work, part.index, step).tokens for step in steps)
+            head = work.model.head_size
+            sources.append(routing_traffic(shape, part.stack, tokens, s, spread, head))
+        for ahead, behind in sources:
+            traffic[0].update(ahead)
+            traffic[1].update(behind)
+            if layout.recompute == "full":
+                traffic[1].update(ahead)
+    return traffic

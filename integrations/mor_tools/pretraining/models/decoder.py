@@ -1,0 +1,51 @@
+"""The model of a run in plain PyTorch's terms; no Megatron-Core is needed to describe it."""
+
+import math
+
+from mor_layers import DecoderConfig, MoEConfig
+from mor_tools.pretraining.settings import Settings
+
+VOCABULARY_MULTIPLE = 128
+"""The embedding is filled up to a multiple of this, so that it is the same for every usual
+tensor-parallel size."""
+
+
+def padded_vocabulary(settings: Settings, vocab_size: int) -> int:
+    """Rows of the embedding."""
+    multiple = math.lcm(VOCABULARY_MULTIPLE, settings.parallel.tensor)
+    return -(-vocab_size // multiple) * multiple
+
+
+def decoder_config(settings: Settings, vocab_size: int) -> DecoderConfig:
+    """The same model in plain PyTorch."""
+    model, experts = settings.model, None
+    if model.moe is not None:
+        experts = MoEConfig(
+            model.moe.num_experts,
+            model.moe.experts_per_token,
+            model.moe.ffn_hidden_size,
+            model.moe.balance_coefficient,
+            model.moe.z_loss_coefficient,
+        )
+    return DecoderConfig(
+        vocab_size=vocab_size,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_unrolled_layers=model.num_unrolled_layers,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        qkv_bias=model.qkv_bias,
+        qk_norm=model.qk_norm,
+        rms_norm_epsilon=model.rms_norm_epsilon,
+        rope_base=model.rope_base,
+        tie_embeddings=model.tie_embeddings,
+        recursion=settings.recursion,
+        moe=experts,
+        dense_ends=experts is not None and unshared_layers(settings) > 0,
+    )
+
+
+def unshared_layers(settings: Settings) -> int:
+    """Layers before the recursion, and as many after it; one without recursion."""
+    return 1 if settings.schedule is None else settings.schedule.prelude
