@@ -45,7 +45,7 @@ def check(command: str) -> None:
         check_make(arguments)
     elif program == "mor":
         own = argparse.ArgumentParser(exit_on_error=False)
-        mor_tools.commands._COMMANDS[arguments[0]].add_arguments(own)
+        mor_tools.commands.load(arguments[0]).add_arguments(own)
         own.parse_args(arguments[1:])
     elif program == "python":
         assert find_spec(arguments[1]) is not None, command
