@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
 import mor_layers
 from mor_tools import commands
 
+ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "megatron", "mor_layers", "matplotlib", "rich", "omegaconf")
 
 
@@ -46,3 +49,28 @@ def test_wrong_arguments_exit_with_status_2(arguments, capsys):
         commands.main(arguments)
     assert stopped.value.code == 2
     assert "usage: mor" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "mor_tools.commands.plan", raising=False)
+    monkeypatch.setitem(
+        sys.modules, "mor_tools.planner", None
+    )  # what `import` makes of this: missing
+    with pytest.raises(ModuleNotFoundError, match=r"mor_tools\.planner"):
+        commands.main(["plan", "x.yaml"])
+    monkeypatch.delitem(sys.modules, "mor_tools.planner")
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    with pytest.raises(SystemExit) as stopped:
+        commands.main(["plan", "x.yaml"])
+    assert stopped.value.code == 2
+    assert 'rich, which is not installed. Install it with `pip install "mor-layers[reports]"`' in (
+        capsys.readouterr().err
+    )
+
+
+def test_extras_of_optional_packages_exist():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for package, extra in commands._EXTRAS.items():
+        brought = " ".join(project["optional-dependencies"][extra])
+        # transformers depends on tokenizers
+        assert package in brought or (package, extra) == ("tokenizers", "hf")

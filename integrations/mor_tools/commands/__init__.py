@@ -38,6 +38,18 @@ _COMMANDS = {
 }
 """For each subcommand its module and its summary."""
 
+_EXTRAS = {
+    "matplotlib": "reports",
+    "megatron": "megatron",
+    "numpy": "megatron",
+    "rich": "reports",
+    "tensorboard": "reports",
+    "tokenizers": "hf",
+    "transformers": "hf",
+    "wandb": "wandb",
+}
+"""The extra of this distribution that brings each optional package."""
+
 
 def load(name: str) -> Command:
     """Import the module of a subcommand."""
@@ -46,23 +58,33 @@ def load(name: str) -> Command:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a subcommand; exits with 2 where its arguments or files are wrong."""
+    """Run a subcommand; exits with 2 where its arguments or files are wrong, or a package is missing."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     options = argparse.ArgumentParser(prog="mor", description="Mixture-of-Recursions models.")
     options.add_argument("--version", action=_Version, help="show the version and exit")
     commands = options.add_subparsers(required=True, metavar="command")
     named = next((word for word in words if not word.startswith("-")), None)
-    for name, (_, summary) in _COMMANDS.items():
-        own = commands.add_parser(name, help=summary, description=summary)
-        if name == named:
-            command = load(name)
-            command.add_arguments(own)
-            own.set_defaults(run=command.run)
-    chosen = options.parse_args(words)
     try:
+        for name, (_, summary) in _COMMANDS.items():
+            own = commands.add_parser(name, help=summary, description=summary)
+            if name == named:
+                command = load(name)
+                command.add_arguments(own)
+                own.set_defaults(run=command.run)
+        chosen = options.parse_args(words)
         chosen.run(chosen)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            raise
+        print(
+            f"error: mor {named} needs {package}, which is not installed. Install it with "
+            f'`pip install "mor-layers[{_EXTRAS[package]}]"`.',
+            file=sys.stderr,
+        )
         raise SystemExit(2) from None
 
 
