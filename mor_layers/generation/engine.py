@@ -22,7 +22,7 @@ from mor_layers.models import MoRTransformer
 
 @dataclass(frozen=True)
 class Event:
-    """News of a request."""
+    """An event of one request."""
 
     number: int
     """Which request, as `submit` named it."""

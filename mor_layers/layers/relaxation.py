@@ -1,11 +1,11 @@
-"""Relaxed recursion: what each step adds to projections that all steps share.
+"""Relaxed recursion: deltas that each step adds to projections that all steps share.
 
     lora  y = W x + scale · B_r A_r x
     dora  y = m_r · (W + scale · B_r A_r) x / ‖W + scale · B_r A_r‖, norms and m_r one per row of W
 
-`B_r` starts at 0 and `m_r` at the norms of `W`: the model is then the unrelaxed one, bit for bit.
-Truncated singular value decompositions of what a dense model's layers have beside the shared
-weights are the other start, see `mor_layers.weights.uptraining`.
+`B_r` starts at 0 and `m_r` at the norms of `W`, where the model equals the unrelaxed one, bit for bit.
+The alternative is to start from truncated singular value decompositions of the difference between a
+dense model's layers and the shared weights; see `mor_layers.weights.uptraining`.
 
 Sources: Bae et al. 2024 (Relaxed Recursive Transformers, arXiv 2410.20672), section 2.3; Liu et al.
 2024 (DoRA, arXiv 2402.09353), whose section 4.3 we follow: the norms get no gradient.
@@ -37,11 +37,11 @@ class Relaxation:
     """Settings of per-step deltas."""
 
     rank: int
-    """Rank of each delta; a projection whose smaller side is less has that instead. At least 1."""
+    """Rank of each delta, capped at the projection's smaller dimension. At least 1."""
     kind: RelaxationKind = "lora"
-    """`lora`: a delta is added. `dora`: and each row has a magnitude of its own."""
+    """`lora`: a delta is added. `dora`: additionally, each row has its own magnitude."""
     projections: tuple[Projection, ...] = PROJECTIONS
-    """Which have deltas: query, key, value, output (attention), gate, up, down (MLP)."""
+    """Projections with deltas: query, key, value, output (attention), gate, up, down (MLP)."""
     scale: float = 1.0
     """Weight of the deltas. Not 0."""
 
@@ -61,7 +61,7 @@ class Relaxation:
             raise ValueError(f"Relaxation.scale={self.scale} must be finite, and not 0.")
 
     def check(self, num_recursions: int, kv_policy: KVPolicy) -> None:
-        """Raise ValueError where a delta can have no effect, or would contradict the KV policy."""
+        """Raise ValueError if a delta has no effect or contradicts the KV policy."""
         if num_recursions < 2:
             raise ValueError(
                 f"relaxation has no effect with num_recursions={num_recursions}: there is nothing "
@@ -82,7 +82,7 @@ class Relaxation:
         )
 
     def rank_of(self, into: int, out: int) -> int:
-        """Rank of the delta of a projection with so many inputs and outputs."""
+        """Rank of the delta of a projection with `into` inputs and `out` outputs."""
         return min(self.rank, into, out)
 
 
@@ -94,10 +94,10 @@ def row_norms(
 
 
 class StepDelta(nn.Module):
-    """What one step adds to one projection."""
+    """The delta of one step for one projection."""
 
     column_group: ProcessGroup | None = None
-    """Ranks that hold the other columns of the weight, see `tensor_parallel`; None: no such."""
+    """Ranks that hold the weight's other columns (see `tensor_parallel`); None if there are none."""
 
     def __init__(self, into: int, out: int, relaxation: Relaxation) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class StepDelta(nn.Module):
 
     @torch.no_grad()
     def reset(self, weight: Float[Tensor, "o i"]) -> None:
-        """Start as the projection of `weight` is."""
+        """Set the initial value, at which the projection is that of `weight`."""
         nn.init.normal_(self.a, std=0.02)
         nn.init.zeros_(self.b)
         if self.magnitude is not None:
@@ -121,7 +121,7 @@ class StepDelta(nn.Module):
         projected: Float[Tensor, "k b o"],
         weight: Float[Tensor, "o i"],
     ) -> Float[Tensor, "k b o"]:
-        """`projected`, which is `hidden` by the shared weight, as this step has it."""
+        """This step's projection of `hidden`, given `projected`, that of the shared weight."""
         relaxed = projected + self.scale * F.linear(self.lowered(hidden), self.b)
         if self.magnitude is None:
             return relaxed
@@ -133,7 +133,7 @@ class StepDelta(nn.Module):
 
     @torch.no_grad()
     def norms(self, weight: Float[Tensor, "o i"]) -> Float[Tensor, " o"]:
-        """Norms of the rows of the step's own weight, whatever ranks hold their columns."""
+        """Norms of the rows of the step's own weight, summed over the ranks that share the rows."""
         norms = row_norms(weight, self.a, self.b, self.scale)
         if self.column_group is None or self.column_group.size() == 1:
             return norms
@@ -149,7 +149,7 @@ def merged_weight(
     scale: float,
     magnitude: Float[Tensor, " o"] | None = None,
 ) -> Float[Tensor, "o i"]:
-    """The weight of one step's own projection, computed in fp32, in the dtype of `weight`."""
+    """The weight of one step's projection, computed in fp32 and cast to the dtype of `weight`."""
     own = weight.float() + scale * (b.float() @ a.float())
     if magnitude is not None:
         own = own * (magnitude.float() / row_norms(weight, a, b, scale))[:, None]
@@ -157,7 +157,7 @@ def merged_weight(
 
 
 class RelaxedLinear(nn.Linear):
-    """A projection shared by all steps, with a delta for each."""
+    """A projection that all steps share, with a delta for each step."""
 
     def __init__(
         self, into: int, out: int, bias: bool, relaxation: Relaxation, num_steps: int
@@ -167,7 +167,7 @@ class RelaxedLinear(nn.Linear):
         self.reset_deltas()
 
     def reset_deltas(self) -> None:
-        """Let every step start as the shared weight is."""
+        """Set the initial values, at which every step has the shared weight."""
         for delta in self.deltas:
             delta.reset(self.weight)  # type: ignore[operator]
 
@@ -196,5 +196,5 @@ def make_projection(
 
 
 def project(linear: nn.Linear, hidden: Tensor, context: StepContext) -> Tensor:
-    """`hidden` through a projection, with the delta of the step of each row where it has any."""
+    """Project `hidden`, and add to each row the delta of its step if the projection has deltas."""
     return linear(hidden, context) if isinstance(linear, RelaxedLinear) else linear(hidden)

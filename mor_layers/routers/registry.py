@@ -1,4 +1,4 @@
-"""Routers by the name that YAML and `config.json` give them."""
+"""The names that YAML and `config.json` use for routers."""
 
 import importlib
 import os
@@ -15,7 +15,7 @@ _REGISTRY: dict[str, type[RouterConfig]] = {}
 
 
 def register_router[C: type[RouterConfig]](name: str):
-    """Class decorator: make a `RouterConfig` known to YAML as `router: {type: name, ...}`.
+    """Class decorator that makes a `RouterConfig` available in YAML as `router: {type: name, ...}`.
 
     Raises:
         ValueError: another class already has the name.
@@ -34,24 +34,24 @@ def register_router[C: type[RouterConfig]](name: str):
 
 
 def registered_routers() -> dict[str, type[RouterConfig]]:
-    """Every registered router's settings class, by the name YAML gives it."""
+    """The settings classes of all registered routers, by name."""
     return dict(_REGISTRY)
 
 
 def router_name(config: RouterConfig) -> str:
-    """What YAML calls the class of these settings: its registered name, else `module:ClassName`."""
+    """The name of these settings' class in YAML: its registered name, or `module:ClassName`."""
     kind = type(config)
     names = {known: name for name, known in _REGISTRY.items()}
     return names.get(kind, f"{kind.__module__}:{kind.__qualname__}")
 
 
 def read_router(value: object, where: str, may_import: bool) -> RouterConfig:
-    """Settings of a router from a mapping whose `type` names their class.
+    """Read a router's settings from a mapping whose `type` names their class.
 
     Args:
         value: `type` and the fields of that class.
-        where: name of the place in the file, for errors.
-        may_import: whether `type` may name a class that is not registered, whose module is then
+        where: the place in the file, for error messages.
+        may_import: whether `type` may name a class that is not registered. Its module is then
             imported.
 
     Raises:
@@ -96,10 +96,11 @@ def _router_class(name: str, where: str, may_import: bool) -> type[RouterConfig]
 
 
 def _imported(name: str) -> ModuleType:
-    """The module, unless it could only be found because it lies in the working folder.
+    """Import a module, unless it would only be found because it lies in the working folder.
 
-    Python puts the working folder on its path for `python -m` and `python -c`. Whoever can place a
-    file there, by an archive that somebody unpacks, must not have it run because a setting names it.
+    Python puts the working folder on its path for `python -m` and `python -c`. A file that somebody
+    placed there, for example with an archive that was unpacked, must not run because a setting names
+    it.
     """
     top = name.partition(".")[0]
     here, named = str(Path.cwd()), os.environ.get("PYTHONPATH", "").split(os.pathsep)

@@ -1,7 +1,7 @@
-"""YAML and plain mappings to frozen dataclasses of settings, and back.
+"""Converts YAML and plain mappings to frozen dataclasses of settings, and back.
 
-A dataclass reads and writes itself differently by having `from_mapping` and `to_mapping`, as
-`RouterConfig` does; nothing here knows of it.
+A dataclass can define `from_mapping` and `to_mapping` to be read and written in its own way, as
+`RouterConfig` does. This module knows nothing about such classes.
 """
 
 import dataclasses
@@ -12,9 +12,9 @@ from typing import Any
 
 
 def load_config[T](kind: type[T], path: str | Path) -> T:
-    """Settings of `kind` from a YAML file of the user's own, interpolations resolved.
+    """Read settings of `kind` from a YAML file that the user trusts, and resolve interpolations.
 
-    The file may name classes of installed modules (`package.module:ClassName`), which are imported.
+    The file may name classes of installed modules (`package.module:ClassName`). They are imported.
 
     Raises:
         ValueError: a setting is unknown, missing, of the wrong type, or not allowed.
@@ -27,13 +27,13 @@ def load_config[T](kind: type[T], path: str | Path) -> T:
 
 
 def from_mapping[T](kind: type[T], values: object, where: str = "", may_import: bool = False) -> T:
-    """Settings of the dataclass `kind` from plain mappings, as YAML gives them.
+    """Make settings of the dataclass `kind` from plain mappings, such as those in YAML.
 
     Args:
         values: a mapping with the dataclass's fields.
-        where: name of the place in the file, for errors.
-        may_import: whether the values may name modules to import. Say True only of files that the
-            user vouches for: importing a module runs its code.
+        where: the place in the file, for error messages.
+        may_import: whether the values may name modules to import. Pass True only for files that the
+            user trusts, because importing a module runs its code.
 
     Raises:
         ValueError: a setting is unknown, missing, of the wrong type, or not allowed.
@@ -67,13 +67,13 @@ def from_mapping[T](kind: type[T], values: object, where: str = "", may_import: 
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
-    """A dataclass of settings as plain mappings and lists, which `from_mapping` takes back."""
+    """A dataclass of settings as plain mappings and lists, the inverse of `from_mapping`."""
     write = getattr(config, "to_mapping", None)
     return plain_fields(config) if write is None else write()
 
 
 def plain_fields(config: Any) -> dict[str, Any]:
-    """The fields of a dataclass as plain mappings and lists, whatever `to_mapping` adds to them."""
+    """The fields of a dataclass as plain mappings and lists, without what `to_mapping` may add."""
     return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
