@@ -8,7 +8,7 @@ ARGUMENTS ?=
 export PYTHONPATH := $(CURDIR):$(CURDIR)/integrations
 use_python = python=$(or $(PYTHON),$$(.ci/setup)) &&
 
-.PHONY: help env pretrain test test-full test-gpu lint docs wheel bench
+.PHONY: help env pretrain test test-full test-gpu faults lint docs wheel bench
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -22,14 +22,17 @@ pretrain:  ## pretrain a small model on text that ships with Python (ARGUMENTS="
 	    --nproc-per-node $(PROCESSES) -m mor_tools.pretraining \
 	    --config examples/configs/tiny.yaml $(ARGUMENTS)
 
-test:  ## run the tests
-	@$(use_python) OMP_NUM_THREADS=1 $$python -m pytest -q -m "not full"
+test:  ## run the tests (ARGUMENTS="options of pytest")
+	@$(use_python) OMP_NUM_THREADS=1 $$python -m tests.side_by_side $(ARGUMENTS)
 
 test-full:  ## run the tests and the exhaustive sweeps
-	@$(use_python) OMP_NUM_THREADS=1 $$python -m pytest -q
+	@$(use_python) OMP_NUM_THREADS=1 $$python -m tests.side_by_side --full $(ARGUMENTS)
 
 test-gpu:  ## what needs GPUs, with a verdict (ARGUMENTS="--list", "--rehearse" on CPUs)
 	@$(use_python) $$python -m tests.gpu $(ARGUMENTS)
+
+faults:  ## plant a hundred small faults and see that the tests notice (half an hour)
+	@$(use_python) $$python -m tests.campaigns.planted_faults $(ARGUMENTS)
 
 lint:  ## ruff, pyright and the import contracts
 	@$(use_python) $$python -m ruff check . && $$python -m ruff format --check . \

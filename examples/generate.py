@@ -51,13 +51,22 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
+class GenerationError(Exception):
+    """The model cannot continue the text."""
+
+
 def style(depth: int) -> str:
     """Colour of a token that took so many steps."""
     return COLOURS[min(depth, len(COLOURS) - 1)]
 
 
 def generate(served: ServedModel, options: argparse.Namespace, console: Console) -> None:
-    """Prompt and continuation, token by token as they come, and a summary."""
+    """Prompt and continuation, token by token as they come, and a summary.
+
+    Raises:
+        ValueError: the text cannot be continued with these options.
+        GenerationError: not with this model.
+    """
     decode = served.tokenizer.decode
     ids = tuple(served.tokenizer.encode(options.prompt))
     request = Request(
@@ -79,6 +88,8 @@ def generate(served: ServedModel, options: argparse.Namespace, console: Console)
         if event.depth is not None:
             depths.append(event.depth)
         console.print(Text(event.text, style=style(event.depth or 0)), end="")
+        if event.finish_reason == "error":
+            raise GenerationError(event.error)
     seconds = time.perf_counter() - began
     legend = Text("\n\nsteps: ")
     for depth in range(max(depths) + 1):
@@ -90,7 +101,7 @@ def generate(served: ServedModel, options: argparse.Namespace, console: Console)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Generate; exits with 2 where the arguments are wrong."""
+    """Generate; exits with 2 where the arguments are wrong, with 1 where the model cannot go on."""
     options = parser().parse_args(arguments)
     console = Console(soft_wrap=True, highlight=False)
     try:
@@ -108,6 +119,9 @@ def main(arguments: Sequence[str]) -> None:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except GenerationError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def _pieces(ids: list[int], length: int) -> list[list[int]]:

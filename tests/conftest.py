@@ -29,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "backend(name): runs reference cases through this backend")
+    config.addinivalue_line("markers", "daily(*names): the other reference cases are marked `full`")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -41,7 +42,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             f"--reference-dir {folder} holds no reference case. Name a folder of NAME.json + "
             "NAME.safetensors, such as tests/reference."
         )
-    metafunc.parametrize("reference_case", paths, ids=[p.stem for p in paths], indirect=True)
+    daily = metafunc.definition.get_closest_marker("daily")
+    cases = [
+        pytest.param(
+            path,
+            id=path.stem,
+            marks=() if daily is None or path.stem in daily.args else pytest.mark.full,
+        )
+        for path in paths
+    ]
+    metafunc.parametrize("reference_case", cases, indirect=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -69,7 +79,7 @@ def pool() -> Iterator[WorkerPool]:
 @pytest.fixture(scope="session")
 def stand_in_pool() -> Iterator[WorkerPool]:
     """The same, in which stand-ins take the places of Transformer Engine and NVIDIA's apex."""
-    folder = Path(__file__).with_name("distributed")
+    folder = Path(__file__).parent / "distributed" / "platform"
     workers = WorkerPool(1, search_first=[folder / "te_stand_in", folder / "apex_stand_in"])
     yield workers
     workers.close()

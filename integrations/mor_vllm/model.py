@@ -8,7 +8,7 @@ Modules are named as those of a MoRTransformer, so a folder's weights find their
 (but for `gate` and `up`, which are one matrix here).
 
 Written against vLLM's sources of 2026 (v1 engine, `Attention.kv_sharing_target_layer_name`); what is
-used of them is recorded, and emulated, in tests/huggingface/vllm_emulation.py. No vLLM has run it yet.
+used of them is recorded, and emulated, in tests/mor_vllm/vllm_emulation.py. No vLLM has run it yet.
 
 Legend: `t` tokens of a batch, whatever their requests; `h` hidden, `n` query heads and `g` key-value
 heads of this rank, `d` head size.

@@ -10,14 +10,19 @@ nothing of requests (`runner`) runs them. Not thread safe: one thread calls.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from mor_layers.generation.cache import CacheSettings
+from mor_layers.generation.cache.caches import CacheSettings
 from mor_layers.generation.runner import Decoder, Finished
-from mor_layers.generation.sampling import Sampler, sample
+from mor_layers.generation.sampling import Sampler, has_distribution, sample
 from mor_layers.generation.scheduling import FinishReason, Progress, Request, Scheduler
 from mor_layers.generation.text_stream import TextStream
-from mor_layers.models import MoRTransformer
+from mor_layers.models.transformer import MoRTransformer
+
+NOT_FINITE = (
+    "the model's logits are not finite, so no next token can be picked. Check the weights, or run the "
+    "model in a wider precision."
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class Event:
     """Text that is certain now: what may begin a stop string is held back."""
     finish_reason: FinishReason | None = None
     """Why the request ended, in its last event."""
+    error: str = ""
+    """What went wrong, where `finish_reason` is "error"."""
 
 
 @dataclass
@@ -162,7 +169,7 @@ class DepthBatchingEngine:
         """
         for progress in self.scheduler.overdue():
             self._pending.append(self._finish(progress, "timeout"))
-        self.scheduler.admit(self.caches.pages_free)
+        self._admit()
         finished = self.decoder.tick(self.scheduler.plan(), self._make_room)
         self.counters.ticks += 1
         events = self._generated(finished)
@@ -183,18 +190,28 @@ class DepthBatchingEngine:
         finally:  # the caller may stop listening
             self.cancel(number)
 
+    def _admit(self) -> None:
+        """Requests that wait get slots; who runs more than its share gives way in the end."""
+        self.scheduler.admit(self.caches.pages_free)
+        while (progress := self.scheduler.unfair()) is not None:
+            self.decoder.drop(self._preempt(progress))
+            self.scheduler.admit(self.caches.pages_free)
+
     def _make_room(self) -> int:
-        """A sequence gives way: the youngest begins again later; the only one cannot go on."""
-        progress = self.scheduler.youngest()
-        if progress is None:
-            (progress,) = self.scheduler.running.values()
-            slot = progress.slot
-            self._pending.append(self._finish(progress, "memory", drop=False))
-        else:
-            slot = progress.slot
-            self.scheduler.preempt(progress)
-            self.counters.preemptions += 1
+        """A sequence gives way: the last one begins again later; the only one cannot go on."""
+        progress = self.scheduler.last()
+        if progress is not None:
+            return self._preempt(progress)
+        ((slot, progress),) = self.scheduler.running.items()
+        self._pending.append(self._finish(progress, "memory", drop=False))
+        return slot
+
+    def _preempt(self, progress: Progress) -> int:
+        """Let a sequence wait again; returns the slot, which is the caller's to drop."""
+        slot = progress.slot
         assert slot is not None
+        self.scheduler.preempt(progress)
+        self.counters.preemptions += 1
         return slot
 
     def _generated(self, finished: Finished) -> list[Event]:
@@ -213,10 +230,17 @@ class DepthBatchingEngine:
             return []
         settings = [progress.request.sampling for progress, _ in done]
         numbers = [progress.num_generated for progress, _ in done]
-        tokens = self.sampler(finished.logits, settings, numbers).tolist()
+        # Logits that are no distribution end their own request; the sampler gets zeros instead.
+        is_defined = has_distribution(finished.logits)
+        logits = finished.logits.where(is_defined[:, None], 0.0)
+        picked = self.sampler(logits, settings, numbers)
+        tokens = picked.where(is_defined, -1).tolist()  # one wait for the device
         return [self._advance(p, token, d) for (p, d), token in zip(done, tokens, strict=True)]
 
     def _advance(self, progress: Progress, token: int, depth: int) -> Event:
+        """Add a token to a sequence; -1: none could be picked."""
+        if token < 0:
+            return self._finish(progress, "error", error=NOT_FINITE)
         progress.tokens.append(token)
         self.counters.generated_tokens += 1
         is_first = progress.num_generated == 1
@@ -225,16 +249,25 @@ class DepthBatchingEngine:
         reason: FinishReason | None = None
         text, met_stop = "", False
         if self.decode is not None:
-            text, met_stop = self._texts[progress.number].push(token)
+            try:
+                text, met_stop = self._texts[progress.number].push(token)
+            except Exception as raised:  # the tokenizer's, about this text
+                return self._finish(progress, "error", error=_undecodable(raised))
         if met_stop or token in request.stop_ids:
             reason = "stop"
         elif progress.num_generated == request.max_new_tokens:
             reason = "length"
-        if reason is not None:
-            text += self._finish(progress, reason).text
-        return Event(progress.number, token, depth, tuple(prompt_depths), text, reason)
+        event = Event(progress.number, token, depth, tuple(prompt_depths), text)
+        if reason is None:
+            return event
+        end = self._finish(progress, reason)
+        return replace(
+            event, text=text + end.text, finish_reason=end.finish_reason, error=end.error
+        )
 
-    def _finish(self, progress: Progress, reason: FinishReason, drop: bool = True) -> Event:
+    def _finish(
+        self, progress: Progress, reason: FinishReason, drop: bool = True, error: str = ""
+    ) -> Event:
         slot = progress.slot
         self.scheduler.leave(progress)
         if slot is not None and drop:
@@ -242,6 +275,14 @@ class DepthBatchingEngine:
         del self._open[progress.number], self._prompt_depths[progress.number]
         stream = self._texts.pop(progress.number, None)
         self.counters.finished += 1
-        return Event(
-            progress.number, text="" if stream is None else stream.rest(), finish_reason=reason
-        )
+        text = ""
+        if stream is not None and reason != "error":
+            try:
+                text = stream.rest()
+            except Exception as raised:  # the tokenizer's, about this text
+                reason, error = "error", _undecodable(raised)
+        return Event(progress.number, text=text, finish_reason=reason, error=error)
+
+
+def _undecodable(raised: Exception) -> str:
+    return f"the tokens could not be decoded: {type(raised).__name__}: {raised}"

@@ -6,12 +6,12 @@ neither its neighbours nor a restart change what is drawn.
 Legend: `b` requests, `v` vocabulary, `k` candidates.
 """
 
-import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 NUM_CANDIDATES = 512
@@ -25,14 +25,15 @@ class Sampling:
     temperature: float = 0.0
     """0 takes the likeliest token. Above 0 samples from logits divided by it."""
     top_k: int = 0
-    """Sample among so many of the likeliest tokens. 0: no limit."""
+    """Sample among so many of the likeliest tokens. 0, or more than there are: no limit."""
     top_p: float = 1.0
     """Sample among the likeliest tokens that together have this probability. In (0, 1]."""
     seed: int = 0
     """Which random numbers to use."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
+        # Integers have no largest value, but tensors must be able to hold the number.
+        if not 0 <= self.temperature <= sys.float_info.max:
             raise ValueError(f"temperature={self.temperature} must be 0 or more, and finite.")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must be 0 (no limit) or more.")
@@ -55,6 +56,7 @@ def sample(
     """The next token of each request.
 
     Args:
+        logits: the largest one of each request must be finite, see `has_distribution`.
         settings: of each request.
         numbers: how many tokens each request has generated.
     """
@@ -72,23 +74,38 @@ def sample(
                 dtype=torch.float64,
                 device=logits.device,
             )
-            temperature = torch.tensor([own.temperature for own in some], device=logits.device)
-            scaled = logits[rows].float() / temperature[:, None]
+            temperature = torch.tensor(
+                [own.temperature for own in some], dtype=torch.float64, device=logits.device
+            )
+            # Measured from the largest logit, which stays 0 at any temperature: close to 0 the
+            # others become -inf, which is the limit, where the logits themselves would overflow.
+            own_logits = logits[rows].double()
+            largest = own_logits.amax(dim=-1, keepdim=True)
+            scaled = (own_logits - largest) / temperature[:, None]
             tokens[rows] = _limited(scaled, some, draw) if is_limited else _drawn(scaled, draw)
     return tokens
 
 
+def has_distribution(logits: Float[Tensor, "b v"]) -> Bool[Tensor, " b"]:
+    """Whether logits say anything about the next token: neither NaN nor infinity, though single
+    tokens may be ruled out with -inf."""
+    return logits.amax(dim=-1).isfinite()  # the maximum passes NaN on
+
+
 def _limited(
-    logits: Float[Tensor, "b v"], settings: Sequence[Sampling], draw: Float[Tensor, " b"]
+    logits: Float64[Tensor, "b v"], settings: Sequence[Sampling], draw: Float64[Tensor, " b"]
 ) -> Int[Tensor, " b"]:
     vocabulary = logits.shape[-1]
-    top_p = torch.tensor([own.top_p for own in settings], device=logits.device)
-    top_k = torch.tensor([own.top_k or vocabulary for own in settings], device=logits.device)
+    device = logits.device
+    top_p = torch.tensor([own.top_p for own in settings], dtype=torch.float64, device=device)
+    top_k = torch.tensor(
+        [min(own.top_k, vocabulary) or vocabulary for own in settings], device=device
+    )
     total = logits.logsumexp(dim=-1, keepdim=True)
     for count in sorted({min(NUM_CANDIDATES, vocabulary), vocabulary}):
         best, tokens = logits.topk(count, dim=-1)
         probabilities = (best - total).exp()
-        within_k = torch.arange(count, device=logits.device) < top_k[:, None]
+        within_k = torch.arange(count, device=device) < top_k[:, None]
         # top-p counts the probability left after top-k, as is customary.
         kept = probabilities * within_k
         if count < vocabulary and not bool((top_k <= count).all()):
@@ -98,16 +115,15 @@ def _limited(
         else:
             kept_total = kept.sum(dim=-1)
         before = (kept.cumsum(dim=-1) - kept) / kept_total[:, None]
-        is_kept = within_k & (before < top_p[:, None])
-        is_kept[:, 0] = True
+        is_kept = within_k & (before < top_p[:, None])  # the likeliest always: 0 < top_p
         chosen = _drawn(best.masked_fill(~is_kept, -torch.inf), draw)
         return tokens.gather(-1, chosen[:, None])[:, 0]
     raise AssertionError("all tokens were candidates")
 
 
-def _drawn(logits: Float[Tensor, "b k"], draw: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
+def _drawn(logits: Float64[Tensor, "b k"], draw: Float64[Tensor, " b"]) -> Int[Tensor, " b"]:
     """The candidate at which the cumulative probability passes the number drawn."""
-    cumulative = logits.softmax(dim=-1).double().cumsum(dim=-1)
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
     total = cumulative[:, -1:]
     # Strictly below the total, so that a candidate of probability 0 is never drawn.
     wanted = torch.minimum(draw[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))

@@ -6,14 +6,18 @@ span of a request is in flight at a time, so that every token finds the keys of 
 """
 
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from mor_layers.generation.sampling import Sampling
 
-FinishReason = Literal["stop", "length", "cancelled", "timeout", "memory"]
+FinishReason = Literal["stop", "length", "cancelled", "timeout", "memory", "error"]
+
+PATIENCE = 1.0
+"""Seconds that a client waits before others, who run more than their share, give way. Most places
+come free sooner, and what gives way must be computed again."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Request:
     """Strings that end the text; the one met is not part of it. Needs an engine that decodes."""
     timeout: float | None = None
     """Seconds from submission after which the request is given up. None: never."""
+    client: str = ""
+    """Who asks. Clients share the engine evenly, however many requests each of them sends."""
 
     def __post_init__(self) -> None:
         if not self.ids:
@@ -58,6 +64,8 @@ class Progress:
     request: Request
     tokens: list[int]
     """Prompt and what was generated up to now."""
+    submitted: float
+    """When, in seconds of the scheduler's clock."""
     deadline: float | None
     slot: int | None = None
     """Where it runs; None while it waits."""
@@ -89,7 +97,7 @@ class Span:
 
 
 class Scheduler:
-    """First come, first served, within a number of slots and budgets of pages.
+    """Clients share evenly, and each is served in order, within slots and budgets of pages.
 
     Args:
         num_slots: requests that may run at a time.
@@ -112,7 +120,7 @@ class Scheduler:
         self.budgets, self.demand = budgets, demand
         self.chunk_size, self.tokens_per_tick = chunk_size, tokens_per_tick
         self.clock = clock
-        self.waiting: deque[Progress] = deque()
+        self.waiting: list[Progress] = []
         self.running: dict[int, Progress] = {}
         self._free_slots = list(range(num_slots))[::-1]
         self._promised = [0] * len(budgets)
@@ -131,8 +139,9 @@ class Scheduler:
                 f"the cache, which has {self.budgets}. Ask for fewer tokens, or give the engine "
                 "a larger kv_bytes."
             )
-        deadline = None if request.timeout is None else self.clock() + request.timeout
-        progress = Progress(self._submitted, request, list(request.ids), deadline)
+        now = self.clock()
+        deadline = None if request.timeout is None else now + request.timeout
+        progress = Progress(self._submitted, request, list(request.ids), now, deadline)
         self._submitted += 1
         self.waiting.append(progress)
         return progress
@@ -144,23 +153,26 @@ class Scheduler:
         return [p for p in everyone if p.deadline is not None and now >= p.deadline]
 
     def admit(self, free: tuple[int, ...]) -> None:
-        """Give slots to those who waited longest, as long as what they are expected to take fits.
+        """Give slots to those who come next, as long as what they are expected to take fits.
 
-        Where nothing runs, the first is admitted whatever it takes.
+        The client that runs least comes next, with the request that it sent first. Nobody overtakes
+        a request that does not fit, or a long one might wait for ever. Where nothing runs, the next
+        one is admitted whatever it takes.
 
         Args:
             free: pages of each kind that are free now, which a new sequence must not exceed with
                 what is known of it: others may have taken more than expected.
         """
         while self.waiting and self._free_slots:
-            demand = self.demand(self.waiting[0].request.max_length)
+            progress = self._next()
+            demand = self.demand(progress.request.max_length)
             wanted = [p + d for p, d in zip(self._promised, demand, strict=True)]
-            known = self.demand(len(self.waiting[0].tokens))
+            known = self.demand(len(progress.tokens))
             free = tuple(f - k for f, k in zip(free, known, strict=True))
             exceeds = any(w > b for w, b in zip(wanted, self.budgets, strict=True))
             if self.running and (exceeds or min(free) < 0):
                 return
-            progress = self.waiting.popleft()
+            self.waiting.remove(progress)
             progress.slot = self._free_slots.pop()
             progress.num_started = progress.in_flight = 0
             self.running[progress.slot] = progress
@@ -183,11 +195,29 @@ class Scheduler:
             spans.append(Span(progress.slot, start, ids, not progress.num_left))
         return spans
 
-    def youngest(self) -> Progress | None:
-        """Who gives way when pages run out; None where at most one request runs."""
+    def last(self) -> Progress | None:
+        """Who gives way when pages run out; None where at most one request runs.
+
+        It is the youngest request of the client that runs most, so the oldest of all never is.
+        """
         if len(self.running) < 2:
             return None
-        return max(self.running.values(), key=lambda p: p.number)
+        running = self._running_by_client()
+        return max(self.running.values(), key=lambda p: (running[p.request.client], p.number))
+
+    def unfair(self) -> Progress | None:
+        """Who gives way to a client that has waited for longer than `PATIENCE`; None where nobody.
+
+        To be asked after `admit`. Only a client that still runs as much as the other afterwards
+        gives way, so that the two never push each other out in turn.
+        """
+        progress, waiting = self.last(), self._next() if self.waiting else None
+        if progress is None or waiting is None:
+            return None
+        running = self._running_by_client()
+        surplus = running[progress.request.client] - running[waiting.request.client]
+        has_waited = self.clock() - waiting.submitted >= PATIENCE
+        return progress if surplus >= 2 and has_waited else None
 
     def leave(self, progress: Progress) -> None:
         """Take a request out, finished or given up. Its pages are the caller's to free."""
@@ -201,6 +231,14 @@ class Scheduler:
         progress.slot = None
 
     def preempt(self, progress: Progress) -> None:
-        """Back to the head of the queue, to be computed again from what is known."""
+        """Back to those who wait, to be computed again from what is known. Its number keeps it
+        before all that its client sent later."""
         self.leave(progress)
-        self.waiting.appendleft(progress)
+        self.waiting.append(progress)
+
+    def _next(self) -> Progress:
+        running = self._running_by_client()
+        return min(self.waiting, key=lambda p: (running[p.request.client], p.number))
+
+    def _running_by_client(self) -> Counter[str]:
+        return Counter(progress.request.client for progress in self.running.values())

@@ -1,11 +1,14 @@
 """Long-lived worker processes that run a test function on several ranks.
 
 Importing Megatron takes seconds, so a worker imports it once and then serves every distributed
-test of a pytest run.
+test of a pytest run. On CPUs even that once is shared: a fork server imports it, and the workers
+are its forks.
 """
 
 import faulthandler
 import gc
+import importlib
+import math
 import multiprocessing
 import os
 import pickle
@@ -24,19 +27,41 @@ from typing import Any
 # Seconds that the other ranks have to answer once one rank failed, and to give in after a hang.
 _GRACE = 5.0
 
+# Seconds that imports may take, which are no part of a run's time: a slow machine does not hang.
+_IMPORT_TIMEOUT = 600.0
+
+# What the fork server imports for its forks.
+_PRELOADED = "tests.distributed.preloaded"
+
+
+@dataclass(frozen=True)
+class _Imports:
+    """What every rank imports before a run."""
+
+    search_path: list[str]
+    module: str
+    timeout: float
+
 
 @dataclass(frozen=True)
 class _Run:
     """What every rank of one run is told."""
 
-    search_path: list[str]
-    call: (
-        bytes  # pickled (function, keyword arguments); by reference, so it needs search_path first
-    )
+    call: bytes  # pickled (function, keyword arguments); by reference, so imports come first
     rendezvous: str
     world_size: int
     timeout: float
     on_gpus: bool
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a rank made of a request."""
+
+    value: Any
+    """What the function returned, or the text of what went wrong."""
+    failed_at: float | None = None
+    """When it failed, on the clock that all processes share; None where it did not."""
 
 
 class WorkerPool:
@@ -44,7 +69,8 @@ class WorkerPool:
 
     Args:
         max_workers: largest world size; workers start when a run first needs them.
-        timeout: seconds a run may take before it counts as hung.
+        timeout: seconds a run may take, once its ranks have imported what it needs, before it
+            counts as hung.
         on_gpus: one GPU a rank, over NCCL; else CPUs, over gloo.
         search_first: folders in which the workers look for packages before `sys.path`.
     """
@@ -60,7 +86,12 @@ class WorkerPool:
         self.max_workers = max_workers
         self.timeout = timeout
         self.on_gpus = on_gpus
-        self._context = multiprocessing.get_context("spawn")
+        # A fork cannot use CUDA once its parent asked for it, which imports do, and cannot take
+        # back an import for a package that `search_first` puts in front.
+        is_forked = not on_gpus and not search_first
+        self._context = multiprocessing.get_context("forkserver" if is_forked else "spawn")
+        if is_forked:
+            self._context.set_forkserver_preload([_PRELOADED])
         self._workers: list[tuple[Any, Connection]] = []
         self._directory = tempfile.TemporaryDirectory(prefix="worker_pool_")
         self._runs = 0
@@ -93,15 +124,17 @@ class WorkerPool:
                 f"world_size={world_size} is not between 1 and max_workers={self.max_workers}"
             )
         timeout = timeout or self.timeout
+        name = function.__name__
+        call = pickle.dumps((function, kwargs))
         self._start(world_size)
         self._runs += 1
         rendezvous = os.path.join(self._directory.name, f"rendezvous_{self._runs}")
-        call = pickle.dumps((function, kwargs))
         search_path = [*self.search_first, *sys.path]
-        message = _Run(search_path, call, rendezvous, world_size, timeout, self.on_gpus)
-        for rank in range(world_size):
-            self._workers[rank][1].send((rank, message))
-        return self._collect(function.__name__, world_size, timeout)
+        imports = _Imports(search_path, function.__module__, _IMPORT_TIMEOUT)
+        self._ask(f"importing what {name} needs", world_size, imports)
+        return self._ask(
+            name, world_size, _Run(call, rendezvous, world_size, timeout, self.on_gpus)
+        )
 
     def close(self) -> None:
         """Ends the workers. A later run starts new ones."""
@@ -121,9 +154,15 @@ class WorkerPool:
             theirs.close()
             self._workers.append((process, ours))
 
+    def _ask(self, name: str, world_size: int, request: _Imports | _Run) -> list[Any]:
+        for rank in range(world_size):
+            with suppress(BrokenPipeError):  # a worker that died says so when it is listened to
+                self._workers[rank][1].send((rank, request))
+        return self._collect(name, world_size, request.timeout)
+
     def _collect(self, name: str, world_size: int, timeout: float) -> list[Any]:
         results: dict[int, Any] = {}
-        failures: dict[int, str] = {}
+        failures: dict[int, _Answer] = {}
         pending = {self._workers[rank][1]: rank for rank in range(world_size)}
         error = AssertionError
         hung_at = time.monotonic() + timeout
@@ -133,19 +172,25 @@ class WorkerPool:
             for connection in ready:
                 rank = pending.pop(connection)
                 try:
-                    succeeded, value = pickle.loads(connection.recv_bytes())
+                    answer = pickle.loads(connection.recv_bytes())
                 except (EOFError, ConnectionResetError):
-                    succeeded, value = False, self._obituary(rank)
-                if not succeeded and not failures:
+                    # No time is known, but what others may say will be for want of this one.
+                    answer = _Answer(self._obituary(rank), -math.inf)
+                if answer.failed_at is None:
+                    results[rank] = answer.value
+                    continue
+                if not failures:
                     error = TimeoutError if time.monotonic() >= hung_at else AssertionError
                     deadline = min(deadline, time.monotonic() + _GRACE)
-                (results if succeeded else failures)[rank] = value
-        failures |= {rank: "gave no answer" for rank in pending.values()}
+                failures[rank] = answer
+        failures |= {rank: _Answer("gave no answer", math.inf) for rank in pending.values()}
         if pending or any(not process.is_alive() for process, _ in self._workers):
             self.close()
         if failures:
-            details = "\n".join(f"--- rank {rank}\n{text}" for rank, text in failures.items())
-            raise error(f"{name} failed on ranks {list(failures)} of {world_size}\n{details}")
+            # Which answer comes first is chance: a rank that fails takes the others with it.
+            ranks = sorted(failures, key=lambda rank: failures[rank].failed_at or 0.0)
+            details = "\n".join(f"--- rank {rank}\n{failures[rank].value}" for rank in ranks)
+            raise error(f"{name} failed on ranks {ranks} of {world_size}\n{details}")
         return [results[rank] for rank in range(world_size)]
 
     def _obituary(self, rank: int) -> str:
@@ -162,28 +207,41 @@ def _serve(connection: Connection, stack_file: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
+    num_modules = 0
     with stack_file.open("w") as stacks, suppress(EOFError, KeyboardInterrupt):
         faulthandler.enable(stacks)
         while True:
-            rank, run = connection.recv()
-            faulthandler.dump_traceback_later(run.timeout, exit=True, file=stacks)
-            answer = _answer(rank, run)
+            rank, request = connection.recv()
+            faulthandler.dump_traceback_later(request.timeout, exit=True, file=stacks)
+            answer = _answer(rank, request)
             faulthandler.cancel_dump_traceback_later()
             connection.send_bytes(answer)
+            # Between two runs no model lives. What imports have made stays until the end, so
+            # that the collections after every run need not walk its half a million objects.
+            if len(sys.modules) > num_modules:
+                gc.collect()
+                gc.freeze()
+                num_modules = len(sys.modules)
 
 
-def _answer(rank: int, run: _Run) -> bytes:
+def _answer(rank: int, request: _Imports | _Run) -> bytes:
     try:
-        sys.path[:] = run.search_path
-        function, kwargs = pickle.loads(run.call)
-        return pickle.dumps((True, _on_rank(rank, run, function, kwargs)))
+        answer = _import(request) if isinstance(request, _Imports) else _on_rank(rank, request)
+        return pickle.dumps(answer)
     except Exception:
-        return pickle.dumps((False, traceback.format_exc()))
+        return pickle.dumps(_Answer(traceback.format_exc(), time.monotonic()))
 
 
-def _on_rank(rank: int, run: _Run, function: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+def _import(imports: _Imports) -> _Answer:
+    sys.path[:] = imports.search_path
+    importlib.import_module(imports.module)
+    return _Answer(None)
+
+
+def _on_rank(rank: int, run: _Run) -> _Answer:
     import torch
 
+    function, kwargs = pickle.loads(run.call)
     torch.manual_seed(0)
     if run.on_gpus:
         torch.cuda.set_device(rank)
@@ -195,9 +253,11 @@ def _on_rank(rank: int, run: _Run, function: Callable[..., Any], kwargs: dict[st
         timeout=timedelta(seconds=run.timeout),
     )
     try:
-        return function(**kwargs)
-    finally:
-        _forget_run()
+        answer = _Answer(function(**kwargs))
+    except Exception:
+        answer = _Answer(traceback.format_exc(), time.monotonic())
+    _forget_run()
+    return answer
 
 
 def _forget_run() -> None:

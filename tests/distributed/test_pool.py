@@ -1,12 +1,15 @@
 """The worker pool tells failures, hangs and deaths apart, and survives them."""
 
+import gc
+import importlib
 import os
 import time
+import weakref
 from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.distributed.pool import WorkerPool
 
@@ -50,6 +53,23 @@ def train_and_count_threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
+LEFT: list[weakref.ref] = []
+
+
+def leave_a_model(imports: str) -> int:
+    """Leaves a model that only the garbage collector can free; how many of earlier ones live."""
+    importlib.import_module(imports)
+    model = nn.Linear(2, 2)
+    model.itself = [model]
+    alive = sum(left() is not None for left in LEFT)
+    LEFT.append(weakref.ref(model))
+    return alive
+
+
+def count_what_is_walked() -> int:
+    return len(gc.get_objects())
+
+
 def test_results_come_back_by_rank_from_the_same_processes(small_pool: WorkerPool) -> None:
     first = small_pool.run(sum_of_ranks, 2, offset=1)
     second = small_pool.run(sum_of_ranks, 2, offset=2)
@@ -62,6 +82,15 @@ def test_no_run_leaves_its_process_groups_behind(small_pool: WorkerPool) -> None
     assert threads[3] <= threads[1]
 
 
+def test_models_are_freed_and_imports_are_not_walked(small_pool: WorkerPool) -> None:
+    # Imports between the runs, and within one, must not make a model outlive its run.
+    alive = [
+        small_pool.run(leave_a_model, 1, imports=name)[0] for name in ("wave", "colorsys", "wave")
+    ]
+    assert alive == [0, 0, 0]
+    assert small_pool.run(count_what_is_walked, 1)[0] < 50_000
+
+
 def test_a_failing_rank_is_shown_first_with_its_traceback(small_pool: WorkerPool) -> None:
     with pytest.raises(AssertionError, match=r"(?s)ranks \[1.*--- rank 1\n.*a deliberate failure"):
         small_pool.run(fail_on_rank, 2, rank=1)
@@ -70,7 +99,7 @@ def test_a_failing_rank_is_shown_first_with_its_traceback(small_pool: WorkerPool
 
 def test_a_hang_ends_with_the_stack_of_the_rank_that_hangs(small_pool: WorkerPool) -> None:
     with pytest.raises(TimeoutError, match=r"(?s)ranks \[1\].*sleep_on_rank"):
-        small_pool.run(sleep_on_rank, 2, timeout=5.0, rank=1)
+        small_pool.run(sleep_on_rank, 2, timeout=2.0, rank=1)
     assert small_pool.run(sum_of_ranks, 2, offset=0)[0][1] == 1
 
 

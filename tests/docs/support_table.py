@@ -14,7 +14,7 @@ from mor_layers import RecursionConfig, RouterConfig
 from mor_layers.recursion import KVPolicy, Sharing
 from mor_tools.pretraining.command_line import load_settings
 from mor_tools.pretraining.models import build
-from tests.core.random_configs import OURS
+from tests.mor_layers.random_configs import OURS
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "pages" / "support.md"

@@ -16,9 +16,9 @@ from mor_megatron import Norm, recursion_block_spec
 from mor_megatron.checkpoints import load_tensors
 from mor_megatron.checkpoints.weights import megatron_tensors
 from mor_megatron.layers.norms import FusedNorm
-from tests.distributed import engine_models
 from tests.distributed import megatron_setup as setup
-from tests.distributed.engine_models import local_layer
+from tests.distributed.platform import engine_models
+from tests.distributed.platform.engine_models import local_layer
 
 BF16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
 BATCH, LENGTH = 4, 16

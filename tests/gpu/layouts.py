@@ -14,7 +14,7 @@ from mor_layers import RecursionConfig
 from mor_megatron import recursion_block_spec
 from mor_megatron.models import final_norm
 from tests.distributed import megatron_setup as setup
-from tests.distributed.engine_models import engine_layer
+from tests.distributed.platform.engine_models import engine_layer
 from tests.gpu.layers import BATCH, LENGTH, compared, local_layer
 
 

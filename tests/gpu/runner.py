@@ -11,7 +11,10 @@ from tests.distributed.pool import WorkerPool
 from tests.gpu.machine import Machine
 from tests.gpu.verdict import Case, Verdict
 
-_FOLDER, _STAND_INS = Path(__file__).parents[1] / "distributed", ("te_stand_in", "apex_stand_in")
+_FOLDER, _STAND_INS = (
+    Path(__file__).parents[1] / "distributed" / "platform",
+    ("te_stand_in", "apex_stand_in"),
+)
 
 
 def run_cases(

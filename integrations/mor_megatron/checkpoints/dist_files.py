@@ -39,7 +39,7 @@ class DistTensors(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._metadata = _read_metadata(folder / _METADATA)
+        self._metadata = read_metadata(folder / _METADATA)
         self._entries = {
             name: entry
             for name, entry in self._metadata.state_dict_metadata.items()
@@ -85,17 +85,17 @@ class DistTensors(Mapping[str, Tensor]):
             ValueError: it is not there, or damaged.
         """
         legacy = self.folder / "common.pt"
+        if legacy.is_file():  # Megatron takes it first, too
+            return unpickled(legacy.read_bytes(), legacy, "common state")
         if _COMMON not in self._metadata.state_dict_metadata:
-            if not legacy.is_file():
-                raise ValueError(f"{self.folder} has no entry {_COMMON!r}.")
-            return _unpickled(legacy.read_bytes(), legacy, "common state")
+            raise ValueError(f"{self.folder} has no entry {_COMMON!r}.")
         info = self._metadata.storage_data[format.MetadataIndex(_COMMON)]
-        (values,) = _unpickled(self._bytes(_COMMON, info), self._path(info), _COMMON)
+        (values,) = unpickled(self._bytes(_COMMON, info), self._path(info), _COMMON)
         return values
 
     def _piece(self, name: str, offsets: torch.Size, sizes: torch.Size) -> Tensor:
         info = self._metadata.storage_data[format.MetadataIndex(name, offsets)]
-        tensor = _unpickled(self._bytes(name, info), self._path(info), f"tensor {name!r}")
+        tensor = unpickled(self._bytes(name, info), self._path(info), f"tensor {name!r}")
         if tensor.shape != sizes:
             raise ValueError(
                 f"{self._path(info)}, tensor {name!r}: a piece has shape {tuple(tensor.shape)}, and "
@@ -174,7 +174,12 @@ def write_dist_checkpoint(
     (folder / _CONFIG).write_text(json.dumps(config), "utf-8")
 
 
-def _unpickled(data: bytes, path: Path, what: str) -> Any:
+def unpickled(data: bytes, path: Path, what: str) -> Any:
+    """Plain values and tensors from what `torch.save` wrote; nothing else is ever made.
+
+    Raises:
+        ValueError: the bytes are damaged, or hold something else.
+    """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as parts:
             broken = parts.testzip()  # torch.load does not look at the checksums of torch.save
@@ -192,7 +197,13 @@ def _unpickled(data: bytes, path: Path, what: str) -> Any:
         raise ValueError(f"{path}, {what}: damaged, or more than plain values: {first}") from error
 
 
-def _read_metadata(path: Path) -> format.Metadata:
+def read_metadata(path: Path) -> format.Metadata:
+    """The description of a checkpoint, which is a pickle: no other classes are made from it.
+
+    Raises:
+        ValueError: the file is damaged, or holds something else.
+        FileNotFoundError: there is no such file.
+    """
     try:
         with path.open("rb") as file:
             found = _MetadataUnpickler(file).load()
@@ -215,7 +226,9 @@ class _MetadataUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         for known in (format, planner, filesystem):
             found = vars(known).get(name)
-            if module == known.__name__ and isinstance(found, type):
+            if module != known.__name__ or not isinstance(found, type):
+                continue
+            if found.__module__ == module:  # not what the module merely imports
                 return found
         if module == "megatron.core.dist_checkpointing.strategies.torch":
             with suppress(AttributeError):

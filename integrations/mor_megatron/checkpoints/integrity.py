@@ -3,7 +3,8 @@
 `seal` writes `manifest.json` last, so a folder that has one was whole; `damage` compares. The ranks
 share the files: each reads its part once, at the speed of a CRC. A folder that another program wrote
 has no manifest; then the index of Megatron's `torch_dist` format says which files it must have, and
-how long they are at least.
+how long they are at least. With or without a manifest, whoever wrote it could have put code into its
+pickles: the index and the common state must hold plain values only.
 """
 
 import json
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+from mor_megatron.checkpoints.dist_files import DistTensors, is_dist_checkpoint, read_metadata
 
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 24
@@ -55,7 +57,10 @@ def damage(folder: Path) -> str | None:
             problems += _difference(folder / name, *wanted[name])
     except (OSError, ValueError) as error:
         problems.append(str(error))
-    return _first_of(*problems)
+    found = _first_of(*problems)
+    if found is None:
+        found = _first_of(*(_foreign(folder) if torch.distributed.get_rank() == 0 else []))
+    return found
 
 
 def raise_together(error: OSError | None) -> None:
@@ -99,8 +104,8 @@ def _wanted(folder: Path) -> dict[str, tuple[int, int | None]]:
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{MANIFEST} is damaged ({error})") from error
     try:
-        index = FileSystemReader(str(folder)).read_metadata().storage_data or {}
-    except Exception as error:  # a damaged pickle can raise anything
+        index = read_metadata(folder / ".metadata").storage_data or {}
+    except (OSError, ValueError) as error:
         raise ValueError(f"it has no {MANIFEST}, and no readable .metadata ({error})") from error
     ends: dict[str, int] = {}
     for piece in index.values():
@@ -108,6 +113,17 @@ def _wanted(folder: Path) -> dict[str, tuple[int, int | None]]:
             ends.get(piece.relative_path, 0), piece.offset + piece.length
         )
     return {name: (size, None) for name, size in ends.items()}
+
+
+def _foreign(folder: Path) -> list[str]:
+    """What is wrong with the parts that all ranks need, and that could hold more than values."""
+    if not is_dist_checkpoint(folder):
+        return ["it has no .metadata and metadata.json"]
+    try:
+        _ = DistTensors(folder).common
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    return []
 
 
 def _difference(path: Path, size: int, checksum: int | None) -> list[str]:

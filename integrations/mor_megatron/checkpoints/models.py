@@ -25,7 +25,7 @@ _OPTIMIZER = "optimizer."
 
 
 def describe(config: DecoderConfig, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What to pass to `checkpointing.save` as `extra`, so that the checkpoint says what it holds.
+    """What to pass to `checkpoints.runs.save` as `extra`, so that the checkpoint says what it holds.
 
     Args:
         config: the model's, with the vocabulary as it is without padding.
@@ -125,7 +125,7 @@ def checkpoint_folder(folder: Path) -> Path:
         return folder
     for directory in (folder, folder / "checkpoints"):
         if (directory / _LATEST).is_file():
-            found = directory / (directory / _LATEST).read_text("utf-8").strip()
+            found = directory / (directory / _LATEST).read_text("utf-8", "replace").strip()
             if is_dist_checkpoint(found):
                 return found
             raise FileNotFoundError(

@@ -2,13 +2,15 @@
 
 A checkpoint is a directory `step_<n>` in Megatron's `torch_dist` format: tensors by global name and
 index, and what all ranks share. It appears under that name only when it is complete, checksums
-included (`integrity`), and the file `latest` names the newest one only after that. One that turns out
-damaged is refused by name, and the newest good one before it is taken.
+included (`integrity`), and the file `latest` names the newest one only after that. So after a crash
+between the two a complete checkpoint may be newer than the one that `latest` names, and it is taken.
+One that turns out damaged is refused by name, and the newest good one before it is taken.
 """
 
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +29,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import MegatronModule
 from megatron.core.utils import unwrap_model
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from mor_megatron.checkpoints import integrity
 from mor_megatron.checkpoints.optimizer import load_state, sharded_state, shared_state
+from mor_megatron.checkpoints.reader import restricted_reading
 from mor_megatron.checkpoints.writer import write_state
 
 _LATEST = "latest"
@@ -46,6 +50,9 @@ class Restored:
     """What was passed to `save`."""
     refused: tuple[str, ...] = ()
     """Newer checkpoints that are damaged, and what is wrong with each."""
+    unsealed: Path | None = None
+    """The checkpoint itself where it has no manifest, so that nothing tells whether its tensors are
+    what was written; else None."""
 
 
 def save(
@@ -121,7 +128,8 @@ def load(
             model, or lacks the optimizer or the scheduler.
     """
     source, refused = _good(_on_first_rank(lambda: _find(Path(directory), step)))
-    shared = dist_checkpointing.load_common_state_dict(source)
+    with restricted_reading():
+        shared = dist_checkpointing.load_common_state_dict(source)
     if optimizer is not None and "shared_optimizer" not in shared:
         raise ValueError(f"{source} was saved without an optimizer. Load it with optimizer=None.")
     if scheduler is not None and shared["scheduler"] is None:
@@ -130,7 +138,7 @@ def load(
     if optimizer is not None:
         request["optimizer"] = sharded_state(optimizer, request["model"], True)
     _check_fit(source, request)
-    state: Any = dist_checkpointing.load(request, str(source))
+    state = _read(source, request)
     for index, chunk in enumerate(chunks):
         # A chunk that uses another's layers has nothing of its own, and then no entry.
         _unwrapped(chunk).load_state_dict(state["model"].get(f"chunk_{index}", {}))
@@ -139,7 +147,8 @@ def load(
     if scheduler is not None:
         scheduler.num_steps = 0  # loading counts on from here
         scheduler.load_state_dict(state["scheduler"])
-    return Restored(state["step"], state["extra"], refused)
+    unsealed = _on_first_rank(lambda: not (source / integrity.MANIFEST).is_file())
+    return Restored(state["step"], state["extra"], refused, source if unsealed else None)
 
 
 def folder_of(directory: str | Path, step: int) -> Path:
@@ -151,6 +160,30 @@ def latest_step(directory: str | Path) -> int | None:
     """The step of the newest complete checkpoint, or None where there is none."""
     candidates = _newest_first(Path(directory))
     return _step(candidates[0]) if candidates else None
+
+
+def put_in_order(directory: str | Path) -> tuple[str, ...]:
+    """Clears up what a save that was killed left behind; what was done, in sentences.
+
+    Call it on one rank, at a moment when no other process can be saving into the directory.
+
+    Raises:
+        OSError: something cannot be moved or removed.
+    """
+    done = []
+    for left in sorted(Path(directory).glob(".step_*")):
+        name = re.fullmatch(r"\.(step_\d+)\.(partial|replaced)", left.name)
+        if name is None:
+            continue
+        target = left.with_name(name[1])
+        # Killed between the two renames of a save that replaces a checkpoint of the same step.
+        if name[2] == "replaced" and not target.exists():
+            left.rename(target)
+            done.append(f"{target} had been moved aside by a save that did not finish; it is back.")
+            continue
+        shutil.rmtree(left)
+        done.append(f"{left}, which a save that did not finish left behind, was removed.")
+    return tuple(done)
 
 
 def _unwrapped(chunk: nn.Module) -> MegatronModule:
@@ -201,7 +234,13 @@ def _given_up(partial: Path, target: Path, error: OSError) -> str:
 
 
 def _make_empty(directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
+    if directory.exists():  # who killed it, or writes it still, is not known here
+        warnings.warn(
+            f"{directory} is there already: another save was killed, or still runs. It is removed. "
+            "Make sure that only one run saves into the folder.",
+            stacklevel=2,
+        )
+        shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
 
 
@@ -222,13 +261,20 @@ def _step(folder: Path) -> int:
 
 
 def _newest_first(directory: Path) -> list[Path]:
-    """Checkpoints from the one that `latest` names back; all, where it names none."""
+    """Checkpoints from the newest complete one back; all, where `latest` names none."""
     found = [p for p in directory.glob("step_*") if re.fullmatch(r"step_\d+", p.name)]
     pointer = directory / _LATEST
-    named = pointer.read_text().strip() if pointer.is_file() else ""
+    # A crash or a damaged disk may leave anything in the file, which is then no name.
+    named = pointer.read_bytes().decode("utf-8", "replace").strip() if pointer.is_file() else ""
     if re.fullmatch(r"step_\d+", named):
         newest = directory / named
-        found = [newest, *(path for path in found if _step(path) < _step(newest))]
+        # A save that was killed just before it wrote `latest` left a newer checkpoint that is whole,
+        # and so has a manifest. Without one, a newer folder is not known to be complete.
+        found = [
+            newest,
+            *(p for p in found if _step(p) < _step(newest)),
+            *(p for p in found if _step(p) > _step(newest) and (p / integrity.MANIFEST).is_file()),
+        ]
     return sorted(found, key=_step, reverse=True)
 
 
@@ -260,6 +306,22 @@ def _good(candidates: list[Path]) -> tuple[Path, tuple[str, ...]]:
     )
 
 
+def _read(source: Path, request: ShardedStateDict) -> Any:
+    """The requested state; where a rank cannot read its part, all of them raise."""
+    problem = None
+    try:
+        with restricted_reading():
+            state = dist_checkpointing.load(request, str(source))
+    except CheckpointException as error:  # no Exception, and it hides what was wrong
+        problem = "; ".join(str(cause[0]) for cause in error.failures.values())
+    problems: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(problems, problem)
+    for rank, found in enumerate(problems):
+        if found is not None:
+            raise ValueError(f"{source} cannot be read. Rank {rank}: {found}")
+    return state
+
+
 def _check_fit(source: Path, request: ShardedStateDict) -> None:
     """Compares names and shapes over all ranks first, so that all of them raise, or none."""
     wanted: dict[str, tuple[int, ...] | None] = {}
@@ -267,7 +329,8 @@ def _check_fit(source: Path, request: ShardedStateDict) -> None:
     torch.distributed.all_gather_object(gathered, _shapes(request))
     for shapes in gathered:
         wanted |= shapes
-    stored = dist_checkpointing.load_tensors_metadata(str(source))
+    with restricted_reading():
+        stored = dist_checkpointing.load_tensors_metadata(str(source))
     has_optimizer = any(name.startswith("optimizer.") for name in wanted)
     differences = [
         f"{name} is {shape}, but the checkpoint holds {stored[name].global_shape}"

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from mor_megatron.platform import cpu
+from mor_tools.pretraining import launcher, run_lock
 from mor_tools.pretraining.settings import Settings
 
 ERRORS = (OSError, ValueError)
@@ -26,6 +28,11 @@ def world_size() -> int:
 def is_first_rank() -> bool:
     """Whether this process is the one that writes files and talks to the user."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def is_first_on_machine() -> bool:
+    """Whether this process is the one that talks to the user where not all processes do the same."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def device() -> torch.device:
@@ -43,6 +50,7 @@ def process_groups(settings: Settings) -> Iterator[None]:
             "start this script through torchrun, e.g. torchrun --nproc-per-node 1 "
             "-m mor_tools.pretraining; --help lists the settings."
         )
+    launcher.follow()
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     else:
@@ -106,19 +114,46 @@ def on_first_rank[T](action: Callable[[], T]) -> T:
     return outcome[0]
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[str | None]:
+    """Keeps other runs out of a folder; says whom it was taken over from, if anybody.
+
+    Raises:
+        ValueError: another run is in it; on every rank.
+        OSError: it cannot be written; on every rank.
+    """
+    launchers: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(launchers, run_lock.launcher())
+    lock = run_lock.RunLock(folder, launchers)
+    try:
+        yield on_first_rank(lock.acquire)
+    finally:
+        lock.release()
+
+
 class StopRequest:
-    """Whether a process was interrupted (Ctrl-C, SIGTERM); asked at a moment when all can stop."""
+    """Whether a process was interrupted (Ctrl-C, SIGTERM), or lost the torchrun that started it.
+
+    Asked at a moment when all can stop.
+    """
 
     def __init__(self) -> None:
+        self.launcher_is_gone = False
+        """Whether a rank lost its torchrun, as of the last call; on every rank."""
         self._received = False
+        self._launcher = launcher.Launcher()
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, self._receive)
+        # That the parent ended shows in `Launcher.is_gone`; the signal must not end the step.
+        signal.signal(launcher.SIGNAL, lambda number, frame: None)
 
     def __call__(self) -> bool:
-        """Whether any rank was interrupted; every rank gets the same answer."""
-        flag = torch.tensor(float(self._received), device=device())
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(flag)
+        """Whether any rank must stop; every rank gets the same answer."""
+        flags = [float(self._received), float(self._launcher.is_gone)]
+        together = torch.tensor(flags, device=device())
+        torch.distributed.all_reduce(together, op=torch.distributed.ReduceOp.MAX)
+        was_interrupted, self.launcher_is_gone = map(bool, together.tolist())
+        return was_interrupted or self.launcher_is_gone
 
     def _receive(self, number: int, frame: object) -> None:
         self._received = True

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from mor_layers.routers import registry
 from mor_megatron.checkpoints import runs
 from mor_tools.pretraining.data.text import PreparedText
 from mor_tools.pretraining.settings import Settings
+
+_CLAIM = "run.json"
 
 FREE_TO_CHANGE = (
     "output",
@@ -33,12 +36,12 @@ def is_complete(settings: Settings) -> bool:
     """Whether the run in this folder took all its steps and was summed up.
 
     Raises:
-        ValueError: it is a run with other settings.
+        ValueError: it is a run with other settings, or its run.json is damaged.
     """
     folder = Path(settings.output)
-    claimed = folder / "run.json"
-    if claimed.exists():
-        _check_same(folder, json.loads(claimed.read_text("utf-8"))["settings"], settings)
+    earlier = _claimed(folder)
+    if earlier is not None:
+        _check_same(folder, earlier["settings"], settings)
     done = runs.latest_step(folder / "checkpoints") == settings.training.steps
     return done and (folder / "summary.json").exists()
 
@@ -52,16 +55,16 @@ def claim(settings: Settings, text: PreparedText) -> None:
     """Note in the folder which settings and which text its run has.
 
     Raises:
-        ValueError: the folder has a run on other text.
+        ValueError: the folder has a run on other text, or its run.json is damaged.
     """
     folder = Path(settings.output)
     folder.mkdir(parents=True, exist_ok=True)
-    claimed = folder / "run.json"
-    if not claimed.exists():
+    found = _claimed(folder)
+    if found is None:
         claim = {"text": str(text.prefix), "settings": to_mapping(settings)}
-        write_atomically(claimed, json.dumps(claim, indent=2) + "\n")
+        write_atomically(folder / _CLAIM, json.dumps(claim, indent=2) + "\n")
         return
-    earlier = json.loads(claimed.read_text("utf-8"))["text"]
+    earlier = found["text"]
     if Path(earlier).parts[-2:] != text.prefix.parts[-2:]:
         raise ValueError(
             f"{folder} has a run on other text ({earlier}, now {text.prefix}). Choose another "
@@ -69,11 +72,52 @@ def claim(settings: Settings, text: PreparedText) -> None:
         )
 
 
+def put_in_order(settings: Settings) -> tuple[str, ...]:
+    """Clear up after a session that was killed while it saved; what was done, in sentences.
+
+    The run must hold the folder's lock, so that no other one is saving.
+
+    Raises:
+        OSError: the folder of checkpoints cannot be written.
+    """
+    checkpoints = Path(settings.output) / "checkpoints"
+    if not checkpoints.exists():
+        return ()
+    try:
+        with tempfile.TemporaryFile(dir=checkpoints):
+            pass
+        return runs.put_in_order(checkpoints)
+    except OSError as error:
+        raise OSError(
+            f"{checkpoints} cannot be written: {error}. Choose another output=, or change who may "
+            "write there."
+        ) from error
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a file that is either whole or not there."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, "utf-8")
     os.replace(partial, path)
+
+
+def _claimed(folder: Path) -> dict[str, Any] | None:
+    """What run.json says of the folder's run; None where there is no such file."""
+    claimed = folder / _CLAIM
+    if not claimed.exists():
+        return None
+    try:
+        found = json.loads(claimed.read_text("utf-8"))
+        is_whole = isinstance(found["settings"], dict) and isinstance(found["text"], str)
+    except (ValueError, KeyError, TypeError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError(
+            f"{claimed} is damaged: it does not say the settings and the text of the run in this "
+            "folder. Bring it back from a copy, or choose another output=. To go on without the check "
+            "that both are the same, remove the file."
+        )
+    return found
 
 
 def _check_same(folder: Path, earlier: dict[str, Any], settings: Settings) -> None:

@@ -1,5 +1,6 @@
 """The main path of a run: from text to a trained model, its checkpoint and its report."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from mor_tools.pretraining import distributed, run_folder
 from mor_tools.pretraining.command_line import load_settings
 from mor_tools.pretraining.data.datasets import Datasets, batches, build_datasets, unigram_entropy
 from mor_tools.pretraining.data.text import TextTokenizer, prepare
+from mor_tools.pretraining.launcher import LauncherLost
 from mor_tools.pretraining.models import build, initial_weights, teacher
 from mor_tools.pretraining.reporting import demonstration
 from mor_tools.pretraining.reporting.display import Costs, Display
@@ -36,6 +38,10 @@ def main(arguments: Sequence[str]) -> None:
         if distributed.is_first_rank():
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except LauncherLost as error:  # perhaps on this machine alone
+        if distributed.is_first_on_machine():
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def pretrain(settings: Settings) -> None:
@@ -50,6 +56,14 @@ def pretrain(settings: Settings) -> None:
                 soft_wrap=True,
             )
         return
+    # Before any work: a folder that is in use, or cannot be written, shows at once.
+    with distributed.locked(Path(settings.output)) as taken_over:
+        left_behind = distributed.on_first_rank(lambda: run_folder.put_in_order(settings))
+        _pretrain(settings, console, [taken_over, *left_behind])
+
+
+def _pretrain(settings: Settings, console: Console | None, notes: list[str | None]) -> None:
+    """The work of a process of the run that has the folder; `notes` are what to tell before."""
     text = distributed.on_first_rank(lambda: prepare(settings.data))
     distributed.on_first_rank(lambda: run_folder.claim(settings, text))
     tokenizer = TextTokenizer(text.tokenizer, settings.data.end_of_document)
@@ -65,16 +79,15 @@ def pretrain(settings: Settings) -> None:
     taught_by = teacher.build(settings, dense) if settings.is_distilled else None
     watch = shared_watch(settings.training.timeout_seconds)
     trainer = Trainer(settings, chunks, decoder, watch, taught_by)
-    refused = trainer.resume()
+    notes += trainer.resume()
     session = Session(settings, trainer, data, tokenizer, console)
-    with session.display:
-        for damaged in refused:
-            session.display.say(f"{damaged}. It is left out.")
+    with contextlib.closing(session.history), session.display:
+        for note in filter(None, [*notes, session.history.lost]):
+            session.display.say(note)
         with watch:
             session.train()
         if trainer.step == settings.training.steps:
             session.finish()
-    session.history.close()
 
 
 class Session:
@@ -117,11 +130,13 @@ class Session:
             if trainer.step % settings.training.checkpoint_every == 0:
                 trainer.save()
         trainer.save()
+        stopped = (
+            f"stopped after step {trainer.step} of {settings.training.steps}, with a checkpoint."
+        )
+        if self.is_stopping.launcher_is_gone:
+            raise LauncherLost(f"The run {stopped}")
         if trainer.step < settings.training.steps:
-            self.display.say(
-                f"stopped after step {trainer.step} of {settings.training.steps}, with a "
-                "checkpoint. Run again to go on."
-            )
+            self.display.say(f"{stopped} Run again to go on.")
 
     def step(self, train_batches: Batches) -> Row:
         """One optimizer step, and what is due after it."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import tee
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core import parallel_state
@@ -115,7 +115,8 @@ class Trainer:
             if not math.isfinite(value):
                 raise self._not_finite(f"{what} is {value}", self._losses_not_finite)
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        succeeded, norm, _ = self.optimizer.step()
+        # Megatron declares no result for it.
+        succeeded, norm, _ = cast(tuple[bool, float | None, int | None], self.optimizer.step())
         if not (succeeded and math.isfinite(norm or 0.0)):
             raise self._not_finite(
                 f"the gradient's norm is {norm}", _gradients_not_finite(self.chunks)
@@ -160,11 +161,18 @@ class Trainer:
             self.saved_step = self.step
 
     def resume(self) -> tuple[str, ...]:
-        """Go on from the newest good checkpoint, if there is one; what is wrong with newer ones."""
+        """Go on from the newest good checkpoint, if there is one; what to tell about it."""
         if runs.latest_step(self.checkpoints) is not None:
             restored = runs.load(self.checkpoints, self.chunks, self.optimizer, self.scheduler)
             self.step = self.saved_step = restored.step
-            return restored.refused
+            notes = [f"{damaged}. It is left out." for damaged in restored.refused]
+            if restored.unsealed is not None:
+                notes.append(
+                    f"warning: {restored.unsealed} has no manifest.json with checksums, which every "
+                    "checkpoint of this script has. Whether its tensors are what was written cannot "
+                    "be told."
+                )
+            return tuple(notes)
         return ()
 
     def _run(self, data: Batches, microbatches: int, forward_only: bool) -> tuple[float, float]:

@@ -187,11 +187,11 @@ class _Found:
 def shared_watch(timeout: float, end: Callable[[str], None] | None = None) -> Watch:
     """A watch over this process, one of those that torch.distributed connects."""
     import torch.distributed as dist
-    from torch.distributed.distributed_c10d import _get_default_store
+    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
     # There is no public name for the store; a prefix keeps its keys apart from others'. A connection
     # of its own, since a call waits while the process itself waits for an answer over the same one.
-    store = dist.PrefixStore("watch", _get_default_store()).clone()
+    store = PrefixStore("watch", _get_default_store()).clone()
     store.set_timeout(timedelta(seconds=min(timeout, _LONGEST_GRACE)))
     return Watch(store, dist.get_rank(), dist.get_world_size(), timeout, end)
 

@@ -123,11 +123,12 @@ def read_rows(file: Path) -> list[Row]:
     if not file.exists():
         return []
     rows = []
-    for number, text in enumerate(file.read_text("utf-8").splitlines(), start=1):
+    # Bytes that are no UTF-8 make their own line unreadable, and no other.
+    for number, text in enumerate(file.read_text("utf-8", "replace").splitlines(), start=1):
         try:
             values = json.loads(text)
         except json.JSONDecodeError:
-            break  # the last line of a process that was killed
+            continue  # the last line of a process that was killed, or a damaged one
         try:
             rows.append(_row(values))
         except (KeyError, TypeError) as error:

@@ -2,21 +2,31 @@
 
 import asyncio
 import json
+import time
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
 
-from mor_layers.generation import DepthBatchingEngine, Event
+from mor_layers.generation.engine import DepthBatchingEngine, Event
+from mor_tools.serving.access import Access, AccessControl
+from mor_tools.serving.errors import ServiceError
 from mor_tools.serving.loading import Tokenizer
 from mor_tools.serving.protocol import BadRequestError, Call, Usage, choice, failure, parse
-from mor_tools.serving.worker import EngineWorker, OverloadedError
+from mor_tools.serving.worker import EngineWorker, OverloadedError, UnavailableError
+
+NUM_PARSERS = 2
+"""Threads that read bodies, so that one call beside a large one need not wait for it."""
 
 
 @dataclass(frozen=True)
@@ -27,31 +37,16 @@ class Limits:
     """Tokens that a choice may ask for."""
     max_waiting: int = 256
     """Requests that may wait; more are answered with 429."""
+    max_per_client: int = 64
+    """Requests that one client may have open, running or waiting; more are answered with 429."""
     max_body_bytes: int = 1 << 20
     """Size of a body; larger ones are answered with 413."""
+    body_timeout: float = 30.0
+    """Seconds in which a body must arrive."""
+    read_timeout: float = 30.0
+    """Seconds after which a stream ends whose reader takes nothing."""
     timeout: float | None = 120.0
     """Seconds after which a request is given up; callers may ask for fewer."""
-
-
-class ServiceError(Exception):
-    """An answer that is an error."""
-
-    def __init__(self, status: int, message: str, parameter: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.parameter = status, parameter
-
-    @property
-    def body(self) -> dict[str, Any]:
-        """As the protocol wants it."""
-        kind = "invalid_request_error" if self.status < 429 else "server_error"
-        return {
-            "error": {
-                "message": str(self),
-                "type": kind,
-                "param": self.parameter,
-                "code": self.status,
-            }
-        }
 
 
 class Service:
@@ -60,14 +55,23 @@ class Service:
     Args:
         engine: with `decode`.
         name: of the model.
+        access: who may call.
     """
 
     def __init__(
-        self, engine: DepthBatchingEngine, name: str, tokenizer: Tokenizer, limits: Limits
+        self,
+        engine: DepthBatchingEngine,
+        name: str,
+        tokenizer: Tokenizer,
+        limits: Limits,
+        access: Access | None = None,
     ) -> None:
         self.name, self.tokenizer, self.limits = name, tokenizer, limits
+        self.access = Access() if access is None else access
         self.worker = EngineWorker(engine, limits.max_waiting)
         self.answers: Counter[int] = Counter()
+        self._parsers = ThreadPoolExecutor(NUM_PARSERS, "parser")
+        self._open: Counter[str] = Counter()  # requests of each client
 
     def app(self) -> Starlette:
         """The ASGI application. Its shutdown ends the engine's thread."""
@@ -76,6 +80,7 @@ class Service:
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
             yield
             await asyncio.to_thread(self.worker.close)
+            self._parsers.shutdown(wait=False, cancel_futures=True)
 
         routes = [
             Route("/v1/completions", self.completions, methods=["POST"]),
@@ -83,18 +88,38 @@ class Service:
             Route("/health", self.health),
             Route("/metrics", self.metrics),
         ]
-        return Starlette(routes=routes, lifespan=lifespan)
+        control = Middleware(AccessControl, access=self.access)
+        return Starlette(routes=routes, middleware=[control], lifespan=lifespan)
+
+    async def drain(self, grace: float, is_urgent: Callable[[], bool]) -> None:
+        """Take no more calls, and let the running ones end.
+
+        Args:
+            grace: seconds after which those that still run end with an error.
+            is_urgent: whether there is no time even for that.
+        """
+        self.worker.drain()
+        deadline = time.monotonic() + grace
+        while self.worker.has_work and time.monotonic() < deadline and not is_urgent():
+            await asyncio.sleep(0.05)
+        await asyncio.to_thread(self.worker.close)
 
     async def completions(self, http: HTTPRequest) -> Response:
-        try:
-            call = await self._parse(http)
-            streams = [self.worker.events(request) for request in call.requests]
-            if call.stream:
-                response = await self._streamed(call, streams)
-            else:
-                response = await self._whole(http, call, streams)
-        except ServiceError as error:
-            response = JSONResponse(error.body, error.status)
+        with ExitStack() as places:
+            try:
+                if not self.worker.is_alive:
+                    raise _refusal(self.worker.unavailable)
+                client = http.state.client
+                places.enter_context(self._places(client, 1))
+                call = await self._parse(await self._body(http), client)
+                places.enter_context(self._places(client, len(call.requests) - 1))
+                streams = [self.worker.events(request) for request in call.requests]
+                if call.stream:
+                    response = await self._streamed(call, streams, places)
+                else:
+                    response = await self._whole(http, call, streams)
+            except ServiceError as error:
+                response = error.response()
         self.answers[response.status_code] += 1
         return response
 
@@ -103,6 +128,7 @@ class Service:
         return JSONResponse({"object": "list", "data": [entry]})
 
     async def health(self, _: HTTPRequest) -> Response:
+        """Whether calls are taken: not any more from the signal to stop on."""
         is_alive = self.worker.is_alive
         return PlainTextResponse("ok" if is_alive else "down", 200 if is_alive else 503)
 
@@ -133,20 +159,65 @@ class Service:
         lines += [f'mor_answers_total{{status="{s}"}} {n}' for s, n in sorted(self.answers.items())]
         return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
-    async def _parse(self, http: HTTPRequest) -> Call:
-        body, limits = b"", self.limits
-        async for part in http.stream():
-            body += part
-            if len(body) > limits.max_body_bytes:
-                raise ServiceError(413, f"the body exceeds {limits.max_body_bytes} bytes.")
+    @contextmanager
+    def _places(self, client: str, count: int) -> Iterator[None]:
+        """Room for further requests of a client."""
+        wanted, most = self._open[client] + count, self.limits.max_per_client
+        if wanted > most:
+            raise ServiceError(
+                429,
+                f"this would be {wanted} open requests of one client, and {most} are allowed. Try "
+                "again when some have ended.",
+            )
+        self._open[client] += count
         try:
-            return parse(
-                json.loads(body), self.name, self.tokenizer, limits.max_tokens, limits.timeout
+            yield
+        finally:
+            self._open[client] -= count
+            if not self._open[client]:
+                del self._open[client]
+
+    async def _body(self, http: HTTPRequest) -> bytearray:
+        """What the caller sends: JSON, of a size and within a time that are bounded."""
+        limits = self.limits
+        kind, _, options = http.headers.get("content-type", "").lower().partition(";")
+        if kind.strip() != "application/json" or options.strip() not in ("", "charset=utf-8"):
+            # Without this a foreign web page could post here: it is free to send plain text.
+            raise ServiceError(415, "send JSON in UTF-8, with `Content-Type: application/json`.")
+        if http.headers.get("content-encoding", "identity") != "identity":
+            raise ServiceError(415, "send the body as it is, without a Content-Encoding.")
+        too_large = ServiceError(413, f"the body exceeds {limits.max_body_bytes} bytes.")
+        if int(http.headers.get("content-length", 0)) > limits.max_body_bytes:
+            raise too_large
+        body = bytearray()
+        try:
+            async with asyncio.timeout(limits.body_timeout):
+                async for part in http.stream():
+                    body += part
+                    if len(body) > limits.max_body_bytes:
+                        raise too_large
+        except TimeoutError as error:
+            raise ServiceError(408, f"no body within {limits.body_timeout} seconds.") from error
+        except ClientDisconnect as error:
+            raise ServiceError(499, "the caller has left.") from error
+        return body
+
+    async def _parse(self, body: bytearray, client: str) -> Call:
+        limits = self.limits
+        try:
+            # In a thread: tokenising a long prompt would hold up everyone else's events.
+            return await asyncio.get_running_loop().run_in_executor(
+                self._parsers,
+                parse,
+                body,
+                self.name,
+                self.tokenizer,
+                limits.max_tokens,
+                limits.timeout,
+                client,
             )
         except BadRequestError as error:
             raise ServiceError(400, str(error), error.parameter) from error
-        except ValueError as error:  # no JSON, or no UTF-8
-            raise ServiceError(400, f"the body is no JSON: {error}.") from error
 
     async def _whole(
         self, http: HTTPRequest, call: Call, streams: list[AsyncIterator[Event]]
@@ -164,7 +235,9 @@ class Service:
             left.cancel()
             await asyncio.gather(answers, left, return_exceptions=True)
 
-    async def _streamed(self, call: Call, streams: list[AsyncIterator[Event]]) -> Response:
+    async def _streamed(
+        self, call: Call, streams: list[AsyncIterator[Event]], places: ExitStack
+    ) -> Response:
         # The first event decides about the status, which cannot change afterwards.
         merged = _merged(streams)
         try:
@@ -172,11 +245,12 @@ class Service:
         except ServiceError:
             await merged.aclose()
             raise
-        return StreamingResponse(self._lines(call, first, merged), media_type="text/event-stream")
+        lines = self._lines(call, first, merged)
+        return _EventStream(lines, self.limits.read_timeout, places.pop_all())
 
     async def _lines(
         self, call: Call, first: tuple[int, Event], rest: AsyncIterator[tuple[int, Event]]
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str]:
         usage = Usage(sum(len(request.ids) for request in call.requests))
         try:
             yield self._line(call, first, usage)
@@ -197,6 +271,33 @@ class Service:
         return _data(call.chunk([choice(index, event.text, event.finish_reason, depths)]))
 
 
+class _EventStream(StreamingResponse):
+    """Server-sent events, for as long as someone reads them.
+
+    Args:
+        lines: closed at the end, whatever that is.
+        timeout: seconds after which a reader who takes nothing is given up.
+        places: of the requests, given back at the end.
+    """
+
+    def __init__(self, lines: AsyncGenerator[str], timeout: float, places: ExitStack) -> None:
+        super().__init__(lines, media_type="text/event-stream")
+        self.lines, self.timeout, self.places = lines, timeout, places
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(self.timeout):
+                await send(message)
+
+        with self.places:
+            try:
+                await super().__call__(scope, receive, send_in_time)
+            except TimeoutError:
+                pass  # the server closes the connection, as the answer has no end
+            finally:
+                await self.lines.aclose()
+
+
 def _data(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value)}\n\n"
 
@@ -211,10 +312,15 @@ async def _checked(events: AsyncIterator[Event]) -> AsyncIterator[Event]:
             yield event
     except ValueError as error:
         raise ServiceError(400, str(error)) from error
-    except OverloadedError as error:
-        raise ServiceError(429, f"{error}. Try again later.") from error
+    except (OverloadedError, UnavailableError) as error:
+        raise _refusal(error) from error
     finally:
         await events.aclose()  # type: ignore[attr-defined]
+
+
+def _refusal(error: OverloadedError | UnavailableError) -> ServiceError:
+    status = 429 if isinstance(error, OverloadedError) else 503
+    return ServiceError(status, f"{error}. Try again later.")
 
 
 async def _collect(index: int, events: AsyncIterator[Event], usage: Usage) -> dict[str, Any]:

@@ -42,7 +42,9 @@ class FileTokenizer:
         self._loaded = Loaded.from_file(str(path))
 
     def encode(self, text: str) -> list[int]:
-        return self._loaded.encode(text, add_special_tokens=False).ids
+        # Unlike `encode`, this lets other threads run meanwhile.
+        (encoded,) = self._loaded.encode_batch([text], add_special_tokens=False)
+        return encoded.ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._loaded.decode(list(ids), skip_special_tokens=False)

@@ -1,10 +1,11 @@
 """The OpenAI completions protocol: from a JSON body to requests, and the shapes of answers."""
 
+import json
 import time
 import uuid
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from reprlib import repr as shortened
+from typing import Any, NoReturn
 
 from mor_layers.generation import Event, Request, Sampling
 from mor_tools.serving.loading import Tokenizer
@@ -24,6 +25,8 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 MAX_CHOICES = 16
 """Prompts times choices in one call."""
 UINT64 = 1 << 64
+SEEDS = range(-(UINT64 // 2), UINT64)
+"""Numbers of 64 bits, signed or not."""
 
 
 class BadRequestError(Exception):
@@ -92,42 +95,56 @@ def failure(event: Event) -> tuple[int, str] | None:
         return 507, "the text outgrew the memory for keys and values; ask for fewer tokens"
     if event.finish_reason == "cancelled":
         return 499, "the request was cancelled"
+    if event.finish_reason == "error":
+        return 500, event.error
     return None
 
 
 def parse(
-    body: object, served: str, tokenizer: Tokenizer, max_tokens: int, timeout: float | None
+    body: bytes | bytearray,
+    served: str,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    timeout: float | None,
+    client: str = "",
 ) -> Call:
-    """What a body asks for.
+    """What a body asks for. Takes seconds for a long prompt, so event loops leave it to a thread.
 
     Args:
         served: name of the model.
         max_tokens: the most that a choice may ask for.
         timeout: seconds after which a request is given up, unless it sets a shorter time.
+        client: who asks.
 
     Raises:
         BadRequestError: it cannot be done.
     """
-    if not isinstance(body, Mapping):
+    value = _json(body)
+    if not isinstance(value, dict):
         raise BadRequestError("the body must be a JSON object.")
-    given = _Fields(dict(body))
+    given = _Fields(value)
     model = given.take("model", str, served)
     if model != served:
-        raise BadRequestError(f"model={model!r} is not here. Use {served!r}.", "model")
+        raise BadRequestError(f"model={shortened(model)} is not here. Use {served!r}.", "model")
     for name, allowed in WITHOUT_EFFECT.items():
         value = given.values.pop(name, None)
         if value not in allowed:
-            raise BadRequestError(f"{name}={value!r} is not supported. Leave it out.", name)
-    prompts = _prompts(given.values.pop("prompt", None), tokenizer)
+            raise BadRequestError(
+                f"{name}={shortened(value)} is not supported. Leave it out.", name
+            )
+    prompts = _prompts(given.values.pop("prompt", None))
     count = given.take("n", int, 1)
     if count < 1 or count * len(prompts) > MAX_CHOICES:
         raise BadRequestError(
-            f"n={count} for {len(prompts)} prompt(s): ask for 1 to {MAX_CHOICES} choices in all.",
+            f"n={shortened(count)} for {len(prompts)} prompt(s): ask for 1 to {MAX_CHOICES} choices "
+            "in all.",
             "n",
         )
     wanted = given.take("max_tokens", int, 16)
     if not 1 <= wanted <= max_tokens:
-        raise BadRequestError(f"max_tokens={wanted} must lie in 1..{max_tokens}.", "max_tokens")
+        raise BadRequestError(
+            f"max_tokens={shortened(wanted)} must lie in 1..{max_tokens}.", "max_tokens"
+        )
     stop = given.values.pop("stop", None)
     stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > 4 or not all(isinstance(s, str) for s in stop):
@@ -136,10 +153,11 @@ def parse(
     if timeout is not None and own_timeout is not None:
         own_timeout = min(timeout, own_timeout)
     stream = given.take("stream", bool, False)
-    options = given.values.pop("stream_options", None) or {}
-    include_usage = isinstance(options, Mapping) and options.get("include_usage") is True
+    include_usage = _includes_usage(given.take("stream_options", dict, {}), stream)
     seed = given.take("seed", int, None)
     seed = uuid.uuid4().int % UINT64 if seed is None else seed
+    if seed not in SEEDS:
+        raise BadRequestError(f"seed={shortened(seed)} has more than 64 bits.", "seed")
     settings = {
         "temperature": given.take("temperature", float, 1.0),
         "top_p": given.take("top_p", float, 1.0),
@@ -147,7 +165,8 @@ def parse(
     }
     unknown = sorted(set(given.values) - IGNORED)
     if unknown:
-        raise BadRequestError(f"unknown parameter {', '.join(map(repr, unknown))}.", unknown[0])
+        names = ", ".join(map(shortened, unknown[:4]))
+        raise BadRequestError(f"unknown parameter {names}.", unknown[0][:80])
     try:
         requests = [
             Request(
@@ -156,13 +175,38 @@ def parse(
                 Sampling(seed=seed + index, **settings),
                 stop=tuple(stop),
                 timeout=own_timeout,
+                client=client,
             )
-            for ids in prompts
+            for ids in (_ids(prompt, tokenizer) for prompt in prompts)
             for index in range(count)
         ]
     except ValueError as error:
         raise BadRequestError(str(error)) from error
     return Call(served, requests, stream, include_usage)
+
+
+def _json(body: bytes | bytearray) -> object:
+    """The value that a body holds.
+
+    Raises:
+        BadRequestError: it is no JSON, or none that can be answered.
+    """
+    try:
+        value = json.loads(body.decode(), parse_constant=_no_number)
+        # Half of a surrogate pair, written as an escape, is no text: neither tokenizers nor
+        # answers can encode it.
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise BadRequestError("the body is nested too deeply.") from error
+    except UnicodeError as error:
+        raise BadRequestError(f"the body is not valid Unicode: {error.reason}.") from error
+    except ValueError as error:
+        raise BadRequestError(f"the body is not valid JSON: {error}.") from error
+    return value
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 class _Fields:
@@ -174,23 +218,41 @@ class _Fields:
         if value is None:
             return default
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError as error:
+                raise BadRequestError(f"{name}={shortened(value)} is too large.", name) from error
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise BadRequestError(f"{name}={value!r}: expected {kind.__name__}.", name)
+            raise BadRequestError(f"{name}={shortened(value)}: expected {kind.__name__}.", name)
         return value
 
 
-def _prompts(prompt: object, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+def _includes_usage(options: dict[str, object], stream: bool) -> bool:
+    if options and not stream:
+        raise BadRequestError("stream_options need stream=true.", "stream_options")
+    include_usage = options.get("include_usage", False)
+    if set(options) - {"include_usage"} or not isinstance(include_usage, bool):
+        raise BadRequestError(
+            "stream_options may hold include_usage, true or false.", "stream_options"
+        )
+    return include_usage
+
+
+def _ids(prompt: str | list[int], tokenizer: Tokenizer) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+
+
+def _prompts(prompt: object) -> list[str | list[int]]:
     """A string, a list of them, a list of ids, or a list of such lists."""
     if isinstance(prompt, str):
-        return [tuple(tokenizer.encode(prompt))]
+        return [prompt]
     if isinstance(prompt, list) and prompt:
-        if all(isinstance(p, str) for p in prompt):
-            return [tuple(tokenizer.encode(p)) for p in prompt]
         if _are_ids(prompt):
-            return [tuple(prompt)]
-        if all(isinstance(p, list) and _are_ids(p) for p in prompt):
-            return [tuple(p) for p in prompt]
+            return [prompt]
+        if all(isinstance(p, str) for p in prompt) or all(
+            isinstance(p, list) and _are_ids(p) for p in prompt
+        ):
+            return prompt
     raise BadRequestError(
         "prompt must be a string, a list of strings, token ids, or a list of lists of them.",
         "prompt",

@@ -1,15 +1,22 @@
 """The engine in a thread of its own, for callers on an event loop."""
 
 import asyncio
+import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
 
 from mor_layers.generation import DepthBatchingEngine, Event, Request
 
+logger = logging.getLogger(__name__)
+
 
 class OverloadedError(Exception):
-    """Too many requests wait already, or the server is going down."""
+    """Too many requests wait already."""
+
+
+class UnavailableError(Exception):
+    """The server is going down, or its engine has failed."""
 
 
 class EngineWorker:
@@ -18,22 +25,38 @@ class EngineWorker:
     Args:
         engine: not to be touched by anyone else.
         max_waiting: requests that may wait for a place; more are turned away.
+
+    What goes wrong with one request ends that request alone. An engine that cannot go on is not used
+    again: all requests end, and `on_failure` is called, in the engine's thread.
     """
 
     def __init__(self, engine: DepthBatchingEngine, max_waiting: int) -> None:
         self.engine, self.max_waiting = engine, max_waiting
         self.failure: BaseException | None = None
+        self.on_failure: Callable[[], None] | None = None
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._listeners: dict[int, Callable[[Event | None], None]] = {}
-        self._is_closing = self._is_closed = False
+        self._listeners: dict[int, Callable[[Event | None], bool]] = {}
+        self._is_draining = self._is_closing = self._is_closed = False
         self._lock = threading.Lock()  # no command may come after the last one was obeyed
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
     @property
     def is_alive(self) -> bool:
-        """Whether the engine can still serve."""
-        return not self._is_closing
+        """Whether the engine takes requests."""
+        return not (self._is_draining or self._is_closing)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether someone waits for an answer."""
+        return bool(self._listeners)
+
+    @property
+    def unavailable(self) -> UnavailableError:
+        """Why no requests are taken."""
+        if self.failure is not None:
+            return UnavailableError("the engine has failed, and the server must be started again")
+        return UnavailableError("the server is going down")
 
     async def events(self, request: Request) -> AsyncIterator[Event]:
         """Submit a request; its events as they come. Left early, the request is cancelled.
@@ -41,13 +64,14 @@ class EngineWorker:
         Raises:
             ValueError: it can never be served.
             OverloadedError: not now.
+            UnavailableError: not by this server, or not to the end.
         """
         loop = asyncio.get_running_loop()
         accepted: asyncio.Future[int] = loop.create_future()
         events: asyncio.Queue[Event | None] = asyncio.Queue()
 
-        def tell(event: Event | None) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
+        def tell(event: Event | None) -> bool:
+            return _post(loop, events.put_nowait, event)
 
         def answer(number: int | Exception) -> None:
             if not accepted.done():
@@ -58,25 +82,25 @@ class EngineWorker:
 
         def submit() -> None:
             try:
-                if self._is_closing:
-                    raise OverloadedError("the server is going down")
+                if not self.is_alive:
+                    raise self.unavailable
                 if self.engine.num_waiting >= self.max_waiting:
                     raise OverloadedError("too many requests are waiting")
                 number: int | Exception = self.engine.submit(request)
                 self._listeners[number] = tell
-            except (ValueError, OverloadedError) as error:
+            except Exception as error:  # the engine checks a request before it takes it in
                 number = error
-            loop.call_soon_threadsafe(answer, number)
+            _post(loop, answer, number)
 
         if not self._send(submit):
-            raise OverloadedError("the server is going down")
+            raise self.unavailable
         number = None
         try:
             number = await asyncio.shield(accepted)
             while True:
                 event = await events.get()
                 if event is None:
-                    raise OverloadedError("the server is going down")
+                    raise self.unavailable
                 yield event
                 if event.finish_reason is not None:
                     number = None
@@ -93,6 +117,10 @@ class EngineWorker:
         """Give a request up, if it has not ended."""
         self._send(lambda: self._cancel(number))
 
+    def drain(self) -> None:
+        """Take no more requests; those that are there go on."""
+        self._is_draining = True
+
     def close(self) -> None:
         """Give up all requests and end the thread."""
         self._send(self._close)
@@ -107,7 +135,8 @@ class EngineWorker:
 
     def _cancel(self, number: int) -> None:
         self._listeners.pop(number, None)
-        self.engine.cancel(number)
+        if self.failure is None:
+            self.engine.cancel(number)
 
     def _close(self) -> None:
         self._is_closing = True
@@ -122,8 +151,8 @@ class EngineWorker:
                 if not self.engine.is_idle:
                     self._dispatch(self.engine.step())
         except BaseException as error:
+            logger.exception("the engine has failed")
             self.failure = error
-            raise
         finally:
             self._is_closing = True
             with self._lock:
@@ -132,6 +161,9 @@ class EngineWorker:
                     self._commands.get()()
             for tell in self._listeners.values():
                 tell(None)
+            self._listeners.clear()
+            if self.failure is not None and self.on_failure is not None:
+                self.on_failure()
 
     def _obey(self) -> None:
         """All commands that have come; waits for one where there is nothing else to do."""
@@ -147,5 +179,14 @@ class EngineWorker:
             tell = self._listeners.get(event.number)
             if event.finish_reason is not None:
                 self._listeners.pop(event.number, None)
-            if tell is not None:
-                tell(event)
+            if tell is not None and not tell(event) and event.finish_reason is None:
+                self._cancel(event.number)  # nobody can be told any more
+
+
+def _post(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *values: object) -> bool:
+    """Have an event loop call something; False where the loop is closed."""
+    try:
+        loop.call_soon_threadsafe(call, *values)
+    except RuntimeError:
+        return False
+    return True

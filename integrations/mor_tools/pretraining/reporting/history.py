@@ -24,8 +24,11 @@ class History:
         self._file = folder / "history.jsonl"
         self._trackers, self._is_writer = tuple(trackers), is_writer
         self.rows: list[Row] = []
+        self.lost: str | None = None
+        """What to tell about rows of earlier steps that are not there, if any."""
         if is_writer:
             self.rows = [row for row in read_rows(self._file) if row.step <= step]
+            self.lost = _lost(self._file, {row.step for row in self.rows}, step)
             write_atomically(self._file, "".join(map(line, self.rows)))
 
     def add(self, row: Row) -> None:
@@ -42,3 +45,14 @@ class History:
         """Finish what the trackers write."""
         for tracker in self._trackers:
             tracker.close()
+
+
+def _lost(file: Path, found: set[int], step: int) -> str | None:
+    missing = [number for number in range(1, step + 1) if number not in found]
+    if not missing:
+        return None
+    return (
+        f"{file} lacks {len(missing)} of the {step} steps taken so far, between steps {missing[0]} "
+        f"and {missing[-1]}: it was cut or damaged. The model is not affected; curves and report "
+        "will have a gap."
+    )

@@ -1,0 +1,244 @@
+"""One run at a time in a folder: a lock that says who holds it, and that a crash does not leave shut.
+
+The lock is a file in the run's folder. It names the process that holds it, and that process touches
+it now and then. So another process can tell whether the holder lives: on the same machine by its
+process id and the time at which it started (ids are used again), on another one by the age of the
+last touch. Both ages are those of the file system, so that clocks need not agree. A run that torchrun
+restarts, perhaps with its first rank on another machine, is known by its torchruns, which lived on.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+NAME = "run.lock"
+LOST = 4
+"""Exit code of a process whose lock somebody else took."""
+_TOUCH_EVERY = 20.0
+_STALE_AFTER = 180.0  # nine touches; a file server that is away for long stops the run as well
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who has a folder, as the lock file says it."""
+
+    token: str
+    """Tells this lock from any other."""
+    host: str
+    machine: str
+    """Host, boot and space of process ids, within which `pid` means something."""
+    pid: int
+    started: str
+    """When the process started, in ticks of its machine; empty where that cannot be told."""
+    since: str
+    launchers: tuple[str, ...]
+    """The torchruns of the run, see `launcher`."""
+
+
+class RunLock:
+    """The lock of a run's folder.
+
+    Args:
+        folder: of the run; made if it is not there.
+        launchers: of all ranks, see `launcher`.
+        lost: what to do with a message where the lock is gone; by default the process ends.
+        touch_every, stale_after: seconds.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        launchers: Sequence[str] = (),
+        lost: Callable[[str], None] | None = None,
+        touch_every: float = _TOUCH_EVERY,
+        stale_after: float = _STALE_AFTER,
+    ) -> None:
+        self._folder, self._file, self._lost = folder, folder / NAME, lost or _end
+        self._touch_every, self._stale_after = touch_every, stale_after
+        self._holder = Holder(
+            token=uuid.uuid4().hex,
+            host=socket.gethostname(),
+            machine=_machine(),
+            pid=os.getpid(),
+            started=_started(os.getpid()) or "",
+            since=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
+            launchers=tuple(sorted(set(launchers))),
+        )
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._touch, name="run lock", daemon=True)
+
+    def acquire(self) -> str | None:
+        """Take the folder; a sentence on whom it was taken over from, if anybody.
+
+        Raises:
+            ValueError: another run has it.
+            OSError: the folder cannot be written.
+        """
+        # Whole under another name first: a link appears at once, and fails where there is one.
+        mine = self._folder / f".{NAME}.{self._holder.token}"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            mine.write_text(json.dumps(asdict(self._holder)), "utf-8")
+        except OSError as error:
+            raise OSError(
+                f"output={self._folder} cannot be written: {error}. Choose another output=, or "
+                "change who may write there."
+            ) from error
+        try:
+            note = None
+            while not _linked(mine, self._file):
+                note = self._take_away(mine) or note
+        finally:
+            mine.unlink(missing_ok=True)
+        self._thread.start()
+        return note
+
+    def release(self) -> None:
+        """Give the folder back, if it is ours."""
+        self._over.set()
+        if self._thread.ident is not None:
+            self._thread.join(5.0)  # not for ever, where the file server does not answer
+        with contextlib.suppress(OSError):  # the next run sees that this process is gone
+            if self._is_ours():
+                self._file.unlink()
+
+    def _take_away(self, mine: Path) -> str | None:
+        """Remove the lock of a run that is over; raises ValueError where it is not."""
+        try:
+            found = self._file.read_bytes()
+            # Both times are the file server's.
+            os.utime(mine)
+            age = mine.stat().st_mtime - self._file.stat().st_mtime
+        except FileNotFoundError:
+            return None  # it was given back just now
+        holder = _parsed(found)
+        if self._is_held(holder, age):
+            raise ValueError(self._refusal(holder, age))
+        # Another process may do the same, and have put its own lock there meanwhile. Of all that try,
+        # one can rename a file; one that got hold of another's lock puts it back.
+        aside = mine.with_name(f"{mine.name}.aside")
+        try:
+            self._file.rename(aside)
+        except FileNotFoundError:
+            return None
+        if aside.read_bytes() != found:
+            _linked(aside, self._file)
+            aside.unlink()
+            return None
+        aside.unlink()
+        if holder is None or set(holder.launchers) & set(self._holder.launchers):
+            return None
+        return (
+            f"{self._folder} was left by a run on {holder.host} (process {holder.pid}, since "
+            f"{holder.since}) that ended without giving it back; it is taken over."
+        )
+
+    def _is_held(self, holder: Holder | None, age: float) -> bool:
+        if holder is not None and holder.machine == self._holder.machine:
+            return _started(holder.pid) == holder.started
+        if holder is not None and set(holder.launchers) & set(self._holder.launchers):
+            # torchrun starts processes only after those before them are gone, on all machines.
+            return False
+        return age < self._stale_after
+
+    def _refusal(self, holder: Holder | None, age: float) -> str:
+        who = "another run"
+        if holder is not None:
+            who = f"a run on {holder.host} (process {holder.pid}, since {holder.since})"
+        return (
+            f"{self._folder} is in use by {who}, which last gave a sign {max(age, 0):.0f} seconds ago. "
+            "Two runs in one folder would spoil each other's checkpoints. Wait until it ends, or "
+            f"choose another output=. If that run is certainly over, remove {self._file} and start "
+            f"again; on another machine it counts as over {self._stale_after:.0f} seconds after its "
+            "last sign."
+        )
+
+    def _touch(self) -> None:
+        while not self._over.wait(self._touch_every):
+            with contextlib.suppress(OSError):  # of a file server; the next touch may succeed
+                if self._is_ours():
+                    os.utime(self._file)
+                    continue
+                self._lost(
+                    f"error: {self._file} is gone, or another run's: somebody broke the lock of this "
+                    "run. It ends at once, so that two runs do not write into one folder. What it did "
+                    "since its last checkpoint is lost."
+                )
+                return
+
+    def _is_ours(self) -> bool:
+        try:
+            holder = _parsed(self._file.read_bytes())
+        except FileNotFoundError:
+            return False
+        return holder is not None and holder.token == self._holder.token
+
+
+def launcher() -> str:
+    """What started this process: the same for all that it starts, and for no other's."""
+    parent = os.getppid()
+    return f"{_machine()}/{parent}/{_started(parent)}"
+
+
+def _linked(source: Path, target: Path) -> bool:
+    """Give the file another name, unless that is taken."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        try:
+            with target.open("xb") as file:
+                file.write(source.read_bytes())
+        except FileExistsError:
+            return False
+    return True
+
+
+def _parsed(content: bytes) -> Holder | None:
+    """The holder; None where the content is no lock, as of one that is being written."""
+    try:
+        values = json.loads(content)
+        return Holder(**values | {"launchers": tuple(values["launchers"])})
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _machine() -> str:
+    """Where a process id means one process: containers may share a host's name, or its boot."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return "/".join(parts)
+
+
+def _started(pid: int) -> str | None:
+    """When a process started; None where it does not run, empty where that is all that is known."""
+    if not Path("/proc/self/stat").exists():
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except PermissionError:
+            pass
+        return ""
+    try:
+        # The name, in parentheses, may contain anything.
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in (b"Z", b"X") else fields[19].decode()
+
+
+def _end(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+    os._exit(LOST)

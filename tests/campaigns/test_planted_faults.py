@@ -1,0 +1,30 @@
+"""The list of planted faults fits the code as it is."""
+
+import ast
+
+import pytest
+
+from tests.campaigns.faults import FAULTS, Fault
+from tests.campaigns.planted_faults import ROOT, main, planted
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
+def test_a_fault_can_be_planted_and_is_python(fault):
+    changed = planted(fault, ROOT)
+    ast.parse(changed)
+    assert changed != (ROOT / fault.file).read_text("utf-8")
+    for name in fault.tests.split():
+        assert (ROOT / "tests" / name).exists(), name
+
+
+def test_there_are_enough_and_no_two_alike():
+    assert len(FAULTS) >= 80
+    assert len({(fault.file, fault.old, fault.new) for fault in FAULTS}) == len(FAULTS)
+
+
+def test_text_that_is_not_there_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "a.py").write_text("x = 1\nx = 1\n")
+    with pytest.raises(ValueError, match="has 2 places that read 'x = 1'; there must be one"):
+        planted(Fault("twice", "a.py", "x = 1", "x = 2", ""), tmp_path)
+    with pytest.raises(SystemExit):
+        main(["--only", "no fault has this text"])

@@ -1,0 +1,214 @@
+"""GPTModel with a RecursionLayer: N ranks compute what one rank computes, losses and gradients."""
+
+import re
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mor_layers import (
+    ExpertChoice,
+    FixedDepth,
+    RandomDepth,
+    RandomLoops,
+    RecursionConfig,
+    Relaxation,
+    TokenChoice,
+)
+from tests.distributed import megatron_setup as setup
+from tests.distributed.pool import WorkerPool
+from tests.pairs import sweep
+
+SEQUENCE_LENGTH = 14  # with three steps: 14, 9 and 4 tokens, of which 9 do not divide by two ranks
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one layout computes."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+
+
+def loss_and_gradients(
+    layout: dict[str, Any],
+    recursion: RecursionConfig,
+    config: dict[str, Any],
+    ddp: dict[str, Any],
+) -> Outcome:
+    from mor_megatron import recursion_block_spec
+
+    setup.initialize(**layout)
+    chunks = setup.tiny_gpt(
+        setup.tiny_config(**config),
+        block=lambda c, vp_stage: recursion_block_spec(c, recursion, vp_stage=vp_stage),
+    )
+    wrapped = setup.data_parallel(chunks, **ddp)
+    loss = setup.forward_backward(wrapped, setup.random_tokens(4, SEQUENCE_LENGTH), 1)
+    return Outcome(loss, setup.gather_gradients(wrapped))
+
+
+DENSE = {"num_layers": 8}
+MOE = DENSE | {
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 48,
+    "moe_aux_loss_coeff": 0.01,
+    "moe_z_loss_coeff": 0.001,
+    "moe_token_dispatcher_type": "alltoall",
+}
+SP = {"sequence_parallel": True}
+
+EXPERT = RecursionConfig(
+    3, router=ExpertChoice(predictor_coefficient=0.1, z_loss_coefficient=0.01, alpha=0.5)
+)
+TOKEN = RecursionConfig(3, router=TokenChoice(z_loss_coefficient=0.01))
+ATTENTION = ("query", "key", "value", "output")
+RECURSIONS = {
+    "expert": EXPERT,
+    "token": TOKEN,
+    "random": RecursionConfig(3, router=RandomDepth()),
+    "fixed": RecursionConfig(3, router=FixedDepth(), share_norms=False),
+    "sequence": RecursionConfig(3, sharing="middle_sequence"),
+    "expert, sharing": RecursionConfig(3, router=EXPERT.router, kv_policy="recursive_sharing"),
+    "token, sharing": RecursionConfig(3, router=TOKEN.router, kv_policy="recursive_sharing"),
+    "expert, update": RecursionConfig(3, router=EXPERT.router, kv_policy="sharing_with_update"),
+    "expert, all helps": RecursionConfig(
+        3,
+        router=ExpertChoice(alpha=0.5, gate_bias=0.5),
+        share_norms=False,
+        step_embeddings=True,
+        input_injection=True,
+        sandwich_norms=True,
+    ),
+    "random loops": RecursionConfig(
+        3,
+        router=RandomLoops(seed=0),  # two steps before the first call of `advance`
+        relaxation=Relaxation(2, projections=("query", "output")),
+    ),
+    "expert, deltas": RecursionConfig(
+        3, router=EXPERT.router, relaxation=Relaxation(3, "dora", ATTENTION, 0.5)
+    ),
+    "fixed, deltas": RecursionConfig(3, relaxation=Relaxation(3, scale=0.5)),
+    "token, sharing, deltas": RecursionConfig(
+        3,
+        router=TOKEN.router,
+        kv_policy="recursive_sharing",
+        relaxation=Relaxation(3, "dora", ("query", "output", "gate", "up", "down")),
+    ),
+    "aux router": RecursionConfig(3, router=ExpertChoice("mlp", "tanh", predictor="aux_router")),
+}
+LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "tp": (2, {"tp": 2}, DENSE, {}, {}),
+    "tp+sp": (2, {"tp": 2}, DENSE, SP, {}),
+    "pp": (2, {"pp": 2}, DENSE, {}, {}),
+    "dp": (2, {}, DENSE, {}, {}),
+    "dp overlap": (2, {}, DENSE, {}, {"overlap_grad_reduce": True}),
+    "tp+sp moe": (2, {"tp": 2}, MOE, SP, {}),
+    "ep": (2, {"ep": 2}, MOE, {}, {}),
+    "tp+sp ep etp1": (2, {"tp": 2, "ep": 2, "etp": 1}, MOE, SP, {}),
+    "ep allgather": (2, {"ep": 2}, MOE, {"moe_token_dispatcher_type": "allgather"}, {}),
+    "full recompute": (
+        1,
+        {},
+        MOE,
+        {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        },
+        {},
+    ),
+    "selective recompute": (
+        1,
+        {},
+        MOE,
+        {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe"]},
+        {},
+    ),
+}
+RARER = [name for name in RECURSIONS if re.search("deltas|helps|loops", name)]
+LAYOUTS["full recompute of dense layers"] = (1, {}, DENSE, LAYOUTS["full recompute"][3], {})
+# Replicas draw random depths side by side, one rank draws them one after the other.
+CASES = [
+    (name, layout)
+    for name in RECURSIONS
+    for layout in list(LAYOUTS)[:-1]
+    if name != "random" or not layout.startswith(("dp", "ep"))
+    if layout == "tp+sp" or name not in RARER or (layout == "tp" and "deltas" in name)
+]
+CASES += [
+    ("expert, deltas", "tp+sp moe"),
+    ("expert, all helps", "pp"),
+    ("expert, all helps", "full recompute"),
+    ("expert, all helps", "tp+sp moe"),
+    ("random loops", "pp"),
+    ("random loops", "dp overlap"),
+    ("fixed, deltas", "pp"),
+    ("token, sharing, deltas", "dp overlap"),
+    ("fixed, deltas", "full recompute of dense layers"),
+]
+
+# Every day, a layout runs a router of each kind it can tell apart: one with a fixed number of tokens
+# and one without. Every recursion meets a layout that cuts the model and one that does not.
+DAILY = {
+    "tp": ["random", "aux router"],
+    "tp+sp": ["expert", "token, sharing"],
+    "pp": ["token", "expert, sharing"],
+    "dp": ["fixed", "expert, update"],
+    "dp overlap": ["token"],
+    "tp+sp moe": ["token", "expert, sharing", "sequence"],
+    "ep": ["expert", "token, sharing"],
+    "tp+sp ep etp1": ["token", "expert, update"],
+    "ep allgather": ["fixed"],
+    "full recompute": ["random", "expert", "token, sharing"],
+    "selective recompute": ["sequence", "aux router"],
+}
+SAMPLED = sweep(
+    CASES,
+    [(name, layout) for name, layout in CASES if name in RARER or name in DAILY[layout]],
+)
+
+
+@pytest.fixture(scope="module")
+def one_rank(pool: WorkerPool):
+    known: dict[tuple[str, bool], Outcome] = {}
+
+    def compute(name: str, config: dict[str, Any]) -> Outcome:
+        key = (name, config is MOE)
+        if key not in known:
+            known[key] = pool.run(
+                loss_and_gradients, 1, layout={}, recursion=RECURSIONS[name], config=config, ddp={}
+            )[0]
+        return known[key]
+
+    return compute
+
+
+@pytest.mark.parametrize(("name", "layout"), SAMPLED)
+def test_a_layout_computes_what_one_rank_computes(
+    pool: WorkerPool, one_rank, name: str, layout: str
+) -> None:
+    world_size, parallel, config, extra, ddp = LAYOUTS[layout]
+    expected = one_rank(name, config)
+    for outcome in pool.run(
+        loss_and_gradients,
+        world_size,
+        layout=parallel,
+        recursion=RECURSIONS[name],
+        config=config | extra,
+        ddp=ddp,
+    ):
+        assert outcome.loss == pytest.approx(expected.loss, abs=1e-6)
+        assert outcome.gradients.keys() == expected.gradients.keys()
+        for name, gradient in outcome.gradients.items():
+            torch.testing.assert_close(
+                gradient, expected.gradients[name], rtol=1e-5, atol=1e-6, msg=partial(_named, name)
+            )
+
+
+def _named(name: str, message: str) -> str:
+    return f"{name}: {message}"

@@ -1,0 +1,151 @@
+"""The commands of docs/pages/checkpoints.md, and what `mor convert` says and holds."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mor_layers import DecoderConfig, MoRTransformer, load_model, save_model
+from mor_layers.weights import open_model
+from mor_tools.commands import main
+
+ROOT = Path(__file__).parents[3]
+PAGE = (ROOT / "docs" / "pages" / "checkpoints.md").read_text("utf-8")
+BLOCKS = re.findall(r"^```(python|bash)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+TINY_MODEL = next(text for language, text in BLOCKS if language == "python")
+COMMANDS = "".join(text for language, text in BLOCKS if language == "bash")
+
+
+def run(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own."""
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=folder, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """After the page's commands, in one process: what `mor` imports takes seconds."""
+    folder = tmp_path_factory.mktemp("convert")
+    assert all(line.startswith("mor convert ") for line in COMMANDS.splitlines())
+    commands = [shlex.split(line)[1:] for line in COMMANDS.splitlines()]
+    code = f"from mor_tools.commands import main\nfor arguments in {commands}: main(arguments)"
+    result = run(folder, f"{TINY_MODEL}\n{code}")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("largest difference of logits: ") == len(commands)
+    return folder
+
+
+def test_the_commands_of_the_page_keep_logits(folder):
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
+    expected = load_model(folder / "recursive")(ids).logits
+    unrolled = AutoModelForCausalLM.from_pretrained(folder / "unrolled").eval()
+    torch.testing.assert_close(unrolled(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    assert unrolled.config.eos_token_id == 2
+    routed, again = (open_model(folder / name) for name in ("routed", "routed-again"))
+    assert all(torch.equal(routed.weights[name], again.weights[name]) for name in routed.weights)
+    assert open_model(folder / "trained").facts["eos_token_id"] == 2
+
+
+@pytest.mark.full
+def test_the_page_runs_in_a_shell(tmp_path):
+    command = tmp_path / "bin" / "mor"
+    command.parent.mkdir()
+    command.write_text(f"#!{sys.executable}\nfrom mor_tools.commands import main\n\nmain()\n")
+    command.chmod(0o755)
+    assert run(tmp_path, TINY_MODEL).returncode == 0
+    path = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
+    source = os.pathsep.join((str(ROOT), str(ROOT / "integrations")))
+    result = subprocess.run(
+        ["bash", "-ec", COMMANDS],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": path, "PYTHONPATH": source},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    python = [text for language, text in BLOCKS if language == "python"]
+    assert run(tmp_path, "\n".join(python[1:])).returncode == 0
+
+
+def test_deltas_of_full_rank_reproduce_the_dense_model(folder):
+    from transformers import AutoModelForCausalLM
+
+    how = ["--recursions", "3", "--init", "stepwise", "--relax-rank", "32"]
+    main(["convert", str(folder / "llama"), str(folder / "relaxed"), *how])
+    relaxed = load_model(folder / "relaxed").eval()
+    ids = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(1))
+    llama = AutoModelForCausalLM.from_pretrained(folder / "llama").eval()
+    torch.testing.assert_close(relaxed(ids).logits, llama(ids).logits, rtol=1e-4, atol=1e-4)
+    shared = load_model(folder / "recursive").eval()
+    assert (shared(ids).logits - llama(ids).logits).abs().max() > 1e-2
+
+
+def test_errors_are_told_in_a_line_and_leave_nothing(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    for arguments, message in (
+        (["llama", "unrolled"], "unrolled exists"),
+        (["nowhere", "new"], "there is no nowhere"),
+        (["recursive", "new", "--recursions", "3"], "has a recursion"),
+        (["llama", "new", "--recursions", "4"], "cannot split 6 shared layers"),
+        (["llama", "new", "--router", "expert_choice"], "--router has no effect without"),
+        (["llama", "new", "--settings", "any.yaml"], "--settings has no effect"),
+        (["llama", "new", "--relax-rank", "2"], "--relax-rank has no effect without"),
+        (
+            ["llama", "new", "--recursions", "3", "--relax-kind", "dora"],
+            "--relax-kind has no effect without --relax-rank",
+        ),
+        (["llama", "new", "--recursions", "3", "--relax-rank", "0"], "rank=0"),
+        (["routed", "new", "--to", "llama"], "has no equal among Llamas"),
+        (["relaxed", "new", "--to", "published"], "no place in a published checkpoint"),
+        (
+            ["llama", "new", "--recursions", "3", "--relax-rank", "2", "--to", "published"],
+            "no place in a published checkpoint",
+        ),
+    ):
+        before = sorted(path.name for path in folder.iterdir())
+        with pytest.raises(SystemExit, match="2"):
+            main(["convert", *arguments])
+        told = capsys.readouterr().err
+        assert message in told
+        assert told.count("\n") == 1
+        assert sorted(path.name for path in folder.iterdir()) == before
+
+
+MEASURE = """
+import resource
+from mor_tools.commands import main
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def convert(source, target, to):
+    main(["convert", source, target, "--to", to, "--no-verify"])
+
+ways = [("mor", "megatron"), ("megatron", "mor"), ("mor", "published"), ("published", "llama"),
+        ("llama", "mor")]
+for size in ("small", "large"):
+    before = peak()
+    for place, (source, to) in enumerate(ways):
+        convert(f"{size}{place}", f"{size}{place + 1}", to)
+print(peak() - before)
+"""
+
+
+def test_no_copy_of_the_model_is_held(tmp_path):
+    small = DecoderConfig(61, 32, 64, 4, 4)
+    save_model(MoRTransformer(small), tmp_path / "small0")
+    config = DecoderConfig(4000, 256, 768, 28, 4)
+    save_model(MoRTransformer(config), tmp_path / "large0")
+    size = (tmp_path / "large0" / "model.safetensors").stat().st_size
+    assert size > 100e6
+    result = run(tmp_path, MEASURE)
+    assert result.returncode == 0, result.stderr
+    assert 0 <= int(result.stdout.splitlines()[-1]) < 0.4 * size

@@ -1,0 +1,189 @@
+"""`mor plan` on the example configurations, its errors, and its rules against the script's."""
+
+import dataclasses
+import json
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from mor_layers import from_mapping
+from mor_tools.commands import main
+from mor_tools.commands.plan_settings import WITHOUT_COST, PlanSettings, read_settings, workload
+from mor_tools.planner import HARDWARE, PipelinePlan, pipeline_account, search
+from mor_tools.planner.evaluate import evaluate
+from mor_tools.planner.layouts import Layout
+from mor_tools.planner.search import refusal
+from mor_tools.pretraining.settings import Settings
+
+CONFIGS = Path(__file__).parents[3] / "examples" / "configs"
+CLUSTER, TINY = CONFIGS / "cluster_360m.yaml", CONFIGS / "tiny.yaml"
+
+
+def test_a_plan_of_the_cluster_is_written_and_drawn_best_first(tmp_path, capsys):
+    report, picture = tmp_path / "plan.json", tmp_path / "plan.png"
+    main(["plan", str(CLUSTER), "--gpus", "64", "--json", str(report), "--picture", str(picture),
+          "--set", "data.vocabulary_size=49152", "--micro-batch-sizes", "2,8"])  # fmt: skip
+    plans = json.loads(report.read_text())["plans"]
+    seconds = [plan["seconds"]["total"] for plan in plans]
+    assert seconds == sorted(seconds) and len(plans) > 10
+    for plan in plans:
+        assert plan["tensor"] * plan["pipeline"] * plan["context"] * plan["data"] == 64
+        parts = {k: v for k, v in plan["memory_bytes"].items() if k != "total"}
+        assert sum(parts.values()) == plan["memory_bytes"]["total"]
+    assert {plan["pipeline_layout"] for plan in plans} == {"one_stage", "steps_as_stages"}
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "10 best of" in shown and "heads or widths do not divide" in shown
+
+
+def test_tiny_is_planned_for_two_processes_and_for_generation(capsys):
+    main(["plan", str(TINY), "--gpus", "2", "--hardware", "cpu"])
+    assert "TP2" in capsys.readouterr().out
+    main(["plan", str(TINY), "--gpus", "1", "--inference"])
+    work = workload(read_settings(TINY))
+    assert f"{work.cost.kv_bytes(4) / 2**20:.2f}" in capsys.readouterr().out
+
+
+def test_what_keeps_training_stable_has_its_price():
+    plain, helped = (
+        workload(read_settings(TINY, settings))
+        for settings in (
+            [],
+            ["recursion.step_embeddings=true", "recursion.input_injection=true",
+             "recursion.sandwich_norms=true", "recursion.relaxation={rank: 4, projections: [query]}",
+             "recursion.router.gate_bias=-1.0"],
+        )
+    )  # fmt: skip
+    more = helped.cost.parameters.total - plain.cost.parameters.total
+    # Norms of two layers, vectors of steps, biases, and a delta for each step and layer.
+    assert more == 2 * 2 * 192 + (3 + 2) * 192 + 3 + 3 * 2 * 4 * (192 + 192)
+    before, after = (evaluate(work, Layout(), HARDWARE["cpu"]) for work in (plain, helped))
+    assert after.memory.activations > 1.05 * before.memory.activations
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.yaml", "--gpus", "1"], "there is no such file"),
+        ([str(TINY), "--gpus", "0"], "--gpus 0 must be at least 1"),
+        ([str(TINY), "--gpus", "2", "--hardware", "v100"], "Use one of a100, h100, b200, cpu"),
+        ([str(TINY), "--gpus", "2", "--tflops", "0"], "tflops=0.0 must be above 0"),
+        ([str(TINY), "--gpus", "2", "--efficiency", "2"], "must lie in (0, 1]"),
+        ([str(TINY), "--gpus", "2", "--recompute", "some"], "use none, selective, full"),
+        ([str(TINY), "--gpus", "2", "--set", "training.stepz=3"], "unknown setting 'stepz'"),
+        ([str(TINY), "--gpus", "2", "--set", "uptrain.teacher=llama"], "--set uptrain=null"),
+        ([str(TINY), "--gpus", "7"], "The nearest that fits: --gpus 6 "),
+        ([str(CLUSTER), "--gpus", "8", "--memory-gib", "2"], "The nearest that fits: --gpus 8 "),
+        ([str(CLUSTER), "--gpus", "1", "--memory-gib", "0.01"], "Use a smaller model"),
+    ],
+)
+def test_errors_take_a_line_and_exit_with_2(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", *arguments])
+    told = capsys.readouterr().err
+    assert message in told and told.startswith("error: ") and told.count("\n") == 1
+
+
+def test_the_nearest_that_would_fit_does(capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", str(CLUSTER), "--gpus", "8", "--memory-gib", "2"])
+    words = capsys.readouterr().err.split("The nearest that fits: ")[1].split(" (")[0].split()
+    main(["plan", str(CLUSTER), "--memory-gib", "2", *words])
+    assert "best of" in capsys.readouterr().out
+
+
+def test_settings_and_defaults_are_the_scripts():
+    def compare(ours, theirs, section):
+        known = {f.name: f for f in dataclasses.fields(theirs)}
+        own = {f.name for f in dataclasses.fields(ours)}
+        assert own | WITHOUT_COST[section] == known.keys()
+        return own
+
+    names = compare(PlanSettings, Settings, "")
+    a, b = PlanSettings(), Settings()
+    for section in sorted(names - {"recursion"}):
+        mine, other = getattr(a, section), getattr(b, section)
+        for name in compare(type(mine), type(other), section):
+            assert getattr(mine, name) == getattr(other, name), (section, name)
+    from mor_tools.commands.plan_settings import Experts
+    from mor_tools.pretraining.settings import MoESettings
+
+    compare(Experts, MoESettings, "model.moe")
+
+
+RECURSIONS = {
+    "none": None,
+    "middle": {"num_recursions": 3, "router": {"type": "expert_choice"}},
+    "sequence": {"num_recursions": 2, "sharing": "sequence"},
+    "exit_state": {"num_recursions": 3, "kv_policy": "exit_state",
+                   "router": {"type": "expert_choice"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("with_experts", [False, True])
+@pytest.mark.parametrize("recursion", RECURSIONS)
+def test_a_layout_is_legal_where_the_script_takes_it(recursion, with_experts):
+    """On 1 to 12 processes; also settings that must be refused."""
+    model = {"num_unrolled_layers": 8, "num_heads": 12, "num_kv_heads": 6, "hidden_size": 192}
+    if with_experts:
+        model["moe"] = {"num_experts": 4}
+    values = {"model": model, "data": {"sequence_length": 96}}
+    values["training"] = {"global_batch_size": 24, "micro_batch_size": 2}
+    if RECURSIONS[recursion]:
+        values["recursion"] = RECURSIONS[recursion]
+    work = workload(from_mapping(PlanSettings, values))
+    outcomes, ends = [], {"evaluation": {"sample_tokens": 8}}
+    for t, p, c, e, d, is_spread in product(
+        (1, 2, 3, 4), (1, 2, 3), (1, 2, 3), (1, 2, 3), (1, 2, 5), (False, True)
+    ):
+        if is_spread and p == 1:
+            continue
+        kind = "steps_as_stages" if is_spread else "one_stage"
+        layout = Layout(t, p, kind, c, e, d, 2, "none", t > 1)
+        parallel = {"tensor": t, "pipeline": p, "context": c, "expert": e,
+                    "pipeline_layout": kind, "sequence_parallel": t > 1}  # fmt: skip
+        try:
+            settings = from_mapping(Settings, values | ends | {"parallel": parallel})
+            expected = settings.data_parallel_size(layout.num_devices) == d
+        except ValueError:
+            expected = False
+        assert (refusal(work, layout) is None) == expected, (layout, refusal(work, layout))
+        outcomes.append(expected)
+        if expected:
+            assert evaluate(work, layout, HARDWARE["h100"]).seconds > 0
+    assert any(outcomes) and not all(outcomes)
+
+
+def test_ten_thousand_devices_are_planned():
+    settings = read_settings(
+        CLUSTER, ["training.global_batch_size=40000", "data.vocabulary_size=49152"]
+    )
+    found = search(workload(settings), 10000, HARDWARE["h100"], (1, 2, 4), ("none", "full"))
+    assert {p.layout.num_devices for p in found.fitting} == {10000}
+    assert len(found.fitting) > 20
+
+
+def test_bubble_and_traffic_are_those_of_the_pipeline_account():
+    work = workload(read_settings(CLUSTER, ["recursion.router.warmup_steps=0"]))
+    layout = Layout(pipeline=5, pipeline_layout="steps_as_stages", micro_batch_size=16)
+    work = dataclasses.replace(work, global_batch_size=160)
+    fast = dataclasses.replace(HARDWARE["h100"], intra_gbps=1e15, inter_gbps=1e15)
+    plan = evaluate(work, layout, fast)
+    other = pipeline_account(
+        work.model, PipelinePlan("steps_as_stages", 5, 10, 16), work.sequence_length
+    )
+    assert plan.bubble == pytest.approx(other.bubble, rel=1e-6)
+    assert plan.traffic["pipeline", "send"] == max(stage.sent_bytes for stage in other.stages)
+    assert plan.parameters == max(stage.parameters for stage in other.stages)
+
+
+def test_what_is_beyond_a_few_turns_of_a_schedule_is_as_if_it_were_played():
+    from mor_tools.planner.evaluate import _play
+    from mor_tools.planner.schedule import simulate
+
+    for durations in ([[(1.0, 2.0)], [(3.0, 5.0)], [(1.5, 3.0)]],
+                      [[(1.0, 2.0), (0.5, 1.0)], [(2.0, 3.0), (0.7, 1.0)]]):  # fmt: skip
+        whole = max(run.end for run in simulate(durations, 60))
+        kept = [[1.0] * len(own) for own in durations]
+        assert _play(durations, 60, kept)[0] == pytest.approx(whole)

@@ -1,0 +1,122 @@
+"""Processes whose torchrun is gone stop, with a checkpoint and a message; nobody trains out of sight."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.mor_tools.pretraining.runs import ROOT, SMALL, TINY, write_text
+from tests.mor_tools.pretraining.test_several_nodes import lives, steps_noted
+
+CHILD = """
+import os, sys, time
+from mor_tools.pretraining.launcher import Launcher, LauncherLost, follow
+parent = Launcher()
+{follow}
+try:
+    print("ready", flush=True)
+    for _ in range(3000):
+        if {is_lost}:
+            raise LauncherLost("It saw so by itself.")
+        time.sleep(0.01)
+except LauncherLost as error:
+    open(sys.argv[1], "w").write(str(error))
+"""
+PARENT = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]])
+time.sleep(60)
+"""
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happens"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("follow", "is_lost", "expected"),
+    [
+        pytest.param("follow()", "False", "before a step was taken", id="told by the kernel"),
+        pytest.param("", "parent.is_gone", "It saw so by itself", id="compared"),
+    ],
+)
+def test_a_process_notices_that_its_parent_was_killed(tmp_path, follow, is_lost, expected):
+    if follow and sys.platform != "linux":
+        pytest.skip("only Linux sends a signal when a parent ends")
+    told = tmp_path / "told"
+    child = CHILD.format(follow=follow, is_lost=is_lost)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "integrations")])
+    }
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, child, str(told)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout is not None and parent.stdout.readline() == "ready\n"
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: told.exists() and told.read_text() != "", 20)
+    assert expected in told.read_text()
+    parent.stdout.close()
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_the_processes_of_a_killed_torchrun_stop_with_a_checkpoint(tmp_path, processes):
+    run, log = tmp_path / "run", tmp_path / "log"
+    settings = [*write_text(tmp_path), f"output={run}", "training.steps=100000"]
+    settings += ["evaluation.every=100000", "log_every=100000", "training.checkpoint_every=100000"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    start += [
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+        "--local-addr",
+        "127.0.0.1",
+    ]
+    command = [
+        *start,
+        str(ROOT / "examples/pretrain_gpt_mor.py"),
+        "--config",
+        TINY,
+        *SMALL,
+        *settings,
+    ]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'integrations'}"}
+    workers: list[psutil.Process] = []
+    with log.open("w") as file:
+        agent = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+    try:
+        wait_until(lambda: steps_noted(run) >= 2 or agent.poll() is not None)
+        assert agent.poll() is None, log.read_text()
+        workers += psutil.Process(agent.pid).children(recursive=True)
+        assert len(workers) >= processes
+        agent.send_signal(signal.SIGKILL)
+        agent.wait()
+        wait_until(lambda: not any(map(lives, workers)), 60)
+    finally:
+        for process in [*workers, agent]:
+            if isinstance(process, subprocess.Popen) or lives(process):
+                process.kill()
+    printed = log.read_text()
+    steps = steps_noted(run)
+    assert "torchrun, which started this run's processes, is gone on a machine" in printed
+    assert f"The run stopped after step {steps} of 100000, with a checkpoint. Run again" in printed
+    assert (run / "checkpoints" / "latest").read_text() == f"step_{steps:08d}"
+    assert names(run / "checkpoints") == ["latest", f"step_{steps:08d}"]
+    assert not (run / "run.lock").exists()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())

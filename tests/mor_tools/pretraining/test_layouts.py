@@ -1,0 +1,88 @@
+"""The pretraining script takes the same steps however the model is spread over processes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mor_layers.weights import open_model
+from mor_tools.commands import main
+from tests.distributed.pool import WorkerPool
+from tests.mor_tools.pretraining.runs import (
+    assert_same_curves,
+    continued,
+    pretrain_on_rank,
+    write_text,
+)
+
+STEPS_AS_STAGES = ["parallel.pipeline=2", "parallel.pipeline_layout=steps_as_stages"]
+SEQUENCE = ["parallel.tensor=2", "parallel.sequence_parallel=true"]
+LAYOUTS = {
+    "PP=2, steps as stages": (2, STEPS_AS_STAGES),
+    "PP=2, one stage": (2, ["parallel.pipeline=2"]),
+    "PP=2 x DP=2, steps as stages, overlap": (
+        4,
+        [*STEPS_AS_STAGES, "parallel.overlap_grad_reduce=true"],
+    ),
+    "TP=2 x PP=2, steps as stages": (4, [*STEPS_AS_STAGES, *SEQUENCE]),
+    "EP=2 x PP=2, steps as stages": (4, [*STEPS_AS_STAGES, "parallel.expert=2"]),
+    "PP=2, steps as stages, recomputation": (2, [*STEPS_AS_STAGES, "training.recompute=full"]),
+    "TP=2 x EP=2": (4, [*SEQUENCE, "parallel.expert=2"]),
+    "CP=2": (2, ["parallel.context=2"]),
+    "CP=2 x TP=2": (4, [*SEQUENCE, "parallel.context=2"]),
+    "CP=2 x EP=2": (2, ["parallel.context=2", "parallel.expert=2"]),
+    "CP=2 x PP=2": (4, ["parallel.context=2", "parallel.pipeline=2"]),
+}
+STABILITY = [
+    "recursion.share_norms=false",
+    "recursion.step_embeddings=true",
+    "recursion.input_injection=true",
+    "recursion.sandwich_norms=true",
+    "recursion.router.gate_bias=-1.0",
+    "recursion.relaxation={rank: 2, projections: [query, output]}",
+]
+IN_SHORT = ("PP=2, steps as stages",)
+
+
+@pytest.fixture(scope="module")
+def on_one_process(pool: WorkerPool, tmp_path_factory) -> tuple[list[str], Path, Path]:
+    """Settings of a text, a run that stopped after its first step, and one that went on."""
+    folder = tmp_path_factory.mktemp("one_process")
+    text = [*write_text(folder), *STABILITY]
+    started, whole = folder / "started", folder / "whole"
+    pool.run(pretrain_on_rank, settings=[*text, f"output={started}", "training.stop_after=1"])
+    pool.run(pretrain_on_rank, settings=[*text, continued(started, whole)])
+    return text, started, whole
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in IN_SHORT else pytest.param(name, marks=pytest.mark.full) for name in LAYOUTS],
+)
+def test_a_run_goes_on_alike_in_every_layout(pool, on_one_process, tmp_path, name):
+    text, started, whole = on_one_process
+    world_size, layout = LAYOUTS[name]
+    output = continued(started, tmp_path / "run")
+    printed = pool.run(pretrain_on_rank, world_size, settings=[*text, output, *layout])[0]
+    assert "resumed at step 1 of 4" in printed
+    assert (tmp_path / "run" / "report.html").exists()
+    assert_same_curves(tmp_path / "run", whole)
+    # One process reads from the checkpoint what all of them put together at the end of the run.
+    main(["convert", str(tmp_path / "run"), str(tmp_path / "model")])
+    read, collected = open_model(tmp_path / "model"), open_model(tmp_path / "run" / "model")
+    assert read.config == collected.config
+    assert set(read.weights) == set(collected.weights)
+    assert all(torch.equal(read.weights[n], collected.weights[n]) for n in read.weights)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["PP=2, steps as stages", "CP=2"])
+def test_a_run_comes_back_to_one_process(pool, on_one_process, tmp_path, name):
+    text, started, whole = on_one_process
+    output = continued(started, tmp_path / "run")
+    stop = "training.stop_after=3"
+    world_size, layout = LAYOUTS[name]
+    pool.run(pretrain_on_rank, world_size, settings=[*text, output, *layout, stop])
+    printed = pool.run(pretrain_on_rank, settings=[*text, output])[0]
+    assert "resumed at step 3 of 4" in printed
+    assert_same_curves(tmp_path / "run", whole)
