@@ -7,8 +7,6 @@ Legend: `b` batch, `n` candidates of a step, `t` tokens of the text, `w` tokens 
 recursion steps, `e` experts.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,8 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mor_layers.models import MoRTransformer
-from mor_layers.recursion import RecursionBlock
-from mor_layers.routers import Router
+from mor_layers.recursion import RecursionBlock, RoutedStep
+from mor_layers.selection import RoutingDecision
 
 
 @dataclass(frozen=True)
@@ -174,30 +172,26 @@ def _look(model: MoRTransformer, ids: Int[Tensor, "1 w"], following: Int[Tensor,
     block = cast(RecursionBlock, model.recursions[0])
     steps, length = block.router.num_recursions, ids.shape[1]
     agreeing = torch.zeros(steps, 2)
-    with _deciding(block.router) as decide:
 
-        def compare(logits, step, previous, causal=False):  # type: ignore[no-untyped-def]
-            taken = decide(logits, step, previous, causal)
-            foreseen = decide(logits, step, previous, True)
-            agreeing[step] += _agreeing(taken, foreseen, previous)
-            return taken
+    def compare(routed: RoutedStep) -> None:
+        foreseen = block.router.decide(routed.logits, routed.step, routed.previous, causal=True)
+        agreeing[routed.step] += _agreeing(routed.decision, foreseen, routed.previous)
 
-        block.router.decide = compare  # type: ignore[method-assign]
+    with block.observed(compare):
         trained = model(ids)
     scores = torch.full((steps, length), torch.nan)
     thresholds: list[float | None] = [None] * steps
-    with _deciding(block.router) as decide:
 
-        def note(logits, step, previous, causal=False):  # type: ignore[no-untyped-def]
-            if logits is not None:
-                is_token = _is_token(previous)
-                positions = previous.tokens.positions[is_token].cpu()
-                for score in block.router.scores(logits, step):
-                    scores[score.step, positions] = score.values[is_token].float().cpu()
-                    thresholds[score.step] = score.threshold
-            return decide(logits, step, previous, causal)
+    def note(routed: RoutedStep) -> None:
+        if routed.logits is None:
+            return
+        is_token = _is_token(routed.previous)
+        positions = routed.previous.tokens.positions[is_token].cpu()
+        for score in block.router.scores(routed.logits, routed.step):
+            scores[score.step, positions] = score.values[is_token].float().cpu()
+            thresholds[score.step] = score.threshold
 
-        block.router.decide = note  # type: ignore[method-assign]
+    with block.observed(note):
         output = model(ids, causal_routing=True)
     load = None
     if any(output.recursions[0].expert_use):
@@ -215,23 +209,16 @@ def _look(model: MoRTransformer, ids: Int[Tensor, "1 w"], following: Int[Tensor,
     )
 
 
-@contextmanager
-def _deciding(router: Router) -> Iterator:
-    """The router's `decide`; another one that is put in its place is gone afterwards."""
-    try:
-        yield router.decide
-    finally:
-        vars(router).pop("decide", None)
-
-
-def _agreeing(taken, foreseen, previous) -> Float[Tensor, " 2"]:  # type: ignore[no-untyped-def]
+def _agreeing(
+    taken: RoutingDecision, foreseen: RoutingDecision, previous: RoutingDecision
+) -> Float[Tensor, " 2"]:
     is_token = _is_token(previous)
     count = len(is_token)
     is_same = taken.is_selected(count) == foreseen.is_selected(count)
     return torch.stack([(is_same & is_token).sum(), is_token.sum()]).float().cpu()
 
 
-def _is_token(decision) -> Bool[Tensor, "n b"]:  # type: ignore[no-untyped-def]
+def _is_token(decision: RoutingDecision) -> Bool[Tensor, "n b"]:
     tokens = decision.tokens
     if tokens.is_padding is not None:
         return ~tokens.is_padding

@@ -107,9 +107,9 @@ class Load:
         self.engine = DepthBatchingEngine(model, settings, length, tokens_per_tick=every)
         self._random, self._numbers = random.Random(0), count()
         self._inside = 0.0
-        decoder: Any = self.engine.decoder
-        decoder._layers = self._timed(decoder._layers)
-        model.output.forward = self._timed(model.output.forward)  # type: ignore[method-assign]
+        stacks = [model.prelude, *(block.layers for block in model.recursions), model.coda]
+        for module in (*stacks, model.output):
+            module.forward = self._timed(module.forward)  # type: ignore[method-assign]
 
     def _timed(self, run: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:

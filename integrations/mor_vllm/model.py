@@ -17,6 +17,7 @@ heads of this rank, `d` head size.
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -40,12 +41,24 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (  # type: ignor
 )
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader  # type: ignore[import-not-found]
 
-from mor_layers import DecoderConfig, RecursionBlock, RoutingDecision, Tokens
+from mor_layers import DecoderConfig, RecursionBlock, RoutingDecision, StepContext, Tokens
 from mor_layers.weights import weight_names
 from mor_vllm.plugin import FIRST_STEP, require_servable
 
 KeysAndValues = dict[int, tuple[Tensor, Tensor]]
 """Of step 1, by layer of the block: what later steps share."""
+
+
+@dataclass(frozen=True)
+class ServedStep(StepContext):
+    """A step on a batch of vLLM's, whose attention finds by itself which rows a token sees."""
+
+    first: KeysAndValues = field(default_factory=dict)
+    """Filled at step 1 and read by later steps of the same block."""
+
+    @property
+    def positions(self) -> Int[Tensor, " t"]:
+        return self.tokens.positions[0]  # [1 t] -> [t]
 
 
 class StepAttention(nn.Module):
@@ -87,21 +100,19 @@ class StepAttention(nn.Module):
     def forward(
         self,
         hidden: Float[Tensor, "t h"],
-        positions: Int[Tensor, " t"],
-        step: int,
+        context: ServedStep,
         layer: int,
-        first: KeysAndValues,
     ) -> Float[Tensor, "t h"]:
         query = self._heads(self.query(hidden)[0], self.query_norm)
-        if self.shares and step:
-            query, _ = self.rotary(positions, query, None)
-            key, value = first[layer]  # for backends that take a prompt's rows from here
+        if self.shares and context.step:
+            query, _ = self.rotary(context.positions, query, None)
+            key, value = context.first[layer]  # for backends that take a prompt's rows from here
         else:
             key = self._heads(self.key(hidden)[0], self.key_norm)
             value = self.value(hidden)[0]
-            query, key = self.rotary(positions, query, key)
-            first[layer] = key, value
-        return self.output(self.steps[step](query, key, value))[0]
+            query, key = self.rotary(context.positions, query, key)
+            context.first[layer] = key, value
+        return self.output(self.steps[context.step](query, key, value))[0]
 
     def _heads(self, values: Float[Tensor, "t nd"], norm: Any) -> Float[Tensor, "t nd"]:
         if norm is None:
@@ -142,10 +153,10 @@ class StepLayer(nn.Module):
             )
 
     def forward(
-        self, hidden: Tensor, positions: Tensor, step: int, layer: int, first: KeysAndValues
+        self, hidden: Float[Tensor, "t h"], context: ServedStep, layer: int
     ) -> Float[Tensor, "t h"]:
-        own = step if len(self.attention_norm) > 1 else 0
-        output = self.attention(self.attention_norm[own](hidden), positions, step, layer, first)
+        own = context.step if len(self.attention_norm) > 1 else 0
+        output = self.attention(self.attention_norm[own](hidden), context, layer)
         if self.attention_output_norm is not None:
             output = self.attention_output_norm[own](output)
         hidden = hidden + output
@@ -162,32 +173,31 @@ class StepLayers(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(StepLayer(config, own, vllm) for own in depths)
 
-    def forward(
-        self, hidden: Tensor, positions: Tensor, step: int, first: KeysAndValues
-    ) -> Float[Tensor, "t h"]:
+    def forward(self, hidden: Float[Tensor, "t h"], context: ServedStep) -> Float[Tensor, "t h"]:
         for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, positions, step, index, first)
+            hidden = layer(hidden, context, index)
         return hidden
 
 
 class MaskedRecursion(RecursionBlock):
     """Runs every token through every step; one that exited keeps its state.
 
-    Each token counts as a sequence. So shapes are those of the batch whatever the router says, and
-    nothing waits for the device.
+    Each token counts as a sequence, of which a decision keeps its one row, if only as padding. So
+    nothing is selected, shapes are those of the batch whatever the router says, and nothing waits
+    for the device.
     """
 
     def forward(  # type: ignore[override]
-        self, hidden: Float[Tensor, "t h"], positions: Int[Tensor, " t"]
+        self, hidden: Float[Tensor, "t h"], tokens: Tokens
     ) -> Float[Tensor, "t h"]:
         rows = origin = hidden[None]  # [t h] -> [1 t h]
-        decision = RoutingDecision(Tokens(positions[None], 1))
+        decision = RoutingDecision.everything(tokens)
         first: KeysAndValues = {}
         for step in range(self.router.num_recursions):
-            decision = self._route(rows, step, decision, True)
-            entering = self.enter(step, rows, origin)[0]
-            output = self.layers(entering, positions, step, first)[None]
-            rows = self._combine(step, rows, output, decision, origin)
+            decision = self.route(rows, step, decision, causal=True, assess=False)
+            context = ServedStep(step, decision.tokens, first)
+            output = self.run_layers(self.enter(step, rows, origin)[0], context)[None]
+            rows = self.combine(step, rows, output, decision, origin)
         return rows[0]
 
 
@@ -222,10 +232,11 @@ class MoRModel(nn.Module):
 
     def forward(self, hidden: Float[Tensor, "t h"], positions: Int[Tensor, " t"]) -> Tensor:
         """The last norm's output, `[t h]`."""
-        hidden = self.prelude(hidden, positions, 0, {})
+        tokens = Tokens(positions[None], 1)
+        hidden = self.prelude(hidden, ServedStep(0, tokens))
         for recursion in self.recursions:
-            hidden = recursion(hidden, positions)
-        return cast(Any, self.norm)[0](self.coda(hidden, positions, 0, {}))
+            hidden = recursion(hidden, tokens)
+        return cast(Any, self.norm)[0](self.coda(hidden, ServedStep(0, tokens)))
 
 
 class MoRForCausalLM(nn.Module):

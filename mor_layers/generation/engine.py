@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from mor_layers.generation.cache.caches import CacheSettings
-from mor_layers.generation.runner import Decoder, Finished
+from mor_layers.generation.cache import CacheSettings
+from mor_layers.generation.runner import Finished, ModelRunner
 from mor_layers.generation.sampling import Sampler, has_distribution, sample
 from mor_layers.generation.scheduling import FinishReason, Progress, Request, Scheduler
 from mor_layers.generation.text_stream import TextStream
-from mor_layers.models.transformer import MoRTransformer
+from mor_layers.models import MoRTransformer
 
 NOT_FINITE = (
     "the model's logits are not finite, so no next token can be picked. Check the weights, or run the "
@@ -92,8 +92,8 @@ class DepthBatchingEngine:
             raise ValueError(
                 f"chunk_size={chunk_size} and tokens_per_tick={tokens_per_tick} must be at least 1."
             )
-        self.decoder = Decoder(model, cache, chunk_size)
-        self.caches = self.decoder.caches
+        self.runner = ModelRunner(model, cache, chunk_size)
+        self.caches = self.runner.caches
         self.scheduler = Scheduler(
             cache.num_slots,
             self.caches.pages,
@@ -170,7 +170,7 @@ class DepthBatchingEngine:
         for progress in self.scheduler.overdue():
             self._pending.append(self._finish(progress, "timeout"))
         self._admit()
-        finished = self.decoder.tick(self.scheduler.plan(), self._make_room)
+        finished = self.runner.tick(self.scheduler.plan(), self._make_room)
         self.counters.ticks += 1
         events = self._generated(finished)
         pending, self._pending = self._pending, []
@@ -194,7 +194,7 @@ class DepthBatchingEngine:
         """Requests that wait get slots; who runs more than its share gives way in the end."""
         self.scheduler.admit(self.caches.pages_free)
         while (progress := self.scheduler.unfair()) is not None:
-            self.decoder.drop(self._preempt(progress))
+            self.runner.drop(self._preempt(progress))
             self.scheduler.admit(self.caches.pages_free)
 
     def _make_room(self) -> int:
@@ -271,7 +271,7 @@ class DepthBatchingEngine:
         slot = progress.slot
         self.scheduler.leave(progress)
         if slot is not None and drop:
-            self.decoder.drop(slot)
+            self.runner.drop(slot)
         del self._open[progress.number], self._prompt_depths[progress.number]
         stream = self._texts.pop(progress.number, None)
         self.counters.finished += 1

@@ -1,9 +1,9 @@
 """IncrementalDecoder: a batch of texts that grow together; each call continues all of them.
 
-The engine (`mor_layers.generation.engine`) serves requests that come and go. This class is for callers
-with a loop of their own, which pass the next tokens of every text and get a state for each token. Memory
-grows as needed, to at most twice the rows that the KV policy keeps. Texts can be reordered and copied
-(for beams), and cut (for rejected drafts).
+The engine serves requests that come and go. This class is for callers with a loop of their own, which
+pass the next tokens of every text and get a state for each token. Memory grows as needed, to at most
+twice the rows that the KV policy keeps. Texts can be reordered and copied (for beams), and cut (for
+rejected drafts).
 
 Legend: `b` texts, `q` new tokens of each, `s` columns seen before, `h` hidden.
 """
@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mor_layers.generation.cache import CacheSettings, KVArena, PagedRows
+from mor_layers.generation.cache import Caches, CacheSettings, KVArena, PagedRows
+from mor_layers.generation.cached_model import CachedModel
 from mor_layers.generation.in_flight import Pool, Rows
-from mor_layers.generation.runner import Decoder
 from mor_layers.models import MoRTransformer
 
 
-class IncrementalDecoder(Decoder):
-    """Keys and values of a batch of texts, and the forward passes that extend them.
+class IncrementalDecoder:
+    """Keys and values of a batch of texts, and the passes that lengthen them.
 
     Args:
         model: the model, on the device and in the precision to use. It is put into evaluation mode.
@@ -36,11 +36,17 @@ class IncrementalDecoder(Decoder):
     def __init__(self, model: MoRTransformer, num_texts: int) -> None:
         length = CacheSettings.page_size
         settings = CacheSettings.for_all_steps(model, length, num_slots=1)
-        super().__init__(model, replace(settings, num_slots=num_texts), max_span=1)
-        self.is_token = torch.zeros(num_texts, 0, dtype=torch.bool, device=self.device)
+        self.model = model
+        self.cached = CachedModel(model, replace(settings, num_slots=num_texts))
+        device = self.cached.device
+        self.is_token = torch.zeros(num_texts, 0, dtype=torch.bool, device=device)
         """Which columns of each text hold a token, `[b s]`."""
-        self.depths = torch.zeros(num_texts, length, dtype=torch.long, device=self.device)
+        self.depths = torch.zeros(num_texts, length, dtype=torch.long, device=device)
         """Steps that each token ran, by its index among the text's tokens."""
+
+    @property
+    def caches(self) -> Caches:
+        return self.cached.caches
 
     @property
     def num_texts(self) -> int:
@@ -79,35 +85,37 @@ class IncrementalDecoder(Decoder):
         self.is_token = torch.cat([self.is_token, is_token], dim=1)
         rank = is_token.long().cumsum(dim=1) - 1
         slots, columns = is_token.nonzero(as_tuple=True)
-        states = self._final.new_zeros(*ids.shape, self._final.shape[2])
+        weight = self.model.embedding.weight
+        states = weight.new_zeros(*ids.shape, weight.shape[1])
         if not len(slots):
             return states
         places = rank[slots, columns]
         positions = before[slots] + places
         self._lengthen(int(positions.max()) + 1)
-        size = (self.num_texts, ids.shape[1])
-        self._final = states.new_zeros(*size, states.shape[2])
-        self._depths = self.depths.new_zeros(size)
-        _reserve(self.outer_pages, self.caches.outer, self.outer_pages.pages_needed(slots))
-        self._recur(self._begin(ids[slots, columns], slots, positions, places))
-        self._note_exits()
-        self.depths[slots, positions] = self._depths[slots, places]
-        states[slots, columns] = self.model.norm(self._end(slots, positions, places))
+        outer_pages = self.caches.outer_pages
+        _reserve(outer_pages, self.caches.outer, outer_pages.pages_needed(slots))
+        pool = self.cached.begin(ids[slots, columns], slots, positions, places)
+        # Tokens exit in the order of their depths; here each comes back to its own place.
+        exited = Rows.joined(self._recur(pool))
+        final = torch.zeros_like(states)
+        final[exited.slots, exited.places] = exited.hidden
+        self.depths[exited.slots, exited.positions] = exited.steps
+        ended = self.cached.end(final[slots, places], slots, positions)
+        states[slots, columns] = self.model.norm(ended)
         return states
 
     @torch.no_grad()
     def select(self, texts: Int[Tensor, " b"]) -> None:
         """Replace each text i by a copy of text `texts[i]`."""
-        texts = texts.to(self.device)
-        if torch.equal(texts, torch.arange(self.num_texts, device=self.device)):
+        texts, cached = texts.to(self.cached.device), self.cached
+        if torch.equal(texts, torch.arange(self.num_texts, device=texts.device)):
             return
-        size = self.settings.page_size
-        self.caches.inner.take_pages(self.policy.select(texts), size)
-        self.caches.outer.take_pages(self.outer_pages.select(texts)[0], size)
+        size, caches = cached.settings.page_size, self.caches
+        caches.inner.take_pages(caches.policy.select(texts), size)
+        caches.outer.take_pages(caches.outer_pages.select(texts)[0], size)
         self.is_token, self.depths = self.is_token[texts], self.depths[texts]
-        self._left = self._left[texts]
-        self._exited = [_copied(rows, texts) for rows in self._exited]
-        self.settings = replace(self.settings, num_slots=len(texts))
+        cached.unstored = [_copied(rows, texts) for rows in cached.unstored]
+        cached.settings = replace(cached.settings, num_slots=len(texts))
 
     def cut(self, num_columns: int) -> None:
         """Keep only the first columns.
@@ -119,14 +127,14 @@ class IncrementalDecoder(Decoder):
             raise ValueError(f"cannot keep {num_columns} columns of {self.num_columns}.")
         self.is_token = self.is_token[:, :num_columns]
         lengths = self.is_token.sum(dim=1)
-        place = torch.arange(self.depths.shape[1], device=self.device)
+        place = torch.arange(self.depths.shape[1], device=lengths.device)
         self.depths = self.depths.where(place < lengths[:, None], 0)
-        self.policy.rewind(self.depths)
+        self.caches.policy.rewind(self.depths)
         if self._has(self.caches.outer):
-            self.outer_pages.truncate(lengths)
-        self._exited = [
+            self.caches.outer_pages.truncate(lengths)
+        self.cached.unstored = [
             rows.take((rows.positions < lengths[rows.slots]).nonzero()[:, 0])
-            for rows in self._exited
+            for rows in self.cached.unstored
         ]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "IncrementalDecoder":
@@ -139,24 +147,30 @@ class IncrementalDecoder(Decoder):
         copy.__dict__.update(deepcopy(self.__dict__, memo))
         return copy
 
-    def _recur(self, pool: Pool) -> None:
-        """All steps of the recursion, one after another."""
-        while len(pool := self._route(pool)):
-            tokens, exited = self._in_flight(pool)
-            if exited is not None:  # after cuts, their list may be longer than the text
-                longest = int(self.policy.pages.counts.max()) + len(exited.slots)
-                self.policy.pages.lengthen(max(longest, self.settings.max_length))
-            needed = self.policy.pages_needed(tokens, exited)
-            _reserve(self.policy.pages, self.caches.inner, needed)
-            pool = self._run(pool)
+    def _recur(self, pool: Pool) -> list[Rows]:
+        """All steps of the recursion, one after another; the tokens as they exit."""
+        cached, policy, exited = self.cached, self.caches.policy, []
+        while True:
+            pool, exiting = cached.route(pool)
+            if exiting is not None:
+                exited.append(exiting)
+            if not len(pool):
+                return exited
+            running, unstored = cached.in_flight(pool)
+            if unstored is not None:  # after cuts, their list may be longer than the text
+                longest = int(policy.pages.counts.max()) + len(unstored.slots)
+                policy.pages.lengthen(max(longest, cached.settings.max_length))
+            _reserve(policy.pages, self.caches.inner, policy.pages_needed(running, unstored))
+            pool = cached.run(pool)
 
     def _lengthen(self, length: int) -> None:
-        if length <= self.settings.max_length:
+        settings = self.cached.settings
+        if length <= settings.max_length:
             return
-        longer = max(length, 2 * self.settings.max_length)
-        self.settings = replace(self.settings, max_length=longer)
-        self.outer_pages.lengthen(longer)
-        self.policy.lengthen(longer)
+        longer = max(length, 2 * settings.max_length)
+        self.cached.settings = replace(settings, max_length=longer)
+        self.caches.outer_pages.lengthen(longer)
+        self.caches.policy.lengthen(longer)
         self.depths = F.pad(self.depths, (0, longer - self.depths.shape[1]))
 
     @staticmethod

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from mor_layers.layers import MoE, RelaxedLinear, StepDelta
+from mor_layers.layers import MoE, RelaxedLinear, StepDelta, norms_over_ranks
 from mor_layers.models import DecoderLayer, MoRTransformer
 
 
@@ -74,13 +74,33 @@ def _keep(module: nn.Module, name: str, dim: int, group: ProcessGroup) -> None:
     setattr(module, name, nn.Parameter(own, requires_grad=False))
 
 
+class ColumnsOfDelta(StepDelta):
+    """The part of a step's delta that belongs to this rank's columns of the weight.
+
+    Args:
+        whole: the delta, the same on every rank.
+        group: the ranks that hold the columns.
+    """
+
+    def __init__(self, whole: StepDelta, group: ProcessGroup) -> None:
+        nn.Module.__init__(self)  # StepDelta's would make parameters, which `whole` has
+        self.scale, self.group = whole.scale, group
+        self.a, self.b, self.magnitude = whole.a, whole.b, whole.magnitude
+        _keep(self, "a", 1, group)
+
+    @torch.no_grad()
+    def norms(self, weight: Tensor) -> Tensor:
+        return norms_over_ranks(super().norms(weight), self.group)
+
+
 def _keep_deltas(linear: nn.Linear, dim: int, group: ProcessGroup) -> None:
     """Keep this rank's rows (0) or columns (1) of every step's delta."""
-    for delta in linear.deltas if isinstance(linear, RelaxedLinear) else ():
+    if not isinstance(linear, RelaxedLinear):
+        return
+    for step, delta in enumerate(linear.deltas):
         assert isinstance(delta, StepDelta)
         if dim == 1:
-            _keep(delta, "a", 1, group)
-            delta.column_group = group
+            linear.deltas[step] = ColumnsOfDelta(delta, group)
             continue
         _keep(delta, "b", 0, group)
         if delta.magnitude is not None:

@@ -10,6 +10,7 @@ from mor_layers.layers.relaxation import (
     StepDelta,
     make_projection,
     merged_weight,
+    norms_over_ranks,
     project,
     row_norms,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "StepDelta",
     "make_projection",
     "merged_weight",
+    "norms_over_ranks",
     "project",
     "row_norms",
 ]

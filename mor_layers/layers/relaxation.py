@@ -93,11 +93,21 @@ def row_norms(
     return torch.linalg.vector_norm(weight.float() + scale * (b @ a).float(), dim=1)
 
 
-class StepDelta(nn.Module):
-    """The delta of one step for one projection."""
+def norms_over_ranks(own: Float[Tensor, " o"], group: ProcessGroup) -> Float[Tensor, " o"]:
+    """Norms of rows whose columns are spread over ranks, from the norms of each rank's part."""
+    if group.size() == 1:
+        return own
+    squares = own.square()
+    torch.distributed.all_reduce(squares, group=group)
+    return squares.sqrt()
 
-    column_group: ProcessGroup | None = None
-    """Ranks that hold the weight's other columns (see `tensor_parallel`); None if there are none."""
+
+class StepDelta(nn.Module):
+    """The delta of one step for one projection, held whole on this rank.
+
+    If ranks hold parts of a weight, they use subclasses for the parts, which override `lowered` and
+    `norms`.
+    """
 
     def __init__(self, into: int, out: int, relaxation: Relaxation) -> None:
         super().__init__()
@@ -133,13 +143,8 @@ class StepDelta(nn.Module):
 
     @torch.no_grad()
     def norms(self, weight: Float[Tensor, "o i"]) -> Float[Tensor, " o"]:
-        """Norms of the rows of the step's own weight, summed over the ranks that share the rows."""
-        norms = row_norms(weight, self.a, self.b, self.scale)
-        if self.column_group is None or self.column_group.size() == 1:
-            return norms
-        squares = norms.square()
-        torch.distributed.all_reduce(squares, group=self.column_group)
-        return squares.sqrt()
+        """Norms of the rows of the step's own weight."""
+        return row_norms(weight, self.a, self.b, self.scale)
 
 
 def merged_weight(

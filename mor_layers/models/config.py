@@ -114,8 +114,12 @@ class RecursionConfig:
         """The module that adds to the states entering the block; None if nothing is added."""
         if not (self.step_embeddings or self.input_injection):
             return None
-        how = self.num_recursions, self.step_embeddings, self.input_injection
-        return StepInput(hidden_size, *how)
+        return StepInput(
+            hidden_size,
+            num_steps=self.num_recursions,
+            embeds=self.step_embeddings,
+            injects=self.input_injection,
+        )
 
     def require_experts(self, has_experts: bool) -> None:
         """Raise ValueError if a setting for experts has no effect."""

@@ -4,6 +4,7 @@ Legend: `b` batch, `k` tokens that run a step, `h` hidden, `n` heads, `d` head s
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -44,11 +45,13 @@ class Attention(nn.Module):
         self.head_size = config.head_size
         width, kv_width = (n * config.head_size for n in (config.num_heads, config.kv_heads))
         size, bias = config.hidden_size, config.qkv_bias
-        how = _relaxation(config, num_steps), num_steps
-        self.query = make_projection("query", size, width, *how, bias)
-        self.key = make_projection("key", size, kv_width, *how, bias)
-        self.value = make_projection("value", size, kv_width, *how, bias)
-        self.output = make_projection("output", width, size, *how)
+        make = partial(
+            make_projection, relaxation=_relaxation(config, num_steps), num_steps=num_steps
+        )
+        self.query = make("query", size, width, bias=bias)
+        self.key = make("key", size, kv_width, bias=bias)
+        self.value = make("value", size, kv_width, bias=bias)
+        self.output = make("output", width, size)
         self.query_norm = self.key_norm = None
         if config.qk_norm:
             self.query_norm = StepNorm(config.head_size, config.rms_norm_epsilon)
@@ -68,7 +71,7 @@ class Attention(nn.Module):
         query = rotary.turn(self._heads(project(self.query, running, context), self.query_norm))
         key = value = None
         if context.projects_keys:
-            projected = hidden[: context.num_projected]
+            projected = context.rows_to_project(hidden)
             key = rotary.turn(self._heads(project(self.key, projected, context), self.key_norm))
             value = self._heads(project(self.value, projected, context))
         out = context.attend(self.layer, query, key, value)
@@ -85,10 +88,12 @@ class MLP(nn.Module):
     def __init__(self, config: DecoderConfig, num_steps: int = 1) -> None:
         super().__init__()
         size, width = config.hidden_size, config.ffn_hidden_size
-        how = _relaxation(config, num_steps), num_steps
-        self.gate = make_projection("gate", size, width, *how)
-        self.up = make_projection("up", size, width, *how)
-        self.down = make_projection("down", width, size, *how)
+        make = partial(
+            make_projection, relaxation=_relaxation(config, num_steps), num_steps=num_steps
+        )
+        self.gate = make("gate", size, width)
+        self.up = make("up", size, width)
+        self.down = make("down", width, size)
 
     def forward(self, hidden: Float[Tensor, "k b h"], context: StepContext) -> Tensor:
         """`[k b h] -> [k b h]`."""
@@ -128,7 +133,7 @@ class DecoderLayer(nn.Module):
         normed = self.mlp_norm(hidden, context.step)
         if isinstance(self.mlp, MoE):
             output, use = self.mlp(normed, context.step, context.tokens.is_padding)
-            context.expert_use[self.attention.layer] = use
+            context.experts.record(self.attention.layer, use)
         else:
             output = self.mlp(normed, context)
         if self.mlp_output_norm is not None:

@@ -2,7 +2,7 @@
 
 from mor_layers.recursion.attention import attend, causal_mask, visible
 from mor_layers.recursion.block import RecursionBlock, RecursionLayers, RecursionOutput, summed
-from mor_layers.recursion.expert_use import ExpertUse
+from mor_layers.recursion.expert_use import ExpertRecorder, ExpertUse
 from mor_layers.recursion.kv_policies import (
     KV_POLICIES,
     Exited,
@@ -11,6 +11,7 @@ from mor_layers.recursion.kv_policies import (
     StepContext,
     begin_step,
 )
+from mor_layers.recursion.observer import RoutedStep, RoutingObserver
 from mor_layers.recursion.sharing import SHARING_SCHEMES, Sharing, SharingSchedule
 from mor_layers.recursion.step_input import StepInput
 
@@ -18,11 +19,14 @@ __all__ = [
     "KV_POLICIES",
     "SHARING_SCHEMES",
     "Exited",
+    "ExpertRecorder",
     "ExpertUse",
     "KVPolicy",
     "RecursionBlock",
     "RecursionLayers",
     "RecursionOutput",
+    "RoutedStep",
+    "RoutingObserver",
     "Sharing",
     "SharingContext",
     "SharingSchedule",

@@ -6,7 +6,8 @@ Legend: `b` batch, `s` sequence, `n` candidates of a step, `k` tokens that run i
 `r` steps, `j` layers of the block, `e` experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mor_layers.recursion.expert_use import ExpertUse
 from mor_layers.recursion.kv_policies import Exited, KVPolicy, StepContext, begin_step
+from mor_layers.recursion.observer import RoutedStep, RoutingObserver
 from mor_layers.recursion.step_input import StepInput
 from mor_layers.routers import Router
 from mor_layers.selection import LocalPlacement, Placement, RoutingDecision, Tokens
@@ -103,6 +105,10 @@ class RecursionBlock(nn.Module):
 
     Source: Bae et al. 2025 (arXiv 2507.10524), section 2.2.
 
+    `route`, `select`, `run_layers` and `combine` are the parts of one step. What must run steps
+    otherwise than `forward` does (a pipeline stage, an engine that generates) calls these, so that
+    each of them is written once.
+
     Args:
         layers: the shared stack, see `RecursionLayers`; held once.
         router: who goes on.
@@ -112,6 +118,8 @@ class RecursionBlock(nn.Module):
             their activations.
         step_input: what is added to the states that enter the layers.
     """
+
+    _observers: tuple[RoutingObserver, ...] = ()
 
     def __init__(
         self,
@@ -154,14 +162,14 @@ class RecursionBlock(nn.Module):
         expert_use = []
         for step in range(self.router.num_recursions):
             previous = decision
-            decision = self._route(candidates, step, previous, causal_routing)
-            selected = self.placement.select(candidates, decision)
+            decision = self.route(candidates, step, previous, causal_routing)
+            selected = self.select(candidates, decision)
             if self.needs_origin:
-                origin = self.placement.select(origin, decision)
+                origin = self.select(origin, decision)
             exited = self._exited(candidates, previous, decision)
             context = begin_step(self.kv_policy, step, decision.tokens, context, exited)
-            output = self._run_layers(self.enter(step, selected, origin), context, arguments)
-            updated = self._combine(step, selected, output, decision, origin)
+            output = self.run_layers(self.enter(step, selected, origin), context, **arguments)
+            updated = self.combine(step, selected, output, decision, origin)
             steps.append((candidates, decision))
             expert_use.append(context.expert_use)
             candidates = updated
@@ -170,6 +178,39 @@ class RecursionBlock(nn.Module):
         for outer, nested in reversed(steps):
             hidden = self.placement.write_back(outer, hidden, nested)
         return RecursionOutput(hidden, tuple(taken for _, taken in steps), tuple(expert_use))
+
+    def route(
+        self,
+        candidates: Float[Tensor, "n b h"],
+        step: int,
+        previous: RoutingDecision,
+        causal: bool = False,
+        assess: bool = True,
+    ) -> RoutingDecision:
+        """Decide which of a step's candidates run it.
+
+        Args:
+            candidates: states of the tokens of the previous decision, those that live here.
+            step: 0-based recursion step.
+            previous: the candidates, and what was planned for them.
+            causal: let no token's fate depend on later tokens, as generation needs.
+            assess: add losses, metrics and observations to the decision. Generation does without.
+        """
+        logits = self.router.logits(candidates, step)
+        if logits is not None:
+            logits = self.placement.gather(logits, previous.tokens.shape[0])
+        decision = self.router.decide(logits, step, previous, causal)
+        if assess:
+            decision = self.router.assess(logits, step, previous, decision)
+        for observe in self._observers:
+            observe(RoutedStep(step, logits, previous, decision, causal))
+        return decision
+
+    def select(
+        self, candidates: Float[Tensor, "n b h"], decision: RoutingDecision
+    ) -> Float[Tensor, "k b h"]:
+        """The rows of the tokens that run the step."""
+        return self.placement.select(candidates, decision)
 
     @property
     def needs_origin(self) -> bool:
@@ -181,34 +222,36 @@ class RecursionBlock(nn.Module):
         """The selected tokens' states as the layers get them."""
         return selected if self.step_input is None else self.step_input(step, selected, origin)
 
-    def _route(
-        self, candidates: Tensor, step: int, previous: RoutingDecision, causal: bool
-    ) -> RoutingDecision:
-        logits = self.router.logits(candidates, step)
-        if logits is not None:
-            logits = self.placement.gather(logits, previous.tokens.shape[0])
-        decision = self.router.decide(logits, step, previous, causal)
-        return self.router.assess(logits, step, previous, decision)
+    def run_layers(
+        self, entering: Float[Tensor, "k b h"], context: StepContext, **arguments: Any
+    ) -> Float[Tensor, "k b h"]:
+        """The shared layers on the tokens that run the step.
 
-    def _exited(
-        self, candidates: Tensor, previous: RoutingDecision, decision: RoutingDecision
-    ) -> Exited | None:
-        rest = previous.rest(decision) if self.kv_policy == "exit_state" else None
-        if rest is None:
-            return None
-        return Exited(rest.tokens, self.placement.select(candidates, rest))
-
-    def _run_layers(
-        self, selected: Tensor, context: StepContext, arguments: dict[str, Any]
-    ) -> Tensor:
+        Args:
+            entering: what `enter` gave.
+            context: of the step, see `begin_step`.
+            arguments: handed to the layers as they are.
+        """
         if not (self.recompute and torch.is_grad_enabled()):
-            return self.layers(selected, context, **arguments)
+            return self.layers(entering, context, **arguments)
         run = partial(self.layers, **arguments)
-        return cast(Tensor, checkpoint(run, selected, context, use_reentrant=False))
+        return cast(Tensor, checkpoint(run, entering, context, use_reentrant=False))
 
-    def _combine(
-        self, step: int, selected: Tensor, output: Tensor, decision: RoutingDecision, origin: Tensor
-    ) -> Tensor:
+    def combine(
+        self,
+        step: int,
+        selected: Float[Tensor, "k b h"],
+        output: Float[Tensor, "k b h"],
+        decision: RoutingDecision,
+        origin: Float[Tensor, "k b h"] | None,
+    ) -> Float[Tensor, "k b h"]:
+        """New states of the tokens that ran the step; padding slots keep theirs.
+
+        Args:
+            selected: what `select` gave.
+            output: what `run_layers` gave.
+            origin: states that entered the recursion, of the same rows, where `needs_origin`.
+        """
         local = self.placement.shard(decision)
         updated = self.router.combine(
             step, selected, output, local, origin if self.router.combines_with_origin else None
@@ -216,3 +259,25 @@ class RecursionBlock(nn.Module):
         if local.tokens.is_padding is None:
             return updated
         return torch.where(local.tokens.is_padding[..., None], selected, updated)
+
+    @contextmanager
+    def observed(self, observer: RoutingObserver) -> Iterator[None]:
+        """Within it, `observer` is told of each step that is routed, in training and generation.
+
+        Several may watch at once. They see tensors as they are, with their graphs.
+        """
+        self._observers = (*self._observers, observer)
+        try:
+            yield
+        finally:
+            watching = list(self._observers)
+            watching.remove(observer)
+            self._observers = tuple(watching)
+
+    def _exited(
+        self, candidates: Tensor, previous: RoutingDecision, decision: RoutingDecision
+    ) -> Exited | None:
+        rest = previous.rest(decision) if self.kv_policy == "exit_state" else None
+        if rest is None:
+            return None
+        return Exited(rest.tokens, self.select(candidates, rest))

@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mor_layers.recursion.attention import attend, causal_mask, visible
-from mor_layers.recursion.expert_use import ExpertUse
+from mor_layers.recursion.expert_use import ExpertRecorder, ExpertUse
 from mor_layers.selection import Tokens, put_rows, take_rows
 
 KVPolicy = Literal["recursion_wise", "recursive_sharing", "sharing_with_update", "exit_state"]
@@ -45,15 +45,25 @@ class Exited:
 class StepContext:
     """What the layers of a block know about the step they run.
 
-    This base class implements the `recursion_wise` policy.
+    This base class implements the `recursion_wise` policy. A context is frozen, because the step and
+    its tokens do not change. Two things are filled while the pass runs: layers pass keys and values to
+    `exchange`, which some policies put into a `store`, and a mixture of experts records its statistics
+    in `experts`.
     """
 
     step: int
     """0-based recursion step."""
     tokens: Tokens
-    """The tokens whose states are passed to the layers."""
-    expert_use: dict[int, ExpertUse] = field(default_factory=dict, kw_only=True)
-    """Statistics of the experts at this step, by layer; the layers write them."""
+    """The tokens whose states the layers get."""
+    # Not the class itself as the factory: torch.compile makes objects only of classes that it
+    # finds by name.
+    experts: ExpertRecorder = field(default_factory=lambda: ExpertRecorder(), kw_only=True)
+    """Where layers record what their experts did."""
+
+    @property
+    def expert_use(self) -> dict[int, ExpertUse]:
+        """What the experts of each layer did at this step, by layer, as far as it has run."""
+        return self.experts.uses
 
     @property
     def keys(self) -> Tokens:
@@ -67,7 +77,7 @@ class StepContext:
 
     @property
     def exited(self) -> Exited | None:
-        """More tokens whose keys and values are computed at this step; None if there are none."""
+        """Further tokens whose keys and values layers must compute; None when there are none."""
         return None
 
     @property
@@ -80,9 +90,17 @@ class StepContext:
         """All rows whose keys and values a layer computes: the running tokens, then `exited`."""
         return hidden if self.exited is None else torch.cat([hidden, self.exited.hidden])
 
+    # The two hooks below are trivial here, where all rows run one step. They stand in the base
+    # class because a layer is written once, for training and for generation, and generation
+    # batches tokens that are at different steps.
+
     def rows_by_step(self, count: int) -> list[tuple[int, slice]]:
-        """Pairs of a step and its slice of the first `count` rows; here a single pair."""
+        """Which of the first `count` rows run which step; rows of one step stand together."""
         return [(self.step, slice(0, count))]
+
+    def rows_to_project(self, hidden: Float[Tensor, "kx b h"]) -> Float[Tensor, "w b h"]:
+        """Of the rows of `with_exited`, the first ones: those that need keys and values."""
+        return hidden
 
     def exchange(
         self,
@@ -105,11 +123,6 @@ class StepContext:
     def causal_mask(self) -> Bool[Tensor, "b 1 k m"] | None:
         """True where a query may see a key; None if plain causal attention is equivalent."""
         return causal_mask(self.tokens, self.keys)
-
-    @property
-    def num_projected(self) -> int | None:
-        """How many of the rows of `with_exited` need keys and values; None: all of them."""
-        return None
 
     def attend(
         self,

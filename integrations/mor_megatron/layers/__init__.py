@@ -1,6 +1,7 @@
 """Megatron layers that know the recursion step they run, and the recursion as one of them."""
 
 from mor_megatron.layers.attention import SDPACoreAttention
+from mor_megatron.layers.block_part import BlockPart
 from mor_megatron.layers.document_attention import document_attention
 from mor_megatron.layers.expert_router import StepTopKRouter
 from mor_megatron.layers.norms import Norm, local_norm
@@ -15,6 +16,7 @@ from mor_megatron.layers.validation import validate
 
 __all__ = [
     "AbsorbedLayer",
+    "BlockPart",
     "Norm",
     "RecursionLayer",
     "RecursionSubmodules",

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from mor_layers import RecursionConfig
 from mor_layers.modules import PreciseBuffers
 from mor_layers.routers import NUM_BINS, Thresholds
+from mor_megatron.layers.step_aware import StepAware
 
 
 class ExpertCells(PreciseBuffers):
@@ -88,11 +89,15 @@ class StepExpertBias(PreciseBuffers):
         self.register_buffer("expert_bias", zeros.clone())
 
 
-class StepTopKRouter(TopKRouter):
-    """`TopKRouter` that knows the step it runs, and counts no padding."""
+class StepTopKRouter(StepAware, TopKRouter):
+    """`TopKRouter` that knows the step it runs, and counts no padding.
 
-    step: int = 0
-    """Recursion step that runs; set by `RecursiveMoELayer`."""
+    What it balances reaches the log by two routes. Megatron's own training loop prints the means
+    over layers that its metrics tracker holds, so losses are recorded there as Megatron's router
+    does it. `routing_reports` says more, each (step, expert) cell, which the tracker has no place
+    for, and takes it from `cells`; the pretraining of `mor_tools` logs these, and empties the tracker.
+    """
+
     width_histograms: Tensor
 
     def join_recursion(self, recursion: RecursionConfig) -> None:

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from mor_layers import RecursionConfig
 from mor_megatron.layers.expert_router import StepTopKRouter
+from mor_megatron.layers.step_aware import StepAware
 
 
-class RecursiveMoELayer(MoELayer):
+class RecursiveMoELayer(StepAware, MoELayer):
     """`MoELayer` that knows which step it runs, in a recomputed forward pass too."""
 
     router: StepTopKRouter
@@ -31,12 +32,7 @@ class RecursiveMoELayer(MoELayer):
         super().__init__(*args, **kwargs)
         self._recomputes = self.moe_layer_recompute
         self.moe_layer_recompute = False  # done here, where the step is known
-        self._step, self._layer_number = 0, 0
         self.router.join_recursion(recursion)
-
-    def begin_step(self, step: int, layer_number: int) -> None:
-        """The next forward pass runs `step` as unrolled layer `layer_number` (1-based)."""
-        self._step, self._layer_number = step, layer_number
 
     def forward(  # type: ignore[override]
         self,
@@ -44,7 +40,8 @@ class RecursiveMoELayer(MoELayer):
         intermediate_tensors: Any = None,
         padding_mask: Tensor | None = None,
     ) -> Any:
-        run = partial(self._run, self._step, self._layer_number)
+        # By the time the backward pass recomputes this, another step will have begun.
+        run = partial(self._run, self.step, self.unrolled_layer_number)
         if self._recomputes and self.training:
             return checkpoint(run, False, hidden_states, intermediate_tensors, padding_mask)
         return run(hidden_states, intermediate_tensors, padding_mask)
@@ -58,7 +55,7 @@ class RecursiveMoELayer(MoELayer):
         padding_mask: Tensor | None,
     ) -> Any:
         self.set_layer_number(layer_number)
-        self.router.step = step
+        self.router.begin_step(step, layer_number)
         count, extra = len(hidden_states), self._rows_missing(hidden_states)
         if extra:
             hidden_states = F.pad(hidden_states, (0, 0, 0, 0, 0, extra))

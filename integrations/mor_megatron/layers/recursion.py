@@ -5,6 +5,7 @@ holds `s / tp` rows.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -26,8 +27,9 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 from megatron.core.utils import get_pg_rank, make_viewless_tensor
 from torch import Tensor
 
-from mor_layers import RecursionBlock, RecursionConfig, RecursionOutput, Tokens
+from mor_layers import RecursionBlock, RecursionConfig, RecursionOutput, RoutingDecision, Tokens
 from mor_megatron.layers.auxiliary_loss import RouterLossScaler, listen_for_loss_scale
+from mor_megatron.layers.block_part import BlockPart, CombiningRouter
 from mor_megatron.layers.expert_router import StepTopKRouter
 from mor_megatron.layers.quantization import require_one_precision
 from mor_megatron.layers.routing_statistics import RoutingStatistics
@@ -54,13 +56,18 @@ class RecursionSubmodules:
 class _Recursion(RecursionBlock):
     """A RecursionBlock whose routers draw alike on all tensor-parallel ranks."""
 
-    def _route(self, *args: Any) -> Any:
+    def route(
+        self,
+        candidates: Tensor,
+        step: int,
+        previous: RoutingDecision,
+        causal: bool = False,
+        assess: bool = True,
+    ) -> RoutingDecision:
         tracker = get_cuda_rng_tracker()
         name = get_data_parallel_rng_tracker_name()
-        if name not in tracker.get_states():
-            return super()._route(*args)
-        with tracker.fork(name):
-            return super()._route(*args)
+        with tracker.fork(name) if name in tracker.get_states() else nullcontext():
+            return super().route(candidates, step, previous, causal, assess)
 
 
 class RecursionLayer(TransformerLayer):
@@ -77,12 +84,14 @@ class RecursionLayer(TransformerLayer):
         submodules: specs of the shared layers.
         layer_number: 1-based place among this stage's layers.
         recursion: steps, router, KV policy, norms; `sharing` is not read, a step runs all K.
+        part: where these layers are a part of a block that is spread over the pipeline. Default:
+            they are the whole block.
 
     Raises:
         ValueError: settings that cannot run, see `validation`.
     """
 
-    is_entry = True
+    is_entry: bool
     """Whether tokens are routed here; not on later stages of a block spread over the pipeline."""
     causal_routing = False
     """Whether no token's depth may depend on later tokens: as generation needs, see
@@ -95,6 +104,7 @@ class RecursionLayer(TransformerLayer):
         layer_number: int = 1,
         *,
         recursion: RecursionConfig,
+        part: BlockPart | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         vp_stage: int | None = None,
         **unused: Any,
@@ -115,22 +125,29 @@ class RecursionLayer(TransformerLayer):
         )
         unrolled = len(submodules.layer_specs) * recursion.num_recursions
         require_one_precision(config, self.layer_number - 1, unrolled)
+        part = part or BlockPart(len(submodules.layer_specs))
+        self.is_entry = part.routes
         placement = self._placement()
         stack = StepStack(
             config,
             submodules.layer_specs,
             recursion,
+            part,
             self.layer_number - 1,
             pg_collection,
             vp_stage,
         )
+        # Built on every rank, so that what is drawn for the modules after it depends on no role.
         router = recursion.router.build(config.hidden_size, recursion.num_recursions)
-        router.to(next(stack.parameters()).device, config.params_dtype)
-        step_input = recursion.build_step_input(config.hidden_size)
-        if step_input is not None:
-            step_input.to(next(stack.parameters()).device, config.params_dtype)
+        if not part.routes:
+            router = CombiningRouter(router)
+        step_input = recursion.build_step_input(config.hidden_size) if part.routes else None
+        device = next(stack.parameters()).device
         for module in (router, step_input):
-            for parameter in () if module is None else module.parameters():
+            if module is None:
+                continue
+            module.to(device, config.params_dtype)
+            for parameter in module.parameters():
                 # Ranks see the tokens they hold: finalize_model_grads sums what they learn.
                 setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010
         self.recursion = _Recursion(
@@ -203,7 +220,10 @@ class RecursionLayer(TransformerLayer):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Each shared weight once (`recursion.layers`), router and step input (`recursion.router`)."""
+        """Each shared weight once.
+
+        Keys begin with `recursion.layers`, `recursion.router` and `recursion.step_input`.
+        """
         assert not sharded_offsets, "layers of a recursion have keys of their own"
         parts = {f"layers.{index}.": layer for index, layer in enumerate(self.recursion.layers)}  # type: ignore[arg-type]
         state: dict[str, Any] = {}

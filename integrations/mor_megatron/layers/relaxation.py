@@ -35,7 +35,8 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from mor_layers import Relaxation
-from mor_layers.layers import Projection, StepDelta
+from mor_layers.layers import Projection, StepDelta, norms_over_ranks
+from mor_megatron.layers.step_aware import StepAware
 
 _ATTENTION: tuple[Projection, ...] = ("query", "key", "value", "output")
 
@@ -90,9 +91,9 @@ class RowParallelDelta(ParallelDelta):
 
     axes: ClassVar = {"a": 1}
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.column_group = self.group
+    @torch.no_grad()
+    def norms(self, weight: Tensor) -> Tensor:
+        return norms_over_ranks(super().norms(weight), self.group)
 
     def lowered(self, hidden: Tensor) -> Tensor:
         """`[p b i]` to `[p/tp b q]` under sequence parallelism, else to `[p b q]`."""
@@ -102,14 +103,11 @@ class RowParallelDelta(ParallelDelta):
         return reduce_from_tensor_model_parallel_region(low, self.group)
 
 
-class StepDeltas(nn.ModuleDict):
-    """The deltas of one layer's attention, or of its MLP: by projection, one for each step."""
+class StepDeltas(StepAware, nn.ModuleDict):
+    """The deltas of one layer's attention, or of its MLP: by projection, one for each step.
 
-    step = 0
-    """Recursion step that runs."""
-
-    def begin_step(self, step: int, layer_number: int) -> None:
-        self.step = step
+    They hang on the outputs of Megatron's linear layers as hooks, which no context reaches.
+    """
 
     def relax(self, name: str, hidden: Tensor, projected: Tensor, weight: Tensor) -> Tensor:
         """`projected` with the delta of the current step, where `name` has any.

@@ -8,7 +8,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -24,11 +24,13 @@ from torch import Tensor, nn
 
 from mor_layers import RecursionConfig, StepContext
 from mor_megatron.layers.attention import RecursiveSelfAttention, SDPACoreAttention
+from mor_megatron.layers.block_part import BlockPart
 from mor_megatron.layers.expert_router import StepTopKRouter
 from mor_megatron.layers.moe import RecursiveMoELayer
 from mor_megatron.layers.quantization import filled, row_alignment
 from mor_megatron.layers.relaxation import attach_deltas
 from mor_megatron.layers.sandwich import attach_output_norms, like_norms_of
+from mor_megatron.layers.step_aware import StepAware
 from mor_megatron.step import (
     CachedStep,
     GatheredStep,
@@ -39,25 +41,11 @@ from mor_megatron.step import (
 )
 
 
-@runtime_checkable
-class StepAware(Protocol):
-    """A module inside a layer that must know which step runs."""
-
-    def begin_step(self, step: int, layer_number: int) -> None:
-        """The next forward pass runs `step` as unrolled layer `layer_number` (1-based)."""
-        ...
-
-
-class StepNorms(nn.ModuleList):
+class StepNorms(StepAware, nn.ModuleList):
     """A norm of its own for each step."""
 
-    _step = 0
-
-    def begin_step(self, step: int, layer_number: int) -> None:
-        self._step = step
-
     def forward(self, hidden: Tensor) -> Tensor:
-        return self[self._step](hidden)
+        return self[self.step](hidden)
 
 
 class StepStack(nn.ModuleList):
@@ -67,7 +55,8 @@ class StepStack(nn.ModuleList):
         config: the model's configuration.
         layer_specs: the user's specs of the K layers.
         recursion: for the number of steps and whether they share norms.
-        first_layer: layers of the unrolled model before this block.
+        part: which layers of the block these are.
+        first_layer: layers of the unrolled model before the block.
         pg_collection: the model's process groups.
         vp_stage: virtual pipeline stage the block lives in.
 
@@ -80,11 +69,13 @@ class StepStack(nn.ModuleList):
         config: TransformerConfig,
         layer_specs: Sequence[ModuleSpec],
         recursion: RecursionConfig,
+        part: BlockPart,
         first_layer: int,
         pg_collection: ProcessGroupCollection,
         vp_stage: int | None,
     ) -> None:
         inner = inner_config(config, recursion.num_recursions)
+        first_layer += part.first
         super().__init__(
             build_module(
                 recursive_layer_spec(spec, recursion, config.context_parallel_size > 1),
@@ -98,7 +89,7 @@ class StepStack(nn.ModuleList):
         )
         self.first_layer = first_layer
         self.row_alignment = row_alignment(config)
-        self.layers_per_step = len(self)  # more where other stages hold layers of the block too
+        self.layers_per_step = part.block_size
         self.tp_group = pg_collection.tp if config.sequence_parallel else None
         self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
         for index, layer in enumerate(self):
@@ -148,6 +139,11 @@ class StepStack(nn.ModuleList):
             layer_number = self.first_layer + context.step * self.layers_per_step + index + 1
             for module in self._step_aware[index]:
                 module.begin_step(context.step, layer_number)
+            # The arguments of a Megatron layer are fixed, and what a recursion's attention must
+            # know has none of its own. Two of them reach self-attention as they are given, without
+            # the layer looking inside: the context takes the place of the mask that it stands for,
+            # and the rotation of these rows that of the rotary table.
+            # `RecursiveSelfAttention.forward` takes both out again.
             hidden, _ = layer(
                 hidden_states=hidden,
                 attention_mask=context,

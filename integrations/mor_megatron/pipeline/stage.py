@@ -20,9 +20,9 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 from megatron.core.utils import get_pg_rank, make_viewless_tensor
 from torch import Tensor
 
-from mor_layers import RecursionConfig, RecursionOutput, Router, RoutingDecision
+from mor_layers import RecursionConfig, RecursionOutput, RoutingDecision
 from mor_layers.recursion import SharingContext, begin_step
-from mor_megatron.layers import RecursionLayer, RecursionSubmodules, refuse_inputs
+from mor_megatron.layers import BlockPart, RecursionLayer, RecursionSubmodules, refuse_inputs
 from mor_megatron.pipeline.state import CarriedLayout, CarriedState, Flight, GradientsOfLaterSteps
 
 
@@ -40,20 +40,6 @@ class Turns:
             self._to_repeat.clear()
         self._to_repeat.append(microbatch)
         return microbatch, False
-
-
-class _Combiner:
-    """What the last rank needs of a router whose parameters live on the first."""
-
-    def __init__(self, router: Router) -> None:
-        self.combines_with_origin = router.combines_with_origin
-        self.combine = router.to("meta").combine
-
-    def advance(self, tokens_per_step: Tensor) -> None:
-        """The router itself advances, on the first rank."""
-
-    def adjust(self, observations: dict[str, Tensor]) -> None:
-        """As `advance`."""
 
 
 class RecursionStage(RecursionLayer):
@@ -85,26 +71,20 @@ class RecursionStage(RecursionLayer):
         vp_stage: int | None = None,
         **unused: Any,
     ) -> None:
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups()
         super().__init__(
             config,
             submodules,
             layer_number,
             recursion=recursion,
+            part=BlockPart(block_size, first_in_block, routes=pg_collection.pp.rank() == 0),
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
-        stack = cast(Any, self.recursion.layers)
-        stack.first_layer += first_in_block
-        stack.layers_per_step = block_size
         self.first_in_block = first_in_block
         self.num_recursions = recursion.num_recursions
-        stages = self.pg_collection.pp
-        self.is_entry, self.is_exit = stages.rank() == 0, stages.rank() == stages.size() - 1
-        if not self.is_entry:
-            router = self.recursion.router
-            del self.recursion.router
-            self.recursion.__dict__["router"] = _Combiner(router)
-            self.recursion.step_input = None  # the first rank's states enter the layers
+        self.is_exit = pg_collection.pp.rank() == pg_collection.pp.size() - 1
         injects = self.recursion.step_input is not None and self.recursion.step_input.injects
         combines = self.is_exit and self.recursion.router.combines_with_origin
         self.keeps_origin = injects or combines
@@ -193,8 +173,8 @@ class RecursionStage(RecursionLayer):
         self, step: int, state: CarriedState, flight: Flight, is_again: bool
     ) -> CarriedState:
         previous = replace(state.decision, rows=None)
-        decision = self.recursion._route(state.rows, step, previous, self.causal_routing)
-        selected = self.recursion.placement.select(state.rows, decision)
+        decision = self.recursion.route(state.rows, step, previous, self.causal_routing)
+        selected = self.recursion.select(state.rows, decision)
         if step == 0:
             flight.tokens = previous.tokens
         if not is_again:
@@ -216,7 +196,7 @@ class RecursionStage(RecursionLayer):
         context = begin_step(recursion.kv_policy, step, decision.tokens, earlier)
         rotation = self._rotation(rotary_pos_emb, state.rows)
         rows = recursion.enter(step, state.rows, self._injected(step, state, flight))
-        output = recursion._run_layers(rows, context, {"rotation": rotation})
+        output = recursion.run_layers(rows, context, rotation=rotation)
         origin = state.full if self.keeps_origin else None
         if step == 0:
             output = self._leave_for_later(output, flight, context, origin)
@@ -224,11 +204,11 @@ class RecursionStage(RecursionLayer):
             flight.context, origin = context, flight.origin
         if not self.is_exit:
             return replace(state, rows=output)
-        place = recursion.placement
-        selected = place.select(state.full, decision)
-        origin = selected if origin is None else place.select(origin, decision)
-        updated = recursion._combine(step, selected, output, decision, origin)
-        return CarriedState(place.write_back(state.full, updated, decision), updated, decision)
+        selected = recursion.select(state.full, decision)
+        origin = selected if origin is None else recursion.select(origin, decision)
+        updated = recursion.combine(step, selected, output, decision, origin)
+        full = recursion.placement.write_back(state.full, updated, decision)
+        return CarriedState(full, updated, decision)
 
     def _injected(self, step: int, state: CarriedState, flight: Flight) -> Tensor | None:
         """Where the recursion began, for the rows of a step that add it."""
@@ -237,7 +217,7 @@ class RecursionStage(RecursionLayer):
         tokens = state.decision.tokens
         is_all = tokens.is_padding is None and len(tokens.positions) == tokens.sequence_length
         among_all = replace(state.decision, rows=None if is_all else tokens.positions)
-        return self.recursion.placement.select(flight.origin, among_all)
+        return self.recursion.select(flight.origin, among_all)
 
     def _leave_for_later(
         self, output: Tensor, flight: Flight, context: Any, origin: Tensor | None

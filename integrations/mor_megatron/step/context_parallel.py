@@ -96,7 +96,7 @@ class GatheredStep(StepContext):
     def of(cls, inner: StepContext, group: ProcessGroup, multiple: int) -> "GatheredStep":
         """This rank's part of a step."""
         tokens = _share(inner.tokens, group, multiple)
-        return cls(inner.step, tokens, inner, group, multiple, expert_use=inner.expert_use)
+        return cls(inner.step, tokens, inner, group, multiple, experts=inner.experts)
 
     @property
     def projects_keys(self) -> bool:

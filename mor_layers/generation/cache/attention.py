@@ -196,6 +196,7 @@ class CachedContext(StepContext):
     """What layers know about tokens in flight, `[t 1 h]`, each of which has its own step."""
 
     step: Int[Tensor, "t 1"] | int  # type: ignore[assignment]
+    """An int where all tokens are at the same step."""
     arena: KVArena
     """The memory of the layers' keys and values."""
     first_layer: int
@@ -210,12 +211,12 @@ class CachedContext(StepContext):
     """Number of tokens at each step, if there are several; tokens are ordered by step."""
 
     @property
-    def num_projected(self) -> int:
-        return len(self.rows)
-
-    @property
     def projects_keys(self) -> bool:
         return len(self.rows) > 0
+
+    def rows_to_project(self, hidden: Tensor) -> Tensor:
+        # Under recursive sharing tokens beyond step 1 see rows that are there already.
+        return hidden[: len(self.rows)]
 
     def rows_by_step(self, count: int) -> list[tuple[int, slice]]:
         if isinstance(self.step, int):

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mor_layers.models import MoRTransformer
-from mor_layers.recursion import RecursionBlock
+from mor_layers.recursion import RecursionBlock, RoutedStep
 from mor_layers.routers import Deepened
 
 
@@ -117,21 +117,19 @@ def _logits(
     model: MoRTransformer, block: RecursionBlock, texts: list[Tensor], step: int
 ) -> Float[Tensor, "t c"]:
     """Router logits of all candidates of a step, with the depths that generation gives them."""
-    seen, router = [], block.router
-    decide = router.decide
+    seen: list[Tensor] = []
 
-    def note(logits, at, previous, causal=False):  # type: ignore[no-untyped-def]
-        if at == step:
-            padding = previous.tokens.is_padding
-            seen.append(logits.flatten(0, 1) if padding is None else logits[~padding])
-        return decide(logits, at, previous, causal)
+    def note(routed: RoutedStep) -> None:
+        if routed.step != step:
+            return
+        assert routed.logits is not None, "a router that is tuned compares logits"
+        padding = routed.previous.tokens.is_padding
+        logits = routed.logits
+        seen.append(logits.flatten(0, 1) if padding is None else logits[~padding])
 
-    router.decide = note  # type: ignore[method-assign]
-    try:
+    with block.observed(note):
         for ids in texts:
             model(ids, causal_routing=True)
-    finally:
-        del router.decide
     return torch.cat(seen)
 
 

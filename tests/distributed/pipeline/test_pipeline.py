@@ -180,6 +180,27 @@ def test_other_parallelism_and_settings(pool, on_one_rank, name: str) -> None:
     check(pool, on_one_rank, MORE[name])
 
 
+def held(case: Case) -> tuple[list[int], set[str]]:
+    """Numbers by which a rank's layers last ran, and what its recursion has beside layers."""
+    from mor_megatron.layers.moe import RecursiveMoELayer
+
+    initialize(case, is_pipeline=True)
+    chunks = build(case, is_pipeline=True)
+    forward_backward(chunks, setup.random_tokens(2, SEQUENCE_LENGTH))
+    recursion = stages_of(chunks)[0].recursion
+    layers = [m for m in recursion.modules() if isinstance(m, RecursiveMoELayer)]
+    names = {name.split(".")[0] for name, _ in recursion.named_parameters()}
+    return [layer.unrolled_layer_number for layer in layers], names - {"layers"}
+
+
+def test_a_rank_holds_its_part_of_the_block_and_the_first_one_routes(pool) -> None:
+    settings = replace(recursion(3, "expert"), step_embeddings=True)
+    first, last = pool.run(held, 2, case=Case(settings, config=MOE))
+    # One layer before the recursion; its last step runs the block's four layers after twice four.
+    assert first == ([10, 11], {"router", "step_input"})
+    assert last == ([12, 13], set())
+
+
 BF16: Options = {
     "bf16": True,
     "params_dtype": torch.bfloat16,

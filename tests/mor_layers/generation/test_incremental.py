@@ -90,3 +90,15 @@ def test_what_does_not_fit_is_refused() -> None:
         decoder.extend(random_ids(3, 4))
     with pytest.raises(ValueError, match="cannot keep 5 columns of 0"):
         decoder.cut(5)
+
+
+def test_an_observer_sees_what_is_routed_while_texts_grow() -> None:
+    model = model_for("token_choice", "exit_state", "middle_cycle")
+    decoder, seen = IncrementalDecoder(model, 2), []
+    with model.recursions[0].observed(seen.append):
+        decoder.extend(random_ids(2, 20))
+        decoder.extend(random_ids(2, 1, seed=1))
+    assert all(routed.causal and not routed.decision.losses for routed in seen)
+    for step in range(3):
+        ran = sum(int(routed.decision.tokens.count) for routed in seen if routed.step == step)
+        assert ran == (decoder.depths > step).sum()

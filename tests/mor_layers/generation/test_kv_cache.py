@@ -10,7 +10,7 @@ from mor_layers.costs import account
 from mor_layers.generation import CacheSettings, DepthBatchingEngine, Request
 from mor_layers.generation.cache import CachedAttention, KVArena, PagedRows, Visible
 from mor_layers.generation.cache.attention import GatheredAttention, IndexedAttention
-from mor_layers.generation.runner import Decoder
+from mor_layers.generation.runner import ModelRunner
 from mor_layers.recursion import KVPolicy
 from tests.mor_layers.generation.served import Recorder, prompt
 from tests.mor_layers.small_models import small_config, small_model
@@ -111,7 +111,7 @@ def test_bytes_are_those_allocated(policy: KVPolicy, sharing: str, is_int8: bool
     model = small_model(small_config(ExpertChoice(), 3, sharing, policy, block_size=2))
     for kv_bytes in (20_000, 100_001):
         settings = CacheSettings(kv_bytes, 3, 50, page_size=4, is_int8=is_int8)
-        caches = Decoder(model, settings, 8).caches
+        caches = ModelRunner(model, settings, 8).caches
         tensors = [a.data for a in (caches.outer, caches.inner)]
         tensors += [a.scales for a in (caches.outer, caches.inner) if a.scales is not None]
         assert caches.num_bytes == sum(t.numel() * t.element_size() for t in tensors)
@@ -135,14 +135,14 @@ def test_a_sequence_holds_what_its_policy_keeps(policy: KVPolicy) -> None:
         "sharing_with_update": sum(ran),
         "exit_state": sum(ran) + exited,
     }[policy]
-    decoder = recorder.engine.decoder
+    runner = recorder.engine.runner
     row = 2 * 6 * 4  # keys and values of one head of 6 numbers, in fp32
-    pending = sum(len(rows) for rows in decoder._exited)
+    pending = sum(len(rows) for rows in runner.cached.unstored)
     in_use = row * (2 * len(depths) + 2 * (rows - pending))
-    assert decoder.caches.num_bytes_in_use == in_use
+    assert runner.caches.num_bytes_in_use == in_use
     if policy != "exit_state":
         cost = account(model.config, len(depths), ran)
-        assert decoder.caches.num_bytes_in_use == cost.kv_bytes(bytes_per_number=4)
+        assert runner.caches.num_bytes_in_use == cost.kv_bytes(bytes_per_number=4)
 
 
 @pytest.mark.parametrize("num_recursions", [2, 3, 4])
@@ -151,19 +151,19 @@ def test_expected_bytes_are_the_published_shares_of_a_full_cache(num_recursions:
     rows = {}
     for policy in ("recursion_wise", "recursive_sharing"):
         config = small_config(ExpertChoice(), num_recursions, "cycle", policy)
-        decoder = Decoder(small_model(config), CacheSettings(1 << 20, page_size=1), 8)
-        rows[policy] = decoder.caches.demand(length)[1] / (num_recursions * length)
+        runner = ModelRunner(small_model(config), CacheSettings(1 << 20, page_size=1), 8)
+        rows[policy] = runner.caches.demand(length)[1] / (num_recursions * length)
     assert rows["recursion_wise"] == pytest.approx((num_recursions + 1) / (2 * num_recursions))
     assert rows["recursive_sharing"] == pytest.approx(1 / num_recursions)
 
 
 def test_less_than_a_page_is_an_error() -> None:
     with pytest.raises(ValueError, match="less than one page"):
-        Decoder(small_model(small_config()), CacheSettings(100), 8)
+        ModelRunner(small_model(small_config()), CacheSettings(100), 8)
     with pytest.raises(ValueError, match="page_size=0 must be at least 1"):
         CacheSettings(100, page_size=0)
     with pytest.raises(ValueError, match="3 entries, one a step"):
-        Decoder(small_model(small_config()), CacheSettings(1 << 20, shares=(1.0,)), 8)
+        ModelRunner(small_model(small_config()), CacheSettings(1 << 20, shares=(1.0,)), 8)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -14,12 +14,14 @@ from mor_layers import (
     RandomDepth,
     RecursionBlock,
     RouterConfig,
+    RoutingDecision,
     StepContext,
     TokenChoice,
     Tokens,
 )
 from mor_layers.layers import PointwiseLayers
 from mor_layers.models import DecoderStack
+from mor_layers.recursion import RoutedStep, begin_step
 from tests.mor_layers.selection.test_decision import batches
 from tests.mor_layers.small_models import (
     HIDDEN_SIZE,
@@ -334,3 +336,55 @@ def test_the_wrapped_layers_are_stored_once():
     block = some_decoder_block(ROUTERS["expert_choice"])
     layers = {name for name in block.state_dict() if name.startswith("layers.")}
     assert layers == {f"layers.{name}" for name in block.layers.state_dict()}
+
+
+@pytest.mark.parametrize("assess", [True, False])
+def test_an_observer_sees_every_step_that_is_routed(assess):
+    block = some_decoder_block(ROUTERS["expert_choice"])
+    hidden, tokens = random_states(9, 2), Tokens.whole_sequence(9, 2)
+    plain, seen = block(hidden), []
+    with block.observed(seen.append):
+        output = block(hidden)
+        block.route(hidden, 0, RoutingDecision.everything(tokens), causal=True, assess=assess)
+    assert torch.equal(output.hidden, plain.hidden)
+    found = [(routed.step, routed.causal) for routed in seen]
+    assert found == [(0, False), (1, False), (2, False), (0, True)]
+    for routed, decision in zip(seen, output.decisions, strict=False):
+        assert routed.decision is decision
+        assert routed.logits.shape[:2] == routed.previous.tokens.shape
+    assert seen[2].previous is seen[1].decision
+    assert bool(seen[3].decision.losses) == assess
+
+
+def test_observers_are_told_of_nothing_once_they_have_left():
+    block = some_decoder_block(ROUTERS["token_choice"])
+    hidden, outer, inner = random_states(5, 1), [], []
+
+    def refuse(routed: RoutedStep) -> None:
+        inner.append(routed)
+        raise ZeroDivisionError
+
+    with block.observed(outer.append):
+        with pytest.raises(ZeroDivisionError), block.observed(refuse):
+            block(hidden)
+        block(hidden)
+    block(hidden)
+    assert [routed.step for routed in outer] == [0, 0, 1, 2]
+    assert [routed.step for routed in inner] == [0]
+
+
+def test_the_parts_of_a_step_make_the_whole():
+    block = some_decoder_block(ROUTERS["expert_choice"], policy="recursive_sharing")
+    candidates = random_states(9, 2)
+    whole, decision = block(candidates), RoutingDecision.everything(Tokens.whole_sequence(9, 2))
+    context, steps = None, []
+    for step in range(NUM_RECURSIONS):
+        decision = block.route(candidates, step, decision)
+        selected = block.select(candidates, decision)
+        context = begin_step(block.kv_policy, step, decision.tokens, context)
+        output = block.run_layers(block.enter(step, selected, None), context)
+        steps.append((candidates, decision))
+        candidates = block.combine(step, selected, output, decision, None)
+    for outer, nested in reversed(steps):
+        candidates = block.placement.write_back(outer, candidates, nested)
+    assert torch.equal(candidates, whole.hidden)

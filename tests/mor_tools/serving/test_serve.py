@@ -328,7 +328,7 @@ def test_callers_send_one_of_the_api_keys(tmp_path: Path) -> None:
 def test_logits_that_are_not_finite_end_one_call() -> None:
     with running() as own:
         # Bytes of the prompt that break the model: no text generated below has any.
-        own.engine.decoder.model.embedding.register_forward_hook(
+        own.engine.runner.model.embedding.register_forward_hook(
             lambda _, given, out: out.masked_fill((given[0] == 1)[..., None], torch.nan)
         )
         arguments = {"model": "random", "prompt": "Hello", "max_tokens": 20, "temperature": 0}
