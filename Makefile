@@ -8,7 +8,7 @@ ARGUMENTS ?=
 export PYTHONPATH := $(CURDIR):$(CURDIR)/integrations
 use_python = python=$(or $(PYTHON),$$(.ci/setup)) &&
 
-.PHONY: help env pretrain test test-full test-gpu faults lint docs bench
+.PHONY: help env pretrain test test-full test-gpu faults lint docs wheel bench
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -41,6 +41,9 @@ lint:  ## ruff, pyright and the import contracts
 
 docs:  ## build the documentation site
 	@$(use_python) $$python -m mkdocs build --quiet --strict --config-file docs/mkdocs.yml
+
+wheel:  ## build the wheel into dist/, and try it where only its dependencies are installed
+	@$(use_python) $$python .ci/wheel.py
 
 bench:  ## compare training steps with and without recursion
 	@$(use_python) OMP_NUM_THREADS=1 $$python examples/benchmarks/training_step.py $(ARGUMENTS)

@@ -1,4 +1,4 @@
-"""Mix-ins for modules: buffers that keep their precision, parameters that are read by a call."""
+"""Mix-ins for modules: buffers that keep their precision, and parameters that are read by a call."""
 
 from torch import Tensor, nn
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 class PreciseBuffers(nn.Module):
     """A module whose buffers keep their dtype when it is cast.
 
-    Buffers steer a choice by small steps that bf16 would round away.
+    Such buffers (biases, thresholds) change in small steps that bf16 would round away.
     """
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
@@ -22,8 +22,8 @@ class PreciseBuffers(nn.Module):
 class CalledParameters(nn.ParameterList):
     """Parameters that are read by a call, `parameters(i)`.
 
-    What must happen before a module's parameters are used, such as waiting for those that an
-    optimizer gathers meanwhile, hangs on calls of the module that holds them.
+    Frameworks hook the call of a module to prepare its parameters, for example to wait until the
+    optimizer has gathered them. Reading a parameter without a call would bypass these hooks.
     """
 
     __call__ = nn.Module.__call__

@@ -1,4 +1,4 @@
-"""Generation: an engine that batches tokens of all requests at every step of the recursion."""
+"""Generation: an engine that batches the tokens of all requests and all recursion steps."""
 
 from mor_layers.generation.cache.caches import CacheSettings
 from mor_layers.generation.cache.policies import CACHE_POLICIES

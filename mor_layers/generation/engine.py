@@ -27,7 +27,7 @@ NOT_FINITE = (
 
 @dataclass(frozen=True)
 class Event:
-    """News of a request."""
+    """An event of one request."""
 
     number: int
     """Which request, as `submit` named it."""

@@ -1,6 +1,6 @@
-"""Tokens on their way through a model that generates, with what travels along.
+"""Tokens in flight through a generating model, and the data that accompanies them.
 
-Legend: `t` tokens in flight, `h` hidden, `p` numbers that a router plans per token.
+Legend: `t` tokens in flight, `h` hidden, `p` numbers per token in a router's plan.
 """
 
 from bisect import bisect_left
@@ -15,22 +15,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """Some tokens: their states, and what is noted of each."""
+    """Some tokens: their states, and five integers for each."""
 
     hidden: Float[Tensor, "t h"]
     notes: Int[Tensor, "5 t"]
-    """The five lines that the properties name; one tensor, so that taking is one operation."""
+    """The values of the five properties below, in one tensor, so that `take` is one operation."""
 
     @classmethod
     def of(
         cls, hidden: Tensor, slots: Tensor, steps: Tensor, positions: Tensor, places: Tensor
     ) -> "Rows":
-        """Tokens that no cache policy has noted anything about yet."""
+        """Tokens for which the cache policy has no entries yet."""
         return cls(hidden, torch.stack([slots, steps, positions, places, torch.zeros_like(slots)]))
 
     @classmethod
     def joined(cls, parts: Sequence["Rows"]) -> "Rows":
-        """The tokens of all parts, one after another."""
+        """The tokens of all parts, concatenated."""
         if len(parts) == 1:
             return parts[0]
         notes = torch.cat([part.notes for part in parts], dim=1)
@@ -41,27 +41,27 @@ class Rows:
 
     @property
     def slots(self) -> Int[Tensor, " t"]:
-        """The sequence that each belongs to."""
+        """The sequence that each token belongs to."""
         return self.notes[0]
 
     @property
     def steps(self) -> Int[Tensor, " t"]:
-        """Steps that each has run, which is the 0-based one that it would run next."""
+        """Number of steps that each token has run, which is the 0-based number of its next step."""
         return self.notes[1]
 
     @property
     def positions(self) -> Int[Tensor, " t"]:
-        """Place of each in its text."""
+        """Position of each token in its text."""
         return self.notes[2]
 
     @property
     def places(self) -> Int[Tensor, " t"]:
-        """Place of each in its span."""
+        """Position of each token in its span."""
         return self.notes[3]
 
     @property
     def entries(self) -> Int[Tensor, " t"]:
-        """What the cache policy wants to hear again."""
+        """The entries that the cache policy returned, to be passed to it at the next step."""
         return self.notes[4]
 
     def take(self, index: Int[Tensor, " k"]) -> "Rows":
@@ -75,25 +75,25 @@ class Rows:
 
 @dataclass(frozen=True)
 class Pool:
-    """Tokens that run the recursion, in the order of steps: those of one step stand together.
+    """Tokens that run the recursion, ordered and grouped by step.
 
-    What is done to every token is one operation, whatever step it is at. Only routers, which may
-    plan another number of things at every step, are asked about the steps one by one.
+    Whatever is done to all tokens is one operation, regardless of their steps. Only routers are called
+    once per step, because their plans may have a different size at each step.
     """
 
     rows: Rows
     counts: tuple[int, ...]
-    """Tokens at each step; last come those that have run all of them."""
+    """Number of tokens at each step; the last entry counts those that have run all steps."""
     plans: tuple[Float[Tensor, "t p"] | None, ...]
-    """What the router planned for the tokens of each step; None: nothing."""
+    """The router's plan for the tokens of each step; None if there is none."""
     gates: tuple[Float[Tensor, " t"] | None, ...]
-    """Of the tokens of each step, what the block's output is multiplied by; None: nothing."""
+    """Factors of the block's output for the tokens of each step; None if there are none."""
     origin: Float[Tensor, "t h"] | None = None
-    """States that entered the recursion, where the router asks for them."""
+    """States that entered the recursion, if the router needs them."""
 
     @classmethod
     def at(cls, step: int, num_steps: int, rows: Rows, origin: Tensor | None = None) -> "Pool":
-        """Tokens that have all run so many of `num_steps` steps."""
+        """Tokens that have all run `step` of `num_steps` steps."""
         counts, nothing = [0] * (num_steps + 1), (None,) * (num_steps + 1)
         counts[step] = len(rows)
         return cls(rows, tuple(counts), nothing, nothing, origin)
@@ -102,18 +102,18 @@ class Pool:
         return len(self.rows)
 
     def origin_of(self, own: slice) -> Float[Tensor, "k h"] | None:
-        """States that entered the recursion, of the tokens that stand there."""
+        """States that entered the recursion, for the tokens of a slice."""
         return None if self.origin is None else self.origin[own]
 
     def parts(self) -> Iterator[tuple[int, slice]]:
-        """Each step that has tokens, and where they stand."""
+        """Each step that has tokens, with their slice."""
         ends = accumulate(self.counts)
         for step, (end, count) in enumerate(zip(ends, self.counts, strict=True)):
             if count:
                 yield step, slice(end - count, end)
 
     def behind(self, first: "Pool") -> "Pool":
-        """The tokens of both; those of `first` are at earlier steps."""
+        """The tokens of both pools; those of `first` are at earlier steps."""
         if not len(first):
             return self
         if not len(self):
@@ -131,7 +131,7 @@ class Pool:
         )
 
     def take(self, kept: Sequence[int]) -> "Pool":
-        """The tokens at these places, which ascend."""
+        """The tokens at the given indices, which are ascending."""
         if len(kept) == len(self):
             return self
         index = torch.tensor(kept, dtype=torch.long).to(self.rows.hidden.device)
@@ -154,7 +154,7 @@ class Pool:
         return self.take([i for i, own in enumerate(self.rows.slots.tolist()) if own != slot])
 
     def advanced(self, hidden: Float[Tensor, "t h"], entries: Int[Tensor, " t"]) -> "Pool":
-        """The tokens after a step, with new states, and what the cache policy noted."""
+        """The tokens after a step, with new states and the cache policy's new entries."""
         rows = self.rows
         notes = torch.stack([rows.slots, rows.steps + 1, rows.positions, rows.places, entries])
         return replace(

@@ -1,9 +1,9 @@
-"""IncrementalDecoder: a batch of texts that grow together, each call continuing all of them.
+"""IncrementalDecoder: a batch of texts that grow together; each call continues all of them.
 
-The engine serves requests that come and go. This is for callers that have a loop
-of their own: they hand in the next tokens of every text and get a state for each. Memory grows by
-need, so it holds the rows that the KV policy keeps and no more than as much again. Texts can be
-reordered and copied (beams), and cut (rejected drafts).
+The engine serves requests that come and go. This class is for callers with a loop of their own, which
+pass the next tokens of every text and get a state for each token. Memory grows as needed, to at most
+twice the rows that the KV policy keeps. Texts can be reordered and copied (for beams), and cut (for
+rejected drafts).
 
 Legend: `b` texts, `q` new tokens of each, `s` columns seen before, `h` hidden.
 """
@@ -26,8 +26,8 @@ class IncrementalDecoder:
     """Keys and values of a batch of texts, and the passes that lengthen them.
 
     Args:
-        model: on the device and in the precision to run with. Put into evaluation mode.
-        num_texts: how many there are.
+        model: the model, on the device and in the precision to use. It is put into evaluation mode.
+        num_texts: number of texts.
 
     Raises:
         ValueError: experts drop tokens.
@@ -42,7 +42,7 @@ class IncrementalDecoder:
         self.is_token = torch.zeros(num_texts, 0, dtype=torch.bool, device=device)
         """Which columns of each text hold a token, `[b s]`."""
         self.depths = torch.zeros(num_texts, length, dtype=torch.long, device=device)
-        """Steps that each token ran, by its place among the text's tokens."""
+        """Steps that each token ran, by its index among the text's tokens."""
 
     @property
     def caches(self) -> Caches:
@@ -54,7 +54,7 @@ class IncrementalDecoder:
 
     @property
     def num_columns(self) -> int:
-        """Length of the texts with their padding."""
+        """Length of the texts, including padding."""
         return self.is_token.shape[1]
 
     @torch.no_grad()
@@ -65,13 +65,14 @@ class IncrementalDecoder:
 
         Args:
             ids: the next tokens.
-            is_token: False where `ids` holds none, on any side. Default: everywhere one.
+            is_token: False where `ids` has padding, which may be anywhere. Default: no padding.
 
         Returns:
-            States behind the last norm; zeros where there is no token.
+            States after the last norm; zeros for padding.
 
         Raises:
-            ValueError: there are not as many rows as texts, or the mask has another shape.
+            ValueError: the number of rows differs from the number of texts, or the mask has another
+                shape.
         """
         if is_token is None:
             is_token = torch.ones_like(ids, dtype=torch.bool)
@@ -105,7 +106,7 @@ class IncrementalDecoder:
 
     @torch.no_grad()
     def select(self, texts: Int[Tensor, " b"]) -> None:
-        """Let text i become a copy of what text `texts[i]` was."""
+        """Replace each text i by a copy of text `texts[i]`."""
         texts, cached = texts.to(self.cached.device), self.cached
         if torch.equal(texts, torch.arange(self.num_texts, device=texts.device)):
             return
@@ -117,10 +118,10 @@ class IncrementalDecoder:
         cached.settings = replace(cached.settings, num_slots=len(texts))
 
     def cut(self, num_columns: int) -> None:
-        """Keep the first columns only.
+        """Keep only the first columns.
 
         Raises:
-            ValueError: there are fewer.
+            ValueError: there are fewer columns.
         """
         if not 0 <= num_columns <= self.num_columns:
             raise ValueError(f"cannot keep {num_columns} columns of {self.num_columns}.")
@@ -137,7 +138,7 @@ class IncrementalDecoder:
         ]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "IncrementalDecoder":
-        """Another batch of the same texts, of the same model."""
+        """A second batch with the same texts, for the same model."""
         from copy import deepcopy
 
         memo |= {id(module): module for module in self.model.modules()}
@@ -156,7 +157,7 @@ class IncrementalDecoder:
             if not len(pool):
                 return exited
             running, unstored = cached.in_flight(pool)
-            if unstored is not None:  # after cuts their list may be longer than the text
+            if unstored is not None:  # after cuts, their list may be longer than the text
                 longest = int(policy.pages.counts.max()) + len(unstored.slots)
                 policy.pages.lengthen(max(longest, cached.settings.max_length))
             _reserve(policy.pages, self.caches.inner, policy.pages_needed(running, unstored))
@@ -178,7 +179,7 @@ class IncrementalDecoder:
 
 
 def _reserve(pages: PagedRows, arena: KVArena, needed: int) -> None:
-    """Have so many free pages; what is missing comes with as much again as is held."""
+    """Make sure that `needed` pages are free; growing at least doubles the memory."""
     missing = needed - pages.pages_free
     if missing > 0 and arena.data.shape[0]:
         added = max(missing, pages.num_pages)
@@ -187,7 +188,7 @@ def _reserve(pages: PagedRows, arena: KVArena, needed: int) -> None:
 
 
 def _copied(rows: Rows, texts: Tensor) -> Rows:
-    """What tokens of each text become when text i is a copy of text `texts[i]`."""
+    """The tokens of each text after text i is replaced by a copy of text `texts[i]`."""
     text, index = (texts[:, None] == rows.slots).nonzero(as_tuple=True)
     copies = rows.take(index)
     return replace(copies, notes=torch.cat([text[None], copies.notes[1:]]))

@@ -1,8 +1,8 @@
-"""One engine on every rank of a tensor-parallel group, driven from the first one.
+"""One engine on every rank of a tensor-parallel group, driven by the first rank.
 
-The first rank calls `submit`, `cancel` and `step` like those of any engine; the others call `follow`,
-which does the same things in the same order at the same times. Decisions of scheduler, routers and
-sampler are functions of what all ranks have alike, so nothing but the calls is sent.
+The first rank calls `submit`, `cancel` and `step` as with any engine. The others call `follow`, which
+makes the same calls in the same order with the same times. The decisions of scheduler, routers and
+sampler depend only on data that is equal on all ranks, so only the calls are sent.
 """
 
 import time
@@ -18,11 +18,12 @@ from mor_layers.models import MoRTransformer
 
 
 class LockstepEngine(DepthBatchingEngine):
-    """A `DepthBatchingEngine` whose model is spread over ranks, see `tensor_parallel.shard`.
+    """A `DepthBatchingEngine` whose model is sharded over ranks; see `tensor_parallel.shard`.
 
     Args:
-        group: the ranks. `decode` and `sampler`, if given, are so on each of them.
-        options: as of `DepthBatchingEngine`, without the clock: the first rank's is everyone's.
+        group: the ranks. If `decode` or `sampler` is given, it must be given on every rank.
+        options: those of `DepthBatchingEngine` except the clock, because all ranks use the first
+            rank's.
     """
 
     def __init__(
@@ -33,14 +34,14 @@ class LockstepEngine(DepthBatchingEngine):
 
     @property
     def leads(self) -> bool:
-        """Whether requests come from this rank."""
+        """Whether this rank accepts requests."""
         return self._group.rank() == 0
 
     def submit(self, request: Request) -> int:
         self._check_leads("submit")
         self._now = time.monotonic()
         number = super().submit(request)
-        self._send("submit", request)  # nothing is sent of a request that is refused
+        self._send("submit", request)  # a refused request is not sent
         return number
 
     def cancel(self, number: int) -> bool:
@@ -60,7 +61,7 @@ class LockstepEngine(DepthBatchingEngine):
         self._send("close")
 
     def follow(self) -> None:
-        """Do as the first rank does, until it closes.
+        """Repeat the calls of the first rank until it closes.
 
         Raises:
             ValueError: this is the first rank.

@@ -1,11 +1,12 @@
-"""A generating model over several ranks, each with some of the heads and of every MLP's width.
+"""A generating model on several ranks, each with a part of the heads and of every MLP's width.
 
     model = shard(MoRTransformer(config), group)
     engine = LockstepEngine(model, cache, group=group)
 
-Every rank holds the embedding, the routers and the norms, computes the same hidden states, and so
-takes the same decisions; after attention and after the MLP the ranks' parts are summed. Keys and
-values of a rank's own heads lie in its own cache. For inference: sums have no gradient.
+Every rank holds the embedding, the routers and the norms, computes the same hidden states, and
+therefore makes the same decisions. The parts of the ranks are summed after attention and after the MLP.
+Each rank caches the keys and values of its own heads. This is for inference only: the sums have no
+gradient.
 
 Source: Shoeybi et al. 2019 (arXiv 1909.08053), section 3.
 
@@ -27,7 +28,7 @@ def shard(model: MoRTransformer, group: ProcessGroup) -> MoRTransformer:
         model: the whole model, the same on every rank.
 
     Raises:
-        ValueError: heads or widths do not divide by the number of ranks.
+        ValueError: heads or widths are not divisible by the number of ranks.
     """
     size = group.size()
     sizes = {"num_heads": model.config.num_heads, "num_kv_heads": model.config.kv_heads}
@@ -93,7 +94,7 @@ class ColumnsOfDelta(StepDelta):
 
 
 def _keep_deltas(linear: nn.Linear, dim: int, group: ProcessGroup) -> None:
-    """Of every step's delta what belongs to rows (0) or columns (1) of the weight."""
+    """Keep this rank's rows (0) or columns (1) of every step's delta."""
     if not isinstance(linear, RelaxedLinear):
         return
     for step, delta in enumerate(linear.deltas):

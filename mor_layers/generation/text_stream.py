@@ -1,4 +1,4 @@
-"""From a growing list of token ids to a growing text that stops at stop strings."""
+"""Turns a growing list of token ids into a growing text that ends at stop strings."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,25 +6,25 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
-    """Gives text out as soon as it is certain.
+    """Returns text as soon as it is certain.
 
-    A character whose bytes are not all there yet is held back, and so is what may turn out to begin
-    a stop string.
+    Characters whose bytes are incomplete are held back, as is text that may turn out to be the
+    beginning of a stop string.
 
     Args:
-        decode: text of token ids.
-        stop: strings that end the text; the first one met is cut off.
+        decode: returns the text of token ids.
+        stop: strings that end the text; the first one that occurs is removed.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
         self.decode, self.stop = decode, tuple(stop)
         self._ids: list[int] = []
-        self._begin = 0  # decoding starts here: text may depend on the tokens before
-        self._end = 0  # tokens whose text is in `_held` or was given out
+        self._begin = 0  # decoding starts here, because text may depend on earlier tokens
+        self._end = 0  # tokens whose text is in `_held` or has been returned
         self._held = ""
 
     def push(self, token: int) -> tuple[str, bool]:
-        """Add a token; returns the text that is certain now, and whether a stop string was met."""
+        """Add a token; return the text that is now certain, and whether a stop string occurred."""
         self._ids.append(token)
         before = self.decode(self._ids[self._begin : self._end])
         now = self.decode(self._ids[self._begin :])
@@ -34,7 +34,7 @@ class TextStream:
         return self._release(now[len(before) :])
 
     def rest(self) -> str:
-        """What was held back, once there are no more tokens."""
+        """The text that was held back, when there are no more tokens."""
         before = self.decode(self._ids[self._begin : self._end])
         text, is_stopped = self._release(self.decode(self._ids[self._begin :])[len(before) :])
         held, self._held, self._begin, self._end = self._held, "", len(self._ids), len(self._ids)
@@ -52,6 +52,6 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Length of the longest suffix of `text` that is a prefix of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

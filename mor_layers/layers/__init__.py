@@ -1,4 +1,4 @@
-"""Layers for the inside of a recursion: a mixture of experts, per-step deltas, adapters."""
+"""Layers for use inside a recursion: a mixture of experts, per-step deltas, and adapters."""
 
 from mor_layers.layers.adapters import EncoderLayers, PointwiseLayers
 from mor_layers.layers.moe import ExpertRouters, MoE, MoEConfig

@@ -1,4 +1,4 @@
-"""Ready modules as the layers of a recursion.
+"""Adapters that use existing modules as the layers of a recursion.
 
 Legend: `b` batch, `k` tokens that run a step, `h` hidden, `n` heads. States are sequence first.
 """
@@ -14,10 +14,10 @@ from mor_layers.selection import Tokens
 
 
 class PointwiseLayers(nn.Module):
-    """Layers that look at every token alone: an MLP, a convolution of width 1, a `Sequential`.
+    """Layers that process each token by itself, such as an MLP or a `Sequential` of such layers.
 
     Args:
-        layers: maps `[k b h]` to `[k b h]`, its residual included.
+        layers: maps `[k b h]` to `[k b h]`, including its residual connection.
     """
 
     def __init__(self, layers: nn.Module) -> None:
@@ -34,7 +34,7 @@ class PointwiseLayers(nn.Module):
 class EncoderLayers(nn.Module):
     """PyTorch's own bidirectional encoder layers.
 
-    A token attends to every token of its document that runs the step, earlier or later.
+    A token attends to every token of its document that runs the step, both earlier and later ones.
 
     Args:
         layers: run one after another; `batch_first` or not.
@@ -62,9 +62,9 @@ class EncoderLayers(nn.Module):
 
 
 def _hidden(tokens: Tokens) -> tuple[Bool[Tensor, "b k"] | None, Bool[Tensor, "b k k"] | None]:
-    """True for what attention must not see: keys, or pairs of query and key where documents matter.
+    """True for what attention must not see: keys or, with several documents, query-key pairs.
 
-    No query is left without a key, where softmax would give nan.
+    Every query keeps at least one key, because softmax would otherwise give nan.
     """
     padding = None if tokens.is_padding is None else tokens.is_padding.T  # [k b] -> [b k]
     if tokens.documents is None:

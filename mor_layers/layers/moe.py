@@ -1,7 +1,7 @@
 """A mixture of experts that counts per recursion step: route -> dispatch -> compute -> combine.
 
-Its experts are shared by all steps it runs in; its router too, or each step has its own. The unit
-of balance is the (step, expert) cell: load, drops, losses and the loss-free bias are kept for each.
+All steps share the experts. They also share the router, or each step has its own. Balance is tracked
+per (step, expert) cell: each cell has its own load, drops, losses and loss-free bias.
 
 Sources: Shazeer et al. 2017; Fedus et al. 2021 (balance loss); Zoph et al. 2022 (z-loss); Wang et al.
 2024, arXiv 2408.15664 (loss-free bias). Losses of a layer that runs N_r times are divided by N_r.
@@ -29,12 +29,12 @@ DropPolicy = Literal["probability", "position"]
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Settings of a mixture of experts in place of an MLP."""
+    """Settings of a mixture of experts that replaces an MLP."""
 
     num_experts: int
-    """Experts. At least 1."""
+    """Number of experts. At least 1."""
     experts_per_token: int = 2
-    """Experts that a token takes; where a router asks for a mean, the most that it may take."""
+    """Experts per token, or the largest number of them if the router over depth sets a mean."""
     ffn_hidden_size: int | None = None
     """Width of an expert. Default: that of the MLP it replaces."""
     balance_coefficient: float = 0.01
@@ -42,13 +42,13 @@ class MoEConfig:
     z_loss_coefficient: float = 0.001
     """Weight of the z-loss. 0: none."""
     bias_update_rate: float = 0.0
-    """Step by which the loss-free bias of each cell moves after an optimizer step. 0: no bias."""
+    """How far the loss-free bias of each cell moves after an optimizer step. 0: no bias."""
     capacity_factor: float | None = None
-    """An expert takes at most this times its even share of a step's assignments, rounded up; what
-    exceeds it is dropped. None: nothing is."""
+    """An expert takes at most this many times its even share of a step's assignments, rounded up, and
+    the rest is dropped. None: nothing is dropped."""
     drop_policy: DropPolicy | None = None
-    """Who keeps a place in a full expert: those of largest `probability` (default), which looks at
-    later tokens, or of earliest `position`."""
+    """Which tokens a full expert keeps: those with the largest `probability` (default), which depends
+    on later tokens, or those with the earliest `position`."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -76,7 +76,7 @@ class MoEConfig:
             )
 
     def check_mean(self, mean_experts: tuple[float, ...] | None) -> None:
-        """Raise ValueError where a mean number of experts cannot be held."""
+        """Raise ValueError if a mean number of experts cannot be kept."""
         for mean in mean_experts or ():
             if not 1 <= mean <= self.experts_per_token or self.experts_per_token < 2:
                 raise ValueError(
@@ -92,20 +92,20 @@ class Assignment:
     experts: Int[Tensor, "t c"]
     gates: Float[Tensor, "t c"]
     is_taken: Bool[Tensor, "t c"]
-    """False where a token takes fewer than `c`, where an expert was full, and in padding."""
+    """False for unused choices, for choices of a full expert, and for padding."""
 
 
 class ExpertRouter(PreciseBuffers):
-    """Softmax over experts; a token takes the likeliest ones.
+    """Softmax over experts; a token takes the most probable ones.
 
     Args:
-        hidden_size: of the tokens.
-        config: of the layer.
-        num_steps: recursion steps the layer runs in.
-        routers: whether these share one router.
-        mean_experts: number of experts a token takes in the mean, at each step: the best, and any
-            of the next whose probability exceeds a threshold that holds the mean. None: always
-            `experts_per_token`.
+        hidden_size: size of the tokens' states.
+        config: settings of the layer.
+        num_steps: number of recursion steps that the layer runs in.
+        routers: whether the steps share one router.
+        mean_experts: mean number of experts per token at each step. A token takes the best expert, and
+            those of the next best whose probability exceeds a threshold that keeps the mean. None:
+            always `experts_per_token`.
     """
 
     bias: Float[Tensor, "r e"]
@@ -136,7 +136,7 @@ class ExpertRouter(PreciseBuffers):
         step: int | Int[Tensor, " t"],
         is_padding: Bool[Tensor, " t"] | None,
     ) -> tuple[Assignment, ExpertUse]:
-        """Who goes where. While generating, tokens may be at different steps."""
+        """Assign tokens to experts. In generation, tokens may be at different steps."""
         if isinstance(step, Tensor) and len(self.weights) > 1:
             every = F.linear(hidden.float(), torch.cat(tuple(self.weights)).float())
             row = torch.arange(len(step), device=step.device)
@@ -170,8 +170,8 @@ class ExpertRouter(PreciseBuffers):
         """Move this step's biases and width threshold after an optimizer step.
 
         Args:
-            wanted: tokens of the global batch that chose each expert, dropped ones too.
-            histogram: of the global batch, where a mean number of experts is held.
+            wanted: how many tokens of the global batch chose each expert, including dropped ones.
+            histogram: histogram of the global batch, if a mean number of experts is kept.
         """
         if self.config.bias_update_rate:
             self.bias[step] += self.config.bias_update_rate * (wanted.mean() - wanted).sign()
@@ -192,7 +192,7 @@ class ExpertRouter(PreciseBuffers):
             tokens = is_padding.logical_not().sum().double()
         capacity = (tokens * self.config.experts_per_token / num_experts * factor).ceil()
         flat = torch.where(is_wanted, experts, num_experts).flatten()
-        # Two stable sorts order by expert, then by who comes first.
+        # Two stable sorts order by expert, and then by priority.
         order = torch.arange(len(flat), device=flat.device)
         if self.config.drop_policy != "position":
             order = chosen.detach().flatten().sort(descending=True, stable=True).indices
@@ -216,7 +216,7 @@ class ExpertRouter(PreciseBuffers):
         num_experts = self.config.num_experts
         wanted, load = (_count(experts, x, num_experts) for x in (is_wanted, is_taken))
         counted = None if is_padding is None else is_padding.logical_not()
-        # No token, no loss: a mean over nothing must stay finite.
+        # Without tokens the loss is 0: a mean over nothing must stay finite.
         z = torch.logsumexp(logits, dim=-1).square()
         if counted is None:
             mean, z = probabilities.mean(dim=0), z.mean()
@@ -250,7 +250,7 @@ class ExpertRouter(PreciseBuffers):
 
 
 class Experts(nn.Module):
-    """SwiGLU experts; tokens are grouped by a sort, and each expert runs once on its group."""
+    """SwiGLU experts. A sort groups the tokens, and each expert runs once on its group."""
 
     def __init__(self, num_experts: int, hidden_size: int, ffn_hidden_size: int) -> None:
         super().__init__()
@@ -268,7 +268,7 @@ class Experts(nn.Module):
         expert = torch.where(assignment.is_taken, assignment.experts, num_experts).flatten()
         order = expert.argsort(stable=True)
         sizes = torch.bincount(expert, minlength=num_experts + 1)[:num_experts].tolist()
-        order = order[: sum(sizes)]  # what nobody takes stands behind
+        order = order[: sum(sizes)]  # assignments that are not taken come last
         token = order // width
         groups = hidden[token].split(sizes)  # [t h] -> [a h]
         matrices = zip(self.gate.unbind(), self.up.unbind(), self.down.unbind(), strict=True)
@@ -281,10 +281,10 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """A mixture of experts in place of an MLP. Arguments as of `ExpertRouter`.
+    """A mixture of experts that replaces an MLP. The other arguments are those of `ExpertRouter`.
 
     Args:
-        ffn_hidden_size: width of an expert where the settings leave it out.
+        ffn_hidden_size: width of an expert if the settings do not give it.
     """
 
     def __init__(
@@ -307,7 +307,7 @@ class MoE(nn.Module):
         step: int | Int[Tensor, "k b"] = 0,
         is_padding: Bool[Tensor, "k b"] | None = None,
     ) -> tuple[Float[Tensor, "k b h"], ExpertUse]:
-        """The layer's output, 0 for padding and for tokens that every expert turned away."""
+        """The layer's output, which is 0 for padding and for tokens that every expert dropped."""
         rows = hidden.flatten(0, 1)
         padding = None if is_padding is None else is_padding.flatten()
         step = step if isinstance(step, int) else step.expand(hidden.shape[:2]).flatten()

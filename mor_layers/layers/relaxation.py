@@ -1,11 +1,11 @@
-"""Relaxed recursion: what each step adds to projections that all steps share.
+"""Relaxed recursion: deltas that each step adds to projections that all steps share.
 
     lora  y = W x + scale · B_r A_r x
     dora  y = m_r · (W + scale · B_r A_r) x / ‖W + scale · B_r A_r‖, norms and m_r one per row of W
 
-`B_r` starts at 0 and `m_r` at the norms of `W`: the model is then the unrelaxed one, bit for bit.
-Truncated singular value decompositions of what a dense model's layers have beside the shared
-weights are the other start, see `mor_layers.weights.uptraining`.
+`B_r` starts at 0 and `m_r` at the norms of `W`, where the model equals the unrelaxed one, bit for bit.
+The alternative is to start from truncated singular value decompositions of the difference between a
+dense model's layers and the shared weights; see `mor_layers.weights.uptraining`.
 
 Sources: Bae et al. 2024 (Relaxed Recursive Transformers, arXiv 2410.20672), section 2.3; Liu et al.
 2024 (DoRA, arXiv 2402.09353), whose section 4.3 we follow: the norms get no gradient.
@@ -39,9 +39,9 @@ class Relaxation:
     rank: int
     """Rank of each delta, capped at the projection's smaller dimension. At least 1."""
     kind: RelaxationKind = "lora"
-    """`lora`: a delta is added. `dora`: and each row has a magnitude of its own."""
+    """`lora`: a delta is added. `dora`: additionally, each row has its own magnitude."""
     projections: tuple[Projection, ...] = PROJECTIONS
-    """Which have deltas: query, key, value, output (attention), gate, up, down (MLP)."""
+    """Projections with deltas: query, key, value, output (attention), gate, up, down (MLP)."""
     scale: float = 1.0
     """Weight of the deltas. Not 0."""
 
@@ -60,7 +60,7 @@ class Relaxation:
             raise ValueError(f"Relaxation.scale={self.scale} must be finite, and not 0.")
 
     def check(self, num_recursions: int, kv_policy: KVPolicy) -> None:
-        """Raise ValueError where a delta can have no effect, or would contradict the KV policy."""
+        """Raise ValueError if a delta has no effect or contradicts the KV policy."""
         if num_recursions < 2:
             raise ValueError(
                 f"relaxation has no effect with num_recursions={num_recursions}: there is nothing "
@@ -81,7 +81,7 @@ class Relaxation:
         )
 
     def rank_of(self, into: int, out: int) -> int:
-        """Rank of the delta of a projection with so many inputs and outputs."""
+        """Rank of the delta of a projection with `into` inputs and `out` outputs."""
         return min(self.rank, into, out)
 
 
@@ -102,10 +102,10 @@ def norms_over_ranks(own: Float[Tensor, " o"], group: ProcessGroup) -> Float[Ten
 
 
 class StepDelta(nn.Module):
-    """What one step adds to one projection, all of it here.
+    """The delta of one step for one projection, held whole on this rank.
 
-    Where ranks hold parts of a weight, subclasses are built for the part: they override `lowered`
-    and `norms`.
+    If ranks hold parts of a weight, they use subclasses for the parts, which override `lowered` and
+    `norms`.
     """
 
     def __init__(self, into: int, out: int, relaxation: Relaxation) -> None:
@@ -118,7 +118,7 @@ class StepDelta(nn.Module):
 
     @torch.no_grad()
     def reset(self, weight: Float[Tensor, "o i"]) -> None:
-        """Start as the projection of `weight` is."""
+        """Set the initial value, at which the projection is that of `weight`."""
         nn.init.normal_(self.a, std=0.02)
         nn.init.zeros_(self.b)
         if self.magnitude is not None:
@@ -130,7 +130,7 @@ class StepDelta(nn.Module):
         projected: Float[Tensor, "k b o"],
         weight: Float[Tensor, "o i"],
     ) -> Float[Tensor, "k b o"]:
-        """`projected`, which is `hidden` by the shared weight, as this step has it."""
+        """This step's projection of `hidden`, given `projected`, that of the shared weight."""
         relaxed = projected + self.scale * F.linear(self.lowered(hidden), self.b)
         if self.magnitude is None:
             return relaxed
@@ -153,7 +153,7 @@ def merged_weight(
     scale: float,
     magnitude: Float[Tensor, " o"] | None = None,
 ) -> Float[Tensor, "o i"]:
-    """The weight of one step's own projection, computed in fp32, in the dtype of `weight`."""
+    """The weight of one step's projection, computed in fp32 and cast to the dtype of `weight`."""
     own = weight.float() + scale * (b.float() @ a.float())
     if magnitude is not None:
         own = own * (magnitude.float() / row_norms(weight, a, b, scale))[:, None]
@@ -161,7 +161,7 @@ def merged_weight(
 
 
 class RelaxedLinear(nn.Linear):
-    """A projection shared by all steps, with a delta for each."""
+    """A projection that all steps share, with a delta for each step."""
 
     def __init__(
         self, into: int, out: int, bias: bool, relaxation: Relaxation, num_steps: int
@@ -171,7 +171,7 @@ class RelaxedLinear(nn.Linear):
         self.reset_deltas()
 
     def reset_deltas(self) -> None:
-        """Let every step start as the shared weight is."""
+        """Set the initial values, at which every step has the shared weight."""
         for delta in self.deltas:
             delta.reset(self.weight)  # type: ignore[operator]
 
@@ -200,5 +200,5 @@ def make_projection(
 
 
 def project(linear: nn.Linear, hidden: Tensor, context: StepContext) -> Tensor:
-    """`hidden` through a projection, with the delta of the step of each row where it has any."""
+    """Project `hidden`, and add to each row the delta of its step if the projection has deltas."""
     return linear(hidden, context) if isinstance(linear, RelaxedLinear) else linear(hidden)

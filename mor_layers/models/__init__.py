@@ -1,4 +1,4 @@
-"""A small complete decoder made from the parts of this library, and its settings."""
+"""A small, complete decoder built from the parts of this library, and its settings."""
 
 from mor_layers.models.config import DecoderConfig, RecursionConfig
 from mor_layers.models.layers import DecoderLayer, DecoderStack

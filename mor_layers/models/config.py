@@ -1,7 +1,7 @@
 """Settings of a recursion and of a decoder.
 
-One frozen dataclass per component; each router's settings stand beside the router. A wrong
-setting is an error before anything is built.
+Each component has one frozen dataclass; the settings of a router are next to the router. A wrong
+setting raises an error before anything is built.
 """
 
 import math
@@ -23,31 +23,31 @@ from mor_layers.settings import check_types, require_choice
 
 @dataclass(frozen=True)
 class RecursionConfig:
-    """How a recursion block is shared, routed and attended to."""
+    """How a recursion block shares its layers, routes tokens and attends."""
 
     num_recursions: int
-    """Times the shared block runs (paper: N_r). At least 1."""
+    """How many times the shared block runs (N_r in the paper). At least 1."""
     sharing: Sharing = "middle_cycle"
     """Which weights run at which depth: cycle, sequence, middle_cycle or middle_sequence."""
     router: RouterConfig = field(default_factory=FixedDepth)
-    """Who goes on at each step. In YAML a mapping with `type`: a registered name, or
-    `package.module:ClassName` of a RouterConfig of your own."""
+    """Which tokens continue at each step. In YAML, a mapping with `type`: a registered name, or
+    `package.module:ClassName` for a RouterConfig of your own."""
     kv_policy: KVPolicy = "recursion_wise"
-    """Keys and values at later steps: recursion_wise, recursive_sharing, sharing_with_update,
+    """Keys and values at later steps: recursion_wise, recursive_sharing, sharing_with_update or
     exit_state."""
     share_norms: bool = True
-    """Whether the steps share norm weights, or each step has its own."""
+    """Whether the steps share the weights of norms, or each step has its own."""
     expert_routers: ExpertRouters = "shared"
-    """Where layers have experts: whether the steps share the router over them, or each step has
-    its own (`per_step`)."""
+    """If layers have experts: whether the steps share the router over them (`shared`), or each step
+    has its own (`per_step`)."""
     relaxation: Relaxation | None = None
-    """Low-rank deltas that each step adds to projections; None: steps share them as they are."""
+    """Low-rank deltas that each step adds to projections; None: all steps use the same weights."""
     step_embeddings: bool = False
-    """Whether a learnt vector of each step is added to the states that enter the block."""
+    """Whether each step adds a learned vector to the states that enter the block."""
     input_injection: bool = False
-    """Whether later steps add the states that entered the recursion, each number times a gain."""
+    """Whether later steps add the states that entered the recursion, multiplied by a learned gain."""
     sandwich_norms: bool = False
-    """Whether the block's layers norm what attention and MLP give, before the residual."""
+    """Whether the block's layers normalise the outputs of attention and MLP before adding them."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.router, RouterConfig):
@@ -92,17 +92,17 @@ class RecursionConfig:
 
     @property
     def mean_experts(self) -> tuple[float, ...] | None:
-        """Mean number of experts that a token shall take at each step; None: as the layers say."""
+        """Mean number of experts per token at each step; None: the layers' own number."""
         return self.router.mean_experts_for(self.num_recursions)
 
     @property
     def beyond_published(self) -> tuple[str, ...]:
-        """Those settings in use that published checkpoints and plain decoders know nothing of."""
+        """The settings in use that published checkpoints and plain decoders do not have."""
         names = ("relaxation", "step_embeddings", "input_injection", "sandwich_norms")
         return tuple(name for name in names if getattr(self, name))
 
     def build_step_input(self, hidden_size: int) -> StepInput | None:
-        """What is added to the states that enter the block; None: nothing."""
+        """The module that adds to the states entering the block; None if nothing is added."""
         if not (self.step_embeddings or self.input_injection):
             return None
         return StepInput(
@@ -113,7 +113,7 @@ class RecursionConfig:
         )
 
     def require_experts(self, has_experts: bool) -> None:
-        """Raise ValueError where a setting over experts can have no effect."""
+        """Raise ValueError if a setting for experts has no effect."""
         if not has_experts and self.expert_routers != "shared":
             raise ValueError(
                 f"expert_routers={self.expert_routers!r} needs layers with experts. Leave it out, "
@@ -161,10 +161,10 @@ class DecoderConfig:
     qkv_bias: bool = False
     """Whether the projections to queries, keys and values add a bias."""
     qk_norm: bool = False
-    """Whether an RMSNorm over each head of queries and keys precedes RoPE; its weights are shared
-    by heads and steps."""
+    """Whether each head of queries and keys is normalised (RMSNorm) before RoPE. Heads and steps share
+    the weights."""
     rms_norm_epsilon: float = 1e-5
-    """Added to the mean square before the root."""
+    """Added to the mean square before taking the root."""
     rope_base: float = 10000.0
     """Base of the rotary position embedding."""
     tie_embeddings: bool = False
@@ -172,10 +172,10 @@ class DecoderConfig:
     recursion: RecursionConfig | None = None
     """The recursion; None: a plain decoder."""
     moe: MoEConfig | None = None
-    """The mixture of experts in place of the MLP; None: a dense MLP."""
+    """The mixture of experts that replaces the MLP; None: a dense MLP."""
     dense_ends: bool = False
-    """Whether the unshared layers at both ends (without recursion, the first and the last one) keep
-    a dense MLP beside `moe`."""
+    """Whether the unshared layers at both ends (without recursion, the first and the last layer) keep
+    a dense MLP although `moe` is set."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -215,7 +215,7 @@ class DecoderConfig:
 
     @property
     def effective_recursion(self) -> RecursionConfig:
-        """The recursion; where there is none, one step through the layers between the ends."""
+        """The recursion; if there is none, a single step through the layers between the ends."""
         plain = RecursionConfig(1, sharing="middle_cycle" if self.dense_ends else "cycle")
         return self.recursion or plain
 
@@ -226,10 +226,10 @@ class DecoderConfig:
 
     @property
     def kv_heads(self) -> int:
-        """`num_kv_heads`, its default filled in."""
+        """`num_kv_heads`, or its default."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
     def head_size(self) -> int:
-        """`head_dim`, its default filled in."""
+        """`head_dim`, or its default."""
         return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim

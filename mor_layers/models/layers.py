@@ -1,4 +1,4 @@
-"""The layers of a decoder in the Llama layout, aware of the recursion step they run.
+"""The layers of a decoder in the Llama layout, which know the recursion step they run.
 
 Legend: `b` batch, `k` tokens that run a step, `h` hidden, `n` heads, `d` head size.
 """
@@ -17,7 +17,7 @@ from mor_layers.recursion import ExpertUse, StepContext
 
 
 class StepNorm(nn.Module):
-    """RMSNorm of the last dimension, whose weight is shared by all steps, or is one per step."""
+    """RMSNorm over the last dimension, with one weight for all steps or one per step."""
 
     def __init__(self, hidden_size: int, epsilon: float, num_weights: int = 1) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class StepNorm(nn.Module):
         self, hidden: Float[Tensor, "k b h"], step: int | Int[Tensor, "k b"] = 0
     ) -> Float[Tensor, "k b h"]:
         weight = self.weights[0]
-        if len(self.weights) > 1:  # one step for all rows, or one for each while generating
+        if len(self.weights) > 1:  # one step for all rows or, in generation, a step per row
             is_int = isinstance(step, int)
             weight = self.weights[step] if is_int else torch.stack(tuple(self.weights))[step]
         return F.rms_norm(hidden.float(), hidden.shape[-1:], eps=self.epsilon).to(hidden) * weight
@@ -59,14 +59,14 @@ class Attention(nn.Module):
 
     @property
     def num_heads(self) -> tuple[int, int]:
-        """Query and key-value heads that are computed here; see `tensor_parallel`."""
+        """Query and key-value heads that this rank computes; see `tensor_parallel`."""
         rows = len(self.query.weight), len(self.key.weight)
         return rows[0] // self.head_size, rows[1] // self.head_size
 
     def forward(
         self, hidden: Float[Tensor, "kx b h"], context: StepContext, rotary: "Rotary"
     ) -> Float[Tensor, "k b h"]:
-        """`hidden` has the rows of `context.with_exited`; the result those that run the step."""
+        """`hidden` has the rows of `context.with_exited`, the result those that run the step."""
         running = hidden[: context.tokens.shape[0]]
         query = rotary.turn(self._heads(project(self.query, running, context), self.query_norm))
         key = value = None
@@ -102,12 +102,12 @@ class MLP(nn.Module):
 
 
 def _relaxation(config: DecoderConfig, num_steps: int) -> Relaxation | None:
-    """Of layers that run in so many steps; those outside the recursion run once."""
+    """Relaxation of layers that run in `num_steps` steps; layers outside the recursion run once."""
     return config.effective_recursion.relaxation if num_steps > 1 else None
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each behind a norm and inside a residual."""
+    """Attention and MLP, each with a norm before it and a residual connection around it."""
 
     def __init__(
         self, config: DecoderConfig, layer: int, num_norms: int = 1, num_steps: int = 1
@@ -152,7 +152,7 @@ def _experts(config: DecoderConfig, num_steps: int) -> MoE:
 
 @dataclass(frozen=True)
 class Rotary:
-    """Cosines and sines at given positions; turns heads by them (Su et al. 2021, halves paired)."""
+    """Rotary embedding at given positions (Su et al. 2021, where the halves of a head are paired)."""
 
     cos: Float[Tensor, "k b 1 d"]
     sin: Float[Tensor, "k b 1 d"]
@@ -161,25 +161,25 @@ class Rotary:
     def at(
         cls, positions: Int[Tensor, "k b"], head_size: int, base: float, dtype: torch.dtype
     ) -> "Rotary":
-        """The rotation of each position, computed in fp32."""
+        """The rotation for each position, computed in fp32."""
         exponent = torch.arange(0, head_size, 2, device=positions.device).float() / head_size
         angles = positions[..., None].float() * base**-exponent  # [k b] -> [k b d/2]
         angles = torch.cat([angles, angles], dim=-1)[:, :, None]
         return cls(angles.cos().to(dtype), angles.sin().to(dtype))
 
     def turn(self, heads: Float[Tensor, "k b n d"]) -> Float[Tensor, "k b n d"]:
-        """Turn the first `k` rows' heads."""
+        """Rotate the heads of the first `k` rows."""
         first, second = heads.chunk(2, dim=-1)
         cos, sin = self.cos[: len(heads)], self.sin[: len(heads)]
         return heads * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 class DecoderStack(nn.Module):
-    """Decoder layers one after another: what a RecursionBlock wraps, and prelude and coda too.
+    """A stack of decoder layers, used inside a RecursionBlock and as prelude and coda.
 
     Args:
-        num_norms: weights of each norm: one, or one a step.
-        num_steps: recursion steps that the stack runs in.
+        num_norms: number of weights of each norm: one, or one per step.
+        num_steps: number of recursion steps that the stack runs in.
     """
 
     def __init__(
@@ -201,10 +201,10 @@ class DecoderStack(nn.Module):
         return hidden
 
     def advance(self, step: int, uses: list[dict[int, ExpertUse]]) -> None:
-        """Let the layers' routers over experts change their state after an optimizer step.
+        """Update the state of the layers' routers over experts after an optimizer step.
 
         Args:
-            uses: `StepContext.expert_use` of the runs of `step` that it learnt from.
+            uses: `StepContext.expert_use` of all runs of `step` that contributed to the optimizer step.
         """
         for index, layer in enumerate(self.layers):
             if isinstance(layer.mlp, MoE):

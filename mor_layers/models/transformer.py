@@ -1,8 +1,8 @@
-"""MoRTransformer: a small complete decoder in the Llama layout, from the parts of this package.
+"""MoRTransformer: a small, complete decoder in the Llama layout, built from this library's parts.
 
 Legend: `b` batch, `s` sequence, `k` tokens that run a step, `h` hidden, `n` query heads, `g`
-key-value heads, `d` head size, `v` vocabulary. Token ids are batch first, as tokenizers give them;
-inside, states are sequence first.
+key-value heads, `d` head size, `v` vocabulary. Token ids are batch first, as tokenizers return them;
+inside the model, states are sequence first.
 """
 
 from collections.abc import Iterator
@@ -22,28 +22,28 @@ from mor_layers.selection import Tokens
 
 @dataclass(frozen=True)
 class DecoderOutput:
-    """What a forward pass of `MoRTransformer` gives."""
+    """The result of a forward pass of `MoRTransformer`."""
 
     logits: Float[Tensor, "b s v"]
     """Logits of the next token."""
     recursions: tuple[RecursionOutput, ...]
     """One per recursion block: decisions, depths, losses."""
     lm_loss: Float[Tensor, ""] | None = None
-    """Mean cross entropy in nats per token, where labels were given."""
+    """Mean cross entropy in nats per token; None without labels."""
     prelude_experts: dict[int, ExpertUse] = field(default_factory=dict)
-    """What the experts of each layer before the recursion did."""
+    """Statistics and losses of the experts of each layer before the recursion."""
     coda_experts: dict[int, ExpertUse] = field(default_factory=dict)
-    """What the experts of each layer after it did."""
+    """Statistics and losses of the experts of each layer after the recursion."""
 
     @property
     def losses(self) -> dict[str, Tensor]:
-        """Auxiliary losses of all routers by name, coefficients multiplied in."""
+        """Auxiliary losses of all routers by name, multiplied by their coefficients."""
         ends = (*self.prelude_experts.values(), *self.coda_experts.values())
         return summed([*(r.losses for r in self.recursions), *(use.losses for use in ends)])
 
     @property
     def loss(self) -> Float[Tensor, ""]:
-        """What to minimise: the language-model loss and every auxiliary loss.
+        """The loss to minimise: the language-model loss plus all auxiliary losses.
 
         Raises:
             ValueError: the forward pass had no labels.
@@ -54,7 +54,7 @@ class DecoderOutput:
 
     @property
     def depths(self) -> Int[Tensor, "b s"]:
-        """Steps each token took, summed over recursions."""
+        """Number of steps that each token took, summed over recursions."""
         return sum((r.depths for r in self.recursions[1:]), self.recursions[0].depths).T
 
 
@@ -62,8 +62,8 @@ class MoRTransformer(nn.Module):
     """A decoder-only language model whose middle is a recursion.
 
     Args:
-        config: sizes and the recursion; without a recursion it is a plain decoder.
-        recompute: recompute the recursion's layers in the backward pass.
+        config: the sizes and the recursion; without a recursion, the model is a plain decoder.
+        recompute: whether to recompute the recursion's layers in the backward pass.
     """
 
     def __init__(self, config: DecoderConfig, recompute: bool = False) -> None:
@@ -83,7 +83,8 @@ class MoRTransformer(nn.Module):
                 stack, router, recursion.kv_policy, recompute=recompute, step_input=step_input
             )
 
-        # A cyclic step runs the whole block; in a sequence each layer repeats on its own.
+        # With cyclic sharing a step runs the whole block; with sequence sharing each layer repeats by
+        # itself, so each is a block of its own.
         sizes = [schedule.block_size] if schedule.is_cyclic else [1] * schedule.block_size
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.prelude = DecoderStack(ends, schedule.prelude)
@@ -98,7 +99,7 @@ class MoRTransformer(nn.Module):
     @staticmethod
     def _initialize(module: nn.Module) -> None:
         if not isinstance(module, nn.Linear | nn.Embedding) or module.weight.is_meta:
-            return  # nothing to draw on the meta device, where it takes long
+            return  # there is nothing to draw on the meta device, where drawing is slow
         nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
@@ -107,7 +108,7 @@ class MoRTransformer(nn.Module):
 
     @property
     def num_heads(self) -> tuple[int, int]:
-        """Query and key-value heads of each layer that are computed here."""
+        """Query and key-value heads of each layer that this rank computes."""
         return self.recursions[0].layers.layers[0].attention.num_heads  # type: ignore[union-attr]
 
     def forward(
@@ -118,15 +119,15 @@ class MoRTransformer(nn.Module):
         is_padding: Bool[Tensor, "b s"] | None = None,
         causal_routing: bool = False,
     ) -> DecoderOutput:
-        """Logits of every next token, and the loss where `labels` are given.
+        """Compute the logits of every next token, and the loss if `labels` are given.
 
         Args:
             ids: token ids.
-            labels: the id that follows each token; negative where none should be learnt.
-            documents: numbers that change where a document begins; tokens see and compete with
-                those of their own document only.
-            is_padding: True where `ids` holds no token. Never routed, counted or seen.
-            causal_routing: let no token's depth depend on later tokens, as generation does.
+            labels: the id that follows each token; negative to ignore a position.
+            documents: numbers that change at the start of each document. Tokens attend to, and compete
+                with, tokens of their own document only.
+            is_padding: True where `ids` has no token. Padding is never routed, counted or attended to.
+            causal_routing: whether routing must not depend on later tokens, as in generation.
 
         Raises:
             ValueError: `ids` is not `[b s]`, or a mask has another shape.
@@ -164,13 +165,13 @@ class MoRTransformer(nn.Module):
         """Continue each sequence, one token at a time, with causal routing and no cache.
 
         Args:
-            ids: prompts of one length.
-            max_new_tokens: how many tokens to yield.
-            temperature: 0 takes the likeliest token; above 0 samples.
+            ids: prompts of equal length.
+            max_new_tokens: number of tokens to generate.
+            temperature: 0 takes the most likely token; above 0, tokens are sampled.
             generator: source of randomness for sampling.
 
         Raises:
-            ValueError: a negative temperature, or fewer than one token asked for.
+            ValueError: the temperature is negative, or `max_new_tokens` is below 1.
         """
         if temperature < 0 or max_new_tokens < 1:
             raise ValueError(
@@ -198,11 +199,11 @@ class MoRTransformer(nn.Module):
             ids = torch.cat([ids, token[:, None]], dim=1)
 
     def advance(self, outputs: list[DecoderOutput]) -> None:
-        """Let routers, over depth and over experts, change their state after an optimizer step.
+        """Update the state of the routers over depth and over experts after an optimizer step.
 
         Args:
-            outputs: the forward passes that the step learnt from. With several processes, sum
-                what these say over all of them and call each router's methods yourself.
+            outputs: the forward passes that contributed to the optimizer step. With several processes,
+                sum their counts over all processes and call the methods of each router yourself.
         """
         for i, recursion in enumerate(self.recursions):
             own = [output.recursions[i] for output in outputs]

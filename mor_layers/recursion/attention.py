@@ -12,10 +12,11 @@ from mor_layers.selection import Tokens
 
 
 def causal_mask(queries: Tokens, keys: Tokens) -> Bool[Tensor, "b 1 k m"] | None:
-    """True where a query may see a key: at or before its position, in its document, no padding.
+    """True where a query may see a key, or None if plain causal attention is equivalent.
 
-    Every query may see its own key, padding too, so that no row of the softmax is empty. None
-    where plain causal attention gives the same for all tokens that are not padding.
+    A query sees the keys at or before its position in its document that are not padding. Every
+    query, including padding, also sees its own key, so that no row of the softmax is empty. "Equivalent"
+    means that all tokens that are not padding get the same result.
     """
     if queries is keys and queries.documents is None and queries.padding_trails:
         return None
@@ -24,7 +25,7 @@ def causal_mask(queries: Tokens, keys: Tokens) -> Bool[Tensor, "b 1 k m"] | None
 
 
 def visible(queries: Tokens, keys: Tokens) -> Bool[Tensor, "b k m"]:
-    """True where a query may see a key: at or before its position, in its document, no padding."""
+    """True where a key is at or before the query's position, in its document, and not padding."""
     q = queries.positions.T[:, :, None]  # [k b] -> [b k 1]
     k = keys.positions.T[:, None, :]  # [m b] -> [b 1 m]
     mask = k <= q
@@ -43,7 +44,7 @@ def attend(
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "k b n d"]:
-    """Grouped-query attention over selected tokens through `scaled_dot_product_attention`.
+    """Grouped-query attention over selected tokens, computed by `scaled_dot_product_attention`.
 
     Args:
         mask: True where a query may see a key; None for plain causal attention, which needs

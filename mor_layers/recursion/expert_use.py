@@ -1,4 +1,4 @@
-"""What the experts of a layer did at a step of a recursion.
+"""Statistics and losses of the experts of a layer at one recursion step.
 
 Legend: `e` experts.
 """
@@ -11,18 +11,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ExpertUse:
-    """What the experts of one layer did in one step; padding never counts."""
+    """Statistics and losses of one layer's experts at one step; padding is not counted."""
 
     load: Float[Tensor, " e"]
     """Tokens that each expert computed."""
     dropped: Float[Tensor, " e"]
-    """Tokens that each expert turned away."""
+    """Tokens that each expert dropped because it was full."""
     losses: dict[str, Tensor]
-    """Auxiliary losses by name, multiplied by their coefficients and divided by the steps."""
+    """Auxiliary losses by name, multiplied by their coefficients and divided by the number of steps."""
     metrics: dict[str, Tensor]
-    """The same losses as they are, detached."""
+    """The same losses without these factors, detached."""
     histogram: Float[Tensor, " bins"] | None = None
-    """Probabilities around the width threshold, where one is held in training."""
+    """Histogram of probabilities around the width threshold; None without such a threshold."""
 
 
 class ExpertRecorder:

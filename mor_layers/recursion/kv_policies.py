@@ -1,4 +1,4 @@
-"""What attention sees at a recursion step, per KV policy.
+"""What attention sees at a recursion step under each KV policy.
 
 Legend: `b` batch, `k` tokens that run the step (queries), `m` tokens whose keys they see,
 `n` query heads, `g` key-value heads, `d` head size.
@@ -12,9 +12,9 @@ Legend: `b` batch, `k` tokens that run the step (queries), `m` tokens whose keys
 |                       | exited before r from the state it keeps              |          |
 
 Source: arXiv 2507.10524, section 2.2.2; `exit_state` is ours. Under `sharing_with_update` every step
-starts again from step 1's rows, as the released implementation does. Under `exit_state` each layer
-projects the state of an exited token once, when it exits, and later steps reuse the rows; `q, k, v`
-there are of the running tokens, `k, v` of those that just exited.
+starts from step 1's rows, as in the released implementation. Under `exit_state` each layer projects
+the state of a token once, when the token exits, and later steps reuse the rows: a step projects
+`q, k, v` for the tokens that run it and `k, v` for the tokens that have just exited.
 """
 
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ KV_POLICIES: tuple[str, ...] = get_args(KVPolicy)
 
 @dataclass(frozen=True)
 class Exited:
-    """Tokens whose last step was the one before, and the states they keep."""
+    """The tokens that exited after the previous step, and their final states."""
 
     tokens: Tokens
     hidden: Float[Tensor, "x b h"]
@@ -43,12 +43,12 @@ class Exited:
 
 @dataclass(frozen=True)
 class StepContext:
-    """What the layers of a block are told about the step they run.
+    """What the layers of a block know about the step they run.
 
-    This base class is the recursion-wise KV policy. A context is frozen: which step runs, on which
-    tokens, does not change. Two things belong to the pass and are filled while it runs: layers
-    hand keys and values to `exchange`, which policies that keep some put into a `store`, and a
-    mixture of experts tells `experts` what it did.
+    This base class implements the `recursion_wise` policy. A context is frozen, because the step and
+    its tokens do not change. Two things are filled while the pass runs: layers pass keys and values to
+    `exchange`, which some policies put into a `store`, and a mixture of experts records its statistics
+    in `experts`.
     """
 
     step: int
@@ -72,7 +72,7 @@ class StepContext:
 
     @property
     def projects_keys(self) -> bool:
-        """Whether layers must compute keys and values at this step."""
+        """Whether layers have to compute keys and values at this step."""
         return True
 
     @property
@@ -82,12 +82,12 @@ class StepContext:
 
     @property
     def projected_positions(self) -> Int[Tensor, "kx b"]:
-        """Positions of the rows that `with_exited` gives."""
+        """Positions of the rows that `with_exited` returns."""
         exited, own = self.exited, self.tokens.positions
         return own if exited is None else torch.cat([own, exited.tokens.positions])
 
     def with_exited(self, hidden: Float[Tensor, "k b h"]) -> Float[Tensor, "kx b h"]:
-        """All rows whose keys and values a layer must compute: those that run, then `exited`."""
+        """All rows whose keys and values a layer computes: the running tokens, then `exited`."""
         return hidden if self.exited is None else torch.cat([hidden, self.exited.hidden])
 
     # The two hooks below are trivial here, where all rows run one step. They stand in the base
@@ -108,18 +108,20 @@ class StepContext:
         key: Float[Tensor, "kx b g d"] | None,
         value: Float[Tensor, "kx b g d"] | None,
     ) -> tuple[Float[Tensor, "m b g d"], Float[Tensor, "m b g d"]]:
-        """Hand in what a layer projected (positions already applied), get what it attends to.
+        """Take the keys and values that a layer projected, and return those that it attends to.
+
+        Rotary embeddings have already been applied.
 
         Args:
             layer: 0-based index of the layer in the block.
-            key, value: of the rows of `with_exited`; None exactly where `projects_keys` is False.
+            key, value: for the rows of `with_exited`; None if and only if `projects_keys` is False.
         """
         assert key is not None and value is not None
         return key, value
 
     @cached_property
     def causal_mask(self) -> Bool[Tensor, "b 1 k m"] | None:
-        """True where a query may see a key; None where plain causal attention is that."""
+        """True where a query may see a key; None if plain causal attention is equivalent."""
         return causal_mask(self.tokens, self.keys)
 
     def attend(
@@ -129,19 +131,19 @@ class StepContext:
         key: Float[Tensor, "kx b g d"] | None,
         value: Float[Tensor, "kx b g d"] | None,
     ) -> Float[Tensor, "k b n d"]:
-        """`exchange`, and attention to what it gives."""
+        """Attention to the keys and values that `exchange` returns."""
         key, value = self.exchange(layer, key, value)
         return attend(query, key, value, self.causal_mask)
 
 
 @dataclass(frozen=True)
 class SharingContext(StepContext):
-    """Recursive sharing: step 1's keys and values serve every step."""
+    """Recursive sharing: every step uses the keys and values of step 1."""
 
     first: Tokens
     """The tokens that ran step 1."""
     store: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Step 1's keys and values by layer; alive for one forward pass."""
+    """Keys and values of step 1 by layer; kept for one forward pass."""
 
     @property
     def keys(self) -> Tokens:
@@ -162,7 +164,7 @@ class SharingContext(StepContext):
 
 @dataclass(frozen=True)
 class UpdatingContext(SharingContext):
-    """Sharing with update: as sharing, with the running tokens' rows recomputed."""
+    """Sharing with update: recursive sharing, but the rows of the running tokens are recomputed."""
 
     @property
     def projects_keys(self) -> bool:
@@ -179,7 +181,7 @@ class UpdatingContext(SharingContext):
 
     def _update(self, shared: Tensor, fresh: Tensor) -> Tensor:
         rows = self._rows_in_first
-        if self.tokens.is_padding is not None:  # a padding slot holds no state to write
+        if self.tokens.is_padding is not None:  # a padding slot has no state to write
             is_padding = self.tokens.is_padding[..., None, None]
             fresh = torch.where(is_padding, take_rows(shared, rows), fresh)
         return put_rows(shared, fresh, rows)
@@ -194,14 +196,14 @@ class UpdatingContext(SharingContext):
 
 @dataclass(frozen=True)
 class ExitStateContext(StepContext):
-    """Exit-state: the running tokens' own rows, then those of every token that exited before."""
+    """Exit state: the rows of the running tokens, then those of all tokens that exited earlier."""
 
     exited: Exited | None = None
-    """The tokens that ran the step before (at step 1: that are there) and do not run this one."""
+    """The tokens that ran the previous step (at step 1: all tokens) and do not run this one."""
     exited_tokens: tuple[Tokens, ...] = ()
-    """All that exited up to now, one entry for each step at which some did; this step's is last."""
+    """All tokens that have exited, one entry per step at which some did; this step's is the last."""
     store: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Keys and values by layer and entry of `exited_tokens`; alive for one forward pass."""
+    """Keys and values by layer and entry of `exited_tokens`; kept for one forward pass."""
 
     @cached_property
     def keys(self) -> Tokens:  # type: ignore[override]
@@ -229,13 +231,13 @@ class ExitStateContext(StepContext):
         if not self.exited_tokens:
             return causal_mask(self.tokens, self.tokens)
         mask = visible(self.tokens, self.keys)
-        # Not "the key at one's own position": a padding slot among the keys may hold it too.
+        # The diagonal, and not "the key at the same position": a padding slot may have that too.
         own = torch.eye(*mask.shape[1:], dtype=torch.bool, device=mask.device)
         return (mask | own)[:, None]
 
 
 def concatenated(parts: list[Tokens]) -> Tokens:
-    """Rows of several selections of the same sequences, one after another, in no order."""
+    """The rows of several selections of the same sequences, concatenated and not sorted."""
     if len(parts) == 1:
         return parts[0]
     is_padding = None
@@ -269,7 +271,7 @@ def begin_step(
 
     Args:
         earlier: the context of the step before.
-        exited: under `exit_state`, who was a candidate of this step and does not run it.
+        exited: under `exit_state`, the candidates of this step that do not run it.
     """
     if policy == "recursion_wise":
         return StepContext(step, tokens)

@@ -21,7 +21,7 @@ SHARING_SCHEMES: tuple[str, ...] = get_args(Sharing)
 
 @dataclass(frozen=True)
 class SharingSchedule:
-    """How `num_unrolled_layers` layers of computation are made from fewer layers of weights.
+    """How `num_unrolled_layers` layers of computation share fewer layers of weights.
 
     Raises:
         ValueError: an unknown scheme, a count below 1, or layers that do not divide into equal
@@ -31,9 +31,9 @@ class SharingSchedule:
     num_unrolled_layers: int
     """Depth counted with repeats, prelude and coda included."""
     num_recursions: int
-    """Times the shared layers run (paper: N_r)."""
+    """How many times the shared layers run (N_r in the paper)."""
     sharing: Sharing
-    """Scheme that orders the repeats."""
+    """The sharing scheme, which determines the order of the repeats."""
 
     def __post_init__(self) -> None:
         require_choice("SharingSchedule", "sharing", self.sharing, SHARING_SCHEMES)
@@ -59,12 +59,12 @@ class SharingSchedule:
 
     @property
     def block_size(self) -> int:
-        """Layers of weights in the shared block (K)."""
+        """Number of layers in the shared block (K)."""
         return (self.num_unrolled_layers - self.prelude - self.coda) // self.num_recursions
 
     @property
     def num_unique_layers(self) -> int:
-        """Layers of weights in the whole model."""
+        """Number of layers with distinct weights in the whole model."""
         return self.prelude + self.block_size + self.coda
 
     @property

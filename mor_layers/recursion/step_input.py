@@ -1,13 +1,13 @@
-"""What a step's input is given beside the state: who it is, and where the recursion began.
+"""What is added to the input of a step: a step embedding and the state before the first step.
 
-    embeddings  x <- x + e_r            a learnt vector of each step
+    embeddings  x <- x + e_r            a learned vector for each step
     injection   x <- x + g_r ⊙ H_1      from the second step on, the states that entered the recursion
 
-Both start at zero, where the model is the one without them, bit for bit. The residual that a router
-combines with stays as it was, and so does the state that an exited token keeps.
+Both start at zero, where the model equals the one without them, bit for bit. They change neither
+the residual that a router combines with nor the final state of a token that exits.
 
-Sources: Geiping et al. 2025 (arXiv 2502.05171) for re-injecting the input of a loop; here each of its
-numbers has a gain, which costs no matrix product.
+Source: Geiping et al. 2025 (arXiv 2502.05171) for re-injecting the input of a loop. Here each channel
+has a gain, which needs no matrix product.
 
 Legend: `b` batch, `k` tokens that run a step, `h` hidden, `r` recursion step.
 """
@@ -20,7 +20,7 @@ from mor_layers.modules import CalledParameters
 
 
 class StepInput(nn.Module):
-    """Adds to the states that enter the layers at a step.
+    """Adds step embeddings and the injected input to the states that enter the layers.
 
     Args:
         embeds: whether each step has an embedding.
@@ -40,7 +40,7 @@ class StepInput(nn.Module):
     def forward(
         self, step: int, hidden: Float[Tensor, "k b h"], origin: Float[Tensor, "k b h"] | None
     ) -> Float[Tensor, "k b h"]:
-        """`hidden` as it enters the layers; `origin` is needed where this injects."""
+        """`hidden` as it enters the layers; `origin` is needed if the input is injected."""
         if len(self.embeddings):
             hidden = hidden + self.embeddings(step).to(hidden.dtype)
         if self.injects and step > 0:

@@ -1,4 +1,4 @@
-"""Routers: who decides how many times a token runs the recursion block."""
+"""Routers, which decide how many times each token runs the recursion block."""
 
 from mor_layers.routers.base import Router, RouterConfig
 from mor_layers.routers.baselines import FixedDepth, FixedDepthRouter, RandomDepth, RandomLoops

@@ -6,7 +6,7 @@ Legend: `b` batch, `n` candidates of a step, `k` tokens selected, `h` hidden, `c
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -21,7 +21,6 @@ from mor_layers.routers.declarations import (
     observed_notes,
 )
 from mor_layers.selection import RoutingDecision
-from mor_layers.settings import from_mapping, plain_fields
 
 
 @dataclass(frozen=True)
@@ -235,19 +234,3 @@ class RouterConfig(ABC):
     def mean_experts_for(self, num_recursions: int) -> tuple[float, ...] | None:
         """Mean number of experts that a token shall take at each step; None: as the layers say."""
         return None
-
-    @classmethod
-    def from_mapping(cls, values: object, where: str, may_import: bool) -> "RouterConfig":
-        """Settings of the router that the mapping's `type` names; see `registry.read_router`."""
-        if cls is not RouterConfig:
-            return from_mapping(cls, values, where, may_import)
-        # The registry holds subclasses of this class, so it can only be imported after it.
-        from mor_layers.routers.registry import read_router
-
-        return read_router(values, where, may_import)
-
-    def to_mapping(self) -> dict[str, Any]:
-        """The settings as plain values, and the `type` under which they are read back."""
-        from mor_layers.routers.registry import router_name
-
-        return {**plain_fields(self), "type": router_name(self)}

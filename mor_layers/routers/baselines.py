@@ -1,4 +1,4 @@
-"""Routers that learn nothing: what an adaptive depth has to beat."""
+"""Routers without learned parameters: the baselines that an adaptive depth has to beat."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,18 +62,18 @@ class FixedDepthRouter(Router):
 @register_router("random_loops")
 @dataclass(frozen=True)
 class RandomLoops(RouterConfig):
-    """Fixed depth whose number of steps is drawn anew for every optimizer step of training.
+    """Fixed depth, where the number of steps is drawn anew for every optimizer step of training.
 
-    So that a model learns to be run at any of them. All ranks, micro-batches and recomputations of an
-    optimizer step draw alike: the number follows from `seed` and how often `Router.advance` was
-    called. Skipped steps run on one slot of padding, so that every parameter has a gradient. In
-    evaluation all steps run.
+    The model thus learns to work with any number of steps. All ranks, micro-batches and recomputations
+    of an optimizer step draw the same number, because it depends only on `seed` and on how often
+    `Router.advance` was called. Skipped steps run on one slot of padding, so that every parameter has
+    a gradient. In evaluation all steps run.
     """
 
     min_recursions: int = 1
-    """Least number of steps; all up to `num_recursions` are as likely. At least 1."""
+    """Smallest number of steps; all numbers up to `num_recursions` are equally likely. At least 1."""
     seed: int = 0
-    """Of the draws."""
+    """Seed of the draws."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -110,7 +110,7 @@ class RandomLoops(RouterConfig):
 
 
 class RandomLoopsRouter(Router):
-    """Keeps every token for as many steps as were drawn."""
+    """Keeps every token for the number of steps that was drawn."""
 
     training_steps: Tensor
 
@@ -122,7 +122,7 @@ class RandomLoopsRouter(Router):
 
     @property
     def num_loops(self) -> int:
-        """Steps that run now."""
+        """The number of steps that run now."""
         if not self.training:
             return self.num_recursions
         if self._training_steps is None:
@@ -153,7 +153,7 @@ class RandomLoopsRouter(Router):
 @register_router("random_depth")
 @dataclass(frozen=True)
 class RandomDepth(RouterConfig):
-    """Each step keeps a random share of its candidates, which take the block's output as it is."""
+    """Each step keeps a random share of its candidates; their new state is the block's output."""
 
     capacity_factors: tuple[float, ...] | None = None
     """Share of the sequence kept at each step, in (0, 1], never rising. Default: (N_r-r+1)/N_r."""
@@ -181,9 +181,9 @@ class RandomDepth(RouterConfig):
 
 
 class RandomDepthRouter(Router):
-    """Draws from torch's generator; with `causal=True` from each token's position alone.
+    """Draws from torch's generator, or, with `causal=True`, from each token's position alone.
 
-    So generation repeats what a forward pass over the whole sequence decides.
+    Generation therefore makes the same decisions as a forward pass over the whole sequence.
     """
 
     def __init__(self, config: RandomDepth, num_recursions: int) -> None:
@@ -198,7 +198,7 @@ class RandomDepthRouter(Router):
         causal: bool = False,
     ) -> RoutingDecision:
         positions, share = previous.tokens.positions, self.capacity_factors[step]
-        if causal and share == 1.0:  # no draw, which would move on the caller's sampling
+        if causal and share == 1.0:  # a draw would advance the caller's generator
             return previous.keep_valid()
         if causal:
             before = self.capacity_factors[step - 1] if step else 1.0
@@ -210,7 +210,7 @@ class RandomDepthRouter(Router):
 
 
 def _scattered(positions: Int[Tensor, "n b"], step: int) -> Float[Tensor, "n b"]:
-    """A number in [0, 1) from each position and the step, as if drawn (after SplitMix64)."""
+    """A pseudo-random number in [0, 1) for each position and the step (after SplitMix64)."""
     state = (positions + 1) * -0x61C8864680B583EB + (step + 1) * 0x2545F4914F6CDD1D
     for factor in (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15):
         state = (state ^ ((state >> 30) & 0x3FFFFFFFF)) * factor

@@ -1,4 +1,4 @@
-"""Capacity factors: the share of the tokens that runs each step."""
+"""Capacity factors: the share of the tokens that run each step."""
 
 from itertools import pairwise
 
@@ -11,7 +11,7 @@ def default_capacity_factors(num_recursions: int) -> tuple[float, ...]:
 def checked_capacity_factors(
     factors: tuple[float, ...] | None, num_recursions: int
 ) -> tuple[float, ...]:
-    """The factors, or the default ones for None.
+    """The factors, or the default ones if `None` is given.
 
     Raises:
         ValueError: their number is not `num_recursions`, one is outside (0, 1], or one is larger

@@ -1,7 +1,7 @@
-"""A router with further steps after those it was trained for.
+"""A router with more steps than it was trained for.
 
-The further steps are inserted before the last: they are decided by the rule of the last step, and
-their tokens go on as those of the step before it do.
+The additional steps are inserted before the last one. The rule of the last step decides which tokens
+run them, and these tokens are combined as in the step before the last.
 
 Legend: `b` batch, `n` candidates of a step, `k` tokens selected, `h` hidden.
 """
@@ -21,12 +21,12 @@ from mor_layers.settings import check_types
 @register_router("deepened")
 @dataclass(frozen=True)
 class Deepened(RouterConfig):
-    """A router with further steps after those it was trained for."""
+    """Settings of a router with more steps than it was trained for."""
 
     router: RouterConfig
-    """Settings it was trained with."""
+    """Settings that the router was trained with."""
     extra_steps: int
-    """Of `num_recursions`, how many it was not trained for. At least 1."""
+    """How many of `num_recursions` steps the router was not trained for. At least 1."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -84,7 +84,7 @@ class Deepened(RouterConfig):
 
 
 class DeepenedRouter(Router):
-    """Asks the trained router, and goes on asking it about its last step."""
+    """Asks the trained router, and uses its last step for all additional steps."""
 
     def __init__(self, trained: Router, extra_steps: int) -> None:
         super().__init__(trained.num_recursions + extra_steps)
@@ -123,7 +123,7 @@ class DeepenedRouter(Router):
         last = self.trained.num_recursions - 1
         if step == self.num_recursions - 1:
             step = last
-        elif step >= last:  # whoever runs it goes on, as at the step before the last
+        elif step >= last:  # its tokens continue, as at the step before the last
             step = max(0, last - 1)
         return self.trained.combine(step, selected, output, decision, origin)
 

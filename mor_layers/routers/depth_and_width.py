@@ -1,6 +1,7 @@
-"""Depth planned by thresholds that hold stated shares; with a mean number of experts as well.
+"""Depth planned by thresholds that keep given shares, optionally with a mean number of experts.
 
-Ours; no publication. Every token's depth is planned from the state that enters the recursion:
+This router is ours and unpublished. The depth of every token is planned from the state that enters
+the recursion:
 
     a = router(rmsnorm(H_1))                     step 1 always runs
     go_r = go_{r-1} and a_r > tau_r              r = 2 .. N_r
@@ -8,14 +9,15 @@ Ours; no publication. Every token's depth is planned from the state that enters 
     x <- f(x)                                    at r = 1
     x <- x + (1 + g_r - stopgrad(g_r)) (f(x) - x)   later: replaces the state, gradient reaches g_r
 
-`tau_r` follows the quantile, over the global batch, that lets the wanted share of those that ran
-step r-1 run step r: no balance loss over depth is needed. It undoes what moves the logits of all
-tokens alike, so the gradient of a gate leaves that out as well: it takes `a_r` relative to its mean
-over the sequence. Otherwise all logits drift together for ever, faster than a threshold can follow.
+`tau_r` follows the quantile, over the global batch, at which the wanted share of the tokens that ran
+step r-1 run step r, so no balance loss over depth is needed. The threshold cancels whatever shifts the
+logits of all tokens together, and the gradient of a gate must not cause such a shift: it uses `a_r`
+relative to its mean over the sequence. Otherwise all logits would drift together, faster than a
+threshold can follow.
 
-A choice depends on its own token alone, so generation needs no predictor. It goes well with
-`exit_state` keys and values. With `mean_experts`, layers with experts hold that mean in the same way
-(`mor_layers.layers.moe`); `turn_dial` shifts both kinds of thresholds at inference.
+A decision depends only on its own token, so generation needs no predictor. The router works well with
+`exit_state` keys and values. With `mean_experts`, layers with experts keep that mean in the same way
+(`mor_layers.layers.moe`). `turn_dial` shifts both kinds of thresholds at inference.
 
 Legend: `b` batch, `n` candidates of a step, `k` tokens selected, `r` steps after the first.
 """
@@ -46,15 +48,15 @@ class DepthAndWidth(RouterConfig):
     """Settings of the depth-and-width router."""
 
     continue_shares: tuple[float, ...] | None = None
-    """For each step after the first, the share of the tokens that ran the step before which it
-    runs. In (0, 1). Default: (N_r-r+1)/(N_r-r+2), so that equally many exit at every step."""
+    """For each step after the first, the share of the previous step's tokens that run it. In (0, 1).
+    Default: (N_r-r+1)/(N_r-r+2), so that equally many tokens exit at every step."""
     mean_experts: float | None = None
-    """Experts that a token takes in the mean at each step: the best, and any of the next whose
-    probability exceeds a threshold. None: as many as the layers say, with or without experts."""
+    """Mean number of experts per token at each step: the best expert, and those of the next best whose
+    probability exceeds a threshold. None: the layers' own number, with or without experts."""
     architecture: Architecture = "linear"
     """Scorer: `linear` (h → N_r-1) or `mlp` (h → 2h → N_r-1, GELU)."""
     rate: float = 0.3
-    """Part of the way to the quantile that thresholds go after each optimizer step. In (0, 1]."""
+    """Fraction of the distance to the quantile that thresholds move per optimizer step. In (0, 1]."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -70,7 +72,7 @@ class DepthAndWidth(RouterConfig):
             )
 
     def shares_for(self, num_recursions: int) -> tuple[float, ...]:
-        """`continue_shares`, their default filled in."""
+        """`continue_shares`, or their default."""
         if self.continue_shares is not None:
             return self.continue_shares
         return tuple(
@@ -126,7 +128,7 @@ class DepthAndWidthRouter(Router):
         self.shares = config.shares_for(num_recursions)
         self.scorer = Scorer(config.architecture, hidden_size, num_recursions - 1)
         for weight in self.scorer.weights:
-            # Logits of unit spread: an optimizer's steps must not outrun the thresholds.
+            # Logits of unit spread, so that the optimizer does not move them faster than thresholds.
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
         self.depths = Thresholds(num_recursions - 1, "depth", config.rate)
 
@@ -184,7 +186,7 @@ class DepthAndWidthRouter(Router):
         return selected + (1 + gate - gate.detach()) * (output - selected)
 
     def scores(self, logits: Tensor, step: int) -> tuple[StepScores, ...]:
-        """The gates of the later steps: above one half where a logit is above its threshold."""
+        """The gates of the later steps, above one half if a logit is above its threshold."""
         gates = (logits - self.depths.current()).sigmoid().unbind(dim=-1)
         return tuple(StepScores(later, gate, 0.5) for later, gate in enumerate(gates, start=1))
 

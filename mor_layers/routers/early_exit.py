@@ -1,8 +1,8 @@
-"""Exits for models that loop a fixed number of times: criteria instead of a trained router.
+"""Early exit for models that loop a fixed number of times: criteria instead of a trained router.
 
-A token stops when a criterion on its own states is met. Nothing else changes: it is a `Router`, so
-caches, depth-wise batching and calibration of what is kept work as with any other. Models trained
-without exits lose quality by it; measure with the full forward pass.
+A token stops when a criterion on its own states is met. Nothing else changes: the exit is a `Router`,
+so caches, depth-wise batching and the calibration of cache sizes work as with any other router. Models
+that were trained without exits lose quality; measure it with the full forward pass.
 
 Legend: `b` batch, `n` candidates of a step, `h` hidden, `c` numbers a criterion looks at, `v`
 vocabulary.
@@ -27,29 +27,29 @@ ReadOut = Callable[[Tensor], Tensor]
 
 
 class Criterion(ABC):
-    """When a token has been computed enough."""
+    """Decides when a token has run enough steps."""
 
     numbers: ClassVar[int] = 1
-    """How many earlier observations `is_met` compares with; before there are as many, none exits."""
+    """Number of earlier observations that `is_met` needs; no token exits before they exist."""
 
     @abstractmethod
     def observe(self, hidden: Float[Tensor, "n b h"], read_out: ReadOut) -> Float[Tensor, "n b c"]:
-        """What the criterion looks at in a state."""
+        """The numbers that the criterion derives from a state."""
 
     def remember(
         self, seen: list[Float[Tensor, "n b c"]], new: Float[Tensor, "n b c"]
     ) -> list[Float[Tensor, "n b c"]]:
-        """What `is_met` gets to see, and later steps again."""
+        """The observations that are kept for `is_met` and for later steps."""
         return [*seen, new][-self.numbers - 1 :]
 
     @abstractmethod
     def is_met(self, *observed: Float[Tensor, "n b c"]) -> Bool[Tensor, "n b"]:
-        """Whether to stop, from what is remembered, earliest first: `numbers` and the new one."""
+        """Whether to stop, given `numbers` kept observations, earliest first, and the new one."""
 
 
 @dataclass(frozen=True)
 class Confidence(Criterion):
-    """The likeliest next token has at least this probability."""
+    """The most likely next token has at least this probability."""
 
     threshold: float
     """In (0, 1]."""
@@ -68,7 +68,7 @@ class Confidence(Criterion):
 
 @dataclass(frozen=True)
 class Divergence(Criterion):
-    """The last step moved the prediction by a Kullback-Leibler divergence below this (in nats)."""
+    """The last step changed the prediction by a Kullback-Leibler divergence below this (nats)."""
 
     threshold: float
     """Above 0."""
@@ -86,10 +86,10 @@ class Divergence(Criterion):
 
 @dataclass(frozen=True)
 class Acceleration(Criterion):
-    """The state's last move differs from the one before by less than this share of its length.
+    """The state's last change differs from the one before by less than this share of its length.
 
-    After arXiv 2509.23314: a small second difference says that the loop goes on as it went, and
-    the state settles.
+    After arXiv 2509.23314: a small second difference means that the loop continues in the same way
+    and the state converges.
     """
 
     threshold: float
@@ -110,10 +110,10 @@ class Acceleration(Criterion):
 
 @dataclass(frozen=True)
 class ExitProbability(Criterion):
-    """The probability of having exited by now, after a gate at every step, exceeds this.
+    """The probability of having exited by now, according to a gate at every step, exceeds this.
 
-    With `λ_r = σ(w · H_r)` the chance to exit at step r, it is `1 - Π (1 - λ_r)`. The gate is
-    one that the model was trained with.
+    With `λ_r = σ(w · H_r)`, the probability of exiting at step r, it is `1 - Π (1 - λ_r)`. The gate
+    must have been trained with the model.
     """
 
     threshold: float
@@ -138,12 +138,12 @@ class ExitProbability(Criterion):
 
 
 class EarlyExitRouter(Router):
-    """Every token runs step 1, and goes on until the criterion is met.
+    """Every token runs step 1, and continues until the criterion is met.
 
     Args:
-        criterion: when to stop.
-        read_out: how a state would be turned into logits if it were the last.
-        num_recursions: most steps.
+        criterion: decides when to stop.
+        read_out: turns a state into logits, as if it were the last state.
+        num_recursions: largest number of steps.
     """
 
     def __init__(self, criterion: Criterion, read_out: ReadOut, num_recursions: int) -> None:
@@ -151,8 +151,8 @@ class EarlyExitRouter(Router):
         self.criterion, self.read_out = criterion, read_out
 
     def logits(self, hidden: Tensor, step: int) -> Tensor | None:
-        # The state that enters step r is what r steps made; what enters the first matters only
-        # to criteria that compare.
+        # The state that enters step r is the result of r steps. The one that enters the first step
+        # matters only to criteria that compare states.
         if step == 0 and self.criterion.numbers == 0:
             return None
         return self.criterion.observe(hidden, self.read_out)

@@ -1,8 +1,8 @@
-"""Expert-choice routing: at each step, the tokens of largest weight go on.
+"""Expert-choice routing: at each step, the tokens with the largest weights continue.
 
 Source: arXiv 2507.10524, section 2.2.1, and its released implementation, which adds
-`w · block(x)` to `x` although the block's output already holds the residual; so do we, because
-the published checkpoints do.
+`w · block(x)` to `x` although the block's output already includes the residual. We do the same,
+because the published checkpoints depend on it.
 
 Legend: `b` batch, `n` candidates of a step, `k` tokens selected, `h` hidden.
 """
@@ -39,34 +39,34 @@ Predictor = Literal["aux_loss", "aux_router"]
 @register_router("expert_choice")
 @dataclass(frozen=True)
 class ExpertChoice(RouterConfig):
-    """Settings of expert-choice routing; the defaults are the published best ones."""
+    """Settings of expert-choice routing; the defaults are the best ones published."""
 
     architecture: Architecture = "linear"
     """Scorer of each step: `linear` (h → 1) or `mlp` (h → 2h → 1, GELU)."""
     activation: ExpertActivation = "sigmoid"
-    """From logits to scores."""
+    """Function from logits to scores."""
     alpha: float = 0.1
     """Weight = alpha · score. Above 0."""
     temperature: float = 1.0
     """Hidden states are divided by it before scoring. Above 0."""
     capacity_factors: tuple[float, ...] | None = None
-    """Share of the sequence kept at each step, in (0, 1], never rising. Default: (N_r-r+1)/N_r."""
+    """Share of the sequence kept at each step, in (0, 1], not increasing. Default: (N_r-r+1)/N_r."""
     warmup_steps: int = 0
-    """Optimizer steps over which capacities go from 1 to their factors along a cosine. 0: none."""
+    """Optimizer steps over which capacities decrease from 1 to their factors (cosine). 0: none."""
     predictor: Predictor = "aux_loss"
-    """What learns to foresee the selection for generation: the router itself, or a second one."""
+    """What learns to predict the selection for generation: the router itself, or a second one."""
     predictor_coefficient: float | None = None
-    """Weight of the predictor's loss. Default: 0.001 for `aux_loss`; 1 for `aux_router`, whose
-    gradient reaches only itself."""
+    """Weight of the predictor's loss. Default: 0.001 for `aux_loss`; 1 for `aux_router`, where only
+    the second router gets a gradient from it."""
     threshold: float = 0.5
-    """In generation a token goes on where the predictor's probability is above it. In (0, 1)."""
+    """In generation, a token continues if the predictor's probability is above this. In (0, 1)."""
     z_loss_coefficient: float = 0.0
     """Weight of the z-loss. 0: none."""
     combine: Combination = "weighted"
     """`weighted`: x + w · f(x). `additive`: x + f(x)."""
     gate_bias: float | None = None
-    """First value of a learnt bias of each step's logit, so that gates begin open (above 0) or closed.
-    None: no bias, as published."""
+    """Initial value of a learned bias of each step's logit, so that gates start open (above 0) or
+    closed. None: no bias, as published."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -90,7 +90,7 @@ class ExpertChoice(RouterConfig):
 
     @property
     def predictor_weight(self) -> float:
-        """`predictor_coefficient`, its default filled in."""
+        """`predictor_coefficient`, or its default."""
         if self.predictor_coefficient is not None:
             return self.predictor_coefficient
         return 0.001 if self.predictor == "aux_loss" else 1.0
@@ -168,11 +168,11 @@ class ExpertChoice(RouterConfig):
 
 
 class ExpertChoiceRouter(Router):
-    """One scorer a step; the candidates of largest weight run it.
+    """One scorer per step; the candidates with the largest weights run the step.
 
-    Generation cannot compare with later tokens: with `causal=True` a candidate goes on where the
-    predictor's probability exceeds the threshold. A step whose capacity is everything keeps
-    everything either way.
+    Generation cannot compare a token with later ones. With `causal=True`, a candidate therefore
+    continues if the predictor's probability exceeds the threshold. A step with a capacity of 1 keeps
+    every token in both cases.
     """
 
     training_steps: Tensor
@@ -191,7 +191,7 @@ class ExpertChoiceRouter(Router):
             for _ in range(num_recursions if config.predictor == "aux_router" else 0)
         )
         self.register_buffer("training_steps", torch.zeros((), dtype=torch.int64))
-        # Logits set by `tune`; inf where `threshold` decides.
+        # Thresholds on logits, set by `tune`; inf means that `threshold` applies.
         self.register_buffer("bars", torch.full((num_recursions,), math.inf))
         self._training_steps: int | None = None  # the buffers as the host last saw them
         self._bars: list[float] | None = None
@@ -252,7 +252,7 @@ class ExpertChoiceRouter(Router):
         return super().combine(step, selected, output, decision, origin)
 
     def scores(self, logits: Tensor, step: int) -> tuple[StepScores, ...]:
-        """The predictor's probability that a candidate goes on."""
+        """The predictor's probability that a candidate continues."""
         bar = self._bar(step)
         threshold = None if bar is None else 1 / (1 + math.exp(-max(bar, -700.0)))
         return (StepScores(step, logits[..., -1].sigmoid(), threshold),)
@@ -272,7 +272,7 @@ class ExpertChoiceRouter(Router):
             self._bars = None
 
     def _bar(self, step: int) -> float | None:
-        """What the predictor's logit must exceed for a step; None: everyone runs it."""
+        """The value that the predictor's logit must exceed at a step; None: all tokens run it."""
         if self._bars is None:
             self._bars = self.bars.tolist()
         if self._bars[step] < math.inf:
@@ -282,7 +282,7 @@ class ExpertChoiceRouter(Router):
         return math.log(self.config.threshold / (1.0 - self.config.threshold))
 
     def capacity_factor(self, step: int) -> float:
-        """Share of the sequence that runs a step now, warm-up included."""
+        """Share of the sequence that currently runs a step, including the warm-up."""
         final, warmup = self.capacity_factors[step], self.config.warmup_steps
         if final == 1.0 or warmup == 0:
             return final

@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 def masked_mean(values: Float[Tensor, "n b"], weights: Float[Tensor, "n b"] | None) -> Tensor:
-    """Mean over the tokens that count; 0 where none does."""
+    """Mean over the tokens that count; 0 if there are none."""
     if weights is None:
         return values.mean()
-    # A where, not a product: a padding row may hold inf or nan.
+    # `where` and not a product, because a padding row may hold inf or nan.
     kept = torch.where(weights > 0, values, torch.zeros_like(values))
     return kept.sum() / weights.sum().clamp(min=1.0)
 
@@ -24,10 +24,10 @@ def sampling_loss(
     is_selected: Bool[Tensor, "n b"],
     weights: Float[Tensor, "n b"] | None = None,
 ) -> Tensor:
-    """How badly σ(logit) predicts the selection: binary cross entropy, mean over candidates.
+    """Binary cross entropy between σ(logit) and the selection, mean over candidates.
 
-    It makes a causal predictor out of a choice that looked at the whole sequence (arXiv
-    2507.10524, section 2.2.1, and Raposo et al. 2024, section 3.5).
+    It trains a causal predictor of a selection that saw the whole sequence (arXiv 2507.10524,
+    section 2.2.1, and Raposo et al. 2024, section 3.5).
     """
     target = is_selected.to(logits.dtype)
     return masked_mean(
@@ -40,7 +40,7 @@ def sampling_accuracy(
     is_selected: Bool[Tensor, "n b"],
     weights: Float[Tensor, "n b"] | None = None,
 ) -> Tensor:
-    """Share of candidates whose selection σ(logit) > 0.5 predicts."""
+    """Share of candidates whose selection is predicted by σ(logit) > 0.5."""
     hits = ((logits > 0) == is_selected).to(torch.float32)
     return masked_mean(hits, weights)
 
@@ -52,7 +52,7 @@ def balancing_loss(
 ) -> Tensor:
     """`Σ_i P_i f_i` with `P_i` the mean probability of depth i and `f_i = N_r ·` its share.
 
-    It is 1 when depths are chosen evenly (arXiv 2507.10524, section 2.2.1; Fedus et al. 2021).
+    It is 1 if depths are chosen evenly (arXiv 2507.10524, section 2.2.1; Fedus et al. 2021).
     """
     num_depths = probabilities.shape[-1]
     total = 0.0

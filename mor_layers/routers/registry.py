@@ -1,4 +1,4 @@
-"""Routers by the name that YAML and `config.json` give them."""
+"""The names that YAML and `config.json` use for routers."""
 
 import importlib
 import os
@@ -7,15 +7,16 @@ from importlib.machinery import PathFinder
 from inspect import isabstract
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from mor_layers.routers.base import RouterConfig
-from mor_layers.settings import from_mapping
+from mor_layers.settings import from_mapping, has_own_form, plain_fields
 
 _REGISTRY: dict[str, type[RouterConfig]] = {}
 
 
 def register_router[C: type[RouterConfig]](name: str):
-    """Class decorator: make a `RouterConfig` known to YAML as `router: {type: name, ...}`.
+    """Class decorator that makes a `RouterConfig` available in YAML as `router: {type: name, ...}`.
 
     Raises:
         ValueError: another class already has the name.
@@ -34,15 +35,15 @@ def register_router[C: type[RouterConfig]](name: str):
 
 
 def registered_routers() -> dict[str, type[RouterConfig]]:
-    """Every registered router's settings class, by the name YAML gives it."""
+    """The settings classes of all registered routers, by name."""
     return dict(_REGISTRY)
 
 
 def router_name(config: RouterConfig) -> str:
-    """What files call the class of these settings.
+    """The name of these settings' class in files: registered, or `module:ClassName`.
 
-    Ours by their registered names, all others `module:ClassName`: whoever reads the file may not have
-    imported the module that registers the name. A class that nobody can import has only its name.
+    Only routers of this library go by their registered name: whoever reads the file may not have
+    imported the module that registers another. A class that nobody can import has only its name.
     """
     kind = type(config)
     names = {known: name for name, known in _REGISTRY.items()}
@@ -54,12 +55,12 @@ def router_name(config: RouterConfig) -> str:
 
 
 def read_router(value: object, where: str, may_import: bool) -> RouterConfig:
-    """Settings of a router from a mapping whose `type` names their class.
+    """Read a router's settings from a mapping whose `type` names their class.
 
     Args:
         value: `type` and the fields of that class.
-        where: name of the place in the file, for errors.
-        may_import: whether `type` may name a class that is not registered, whose module is then
+        where: the place in the file, for error messages.
+        may_import: whether `type` may name a class that is not registered. Its module is then
             imported.
 
     Raises:
@@ -70,6 +71,11 @@ def read_router(value: object, where: str, may_import: bool) -> RouterConfig:
     settings = {name: v for name, v in value.items() if name != "type"}
     kind = _router_class(value["type"], where, may_import)
     return from_mapping(kind, settings, where, may_import)
+
+
+def write_router(config: RouterConfig) -> dict[str, Any]:
+    """The settings as plain values, and the `type` under which `read_router` takes them back."""
+    return {**plain_fields(config), "type": router_name(config)}
 
 
 def _import_path(kind: type[RouterConfig]) -> str:
@@ -109,10 +115,11 @@ def _router_class(name: str, where: str, may_import: bool) -> type[RouterConfig]
 
 
 def _imported(name: str) -> ModuleType:
-    """The module, unless it could only be found because it lies in the working folder.
+    """Import a module, unless it would only be found because it lies in the working folder.
 
-    Python puts the working folder on its path for `python -m` and `python -c`. Whoever can place a
-    file there, by an archive that somebody unpacks, must not have it run because a setting names it.
+    Python puts the working folder on its path for `python -m` and `python -c`. A file that somebody
+    placed there, for example with an archive that was unpacked, must not run because a setting names
+    it.
     """
     top = name.partition(".")[0]
     here, named = str(Path.cwd()), os.environ.get("PYTHONPATH", "").split(os.pathsep)
@@ -125,3 +132,6 @@ def _imported(name: str) -> ModuleType:
                 "PYTHONPATH to allow it"
             )
     return importlib.import_module(name)
+
+
+has_own_form(RouterConfig, read_router, write_router)

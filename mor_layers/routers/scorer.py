@@ -1,6 +1,6 @@
-"""The small network that scores tokens, and what turns scores into a choice.
+"""The small network that scores tokens, and how scores become a choice.
 
-Legend: `b` batch, `n` candidates of a step, `h` hidden, `c` logits a token.
+Legend: `b` batch, `n` candidates of a step, `h` hidden, `c` logits per token.
 """
 
 import math
@@ -17,7 +17,8 @@ from mor_layers.routers.declarations import ScorerMatrix
 class Scorer(nn.Module):
     """Logits of tokens from their hidden states, computed in fp32: `h → out` or `h → 2h → out`.
 
-    Neither has biases (arXiv 2507.10524, table 5), unless the last is given a first value.
+    Neither form has biases (arXiv 2507.10524, table 5), unless the last layer's bias is given an
+    initial value.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class Scorer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal with standard deviation 0.02, as the published implementation starts."""
+        """Draw weights from a normal distribution with std 0.02, as the published code does."""
         for weight in self.weights:
             nn.init.normal_(weight, std=0.02)
         if self.bias is not None and self.first_bias is not None:
@@ -44,7 +45,7 @@ class Scorer(nn.Module):
     def forward(
         self, hidden: Float[Tensor, "n b h"], temperature: float = 1.0
     ) -> Float[Tensor, "n b c"]:
-        """Logits of the states divided by a temperature."""
+        """Logits of the states after these are divided by a temperature."""
         values = hidden.float() if temperature == 1.0 else (hidden / temperature).float()
         for i in range(len(self.weights)):
             if i:
@@ -54,7 +55,7 @@ class Scorer(nn.Module):
 
 
 def bar_above(values: Float[Tensor, " t"], count: float) -> float:
-    """A number that `count` of the values, rounded, exceed: halfway between two neighbours."""
+    """A number that `count` (rounded) of the values exceed, halfway between two neighbours."""
     kept = min(len(values), max(0, round(count)))
     if kept == 0:
         return torch.finfo(torch.float32).max
@@ -94,7 +95,7 @@ def published_scorer(
 def require_gates(
     owner: str, bias: float | None, combine: str, activation: str = "sigmoid"
 ) -> None:
-    """Raise ValueError where a bias of gates is not finite, or there are no gates it could move."""
+    """Raise ValueError if a bias of gates is not finite, or if there are no gates to apply it to."""
     if bias is None:
         return
     if not math.isfinite(bias):

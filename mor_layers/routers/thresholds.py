@@ -1,8 +1,8 @@
-"""Thresholds that hold a stated share, and the dial that turns them at inference.
+"""Thresholds that keep a given share, and the dial that shifts them at inference.
 
-A threshold follows the quantile of what it is compared with, over the global batch and outside the
-forward pass. Each update goes a fixed part of the whole way: slower controllers lose against the
-drift of an optimizer that moves the values.
+A threshold follows the quantile of the values that it is compared with, over the global batch and
+outside the forward pass. Each update moves it a fixed fraction of the whole distance. Slower
+controllers cannot keep up with an optimizer that moves the values.
 """
 
 from typing import Literal
@@ -24,12 +24,12 @@ _REACH = 15.0
 
 
 class Thresholds(PreciseBuffers):
-    """Thresholds, each held where a stated share of values lies above it.
+    """Thresholds, each of which is kept where a given share of values lies above it.
 
     Args:
-        count: how many.
-        dial: which of `turn_dial`'s arguments shifts them.
-        rate: part of the way to the quantile that an update goes. In (0, 1].
+        count: number of thresholds.
+        dial: the argument of `turn_dial` that shifts them.
+        rate: fraction of the distance to the quantile that an update moves. In (0, 1].
     """
 
     values: Float[Tensor, " count"]
@@ -41,19 +41,20 @@ class Thresholds(PreciseBuffers):
         self.register_buffer("values", torch.zeros(count))
 
     def current(self) -> Float[Tensor, " count"]:
-        """The thresholds to compare with: shifted by the dial, unless in training."""
+        """The thresholds to compare with; outside of training, shifted by the dial."""
         return self.values if self.training else self.values + self.shift
 
     @torch.no_grad()
     def histogram(
         self, index: int, values: Float[Tensor, "..."], is_counted: Bool[Tensor, "..."] | None
     ) -> Float[Tensor, " bins"]:
-        """Counts of values around threshold `index`; they add up over batches and ranks.
+        """Counts of values around threshold `index`, to be summed over batches and ranks.
 
-        Bins are as wide as they are far from the threshold, so that any scale is resolved.
+        The width of a bin is proportional to its distance from the threshold, so that any scale is
+        resolved.
         """
-        # In fp64: the place among the bins is a large number, whose last bits in fp32 would let
-        # values that layouts round differently fall into different bins.
+        # In fp64, because the position among the bins is a large number: in fp32, values that
+        # layouts round differently could fall into different bins.
         distance = torch.asinh((values.double() - self.values[index]) / _FINEST) / _REACH
         bins = ((distance + 1) / 2 * NUM_BINS).long().clamp(0, NUM_BINS - 1).flatten()
         counts = torch.ones_like(bins, dtype=torch.float32)
@@ -65,9 +66,10 @@ class Thresholds(PreciseBuffers):
     def follow(
         self, histograms: Float[Tensor, "count bins"], shares: Float[Tensor, " count"]
     ) -> None:
-        """Move towards where `shares` of the counted values lie above; stay where there are none.
+        """Move thresholds towards the values that `shares` of the counted values exceed.
 
-        Call it outside the forward pass, with histograms taken since the last call.
+        A threshold without counted values stays. Call this outside the forward pass, with the
+        histograms taken since the last call.
         """
         cumulative = histograms.double().cumsum(dim=1)
         total = cumulative[:, -1:]

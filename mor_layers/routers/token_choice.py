@@ -1,7 +1,7 @@
-"""Token-choice routing: every token picks its depth once, before the first step.
+"""Token-choice routing: every token chooses its depth once, before the first step.
 
 Source: arXiv 2507.10524, section 2.2.1; the loss-free bias from Wang et al. 2024 (arXiv
-2408.15664). The published code gates only where a token exits; so do we.
+2408.15664). Like the published code, we gate a token only at the step where it exits.
 
 Legend: `b` batch, `n` candidates of a step, `k` tokens selected, `h` hidden, `r` depths.
 """
@@ -30,18 +30,18 @@ Balancing = Literal["loss", "loss_free", "none"]
 @register_router("token_choice")
 @dataclass(frozen=True)
 class TokenChoice(RouterConfig):
-    """Settings of token-choice routing; the defaults are the published best ones."""
+    """Settings of token-choice routing; the defaults are the best ones published."""
 
     architecture: Architecture = "linear"
     """Scorer: `linear` (h → N_r) or `mlp` (h → 2h → N_r, GELU)."""
     activation: TokenActivation = "softmax"
-    """From logits to the probability of each depth."""
+    """Function from logits to the probability of each depth."""
     alpha: float = 1.0
     """Probability = alpha · sigmoid(logit). Above 0; must stay 1 with `softmax`."""
     temperature: float = 1.0
     """Hidden states are divided by it before scoring. Above 0."""
     balancing: Balancing = "loss"
-    """What keeps the depths in balance: a `loss`, a bias on the choice (`loss_free`), `none`."""
+    """What balances the depths: a `loss`, a bias on the choice (`loss_free`), or `none`."""
     balancing_coefficient: float | None = None
     """Weight of the balancing loss (default 0.1), or the step u by which the loss-free bias moves
     after each optimizer step (default 0.001)."""
@@ -50,8 +50,8 @@ class TokenChoice(RouterConfig):
     combine: Combination = "weighted"
     """A token that exits becomes `weighted`: H_1 + g · f(x), or `additive`: H_1 + f(x)."""
     gate_bias: float | None = None
-    """First value of a learnt bias of each depth's logit, so that gates begin open (above 0) or closed.
-    None: no bias, as published."""
+    """Initial value of a learned bias of each depth's logit, so that gates start open (above 0) or
+    closed. None: no bias, as published."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -78,7 +78,7 @@ class TokenChoice(RouterConfig):
 
     @property
     def balancing_weight(self) -> float:
-        """`balancing_coefficient`, its default filled in."""
+        """`balancing_coefficient`, or its default."""
         if self.balancing_coefficient is not None:
             return self.balancing_coefficient
         return {"loss": 0.1, "loss_free": 0.001, "none": 0.0}[self.balancing]
@@ -209,7 +209,7 @@ class TokenChoiceRouter(Router):
         return torch.where((depth == step)[..., None], exit_state, output)
 
     def scores(self, logits: Tensor, step: int) -> tuple[StepScores, ...]:
-        """The probability, bias included, that a token's depth is this one; the largest wins."""
+        """The probability of each depth, including the bias; the largest one is chosen."""
         biased = self._activate(logits) + self.depth_bias.float()
         return tuple(StepScores(depth, p) for depth, p in enumerate(biased.unbind(dim=-1)))
 
@@ -218,7 +218,7 @@ class TokenChoiceRouter(Router):
             return
         counts = tokens_per_step.to(self.depth_bias)
         counts = counts - F.pad(counts[1:], (0, 1))  # tokens that ran a step -> that ended there
-        # sign(mean share - share) in whole numbers: an even share must not move by a rounding.
+        # sign(mean share - share) in whole numbers, so that rounding does not move an even share.
         direction = (counts.sum() - self.num_recursions * counts).sign()
         self.depth_bias += self.config.balancing_weight * direction
 
@@ -230,7 +230,7 @@ class TokenChoiceRouter(Router):
         reached = torch.tensor([*shares, 0.0], device=probabilities.device)
         wanted = -reached.diff()  # share of tokens that end at each step
         bias, step = self.depth_bias.float().clone(), 0.5
-        for _ in range(400):  # raise what is chosen too seldom, by ever less
+        for _ in range(400):  # raise what is chosen too rarely, in shrinking steps
             depth = (probabilities + bias).argmax(dim=-1)
             bias += step * (wanted - depth.bincount(minlength=len(bias)) / len(depth))
             step *= 0.98

@@ -1,4 +1,4 @@
-"""Which tokens run a step: who stands in which row, what was decided, where rows live."""
+"""Which tokens run a step: the token in each row, the decision, and where rows are stored."""
 
 from mor_layers.selection.decision import RoutingDecision
 from mor_layers.selection.placement import LocalPlacement, Placement

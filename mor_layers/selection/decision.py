@@ -1,7 +1,7 @@
 """What a router decides about the candidates of a step.
 
-Legend: `b` batch, `s` sequence, `n` candidates of a step, `k` tokens that run it, `p` numbers a
-router plans per token.
+Legend: `b` batch, `s` sequence, `n` candidates of a step, `k` tokens that run it, `p` numbers per
+token in a router's plan.
 """
 
 import math
@@ -16,22 +16,22 @@ from mor_layers.selection.tokens import Tokens, take_rows
 
 @dataclass(frozen=True)
 class RoutingDecision:
-    """Which of a step's candidates run it. The only thing that travels between steps."""
+    """Which candidates run a step. Nothing else is passed from one step to the next."""
 
     tokens: Tokens
     """The selected tokens, `[k b]`."""
     rows: Int[Tensor, "k b"] | None = None
     """Row of each selected token among the candidates; None: all candidates, in order."""
     gates: Float[Tensor, "k b"] | None = None
-    """What the block's output is multiplied by; None where the router does not gate."""
+    """Factor by which the block's output is multiplied; None if the router does not gate."""
     plan: Float[Tensor, "k b p"] | None = None
-    """What the router noted about each selected token for later steps."""
+    """What the router has planned for each selected token at later steps."""
     losses: dict[str, Tensor] = field(default_factory=dict)
-    """Auxiliary losses of this step by name, multiplied by their coefficients: add them up."""
+    """Auxiliary losses of this step by name, already multiplied by their coefficients."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Scalars for the log by name, detached."""
     observations: dict[str, Tensor] = field(default_factory=dict)
-    """What `Router.adjust` wants to know of the global batch, such as histograms: add them up."""
+    """What `Router.adjust` needs from the global batch, such as histograms; summed over it."""
 
     @classmethod
     def everything(cls, tokens: Tokens) -> "RoutingDecision":
@@ -39,11 +39,11 @@ class RoutingDecision:
         return cls(tokens=tokens)
 
     def keep_all(self) -> "RoutingDecision":
-        """This decision's tokens once more, without sorting or gathering."""
+        """A decision that keeps all tokens of this one, without sorting or gathering."""
         return RoutingDecision(self.tokens, plan=self.plan)
 
     def taken(self, values: Float[Tensor, "n b"]) -> Float[Tensor, "k b"]:
-        """Of one value per candidate, those of the selected tokens."""
+        """The selected tokens' entries of a tensor with one value per candidate."""
         return values if self.rows is None else values.gather(0, self.rows)
 
     def is_selected(self, num_candidates: int) -> Bool[Tensor, "n b"]:
@@ -57,11 +57,11 @@ class RoutingDecision:
         return kept.new_zeros(num_candidates, kept.shape[1]).scatter(0, self.rows, kept)
 
     def with_plan(self, plan: Float[Tensor, "k b p"]) -> "RoutingDecision":
-        """This decision with a plan for its tokens, which later selections take along."""
+        """This decision with a plan for its tokens, which later selections carry on."""
         return replace(self, plan=plan)
 
     def with_gates(self, gates: Float[Tensor, "k b"]) -> "RoutingDecision":
-        """This decision with what the block's output is multiplied by."""
+        """This decision with factors for the block's output."""
         return replace(self, gates=gates)
 
     def with_losses(
@@ -71,16 +71,16 @@ class RoutingDecision:
         return replace(self, losses=losses, metrics=metrics)
 
     def with_observations(self, observations: dict[str, Tensor]) -> "RoutingDecision":
-        """This decision with what it observed."""
+        """This decision with observations."""
         return replace(self, observations=observations)
 
     def keep_where(self, is_selected: Bool[Tensor, "n b"]) -> "RoutingDecision":
-        """The marked tokens, in order; padding is left out even where it is marked.
+        """Keep the marked tokens, in order. Padding is left out even if it is marked.
 
-        Sequences with fewer than the widest are filled up with padding slots. Waits for the
-        device once, to learn the width, unless each sequence has one candidate. The width is at
-        least 1: a step whose tokens have all exited still runs, on padding, so that every rank of
-        a collective takes part and every parameter gets a gradient.
+        Sequences with fewer tokens than the widest one are filled with padding slots. This waits for
+        the device once, to learn the width, unless each sequence has one candidate. The width is at
+        least 1: a step whose tokens have all exited still runs on padding, so that every rank takes
+        part in each collective and every parameter gets a gradient.
         """
         if self.tokens.is_padding is not None:
             is_selected = is_selected & ~self.tokens.is_padding
@@ -94,9 +94,9 @@ class RoutingDecision:
         return self._take(rows, is_padding)
 
     def rest(self, taken: "RoutingDecision") -> "RoutingDecision | None":
-        """Of this decision's tokens, those that the next one did not take; None: it took all.
+        """The tokens of this decision that the next one, `taken`, left out; None if there are none.
 
-        Waits for the device once, as `keep_where`, unless every sequence lost equally many.
+        Waits for the device once, like `keep_where`, unless every sequence lost equally many tokens.
         """
         if taken.rows is None:
             return None
@@ -114,19 +114,19 @@ class RoutingDecision:
         return RoutingDecision(self.tokens.take(rows, is_padding), rows, plan=plan)
 
     def keep_valid(self) -> "RoutingDecision":
-        """Every token once more; padding that stood between tokens moves to the end."""
+        """Keep every token, and move padding that stands between tokens to the end."""
         if self.tokens.padding_trails:
             return self.keep_all()
         assert self.tokens.is_padding is not None
         return self.keep_where(self.tokens.is_padding.logical_not())
 
     def keep_top(self, weights: Float[Tensor, "n b"], share: float) -> "RoutingDecision":
-        """Of every document, the tokens of largest weight.
+        """Keep the tokens with the largest weights in every document.
 
         Args:
             weights: one per candidate; only their order matters.
-            share: of the document's length, in (0, 1]: `max(1, floor(share · length))` stay. A
-                share of 1 keeps everything and neither sorts nor gathers.
+            share: share of the document's length, in (0, 1]. `max(1, floor(share · length))` tokens
+                are kept. A share of 1 keeps everything, and neither sorts nor gathers.
         """
         if share >= 1.0:
             return self.keep_valid()
@@ -143,7 +143,8 @@ class RoutingDecision:
         tokens = self.tokens
         if tokens.is_padding is not None:
             weights = weights.masked_fill(tokens.is_padding, -torch.inf)
-        # Two stable sorts order by document, then weight; the place within the document is a rank.
+        # Two stable sorts order by document and then by weight; a token's rank is its place in its
+        # document.
         order = weights.sort(dim=0, descending=True, stable=True).indices
         row = torch.arange(len(weights), device=weights.device)[:, None].expand_as(order)
         begin = torch.zeros_like(order)
@@ -157,6 +158,6 @@ class RoutingDecision:
         lengths = tokens.document_lengths
         if lengths is None:  # plain until a ragged selection
             lengths = torch.full_like(rank, tokens.sequence_length)
-        # float64, as Python rounds share · length on the plain path.
+        # float64, so that share · length is rounded as Python rounds it on the plain path.
         capacity = (lengths.double() * share).floor().clamp(min=1)
         return rank < capacity

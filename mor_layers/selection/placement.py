@@ -1,4 +1,4 @@
-"""Where the rows of hidden states live, and moving the selected ones out and back.
+"""Where the rows of hidden states are stored, and moving the selected rows out and back.
 
 Legend: `b` batch, `n` candidates of a step, `k` tokens that run it, `h` hidden.
 """
@@ -13,24 +13,24 @@ from mor_layers.selection.tokens import put_rows, take_rows
 
 
 class Placement(Protocol):
-    """Where the rows of hidden states live: all here, or spread over ranks.
+    """Where the rows of hidden states are stored: all on this rank, or spread over ranks.
 
-    A placement is what makes the one main path of `RecursionBlock` parallel. Routers decide over
-    the full sequence on every rank; hidden states may be a shard of it.
+    A placement makes the main path of `RecursionBlock` parallel without a second implementation of it.
+    Routers decide over the full sequence on every rank, while hidden states may be a shard of it.
     """
 
     def gather(self, logits: Float[Tensor, "shard b c"], count: int) -> Float[Tensor, "n b c"]:
-        """Router logits of all `count` candidates from those of the candidates that live here."""
+        """Router logits of all `count` candidates, gathered from those of this rank's candidates."""
         ...
 
     def select(
         self, candidates: Float[Tensor, "shard b h"], decision: RoutingDecision
     ) -> Float[Tensor, "shard2 b h"]:
-        """Hidden states of the selected tokens, spread the same way."""
+        """Hidden states of the selected tokens, distributed in the same way."""
         ...
 
     def shard(self, decision: RoutingDecision) -> RoutingDecision:
-        """The part of a decision that belongs to the rows which `select` gives this rank."""
+        """The part of a decision for the rows that `select` returns on this rank."""
         ...
 
     def write_back(
@@ -39,12 +39,12 @@ class Placement(Protocol):
         updated: Float[Tensor, "shard2 b h"],
         decision: RoutingDecision,
     ) -> Float[Tensor, "shard b h"]:
-        """The candidates with the selected tokens' new states in their places."""
+        """The candidates, with the new states of the selected tokens written back."""
         ...
 
 
 class LocalPlacement:
-    """All rows are here."""
+    """All rows are on this rank."""
 
     def gather(self, logits: Tensor, count: int) -> Tensor:
         return logits

@@ -1,10 +1,10 @@
-"""Which token stands in which row, and taking rows out and putting them back.
+"""Which token each row holds, and taking rows out and putting them back.
 
 Legend: `b` batch, `s` sequence, `n` candidates of a step, `k` tokens that run it, `h` hidden.
 Tensors are sequence first, as in Megatron and in `torch.nn.Transformer*`.
 
-Selections of unequal length share one rectangle: a sequence with fewer selected tokens than the
-widest is filled at the end with padding slots. A padding slot holds an unselected candidate, is
+Selections of unequal length share one rectangle. A sequence with fewer selected tokens than the
+widest one is filled with padding slots at its end. A padding slot holds an unselected candidate, is
 never written back, and comes after every real token, so plain causal attention never sees it.
 """
 
@@ -17,22 +17,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tokens:
-    """Which token of the sequence stands in each row of a `[k b ...]` tensor.
+    """Which token of the sequence each row of a `[k b ...]` tensor holds.
 
-    `is_padding=None` says that no row is padding, `documents=None` that each sequence is one
-    document; both are known on the host, so that the common case costs no mask.
+    `is_padding=None` means that no row is padding, and `documents=None` that each sequence is one
+    document. Both are known on the host, so that the common case needs no mask.
     """
 
     positions: Int[Tensor, "k b"]
-    """Place in the sequence, ascending among the rows that are not padding."""
+    """Position in the sequence, ascending among the rows that are not padding."""
     sequence_length: int
-    """Length `s` of the whole sequence the positions refer to."""
+    """Length `s` of the whole sequence that the positions refer to."""
     documents: Int[Tensor, "k b"] | None = None
     """Number of the document that each token belongs to."""
     is_padding: Bool[Tensor, "k b"] | None = None
     """True in rows that hold no token."""
     document_lengths: Int[Tensor, "k b"] | None = None
-    """Tokens in each token's document over the whole sequence; None where `is_plain`."""
+    """Length of each token's document in the whole sequence; None if `is_plain`."""
     padding_trails: bool = True
     """Whether padding rows come after all others, which makes plain causal attention exact."""
 
@@ -48,7 +48,7 @@ class Tokens:
         """Every token of `batch` sequences, in order.
 
         Args:
-            documents: any numbers that change where a new document begins.
+            documents: any numbers that change at the start of a new document.
             is_padding: True where the sequence holds no token.
 
         Raises:
@@ -84,7 +84,7 @@ class Tokens:
 
     @property
     def counted(self) -> Float[Tensor, "k b"] | None:
-        """1 for tokens and 0 for padding; None where there is no padding."""
+        """1 for tokens and 0 for padding; None if there is no padding."""
         return None if self.is_padding is None else self.is_padding.logical_not().float()
 
     @property
@@ -95,7 +95,7 @@ class Tokens:
         return torch.full((), float(self.positions.numel()), device=self.positions.device)
 
     def take(self, rows: Int[Tensor, "k b"], is_padding: Bool[Tensor, "k b"] | None) -> "Tokens":
-        """The tokens of the named rows; `is_padding` says which of those are padding slots."""
+        """The tokens of the given rows; `is_padding` marks those that are padding slots."""
         return Tokens(
             positions=self.positions.gather(0, rows),
             sequence_length=self.sequence_length,
@@ -115,7 +115,7 @@ def take_rows(values: Float[Tensor, "n b h"], rows: Int[Tensor, "k b"]) -> Float
 def put_rows(
     values: Float[Tensor, "n b h"], updated: Float[Tensor, "k b h"], rows: Int[Tensor, "k b"]
 ) -> Float[Tensor, "n b h"]:
-    """`values` with `values[rows[i, j], j] = updated[i, j]`; the rows of a sequence differ."""
+    """`values` with `values[rows[i, j], j] = updated[i, j]`; rows must not repeat in a sequence."""
     flat = values.flatten(0, 1).index_copy(0, _flat(rows), updated.flatten(0, 1))
     return flat.unflatten(0, values.shape[:2])
 

@@ -1,7 +1,7 @@
-"""Whether settings hold what their annotations say.
+"""Checks that the values of settings have the annotated types.
 
-What YAML says is checked where it is read (`mor_layers.from_mapping`); this is for those who call
-constructors, where `num_recursions="3"` or `qk_norm="false"` would otherwise go a long way.
+Values from YAML are checked when they are read (`mor_layers.from_mapping`). This module is for direct
+calls of constructors, where `num_recursions="3"` or `qk_norm="false"` would otherwise go unnoticed.
 """
 
 import dataclasses
@@ -12,9 +12,10 @@ from typing import Any
 
 
 def check_types(config: object) -> None:
-    """Raise ValueError where a field of a dataclass has a value of another type than annotated.
+    """Raise ValueError if a field of a dataclass has a value of another type than annotated.
 
-    An int is a float too; a bool is neither. Choices (`Literal`) are left to who knows them.
+    An int is accepted as a float; a bool is neither. Choices (`Literal`) are not checked here: the
+    settings classes check their own.
     """
     kind = type(config)
     for name, hint in _hints(kind).items():

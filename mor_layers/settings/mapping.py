@@ -1,20 +1,33 @@
-"""YAML and plain mappings to frozen dataclasses of settings, and back.
+"""Converts YAML and plain mappings to frozen dataclasses of settings, and back.
 
-A dataclass reads and writes itself differently by having `from_mapping` and `to_mapping`, as
-`RouterConfig` does; nothing here knows of it.
+Settings of an abstract class, such as `RouterConfig`, name their concrete class in the file. Whoever
+knows these classes says how they are read and written, see `has_own_form`; nothing here does.
 """
 
 import dataclasses
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+Read = Callable[[object, str, bool], Any]
+"""Makes settings of a value, the place in the file, and whether the value may name modules."""
+Write = Callable[[Any], dict[str, Any]]
+"""Makes plain mappings of settings."""
+
+_FORMS: dict[type, tuple[Read, Write]] = {}
+
+
+def has_own_form(kind: type, read: Read, write: Write) -> None:
+    """Let fields of type `kind` be read by `read`, and its subclasses be written by `write`."""
+    _FORMS[kind] = read, write
+
 
 def load_config[T](kind: type[T], path: str | Path) -> T:
-    """Settings of `kind` from a YAML file of the user's own, interpolations resolved.
+    """Read settings of `kind` from a YAML file that the user trusts, and resolve interpolations.
 
-    The file may name classes of installed modules (`package.module:ClassName`), which are imported.
+    The file may name classes of installed modules (`package.module:ClassName`). They are imported.
 
     Raises:
         ValueError: a setting is unknown, missing, of the wrong type, or not allowed.
@@ -27,13 +40,13 @@ def load_config[T](kind: type[T], path: str | Path) -> T:
 
 
 def from_mapping[T](kind: type[T], values: object, where: str = "", may_import: bool = False) -> T:
-    """Settings of the dataclass `kind` from plain mappings, as YAML gives them.
+    """Make settings of the dataclass `kind` from plain mappings, such as those in YAML.
 
     Args:
         values: a mapping with the dataclass's fields.
-        where: name of the place in the file, for errors.
-        may_import: whether the values may name modules to import. Say True only of files that the
-            user vouches for: importing a module runs its code.
+        where: the place in the file, for error messages.
+        may_import: whether the values may name modules to import. Pass True only for files that the
+            user trusts, because importing a module runs its code.
 
     Raises:
         ValueError: a setting is unknown, missing, of the wrong type, or not allowed.
@@ -67,13 +80,15 @@ def from_mapping[T](kind: type[T], values: object, where: str = "", may_import: 
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
-    """A dataclass of settings as plain mappings and lists, which `from_mapping` takes back."""
-    write = getattr(config, "to_mapping", None)
-    return plain_fields(config) if write is None else write()
+    """A dataclass of settings as plain mappings and lists, the inverse of `from_mapping`."""
+    for kind in type(config).__mro__:
+        if kind in _FORMS:
+            return _FORMS[kind][1](config)
+    return plain_fields(config)
 
 
 def plain_fields(config: Any) -> dict[str, Any]:
-    """The fields of a dataclass as plain mappings and lists, whatever `to_mapping` adds to them."""
+    """The fields of a dataclass as plain mappings and lists, without what `to_mapping` may add."""
     return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
@@ -99,8 +114,8 @@ def _convert(hint: Any, value: object, where: str, may_import: bool) -> object:
             raise ValueError(f"{where}={value!r}: expected a list.")
         items = enumerate(value)
         return tuple(_convert(arguments[0], v, f"{where}[{i}]", may_import) for i, v in items)
-    if hasattr(hint, "from_mapping"):
-        return hint.from_mapping(value, where, may_import)
+    if hint in _FORMS:
+        return _FORMS[hint][0](value, where, may_import)
     if dataclasses.is_dataclass(hint):
         return from_mapping(hint, value, where, may_import)  # type: ignore[arg-type]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""What a student learns from a teacher beside the text: its distributions and its hidden states.
+"""What a student learns from a teacher in addition to the text: distributions and hidden states.
 
     distiller = Distiller(teacher, student.config, Distillation(temperature=2.0))
     distilled = distiller(student, ids, labels)
@@ -32,25 +32,25 @@ HiddenMeasure = Literal["cosine", "mse"]
 
 @dataclass(frozen=True)
 class Distillation:
-    """What a student learns from, and how much each part weighs.
+    """The parts of the loss that a student learns from, and their weights.
 
     The loss is `language_model_coefficient · cross entropy + logits_coefficient · KL +
-    hidden_coefficient · distance`, and the routers' own losses as they are.
+    hidden_coefficient · distance`, plus the routers' own losses.
     """
 
     language_model_coefficient: float = 1.0
-    """Weight of the cross entropy with the text. 0: the text itself is not learnt."""
+    """Weight of the cross entropy with the text. 0: the text itself is not learned."""
     logits_coefficient: float = 1.0
     """Weight of the divergence between the teacher's distribution and the student's. 0: none."""
     temperature: float = 1.0
-    """What both logits are divided by; the divergence is multiplied by its square. Above 0."""
+    """Divides both logits; the divergence is multiplied by its square. Above 0."""
     top_k: int | None = None
-    """Likeliest tokens of the teacher that count, renormalised among themselves. None: all."""
+    """Only the teacher's k most likely tokens count, with renormalised probabilities. None: all."""
     hidden_coefficient: float = 0.0
     """Weight of the distance between hidden states, mean over the pairs of depths. 0: none."""
     hidden_depths: tuple[tuple[int, int], ...] = ()
-    """Pairs of depths, the student's and the teacher's, whose states should agree: layers that have
-    run, repeats counted, from 1."""
+    """Pairs of depths (student's, teacher's) whose states should agree. A depth is the number of layers
+    that have run, counted with repeats, from 1."""
     hidden_measure: HiddenMeasure = "cosine"
     """How two states differ: `cosine` (1 - cosine similarity) or `mse` (mean squared difference)."""
 
@@ -87,10 +87,11 @@ def logits_divergence(
     temperature: float = 1.0,
     top_k: int | None = None,
 ) -> Float[Tensor, "*tokens"]:
-    """`T² · KL(teacher ‖ student)` in nats of each token, in fp32.
+    """`T² · KL(teacher ‖ student)` of each token in nats, in fp32.
 
-    With `top_k` the teacher's distribution is renormalised over its likeliest tokens; the student's
-    is still one over the whole vocabulary, so it is 0 only where the student offers nothing else.
+    With `top_k`, the teacher's distribution is renormalised over its most likely tokens. The student's
+    distribution still covers the whole vocabulary, so the divergence is 0 only if the student gives no
+    probability to any other token.
     """
     log_q = (student.float() / temperature).log_softmax(dim=-1)
     scaled = teacher.float() / temperature
@@ -106,7 +107,7 @@ def hidden_distance(
     teacher: Float[Tensor, "*tokens h"],
     measure: HiddenMeasure = "cosine",
 ) -> Float[Tensor, "*tokens"]:
-    """How far each token's states are apart, in fp32: `1 - cosine`, or the mean squared difference."""
+    """Distance of each token's states, in fp32: `1 - cosine`, or the mean squared difference."""
     student, teacher = student.float(), teacher.float()
     if measure == "cosine":
         return 1 - F.cosine_similarity(student, teacher, dim=-1)
@@ -115,7 +116,7 @@ def hidden_distance(
 
 @dataclass(frozen=True)
 class LayerState:
-    """Hidden states behind a layer, of the tokens that ran it."""
+    """Hidden states after a layer, for the tokens that ran it."""
 
     hidden: Float[Tensor, "k b h"]
     tokens: Tokens
@@ -125,7 +126,7 @@ class LayerState:
 def recorded_states(
     model: MoRTransformer, depths: Collection[int]
 ) -> Iterator[dict[int, LayerState]]:
-    """States behind the layers at these depths (from 1), of the forward pass inside the context."""
+    """Records the states after the layers at these depths (from 1) in a forward pass."""
     layers: dict[str, list[int]] = {}
     for depth, (name, _) in enumerate(unrolled_layers(model.config), start=1):
         layers.setdefault(name, []).append(depth)
@@ -156,16 +157,16 @@ def recorded_states(
 
 @dataclass(frozen=True)
 class DistilledOutput:
-    """A student's forward pass beside its teacher's."""
+    """The result of a forward pass of a student and its teacher."""
 
     student: DecoderOutput
     settings: Distillation
     parts: dict[str, Float[Tensor, ""]]
-    """Before coefficients, mean over the tokens that count: `logits`, `hidden`."""
+    """`logits` and `hidden` without coefficients, mean over the tokens that count."""
 
     @property
     def loss(self) -> Float[Tensor, ""]:
-        """What to minimise."""
+        """The loss to minimise."""
         assert self.student.lm_loss is not None
         total = self.settings.language_model_coefficient * self.student.lm_loss
         for name, value in self.parts.items():
@@ -174,12 +175,12 @@ class DistilledOutput:
 
 
 class Distiller:
-    """A frozen teacher, and what of it a student learns.
+    """A frozen teacher, and what a student learns from it.
 
     Args:
-        teacher: frozen in place: no gradients, evaluation mode.
+        teacher: frozen in place, which means no gradients and evaluation mode.
         student: the student's settings.
-        settings: what is learnt.
+        settings: the parts of the loss.
 
     Raises:
         ValueError: the vocabularies differ, or a model has no such depth.
@@ -210,7 +211,7 @@ class Distiller:
             else nn.Identity()
             for _ in settings.hidden_depths
         )
-        """From the student's width to the teacher's, one a pair; to be trained with the student."""
+        """Per pair, a projection from the student's width to the teacher's, trained with the student."""
 
     def __call__(
         self,
@@ -220,7 +221,7 @@ class Distiller:
         documents: Int[Tensor, "b s"] | None = None,
         is_padding: Bool[Tensor, "b s"] | None = None,
     ) -> DistilledOutput:
-        """Both forward passes. Tokens without a label to learn, and padding, do not count.
+        """Run both forward passes. Tokens without a label, and padding, do not count.
 
         Arguments are those of `MoRTransformer.forward`.
         """

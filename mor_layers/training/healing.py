@@ -1,10 +1,10 @@
-"""Healing: training a model made from another one's weights, with or without its teacher.
+"""Healing: training a model that was made from another one's weights, with or without a teacher.
 
     for step in heal(student, batches, Healing(steps=300), distiller):
         print(step.number, step.lm_loss)
 
-A generator, so that the caller can look at the model between two steps. It trains any
-`MoRTransformer`, a dense one from scratch too.
+`heal` is a generator, so that the caller can look at the model between two steps. It can train any
+`MoRTransformer`, including a dense one from scratch.
 """
 
 import math
@@ -26,7 +26,7 @@ class Healing:
     steps: int
     """Optimizer steps."""
     learning_rate: float = 1e-3
-    """Between warmup and decay. Above 0."""
+    """Learning rate between warmup and decay. Above 0."""
     warmup_steps: int = 0
     """Steps of linear warmup."""
     decay_steps: int = 0
@@ -54,7 +54,7 @@ class Healing:
             )
 
     def learning_rate_at(self, step: int) -> float:
-        """Of a step, 0-based."""
+        """The learning rate of a step, 0-based."""
         rising = (step + 1) / (self.warmup_steps + 1)
         falling = (self.steps - step) / (self.decay_steps + 1)
         return self.learning_rate * min(1.0, rising, falling)
@@ -62,7 +62,7 @@ class Healing:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step reads; see `MoRTransformer.forward`."""
+    """The input of a step; see `MoRTransformer.forward`."""
 
     ids: Int[Tensor, "b s"]
     labels: Int[Tensor, "b s"]
@@ -72,19 +72,19 @@ class Batch:
 
 @dataclass(frozen=True)
 class HealingStep:
-    """What one optimizer step did; losses are those before it."""
+    """The result of one optimizer step; losses are those before the step."""
 
     number: int
-    """1-based."""
+    """Number of the step, 1-based."""
     loss: float
-    """What was minimised."""
+    """The loss that was minimised."""
     lm_loss: float
-    """In nats per token."""
+    """Language-model loss in nats per token."""
     parts: dict[str, float]
-    """Distances from the teacher, before coefficients; empty without one."""
+    """Distances from the teacher, without coefficients; empty without a teacher."""
     learning_rate: float
     gradient_norm: float
-    """Before clipping."""
+    """Norm of the gradient before clipping."""
 
 
 def heal(
@@ -93,11 +93,11 @@ def heal(
     settings: Healing,
     distiller: Distiller | None = None,
 ) -> Iterator[HealingStep]:
-    """Train the student in place, step by step as the result is iterated over.
+    """Train the student in place; each iteration takes one step.
 
     Raises:
         FloatingPointError: the loss or the gradient is not finite; that step is not taken.
-        ValueError: the batches end before the steps do.
+        ValueError: there are fewer batches than steps.
     """
     trained = [p for p in student.parameters() if p.requires_grad]
     if distiller is not None:

@@ -1,7 +1,7 @@
 """A model in a folder: `config.json`, `model.safetensors` and a tokenizer's files.
 
-The folder is one of Hugging Face's: with `import mor_huggingface` its AutoModelForCausalLM loads it
-too. In config.json `mor` holds the DecoderConfig. Tied weights are stored once.
+The folder follows Hugging Face's layout: after `import mor_huggingface`, AutoModelForCausalLM can load
+it too. The DecoderConfig is in config.json under `mor`. Tied weights are stored once.
 """
 
 import json
@@ -22,9 +22,9 @@ from mor_layers.weights.tensor_files import SAFETENSORS, LazyTensors, open_tenso
 MODEL_TYPE = "mor"
 CONFIG = "config.json"
 SETTINGS = "mor"
-"""Its entry for the DecoderConfig; transformers takes `decoder` for a config of its own."""
+"""The key of the DecoderConfig. It is not `decoder`, which transformers treats as its own config."""
 _PREFIX = "model."
-"""Before each name in the file: where transformers keeps the model inside its own."""
+"""Prefix of each name in the file: the attribute under which transformers' class holds the model."""
 _CARRIED = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 _SIDE_FILES = (
     "tokenizer.json",
@@ -40,19 +40,19 @@ _SIDE_FILES = (
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model that is not in memory."""
+    """A model in files, whose tensors are read on demand."""
 
     config: DecoderConfig
     weights: Mapping[str, Tensor]
-    """By the names of a MoRTransformer's state dict; read when asked for. Tied ones once."""
+    """Tensors by the names of a MoRTransformer's state dict, read on demand. Tied ones occur once."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What else its config.json said that any format keeps: special tokens, longest text."""
+    """Other entries of config.json that every format keeps: special tokens, longest text."""
     side_files: tuple[Path, ...] = ()
-    """A tokenizer's files."""
+    """The tokenizer's files."""
 
 
 def save_model(model: MoRTransformer, folder: Path, tokenizer: Path | None = None) -> None:
-    """Write a folder; an earlier one in its place is replaced when it is whole.
+    """Write a folder. An existing folder is replaced once the new one is complete.
 
     Args:
         tokenizer: a tokenizer.json to copy.
@@ -67,10 +67,10 @@ def save_model(model: MoRTransformer, folder: Path, tokenizer: Path | None = Non
 
 
 def load_model(folder: str | Path, trust_remote_code: bool = False) -> MoRTransformer:
-    """The model of a folder.
+    """Load the model of a folder.
 
     Args:
-        folder: as `save_model` or `mor convert` writes it.
+        folder: a folder that `save_model` or `mor convert` wrote.
         trust_remote_code: whether the folder may name a router whose module is imported, which runs
             that module's code. Without it only registered routers are built.
 
@@ -88,14 +88,15 @@ def load_model(folder: str | Path, trust_remote_code: bool = False) -> MoRTransf
 
 
 def open_model(folder: Path, trust_remote_code: bool = False) -> StoredModel:
-    """What a folder holds, without reading tensors.
+    """Open the model of a folder without reading its tensors.
 
     Args:
         trust_remote_code: whether the folder may name a router whose module is imported, which runs
             that module's code. Without it only registered routers are built.
 
     Raises:
-        ValueError: a file is missing or damaged, or its parts do not fit; shapes show when read.
+        ValueError: a file is missing or damaged, or its parts do not fit. Shapes are checked when a
+            tensor is read.
         FileNotFoundError: there is no such folder.
     """
     values = read_config(folder)
@@ -130,19 +131,19 @@ def write_model(
 
 
 def dtype_name(model: StoredModel) -> str:
-    """The dtype of its weights, as a config.json names it."""
+    """The dtype of the weights, as config.json names it."""
     return str(model.weights["embedding.weight"].dtype).removeprefix("torch.")
 
 
 def copy_side_files(model: StoredModel, folder: Path) -> None:
-    """Put a tokenizer's files beside the model's."""
+    """Copy the tokenizer's files into the folder."""
     for path in model.side_files:
         shutil.copyfile(path, folder / path.name)
 
 
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """An empty folder that takes `folder`'s name once all is written; after an error nothing is."""
+    """An empty folder that is renamed to `folder` once it is complete, and removed after an error."""
     partial, earlier = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "earlier"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -153,18 +154,18 @@ def written_whole(folder: Path) -> Iterator[Path]:
         raise
     shutil.rmtree(earlier, ignore_errors=True)
     if folder.exists():
-        folder.rename(earlier)  # kept until the new one is in its place
+        folder.rename(earlier)  # kept until the new one has its name
     partial.rename(folder)
     shutil.rmtree(earlier, ignore_errors=True)
 
 
 def weight_names(config: DecoderConfig) -> list[str]:
-    """Names of a model's tensors; of tied ones the first."""
+    """Names of a model's tensors; of tied tensors only the first."""
     return list(tensor_shapes(config))
 
 
 def tensor_shapes(config: DecoderConfig) -> dict[str, torch.Size]:
-    """Shapes of a model's tensors, of tied ones the first, in order."""
+    """Shapes of a model's tensors, in order; of tied tensors only the first."""
     with torch.device("meta"):
         state = MoRTransformer(config).state_dict()
     if config.tie_embeddings:
@@ -183,14 +184,14 @@ def state_of(config: DecoderConfig, weights: Mapping[str, Tensor]) -> dict[str, 
 def fitting(
     config: DecoderConfig, names: Mapping[str, str], tensors: Mapping[str, Tensor], where: Path
 ) -> LazyTensors:
-    """A model's tensors by our names from those by others, with their shapes checked when read.
+    """Rename a model's tensors from other names to ours, and check their shapes when they are read.
 
     Args:
-        names: theirs for each of ours.
-        where: the folder they are from, for errors.
+        names: the other name for each of our names.
+        where: the folder of the tensors, for error messages.
 
     Raises:
-        ValueError: one is missing, or there is one that the model has no use for.
+        ValueError: a tensor is missing, or there is one that the model does not use.
     """
     missing = [name for name in names.values() if name not in tensors]
     if missing:
@@ -240,7 +241,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def carried(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a config.json any format keeps."""
+    """The entries of a config.json that every format keeps."""
     return {name: values[name] for name in _CARRIED if values.get(name) is not None}
 
 

@@ -1,4 +1,4 @@
-"""Where the tensors of a recursive model's layers lie, and their names in the Llama layout."""
+"""Names of the tensors of a recursive model's layers, in our layout and in Llama's."""
 
 from mor_layers.models import DecoderConfig
 
@@ -21,13 +21,13 @@ _HEAD_NORMS = {
 
 
 def layer_names(config: DecoderConfig, ours: str, theirs: str, norm: int = 0) -> dict[str, str]:
-    """Llama's (Qwen's) name of each tensor of a dense layer, with the norms of one step."""
+    """The name in Llama (or Qwen) of each tensor of a dense layer, with the norms of one step."""
     names = _LAYER | (_BIASES if config.qkv_bias else {}) | (_HEAD_NORMS if config.qk_norm else {})
     return {f"{ours}.{o.format(norm=norm)}": f"{theirs}.{t}" for o, t in names.items()}
 
 
 def unrolled_layers(config: DecoderConfig) -> list[tuple[str, int]]:
-    """Name of the layer that runs at each depth, and which of its norms runs there."""
+    """Name of the layer that runs at each depth, and the index of its norms at that depth."""
     recursion, schedule = config.effective_recursion, config.schedule
     steps, size = range(recursion.num_recursions), range(schedule.block_size)
     if schedule.is_cyclic:

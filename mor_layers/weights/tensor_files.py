@@ -1,6 +1,6 @@
-"""Tensors in files, one at a time: safetensors and PyTorch's `.bin`, in one file or several.
+"""Tensors in files, read one at a time: safetensors and PyTorch's `.bin`, in one file or several.
 
-What is read is checked against the file's own account of it, and an error names file and tensor.
+Tensors are checked against the headers and indices of their files. An error names file and tensor.
 """
 
 import json
@@ -28,11 +28,11 @@ _DTYPES = {
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by name, made when they are asked for and not kept.
+    """Tensors by name, made on demand and not kept.
 
     Args:
-        names: every name, in order.
-        make: gives the tensor of a name.
+        names: all names, in order.
+        make: returns the tensor of a name.
     """
 
     def __init__(self, names: list[str], make: Callable[[str], Tensor]) -> None:
@@ -54,10 +54,10 @@ class LazyTensors(Mapping[str, Tensor]):
 
 
 def open_tensors(folder: Path) -> LazyTensors:
-    """The tensors of a folder's model.safetensors or pytorch_model.bin, or of what their index lists.
+    """The tensors of a folder's model.safetensors or pytorch_model.bin, or of the files in their index.
 
     Raises:
-        ValueError: there are none, or a file is damaged; here, or when a tensor is read.
+        ValueError: there are none, or a file is damaged. Damage may show only when a tensor is read.
     """
     for name in (SAFETENSORS, _PICKLED):
         index = folder / f"{name}.index.json"
@@ -72,7 +72,7 @@ def open_tensor_file(path: Path) -> LazyTensors:
     """The tensors of one file.
 
     Raises:
-        ValueError: it is damaged; here, or when a tensor is read.
+        ValueError: the file is damaged, which may show only when a tensor is read.
     """
     return LazyTensors(_names(path), lambda name: _read(path, name))
 
@@ -83,14 +83,14 @@ def write_tensors(
     """Write a safetensors file, holding one tensor at a time.
 
     Args:
-        written: called with the name of each tensor after it.
+        written: called with the name of each tensor after it has been written.
 
     Raises:
         ValueError: a tensor's dtype has no name in the format.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    # The header comes first and is known last: room is left for it, which the format lets us fill
-    # with spaces.
+    # The header comes first but is known last, so space is reserved for it. The format allows to fill
+    # the rest with spaces.
     room = 64 + sum(len(json.dumps(name)) + 256 for name in tensors)
     room += -room % 8
     with path.open("wb") as file:
@@ -156,7 +156,7 @@ def _read(path: Path, name: str) -> Tensor:
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
-    try:  # mapped, so that only what is used is read
+    try:  # memory-mapped, so that only the tensors in use are read
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,4 +1,4 @@
-"""A recursion without routing as the plain decoder that computes the same, deltas merged.
+"""Turns a recursion without routing into the plain decoder that computes the same, deltas merged.
 
 config, weights = unrolled_weights(model.state_dict(), model.config)
 plain = MoRTransformer(config)
@@ -19,7 +19,7 @@ from mor_layers.weights.tensor_files import LazyTensors
 
 
 def require_unrollable(config: DecoderConfig) -> None:
-    """Raise ValueError where no plain decoder computes the same."""
+    """Raise ValueError if no plain decoder computes the same."""
     recursion = config.effective_recursion
     if config.moe is not None:
         raise ValueError("moe is set, and a plain decoder has no experts. Keep the model as it is.")
@@ -42,8 +42,8 @@ def unrolled_weights(
     """Settings and weights of the plain decoder, made tensor by tensor.
 
     Args:
-        weights: by the names of a MoRTransformer's state dict.
-        config: its settings; a model without recursion stays as it is.
+        weights: tensors by the names of a MoRTransformer's state dict.
+        config: the model's settings; a model without recursion is returned unchanged.
 
     Raises:
         ValueError: the model routes tokens, shares keys and values, or has experts.

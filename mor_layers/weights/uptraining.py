@@ -3,19 +3,19 @@
 Sources: Bae et al. 2024 (Relaxed Recursive Transformers, arXiv 2410.20672), section 2.2, and Bae
 et al. 2025 (arXiv 2507.10524). With 6 shared layers in 3 recursions a block of two gets:
 
-    stepwise  1 6          layers at even distances, the first and the last among them
-    average   the mean of the layers that each one stands for under the sharing scheme
+    stepwise  1 6          evenly spaced layers, including the first and the last
+    average   for each layer, the mean of the layers that it replaces under the sharing scheme
     lower     1 2
     upper     5 6
-    random    fresh weights
+    random    new random weights
 
-Layers outside the block, embeddings and the last norm are the dense model's. A block of one layer
-takes the first for `stepwise`.
+Layers outside the block, embeddings and the last norm are those of the dense model. With `stepwise`, a
+block of one layer takes the first layer.
 
-Where the recursion is relaxed (`mor_layers.layers.relaxation`), each step's delta is the truncated
-singular value decomposition of what the layer at its depth has beside the shared weight:
-`B = U S / scale`, `A = Vᵀ`. At full rank, with norms of single steps, the recursive model then is the
-dense one (but for biases and norms of queries and keys, which steps share).
+If the recursion is relaxed (`mor_layers.layers.relaxation`), each step's delta is the truncated
+singular value decomposition of the difference between the layer at its depth and the shared weight:
+`B = U S / scale`, `A = Vᵀ`. At full rank and with norms per step, the recursive model then equals the
+dense one (except for biases and norms of queries and keys, which steps share).
 """
 
 import re
@@ -46,17 +46,17 @@ def recursive_weights(
     initialization: Initialization,
     seed: int = 0,
 ) -> tuple[DecoderConfig, LazyTensors]:
-    """Settings and weights of a recursive model that begins where a dense one ended.
+    """Settings and weights of a recursive model that starts from a dense one.
 
-    Norms of single steps (`share_norms=False`) are those of the layers at their depths, whatever
-    the initialization, `random` excepted; deltas likewise. A router is new, from `seed`.
+    Norms per step (`share_norms=False`) are those of the layers at their depths under every
+    initialization but `random`, and the same applies to deltas. A router is new, drawn from `seed`.
 
     Args:
-        weights: of the dense model, by the names of a MoRTransformer's state dict.
-        dense: its settings.
+        weights: tensors of the dense model, by the names of a MoRTransformer's state dict.
+        dense: the settings of the dense model.
 
     Raises:
-        ValueError: the model is no dense one, its layers do not divide into such recursions, or
+        ValueError: the model is not dense, its layers cannot be divided into such recursions, or
             the initialization is unknown.
     """
     require_choice("recursive_weights", "initialization", initialization, INITIALIZATIONS)
@@ -82,7 +82,7 @@ def recursive_weights(
 
     originals = _originals(dense, config)
 
-    @lru_cache(maxsize=1)  # the tensors of a delta follow one another
+    @lru_cache(maxsize=1)  # the tensors of one delta are read in succession
     def delta(place: str) -> dict[str, Tensor]:
         assert recursion.relaxation is not None
         shared_weight = make(f"{place.rpartition('.deltas.')[0]}.weight")
@@ -109,7 +109,7 @@ def recursive_weights(
 def _sources(
     dense: DecoderConfig, config: DecoderConfig, initialization: Initialization
 ) -> dict[str, list[str]]:
-    """For each tensor of the recursive model's layers, those of the dense model it comes from."""
+    """For each tensor of the recursive model's layers, the dense model's tensors it is made from."""
     schedule = config.schedule
     theirs = [name for name, _ in unrolled_layers(dense)]
     depths: dict[str, list[int]] = {}
@@ -138,7 +138,7 @@ def _sources(
 
 
 def _originals(dense: DecoderConfig, config: DecoderConfig) -> dict[str, str]:
-    """For each delta, the weight of the dense model that its step had."""
+    """For each delta, the weight of the dense model's layer at the depth of its step."""
     relaxation = config.effective_recursion.relaxation
     theirs, steps = [name for name, _ in unrolled_layers(dense)], Counter[str]()
     names: dict[str, str] = {}
@@ -158,8 +158,8 @@ def start_of_delta(
 ) -> dict[str, Tensor]:
     """The tensors of the `StepDelta` that brings `shared` closest to `original`.
 
-    No delta of its rank leaves a smaller sum of squares (Eckart and Young 1936). The magnitudes of
-    `dora` are those of the rows as they come out, so that both kinds start as the same model.
+    No delta of this rank leaves a smaller sum of squared differences (Eckart and Young 1936). The
+    magnitudes of `dora` are the norms of the resulting rows, so that both kinds start as the same model.
     """
     rank = relaxation.rank_of(*shared.shape)
     u, s, v = torch.linalg.svd(original.double() - shared.double(), full_matrices=False)
@@ -208,7 +208,7 @@ def _mean(parts: list[Tensor]) -> Tensor:
 
 
 def _random(like: Tensor, seed: int) -> Tensor:
-    """As a new MoRTransformer has it: matrices from a normal distribution, norms one."""
+    """Initial values as in a new MoRTransformer: normally distributed matrices, norms of one."""
     if like.dim() == 1:
         return torch.ones_like(like)
     generator = torch.Generator().manual_seed(seed)

@@ -17,7 +17,8 @@ ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")
 PATH = re.compile(r"\b(?:examples|tests|docs|integrations|mor_[a-z]+)/[\w./-]*\w")
 MAKEFILE = (ROOT / "Makefile").read_text()
 TRAINERS = ("pretrain_gpt_mor.py", "nodes.sh", "slurm.sh", "two_nodes_on_one_machine.sh")
-OTHERS = {"pip", "vllm"}  # programs of others, which are not asked
+OTHERS = {"git", "pip", "pre-commit", "vllm"}  # programs of others, which are not asked
+GUIDES = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
 
 
 def commands_of(page: Path) -> list[str]:
@@ -45,7 +46,7 @@ def check(command: str) -> None:
         check_make(arguments)
     elif program == "mor":
         own = argparse.ArgumentParser(exit_on_error=False)
-        mor_tools.commands._COMMANDS[arguments[0]].add_arguments(own)
+        mor_tools.commands.load(arguments[0]).add_arguments(own)
         own.parse_args(arguments[1:])
     elif program == "python":
         assert find_spec(arguments[1]) is not None, command
@@ -77,7 +78,7 @@ def check_script(script: Path, arguments: list[str], variables: list[str]) -> No
             assert f'"{argument}"' in source, f"{script} does not know {argument}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
 def test_commands_of_a_page_can_start(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     for command in commands_of(page):
@@ -101,7 +102,7 @@ def test_wrong_commands_are_noticed(monkeypatch):
             check(command)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
 def test_files_and_targets_that_a_page_names_are_there(page):
     text = page.read_text("utf-8")
     spans = [span for span in re.findall(r"`([^`\n]+)`", text) if "*" not in span]

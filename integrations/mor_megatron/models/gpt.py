@@ -1,11 +1,11 @@
-"""From settings to the layer list that an unmodified GPTModel builds.
+"""Makes the list of layers that an unmodified GPTModel builds from settings.
 
     config = TransformerConfig(num_layers=8, ...)
     block = recursion_block_spec(config, RecursionConfig(3, router=ExpertChoice()))
     model = GPTModel(config, transformer_layer_spec=block, ...)
 
-`num_layers` counts the unrolled depth: 8 with 3 recursions under middle-cycle sharing are a prelude
-layer, a block of 2 that runs 3 times, and a coda layer.
+`num_layers` counts the unrolled depth: with 3 recursions and middle-cycle sharing, 8 layers are a
+prelude layer, a block of 2 layers that runs 3 times, and a coda layer.
 """
 
 from collections.abc import Sequence
@@ -44,15 +44,17 @@ from mor_megatron.platform import has_transformer_engine
 
 
 def default_layer_spec(config: TransformerConfig, is_moe: bool | None = None) -> ModuleSpec:
-    """The layer Megatron would build for `config`: Transformer Engine's where it is installed and
-    CUDA is available, else the local one on SDPA and a norm that knows sequence parallelism.
+    """The layer that Megatron would build for `config`.
+
+    This is Transformer Engine's layer if that is installed and CUDA is available. Otherwise it is the
+    local layer, with SDPA and a norm that supports sequence parallelism.
 
     Args:
-        is_moe: whether its MLP is a mixture of experts; by default if `config` has experts.
+        is_moe: whether the MLP is a mixture of experts; by default, if `config` has experts.
 
     Raises:
-        ValueError: grouped expert matrix products without Transformer Engine, where Megatron would
-            run the experts one by one and say nothing.
+        ValueError: grouped expert matrix products without Transformer Engine. Megatron would silently
+            run the experts one by one.
     """
     num_experts = None if is_moe is False else config.num_moe_experts
     uses_engine = config.transformer_impl == "transformer_engine" and torch.cuda.is_available()
@@ -103,10 +105,10 @@ def recursion_layer_spec(
 
     Args:
         layer_specs: the K layers of the shared block.
-        recursion: steps, router, KV policy, norms; `sharing` is not read, a step runs all K.
+        recursion: steps, router, KV policy and norms. `sharing` is ignored, as a step runs all K layers.
 
     Raises:
-        ValueError: there is no layer.
+        ValueError: `layer_specs` is empty.
     """
     if not layer_specs:
         raise ValueError("a recursion needs at least one layer. Pass the specs of its layers.")
@@ -126,20 +128,20 @@ def recursion_block_spec(
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage: `transformer_layer_spec` of an unmodified GPTModel.
 
-    There is one entry for each unrolled layer, so that stages, checkpoint keys and logs are
-    numbered as Megatron expects. Each recursion lives inside one stage: give stages whole parts
-    through `config.pipeline_model_parallel_layout` (which is set here, as evenly as the recursion
-    allows, where nothing says how to divide the layers).
+    There is one entry for each unrolled layer, so that stages, checkpoint keys and logs are numbered
+    as Megatron expects. Each recursion lies within one stage, so `config.pipeline_model_parallel_layout`
+    must not split it. If the config does not say how to divide the layers, the layout is set here, as
+    evenly as the recursion allows.
 
     Args:
         config: `num_layers` counts the unrolled depth.
         recursion: sharing, steps, router, KV policy, norms.
-        layer_spec: the shared layers; default `default_layer_spec(config)`.
+        layer_spec: spec of the shared layers; default: `default_layer_spec(config)`.
         vp_stage: must be None; virtual stages are not used here.
-        dense_layer_spec: prelude and coda layers; default `layer_spec`.
+        dense_layer_spec: spec of prelude and coda layers; default: `layer_spec`.
 
     Raises:
-        ValueError: layers that do not divide, or stages that would cut a recursion.
+        ValueError: the layers cannot be divided into recursions, or a stage would split a recursion.
     """
     if vp_stage is not None:
         raise ValueError(
@@ -179,7 +181,7 @@ def recursion_parts(
 
 
 def set_pipeline_layout(config: TransformerConfig, depths: Sequence[int]) -> None:
-    """Divide parts of the given unrolled depths into stages, unless `config` says how already.
+    """Divide parts with the given unrolled depths into stages, unless `config` has a layout.
 
     Raises:
         ValueError: there are more stages than parts.
@@ -199,7 +201,7 @@ def set_pipeline_layout(config: TransformerConfig, depths: Sequence[int]) -> Non
 
 
 def check_whole(config: TransformerConfig, depths: Sequence[int], first: int, count: int) -> None:
-    """Raise ValueError where a stage of `count` layers from `first` cuts one of the parts."""
+    """Raise ValueError if a stage of `count` layers from `first` would split one of the parts."""
     borders = {0, *accumulate(depths)}
     if first in borders and first + count in borders:
         return
@@ -213,7 +215,7 @@ def check_whole(config: TransformerConfig, depths: Sequence[int], first: int, co
 
 
 def final_norm(layer_spec: ModuleSpec) -> type:
-    """The norm after the last layer: Transformer Engine's where the layers are its."""
+    """The norm after the last layer: Transformer Engine's if the layers are Transformer Engine's."""
     if not (has_transformer_engine() and _is_transformer_engine(layer_spec)):
         return local_norm()
     from megatron.core.extensions.transformer_engine import TENorm

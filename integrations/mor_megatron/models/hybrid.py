@@ -1,5 +1,5 @@
-"""Recursions in Megatron's HybridModel, the announced successor of GPTModel; without Transformer
-Engine too.
+"""Recursions in Megatron's HybridModel, the announced successor to GPTModel, with or without
+Transformer Engine.
 
     pattern = HybridPattern.parse("*-[*-*E]x3*-")
     recursion = RecursionConfig(3, router=ExpertChoice())
@@ -11,8 +11,8 @@ Engine too.
         ...
     )
 
-A hybrid model counts attention and MLP as a layer each. One step of `[*-*E]` is two ordinary
-transformer layers, an attention with the MLP or the experts behind it, which is the same arithmetic.
+A hybrid model counts attention and MLP as one layer each. One step of `[*-*E]` is built as two ordinary
+transformer layers, each an attention followed by the MLP or the experts, which is the same arithmetic.
 """
 
 from collections.abc import Sequence
@@ -50,9 +50,9 @@ class RecursiveHybridSubmodules:
 
 
 class RecursiveHybridStack(HybridStack):
-    """A HybridStack in which recursions stand; the `hybrid_stack_spec` of a HybridModel.
+    """A HybridStack with recursions in it, for use as `hybrid_stack_spec` of a HybridModel.
 
-    Forward pass, recomputation and checkpoint keys are HybridStack's.
+    Forward pass, recomputation and checkpoint keys are those of HybridStack.
 
     Args:
         config: the model's configuration.
@@ -61,7 +61,7 @@ class RecursiveHybridStack(HybridStack):
         pp_layer_offset: layers of earlier stages.
 
     Raises:
-        ValueError: the model's pattern is not the one of the spec.
+        ValueError: the pattern of the model differs from that of the spec.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class RecursiveHybridStack(HybridStack):
                 f"layers {given!r} from {pp_layer_offset + 1} on are no stage of {str(pattern)!r}. "
                 f"Give the HybridModel hybrid_layer_pattern={pattern.unrolled!r}."
             )
-        # With no layers and no norm HybridStack builds nothing: those it knows need the Engine.
+        # HybridStack is given no layers and no norm to build, because its own need Transformer Engine.
         super().__init__(
             config,
             HybridStackSubmodules(),
@@ -113,7 +113,7 @@ class RecursiveHybridStack(HybridStack):
         number = index + 1 + offset
         common = {"config": self.config, "pg_collection": self.pg_collection}
         if spec.module in (RecursionLayer, AbsorbedLayer):
-            # These add the offset of their stage themselves.
+            # These layers add the offset of their stage themselves.
             own = get_transformer_layer_offset(self.config, None, get_pg_rank(self.pp_group))
             return build_module(spec, layer_number=number - own, **common)
         if symbol == "M":
@@ -131,16 +131,16 @@ def recursion_hybrid_spec(
     """The `hybrid_stack_spec` of a HybridModel whose `hybrid_layer_pattern` is `pattern.unrolled`.
 
     Args:
-        config: `num_layers` is `pattern.num_layers`. Where the pattern has several stages,
-            `pipeline_model_parallel_layout` is set to them.
-        pattern: the layers, recursions in brackets.
-        recursions: router, KV policy and norms, for all recursions or one for each;
-            `num_recursions` must be what the pattern says, `sharing` is not read.
-        layers: specs by symbol, such as those of Megatron's `hybrid_stack_spec`; default
+        config: `num_layers` must be `pattern.num_layers`. If the pattern has several stages,
+            `pipeline_model_parallel_layout` is set accordingly.
+        pattern: the layers, with recursions in brackets.
+        recursions: router, KV policy and norms, for all recursions or one per recursion.
+            `num_recursions` must match the pattern; `sharing` is ignored.
+        layers: specs by symbol, such as those of Megatron's `hybrid_stack_spec`; default:
             `default_hybrid_layers(config)`.
 
     Raises:
-        ValueError: counts that differ, a symbol without a spec, or settings that cannot run.
+        ValueError: counts differ, a symbol has no spec, or settings cannot run.
     """
     configs = _matching(pattern, recursions)
     _check(config, pattern)
@@ -160,7 +160,7 @@ def recursion_hybrid_spec(
 
 
 def default_hybrid_layers(config: TransformerConfig) -> HybridStackSubmodules:
-    """Attention, MLP and experts as `default_layer_spec` has them, each a layer of its own."""
+    """Attention, MLP and experts from `default_layer_spec`, each as a layer of its own."""
     dense = default_layer_spec(config, is_moe=False)
     parts = cast(Any, dense.submodules)
     no_attention = {

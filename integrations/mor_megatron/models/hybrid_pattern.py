@@ -1,8 +1,8 @@
 """Patterns of hybrid models with recursions in them: `*-[*-*E]x3*-`.
 
 Megatron writes a HybridModel's layers as a string of symbols, one for each sublayer, with `|`
-between pipeline stages. Here brackets are added: what stands in them is a recursion block, and `xN`
-behind them says how many times it runs.
+between pipeline stages. Here brackets are added. They enclose a recursion block, and `xN` after them
+says how many times it runs.
 """
 
 import re
@@ -24,21 +24,21 @@ _TOKEN = re.compile(r"(?P<space>\s+)|\[(?P<block>[^\[\]]*)\](?P<times>x[0-9]+)?|
 
 @dataclass(frozen=True)
 class PatternPart:
-    """Consecutive layers that no pipeline stage may cut."""
+    """Consecutive layers that no pipeline stage may split."""
 
     symbols: str
-    """A symbol for each layer; of a recursion, of one step."""
+    """One symbol per layer; for a recursion, those of one step."""
     num_recursions: int | None = None
-    """Times they run; None: no recursion."""
+    """How many times the layers run; None: not a recursion."""
 
     @property
     def unrolled(self) -> str:
-        """A symbol for each layer that runs."""
+        """One symbol for each layer that runs."""
         return self.symbols * (self.num_recursions or 1)
 
     @property
     def layers(self) -> list[str]:
-        """A recursion's symbols in whole layers: an attention and what follows it."""
+        """A recursion's symbols, grouped into layers: an attention and what follows it."""
         return re.findall(r"\*[-E]?", self.symbols)
 
     def __str__(self) -> str:
@@ -48,17 +48,17 @@ class PatternPart:
 
 @dataclass(frozen=True)
 class HybridPattern:
-    """Layers of a hybrid model, by pipeline stage. `str()` gives it back as it is written."""
+    """The layers of a hybrid model, by pipeline stage. `str()` returns the written form."""
 
     stages: tuple[tuple[PatternPart, ...], ...]
     """One part for each layer outside recursions, and one for each recursion."""
 
     @classmethod
     def parse(cls, text: str) -> "HybridPattern":
-        """Read `*-[*-*E]x3*-`; spaces may stand anywhere between symbols.
+        """Parse a pattern such as `*-[*-*E]x3*-`; spaces are allowed between symbols.
 
         Raises:
-            ValueError: what is wrong, where, and what is allowed.
+            ValueError: the pattern is invalid; the message says where, and what is allowed.
         """
         stages: list[list[PatternPart]] = [[]]
         for match in _TOKEN.finditer(text):
@@ -94,7 +94,7 @@ class HybridPattern:
 
     @property
     def num_layers(self) -> int:
-        """`config.num_layers` of the model: a count of symbols, unrolled."""
+        """`config.num_layers` of the model, which is the number of unrolled symbols."""
         return sum(len(part.unrolled) for part in self.parts)
 
     def __str__(self) -> str:

@@ -1,7 +1,7 @@
 """`--spec` for Megatron-LM's own pretrain_gpt.py.
 
-The script takes the name of an object and no settings for it, so the settings are in the module
-that holds the object. Write one, say `my_spec.py` on the PYTHONPATH:
+The script takes the name of an object without settings for it, so the settings must be in the module
+that defines the object. Write such a module, for example `my_spec.py` on the PYTHONPATH:
 
     from mor_megatron.models.megatron_lm import recursion_spec
 
@@ -27,18 +27,18 @@ from mor_megatron.models.gpt import check_whole, default_layer_spec, recursion_p
 
 
 def recursion_spec(recursion: RecursionConfig | str | Path, dense_ends: bool = False) -> ModuleSpec:
-    """A layer spec of which Megatron builds `num_layers` and gets a Mixture-of-Recursions.
+    """A layer spec that becomes a Mixture-of-Recursions when Megatron builds `num_layers` of it.
 
-    `num_layers` counts the unrolled depth. With pipeline stages, give each whole parts through
-    `--pipeline-model-parallel-layout`; an error names one that fits.
+    `num_layers` counts the unrolled depth. With pipeline stages, `--pipeline-model-parallel-layout` must
+    not split a recursion; the error names a layout that fits.
 
     Args:
         recursion: the settings, or a YAML file with them.
-        dense_ends: give prelude and coda dense MLPs where the model has experts.
+        dense_ends: whether prelude and coda have dense MLPs although the model has experts.
 
     Raises:
-        ValueError: wrong settings, or a router that must be told of optimizer steps: the script
-            does not call `mor_megatron.update_routers`.
+        ValueError: settings are wrong, or the router needs updates after optimizer steps, because the
+            script does not call `mor_megatron.update_routers`.
     """
     if not isinstance(recursion, RecursionConfig):
         recursion = load_config(RecursionConfig, recursion)
@@ -54,7 +54,7 @@ def recursion_spec(recursion: RecursionConfig | str | Path, dense_ends: bool = F
 
 
 class UnrolledLayer(TransformerLayer):
-    """Builds the entry of the layer list that belongs at its number."""
+    """Builds the entry of the layer list for its layer number."""
 
     def __new__(  # type: ignore[misc]
         cls,
@@ -65,7 +65,7 @@ class UnrolledLayer(TransformerLayer):
         pg_collection: ProcessGroupCollection,
         vp_stage: int | None = None,
     ) -> Any:
-        """The layer; not an UnrolledLayer, so it is not initialised again."""
+        """Returns the layer, which is not an UnrolledLayer and is therefore not initialised again."""
         inner = default_layer_spec(config)
         dense = default_layer_spec(config, is_moe=False) if dense_ends else inner
         parts = recursion_parts(config, recursion, inner, dense)

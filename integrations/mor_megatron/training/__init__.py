@@ -1,4 +1,4 @@
-"""What a training loop calls: router updates, reports, distillation."""
+"""Functions for training loops: router updates, reports, and distillation."""
 
 from mor_megatron.training.distillation import vocab_parallel_divergence
 from mor_megatron.training.routers import (

@@ -20,11 +20,12 @@ def vocab_parallel_divergence(
 ) -> Float[Tensor, "*tokens"]:
     """`T² · KL(teacher ‖ student)` in nats of each token, in fp32; the same on every rank.
 
-    Its gradient reaches the student's logits. The teacher offers no padding of the vocabulary; what
-    the student gives to padding counts against it, as in Megatron's cross entropy.
+    The gradient flows to the student's logits. The teacher's distribution excludes padding of the
+    vocabulary, and probability that the student gives to padding counts against it, as in Megatron's
+    cross entropy.
 
     Args:
-        vocab_size: rows of the whole vocabulary that are tokens; those behind are padding.
+        vocab_size: number of rows of the whole vocabulary that are tokens; later rows are padding.
         group: tensor-parallel ranks, in the order of their rows.
     """
     return _Divergence.apply(student, teacher, vocab_size, group, temperature)
@@ -48,7 +49,7 @@ class _Divergence(torch.autograd.Function):
         scaled = (teacher.float() / temperature).masked_fill(~is_token, -torch.inf)
         log_p = _log_softmax(scaled, group)
         p = log_p.exp()
-        # A where: rows of padding would give 0 · inf.
+        # `where` and not a product: rows of padding would give 0 · inf.
         divergence = torch.where(is_token, p * (log_p - log_q), 0.0).sum(dim=-1)
         torch.distributed.all_reduce(divergence, group=group)
         ctx.save_for_backward(log_q.exp_().sub_(p))

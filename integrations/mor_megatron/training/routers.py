@@ -1,4 +1,4 @@
-"""What a training loop calls around its optimizer step."""
+"""Functions that a training loop calls around its optimizer step."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,9 +20,9 @@ def recursion_layers(model: nn.Module | Iterable[nn.Module]) -> Iterator[Recursi
 
 @contextmanager
 def causal_routing(model: nn.Module | Iterable[nn.Module]) -> Iterator[None]:
-    """Within it, no token's depth depends on later tokens: the model runs as it generates.
+    """Context manager in which no token's depth depends on later tokens, as in generation.
 
-    Expert-choice then follows its predictor instead of comparing all tokens of a sequence.
+    Expert choice then follows its predictor instead of comparing all tokens of a sequence.
     """
     layers = list(recursion_layers(model))
     before = [layer.causal_routing for layer in layers]
@@ -37,13 +37,13 @@ def causal_routing(model: nn.Module | Iterable[nn.Module]) -> Iterator[None]:
 
 @torch.no_grad()
 def update_routers(model: nn.Module | Iterable[nn.Module]) -> None:
-    """Let routers change their state: capacity warm-up, loss-free bias over depth, thresholds.
+    """Update the routers' state: capacity warm-up, loss-free bias over depth, and thresholds.
 
-    (The loss-free bias over experts is updated by `finalize_model_grads`.)
+    (`finalize_model_grads` updates the loss-free bias over experts.)
 
-    Call it on every rank once after each optimizer step, outside recomputation, and before
-    `routing_reports`, which forgets the counts. Counts are those of the global batch, so replicas
-    stay alike.
+    Call this on every rank once after each optimizer step, outside recomputation, and before
+    `routing_reports`, which resets the counts. The counts are those of the global batch, so replicas
+    stay equal.
     """
     for layer in recursion_layers(model):
         counts = _tokens_per_step(layer)
@@ -60,9 +60,9 @@ def update_routers(model: nn.Module | Iterable[nn.Module]) -> None:
 
 @torch.no_grad()
 def routing_reports(model: nn.Module | Iterable[nn.Module]) -> list[RoutingReport]:
-    """What every recursion did since the last call, over the global batch; forgets it.
+    """Report on every recursion since the last call, over the global batch, and reset the counts.
 
-    Call it on every rank: all ranks get the same list, from every pipeline stage.
+    Call this on every rank. All ranks get the same list, with the recursions of all pipeline stages.
     """
     own = [(layer.is_entry, _report(layer)) for layer in recursion_layers(model)]
     group = parallel_state.get_pipeline_model_parallel_group()
@@ -78,7 +78,9 @@ def routing_reports(model: nn.Module | Iterable[nn.Module]) -> list[RoutingRepor
 
 
 def token_depths(model: nn.Module | Iterable[nn.Module]) -> Tensor:
-    """Steps that each token of this rank's last forward pass took, `[b s]`; summed over recursions.
+    """Number of steps that each token took in this rank's last forward pass, `[b s]`.
+
+    With several recursions, the steps are summed.
 
     Raises:
         ValueError: this rank holds no recursion, or none has run.

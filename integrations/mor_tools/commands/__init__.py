@@ -3,24 +3,99 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, Protocol, cast
 
-from mor_tools.commands import convert, inspection, plan
 
-_COMMANDS = {"convert": convert, "inspect": inspection, "plan": plan}
+class Command(Protocol):
+    """What the module of a subcommand provides."""
+
+    def add_arguments(self, options: argparse.ArgumentParser) -> None:
+        """Define the command line."""
+        ...
+
+    def run(self, options: argparse.Namespace) -> None:
+        """Do the work."""
+        ...
+
+
+# The summaries repeat the first line of each module's docstring, so that `mor --help` answers without
+# importing the modules: they need PyTorch, transformers or matplotlib, which take seconds to load.
+_COMMANDS = {
+    "convert": (
+        "convert",
+        "Convert models between Hugging Face, ours, published MoR and Megatron; make dense ones "
+        "recursive.",
+    ),
+    "inspect": (
+        "inspection",
+        "Show what a model does with a text, token by token, on one HTML page.",
+    ),
+    "plan": (
+        "plan",
+        "Plan a training run: which parallel layouts fit, and how long a step should take.",
+    ),
+}
+"""For each subcommand its module and its summary."""
+
+_EXTRAS = {
+    "matplotlib": "reports",
+    "megatron": "megatron",
+    "numpy": "megatron",
+    "rich": "reports",
+    "tensorboard": "reports",
+    "tokenizers": "hf",
+    "transformers": "hf",
+    "wandb": "wandb",
+}
+"""The extra of this distribution that brings each optional package."""
+
+
+def load(name: str) -> Command:
+    """Import the module of a subcommand."""
+    module, _ = _COMMANDS[name]
+    return cast(Command, import_module(f"{__name__}.{module}"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a subcommand; exits with 2 where its arguments or files are wrong."""
+    """Run a subcommand; exits with 2 where its arguments or files are wrong, or a package is missing."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
     options = argparse.ArgumentParser(prog="mor", description="Mixture-of-Recursions models.")
+    options.add_argument("--version", action=_Version, help="show the version and exit")
     commands = options.add_subparsers(required=True, metavar="command")
-    for name, command in _COMMANDS.items():
-        summary = (command.__doc__ or "").split("\n\n")[0]
-        own = commands.add_parser(name, help=summary, description=summary)
-        command.add_arguments(own)
-        own.set_defaults(run=command.run)
-    chosen = options.parse_args(arguments)
+    named = next((word for word in words if not word.startswith("-")), None)
     try:
+        for name, (_, summary) in _COMMANDS.items():
+            own = commands.add_parser(name, help=summary, description=summary)
+            if name == named:
+                command = load(name)
+                command.add_arguments(own)
+                own.set_defaults(run=command.run)
+        chosen = options.parse_args(words)
         chosen.run(chosen)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            raise
+        print(
+            f"error: mor {named} needs {package}, which is not installed. Install it with "
+            f'`pip install "mor-layers[{_EXTRAS[package]}]"`.',
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
+
+
+class _Version(argparse.Action):
+    """argparse's `version` action, which imports the package only when it is asked."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **others: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **others)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from mor_layers import __version__
+
+        print(f"mor {__version__}")
+        parser.exit()

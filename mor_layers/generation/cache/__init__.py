@@ -1,4 +1,4 @@
-"""Keys and values of generation, per KV policy, in pages."""
+"""The paged cache of keys and values for generation, with one implementation per KV policy."""
 
 from mor_layers.generation.cache.attention import CachedAttention, CachedContext
 from mor_layers.generation.cache.caches import Caches, CacheSettings

@@ -1,11 +1,11 @@
 """Attention of tokens in flight to rows of a cache, without a loop over sequences.
 
-Two ways with one result. `IndexedAttention` reads rows where they lie: scores are products of
-queries with the rows that a sparse pattern names, and the weighted sum of values is a sum over named
-rows, so sequences of unequal length cost what they hold and nothing is copied or padded. It serves
-single tokens on a CPU, where it takes about a quarter of the time of the other. `GatheredAttention`
-copies rows into a rectangle for `scaled_dot_product_attention`. It serves chunks of a prompt, whose
-many queries share the copy, and every device and precision.
+Two implementations give the same result. `IndexedAttention` reads rows in place: a sparse pattern
+names the rows whose products with the queries are the scores, and whose values are summed. The cost of
+a sequence is proportional to its rows, and nothing is copied or padded. It is used for single tokens on
+a CPU, where it takes about a quarter of the time of the other. `GatheredAttention` copies rows into a
+rectangle for `scaled_dot_product_attention`. It is used for chunks of a prompt, whose many queries
+share the copy, and it supports every device and precision.
 
 Legend: `t` tokens in flight, `c` spans (runs of tokens of one sequence), `q` queries of the longest
 span, `n` query heads, `g` key-value heads, `d` head size, `m` rows seen, `z` all scores.
@@ -26,14 +26,14 @@ from mor_layers.generation.cache.policies import Visible
 from mor_layers.recursion import Exited, StepContext
 
 MIN_GATHERED_QUERIES = 4
-"""Tokens of one sequence from which on copying its rows costs less than reading them again."""
+"""From this number of tokens of one sequence on, copying its rows is faster than reading them again."""
 
 
 class IndexedAttention:
-    """Every token reads its own list of rows in place. CPU, single and double precision.
+    """Every token reads its own list of rows in place. For CPUs, in single and double precision.
 
     Args:
-        visible: the rows each token sees.
+        visible: the rows that each token sees.
         num_heads: query heads.
     """
 
@@ -48,8 +48,8 @@ class IndexedAttention:
         if arena.scales is not None:  # 8-bit rows are expanded first, into a scratch arena
             self.gathered_rows, num_rows = rows, len(rows)
             rows = torch.arange(num_rows)
-        # Vectors of a row: its g keys, then its g values. A group of query heads shares one. Heads
-        # are the outer dimension: all read the same rows, each its own vector of them.
+        # The vectors of a row are its g keys, then its g values. A group of query heads shares one.
+        # Heads are the outer dimension: all read the same rows, and each its own vector in them.
         head = torch.arange(n)[:, None]
         self.keys = (rows * (2 * num_kv_heads) + head // (n // num_kv_heads)).flatten()  # [z]
         self.values = self.keys + num_kv_heads
@@ -74,7 +74,7 @@ class IndexedAttention:
             alpha=1.0 / math.sqrt(query.shape[-1]),
             out=self.pattern,
         )
-        # Unequal rows share a rectangle for the softmax; what no row fills stays at -inf.
+        # Rows of unequal length share a rectangle for the softmax; unused entries stay at -inf.
         self.scores.view(-1).index_copy_(0, self.places, self.pattern.values())
         weights = self.scores.softmax(dim=-1).view(-1).index_select(0, self.places)
         out = F.embedding_bag(
@@ -103,8 +103,8 @@ class GatheredAttention:
     """Spans of tokens read a copy of their sequence's rows.
 
     Args:
-        visible: the rows each token sees; tokens of a span see the same list.
-        lengths: tokens in each span; the spans follow one another.
+        visible: the rows that each token sees; the tokens of a span see the same list.
+        lengths: number of tokens in each span; the spans are consecutive.
     """
 
     def __init__(self, visible: Visible, lengths: Int[Tensor, " c"]) -> None:
@@ -120,7 +120,7 @@ class GatheredAttention:
         table = visible.table[visible.lists[first], :longest]
         counts = visible.counts[self.tokens]
         self.mask = (torch.arange(longest, device=device) < counts[..., None])[:, None]
-        # Rows that no query of a span sees hold nothing; any other row stands in.
+        # Rows that no query of a span sees are undefined; any valid row takes their place.
         is_seen = torch.arange(longest, device=device) < counts.amax(dim=1)[:, None]
         self.rows = torch.where(is_seen, table, table[:, :1]).flatten()
 
@@ -142,11 +142,11 @@ class GatheredAttention:
 
 
 class CachedAttention:
-    """Picks the way for each token in flight.
+    """Chooses one of the two implementations for each token in flight.
 
     Args:
-        visible: the rows each token sees.
-        slots: the sequence each token belongs to; equal ones stand together.
+        visible: the rows that each token sees.
+        slots: the sequence that each token belongs to; equal ones are adjacent.
         num_heads: query heads.
     """
 
@@ -156,7 +156,7 @@ class CachedAttention:
         self, visible: Visible, slots: Int[Tensor, " t"], arena: KVArena, num_heads: int
     ) -> None:
         is_indexable = arena.data.device.type == "cpu" and arena.dtype.itemsize >= 4
-        if is_indexable and bool((slots[1:] != slots[:-1]).all()):  # the common case, without ado
+        if is_indexable and bool((slots[1:] != slots[:-1]).all()):  # the common case: single tokens
             self.parts = [(None, IndexedAttention(visible, arena, num_heads))]
             return
         _, lengths = slots.unique_consecutive(return_counts=True)
@@ -193,22 +193,22 @@ def _subset(visible: Visible, tokens: Tensor) -> Visible:
 
 @dataclass(frozen=True)
 class CachedContext(StepContext):
-    """What layers are told about tokens in flight: `[t 1 h]`, each at a step of its own."""
+    """What layers know about tokens in flight, `[t 1 h]`, each of which has its own step."""
 
     step: Int[Tensor, "t 1"] | int  # type: ignore[assignment]
     """An int where all tokens are at the same step."""
     arena: KVArena
-    """Where the layers' keys and values are."""
+    """The memory of the layers' keys and values."""
     first_layer: int
-    """Layer of the arena that belongs to layer 0 of the stack."""
+    """The arena's layer for layer 0 of the stack."""
     rows: Int[Tensor, " w"]
-    """Where the keys and values of the first tokens go, then those of `exited`."""
+    """Rows for the keys and values of the first tokens, then for those of `exited`."""
     attention: CachedAttention
-    """How the tokens see their rows."""
+    """Attention of the tokens to their rows."""
     exited: Exited | None = None
-    """Tokens that exited since the last tick, where the policy keeps them."""
+    """Tokens that have exited since the last tick, if the policy stores them."""
     counts: tuple[int, ...] = ()
-    """How many tokens run each step, where these differ: tokens stand in the order of steps."""
+    """Number of tokens at each step, if there are several; tokens are ordered by step."""
 
     @property
     def projects_keys(self) -> bool:

@@ -1,7 +1,7 @@
-"""The memory of a generating model: two kinds of rows out of one budget of bytes.
+"""The memory of a generating model: two kinds of rows that share one budget of bytes.
 
-Layers that run once keep a row for every token, the recursion what its policy keeps. Memory is
-divided so that both are expected to run out together.
+Layers that run once keep a row for every token, and the recursion keeps what its policy requires. Memory
+is divided so that both are expected to run out at the same time.
 """
 
 from dataclasses import dataclass
@@ -16,21 +16,21 @@ from mor_layers.models import MoRTransformer
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """What a generating model may keep."""
+    """Size and layout of the cache of a generating model."""
 
     kv_bytes: int
-    """Bytes for keys and values. All of them are allocated at once, rounded down to whole pages."""
+    """Bytes for keys and values, rounded down to whole pages and allocated at once."""
     num_slots: int = 64
-    """Sequences that may be in flight."""
+    """Largest number of sequences in flight."""
     max_length: int = 2048
-    """Longest sequence, prompt and continuation together."""
+    """Largest length of a sequence, prompt and continuation together."""
     page_size: int = 16
-    """Rows that a list grows by."""
+    """Number of rows by which a list grows."""
     is_int8: bool = False
-    """Keep 8-bit integers with one fp32 scale per head. Not exact."""
+    """Store 8-bit integers with one fp32 scale per head. Not exact."""
     shares: tuple[float, ...] | None = None
-    """Expected share of tokens at each step, by which memory is divided up and requests are
-    admitted. Default: what the router's settings say; all tokens where they do not."""
+    """Expected share of tokens at each step, which determines how memory is divided and how many
+    requests are admitted. Default: from the router's settings, or all tokens if these do not say."""
 
     def __post_init__(self) -> None:
         for name in ("kv_bytes", "num_slots", "max_length", "page_size"):
@@ -41,11 +41,11 @@ class CacheSettings:
     def for_all_steps(
         cls, model: MoRTransformer, max_length: int, num_slots: int = 1, is_int8: bool = False
     ) -> Self:
-        """Memory that cannot run out: for every token of `num_slots` texts to run every step."""
+        """Enough memory for every token of `num_slots` texts to run every step, so it cannot run out."""
         config, dtype = model.config, model.embedding.weight.dtype
         layers, page = config.num_unrolled_layers, cls.page_size
         row = KVArena.bytes_per_row(layers, model.num_heads[1], config.head_size, dtype, is_int8)
-        # Each list ends within a page, and the division of the memory within another one.
+        # Each list may end within a page, and so may the division of the memory.
         kv_bytes = (num_slots * (max_length + page) + page) * row
         shares = (1.0,) * config.effective_recursion.num_recursions
         return cls(kv_bytes, num_slots, max_length, is_int8=is_int8, shares=shares)
@@ -55,12 +55,12 @@ class Caches:
     """Keys and values of all sequences in flight.
 
     Args:
-        model: whose layers they are.
-        num_outer: layers that run once.
-        num_inner: layers of the shared block; 0 where nothing is routed.
+        model: the model whose layers use them.
+        num_outer: number of layers that run once.
+        num_inner: number of layers of the shared block; 0 if nothing is routed.
 
     Raises:
-        ValueError: there is not even memory for one page, or `shares` has another length.
+        ValueError: the memory is too small for a single page, or `shares` has another length.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Caches:
 
     @property
     def num_bytes_in_use(self) -> int:
-        """Bytes of the pages that sequences hold."""
+        """Bytes of the pages that sequences use."""
         total = 0
         for arena, pages in ((self.outer, self.outer_pages), (self.inner, self.policy.pages)):
             if pages.num_pages:
@@ -116,7 +116,7 @@ class Caches:
 
     @property
     def pages(self) -> tuple[int, int]:
-        """Pages there are: of layers that run once, of the recursion."""
+        """Number of pages for the layers that run once, and for the recursion."""
         return self.outer_pages.num_pages, self.policy.pages.num_pages
 
     @property
@@ -124,7 +124,7 @@ class Caches:
         return self.outer_pages.pages_free, self.policy.pages.pages_free
 
     def demand(self, length: int) -> tuple[int, int]:
-        """Pages that a sequence is expected to take."""
+        """Number of pages that a sequence is expected to need."""
         outer = self.outer_pages.pages_for(length) if self.outer_pages.num_pages else 0
         if not self.policy.pages.num_pages:
             return outer, 0
@@ -132,13 +132,13 @@ class Caches:
         return outer, sum(self.policy.pages.pages_for(round(count)) for count in rows)
 
     def release(self, slot: int) -> None:
-        """Forget the sequence in a slot."""
+        """Remove the sequence in a slot."""
         self.policy.release(slot)
         self.outer_pages.release(torch.tensor([slot], device=self.outer.data.device))
 
 
 def expected_shares(model: MoRTransformer) -> tuple[float, ...]:
-    """Share of tokens that the router's settings let through at each step; 1 where unknown."""
+    """Share of tokens that the router's settings admit to each step; 1 if unknown."""
     recursion = model.config.recursion
     if recursion is None:
         return (1.0,)

@@ -1,4 +1,4 @@
-"""Memory for keys and values while generating: `KVArena` holds rows, `PagedRows` hands them out.
+"""Memory for keys and values in generation: `KVArena` stores rows, `PagedRows` allocates them.
 
 Legend: `t` tokens, `l` lists, `g` key-value heads, `d` head size, `p` pages.
 """
@@ -13,8 +13,8 @@ class KVArena:
     """Memory for keys and values of several layers, allocated once.
 
     Args:
-        num_layers: layers whose rows grow together: a row number means the same token in each.
-        num_rows: rows in each layer.
+        num_layers: number of layers that grow together; a row number means the same token in each.
+        num_rows: number of rows in each layer.
         num_heads: key-value heads.
         is_int8: store 8-bit integers and one scale (fp32) per head of each key and value.
     """
@@ -38,7 +38,7 @@ class KVArena:
     def bytes_per_row(
         num_layers: int, num_heads: int, head_size: int, dtype: torch.dtype, is_int8: bool
     ) -> int:
-        """Bytes that a row takes in all layers together."""
+        """Bytes that a row needs in all layers together."""
         head = head_size + 4 if is_int8 else head_size * dtype.itemsize
         return num_layers * 2 * num_heads * head
 
@@ -48,13 +48,13 @@ class KVArena:
         return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
     def grow(self, num_rows: int) -> None:
-        """Add rows to every layer; what is held is copied once."""
+        """Add rows to every layer; the existing rows are copied once."""
         self.data = F.pad(self.data, (0, 0) * 3 + (0, num_rows))
         if self.scales is not None:
             self.scales = F.pad(self.scales, (0, 0) * 2 + (0, num_rows))
 
     def take_pages(self, pages: Int[Tensor, " p"], page_size: int) -> None:
-        """Hold copies of these pages, in this order, and nothing else."""
+        """Replace the contents by copies of these pages, in this order."""
         in_page = torch.arange(page_size, device=pages.device)
         rows = (pages[:, None] * page_size + in_page).flatten()
         self.data = self.data.index_select(1, rows)
@@ -77,12 +77,12 @@ class KVArena:
             self.data[layer, :, part].index_copy_(0, rows, heads)
 
     def vectors(self, layer: int) -> Float[Tensor, "v d"]:
-        """All keys and values of a layer without a copy, key heads before value heads in a row."""
+        """All keys and values of a layer, not copied; in a row, key heads precede value heads."""
         assert self.scales is None, "8-bit rows must be gathered"
         return self.data[layer].flatten(0, 2)
 
     def gather(self, layer: int, rows: Int[Tensor, " t"]) -> Float[Tensor, "t 2 g d"]:
-        """A copy of some rows, as floating point."""
+        """A copy of some rows, in floating point."""
         data = self.data[layer].index_select(0, rows)
         if self.scales is None:
             return data
@@ -90,13 +90,13 @@ class KVArena:
 
 
 class PagedRows:
-    """Hands out an arena's rows to lists that grow at their end, one page at a time.
+    """Allocates an arena's rows to lists that grow at their end, one page at a time.
 
     Args:
-        num_pages: pages there are.
-        page_size: rows in a page.
-        num_lists: lists there may be; they are numbered.
-        max_rows: rows in the longest list.
+        num_pages: number of pages.
+        page_size: number of rows in a page.
+        num_lists: number of lists.
+        max_rows: largest length of a list.
     """
 
     def __init__(
@@ -126,25 +126,25 @@ class PagedRows:
         return len(self._free)
 
     def pages_for(self, count: int) -> int:
-        """Pages of a list of `count` rows."""
+        """Number of pages of a list of `count` rows."""
         return -(-count // self.page_size)
 
     def pages_needed(self, lists: Int[Tensor, " t"]) -> int:
-        """Further pages that `append` to these lists would take."""
+        """Number of additional pages that `append` to these lists would need."""
         added = torch.bincount(lists, minlength=len(self.counts))
         before = self._pages(self.counts)
         return int((self._pages(self.counts + added) - before).sum())
 
     def fits(self, lists: Int[Tensor, " t"]) -> bool:
-        """Whether `append` to these lists finds pages enough."""
-        # None opens more pages than it gets rows, which is mostly all one needs to know.
+        """Whether there are enough pages for `append` to these lists."""
+        # A list opens at most one page per row that it gets, and this bound usually decides.
         return len(lists) <= self.pages_free or self.pages_needed(lists) <= self.pages_free
 
     def append(self, lists: Int[Tensor, " t"]) -> tuple[Int[Tensor, " t"], Int[Tensor, " t"]]:
-        """Lengthen lists by one entry for each time they are named.
+        """Extend lists by one entry for each occurrence in `lists`.
 
         Returns:
-            The new entries' places in their lists, and their rows.
+            The indices of the new entries in their lists, and their rows.
         """
         if not len(lists):
             return lists, lists
@@ -167,7 +167,7 @@ class PagedRows:
         return places, self.row_of[lists, places]
 
     def release(self, lists: Int[Tensor, " l"]) -> None:
-        """Empty some lists; their pages are free again."""
+        """Empty some lists, and free their pages."""
         counts = self._pages(self.counts[lists])
         first_rows = self.row_of[lists, :: self.page_size]
         is_used = torch.arange(first_rows.shape[1], device=lists.device) < counts[:, None]
@@ -175,17 +175,17 @@ class PagedRows:
         self.counts[lists] = 0
 
     def grow(self, num_pages: int) -> None:
-        """Add free pages; the arena must get their rows too."""
+        """Add free pages; the arena must grow by the same rows."""
         self._free[:0] = range(self.num_pages + num_pages - 1, self.num_pages - 1, -1)
         self.num_pages += num_pages
 
     def lengthen(self, max_rows: int) -> None:
-        """Allow lists of `max_rows`."""
+        """Allow lists of up to `max_rows` rows."""
         columns = -(-max_rows // self.page_size) * self.page_size - self.row_of.shape[1]
         self.row_of = F.pad(self.row_of, (0, max(0, columns)))
 
     def truncate(self, counts: Int[Tensor, " l"]) -> None:
-        """Shorten every list to so many entries; pages without any are free again."""
+        """Shorten every list to the given number of entries, and free pages that become empty."""
         before, after = self._pages(self.counts), self._pages(counts)
         first_rows = self.row_of[:, :: self.page_size]
         column = torch.arange(first_rows.shape[1], device=counts.device)
@@ -194,11 +194,11 @@ class PagedRows:
         self.counts = counts.clone()
 
     def select(self, lists: Int[Tensor, " l"]) -> tuple[Int[Tensor, " p"], Int[Tensor, " p"]]:
-        """Let list i become a copy of what list `lists[i]` was; a list may be named repeatedly.
+        """Replace each list i by a copy of list `lists[i]`, which may occur repeatedly.
 
         Returns:
-            For each page that there is now, in order, the one that the arena must take its rows
-            from, and the new list that it belongs to.
+            For each new page, in order, the old page from which the arena must copy its rows, and the
+            new list that it belongs to.
         """
         counts = self.counts[lists]
         used = self._pages(counts)

@@ -1,7 +1,7 @@
-"""Keys and values kept while generating: what each policy stores, and which rows a step sees.
+"""The cache in generation: what each KV policy stores, and which rows a step sees.
 
-`kv_memory` has the memory, and gives its rows to lists, a page at a time. A `CachePolicy` says which
-lists a sequence has and which rows a token sees at a step:
+The module `memory` holds the rows and allocates them to lists, one page at a time. A `CachePolicy`
+determines which lists a sequence has and which rows a token sees at a step:
 
 | policy                | rows stored per layer                      | a token at step r sees           |
 |-----------------------|--------------------------------------------|----------------------------------|
@@ -13,7 +13,7 @@ lists a sequence has and which rows a token sees at a step:
 |                       | one when it exits before the last step     | that exited before r             |
 
 Legend: `t` tokens in flight, from any sequence and at any step, `g` key-value heads, `d` head size,
-`m` places of a table. A slot is what one running sequence occupies.
+`m` entries of a table. Each running sequence occupies one slot.
 """
 
 from abc import ABC, abstractmethod
@@ -31,19 +31,19 @@ from mor_layers.recursion import KVPolicy
 
 @dataclass(frozen=True)
 class TokensInFlight:
-    """Tokens about to run the block together. Those of a slot stand together, in order."""
+    """Tokens that are about to run the block together. Those of a slot are adjacent and in order."""
 
     slots: Int[Tensor, " t"]
     steps: Int[Tensor, " t"]
-    """0-based step that each is about to run, ascending; of exited tokens, how many they ran."""
+    """0-based step that each token is about to run, ascending; for exited tokens, the steps they ran."""
     positions: Int[Tensor, " t"]
     entries: Int[Tensor, " t"]
-    """What `CachePolicy.enter` returned for them at the step before; anything at the first."""
+    """What `CachePolicy.enter` returned for them at the previous step; unspecified at step 0."""
 
 
 @dataclass(frozen=True)
 class Visible:
-    """Which rows each token sees: the first `counts[i]` of `table[lists[i]]`."""
+    """The rows that each token sees: the first `counts[i]` of `table[lists[i]]`."""
 
     table: Int[Tensor, "l m"]
     lists: Int[Tensor, " t"]
@@ -52,20 +52,20 @@ class Visible:
 
 @dataclass(frozen=True)
 class Entered:
-    """What tokens in flight write and see in the layers of a block."""
+    """The rows that tokens in flight write and see in the layers of a block."""
 
     rows: Int[Tensor, " w"]
-    """Where the keys and values of the first tokens go, then those of exited ones."""
+    """Rows for the keys and values of the first tokens, then for those of exited tokens."""
     entries: Int[Tensor, " t"]
-    """To be handed back at the next step."""
+    """To be passed back at the next step."""
     visible: Visible
 
 
 class CachePolicy(ABC):
-    """Which rows the sequences in a number of slots have, and see."""
+    """The rows that the sequences in a number of slots have and see."""
 
     keeps_exited: ClassVar[bool] = False
-    """Whether the states of tokens that exited before the last step are stored too."""
+    """Whether states of tokens that exited before the last step are stored too."""
 
     def __init__(
         self,
@@ -83,12 +83,12 @@ class CachePolicy(ABC):
     @property
     @abstractmethod
     def lists_per_slot(self) -> int:
-        """Lists that a slot has."""
+        """Number of lists of a slot."""
 
     @classmethod
     @abstractmethod
     def rows_for(cls, tokens_per_step: tuple[float, ...], length: float) -> tuple[float, ...]:
-        """Length of each list when so many of `length` tokens ran each step."""
+        """Length of each list if `tokens_per_step` of `length` tokens ran each step."""
 
     @abstractmethod
     def lists_to_grow(
@@ -101,34 +101,34 @@ class CachePolicy(ABC):
         """Make room for what the tokens store at their steps.
 
         Args:
-            tokens: about to run the block.
-            exited: exited before the last step; only where `keeps_exited`.
+            tokens: tokens that are about to run the block.
+            exited: tokens that exited before the last step; only if `keeps_exited`.
         """
 
     def pages_needed(self, tokens: TokensInFlight, exited: TokensInFlight | None) -> int:
-        """Pages that `enter` would take."""
+        """Number of pages that `enter` would need."""
         return self.pages.pages_needed(self.lists_to_grow(tokens, exited))
 
     def fits(self, tokens: TokensInFlight, exited: TokensInFlight | None) -> bool:
-        """Whether `enter` finds pages enough."""
+        """Whether there are enough pages for `enter`."""
         return self.pages.fits(self.lists_to_grow(tokens, exited))
 
     def release(self, slot: int) -> None:
-        """Forget the sequence in a slot."""
+        """Remove the sequence in a slot."""
         first = slot * self.lists_per_slot
         lists = torch.arange(first, first + self.lists_per_slot, device=self.pages.counts.device)
         self.pages.release(lists)
 
     def lengthen(self, max_length: int) -> None:
-        """Allow sequences of `max_length`."""
+        """Allow sequences of up to `max_length` tokens."""
         self.max_length = max_length
         self.pages.lengthen(max_length)
 
     def select(self, slots: Int[Tensor, " s"]) -> Int[Tensor, " p"]:
-        """Let slot i hold a copy of what slot `slots[i]` held.
+        """Replace the contents of each slot i by a copy of slot `slots[i]`.
 
         Returns:
-            For each page that there is now, the one that the arena must take its rows from.
+            For each new page, the old page from which the arena must copy its rows.
         """
         per_slot = self.lists_per_slot
         lists = slots[:, None] * per_slot + torch.arange(per_slot, device=slots.device)
@@ -138,24 +138,24 @@ class CachePolicy(ABC):
         return pages
 
     def rewind(self, depths: Int[Tensor, "s m"]) -> None:
-        """Forget tokens at the end of the sequences.
+        """Remove tokens at the end of the sequences.
 
         Args:
-            depths: steps that the token at each place ran; 0 where none stays.
+            depths: number of steps that each remaining token ran; 0 for removed tokens.
         """
         self.pages.truncate(self._rows_of(depths).flatten())
 
     @abstractmethod
     def _rows_of(self, depths: Int[Tensor, "s m"]) -> Int[Tensor, "s l"]:
-        """Length of each list of each slot when these tokens stay."""
+        """Length of each list of each slot if these tokens remain."""
 
     def _move(self, slots: Tensor, pages: Tensor, owners: Tensor) -> None:
-        """Follow the rows of `pages`, which now lie in pages 0, 1, ... and belong to `owners`."""
+        """Update references to the rows of `pages`, which are now pages 0, 1, ... of `owners`."""
         return
 
 
 class RecursionWise(CachePolicy):
-    """A list for each step."""
+    """One list per step."""
 
     @property
     def lists_per_slot(self) -> int:
@@ -179,7 +179,7 @@ class RecursionWise(CachePolicy):
 
 
 class RecursiveSharing(CachePolicy):
-    """One list, of the tokens that run the first step."""
+    """One list, with the tokens that run the first step."""
 
     @property
     def lists_per_slot(self) -> int:
@@ -202,7 +202,7 @@ class RecursiveSharing(CachePolicy):
 
 
 class _Overlaid(RecursionWise):
-    """For each step a table of the rows it sees, which come from several lists."""
+    """A table per step of the rows that it sees, which come from several lists."""
 
     def __init__(
         self,
@@ -231,7 +231,7 @@ class _Overlaid(RecursionWise):
         self.seen = page * size + seen % size
 
     def _show_from(self, slots: Tensor, steps: Tensor, places: Tensor, rows: Tensor) -> None:
-        """From the given step on, what stands at a place is the given row."""
+        """Let all steps from the given one on see the given row at a place."""
         shown = self.seen[slots, :, places]  # [t r]
         shown = torch.where(self._step >= steps[:, None], rows[:, None], shown)
         self.seen[slots, :, places] = shown
@@ -255,7 +255,7 @@ class SharingWithUpdate(_Overlaid):
 
 
 class ExitState(_Overlaid):
-    """Each step sees its own rows, and one row for every token that exited before."""
+    """Each step sees its own rows, and one row for every token that exited earlier."""
 
     keeps_exited = True
 
@@ -282,8 +282,8 @@ class ExitState(_Overlaid):
         return Entered(rows, tokens.entries, self._visible(tokens, tokens.positions))
 
     def _rows_of(self, depths: Tensor) -> Tensor:
-        # Rows of exited tokens are in the order in which they exited, not in that of the text:
-        # they stay, unseen, until the sequence ends.
+        # Rows of exited tokens are in the order of exit and not in that of the text, so they cannot be
+        # cut. They remain, unseen, until the sequence ends.
         exited = self.pages.counts.view(-1, self.lists_per_slot)[:, -1:]
         return torch.cat([super()._rows_of(depths), exited], dim=1)
 

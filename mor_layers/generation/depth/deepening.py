@@ -1,12 +1,13 @@
-"""More recursion steps than a model was trained with: the dial beyond its end.
+"""More recursion steps than a model was trained with.
 
     deeper = deepened(model, extra_steps=2)
 
-Cyclic recursion runs one block again and again, so it can run it more often; no weight changes. The
-further steps are inserted before the last: they are decided by the rule of the last step, and their
-tokens go on as those of the step before it do. What is kept per step (norms, deltas, embeddings,
-routers over experts, their biases and thresholds) is the last step's. Whether further steps help is
-the model's affair: measure it with the full forward pass, which decides as generation does.
+A cyclic recursion runs the same block at every step, so it can run more steps without any change of
+weights. The additional steps are inserted before the last one. The rule of the last step decides which
+tokens run them, and these tokens are combined as in the step before the last. Whatever exists per step
+(norms, deltas, embeddings, routers over experts, their biases and thresholds) is that of the last step.
+Whether more steps help depends on the model: measure it with the full forward pass, which makes the
+same decisions as generation.
 
 Legend: `b` batch, `n` candidates of a step, `k` tokens selected, `h` hidden.
 """
@@ -22,10 +23,10 @@ from mor_layers.routers import Deepened, FixedDepth
 
 
 def deepened(model: MoRTransformer, extra_steps: int) -> MoRTransformer:
-    """The model with further recursion steps; it shares its parameters with the one given.
+    """A model with more recursion steps, which shares its parameters with the given one.
 
     Args:
-        extra_steps: steps beyond those that the model was trained with. At least 1.
+        extra_steps: number of steps beyond those that the model was trained with. At least 1.
 
     Raises:
         ValueError: the model does not loop as a whole, or no step is added.
@@ -58,7 +59,7 @@ def deepened(model: MoRTransformer, extra_steps: int) -> MoRTransformer:
     for name, wanted in deeper.state_dict().items():
         source = name.replace(".router.trained.", ".router.") if wraps else name
         found = trained[_of_last_step(source, trained)]
-        if found.shape != wanted.shape:  # a row a step: biases and thresholds over experts
+        if found.shape != wanted.shape:  # one row per step: biases and thresholds over experts
             rest = found[-1:].expand(len(wanted) - len(found), *found.shape[1:])
             found = torch.cat([found, rest])
         state[name] = found
@@ -70,7 +71,7 @@ _STEP = re.compile(r"\.(?:weights|deltas|embeddings|gains)\.(\d+)(?=$|\.(?:a|b|m
 
 
 def _of_last_step(name: str, trained: dict[str, Tensor]) -> str:
-    """The name itself, or that of the last step's tensor where a further step has none."""
+    """The name itself, or that of the last step's tensor if an additional step has none."""
     while name not in trained:
         step = _STEP.search(name)
         assert step is not None, f"{name} is not among the trained model's tensors"

@@ -1,4 +1,4 @@
-"""The dial of compute: thresholds moved after training."""
+"""The compute dial: shifts thresholds after training."""
 
 from torch import nn
 
@@ -6,16 +6,16 @@ from mor_layers.routers import Thresholds
 
 
 def turn_dial(model: nn.Module, depth: float = 0.0, width: float = 0.0) -> None:
-    """Make a model that plans by thresholds spend less, or more, at inference.
+    """Make a model that plans by thresholds use less or more compute at inference.
 
-    Training is not affected, and reads the same thresholds as before.
+    Training is not affected and uses the thresholds without the shift.
 
     Args:
-        depth: added to the thresholds on logits that a further step must exceed.
-        width: added to the thresholds on probabilities that a further expert must exceed.
+        depth: added to the thresholds that a logit must exceed for another step.
+        width: added to the thresholds that a probability must exceed for another expert.
 
     Raises:
-        ValueError: a shift other than 0 of something that the model has no thresholds for.
+        ValueError: a shift is not 0 but the model has no such thresholds.
     """
     found = [module for module in model.modules() if isinstance(module, Thresholds)]
     for dial, shift in (("depth", depth), ("width", width)):

@@ -9,11 +9,11 @@ from mor_layers.routers import Criterion, EarlyExitRouter, FixedDepthRouter
 def with_early_exit(model: MoRTransformer, criterion: Criterion) -> None:
     """Let tokens of a fixed-depth model exit early, in place.
 
-    States between steps are read out by the model's last norm and output matrix; layers after the
-    recursion are skipped in that, and run for the final state as always.
+    States between steps are turned into logits by the model's last norm and output matrix. This skips
+    the layers after the recursion, which run on the final state as usual.
 
     Raises:
-        ValueError: the model has a router that decides already, or does not loop as a whole.
+        ValueError: the model already has a router that decides, or it does not loop as a whole.
     """
     recursion = model.config.recursion
     if recursion is None or len(model.recursions) != 1:

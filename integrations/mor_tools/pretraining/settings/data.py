@@ -13,29 +13,29 @@ class DataSettings:
     """The text, and how it becomes token ids."""
 
     path: str | None = None
-    """A text file, a folder of .txt files, a .jsonl file with a `text` field a line, or the prefix
+    """A text file, a folder of .txt files, a .jsonl file with a `text` field per line, or the prefix
     of an existing .bin/.idx pair. null: the documentation and source code that ship with Python."""
     tokenizer: str | None = None
-    """A tokenizer.json of the `tokenizers` library. null: a byte-level BPE is trained on the text,
-    which an existing .bin/.idx pair does not have."""
+    """A tokenizer.json of the `tokenizers` library. null: a byte-level BPE is trained on the text; this
+    is not possible with a .bin/.idx pair."""
     vocabulary_size: int = 4096
-    """Size of the BPE that is trained. At least 257: the bytes and the end of a document."""
+    """Vocabulary size of the BPE that is trained. At least 257: the bytes and the end of a document."""
     end_of_document: str = "<|endoftext|>"
     """Token between documents; `tokenizer` must have it."""
     sequence_length: int = 256
-    """Tokens in a training sequence, of as many documents as it takes."""
+    """Tokens in a training sequence, which may contain several documents."""
     reset_attention_mask: bool = True
-    """Whether a token attends and is routed within its own document alone. False: across those
-    before it in the sequence too."""
+    """Whether tokens attend and are routed only within their own document. False: also across earlier
+    documents of the sequence."""
     held_out_share: float = 0.05
     """Share of the documents kept for validation. In (0, 1)."""
     prepared_folder: str = "runs/prepared-text"
-    """Where token ids and tokenizers are kept for later runs."""
+    """Folder in which token ids and tokenizers are kept for later runs."""
     workers: int = 0
-    """Processes that read ahead. 0: the training process reads."""
+    """Number of processes that read ahead. 0: the training process reads."""
     loader: Loader = "megatron"
-    """What makes batches: `megatron`, its dataset's samples collated by PyTorch, or `dali`, the same
-    batches through NVIDIA DALI, made ahead on the GPU where there is one."""
+    """What makes the batches: `megatron` (samples of its dataset, collated by PyTorch) or `dali` (the
+    same batches through NVIDIA DALI, prefetched to the GPU if there is one)."""
 
     def __post_init__(self) -> None:
         owner = "data"

@@ -10,7 +10,7 @@ Dispatcher = Literal["allgather", "alltoall"]
 
 @dataclass(frozen=True)
 class MoESettings:
-    """A mixture of experts in place of the MLP, but for the unshared first and last layer."""
+    """A mixture of experts that replaces the MLP, except in the unshared first and last layer."""
 
     num_experts: int = 4
     """Experts per layer."""
@@ -63,7 +63,7 @@ class ModelSettings:
     qk_norm: bool = False
     """Whether queries and keys are normalised, as in Qwen3."""
     rms_norm_epsilon: float = 1e-5
-    """Added to the mean square before the root."""
+    """Added to the mean square before taking the root."""
     rope_base: int = 10000
     """Base of the rotary position embedding."""
     tie_embeddings: bool = False

@@ -1,4 +1,4 @@
-"""How the work of a run is spread over processes."""
+"""How the work of a run is distributed over processes."""
 
 from dataclasses import dataclass
 
@@ -8,23 +8,23 @@ from mor_tools.pretraining.settings.rules import require, require_at_least
 
 @dataclass(frozen=True)
 class ParallelSettings:
-    """How the work is spread over processes; what they leave over is data parallel."""
+    """How the work is distributed over processes; all remaining processes are data parallel."""
 
     tensor: int = 1
     """Processes that share each layer's matrices."""
     sequence_parallel: bool = False
     """Whether these processes also share the sequence outside the matrices."""
     pipeline: int = 1
-    """Processes that share the layers: stages."""
+    """Processes that share the layers, which are the pipeline stages."""
     pipeline_layout: PipelineLayout = "one_stage"
-    """Where a recursion lies: within `one_stage`, or `steps_as_stages`: its layers are spread over
-    all stages, and each step is a virtual stage."""
+    """Where a recursion runs: in `one_stage`, or, with `steps_as_stages`, in all of them: its layers
+    are divided over the stages, and each step is a virtual stage."""
     context: int = 1
-    """Processes that share each sequence; `data.sequence_length` is a multiple of twice as many."""
+    """Processes that share each sequence. `data.sequence_length` must be a multiple of twice this."""
     expert: int = 1
-    """Processes that share the experts; divides `model.moe.num_experts`."""
+    """Processes that share the experts; must divide `model.moe.num_experts`."""
     distributed_optimizer: bool = False
-    """Whether optimizer state is spread over the data-parallel processes."""
+    """Whether the optimizer's state is sharded over the data-parallel processes."""
     overlap_grad_reduce: bool = False
     """Whether gradients are reduced while the backward pass still runs."""
 

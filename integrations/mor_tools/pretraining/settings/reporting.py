@@ -1,4 +1,4 @@
-"""What is measured of a run, and who is told."""
+"""What a run measures, and where it is reported."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,19 +10,19 @@ WandbMode = Literal["online", "offline"]
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is measured on held-out text, and how the model is shown at work."""
+    """Measurements on held-out text, and the sample that shows the model at work."""
 
     every: int = 50
     """Steps between validation losses; there is always one at the end."""
     batches: int = 8
     """Global batches of held-out text per validation loss, always the same ones."""
     prompt: str = "def "
-    """Beginning of the sample continuation."""
+    """Prompt of the sample continuation."""
     sample_tokens: int = 96
-    """Tokens of the sample continuation; with the prompt within `data.sequence_length`. 0: the
-    trained model is not collected on one process, for a sample, depths and `output`/model."""
+    """Length of the sample continuation; together with the prompt at most `data.sequence_length`. 0: no
+    sample, depths or `output`/model, so the trained model is not collected on one process."""
     temperature: float = 0.7
-    """Of the sample continuation. 0: the likeliest token each time."""
+    """Temperature of the sample continuation. 0: always the most likely token."""
 
     def __post_init__(self) -> None:
         owner = "evaluation"
@@ -33,12 +33,12 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class WandbSettings:
-    """Weights & Biases, which then gets the numbers of each step that TensorBoard gets."""
+    """Weights & Biases, which gets the same numbers per step as TensorBoard."""
 
     project: str
-    """Project of wandb."""
+    """The wandb project."""
     mode: WandbMode = "online"
-    """`online`, or `offline`: kept in `output`/wandb, for `wandb sync`."""
+    """`online`, or `offline` (kept in `output`/wandb, for `wandb sync`)."""
 
     def __post_init__(self) -> None:
         require(self.project != "", "wandb.project is empty. Name one, or set wandb=null.")

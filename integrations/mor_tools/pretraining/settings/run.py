@@ -1,4 +1,4 @@
-"""All settings of a run, and which of them fit together."""
+"""All settings of a run, and which of them work together."""
 
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -54,15 +54,15 @@ class Settings:
     """Folder for checkpoints, TensorBoard files, summary.json and report.html."""
     model: ModelSettings = field(default_factory=ModelSettings)
     recursion: RecursionConfig | None = None
-    """How the layers are shared and routed; null: an ordinary GPT without recursion."""
+    """How layers are shared and tokens routed; null: an ordinary GPT without recursion."""
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     wandb: WandbSettings | None = None
-    """Weights & Biases beside TensorBoard; null: without."""
+    """Weights & Biases in addition to TensorBoard; null: TensorBoard only."""
     uptrain: UptrainSettings | None = None
-    """A dense model to begin with and to learn from; null: neither."""
+    """A dense model to start from and to learn from; null: random weights and no teacher."""
     log_every: int = 5
     """Steps between log rows."""
     peak_tflops: float | None = None
@@ -92,7 +92,7 @@ class Settings:
 
     @property
     def last_step(self) -> int:
-        """Step at which this process ends."""
+        """The step after which this process ends."""
         return self.training.stop_after or self.training.steps
 
     @property
@@ -104,14 +104,14 @@ class Settings:
 
     @property
     def virtual_stages(self) -> int | None:
-        """Steps that are virtual pipeline stages; None where a recursion lies within one stage."""
+        """Number of steps as virtual pipeline stages; None if a recursion lies within one stage."""
         if self.recursion is None or self.parallel.pipeline_layout == "one_stage":
             return None
         return self.recursion.num_recursions
 
     @property
     def is_distilled(self) -> bool:
-        """Whether a teacher runs beside the model."""
+        """Whether a teacher runs along with the model."""
         return self.uptrain is not None and self.uptrain.distillation_coefficient > 0
 
     def data_parallel_size(self, world_size: int) -> int:

@@ -1,4 +1,4 @@
-"""What is optimized, how, and from where."""
+"""How the model is optimized, and what it starts from."""
 
 import math
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class TrainingSettings:
     steps: int = 500
     """Optimizer steps of the whole run."""
     stop_after: int | None = None
-    """Stop, with a checkpoint, once this step of the run is done; run again to go on. null: at
+    """Stop with a checkpoint after this step; run the command again to continue. null: run all
     `steps`."""
     global_batch_size: int = 8
     """Sequences per optimizer step, over all processes."""
@@ -39,20 +39,20 @@ class TrainingSettings:
     gradient_clip: float = 1.0
     """Largest norm of the gradient. 0: not clipped."""
     precision: Precision = "fp32"
-    """Numbers the layers compute with: `fp32` or `bf16` (with fp32 master weights)."""
+    """Precision of the layers' computation: `fp32` or `bf16` (with fp32 master weights)."""
     recompute: Recompute = "none"
-    """Activations computed again in the backward pass: `none`, `full`, or `selective`: those of
-    the attention core."""
+    """Activations that are recomputed in the backward pass: `none`, `full`, or `selective` (those of
+    the attention core)."""
     seed: int = 1
-    """Of the initial weights and of the order of the text."""
+    """Seed of the initial weights and of the order of the text."""
     initial_weights: str | None = None
     """Folder of the weights to start from: a model in any format that `mor convert` reads, such as a
-    Megatron checkpoint in any layout. null: random ones."""
+    Megatron checkpoint in any layout. null: random weights."""
     checkpoint_every: int = 200
-    """Steps between checkpoints; there is always one at the end."""
+    """Steps between checkpoints; the end of a run always writes one."""
     timeout_seconds: float = 600.0
-    """Longest that a micro-batch, with its communication, or a checkpoint may take. After it the run
-    ends, and says which rank hangs."""
+    """Longest time for a micro-batch, including communication, or for a checkpoint. After this time the
+    run ends and reports which rank hangs."""
 
     def __post_init__(self) -> None:
         owner = "training"
@@ -100,22 +100,21 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class UptrainSettings:
-    """Beginning with a dense model's weights and learning from it; null: fresh weights."""
+    """Starting from a dense model's weights, and learning from that model."""
 
     teacher: str
-    """Folder of the dense model, in any format that `mor convert` reads, whose tokenizer the data
-    has. It says the sizes of the model: `model.*` and, but for their recursion, the layers are the
-    same."""
+    """Folder of the dense model, in any format that `mor convert` reads. The data must use its
+    tokenizer. `model.*` must be the dense model's sizes; the layers differ only in the recursion."""
     initialization: Initialization = "stepwise"
-    """Where shared layers come from: `stepwise`, `average`, `lower`, `upper` or `random`. The rest
-    is the dense model's."""
+    """Source of the shared layers: `stepwise`, `average`, `lower`, `upper` or `random`. All other
+    weights are those of the dense model."""
     distillation_coefficient: float = 1.0
-    """Weight of the divergence between the dense model's distribution of each next token and this
-    one's. 0: the dense model gives its weights and is not run."""
+    """Weight of the divergence between the two models' distributions of each next token. 0: only the
+    weights of the dense model are used, and it is not run."""
     language_model_coefficient: float = 1.0
-    """Weight of the language-model loss beside it."""
+    """Weight of the language-model loss."""
     temperature: float = 1.0
-    """What both logits are divided by; the divergence is multiplied by its square. Above 0."""
+    """Divides both logits; the divergence is multiplied by its square. Above 0."""
 
     def __post_init__(self) -> None:
         owner, distillation = "uptrain", self.distillation_coefficient

@@ -1,0 +1,165 @@
+"""Builds the wheel and shows that it works where nothing but it and its dependencies is installed.
+
+    python .ci/wheel.py [FOLDER]
+
+FOLDER gets the wheel (default: dist). It is built from a copy of the sources, because setuptools
+leaves files of earlier builds beside them, which would get into the next wheel. The new environment
+needs no network: the wheel's dependencies, and theirs in turn, are linked into it from the environment
+that runs this script. What the wheel does not declare is not there.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+import venv
+import zipfile
+from importlib.metadata import Distribution, PathDistribution, distribution
+from pathlib import Path
+
+from packaging.requirements import Requirement  # pytest brings it
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+NAME = PROJECT["project"]["name"]
+SOURCES = [ROOT / folder for folder in PROJECT["tool"]["setuptools"]["packages"]["find"]["where"]]
+PACKAGES = PROJECT["tool"]["importlinter"]["root_packages"]
+SECONDS_OF_HELP = 1.0
+
+
+def main(target: Path) -> None:
+    """Build, look at, install and use the wheel; raises where something is wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        wheel = build(Path(folder))
+        check_contents(wheel)
+        python = install(wheel, Path(folder) / "environment")
+        use(python, Path(folder))
+        target.mkdir(exist_ok=True)
+        shutil.copy(wheel, target)
+    print(f"{target / wheel.name} is complete and works")
+
+
+def build(folder: Path) -> Path:
+    """The wheel, in `folder`."""
+    copy = folder / "source"
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for package in PACKAGES:
+        place = find(package).relative_to(ROOT)
+        shutil.copytree(ROOT / place, copy / place, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    pip("wheel", "--no-deps", "--no-index", "--no-build-isolation", "-w", str(folder), str(copy))
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def check_contents(wheel: Path) -> None:
+    """Every module is in it and nothing else, typing markers and licence included."""
+    expected = {"LICENSE", "METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt"}
+    for package in PACKAGES:
+        place = find(package)
+        files = [*place.rglob("*.py"), place / "py.typed"]
+        expected |= {str(file.relative_to(place.parent)) for file in files}
+    with zipfile.ZipFile(wheel) as archive:
+        found = {re.sub(r"^[^/]+\.dist-info/(licenses/)?", "", n) for n in archive.namelist()}
+    assert found == expected, f"missing or superfluous: {sorted(found ^ expected)}"
+
+
+def install(wheel: Path, environment: Path) -> Path:
+    """Python of a new environment that has the wheel and what it asks for."""
+    venv.create(environment, with_pip=False)
+    python = environment / "bin" / "python"
+    pip("install", "--no-deps", "--no-index", str(wheel), python=python)
+    (site,) = environment.glob("lib/python*/site-packages")
+    (installed,) = site.glob("mor_layers-*.dist-info")
+    for dependency in closure(PathDistribution(installed)):
+        link(dependency, site)
+    return python
+
+
+def closure(root: Distribution) -> list[Distribution]:
+    """What a distribution without extras depends on, and what that depends on in turn."""
+    found: dict[str, Distribution] = {}
+    seen = set()
+    waiting = [(root, "")]  # distributions, each with an extra that is asked for
+    while waiting:
+        asking, extra = waiting.pop()
+        for requirement in map(Requirement, asking.requires or ()):
+            if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+                continue
+            other = found.setdefault(requirement.name, distribution(requirement.name))
+            asked = {(requirement.name, name) for name in ("", *requirement.extras)} - seen
+            waiting += [(other, name) for _, name in asked]
+            seen |= asked
+    return list(found.values())
+
+
+def link(dependency: Distribution, site: Path) -> None:
+    """Link a distribution's files into `site`; folders of several distributions are merged."""
+    for file in dependency.files or ():
+        if file.parts[0] == ".." or file.suffix == ".pyc":
+            continue
+        link = site / file
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.exists():
+            link.symlink_to(os.path.realpath(dependency.locate_file(file)))
+
+
+def use(python: Path, folder: Path) -> None:
+    """What a newcomer does first, outside the checkout."""
+    run(folder, python, "-W", "error:::mor_layers", "-c", EVERY_MODULE)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    for block in blocks:
+        if "megatron" not in block:
+            run(folder, python, "-W", "error:::mor_layers", "-c", block)
+    mor = python.parent / "mor"
+    seconds = min(float(run(folder, python, "-c", TIMED, str(mor))) for _ in range(3))
+    assert seconds < SECONDS_OF_HELP, f"mor --help takes {seconds:.1f} s"
+    assert run(folder, mor, "--version").split() == ["mor", distribution_version(python)]
+
+
+EVERY_MODULE = """
+import importlib, mor_layers, pkgutil
+for module in pkgutil.walk_packages(mor_layers.__path__, "mor_layers."):
+    importlib.import_module(module.name)
+"""
+TIMED = """
+import subprocess, sys, time
+start = time.perf_counter()
+subprocess.run([sys.argv[1], "--help"], check=True, stdout=subprocess.DEVNULL)
+print(time.perf_counter() - start)
+"""
+
+
+def distribution_version(python: Path) -> str:
+    """The version that the environment's metadata says."""
+    code = f"from importlib.metadata import version; print(version({NAME!r}))"
+    return run(python.parent, python, "-c", code).strip()
+
+
+def find(package: str) -> Path:
+    """The folder of a package."""
+    (place,) = (folder / package for folder in SOURCES if (folder / package).is_dir())
+    return place
+
+
+def pip(*arguments: str, python: Path | None = None) -> None:
+    """Run pip, for another environment where `python` is given."""
+    other = ["--python", str(python)] if python else []
+    run(ROOT, sys.executable, "-m", "pip", *other, "--disable-pip-version-check", "-q", *arguments)
+
+
+def run(folder: Path, *command: str | Path) -> str:
+    """Output of a command that does not see the checkout."""
+    hidden = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=folder, env=hidden, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "dist"))
