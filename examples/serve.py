@@ -1,90 +1,11 @@
-"""Serve a MoRTransformer over HTTP, in the OpenAI completions protocol.
+"""Serve a model over HTTP: `mor serve` as a script.
 
-    python examples/serve.py --model runs/exported --port 8000
-    curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
-        -d '{"prompt": "Once", "max_tokens": 20, "stream": true}'
-
-Without --model a small model with random weights answers. Beside the protocol: `top_k`, `timeout`, and
-in answers `depths`, the recursion steps that each token cost. GET /metrics, /health and /v1/models.
-On SIGINT or SIGTERM the server takes no new calls, and ends the running ones within --grace seconds. An
-engine that fails ends it with exit status 1.
+python examples/serve.py --model runs/tiny/model --port 8000
 """
 
-import argparse
-import contextlib
 import sys
-from collections.abc import Sequence
 
-import torch
-
-from mor_layers.generation import CacheSettings, DepthBatchingEngine
-from mor_tools.serving.access import Access, read_keys
-from mor_tools.serving.app import Limits, Service
-from mor_tools.serving.loading import ServedModel, load
-from mor_tools.serving.server import Server
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    options = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    add = options.add_argument
-    add("--model", help="folder that pretraining or `mor convert` wrote; default: random")
-    add("--host", default="127.0.0.1")
-    add("--port", type=int, default=8000)
-    add("--device", default="cpu")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32")
-    add("--kv-mib", type=float, default=256, help="memory for keys and values (default: 256)")
-    add("--int8-kv", action="store_true", help="keep keys and values in 8 bits; not exact")
-    add("--slots", type=int, default=64, help="sequences in flight (default: 64)")
-    add("--max-length", type=int, default=2048, help="prompt and continuation (default: 2048)")
-    add("--chunk-size", type=int, default=64, help="prompt tokens at once (default: 64)")
-    add("--max-tokens", type=int, default=512, help="most that a call may ask for (default: 512)")
-    add("--max-waiting", type=int, default=256, help="calls beyond get 429 (default: 256)")
-    add("--max-per-client", type=int, default=64, help="a client's share of them (default: 64)")
-    add("--allowed-host", action="append", default=[], help="further name of it; may be repeated")
-    add("--api-key", action="append", default=[], help="that callers must send; may be repeated")
-    add("--api-key-file", help="file with API keys, one a line, which `ps` does not show")
-    add("--timeout", type=float, default=120, help="seconds for a call (default: 120)")
-    add("--grace", type=int, default=10, help="seconds to finish at shutdown (default: 10)")
-    return options
-
-
-def build_engine(options: argparse.Namespace, served: ServedModel) -> DepthBatchingEngine:
-    """The engine that the options describe."""
-    model = served.model.to(options.device, getattr(torch, options.dtype))
-    cache = CacheSettings(
-        int(options.kv_mib * 2**20), options.slots, options.max_length, is_int8=options.int8_kv
-    )
-    return DepthBatchingEngine(model, cache, options.chunk_size, decode=served.tokenizer.decode)
-
-
-def build(options: argparse.Namespace) -> Service:
-    """The service that the options describe."""
-    keys = [*options.api_key, *(read_keys(options.api_key_file) if options.api_key_file else ())]
-    access = Access.bound_to(options.host, options.allowed_host, keys)
-    limits = Limits(
-        options.max_tokens, options.max_waiting, options.max_per_client, timeout=options.timeout
-    )
-    served = load(options.model)
-    return Service(build_engine(options, served), served.name, served.tokenizer, limits, access)
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Serve until told to stop; exits with 2 where the arguments are wrong, with 1 where the engine
-    fails or the address cannot be listened at."""
-    options = parser().parse_args(arguments)
-    try:
-        service = build(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    server = Server(service, options.grace, host=options.host, port=options.port)
-    with contextlib.suppress(KeyboardInterrupt):  # SIGINT, once the calls have ended
-        server.run()
-    if service.worker.failure is not None:
-        print(f"error: the engine has failed: {service.worker.failure!r}", file=sys.stderr)
-        raise SystemExit(1)
-
+from mor_tools.commands import main
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(["serve", *sys.argv[1:]])

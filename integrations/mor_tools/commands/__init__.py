@@ -27,6 +27,10 @@ _COMMANDS = {
         "Convert models between Hugging Face, ours, published MoR and Megatron; make dense ones "
         "recursive.",
     ),
+    "generate": (
+        "generate",
+        "Continue a text and show how deep each token was computed, in colour.",
+    ),
     "inspect": (
         "inspection",
         "Show what a model does with a text, token by token, on one HTML page.",
@@ -35,6 +39,7 @@ _COMMANDS = {
         "plan",
         "Plan a training run: which parallel layouts fit, and how long a step should take.",
     ),
+    "serve": ("serve", "Serve a model over HTTP, in the OpenAI completions protocol."),
 }
 """For each subcommand its module and its summary."""
 
@@ -43,9 +48,11 @@ _EXTRAS = {
     "megatron": "megatron",
     "numpy": "megatron",
     "rich": "reports",
+    "starlette": "serve",
     "tensorboard": "reports",
     "tokenizers": "hf",
     "transformers": "hf",
+    "uvicorn": "serve",
     "wandb": "wandb",
 }
 """The extra of this distribution that brings each optional package."""

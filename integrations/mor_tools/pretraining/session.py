@@ -214,9 +214,7 @@ class Session:
             passage = demonstration.depths(trained, self.data.held_out[0], self.tokenizer)
             save_model(trained, self.folder / RUN_MODEL, self.tokenizer.path)
             self.display.say(f"a continuation:\n{sample}\n")
-            self.display.say(
-                f"wrote {self.folder}/{RUN_MODEL}, for examples/generate.py and serve.py"
-            )
+            self.display.say(f"wrote {self.folder}/{RUN_MODEL}, for `mor generate` and `mor serve`")
         parameters = build.parameters(self.shape)
         routing = validation.routing
         flops = build.flops_per_token(self.shape, self.settings, routing and routing.shares)

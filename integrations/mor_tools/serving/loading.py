@@ -59,8 +59,11 @@ class ServedModel:
     tokenizer: Tokenizer
 
 
-def load(folder: str | None, seed: int = 0) -> ServedModel:
+def load(folder: str | None, seed: int = 0, trust_remote_code: bool = False) -> ServedModel:
     """The model of a folder; None: a small one with random weights.
+
+    Args:
+        trust_remote_code: as of `load_model`.
 
     Raises:
         ValueError: the folder lacks something, or its parts do not fit.
@@ -69,7 +72,7 @@ def load(folder: str | None, seed: int = 0) -> ServedModel:
     if folder is None:
         return random_model(seed)
     path = Path(folder)
-    model = load_model(path)
+    model = load_model(path, trust_remote_code)
     tokenizer = path / "tokenizer.json"
     if tokenizer.is_file():
         return ServedModel(path.name, model, FileTokenizer(tokenizer))

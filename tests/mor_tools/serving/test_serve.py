@@ -1,5 +1,6 @@
 """The server, called as its users call it."""
 
+import argparse
 import asyncio
 import json
 import re
@@ -17,9 +18,8 @@ import openai
 import pytest
 import torch
 
-import generate
-import serve
 from mor_layers.generation import DepthBatchingEngine, Request, Sampling, scheduling
+from mor_tools.commands import generate, main, serve
 from mor_tools.serving.access import Access
 from mor_tools.serving.app import Limits, Service
 from mor_tools.serving.server import Server
@@ -28,11 +28,18 @@ from mor_tools.serving.worker import EngineWorker, UnavailableError
 SIZES = ["--slots", "4", "--max-length", "128", "--kv-mib", "1", "--max-tokens", "100"]
 
 
+def options_of(*arguments: str) -> argparse.Namespace:
+    """What the command line means."""
+    options = argparse.ArgumentParser()
+    serve.add_arguments(options)
+    return options.parse_args(arguments)
+
+
 class Running:
     """A server in a thread, on a free port."""
 
     def __init__(self, *arguments: str) -> None:
-        options = serve.parser().parse_args([*SIZES, *arguments])
+        options = options_of(*SIZES, *arguments)
         self.service: Service = serve.build(options)
         self.server = Server(self.service, options.grace)
         self.socket = socket.create_server(("127.0.0.1", 0))
@@ -520,14 +527,14 @@ def test_an_engine_that_fails_ends_the_process(
     with ThreadPoolExecutor(1) as callers:
         called = callers.submit(call)
         with pytest.raises(SystemExit, match="1"):
-            serve.main([*SIZES, "--port", str(port)])
+            main(["serve", *SIZES, "--port", str(port)])
         called.result()
     assert answers[0].status_code == 503 and "has failed" in answers[0].text
     assert "the device is lost" in capsys.readouterr().err
 
 
 def test_closing_gives_up_what_still_runs() -> None:
-    options = serve.parser().parse_args(SIZES)
+    options = options_of(*SIZES)
     worker = EngineWorker(serve.build_engine(options, serve.load(None)), max_waiting=4)
 
     async def follow(close_after: int) -> None:
@@ -545,7 +552,7 @@ def test_closing_gives_up_what_still_runs() -> None:
 
 
 def test_a_request_that_the_engine_cannot_take_ends_alone() -> None:
-    options = serve.parser().parse_args(SIZES)
+    options = options_of(*SIZES)
     worker = EngineWorker(serve.build_engine(options, serve.load(None)), max_waiting=4)
 
     async def follow(request: Request) -> list[int | None]:
@@ -558,7 +565,7 @@ def test_a_request_that_the_engine_cannot_take_ends_alone() -> None:
 
 
 def test_a_caller_whose_event_loop_is_gone_is_not_served_on() -> None:
-    options = serve.parser().parse_args(SIZES)
+    options = options_of(*SIZES)
     worker = EngineWorker(serve.build_engine(options, serve.load(None)), max_waiting=4)
     loop = asyncio.new_event_loop()
     events = worker.events(Request((1,), 100))
@@ -582,7 +589,7 @@ def test_wrong_arguments_are_reported(tmp_path: Path, capsys: pytest.CaptureFixt
         ["--api-key", ""],
     ):
         with pytest.raises(SystemExit, match="2"):
-            serve.main(arguments)
+            main(["serve", *arguments])
         assert "error: " in capsys.readouterr().err
 
 
@@ -593,7 +600,7 @@ def test_the_command_generates_in_colour(
     text = tmp_path / "text.txt"
     text.write_text("Some text to calibrate with. " * 40)
     arguments = ["Hello", "--max-new-tokens", "5", "--calibrate", str(text), "--dial", "0.6"]
-    generate.main(arguments)
+    main(["generate", *arguments])
     output = capsys.readouterr().out
     plain = re.sub("\x1b\\[[0-9;]*m", "", output)
     assert plain != output and "Hello" in plain and "steps:" in plain and "tokens/s" in plain
@@ -602,7 +609,7 @@ def test_the_command_generates_in_colour(
 def test_the_command_takes_any_admissible_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     outputs = []
     for numbers in (["--temperature", "1e-40", "--top-k", str(1 << 63)], []):
-        generate.main(["Hello", "--max-new-tokens", "5", *numbers])
+        main(["generate", "Hello", "--max-new-tokens", "5", *numbers])
         outputs.append(capsys.readouterr().out.partition("steps:")[0])
     assert outputs[0] == outputs[1]
 
@@ -613,7 +620,7 @@ def test_the_command_says_why_a_model_cannot_go_on(
     served = serve.load(None)
     with torch.no_grad():
         served.model.norm.weights[0].fill_(torch.inf)
-    monkeypatch.setattr(generate, "load", lambda _: served)
+    monkeypatch.setattr(generate, "load", lambda *_, **__: served)
     with pytest.raises(SystemExit, match="1"):
-        generate.main(["Hello", "--max-new-tokens", "5"])
+        main(["generate", "Hello", "--max-new-tokens", "5"])
     assert "not finite" in capsys.readouterr().err
