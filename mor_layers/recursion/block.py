@@ -1,6 +1,6 @@
-"""RecursionBlock: one stack of layers, run several times, as deep as each token needs.
+"""RecursionBlock: one stack of layers that runs several times, as often as each token needs.
 
-THE MAIN PATH, read this first: route -> select -> block -> combine, once a step.
+This is the main path; read it first: route -> select -> block -> combine, once per step.
 
 Legend: `b` batch, `s` sequence, `n` candidates of a step, `k` tokens that run it, `h` hidden,
 `r` steps, `j` layers of the block, `e` experts.
@@ -28,10 +28,10 @@ from mor_layers.selection import LocalPlacement, Placement, RoutingDecision, Tok
 class RecursionLayers(Protocol):
     """What a RecursionBlock wraps: a module that maps hidden states to hidden states.
 
-    Its residual stream is inside: the result is a full hidden state, not a delta. The context says
-    which tokens the rows are (`context.tokens`: positions, documents, padding), which step runs,
-    and what attention may see; a module without attention can ignore it. The wrapper assumes
-    nothing about causality. `arguments` are those given to `RecursionBlock.forward`.
+    The module contains its residual stream, so its result is a full hidden state and not a delta.
+    The context says which tokens the rows are (`context.tokens`: positions, documents, padding),
+    which step runs, and what attention may see. A module without attention can ignore it. The
+    block assumes nothing about causality. `arguments` are those of `RecursionBlock.forward`.
     """
 
     def __call__(
@@ -41,34 +41,34 @@ class RecursionLayers(Protocol):
 
 @dataclass(frozen=True)
 class RecursionOutput:
-    """What a recursion gives back."""
+    """The result of a recursion."""
 
     hidden: Float[Tensor, "s b h"]
     """Final hidden states of all tokens."""
     decisions: tuple[RoutingDecision, ...]
-    """Who ran each step."""
+    """The routing decision of each step."""
     expert_use: tuple[dict[int, ExpertUse], ...] = ()
-    """What the experts of each layer did at each step; empty without a mixture of experts."""
+    """What the experts of each layer did at each step. Empty without a mixture of experts."""
 
     @property
     def losses(self) -> dict[str, Tensor]:
-        """Auxiliary losses by name, summed over steps, multiplied by their coefficients."""
+        """Auxiliary losses by name, multiplied by their coefficients and summed over steps."""
         uses = (use for step in self.expert_use for use in step.values())
         return summed([*(d.losses for d in self.decisions), *(use.losses for use in uses)])
 
     @property
     def observations(self) -> dict[str, Tensor]:
-        """What the router observed for `Router.adjust`, by name."""
+        """Observations for `Router.adjust` by name, summed over steps."""
         return summed([decision.observations for decision in self.decisions])
 
     @property
     def expert_load(self) -> Float[Tensor, "r j e"]:
-        """Tokens that each expert computed, by step and layer."""
+        """Number of tokens that each expert computed, by step and layer."""
         return self._cells("load")
 
     @property
     def expert_drops(self) -> Float[Tensor, "r j e"]:
-        """Tokens that each expert turned away, by step and layer."""
+        """Number of tokens that each expert dropped, by step and layer."""
         return self._cells("dropped")
 
     def _cells(self, name: str) -> Tensor:
@@ -92,7 +92,7 @@ class RecursionOutput:
 
 
 def summed(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Sums by name."""
+    """The sum of the values that share a name."""
     total: dict[str, Tensor] = {}
     for part in parts:
         for name, value in part.items():
@@ -101,20 +101,20 @@ def summed(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class RecursionBlock(nn.Module):
-    """Runs `layers` `router.num_recursions` times on ever fewer tokens.
+    """Runs `layers` `router.num_recursions` times, each time on fewer tokens.
 
     Source: Bae et al. 2025 (arXiv 2507.10524), section 2.2.
 
-    `route`, `select`, `run_layers` and `combine` are the parts of one step. What must run steps
-    otherwise than `forward` does (a pipeline stage, an engine that generates) calls these, so that
-    each of them is written once.
+    `route`, `select`, `run_layers` and `combine` are the parts of one step. Code that runs steps in
+    another order than `forward` (a pipeline stage, the generation engine) calls these methods, so
+    that each part exists once.
 
     Args:
-        layers: the shared stack, see `RecursionLayers`; held once.
-        router: who goes on.
+        layers: the shared stack, see `RecursionLayers`. There is one copy of it.
+        router: decides which tokens go on to the next step.
         kv_policy: which keys and values attention sees at later steps.
-        placement: where rows of hidden states live; all here by default.
-        recompute: recompute the layers in the backward pass, step by step, instead of keeping
+        placement: where the rows of hidden states live. By default they are all on this rank.
+        recompute: recompute the layers step by step in the backward pass instead of keeping
             their activations.
         step_input: what is added to the states that enter the layers.
     """
@@ -148,11 +148,11 @@ class RecursionBlock(nn.Module):
         """Run the recursion.
 
         Args:
-            hidden: states that enter it, sequence first.
-            tokens: positions, documents and padding; by default one document a sequence and no
-                padding.
-            causal_routing: let no token's depth depend on later tokens, as generation needs.
-            arguments: handed to the layers as they are.
+            hidden: the states that enter the recursion, sequence first.
+            tokens: positions, documents and padding. By default each sequence is one document
+                without padding.
+            causal_routing: do not let a token's depth depend on later tokens. Generation needs this.
+            arguments: passed on to the layers.
         """
         if tokens is None:
             tokens = Tokens.whole_sequence(*hidden.shape[:2], device=hidden.device)
@@ -173,7 +173,8 @@ class RecursionBlock(nn.Module):
             steps.append((candidates, decision))
             expert_use.append(context.expert_use)
             candidates = updated
-        # Selections nest, so states are put back inside out.
+        # Selections nest: each step chose among the tokens of the step before. So the deepest states
+        # are written back first.
         hidden = candidates
         for outer, nested in reversed(steps):
             hidden = self.placement.write_back(outer, hidden, nested)
@@ -190,11 +191,12 @@ class RecursionBlock(nn.Module):
         """Decide which of a step's candidates run it.
 
         Args:
-            candidates: states of the tokens of the previous decision, those that live here.
+            candidates: states of the previous decision's tokens, as far as they live on this rank.
             step: 0-based recursion step.
             previous: the candidates, and what was planned for them.
-            causal: let no token's fate depend on later tokens, as generation needs.
-            assess: add losses, metrics and observations to the decision. Generation does without.
+            causal: do not let a token's depth depend on later tokens. Generation needs this.
+            assess: add losses, metrics and observations to the decision. Generation does not need
+                them.
         """
         logits = self.router.logits(candidates, step)
         if logits is not None:
@@ -209,28 +211,28 @@ class RecursionBlock(nn.Module):
     def select(
         self, candidates: Float[Tensor, "n b h"], decision: RoutingDecision
     ) -> Float[Tensor, "k b h"]:
-        """The rows of the tokens that run the step."""
+        """The states of the tokens that run the step."""
         return self.placement.select(candidates, decision)
 
     @property
     def needs_origin(self) -> bool:
-        """Whether the states that entered the recursion must be at hand at later steps."""
+        """Whether later steps need the states that entered the recursion."""
         injects = self.step_input is not None and self.step_input.injects
         return self.router.combines_with_origin or injects
 
     def enter(self, step: int, selected: Tensor, origin: Tensor | None) -> Tensor:
-        """The selected tokens' states as the layers get them."""
+        """The states of the selected tokens with what `step_input` adds: the input of the layers."""
         return selected if self.step_input is None else self.step_input(step, selected, origin)
 
     def run_layers(
         self, entering: Float[Tensor, "k b h"], context: StepContext, **arguments: Any
     ) -> Float[Tensor, "k b h"]:
-        """The shared layers on the tokens that run the step.
+        """Run the shared layers on the tokens of the step.
 
         Args:
-            entering: what `enter` gave.
-            context: of the step, see `begin_step`.
-            arguments: handed to the layers as they are.
+            entering: the result of `enter`.
+            context: the context of the step, see `begin_step`.
+            arguments: passed on to the layers.
         """
         if not (self.recompute and torch.is_grad_enabled()):
             return self.layers(entering, context, **arguments)
@@ -245,12 +247,12 @@ class RecursionBlock(nn.Module):
         decision: RoutingDecision,
         origin: Float[Tensor, "k b h"] | None,
     ) -> Float[Tensor, "k b h"]:
-        """New states of the tokens that ran the step; padding slots keep theirs.
+        """The new states of the tokens that ran the step. Padding slots keep their states.
 
         Args:
-            selected: what `select` gave.
-            output: what `run_layers` gave.
-            origin: states that entered the recursion, of the same rows, where `needs_origin`.
+            selected: the result of `select`.
+            output: the result of `run_layers`.
+            origin: the states with which the same rows entered the recursion, if `needs_origin`.
         """
         local = self.placement.shard(decision)
         updated = self.router.combine(
@@ -262,9 +264,9 @@ class RecursionBlock(nn.Module):
 
     @contextmanager
     def observed(self, observer: RoutingObserver) -> Iterator[None]:
-        """Within it, `observer` is told of each step that is routed, in training and generation.
+        """A context in which `observer` is called for each routed step, in training and generation.
 
-        Several may watch at once. They see tensors as they are, with their graphs.
+        Several observers may be active at once. They get the tensors themselves, not copies.
         """
         self._observers = (*self._observers, observer)
         try:

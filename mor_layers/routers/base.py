@@ -25,23 +25,24 @@ from mor_layers.selection import RoutingDecision
 
 @dataclass(frozen=True)
 class StepScores:
-    """What a router makes of tokens for one step, for people to look at."""
+    """How a router scores tokens for one step, for display."""
 
     step: int
-    """The step they are about; 0-based."""
+    """The 0-based step that the scores refer to."""
     values: Float[Tensor, "n b"]
-    """One number per candidate of the step that was scored."""
+    """One score per candidate of that step."""
     threshold: float | None = None
-    """In generation a token runs the step where its number is above it; None: not so decided."""
+    """In generation, a token runs the step if its score exceeds this. None: no threshold decides."""
 
 
 class Router(PreciseBuffers, ABC):
-    """Decides, step by step, which tokens go on. Subclass it to bring your own.
+    """Decides, step by step, which tokens go on. Subclass it to write your own router.
 
-    The work is in parts, so that one router serves one process and many. `logits` looks at tokens
-    one by one, wherever their hidden states live. `decide` sees the logits of the full sequence,
-    alike on every rank, and so does `assess`, which adds what training wants to know of a decision
-    and generation does without. `combine` puts the block's output into the selected tokens.
+    The work is split into parts, so that the same router works on one process and on many. `logits`
+    scores each token by itself, on the rank that has its hidden state. `decide` sees the logits of
+    the full sequence, the same on every rank. So does `assess`, which adds losses and metrics that
+    training needs and generation does not. `combine` merges the block's output into the selected
+    tokens.
 
     Selections nest: a step's candidates are the tokens that ran the step before.
     """
@@ -54,7 +55,7 @@ class Router(PreciseBuffers, ABC):
         self.num_recursions = num_recursions
 
     def logits(self, hidden: Float[Tensor, "n b h"], step: int) -> Float[Tensor, "n b c"] | None:
-        """Logits of each candidate from its own hidden state; None where a step needs none."""
+        """The logits of each candidate, from its own hidden state. None if the step needs no logits."""
         return None
 
     @abstractmethod
@@ -68,11 +69,11 @@ class Router(PreciseBuffers, ABC):
         """Choose among the tokens of the previous decision.
 
         Args:
-            logits: what `logits` gave for this step.
+            logits: the result of `logits` for this step, for all candidates.
             step: 0-based recursion step.
             previous: the candidates, `previous.tokens`, and what was planned for them. Its
                 `keep_where`, `keep_top`, `keep_all` and `keep_valid` make the result.
-            causal: a token's fate may depend on earlier tokens only, as generation needs.
+            causal: a token's depth may depend on earlier tokens only. Generation needs this.
         """
 
     def assess(
@@ -82,15 +83,15 @@ class Router(PreciseBuffers, ABC):
         previous: RoutingDecision,
         decision: RoutingDecision,
     ) -> RoutingDecision:
-        """The decision with its auxiliary losses, metrics and observations. Here: as it is.
+        """Add auxiliary losses, metrics and observations to a decision. The default adds nothing.
 
-        An engine that generates does not call it.
+        The generation engine does not call this method.
 
         Args:
-            logits: what `decide` got.
+            logits: the logits that `decide` got.
             step: 0-based recursion step.
             previous: the candidates, and what was planned for them.
-            decision: what `decide` made of them.
+            decision: the result of `decide`.
         """
         return decision
 
@@ -102,29 +103,31 @@ class Router(PreciseBuffers, ABC):
         decision: RoutingDecision,
         origin: Float[Tensor, "k b h"] | None,
     ) -> Float[Tensor, "k b h"]:
-        """New states of the selected tokens.
+        """The new states of the selected tokens.
 
-        Here: `selected + gates · output` where the decision gates, else the output as it is.
+        The default is `selected + gates · output` if the decision has gates, else the output.
 
         Args:
-            selected: states that entered the block.
-            output: the block's output, its residual stream included.
+            selected: the states that entered the block.
+            output: the block's output, including its residual stream.
             decision: the decision of this step for the same rows.
-            origin: states that entered the recursion, if `combines_with_origin`.
+            origin: the states that entered the recursion, if `combines_with_origin`.
         """
         if decision.gates is None:
             return output
         return selected + decision.gates[..., None].to(output.dtype) * output
 
     def scores(self, logits: Float[Tensor, "n b c"], step: int) -> tuple[StepScores, ...]:
-        """What the logits of a step say of each candidate; here: the first logit as it is.
+        """How the logits of a step rate each candidate. The default is the first logit.
 
-        Nothing is decided by it. It is what `mor_layers.inspection` shows.
+        No decision depends on it. `mor_layers.inspection` displays these scores.
         """
         return (StepScores(step, logits[..., 0]),)
 
     def advance(self, tokens_per_step: Float[Tensor, " r"]) -> None:
-        """Called once after each optimizer step, outside `forward`: the place to change state.
+        """Change the router's state. Called once after each optimizer step, outside `forward`.
+
+        State must not change inside `forward`, because recomputation runs it twice.
 
         Args:
             tokens_per_step: how many tokens of the global batch ran each step.
@@ -134,15 +137,15 @@ class Router(PreciseBuffers, ABC):
     def tune(
         self, shares: tuple[float, ...], observe: Callable[[int], Float[Tensor, "t c"]]
     ) -> None:
-        """Set what decides with `causal=True` so that each step runs about a share of all tokens.
+        """Set the thresholds of causal routing so that each step runs about a given share of tokens.
 
         Args:
-            shares: of all tokens, for each step; never rising.
-            observe: runs some text through the model, as it is tuned by now, and gives the logits
-                of every candidate of a step.
+            shares: for each step, the share of all tokens that should run it. Never increasing.
+            observe: runs some text through the model with the thresholds set so far, and returns
+                the logits of every candidate of a step.
 
         Raises:
-            ValueError: there is nothing to tune.
+            ValueError: the router has no thresholds.
         """
         raise ValueError(
             f"{type(self).__name__} has no thresholds to tune. Give it a method `tune`, or serve "
@@ -150,48 +153,48 @@ class Router(PreciseBuffers, ABC):
         )
 
     def adjust(self, observations: dict[str, Tensor]) -> None:
-        """Called after `advance`, for routers whose decisions carry observations.
+        """Learn from observations. Called after `advance`, if decisions carry any.
 
         Args:
-            observations: what the decisions observed, summed over the global batch.
+            observations: the decisions' observations, summed over the global batch.
         """
         return
 
 
 @dataclass(frozen=True)
 class RouterConfig(ABC):
-    """Settings of a router: a frozen dataclass that knows which router it builds.
+    """The settings of a router: a frozen dataclass that knows which router it builds.
 
-    Only `build` must be given. The other methods and properties declare what the rest of the library
-    must know of a router; each has a default that is right, or at least safe, for any router.
+    A subclass only has to define `build`. The other methods and properties declare what the rest of
+    the library must know about the router. Each has a default that is safe for any router.
     """
 
     @abstractmethod
     def build(self, hidden_size: int, num_recursions: int) -> Router:
-        """The router for hidden states of `hidden_size` and `num_recursions` steps."""
+        """Build the router for hidden states of `hidden_size` and `num_recursions` steps."""
 
     def validate(self, num_recursions: int) -> None:
-        """Raise ValueError where these settings do not fit `num_recursions` steps."""
+        """Raise ValueError if these settings do not fit `num_recursions` steps."""
         return
 
     @property
     def needs_updates(self) -> bool:
-        """Whether the router must be told of optimizer steps through `advance`."""
+        """Whether `Router.advance` must be called after each optimizer step."""
         return False
 
     def capacity_factors_for(self, num_recursions: int) -> tuple[float, ...] | None:
-        """Expected share of tokens at each step, where the settings fix it."""
+        """The expected share of tokens at each step, or None if the settings do not determine it."""
         return None
 
     @property
     def has_fixed_capacities(self) -> bool:
-        """Whether in training step r of a batch without documents and padding runs exactly
-        `max(1, floor(c_r · s))` tokens of each sequence, with c from `capacity_factors_for`."""
+        """Whether step r of training runs exactly `max(1, floor(c_r · s))` tokens of each sequence,
+        with c from `capacity_factors_for`, in batches without documents and padding."""
         return False
 
     @property
     def is_causal(self) -> bool:
-        """Whether evaluation decides alike with and without `causal`: no choice reads later tokens."""
+        """Whether evaluation decides the same with and without `causal`, never reading later tokens."""
         return False
 
     @property
@@ -202,29 +205,30 @@ class RouterConfig(ABC):
     def scorer_shapes(
         self, hidden_size: int, num_recursions: int
     ) -> tuple[tuple[ScorerMatrix, ...], ...]:
-        """At each step, the matrices that all its candidates meet: what routing costs.
+        """For each step, the matrices that every candidate is multiplied by: the cost of routing.
 
-        Here: those that `Router.logits` is seen to use, as if all logits reached a loss.
+        The default measures which matrices `Router.logits` uses, and assumes that all logits reach
+        a loss.
         """
         # Parameters made in inference mode would take part in no backward pass.
         with torch.inference_mode(False), torch.device("meta"):
             router = self.build(hidden_size, num_recursions)
-        if type(router).logits is Router.logits:  # it has none
+        if type(router).logits is Router.logits:  # not overridden, so there are no logits
             return ((),) * num_recursions
         return measured_scorers(router, hidden_size)
 
     def notes_for(self, num_recursions: int) -> tuple[StepNotes, ...]:
-        """At each step, what decisions say of each token: what travels between pipeline stages.
+        """For each step, what decisions note about each token and pipeline stages must send on.
 
-        Here: as a trial of the router shows.
+        The default runs the router once on a few tokens and looks at its decisions.
         """
         return observed_notes(self, num_recursions)
 
     def published_for(self, num_recursions: int) -> PublishedRouter:
-        """The router's place in checkpoints of the published Mixture-of-Recursions code.
+        """How checkpoints of the published Mixture-of-Recursions code describe this router.
 
         Raises:
-            ValueError: it has none, as here.
+            ValueError: they cannot, which is the default.
         """
         raise ValueError(
             f"router={type(self).__name__!r} has no place in a published checkpoint. Keep the model "
@@ -232,5 +236,5 @@ class RouterConfig(ABC):
         )
 
     def mean_experts_for(self, num_recursions: int) -> tuple[float, ...] | None:
-        """Mean number of experts that a token shall take at each step; None: as the layers say."""
+        """The mean number of experts per token at each step, or None to leave it to the layers."""
         return None
