@@ -22,6 +22,7 @@ from mor_megatron.training import (
     routing_reports,
     token_depths,
     update_routers,
+    update_routers_automatically,
 )
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "routing_reports",
     "token_depths",
     "update_routers",
+    "update_routers_automatically",
 ]
 
 # Import paths of version 0.1.

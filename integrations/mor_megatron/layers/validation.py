@@ -19,6 +19,16 @@ def validate(config: TransformerConfig, recursion: RecursionConfig) -> None:
             raise ValueError(f"{given} cannot be used with a recursion: {reason}")
 
 
+def _num_ranks(config: TransformerConfig) -> int:
+    """Ranks that one replica of the model is spread over."""
+    return max(
+        config.tensor_model_parallel_size
+        * config.pipeline_model_parallel_size
+        * config.context_parallel_size,
+        config.expert_model_parallel_size * (config.expert_tensor_parallel_size or 1),
+    )
+
+
 def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[bool, str, str]]:
     selective = config.recompute_modules if config.recompute_granularity == "selective" else []
     selective = selective or []
@@ -63,9 +73,11 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             "gated attention is not implemented for selected tokens. Leave it out.",
         ),
         (
-            config.mtp_num_layers is not None,
-            f"mtp_num_layers={config.mtp_num_layers}",
-            "multi-token prediction counts layers that a recursion does not have. Leave it out.",
+            config.mtp_num_layers is not None and _num_ranks(config) > 1,
+            f"mtp_num_layers={config.mtp_num_layers} with tensor, pipeline, context or expert "
+            "parallelism",
+            "multi-token prediction is only verified where each rank holds the whole model. Leave "
+            "it out, or use data parallelism.",
         ),
         (
             config.cuda_graph_impl != "none",
