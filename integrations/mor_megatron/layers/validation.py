@@ -80,6 +80,29 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             "it out, or use data parallelism.",
         ),
         (
+            config.qk_clip or config.log_max_attention_logit,
+            f"qk_clip={config.qk_clip}, log_max_attention_logit={config.log_max_attention_logit}",
+            "Megatron looks for the largest logits in one attention of each unrolled layer, and "
+            "steps would overwrite one another's. Leave both out.",
+        ),
+        (
+            config.quant_recipe is not None,
+            "quant_recipe",
+            "it finds layers by name and number, and a shared layer has neither of an unrolled one. "
+            "Leave it out.",
+        ),
+        (
+            bool(config.distribute_saved_activations),
+            "distribute_saved_activations=True",
+            "a recursion stands for several layers, and those without work hand on their input, "
+            "which Megatron would cut up in place. Use sequence_parallel=True.",
+        ),
+        (
+            has_moe and config.mlp_chunks_for_training > 1,
+            f"mlp_chunks_for_training={config.mlp_chunks_for_training} with a mixture of experts",
+            "Megatron hands chunks to the experts without the mask of padding. Use 1.",
+        ),
+        (
             config.cuda_graph_impl != "none",
             f"cuda_graph_impl={config.cuda_graph_impl!r}",
             "the number of selected tokens varies. Use cuda_graph_impl='none'.",

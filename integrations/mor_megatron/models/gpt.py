@@ -108,6 +108,7 @@ def _refuse_other_specs(config: TransformerConfig) -> None:
         "use_kitchen": config.use_kitchen,
         "use_transformer_engine_op_fuser": config.use_transformer_engine_op_fuser,
         "use_grouped_gemm_for_dense_mlp": config.use_grouped_gemm_for_dense_mlp,
+        "heterogeneous_block_specs": config.heterogeneous_block_specs,
         "transformer_impl": config.transformer_impl == "inference_optimized",
     }
     for option, is_given in rules.items():

@@ -8,6 +8,7 @@ Legend: `b` batch, `s` sequence.
 """
 
 import copy
+import os
 import re
 import zlib
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from mor_layers import RecursionConfig
 from mor_megatron import recursion_block_spec
 from tests.distributed import megatron_setup as setup
+from tests.distributed.pool import forget_losses
 
 NUM_LAYERS, STEPS, BLOCK = 8, 3, 2
 SEQUENCE_LENGTH, NUM_SEQUENCES = 12, 4
@@ -72,7 +74,10 @@ class Trained:
 
 
 def compare(
-    base: dict[str, Any], fields: dict[str, Any], model: dict[str, Any] | None = None
+    base: dict[str, Any],
+    fields: dict[str, Any],
+    model: dict[str, Any] | None = None,
+    is_initial: bool = False,
 ) -> Outcome:
     """Both models under `base | fields`, and the plain ones under `base` alone.
 
@@ -80,17 +85,18 @@ def compare(
         base: DENSE or MOE.
         fields: of TransformerConfig.
         model: arguments of GPTModel.
+        is_initial: leave weights as the models are made.
     """
     model = model or {}
     try:
-        plain = _train(_plain(base, fields, model), is_plain=True)
+        plain = _train(_plain(base, fields, model), True, is_initial)
     except Exception as error:
         return Outcome(refused_by_megatron=_said(error), refused=_refusal(base, fields, model))
     try:
-        ours = _train(_recursive(base, fields, model), is_plain=False)
+        ours = _train(_recursive(base, fields, model), False, is_initial)
     except Exception as error:
         return Outcome(refused=_said(error))
-    without = _train(_plain(base, {}, model), is_plain=True)
+    without = _train(_plain(base, {}, {}), True, is_initial)
     return Outcome(
         loss_difference=_largest(ours.losses - plain.losses),
         gradient_difference=_relative(ours.gradients, plain.gradients),
@@ -189,11 +195,15 @@ def _fill(model: GPTModel, is_plain: bool) -> None:
             buffer.copy_(_values(_own_buffer(name) if is_plain else name, buffer))
 
 
-def _train(model: GPTModel, is_plain: bool) -> Trained:
+def _train(model: GPTModel, is_plain: bool, is_initial: bool = False) -> Trained:
     """One batch of two microbatches through Megatron's schedule."""
     model_parallel_cuda_manual_seed(123)
     torch.manual_seed(0)
-    _fill(model, is_plain)
+    forget_losses()
+    for name in ("FLASH", "FUSED", "UNFUSED"):  # GPTModel's choice for the process
+        os.environ.pop(f"NVTE_{name}_ATTN", None)
+    if not is_initial:
+        _fill(model, is_plain)
     per_token = model.config.calculate_per_token_loss
     chunks = setup.data_parallel([model])
     kept = []
@@ -209,7 +219,9 @@ def _train(model: GPTModel, is_plain: bool) -> Trained:
         ids = next(batches)
         positions = torch.arange(SEQUENCE_LENGTH).expand(len(ids), -1)
         if model.position_embedding_type == "mrope":
-            positions = positions.expand(3, -1, -1)
+            # Time, height and width, other ones in each sequence.
+            shift = torch.arange(len(ids))[:, None]
+            positions = torch.stack([positions, 2 * positions + shift, positions // 3])
         return wrapped(ids[:, :-1], positions, None, labels=ids[:, 1:]), average
 
     tokens = setup.random_tokens(NUM_SEQUENCES, SEQUENCE_LENGTH)

@@ -1,0 +1,83 @@
+"""Every field of TransformerConfig: a recursion computes what plain layers do, or says that it does not."""
+
+import pytest
+
+from tests.distributed import megatron_setup as setup
+from tests.distributed.fields import page
+from tests.distributed.fields.comparison import Outcome, compare
+from tests.distributed.fields.table import EQUAL, NOT_RUN, REFUSED, WITHOUT_EFFECT
+from tests.distributed.pool import WorkerPool
+
+TRIALS = EQUAL | WITHOUT_EFFECT | REFUSED
+
+# One of each kind of field, and those that were silently wrong.
+DAILY = (
+    "add_bias_linear",
+    "distribute_saved_activations",
+    "experimental_attention_variant",
+    "hidden_dropout",
+    "moe_aux_loss_coeff",
+    "moe_layer_freq",
+    "moe_token_dispatcher_type",
+    "mtp_num_layers",
+    "normalization",
+    "qk_layernorm",
+    "qk_clip",
+    "recompute_granularity",
+)
+
+
+def outcomes(names: tuple[str, ...]) -> list[Outcome]:
+    """Of these fields. Values are functions in part, so workers look them up by name."""
+    setup.initialize()
+    trials = [(TRIALS[name], name) for name in names]
+    return [
+        compare(trial.base, trial.given | {name: trial.value}, trial.model, trial.is_initial)
+        for trial, name in trials
+    ]
+
+
+def fault(name: str, outcome: Outcome) -> str | None:
+    """What is not as the table says; None where everything is."""
+    trial = TRIALS[name]
+    if name in REFUSED:
+        refused = outcome.refused or "nothing"
+        is_clear = refused.startswith("ValueError") and trial.says in refused
+        return None if is_clear else f"{name} is not refused, or not clearly: {refused}"
+    if outcome.refused or outcome.refused_by_megatron:
+        return f"{name} is refused: {outcome}"
+    is_equal = (
+        outcome.loss_difference <= trial.tolerance
+        and outcome.gradient_difference <= trial.gradient_tolerance
+    )
+    if not is_equal:
+        return f"{name} is not equal: {outcome}"
+    moves = outcome.effect > 1e-5
+    if moves != (name in EQUAL):
+        return f"{name} {'moves' if moves else 'does not move'} plain layers: {outcome}"
+    return None
+
+
+def faults(pool: WorkerPool, names: tuple[str, ...]) -> list[str]:
+    (results,) = pool.run(outcomes, names=names)
+    found = [fault(name, outcome) for name, outcome in zip(names, results, strict=True)]
+    return [each for each in found if each is not None]
+
+
+def test_every_field_has_one_row() -> None:
+    listed = [*EQUAL, *WITHOUT_EFFECT, *REFUSED, *NOT_RUN]
+    assert sorted(listed) == sorted(page.field_names())
+
+
+def test_the_page_is_made_of_the_table() -> None:
+    written = page.PAGE.read_text("utf-8")
+    assert written == page.page(), "write it anew: python -m tests.distributed.fields.page"
+
+
+def test_a_recursion_obeys_fields_of_each_kind(pool: WorkerPool) -> None:
+    assert faults(pool, DAILY) == []
+
+
+@pytest.mark.full
+def test_a_recursion_obeys_every_field_or_refuses_it(pool: WorkerPool) -> None:
+    assert faults(pool, tuple(TRIALS)) == []
