@@ -1,7 +1,10 @@
 """Every field of TransformerConfig: a recursion computes what plain layers do, or says that it does not."""
 
 import pytest
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.torch_norm import L2Norm
 
+from mor_megatron import default_layer_spec
 from tests.distributed import megatron_setup as setup
 from tests.distributed.fields import page
 from tests.distributed.fields.comparison import Outcome, compare
@@ -76,6 +79,15 @@ def test_the_page_is_made_of_the_table() -> None:
 
 def test_a_recursion_obeys_fields_of_each_kind(pool: WorkerPool) -> None:
     assert faults(pool, DAILY) == []
+
+
+def test_queries_and_keys_get_the_norm_that_qk_l2_norm_asks_for() -> None:
+    # Compared in `EQUAL` too, where it takes half a minute of compilation.
+    config = TransformerConfig(
+        num_layers=8, hidden_size=32, num_attention_heads=4, qk_l2_norm=True, qk_layernorm=True
+    )
+    parts = default_layer_spec(config).submodules.self_attention.submodules
+    assert parts.q_layernorm is parts.k_layernorm is L2Norm
 
 
 @pytest.mark.full
