@@ -114,8 +114,8 @@ def _refuse_other_specs(config: TransformerConfig) -> None:
     for option, is_given in rules.items():
         if is_given:
             raise ValueError(
-                f"{option}={getattr(config, option)!r} takes layers that default_layer_spec does not build: you would "
-                "silently get plain ones. Leave it out, or pass your own layer_spec."
+                f"{option}={getattr(config, option)!r} takes layers that default_layer_spec does not "
+                "build: you would silently get plain ones. Leave it out, or pass your own layer_spec."
             )
 
 

@@ -133,8 +133,8 @@ def _require_final_norm(config: TransformerConfig, last: ModuleSpec) -> None:
     Megatron chooses the final norm of a model that is built from one layer spec, and a spec cannot
     name another.
     """
-    from megatron.core.transformer.transformer_block import LayerNormImpl
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.core.transformer.transformer_block import LayerNormImpl
 
     if config.sequence_parallel and LayerNormImpl is WrappedTorchNorm:
         raise ValueError(

@@ -14,24 +14,26 @@ from typing import Any
 from megatron.core.transformer import TransformerConfig
 
 from tests.distributed.fields.comparison import MOE
-from tests.distributed.fields.table import EQUAL, NOT_RUN, REFUSED, WITHOUT_EFFECT, Trial
+from tests.distributed.fields.table import EQUAL, FURTHER, NOT_RUN, REFUSED, WITHOUT_EFFECT, Trial
 
 PAGE = Path(__file__).parents[3] / "docs" / "pages" / "transformer_config.md"
 
 HEAD = """# Every field of TransformerConfig
 
-What each field of Megatron-Core 0.19's `TransformerConfig` does to a recursion. A `GPTModel` with a recursion of fixed depth
-(a prelude, two layers × 3 steps, a coda) is compared with Megatron's own eight layers with the same weights, on one CPU process:
-the loss of each token, and the gradient of every parameter.
+What each field of Megatron-Core 0.19's `TransformerConfig` does to a recursion. A `GPTModel` with a
+recursion of fixed depth (a prelude, two layers × 3 steps, a coda) is compared with Megatron's own eight
+layers with the same weights, in one process on a CPU: the loss of each token, and the gradient of every
+parameter.
 
-* **equal**: the value changes what plain layers compute, and the recursion computes the same (losses within 2e-6, gradients within
-  1e-5 of the largest of their parameter).
-* **no effect here**: compared as well, and plain layers are not moved either.
-* **refused**: the recursion raises an error that says why.
-* **not run**: one process on a CPU tells nothing of it.
+* **equal**: the value changes what plain layers compute, and the recursion computes the same (losses
+  within 2e-6, gradients within 1e-5 of the largest of their parameter, where a row does not say more).
+* **no effect here**: compared too, and the value does not change what plain layers compute either.
+* **refused**: the recursion raises an error that says why; the row quotes it.
+* **not run**: one process on a CPU tells nothing about it; the row says why, or which test does.
 
-The page is made from `tests/distributed/fields/table.py`; `make test-full` runs every row, and `make test` checks that no field is
-missing. Equality is of fixed depth: other routers choose tokens, which plain layers cannot.
+Other routers than fixed depth choose tokens, which plain layers cannot do, so equality is shown for
+fixed depth. The page is made from `tests/distributed/fields/table.py`: `make test-full` runs every row, and
+`make test` checks that no field is missing.
 
 | field | tried | with | result | |
 |---|---|---|---|---|
@@ -55,18 +57,20 @@ def _rows() -> Iterator[tuple[str, ...]]:
             yield f"`{name}`", "", "", "not run", NOT_RUN[name]
         for trials, result in results:
             if name in trials:
-                trial = trials[name]
-                said = f"says: {trial.says}" if trial.says else trial.note
-                yield f"`{name}`", _shown(trial.value), _circumstances(trial), result, said
+                yield _row(name, trials[name], result)
+        for also, trial in FURTHER:
+            if also == name:
+                yield _row(name, trial, "refused" if trial.says else "equal")
+
+
+def _row(name: str, trial: Trial, result: str) -> tuple[str, ...]:
+    said = f"“… {trial.says} …”" if trial.says else trial.note
+    return f"`{name}`", f"`{_plain(trial.value)}`", _circumstances(trial), result, said
 
 
 def _circumstances(trial: Trial) -> str:
     given = [f"`{name}={_plain(value)}`" for name, value in trial.given.items()]
     return ", ".join((["experts"] if trial.base is MOE else []) + given)
-
-
-def _shown(value: Any) -> str:
-    return f"`{_plain(value)}`"
 
 
 def _plain(value: Any) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.activations import quick_gelu
+from megatron.core.activations import quick_gelu, squared_relu
 from megatron.core.transformer.enums import AttnBackend
 from torch import Tensor
 
@@ -237,35 +237,63 @@ WITHOUT_EFFECT: dict[str, Trial] = {
 }  # fmt: skip
 
 REFUSED: dict[str, Trial] = {
-    "apply_query_key_layer_scaling": refused(True, "apply_query_key_layer_scaling=True"),
-    "attention_output_gate": refused(True, "attention_output_gate=True cannot be used"),
-    "distribute_saved_activations": refused(True, "distribute_saved_activations=True", **FULL),
-    "experimental_attention_variant": refused("dsa", "experimental_attention_variant='dsa'"),
-    "external_cuda_graph": refused(True, "cuda_graph_impl='transformer_engine'"),
-    "fine_grained_activation_offloading": refused(
-        True, "activation offloading", offload_modules=["core_attn"]
+    "apply_query_key_layer_scaling": refused(
+        True, "does not implement apply_query_key_layer_scaling=True"
     ),
-    "fp8_recipe": refused("delayed", "fp8_recipe='delayed'", fp8="hybrid"),
-    "heterogeneous_block_specs": refused(True, "heterogeneous_block_specs=True"),
-    "hybrid_context_parallel": refused(True, "hybrid_context_parallel=True"),
+    "attention_output_gate": refused(
+        True, "gated attention is not implemented for selected tokens"
+    ),
+    "distribute_saved_activations": refused(True, "those without work hand on their input", **FULL),
+    "experimental_attention_variant": refused(
+        "dsa", "layers that default_layer_spec does not build"
+    ),
+    "external_cuda_graph": refused(True, "the number of selected tokens varies"),
+    "fine_grained_activation_offloading": refused(
+        True, "would overwrite what it offloaded", offload_modules=["core_attn"]
+    ),
+    "fp8_recipe": refused("delayed", "overwrites the maxima that set its next scale", fp8="hybrid"),
+    "heterogeneous_block_specs": refused(True, "layers that default_layer_spec does not build"),
+    "hybrid_context_parallel": refused(True, "its groups change from sequence to sequence"),
     "layernorm_zero_centered_gamma": refused(True, "needs a norm of Transformer Engine or Apex"),
-    "log_max_attention_logit": refused(True, "log_max_attention_logit=True"),
+    "log_max_attention_logit": refused(True, "steps would overwrite one another's"),
     "memory_efficient_layer_norm": refused(True, "needs a norm of Transformer Engine or Apex"),
     "moe_grouped_gemm": refused_moe(True, "needs Transformer Engine and CUDA"),
     "moe_pad_expert_input_to_capacity": refused_moe(
-        True, "moe_pad_expert_input_to_capacity=True", moe_expert_capacity_factor=1.0
+        True, "steps and ranks run different numbers of tokens", moe_expert_capacity_factor=1.0
     ),
     "multi_latent_attention": refused(True, "it computes positions of its own"),
     "no_rope_freq": refused(2, "a shared layer has no depth of its own"),
-    "qk_clip": refused(True, "qk_clip=True"),
-    "quant_recipe": refused(object(), "quant_recipe"),
+    "qk_clip": refused(True, "steps would overwrite one another's"),
+    "quant_recipe": refused(object(), "it finds layers by name and number"),
     "rotary_interleaved": refused(True, "selected tokens are turned in halves"),
-    "softmax_type": refused("learnable", "softmax_type=learnable"),
-    "use_grouped_gemm_for_dense_mlp": refused(True, "use_grouped_gemm_for_dense_mlp=True"),
-    "use_kitchen": refused(True, "use_kitchen=True"),
-    "use_transformer_engine_op_fuser": refused(True, "use_transformer_engine_op_fuser=True"),
-    "window_size": refused((3, 0), "window_size=(3, 0)"),
+    "softmax_type": refused("learnable", "does not implement softmax_type=learnable"),
+    "use_grouped_gemm_for_dense_mlp": refused(
+        True, "layers that default_layer_spec does not build"
+    ),
+    "use_kitchen": refused(True, "layers that default_layer_spec does not build"),
+    "use_transformer_engine_op_fuser": refused(
+        True, "layers that default_layer_spec does not build"
+    ),
+    "window_size": refused((3, 0), "does not implement window_size=(3, 0)"),
 }
+
+FURTHER: tuple[tuple[str, Trial], ...] = (
+    ("activation_func", dense(squared_relu, gated_linear_unit=False)),
+    ("moe_layer_freq", moe(2)),
+    ("moe_layer_freq", refused_moe(3, "cannot be dense in one step and have experts in another")),
+    ("moe_router_load_balancing_type", moe("seq_aux_loss", moe_aux_loss_coeff=0.1)),
+    ("moe_router_load_balancing_type", moe("sinkhorn")),
+    ("moe_router_load_balancing_type", refused_moe("global_aux_loss", "Use 'aux_loss'")),
+    ("moe_router_load_balancing_type", refused_moe("quantile_balancing", "Use 'aux_loss'")),
+    ("moe_router_score_function", moe("sqrtsoftplus")),
+    ("moe_router_topk_scaling_factor", moe(2.5, moe_router_pre_softmax=True)),
+    ("mtp_num_layers", moe(1)),
+    ("num_query_groups", dense(None)),
+    ("softmax_type", refused("off-by-one", "does not implement softmax_type=off-by-one")),
+    ("calculate_per_token_loss", refused_moe(True, "by the tokens of a step")),
+    ("mlp_chunks_for_training", refused_moe(2, "without the mask of padding")),
+)
+"""Other values of fields above, which move plain layers or are refused too."""
 
 _RANKS = "one rank; that {} compute what one computes: {}"
 _LAYER = _RANKS.format("N ranks", "tests/distributed/layers/test_recursion_layer.py")

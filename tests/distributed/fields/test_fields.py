@@ -1,4 +1,4 @@
-"""Every field of TransformerConfig: a recursion computes what plain layers do, or says that it does not."""
+"""Under every field of TransformerConfig a recursion computes what plain layers do, or refuses it."""
 
 import pytest
 from megatron.core.transformer import TransformerConfig
@@ -8,10 +8,10 @@ from mor_megatron import default_layer_spec
 from tests.distributed import megatron_setup as setup
 from tests.distributed.fields import page
 from tests.distributed.fields.comparison import Outcome, compare
-from tests.distributed.fields.table import EQUAL, NOT_RUN, REFUSED, WITHOUT_EFFECT
+from tests.distributed.fields.table import EQUAL, FURTHER, NOT_RUN, REFUSED, WITHOUT_EFFECT, Trial
 from tests.distributed.pool import WorkerPool
 
-TRIALS = EQUAL | WITHOUT_EFFECT | REFUSED
+ROWS = [*(EQUAL | WITHOUT_EFFECT | REFUSED).items(), *FURTHER]
 
 # One of each kind of field, and those that were silently wrong.
 DAILY = (
@@ -30,40 +30,39 @@ DAILY = (
 )
 
 
-def outcomes(names: tuple[str, ...]) -> list[Outcome]:
-    """Of these fields. Values are functions in part, so workers look them up by name."""
+def outcomes(rows: list[int]) -> list[Outcome]:
+    """Of these of `ROWS`. Values are functions in part, so workers look them up by number."""
     setup.initialize()
-    trials = [(TRIALS[name], name) for name in names]
     return [
         compare(trial.base, trial.given | {name: trial.value}, trial.model, trial.is_initial)
-        for trial, name in trials
+        for name, trial in (ROWS[row] for row in rows)
     ]
 
 
-def fault(name: str, outcome: Outcome) -> str | None:
+def fault(name: str, trial: Trial, outcome: Outcome) -> str | None:
     """What is not as the table says; None where everything is."""
-    trial = TRIALS[name]
-    if name in REFUSED:
-        refused = outcome.refused or "nothing"
-        is_clear = refused.startswith("ValueError") and trial.says in refused
-        return None if is_clear else f"{name} is not refused, or not clearly: {refused}"
+    row = f"{name}={trial.value!r}"
+    if trial.says:
+        said = outcome.refused or "nothing"
+        is_clear = said.startswith("ValueError") and trial.says in said
+        return None if is_clear else f"{row} is not refused, or not clearly: {said}"
     if outcome.refused or outcome.refused_by_megatron:
-        return f"{name} is refused: {outcome}"
+        return f"{row} is refused: {outcome}"
     is_equal = (
         outcome.loss_difference <= trial.tolerance
         and outcome.gradient_difference <= trial.gradient_tolerance
     )
     if not is_equal:
-        return f"{name} is not equal: {outcome}"
+        return f"{row} is not equal: {outcome}"
     moves = outcome.effect > 1e-5
-    if moves != (name in EQUAL):
-        return f"{name} {'moves' if moves else 'does not move'} plain layers: {outcome}"
+    if moves == (WITHOUT_EFFECT.get(name) is trial):
+        return f"{row} {'moves' if moves else 'does not move'} plain layers: {outcome}"
     return None
 
 
-def faults(pool: WorkerPool, names: tuple[str, ...]) -> list[str]:
-    (results,) = pool.run(outcomes, names=names)
-    found = [fault(name, outcome) for name, outcome in zip(names, results, strict=True)]
+def faults(pool: WorkerPool, rows: list[int]) -> list[str]:
+    (results,) = pool.run(outcomes, rows=rows)
+    found = [fault(*ROWS[row], outcome) for row, outcome in zip(rows, results, strict=True)]
     return [each for each in found if each is not None]
 
 
@@ -78,7 +77,8 @@ def test_the_page_is_made_of_the_table() -> None:
 
 
 def test_a_recursion_obeys_fields_of_each_kind(pool: WorkerPool) -> None:
-    assert faults(pool, DAILY) == []
+    names = [name for name, _ in ROWS]
+    assert faults(pool, [names.index(name) for name in DAILY]) == []
 
 
 def test_queries_and_keys_get_the_norm_that_qk_l2_norm_asks_for() -> None:
@@ -92,4 +92,4 @@ def test_queries_and_keys_get_the_norm_that_qk_l2_norm_asks_for() -> None:
 
 @pytest.mark.full
 def test_a_recursion_obeys_every_field_or_refuses_it(pool: WorkerPool) -> None:
-    assert faults(pool, tuple(TRIALS)) == []
+    assert faults(pool, list(range(len(ROWS)))) == []

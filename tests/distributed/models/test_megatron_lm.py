@@ -12,12 +12,13 @@ from megatron.core.dist_checkpointing.validation import (
     validate_sharding_integrity,
 )
 from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from torch import Tensor
 
 from mor_layers import ExpertChoice, RecursionConfig
-from mor_megatron import recursion_block_spec, recursion_layers, token_depths
+from mor_megatron import Norm, recursion_block_spec, recursion_layers, token_depths
 from mor_megatron.models.gpt import proposed_layout
 from mor_megatron.models.megatron_lm import recursion_builder, recursion_spec
 from tests.distributed import megatron_setup as setup
@@ -55,6 +56,29 @@ def spec_like_pretrain_gpt(num_recursions: int) -> tuple[bool, int, int]:
 
 def test_a_spec_object_without_a_config_builds_the_recursion(pool: WorkerPool) -> None:
     assert pool.run(spec_like_pretrain_gpt, num_recursions=3) == [(True, 2, 3)]
+
+
+def built_by_the_script(by_builder: bool) -> tuple[int, bool]:
+    """Recursions of the model that megatron.training builds, and whether its final norm is ours."""
+    from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+
+    setup.initialize()
+    named = recursion_builder(RECURSION) if by_builder else recursion_spec(RECURSION)
+    settings = GPTModelConfig(
+        transformer=setup.tiny_config(num_layers=8),
+        transformer_layer_spec=named,
+        vocab_size=setup.VOCAB_SIZE,
+        seq_length=SEQUENCE_LENGTH,
+        position_embedding_type="rope",
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model = GPTModelBuilder(settings).build_model(groups)
+    return len(list(recursion_layers(model))), isinstance(model.decoder.final_layernorm, Norm)
+
+
+@pytest.mark.parametrize("by_builder", [True, False])
+def test_the_builder_of_megatron_training_takes_both(pool: WorkerPool, by_builder: bool) -> None:
+    assert pool.run(built_by_the_script, by_builder=by_builder) == [(1, by_builder)]
 
 
 def files_its_keys(layout: str) -> list[bool]:
@@ -110,7 +134,7 @@ def gradients(layout: dict[str, Any], config: dict[str, Any], kind: str) -> dict
         spec = {
             "block": lambda: recursion_block_spec(made, RECURSION),
             "spec": lambda: recursion_spec(RECURSION),
-            "builder": lambda: recursion_builder(RECURSION)(Holder(made), vp_stage=None),
+            "builder": lambda: recursion_builder(RECURSION)(made, vp_stage=None),
         }[kind]()
         model = gpt(made, spec)
     except ValueError as error:
@@ -119,13 +143,6 @@ def gradients(layout: dict[str, Any], config: dict[str, Any], kind: str) -> dict
     chunks = setup.data_parallel([model])
     setup.forward_backward(chunks, setup.random_tokens(4, SEQUENCE_LENGTH))
     return setup.gather_gradients(chunks)
-
-
-class Holder:
-    """As GPTModelConfig of the script, which holds the TransformerConfig."""
-
-    def __init__(self, transformer: Any) -> None:
-        self.transformer = transformer
 
 
 SPREAD: dict[str, Any] = {"layout": {"tp": 2}, "config": {"sequence_parallel": True}}
