@@ -174,6 +174,7 @@ def recursion_block_spec(
     layer_specs = [layer_spec] * config.num_layers if layer_spec else unrolled_layer_specs(config)
     parts = recursion_parts(config, recursion, layer_specs, dense_layer_spec)
     set_pipeline_layout(config, [len(part) for part in parts])
+    file_keys_alike(config)
     first = get_transformer_layer_offset(config)
     check_whole(config, [len(part) for part in parts], first, get_num_layers_to_build(config))
     entries = [spec for part in parts for spec in part]
@@ -267,6 +268,15 @@ def set_pipeline_layout(config: TransformerConfig, depths: Sequence[int]) -> Non
     rows[0].insert(0, "embedding")
     rows[-1].append("loss")
     config.pipeline_model_parallel_layout = PipelineParallelLayerLayout(rows, size)
+
+
+def file_keys_alike(config: TransformerConfig) -> None:
+    """Let every stage name its checkpoint keys as those with a RecursionLayer do.
+
+    Megatron files layers that are all alike as slices of one tensor, which they are not where one of
+    them is a recursion: a stage without one must know, or keys of several stages do not fit together.
+    """
+    config.hetereogenous_dist_checkpoint = True
 
 
 def check_whole(config: TransformerConfig, depths: Sequence[int], first: int, count: int) -> None:

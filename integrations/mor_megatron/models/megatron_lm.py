@@ -35,6 +35,7 @@ from mor_megatron.layers import update_routers_automatically
 from mor_megatron.models.gpt import (
     check_whole,
     default_layer_spec,
+    file_keys_alike,
     final_norm,
     recursion_block_spec,
     recursion_parts,
@@ -108,9 +109,7 @@ class UnrolledLayer(TransformerLayer):
         """
         specs = unrolled_layer_specs(config)
         _require_final_norm(config, specs[-1])
-        # A stage must file its checkpoint keys as the stages with a recursion do, and update
-        # routers together with them.
-        config.hetereogenous_dist_checkpoint = True
+        file_keys_alike(config)
         update_routers_automatically(config)
         dense = default_layer_spec(config, is_moe=False) if dense_ends else None
         parts = recursion_parts(config, recursion, specs, dense)

@@ -32,8 +32,8 @@ parameter.
 * **not run**: one process on a CPU tells nothing about it; the row says why, or which test does.
 
 Other routers than fixed depth choose tokens, which plain layers cannot do, so equality is shown for
-fixed depth. The page is made from `tests/distributed/fields/table.py`: `make test-full` runs every row, and
-`make test` checks that no field is missing.
+fixed depth. The page is made from `tests/distributed/fields/table.py`: `make test-full` runs every row,
+and `make test` checks that no field is missing.
 
 | field | tried | with | result | |
 |---|---|---|---|---|

@@ -134,7 +134,10 @@ EQUAL: dict[str, Trial] = {
     "mtp_detach_heads": dense(True, **MTP),
     "mtp_grad_scale_func": dense(lambda: torch.tensor(4.0), **MTP),
     "mtp_loss_scaling_factor": dense(0.7, **MTP),
-    "mtp_num_layers": dense(2, "refused where a replica of the model is spread over ranks"),
+    "mtp_num_layers": dense(
+        2,
+        "refused where a replica is spread over ranks; folders of weights leave its heads out",
+    ),
     "mtp_use_repeated_layer": dense(True, **MTP),
     "mup_attn_scale_power": dense(0.5, **MUP),
     "mup_base_head_dim": dense(4, mup_attn_scale_power=0.5, **MUP),

@@ -1,5 +1,6 @@
 """What `--spec` of Megatron-LM's script can name, used as the script uses it."""
 
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -81,19 +82,24 @@ def test_the_builder_of_megatron_training_takes_both(pool: WorkerPool, by_builde
     assert pool.run(built_by_the_script, by_builder=by_builder) == [(1, by_builder)]
 
 
-def files_its_keys(layout: str) -> list[bool]:
+def files_its_keys(layout: str, by_builder: bool) -> list[bool]:
     """Whether this stage holds a recursion; raises where stages name the same tensors unlike."""
     setup.initialize(pp=2)
     config = setup.tiny_config(num_layers=8, pipeline_model_parallel_layout=layout)
-    model = gpt(config, recursion_spec(RECURSION))
+    spec = recursion_builder(RECURSION)(config) if by_builder else recursion_spec(RECURSION)
+    model = gpt(config, spec)
     state = model.sharded_state_dict()
     apply_factories(state)
     validate_sharding_integrity(determine_global_metadata(state)[1])
     return [any(recursion_layers(model))]
 
 
-def test_a_stage_without_a_recursion_files_its_keys_as_the_others(pool: WorkerPool) -> None:
-    assert pool.run(files_its_keys, 2, layout="Et|t*6,tL") == [[False], [True]]
+@pytest.mark.parametrize("by_builder", [True, False])
+def test_a_stage_without_a_recursion_files_its_keys_as_the_others(
+    pool: WorkerPool, by_builder: bool
+) -> None:
+    run = partial(pool.run, files_its_keys, 2, layout="Et|t*6,tL")
+    assert run(by_builder=by_builder) == [[False], [True]]
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 4, 5])
