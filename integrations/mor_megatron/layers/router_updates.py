@@ -23,7 +23,6 @@ def recursion_layers(model: nn.Module | Iterable[nn.Module]) -> Iterator[Recursi
         yield from (m for m in chunk.modules() if isinstance(m, RecursionLayer))
 
 
-@torch.no_grad()
 def update_routers(model: nn.Module | Iterable[nn.Module]) -> None:
     """Let routers change their state: capacity warm-up, loss-free bias over depth, thresholds.
 
@@ -69,7 +68,6 @@ class _UpdatesAfterBatch:
     def __init__(self, earlier: Callable[..., Any]) -> None:
         self.earlier = earlier
 
-    @torch.no_grad()
     def __call__(self, model: list[nn.Module], *args: Any, **kwargs: Any) -> None:
         self.earlier(model, *args, **kwargs)
         for layer in recursion_layers(model):
@@ -77,6 +75,7 @@ class _UpdatesAfterBatch:
             layer.statistics.close()
 
 
+@torch.no_grad()
 def _update(layer: RecursionLayer) -> None:
     counts = tokens_per_step(layer)
     torch.distributed.all_reduce(counts, group=data_group())

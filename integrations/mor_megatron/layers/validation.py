@@ -86,6 +86,16 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             "steps would overwrite one another's. Leave both out.",
         ),
         (
+            config.tp_comm_overlap,
+            "tp_comm_overlap=True",
+            "its buffers hold a fixed number of rows, and steps run different numbers. Leave it out.",
+        ),
+        (
+            config.overlap_moe_expert_parallel_comm,
+            "overlap_moe_expert_parallel_comm=True",
+            "its schedule takes plain layers apart and would not see the steps. Leave it out.",
+        ),
+        (
             config.quant_recipe is not None,
             "quant_recipe",
             "it finds layers by name and number, and a shared layer has neither of an unrolled one. "

@@ -227,7 +227,6 @@ WITHOUT_EFFECT: dict[str, Trial] = {
         3, "the same", recompute_granularity="full", recompute_method="uniform"
     ),
     "test_mode": dense(True, "nothing that training reads"),
-    "tp_comm_overlap": dense(True, "one rank; Transformer Engine only"),
     "transformer_impl": dense("transformer_engine", "on a CPU the local layers are built"),
     "use_cpu_initialization": dense(True, "weights are set by the comparison"),
     "use_fused_weighted_squared_relu": dense(True, "with another activation"),
@@ -270,6 +269,7 @@ REFUSED: dict[str, Trial] = {
     "quant_recipe": refused(object(), "it finds layers by name and number"),
     "rotary_interleaved": refused(True, "selected tokens are turned in halves"),
     "softmax_type": refused("learnable", "does not implement softmax_type=learnable"),
+    "tp_comm_overlap": refused(True, "its buffers hold a fixed number of rows"),
     "use_grouped_gemm_for_dense_mlp": refused(
         True, "layers that default_layer_spec does not build"
     ),
@@ -302,7 +302,7 @@ _RANKS = "one rank; that {} compute what one computes: {}"
 _LAYER = _RANKS.format("N ranks", "tests/distributed/layers/test_recursion_layer.py")
 _CONTEXT = _RANKS.format("N ranks", "tests/distributed/layers/test_context_parallel.py")
 _ENGINE = "needs Transformer Engine on a GPU"
-_OVERLAP = "tensor-parallel overlap is Transformer Engine's, on several GPUs"
+_OVERLAP = "with tp_comm_overlap, which is refused"
 _FLEX = "needs the flex dispatcher and its kernels on GPUs"
 _PARAMETERS = "a parameter of a feature that is refused"
 _SCHEDULE = "how stages exchange; one stage sends nothing"
@@ -355,8 +355,8 @@ NOT_RUN: dict[str, str] = {
     "tp_comm_overlap_disable_fc1": _OVERLAP,
     "tp_comm_bootstrap_backend": _OVERLAP,
     "cross_entropy_fusion_impl": "'te' needs a GPU; 'native' is what cross_entropy_loss_fusion ran",
-    "overlap_moe_expert_parallel_comm": "needs expert parallelism and GPU streams",
-    "delay_wgrad_compute": "with overlap_moe_expert_parallel_comm",
+    "overlap_moe_expert_parallel_comm": "refused; Megatron takes it with expert parallelism only",
+    "delay_wgrad_compute": "with overlap_moe_expert_parallel_comm, which is refused",
     "overlap_dispatch_backward_with_experts_wgrad": _ENGINE,
     "ep_overlap_early_attn_memory_release": "with overlap_moe_expert_parallel_comm",
     "defer_embedding_wgrad_compute": "needs pipeline stages and gradient_accumulation_fusion",

@@ -4,7 +4,9 @@ import pytest
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.torch_norm import L2Norm
 
+from mor_layers import RecursionConfig
 from mor_megatron import default_layer_spec
+from mor_megatron.layers import validate
 from tests.distributed import megatron_setup as setup
 from tests.distributed.fields import page
 from tests.distributed.fields.comparison import Outcome, compare
@@ -88,6 +90,13 @@ def test_queries_and_keys_get_the_norm_that_qk_l2_norm_asks_for() -> None:
     )
     parts = default_layer_spec(config).submodules.self_attention.submodules
     assert parts.q_layernorm is parts.k_layernorm is L2Norm
+
+
+def test_an_overlap_that_takes_layers_apart_is_refused() -> None:
+    config = TransformerConfig(num_layers=8, hidden_size=32, num_attention_heads=4)
+    config.overlap_moe_expert_parallel_comm = True  # which asks for several ranks when it is made
+    with pytest.raises(ValueError, match="overlap_moe_expert_parallel_comm=True cannot be used"):
+        validate(config, RecursionConfig(3))
 
 
 @pytest.mark.full
