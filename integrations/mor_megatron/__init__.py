@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         routing_reports,
         token_depths,
         update_routers,
+        update_routers_automatically,
     )
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "routing_reports",
     "token_depths",
     "update_routers",
+    "update_routers_automatically",
 ]
 
 _PLACES = {
@@ -71,6 +73,7 @@ _PLACES = {
     "routing_reports": "training",
     "token_depths": "training",
     "update_routers": "training",
+    "update_routers_automatically": "training",
 }
 _PACKAGES = (
     "checkpoints",

@@ -632,16 +632,16 @@ FAULTS = [
     ),
     Fault(
         "counts stay on their data-parallel rank",
-        MEGATRON + "training/routers.py",
-        "torch.distributed.all_reduce(counts, group=_data_group())\n        layer.recursion",
-        "counts = counts.clone()\n        layer.recursion",
+        MEGATRON + "layers/router_updates.py",
+        "torch.distributed.all_reduce(counts, group=data_group())\n    layer.recursion",
+        "counts = counts.clone()\n    layer.recursion",
         MEGATRON_TRAINING,
     ),
     Fault(
         "observations stay on their data-parallel rank",
-        MEGATRON + "training/routers.py",
-        "            torch.distributed.all_reduce(value, group=_data_group())\n        layer.rec",
-        "            value.clone()\n        layer.rec",
+        MEGATRON + "layers/router_updates.py",
+        "        torch.distributed.all_reduce(value, group=data_group())\n    layer.rec",
+        "        value.clone()\n    layer.rec",
         "distributed/layers/test_depth_by_expert.py distributed/training",
     ),
     Fault(

@@ -168,7 +168,8 @@ def data_parallel(chunks: list[GPTModel], **options: Any) -> list[DistributedDat
         wrapped.append(
             DistributedDataParallel(config, ddp_config, module, disable_bucketing=index > 0)
         )
-    config.finalize_model_grads_func = finalize_model_grads
+    if config.finalize_model_grads_func is None:  # as Megatron's training loop
+        config.finalize_model_grads_func = finalize_model_grads
     if ddp_config.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]

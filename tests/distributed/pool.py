@@ -267,22 +267,33 @@ def _forget_run() -> None:
     if "megatron.core" in sys.modules:
         from megatron.core import num_microbatches_calculator, parallel_state
         from megatron.core.tensor_parallel import random
-        from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
-        from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-        from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 
         parallel_state.destroy_model_parallel()
         random.initialize_rng_tracker(force_reset=True)
-        destroy_moe_metrics_tracker()
         num_microbatches_calculator.destroy_num_microbatches_calculator()
-        MoEAuxLossAutoScaler.main_loss_backward_scale = None
-        MTPLossAutoScaler.main_loss_backward_scale = torch.tensor(1.0)
+        forget_losses()
+    _free_models()
+    torch.distributed.destroy_process_group()
+
+
+def forget_losses() -> None:
+    """Resets the scales and the logs that losses of earlier models left in globals."""
+    import torch
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+    from megatron.core.transformer.multi_token_prediction import (
+        MTPLossAutoScaler,
+        MTPLossLoggingHelper,
+    )
+
+    MTPLossLoggingHelper.tracker.clear()
+    destroy_moe_metrics_tracker()
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    MTPLossAutoScaler.main_loss_backward_scale = torch.tensor(1.0)
     if "mor_megatron.layers.auxiliary_loss" in sys.modules:
         from mor_megatron.layers.auxiliary_loss import RouterLossScaler
 
         RouterLossScaler.scale = None
-    _free_models()
-    torch.distributed.destroy_process_group()
 
 
 def _free_models() -> None:

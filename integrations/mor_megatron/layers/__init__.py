@@ -11,6 +11,11 @@ from mor_megatron.layers.recursion import (
     RecursionSubmodules,
     refuse_inputs,
 )
+from mor_megatron.layers.router_updates import (
+    recursion_layers,
+    update_routers,
+    update_routers_automatically,
+)
 from mor_megatron.layers.routing_statistics import RoutingReport
 from mor_megatron.layers.validation import validate
 
@@ -25,6 +30,9 @@ __all__ = [
     "StepTopKRouter",
     "document_attention",
     "local_norm",
+    "recursion_layers",
     "refuse_inputs",
+    "update_routers",
+    "update_routers_automatically",
     "validate",
 ]

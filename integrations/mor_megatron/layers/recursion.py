@@ -198,6 +198,10 @@ class RecursionLayer(TransformerLayer):
         relayout = self._relayout(hidden_states, tokens.sequence_length)
         if relayout is not None:
             hidden_states = relayout.to_sequence(hidden_states)
+        # Recomputation runs the forward pass twice, the first time without gradients.
+        is_counted = torch.is_grad_enabled() or not self.training
+        if is_counted:
+            self._begin_counting()
         output = self.recursion(
             hidden_states,
             tokens,
@@ -205,8 +209,7 @@ class RecursionLayer(TransformerLayer):
             rotation=rotation,
             num_documents=num_documents,
         )
-        # Recomputation runs the forward pass twice, the first time without gradients.
-        if torch.is_grad_enabled() or not self.training:
+        if is_counted:
             self.statistics.record(tokens, output)
         hidden = self._attach_losses(output)
         if relayout is not None:
@@ -305,9 +308,16 @@ class RecursionLayer(TransformerLayer):
         steps, policy = self.statistics.num_recursions, self.recursion.kv_policy
         cache = StaticCache(memory, policy, steps, stack.layers_per_step, stack.first_layer, batch)
         tokens = cache.entering(length, hidden.device)
+        self._begin_counting()
         output = self.recursion(hidden, tokens, True, rotation=rotation, cache=cache)
         self.statistics.record(tokens, output)
         return output.hidden
+
+    def _begin_counting(self) -> None:
+        updates = getattr(self.config.finalize_model_grads_func, "updates_routers", False)
+        if self.statistics.begin(self.training, forgets_evaluation=updates):
+            for router in self.expert_routers:
+                router.cells.clear()
 
     def _attach_losses(self, output: RecursionOutput) -> Tensor:
         if not (self.training and torch.is_grad_enabled() and output.losses):

@@ -26,10 +26,34 @@ class RoutingStatistics:
     """Sums of what the decisions observed for `Router.adjust`, by name."""
     depths: Tensor | None = None
     """Steps each token of the last forward pass took, `[b s]`."""
+    is_closed: bool = False
+    """Whether routers were updated by these sums, so that the next pass begins new ones."""
+    of_training: bool = True
+    """Whether the last pass was training and not evaluation."""
+
+    def begin(self, is_training: bool, forgets_evaluation: bool) -> bool:
+        """Make ready for a forward pass; whether it begins new sums.
+
+        It does after an update that closed them, and with `forgets_evaluation` where training
+        begins again after an evaluation, whose tokens no router should follow.
+        """
+        is_resumed = is_training and not self.of_training
+        is_new = self.is_closed or (is_resumed and forgets_evaluation)
+        self.of_training = is_training
+        if is_new:
+            self.clear()
+        self.is_closed = False
+        return is_new
+
+    def close(self) -> None:
+        """Keep the sums for a report, until the next pass."""
+        self.is_closed = True
 
     @torch.no_grad()
     def record(self, tokens: Tokens, output: RecursionOutput) -> None:
         """Add one forward pass over `tokens`."""
+        if self.is_closed:
+            self.begin(self.of_training, forgets_evaluation=False)
         decisions = output.decisions
         counts = torch.stack([tokens.count, *(decision.tokens.count for decision in decisions)])
         last = decisions[-1].tokens

@@ -19,6 +19,16 @@ def validate(config: TransformerConfig, recursion: RecursionConfig) -> None:
             raise ValueError(f"{given} cannot be used with a recursion: {reason}")
 
 
+def _num_ranks(config: TransformerConfig) -> int:
+    """Ranks that one replica of the model is spread over."""
+    return max(
+        config.tensor_model_parallel_size
+        * config.pipeline_model_parallel_size
+        * config.context_parallel_size,
+        config.expert_model_parallel_size * (config.expert_tensor_parallel_size or 1),
+    )
+
+
 def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[bool, str, str]]:
     selective = config.recompute_modules if config.recompute_granularity == "selective" else []
     selective = selective or []
@@ -63,9 +73,44 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             "gated attention is not implemented for selected tokens. Leave it out.",
         ),
         (
-            config.mtp_num_layers is not None,
-            f"mtp_num_layers={config.mtp_num_layers}",
-            "multi-token prediction counts layers that a recursion does not have. Leave it out.",
+            config.mtp_num_layers is not None and _num_ranks(config) > 1,
+            f"mtp_num_layers={config.mtp_num_layers} with tensor, pipeline, context or expert "
+            "parallelism",
+            "multi-token prediction is only verified where each rank holds the whole model. Leave "
+            "it out, or use data parallelism.",
+        ),
+        (
+            config.qk_clip or config.log_max_attention_logit,
+            f"qk_clip={config.qk_clip}, log_max_attention_logit={config.log_max_attention_logit}",
+            "Megatron looks for the largest logits in one attention of each unrolled layer, and "
+            "steps would overwrite one another's. Leave both out.",
+        ),
+        (
+            config.tp_comm_overlap,
+            "tp_comm_overlap=True",
+            "its buffers hold a fixed number of rows, and steps run different numbers. Leave it out.",
+        ),
+        (
+            config.overlap_moe_expert_parallel_comm,
+            "overlap_moe_expert_parallel_comm=True",
+            "its schedule takes plain layers apart and would not see the steps. Leave it out.",
+        ),
+        (
+            config.quant_recipe is not None,
+            "quant_recipe",
+            "it finds layers by name and number, and a shared layer has neither of an unrolled one. "
+            "Leave it out.",
+        ),
+        (
+            bool(config.distribute_saved_activations),
+            "distribute_saved_activations=True",
+            "a recursion stands for several layers, and those without work hand on their input, "
+            "which Megatron would cut up in place. Use sequence_parallel=True.",
+        ),
+        (
+            has_moe and config.mlp_chunks_for_training > 1,
+            f"mlp_chunks_for_training={config.mlp_chunks_for_training} with a mixture of experts",
+            "Megatron hands chunks to the experts without the mask of padding. Use 1.",
         ),
         (
             config.cuda_graph_impl != "none",

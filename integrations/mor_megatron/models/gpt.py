@@ -53,9 +53,11 @@ def default_layer_spec(config: TransformerConfig, is_moe: bool | None = None) ->
         is_moe: whether the MLP is a mixture of experts; by default, if `config` has experts.
 
     Raises:
-        ValueError: grouped expert matrix products without Transformer Engine. Megatron would silently
-            run the experts one by one.
+        ValueError: grouped expert matrix products without Transformer Engine, because Megatron would
+            silently run the experts one by one; or an attention that Megatron builds from specs of its
+            own.
     """
+    _refuse_other_specs(config)
     num_experts = None if is_moe is False else config.num_moe_experts
     uses_engine = config.transformer_impl == "transformer_engine" and torch.cuda.is_available()
     if uses_engine and has_transformer_engine():
@@ -63,6 +65,8 @@ def default_layer_spec(config: TransformerConfig, is_moe: bool | None = None) ->
             num_experts=num_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
+            qk_l2_norm=config.qk_l2_norm,
+            use_te_activation_func=config.use_te_activation_func,
         )
         attention = cast(Any, parts.self_attention)
         core = replace(attention.submodules, core_attention=document_attention())
@@ -77,13 +81,14 @@ def default_layer_spec(config: TransformerConfig, is_moe: bool | None = None) ->
         num_experts=num_experts,
         qk_layernorm=config.qk_layernorm,
         normalization=config.normalization,
+        qk_l2_norm=config.qk_l2_norm,
     )
     attention, norm = cast(ModuleSpec, parts.self_attention), local_norm()
     changes: dict[str, Any] = {}
     attention_parts = cast(Any, attention.submodules)
     if attention_parts.core_attention is DotProductAttention:
         changes["core_attention"] = SDPACoreAttention
-    if config.qk_layernorm:
+    if config.qk_layernorm and not config.qk_l2_norm:  # the latter goes first, as in Megatron
         changes |= {"q_layernorm": norm, "k_layernorm": norm}
     keys = dict(parts.sharded_state_dict_keys_map)
     if num_experts:  # as Transformer Engine's layers, which fuse this norm into dense MLPs only
@@ -96,6 +101,24 @@ def default_layer_spec(config: TransformerConfig, is_moe: bool | None = None) ->
         self_attention=replace(attention, submodules=replace(attention_parts, **changes)),
     )
     return ModuleSpec(module=TransformerLayer, submodules=parts)
+
+
+def _refuse_other_specs(config: TransformerConfig) -> None:
+    """Raise ValueError where Megatron has a layer for `config` that is not built here."""
+    rules = {
+        "experimental_attention_variant": config.experimental_attention_variant,
+        "use_kitchen": config.use_kitchen,
+        "use_transformer_engine_op_fuser": config.use_transformer_engine_op_fuser,
+        "use_grouped_gemm_for_dense_mlp": config.use_grouped_gemm_for_dense_mlp,
+        "heterogeneous_block_specs": config.heterogeneous_block_specs,
+        "transformer_impl": config.transformer_impl == "inference_optimized",
+    }
+    for option, is_given in rules.items():
+        if is_given:
+            raise ValueError(
+                f"{option}={getattr(config, option)!r} takes layers that default_layer_spec does not "
+                "build: you would silently get plain ones. Leave it out, or pass your own layer_spec."
+            )
 
 
 def recursion_layer_spec(
@@ -136,48 +159,91 @@ def recursion_block_spec(
     Args:
         config: `num_layers` counts the unrolled depth.
         recursion: sharing, steps, router, KV policy, norms.
-        layer_spec: spec of the shared layers; default: `default_layer_spec(config)`.
+        layer_spec: spec of the shared layers; default: `default_layer_spec(config)`, with experts
+            where `config.moe_layer_freq` has them.
         vp_stage: must be None; virtual stages are not used here.
         dense_layer_spec: spec of prelude and coda layers; default: `layer_spec`.
 
     Raises:
-        ValueError: the layers cannot be divided into recursions, or a stage would split a recursion.
+        ValueError: the layers cannot be divided into recursions, a stage would split a recursion, or
+            `moe_layer_freq` asks for experts in some steps of a shared layer and not in others.
     """
     if vp_stage is not None:
         raise ValueError(
             f"vp_stage={vp_stage}: a recursion inside one stage has no virtual stages. Set "
             "virtual_pipeline_model_parallel_size=None."
         )
-    layer_spec = layer_spec or default_layer_spec(config)
-    parts = recursion_parts(config, recursion, layer_spec, dense_layer_spec or layer_spec)
+    layer_specs = [layer_spec] * config.num_layers if layer_spec else unrolled_layer_specs(config)
+    parts = recursion_parts(config, recursion, layer_specs, dense_layer_spec)
     set_pipeline_layout(config, [len(part) for part in parts])
+    file_keys_alike(config)
     first = get_transformer_layer_offset(config)
     check_whole(config, [len(part) for part in parts], first, get_num_layers_to_build(config))
     entries = [spec for part in parts for spec in part]
     return TransformerBlockSubmodules(
         layer_specs=entries[first : first + get_num_layers_to_build(config)],
-        layer_norm=cast(Any, final_norm(layer_spec)),
+        layer_norm=cast(Any, final_norm(layer_specs[-1])),
     )
+
+
+def unrolled_layer_specs(config: TransformerConfig) -> list[ModuleSpec]:
+    """`default_layer_spec` of each unrolled layer, with experts where `config.moe_layer_freq` says.
+
+    Raises:
+        ValueError: a list that is not of one entry for each unrolled layer.
+    """
+    count, frequency = config.num_layers, config.moe_layer_freq
+    if config.num_moe_experts is None:
+        return [default_layer_spec(config)] * count
+    if isinstance(frequency, int):
+        has_experts = [index % frequency == 0 for index in range(count)]
+    elif len(frequency) == count:
+        has_experts = [bool(entry) for entry in frequency]
+    else:
+        raise ValueError(
+            f"moe_layer_freq has {len(frequency)} entries and num_layers={count}. Give one entry for "
+            "each unrolled layer."
+        )
+    kinds = {kind: default_layer_spec(config, is_moe=kind) for kind in set(has_experts)}
+    return [kinds[kind] for kind in has_experts]
 
 
 def recursion_parts(
     config: TransformerConfig,
     recursion: RecursionConfig,
-    layer_spec: ModuleSpec,
-    dense_layer_spec: ModuleSpec,
+    layer_specs: Sequence[ModuleSpec],
+    dense_layer_spec: ModuleSpec | None = None,
 ) -> list[list[ModuleSpec]]:
-    """The model's layers in parts that no stage may cut, one entry for each unrolled layer."""
+    """The model's layers in parts that no stage may cut, one entry for each unrolled layer.
+
+    Args:
+        layer_specs: one for each unrolled layer.
+        dense_layer_spec: of prelude and coda, in the place of theirs.
+
+    Raises:
+        ValueError: a shared layer whose specs differ from step to step.
+    """
     schedule = recursion.schedule(config.num_layers)
+    prelude, steps = schedule.prelude, recursion.num_recursions
+    end = config.num_layers - schedule.coda
     # A cyclic step runs the whole block; in a sequence each layer repeats on its own.
-    sizes = [schedule.block_size] if schedule.is_cyclic else [1] * schedule.block_size
+    size = schedule.block_size if schedule.is_cyclic else 1
     absorbed = ModuleSpec(module=AbsorbedLayer)
-    blocks = [
-        [recursion_layer_spec([layer_spec] * size, recursion)]
-        + [absorbed] * (size * recursion.num_recursions - 1)
-        for size in sizes
-    ]
-    dense = [dense_layer_spec]
-    return [dense] * schedule.prelude + blocks + [dense] * schedule.coda
+    blocks = []
+    for first in range(prelude, end, size * steps):
+        unrolled = layer_specs[first : first + size * steps]
+        shared = unrolled[:size]
+        for index, spec in enumerate(unrolled):
+            if spec is not shared[index % size]:
+                raise ValueError(
+                    f"moe_layer_freq={config.moe_layer_freq} has unrolled layers "
+                    f"{first + index % size} and {first + index} (0-based) differ, which are one "
+                    "shared layer: it cannot be dense in one step and have experts in another. Give "
+                    f"all {steps} steps the same."
+                )
+        blocks.append([recursion_layer_spec(shared, recursion)] + [absorbed] * (len(unrolled) - 1))
+    ends = [dense_layer_spec or spec for spec in layer_specs]
+    return [[spec] for spec in ends[:prelude]] + blocks + [[spec] for spec in ends[end:]]
 
 
 def set_pipeline_layout(config: TransformerConfig, depths: Sequence[int]) -> None:
@@ -200,18 +266,40 @@ def set_pipeline_layout(config: TransformerConfig, depths: Sequence[int]) -> Non
     config.pipeline_model_parallel_layout = PipelineParallelLayerLayout(rows, size)
 
 
+def file_keys_alike(config: TransformerConfig) -> None:
+    """Let every stage name its checkpoint keys as those with a RecursionLayer do.
+
+    Megatron files layers that are all alike as slices of one tensor, which they are not where one of
+    them is a recursion: a stage without one must know, or keys of several stages do not fit together.
+    """
+    config.hetereogenous_dist_checkpoint = True
+
+
 def check_whole(config: TransformerConfig, depths: Sequence[int], first: int, count: int) -> None:
     """Raise ValueError if a stage of `count` layers from `first` would split one of the parts."""
     borders = {0, *accumulate(depths)}
     if first in borders and first + count in borders:
         return
-    layout = "|".join("t" * depth if depth == 1 else f"t*{depth}" for depth in depths)
+    num_stages = config.pipeline_model_parallel_size * (
+        config.virtual_pipeline_model_parallel_size or 1
+    )
+    advice = "Put whole parts into stages with pipeline_model_parallel_layout"
+    if num_stages > len(depths):
+        advice += f": {len(depths)} stages at most."
+    else:
+        advice += f", for example {proposed_layout(depths, num_stages)!r}."
     raise ValueError(
         f"a pipeline stage of layers {first + 1} to {first + count} (pipeline_model_parallel_size="
         f"{config.pipeline_model_parallel_size}) cuts a recursion: the parts of the model have "
-        f"{', '.join(map(str, depths))} unrolled layers. Put whole parts into stages with "
-        f"pipeline_model_parallel_layout, for example 'E{layout}L' for a stage each."
+        f"{', '.join(map(str, depths))} unrolled layers. {advice}"
     )
+
+
+def proposed_layout(depths: Sequence[int], num_stages: int) -> str:
+    """A `pipeline_model_parallel_layout` of whole parts: '|' between stages, ',' between parts."""
+    stages = even_stages(depths, num_stages)
+    written = [",".join("t" if d == 1 else f"t*{d}" for d in stage) for stage in stages]
+    return f"E{'|'.join(written)}L"
 
 
 def final_norm(layer_spec: ModuleSpec) -> type:

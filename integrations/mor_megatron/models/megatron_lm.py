@@ -3,54 +3,92 @@
 The script takes the name of an object without settings for it, so the settings must be in the module
 that defines the object. Write such a module, for example `my_spec.py` on the PYTHONPATH:
 
-    from mor_megatron.models.megatron_lm import recursion_spec
+    from mor_megatron.models.megatron_lm import recursion_builder
 
-    spec = recursion_spec("recursion.yaml")
+    spec = recursion_builder("recursion.yaml")
 
 and name it: `pretrain_gpt.py --spec my_spec spec --num-layers 8 ...`.
+
+`recursion_builder` gives a function that the script calls with its configuration, as the script of
+Megatron-Core 0.19 does. Scripts that do not (those with a gpt_builders.py beside them) take
+`recursion_spec` instead.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.spec_utils import build_module
-from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     get_transformer_layer_offset,
 )
 
 from mor_layers import RecursionConfig, load_config
-from mor_megatron.models.gpt import check_whole, default_layer_spec, recursion_parts
+from mor_megatron.layers import update_routers_automatically
+from mor_megatron.models.gpt import (
+    check_whole,
+    default_layer_spec,
+    file_keys_alike,
+    final_norm,
+    recursion_block_spec,
+    recursion_parts,
+    unrolled_layer_specs,
+)
+
+
+def recursion_builder(
+    recursion: RecursionConfig | str | Path, dense_ends: bool = False
+) -> Callable[..., TransformerBlockSubmodules]:
+    """A function that makes the layers of a stage from the configuration of the script.
+
+    It divides the layers into pipeline stages where nothing says how, and the final norm is one
+    that knows sequence parallelism. Router updates come after each batch by themselves, see
+    `mor_megatron.update_routers_automatically`.
+
+    Args:
+        recursion: the settings, or a YAML file with them.
+        dense_ends: give prelude and coda dense MLPs where the model has experts.
+    """
+    settings = _loaded(recursion)
+
+    def spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+        # The script hands over its GPTModelConfig, which holds the TransformerConfig.
+        config = getattr(config, "transformer", config)
+        update_routers_automatically(config)
+        dense = default_layer_spec(config, is_moe=False) if dense_ends else None
+        return recursion_block_spec(config, settings, None, vp_stage, dense)
+
+    return spec
 
 
 def recursion_spec(recursion: RecursionConfig | str | Path, dense_ends: bool = False) -> ModuleSpec:
     """A layer spec that becomes a Mixture-of-Recursions when Megatron builds `num_layers` of it.
 
+
     `num_layers` counts the unrolled depth. With pipeline stages, `--pipeline-model-parallel-layout` must
-    not split a recursion; the error names a layout that fits.
+    not split a recursion; the error names a layout that fits. Routers are updated after each batch
+    without a call, see `mor_megatron.update_routers_automatically`.
 
     Args:
         recursion: the settings, or a YAML file with them.
         dense_ends: whether prelude and coda have dense MLPs although the model has experts.
-
-    Raises:
-        ValueError: settings are wrong, or the router needs updates after optimizer steps, because the
-            script does not call `mor_megatron.update_routers`.
     """
-    if not isinstance(recursion, RecursionConfig):
-        recursion = load_config(RecursionConfig, recursion)
-    if recursion.router.needs_updates:
-        raise ValueError(
-            f"{recursion.router} changes its state after each optimizer step, which needs a call "
-            "of mor_megatron.update_routers in the training loop. For Megatron-LM's own script use "
-            "warmup_steps=0, or balancing='loss'."
-        )
     return ModuleSpec(
-        module=UnrolledLayer, params={"recursion": recursion, "dense_ends": dense_ends}
+        module=UnrolledLayer, params={"recursion": _loaded(recursion), "dense_ends": dense_ends}
     )
+
+
+def _loaded(recursion: RecursionConfig | str | Path) -> RecursionConfig:
+    if isinstance(recursion, RecursionConfig):
+        return recursion
+    return load_config(RecursionConfig, recursion)
 
 
 class UnrolledLayer(TransformerLayer):
@@ -65,10 +103,17 @@ class UnrolledLayer(TransformerLayer):
         pg_collection: ProcessGroupCollection,
         vp_stage: int | None = None,
     ) -> Any:
-        """Returns the layer, which is not an UnrolledLayer and is therefore not initialised again."""
-        inner = default_layer_spec(config)
-        dense = default_layer_spec(config, is_moe=False) if dense_ends else inner
-        parts = recursion_parts(config, recursion, inner, dense)
+        """Returns the layer, which is not an UnrolledLayer and is therefore not initialised again.
+
+        Raises:
+            ValueError: sequence parallelism with a final norm that refuses it.
+        """
+        specs = unrolled_layer_specs(config)
+        _require_final_norm(config, specs[-1])
+        file_keys_alike(config)
+        update_routers_automatically(config)
+        dense = default_layer_spec(config, is_moe=False) if dense_ends else None
+        parts = recursion_parts(config, recursion, specs, dense)
         first = get_transformer_layer_offset(config, vp_stage)
         count = get_num_layers_to_build(config, vp_stage)
         check_whole(config, [len(part) for part in parts], first, count)
@@ -79,4 +124,22 @@ class UnrolledLayer(TransformerLayer):
             layer_number=layer_number,
             pg_collection=pg_collection,
             vp_stage=vp_stage,
+        )
+
+
+def _require_final_norm(config: TransformerConfig, last: ModuleSpec) -> None:
+    """Raise ValueError where the block would take PyTorch's norm, which refuses to be spread.
+
+    Megatron chooses the final norm of a model that is built from one layer spec, and a spec cannot
+    name another.
+    """
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.core.transformer.transformer_block import LayerNormImpl
+
+    if config.sequence_parallel and LayerNormImpl is WrappedTorchNorm:
+        raise ValueError(
+            "sequence_parallel=True with recursion_spec needs Transformer Engine or apex: without "
+            "them Megatron takes PyTorch's norm after the last layer, which refuses sequence "
+            f"parallelism, and a layer spec cannot name {final_norm(last).__name__}. Put "
+            "recursion_builder in the place of recursion_spec."
         )

@@ -1,13 +1,8 @@
 """Functions for training loops: router updates, reports, and distillation."""
 
+from mor_megatron.layers import recursion_layers, update_routers, update_routers_automatically
 from mor_megatron.training.distillation import vocab_parallel_divergence
-from mor_megatron.training.routers import (
-    causal_routing,
-    recursion_layers,
-    routing_reports,
-    token_depths,
-    update_routers,
-)
+from mor_megatron.training.routers import causal_routing, routing_reports, token_depths
 
 __all__ = [
     "causal_routing",
@@ -15,5 +10,6 @@ __all__ = [
     "routing_reports",
     "token_depths",
     "update_routers",
+    "update_routers_automatically",
     "vocab_parallel_divergence",
 ]

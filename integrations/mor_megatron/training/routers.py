@@ -1,4 +1,4 @@
-"""Functions that a training loop calls around its optimizer step."""
+"""Functions that a training loop calls around its optimizer step, beside `update_routers`."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,13 +9,8 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from mor_megatron.layers import RecursionLayer, RoutingReport, StepTopKRouter
-
-
-def recursion_layers(model: nn.Module | Iterable[nn.Module]) -> Iterator[RecursionLayer]:
-    """The RecursionLayers of a model or of its chunks, in order."""
-    for chunk in [model] if isinstance(model, nn.Module) else model:
-        yield from (m for m in chunk.modules() if isinstance(m, RecursionLayer))
+from mor_megatron.layers import RecursionLayer, RoutingReport, StepTopKRouter, recursion_layers
+from mor_megatron.layers.router_updates import data_group, tokens_per_step
 
 
 @contextmanager
@@ -33,29 +28,6 @@ def causal_routing(model: nn.Module | Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for layer, was in zip(layers, before, strict=True):
             layer.causal_routing = was
-
-
-@torch.no_grad()
-def update_routers(model: nn.Module | Iterable[nn.Module]) -> None:
-    """Update the routers' state: capacity warm-up, loss-free bias over depth, and thresholds.
-
-    (`finalize_model_grads` updates the loss-free bias over experts.)
-
-    Call this on every rank once after each optimizer step, outside recomputation, and before
-    `routing_reports`, which resets the counts. The counts are those of the global batch, so replicas
-    stay equal.
-    """
-    for layer in recursion_layers(model):
-        counts = _tokens_per_step(layer)
-        torch.distributed.all_reduce(counts, group=_data_group())
-        layer.recursion.router.advance(counts[1:])
-        observations = dict(layer.statistics.observations)
-        layer.statistics.observations.clear()
-        for value in observations.values():
-            torch.distributed.all_reduce(value, group=_data_group())
-        layer.recursion.router.adjust(observations)
-        for router in layer.expert_routers:
-            router.advance()
 
 
 @torch.no_grad()
@@ -95,8 +67,8 @@ def token_depths(model: nn.Module | Iterable[nn.Module]) -> Tensor:
 
 
 def _report(layer: RecursionLayer) -> RoutingReport:
-    statistics, group = layer.statistics, _data_group()
-    counts = _tokens_per_step(layer)
+    statistics, group = layer.statistics, data_group()
+    counts = tokens_per_step(layer)
     positions = statistics.last_step_positions
     positions = counts.new_zeros(1) if positions is None else positions.float()
     names = sorted(statistics.metrics)
@@ -140,15 +112,3 @@ def _expert_report(routers: list[StepTopKRouter]) -> dict[str, Any]:
             }
         )
     return {n: torch.stack([r[n] for r in reports], dim=1).cpu() for n in reports[0]}
-
-
-def _tokens_per_step(layer: RecursionLayer) -> Tensor:
-    counts = layer.statistics.tokens_per_step
-    if counts is None:
-        device = next(layer.parameters()).device
-        return torch.zeros(1 + layer.statistics.num_recursions, device=device)
-    return counts.clone()
-
-
-def _data_group() -> torch.distributed.ProcessGroup:
-    return parallel_state.get_data_parallel_group()  # type: ignore[return-value]
