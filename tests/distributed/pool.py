@@ -290,8 +290,8 @@ def forget_losses() -> None:
     destroy_moe_metrics_tracker()
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
     MTPLossAutoScaler.main_loss_backward_scale = torch.tensor(1.0)
-    if "mor_megatron.layers.auxiliary_loss" in sys.modules:
-        from mor_megatron.layers.auxiliary_loss import RouterLossScaler
+    if "mor_megatron.layers.routing.auxiliary_loss" in sys.modules:
+        from mor_megatron.layers.routing.auxiliary_loss import RouterLossScaler
 
         RouterLossScaler.scale = None
 

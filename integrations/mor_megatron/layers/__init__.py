@@ -3,7 +3,7 @@
 from mor_megatron.layers.attention import SDPACoreAttention
 from mor_megatron.layers.block_part import BlockPart
 from mor_megatron.layers.document_attention import document_attention
-from mor_megatron.layers.expert_router import StepTopKRouter
+from mor_megatron.layers.experts.router import StepTopKRouter
 from mor_megatron.layers.norms import Norm, local_norm
 from mor_megatron.layers.recursion import (
     AbsorbedLayer,
@@ -11,12 +11,12 @@ from mor_megatron.layers.recursion import (
     RecursionSubmodules,
     refuse_inputs,
 )
-from mor_megatron.layers.router_updates import (
+from mor_megatron.layers.routing.counts import RoutingReport
+from mor_megatron.layers.routing.updates import (
     recursion_layers,
     update_routers,
     update_routers_automatically,
 )
-from mor_megatron.layers.routing_statistics import RoutingReport
 from mor_megatron.layers.validation import validate
 
 __all__ = [

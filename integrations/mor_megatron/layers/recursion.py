@@ -28,11 +28,11 @@ from megatron.core.utils import get_pg_rank, make_viewless_tensor
 from torch import Tensor
 
 from mor_layers import RecursionBlock, RecursionConfig, RecursionOutput, RoutingDecision, Tokens
-from mor_megatron.layers.auxiliary_loss import RouterLossScaler, listen_for_loss_scale
 from mor_megatron.layers.block_part import BlockPart, CombiningRouter
-from mor_megatron.layers.expert_router import StepTopKRouter
+from mor_megatron.layers.experts.router import StepTopKRouter
 from mor_megatron.layers.quantization import require_one_precision
-from mor_megatron.layers.routing_statistics import RoutingStatistics
+from mor_megatron.layers.routing.auxiliary_loss import RouterLossScaler, listen_for_loss_scale
+from mor_megatron.layers.routing.counts import RoutingStatistics
 from mor_megatron.layers.stack import StepStack
 from mor_megatron.layers.validation import validate
 from mor_megatron.step import (

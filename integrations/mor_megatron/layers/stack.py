@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from mor_layers import RecursionConfig, StepContext
 from mor_megatron.layers.attention import RecursiveSelfAttention, SDPACoreAttention
 from mor_megatron.layers.block_part import BlockPart
-from mor_megatron.layers.expert_router import StepTopKRouter
-from mor_megatron.layers.moe import RecursiveMoELayer
+from mor_megatron.layers.experts.moe import RecursiveMoELayer
+from mor_megatron.layers.experts.router import StepTopKRouter
 from mor_megatron.layers.quantization import filled, row_alignment
 from mor_megatron.layers.relaxation import attach_deltas
 from mor_megatron.layers.sandwich import attach_output_norms, like_norms_of

@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from mor_megatron.layers import RecursionLayer, RoutingReport, StepTopKRouter, recursion_layers
-from mor_megatron.layers.router_updates import data_group, tokens_per_step
+from mor_megatron.layers.routing.updates import data_group, tokens_per_step
 
 
 @contextmanager

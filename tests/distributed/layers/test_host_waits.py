@@ -72,7 +72,7 @@ WIDTH = "decision.py:keep_where"
             RecursionConfig(3, router=DepthAndWidth(mean_experts=1.5)),
             4,
             False,
-            {WIDTH: 2, "depth_and_width.py:adjust": 1, "expert_router.py:advance": 2},
+            {WIDTH: 2, "depth_and_width.py:adjust": 1, "router.py:advance": 2},
         ),
         (
             RecursionConfig(3, router=ExpertChoice(warmup_steps=5)),

@@ -182,7 +182,7 @@ def test_other_parallelism_and_settings(pool, on_one_rank, name: str) -> None:
 
 def held(case: Case) -> tuple[list[int], set[str]]:
     """Numbers by which a rank's layers last ran, and what its recursion has beside layers."""
-    from mor_megatron.layers.moe import RecursiveMoELayer
+    from mor_megatron.layers.experts.moe import RecursiveMoELayer
 
     initialize(case, is_pipeline=True)
     chunks = build(case, is_pipeline=True)

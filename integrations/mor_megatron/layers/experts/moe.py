@@ -19,7 +19,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from mor_layers import RecursionConfig
-from mor_megatron.layers.expert_router import StepTopKRouter
+from mor_megatron.layers.experts.router import StepTopKRouter
 from mor_megatron.layers.step_aware import StepAware
 
 

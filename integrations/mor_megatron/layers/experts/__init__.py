@@ -1,0 +1,1 @@
+"""Mixtures of experts that know the recursion step they run."""
