@@ -1,7 +1,7 @@
 """Layers for the inside of a recursion: a mixture of experts, per-step deltas, adapters."""
 
 from mor_layers.layers.adapters import EncoderLayers, PointwiseLayers
-from mor_layers.layers.moe import ExpertRouters, MoE, MoEConfig
+from mor_layers.layers.moe import MOST_EXPERTS, ExpertRouters, MoE, MoEConfig
 from mor_layers.layers.relaxation import (
     MLP_PROJECTIONS,
     Projection,
@@ -16,6 +16,7 @@ from mor_layers.layers.relaxation import (
 
 __all__ = [
     "MLP_PROJECTIONS",
+    "MOST_EXPERTS",
     "EncoderLayers",
     "ExpertRouters",
     "MoE",

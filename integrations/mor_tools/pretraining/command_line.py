@@ -47,24 +47,62 @@ def load_settings(arguments: Sequence[str]) -> Settings:
     for override in overrides:
         if override.startswith("-") or "=" not in override:
             raise ValueError(f"{override!r} is no key=value setting. Usage:\n{USAGE}")
-    return from_mapping(Settings, _merged(options.config, overrides), may_import=True)
+    values = _merged(options.config, overrides)
+    _require_text(values)
+    return from_mapping(Settings, values, may_import=True)
 
 
 def _merged(path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
     """Plain mappings: the file's, changed by the overrides."""
-    if path is not None and not Path(path).is_file():
+    if path is not None and not (_is_text(path) and Path(path).is_file()):
         raise FileNotFoundError(f"--config {path}: there is no such file.")
     try:
         file = OmegaConf.create() if path is None else OmegaConf.load(path)
         if not isinstance(file, DictConfig):
             raise ValueError(f"--config {path}: expected a mapping of settings.")
         changes = OmegaConf.from_dotlist(list(overrides))
+        for given in (file, changes):
+            _require_mappings(Settings, OmegaConf.to_container(given))
         new_type = OmegaConf.select(changes, "recursion.router.type")
         if new_type not in (None, OmegaConf.select(file, "recursion.router.type")):
             OmegaConf.update(file, "recursion.router", {}, merge=False)
         return OmegaConf.to_container(OmegaConf.merge(file, changes), resolve=True)  # type: ignore[return-value]
-    except (OmegaConfBaseException, YAMLError) as error:
+    except RecursionError as error:
+        raise ValueError(
+            "the settings cannot be read: they are nested too deeply. Leave brackets out."
+        ) from error
+    except (OmegaConfBaseException, YAMLError, OverflowError, UnicodeError) as error:
         raise ValueError(f"the settings cannot be read: {error}") from error
+
+
+def _require_mappings(kind: type, values: Any, where: str = "") -> None:
+    """Raise ValueError where a list stands for settings: merging it with them would fail."""
+    if isinstance(values, list):
+        raise ValueError(f"{where}={values!r}: expected a mapping of settings, not a list.")
+    if not isinstance(values, dict) or kind is RouterConfig:
+        return
+    hints = typing.get_type_hints(kind)
+    for name in set(values) & set(hints):
+        component = _component(hints[name])
+        if component is not None:
+            _require_mappings(component, values[name], f"{where}.{name}".lstrip("."))
+
+
+def _require_text(values: Any, where: str = "") -> None:
+    """Raise ValueError for characters that neither names of files nor tokenizers can have."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            _require_text(value, f"{where}.{name}".lstrip("."))
+    elif isinstance(values, str) and not _is_text(values):
+        raise ValueError(f"{where}={values!r} holds a character that is no text. Leave it out.")
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return "\0" not in value
 
 
 def schema(kind: type = Settings, indent: str = "") -> str:

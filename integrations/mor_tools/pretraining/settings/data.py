@@ -4,9 +4,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 import mor_dali
-from mor_tools.pretraining.settings.rules import require, require_at_least, require_share
+from mor_layers.models import MOST_TOKENS
+from mor_tools.pretraining.settings.rules import (
+    require,
+    require_at_least,
+    require_at_most,
+    require_share,
+)
 
 Loader = Literal["megatron", "dali"]
+MOST_WORKERS = 256
+"""Each is a process beside every process that trains."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,7 @@ class DataSettings:
     end_of_document: str = "<|endoftext|>"
     """Token between documents; `tokenizer` must have it."""
     sequence_length: int = 256
-    """Tokens in a training sequence, of as many documents as it takes."""
+    """Tokens in a training sequence, of as many documents as it takes. At least 2."""
     reset_attention_mask: bool = True
     """Whether a token attends and is routed within its own document alone. False: across those
     before it in the sequence too."""
@@ -45,6 +53,13 @@ class DataSettings:
             f"{owner}.loader='dali': {mor_dali.INSTALL} That is {owner}.loader=megatron.",
         )
         require_at_least(0, owner, workers=self.workers)
-        require_at_least(1, owner, sequence_length=self.sequence_length)
+        require_at_most(MOST_WORKERS, owner, workers=self.workers)
+        require_at_least(2, owner, sequence_length=self.sequence_length)
         require_at_least(257, owner, vocabulary_size=self.vocabulary_size)
+        require_at_most(MOST_TOKENS, owner, vocabulary_size=self.vocabulary_size)
+        for name in ("path", "tokenizer", "end_of_document", "prepared_folder"):
+            require(
+                getattr(self, name) != "",
+                f"{owner}.{name} is empty. Name one, or leave it out for the default.",
+            )
         require_share(owner, held_out_share=self.held_out_share)
