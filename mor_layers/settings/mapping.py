@@ -10,6 +10,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from mor_layers.settings.field_types import shown
+
 
 def load_config[T](kind: type[T], path: str | Path) -> T:
     """Settings of `kind` from a YAML file of the user's own, interpolations resolved.
@@ -40,12 +42,12 @@ def from_mapping[T](kind: type[T], values: object, where: str = "", may_import: 
     """
     place = where or kind.__name__
     if not isinstance(values, dict):
-        raise ValueError(f"{place}: expected a mapping of settings, got {values!r}.")
+        raise ValueError(f"{place}: expected a mapping of settings, got {shown(values)}.")
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(fields), key=str)
     if unknown:
         raise ValueError(
-            f"{place}: unknown setting {', '.join(map(repr, unknown))}. "
+            f"{place}: unknown setting {', '.join(map(shown, unknown))}. "
             f"Allowed: {', '.join(sorted(fields)) or 'none'}."
         )
     missing = sorted(
@@ -92,11 +94,13 @@ def _convert(hint: Any, value: object, where: str, may_import: bool) -> object:
         return _convert(hint, value, where, may_import)
     if origin is typing.Literal:
         if value not in arguments:
-            raise ValueError(f"{where}={value!r}: use one of {', '.join(map(str, arguments))}.")
+            raise ValueError(
+                f"{where}={shown(value)}: use one of {', '.join(map(str, arguments))}."
+            )
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise ValueError(f"{where}={value!r}: expected a list.")
+            raise ValueError(f"{where}={shown(value)}: expected a list.")
         items = enumerate(value)
         return tuple(_convert(arguments[0], v, f"{where}[{i}]", may_import) for i, v in items)
     if hasattr(hint, "from_mapping"):
@@ -106,5 +110,5 @@ def _convert(hint: Any, value: object, where: str, may_import: bool) -> object:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(f"{where}={value!r}: expected {hint.__name__}.")
+        raise ValueError(f"{where}={shown(value)}: expected {hint.__name__}.")
     return value

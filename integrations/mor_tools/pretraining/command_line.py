@@ -26,6 +26,9 @@ Pretrains a GPT with Mixture-of-Recursions and Mixture-of-Experts through Megatr
 Settings come from the file, then from key=value, e.g. training.steps=100 recursion=null.
 Run it again to resume from its last checkpoint."""
 
+_DEEPEST = 100
+"""Most levels of brackets; no setting has more than a few."""
+
 
 def load_settings(arguments: Sequence[str]) -> Settings:
     """Settings from command line arguments; `--help` prints them all and ends the program.
@@ -57,6 +60,8 @@ def _merged(path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
     if path is not None and not (_is_text(path) and Path(path).is_file()):
         raise FileNotFoundError(f"--config {path}: there is no such file.")
     try:
+        for text in (*overrides, *([] if path is None else [Path(path).read_text("utf-8")])):
+            _require_shallow(text)
         file = OmegaConf.create() if path is None else OmegaConf.load(path)
         if not isinstance(file, DictConfig):
             raise ValueError(f"--config {path}: expected a mapping of settings.")
@@ -73,6 +78,17 @@ def _merged(path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
         ) from error
     except (OmegaConfBaseException, YAMLError, OverflowError, UnicodeError) as error:
         raise ValueError(f"the settings cannot be read: {error}") from error
+
+
+def _require_shallow(text: str) -> None:
+    """Raise ValueError for brackets within brackets, with which the parser takes minutes."""
+    depth = 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        if depth > _DEEPEST:
+            raise ValueError(
+                "the settings cannot be read: they are nested too deeply. Leave brackets out."
+            )
 
 
 def _require_mappings(kind: type, values: Any, where: str = "") -> None:

@@ -42,7 +42,9 @@ class FileTokenizer:
         try:
             self._loaded = Loaded.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"{path} is no tokenizer: {error}. Put its own there.") from error
+            raise ValueError(
+                f"{path} is no tokenizer: {str(error)[:200]}. Put its own there."
+            ) from error
 
     def encode(self, text: str) -> list[int]:
         # Unlike `encode`, this lets other threads run meanwhile.

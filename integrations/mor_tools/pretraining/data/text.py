@@ -67,7 +67,9 @@ class TextTokenizer:
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"data.tokenizer={path} cannot be read: {error}.") from error
+            raise ValueError(
+                f"data.tokenizer={path} cannot be read: {str(error)[:200]}."
+            ) from error
         eod = self.tokenizer.token_to_id(end_of_document)
         if eod is None:
             raise ValueError(

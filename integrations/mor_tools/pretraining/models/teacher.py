@@ -121,7 +121,7 @@ def _check_tokenizer(folder: Path, dense: DecoderConfig, tokenizer: TextTokenize
             ids = Tokenizer.from_file(str(own)).get_vocab()
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(
-                f"{own} is no tokenizer: {error}. Put the model's own there."
+                f"{own} is no tokenizer: {str(error)[:200]}. Put the model's own there."
             ) from error
         if ids != tokenizer.tokenizer.get_vocab():
             raise ValueError(
