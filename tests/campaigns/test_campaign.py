@@ -9,14 +9,19 @@ from tests.campaigns.campaign import LONGEST_REASON, run_case, run_cases, table
 from tests.campaigns.kinds import KINDS, SELDOM
 
 
-@pytest.mark.parametrize("cases", [90, pytest.param(3000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("cases", [150, pytest.param(3000, marks=pytest.mark.full)])
 def test_hostile_cases_are_correct_or_refused_with_a_reason(cases: int) -> None:
     outcomes = list(run_cases(KINDS, cases, seed=cases, seldom=SELDOM))
     failed = [f"{o.name} of seed {o.seed}: {o.reason}" for o in outcomes if o.ending == "failed"]
     assert not failed, "\n".join([table(outcomes), *failed])
     # Where every case ended alike, what is tried would be too wild or too tame to find a fault.
-    endings = {kind: {o.ending for o in outcomes if o.kind == kind} for kind in KINDS}
-    assert all(endings[kind] == {"correct", "refused"} for kind in KINDS if kind not in SELDOM)
+    number = {
+        ending: sum(o.ending == ending for o in outcomes) for ending in ("correct", "refused")
+    }
+    assert min(number.values()) > cases / 8, number
+    if cases > 1000:  # a sample is too small to have both of every kind
+        endings = {kind: {o.ending for o in outcomes if o.kind == kind} for kind in KINDS}
+        assert all(endings[kind] == {"correct", "refused"} for kind in KINDS if kind not in SELDOM)
 
 
 def crashes(source: random.Random, folder: Path) -> str | None:
