@@ -8,7 +8,7 @@ ARGUMENTS ?=
 export PYTHONPATH := $(CURDIR):$(CURDIR)/integrations
 use_python = python=$(or $(PYTHON),$$(.ci/setup)) &&
 
-.PHONY: help env pretrain test test-full test-gpu faults lint docs wheel bench
+.PHONY: help env pretrain test test-full test-gpu faults campaign lint docs wheel bench
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -27,6 +27,9 @@ test:  ## run the tests (ARGUMENTS="options of pytest")
 
 test-full:  ## run the tests and the exhaustive sweeps
 	@$(use_python) OMP_NUM_THREADS=1 $$python -m tests.side_by_side --full $(ARGUMENTS)
+
+campaign:  ## hostile settings, files and requests, and kills (ARGUMENTS="--cases N --seed S")
+	@$(use_python) OMP_NUM_THREADS=1 $$python -m tests.campaigns $(ARGUMENTS)
 
 test-gpu:  ## what needs GPUs, with a verdict (ARGUMENTS="--list", "--rehearse" on CPUs)
 	@$(use_python) $$python -m tests.gpu $(ARGUMENTS)

@@ -23,6 +23,7 @@ from mor_layers.weights import (
     layer_names,
     open_tensors,
     read_config,
+    require_layers,
     side_files,
     unrolled_layers,
     unrolled_weights,
@@ -57,6 +58,7 @@ def open_llama(folder: Path) -> StoredModel:
     values = read_config(folder)
     config = config_from_llama(values, str(folder / CONFIG))
     tensors = open_tensors(folder)
+    require_layers(config, len(tensors), folder)
     names = llama_names(config)
     # Older files list a tied head too, and frequencies that follow from the settings.
     left_out = {"lm_head.weight"} if config.tie_embeddings else set()
@@ -97,6 +99,8 @@ def config_from_llama(values: Mapping[str, Any], where: str = CONFIG) -> Decoder
     if kind in ("qwen2", "qwen3") and not values.get("use_sliding_window"):
         values["sliding_window"] = None  # Qwen's window has no effect while it is off
     rope = values.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{where}: rope_parameters={rope!r}: expected a mapping.")
     for name, only in _ONLY.items():
         if values.get(name, only) != only:
             raise ValueError(f"{where}: {name}={values[name]!r} is not supported, only {only!r}.")
@@ -108,6 +112,11 @@ def config_from_llama(values: Mapping[str, Any], where: str = CONFIG) -> Decoder
     for name in (*needed, "num_attention_heads"):
         if not isinstance(values.get(name), int):
             raise ValueError(f"{where}: {name}={values.get(name)!r}: expected an integer.")
+    epsilon = values.get("rms_norm_eps", 1e-6)
+    base = rope.get("rope_theta", values.get("rope_theta", 10000.0))
+    for name, value in (("rms_norm_eps", epsilon), ("rope_theta", base)):
+        if not isinstance(value, int | float):
+            raise ValueError(f"{where}: {name}={value!r}: expected a number.")
     heads, head_dim = values["num_attention_heads"], values.get("head_dim")
     if head_dim is not None and head_dim * heads == values["hidden_size"]:
         head_dim = None  # our default
@@ -121,8 +130,8 @@ def config_from_llama(values: Mapping[str, Any], where: str = CONFIG) -> Decoder
         head_dim=head_dim,
         qkv_bias=kind == "qwen2",
         qk_norm=kind == "qwen3",
-        rms_norm_epsilon=float(values.get("rms_norm_eps", 1e-6)),
-        rope_base=float(rope.get("rope_theta", values.get("rope_theta", 10000.0))),
+        rms_norm_epsilon=float(epsilon),
+        rope_base=float(base),
         tie_embeddings=values.get("tie_word_embeddings", False),
     )
 

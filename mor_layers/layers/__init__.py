@@ -1,7 +1,7 @@
 """Layers for use inside a recursion: a mixture of experts, per-step deltas, and adapters."""
 
 from mor_layers.layers.adapters import EncoderLayers, PointwiseLayers
-from mor_layers.layers.moe import ExpertRouters, MoE, MoEConfig
+from mor_layers.layers.moe import MOST_EXPERTS, ExpertRouters, MoE, MoEConfig
 from mor_layers.layers.relaxation import (
     MLP_PROJECTIONS,
     Projection,
@@ -17,6 +17,7 @@ from mor_layers.layers.relaxation import (
 
 __all__ = [
     "MLP_PROJECTIONS",
+    "MOST_EXPERTS",
     "EncoderLayers",
     "ExpertRouters",
     "MoE",

@@ -27,6 +27,10 @@ ExpertRouters = Literal["shared", "per_step"]
 DropPolicy = Literal["probability", "position"]
 
 
+MOST_EXPERTS = 4096
+"""Of a layer. Each is a module: a file that asks for more is damaged, and is refused at once."""
+
+
 @dataclass(frozen=True)
 class MoEConfig:
     """Settings of a mixture of experts that replaces an MLP."""
@@ -52,6 +56,10 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        if self.num_experts > MOST_EXPERTS:
+            raise ValueError(
+                f"MoEConfig.num_experts={self.num_experts} must be at most {MOST_EXPERTS}."
+            )
         if not 1 <= self.experts_per_token <= self.num_experts:
             raise ValueError(
                 f"MoEConfig.experts_per_token={self.experts_per_token} must lie in "

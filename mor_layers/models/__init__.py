@@ -1,10 +1,19 @@
 """A small, complete decoder built from the parts of this library, and its settings."""
 
-from mor_layers.models.config import DecoderConfig, RecursionConfig
+from mor_layers.models.config import (
+    MOST_LAYERS,
+    MOST_NUMBERS,
+    MOST_TOKENS,
+    DecoderConfig,
+    RecursionConfig,
+)
 from mor_layers.models.layers import DecoderLayer, DecoderStack
 from mor_layers.models.transformer import DecoderOutput, MoRTransformer
 
 __all__ = [
+    "MOST_LAYERS",
+    "MOST_NUMBERS",
+    "MOST_TOKENS",
     "DecoderConfig",
     "DecoderLayer",
     "DecoderOutput",

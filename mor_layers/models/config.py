@@ -20,6 +20,14 @@ from mor_layers.recursion import (
 from mor_layers.routers import FixedDepth, RouterConfig
 from mor_layers.settings import check_types, require_choice
 
+MOST_LAYERS = 4096
+"""Most layers, and most recursions, that a model may have. Each is made of modules, which takes
+time before a tensor is made: settings that ask for more are a mistake, and are refused at once."""
+MOST_NUMBERS = 2**24
+"""Largest width of a layer. With it no tensor has more numbers than fit into 64 bits."""
+MOST_TOKENS = 2**31 - 1
+"""Largest vocabulary: ids are kept in 32 bits."""
+
 
 @dataclass(frozen=True)
 class RecursionConfig:
@@ -58,6 +66,8 @@ class RecursionConfig:
         check_types(self)
         if self.num_recursions < 1:
             raise ValueError(f"num_recursions={self.num_recursions} must be at least 1.")
+        if self.num_recursions > MOST_LAYERS:
+            raise ValueError(f"num_recursions={self.num_recursions} must be at most {MOST_LAYERS}.")
         name, expert_routers = "RecursionConfig", typing.get_args(ExpertRouters)
         require_choice(name, "sharing", self.sharing, SHARING_SCHEMES)
         require_choice(name, "kv_policy", self.kv_policy, KV_POLICIES)
@@ -184,6 +194,16 @@ class DecoderConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.num_unrolled_layers < 1:
             raise ValueError(f"num_unrolled_layers={self.num_unrolled_layers} must be at least 1.")
+        for name, most in (
+            ("vocab_size", MOST_TOKENS),
+            ("hidden_size", MOST_NUMBERS),
+            ("ffn_hidden_size", MOST_NUMBERS),
+            ("num_heads", MOST_NUMBERS),
+            ("head_dim", MOST_NUMBERS),
+            ("num_unrolled_layers", MOST_LAYERS),
+        ):
+            if (getattr(self, name) or 0) > most:
+                raise ValueError(f"{name}={getattr(self, name)} must be at most {most}.")
         for name in ("rms_norm_epsilon", "rope_base"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0, and finite.")

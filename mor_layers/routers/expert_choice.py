@@ -83,6 +83,8 @@ class ExpertChoice(RouterConfig):
             z_loss_coefficient=self.z_loss_coefficient,
             predictor_coefficient=self.predictor_weight,
         )
+        if self.warmup_steps >= 2**63:  # the counter's largest value
+            raise ValueError(f"{name}.warmup_steps={self.warmup_steps} must be below 2^63.")
         if not 0.0 < self.threshold < 1.0:
             raise ValueError(f"{name}.threshold={self.threshold} must lie in (0, 1).")
         if self.capacity_factors is not None:

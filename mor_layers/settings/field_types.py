@@ -5,10 +5,20 @@ calls of constructors, where `num_recursions="3"` or `qk_norm="false"` would oth
 """
 
 import dataclasses
+import reprlib
 import types
 import typing
 from functools import cache
 from typing import Any
+
+_SHORTENED = reprlib.Repr(
+    maxlevel=6, maxlist=20, maxtuple=20, maxdict=8, maxstring=200, maxlong=100, maxother=200
+)
+
+
+def shown(value: object) -> str:
+    """What was given, for errors: as `repr` has it, but for what nobody would read to its end."""
+    return _SHORTENED.repr(value)
 
 
 def check_types(config: object) -> None:
@@ -22,7 +32,7 @@ def check_types(config: object) -> None:
         value = getattr(config, name)
         if not _fits(value, hint):
             raise ValueError(
-                f"{kind.__name__}.{name}={value!r} has the wrong type. Use {_described(hint)}."
+                f"{kind.__name__}.{name}={shown(value)} has the wrong type. Use {_described(hint)}."
             )
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mor_layers.settings.field_types import shown
+
 Read = Callable[[object, str, bool], Any]
 """Makes settings of a value, the place in the file, and whether the value may name modules."""
 Write = Callable[[Any], dict[str, Any]]
@@ -53,12 +55,12 @@ def from_mapping[T](kind: type[T], values: object, where: str = "", may_import: 
     """
     place = where or kind.__name__
     if not isinstance(values, dict):
-        raise ValueError(f"{place}: expected a mapping of settings, got {values!r}.")
+        raise ValueError(f"{place}: expected a mapping of settings, got {shown(values)}.")
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(fields), key=str)
     if unknown:
         raise ValueError(
-            f"{place}: unknown setting {', '.join(map(repr, unknown))}. "
+            f"{place}: unknown setting {', '.join(map(shown, unknown))}. "
             f"Allowed: {', '.join(sorted(fields)) or 'none'}."
         )
     missing = sorted(
@@ -107,11 +109,13 @@ def _convert(hint: Any, value: object, where: str, may_import: bool) -> object:
         return _convert(hint, value, where, may_import)
     if origin is typing.Literal:
         if value not in arguments:
-            raise ValueError(f"{where}={value!r}: use one of {', '.join(map(str, arguments))}.")
+            raise ValueError(
+                f"{where}={shown(value)}: use one of {', '.join(map(str, arguments))}."
+            )
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise ValueError(f"{where}={value!r}: expected a list.")
+            raise ValueError(f"{where}={shown(value)}: expected a list.")
         items = enumerate(value)
         return tuple(_convert(arguments[0], v, f"{where}[{i}]", may_import) for i, v in items)
     if hint in _FORMS:
@@ -121,5 +125,5 @@ def _convert(hint: Any, value: object, where: str, may_import: bool) -> object:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(f"{where}={value!r}: expected {hint.__name__}.")
+        raise ValueError(f"{where}={shown(value)}: expected {hint.__name__}.")
     return value

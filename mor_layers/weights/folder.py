@@ -106,8 +106,10 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> StoredModel:
             "`mor convert` makes such a folder from other models."
         )
     config = from_mapping(DecoderConfig, values.get(SETTINGS), SETTINGS, trust_remote_code)
+    tensors = open_tensors(folder)
+    require_layers(config, len(tensors), folder)
     names = {name: f"{_PREFIX}{name}" for name in weight_names(config)}
-    weights = fitting(config, names, open_tensors(folder), folder)
+    weights = fitting(config, names, tensors, folder)
     return StoredModel(config, weights, carried(values), side_files(folder))
 
 
@@ -166,11 +168,29 @@ def weight_names(config: DecoderConfig) -> list[str]:
 
 def tensor_shapes(config: DecoderConfig) -> dict[str, torch.Size]:
     """Shapes of a model's tensors, in order; of tied tensors only the first."""
+    return {name: tensor.shape for name, tensor in _meta_tensors(config).items()}
+
+
+def _meta_tensors(config: DecoderConfig) -> dict[str, Tensor]:
     with torch.device("meta"):
         state = MoRTransformer(config).state_dict()
     if config.tie_embeddings:
         del state["output.weight"]
-    return {name: tensor.shape for name, tensor in state.items()}
+    return state
+
+
+def _check_size(numbers: int, where: Path) -> None:
+    """Raise ValueError where a folder's files are too small for so many numbers of one byte.
+
+    Settings that ask for more than the files hold would otherwise take memory for it first.
+    """
+    if where.is_dir():
+        held = sum(path.stat().st_size for path in where.iterdir() if path.is_file())
+        if held < numbers:
+            raise ValueError(
+                f"{where}: its settings ask for {numbers:,} numbers, and its files have {held:,} "
+                "bytes. Either belongs to another model, or the files are cut short."
+            )
 
 
 def state_of(config: DecoderConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -200,10 +220,18 @@ def fitting(
     unknown = [name for name in tensors if name not in known]
     if unknown:
         raise ValueError(f"{where}: its settings leave no place for the tensor {unknown[0]!r}.")
-    shapes = tensor_shapes(config)
+    wanted = _meta_tensors(config)
+    shapes = {name: tensor.shape for name, tensor in wanted.items()}
+    _check_size(sum(map(torch.Size.numel, shapes.values())), where)
 
     def read(name: str) -> Tensor:
         tensor = tensors[names[name]]
+        if tensor.is_floating_point() != wanted[name].is_floating_point():
+            raise ValueError(
+                f"{where}: {names[name]!r} holds {tensor.dtype} numbers; {wanted[name].dtype} or "
+                "another kind of the same sort is expected. Quantized weights cannot be read: use "
+                "those they were made from."
+            )
         if tensor.shape != shapes[name]:
             raise ValueError(
                 f"{where}: {names[name]!r} has shape {tuple(tensor.shape)}; its settings ask for "
@@ -212,6 +240,17 @@ def fitting(
         return tensor
 
     return LazyTensors(list(names), read)
+
+
+def require_layers(config: DecoderConfig, number: int, where: Path) -> None:
+    """Raise ValueError where there are fewer tensors than layers, before layers are made to name
+    them: that takes long where settings name thousands."""
+    schedule = config.schedule
+    layers = schedule.prelude + schedule.block_size + schedule.coda
+    if number < layers:
+        raise ValueError(
+            f"{where} has {number} tensors, fewer than the {layers} layers of its settings."
+        )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -235,6 +274,8 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}.") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply to be settings.") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of settings, got {values!r}.")
     return values

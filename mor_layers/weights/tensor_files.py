@@ -5,6 +5,7 @@ Tensors are checked against the headers and indices of their files. An error nam
 
 import json
 import pickle
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -120,8 +121,16 @@ def write_tensors(
 def _indexed(index: Path) -> LazyTensors:
     try:
         files: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{index} is no index of tensors: {error}.") from error
+    # A name with folders in it could lead to files that are no part of the model.
+    if not isinstance(files, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in files.values()
+    ):
+        raise ValueError(
+            f"{index} is no index of tensors: expected a mapping from tensors to names of files "
+            f"beside it under 'weight_map', got {reprlib.repr(files)}."
+        )
     for name in sorted(set(files.values())):
         if not (index.parent / name).is_file():
             raise ValueError(f"{index} lists {name}, which is not there.")
@@ -157,7 +166,11 @@ def _read(path: Path, name: str) -> Tensor:
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
     try:  # memory-mapped, so that only the tensors in use are read
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is damaged, or holds more than tensors: {first}") from error
+    is_mapping = isinstance(found, dict) and all(isinstance(name, str) for name in found)
+    if not is_mapping or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ValueError(f"{path} holds something else than tensors by name.")
+    return found

@@ -139,6 +139,10 @@ def test_a_recursion_without_a_router_unrolls_into_a_llama(tmp_path, sharing, sh
         ({"sliding_window": 32}, "sliding_window=32"),
         ({"head_dim": 7}, "head_dim=7 must be even"),
         ({"vocab_size": None}, "vocab_size=None"),
+        ({"rms_norm_eps": None}, "rms_norm_eps=None: expected a number"),
+        ({"rope_parameters": {"rope_theta": []}}, r"rope_theta=\[\]: expected a number"),
+        ({"rope_parameters": [1]}, r"rope_parameters=\[1\]: expected a mapping"),
+        ({"num_hidden_layers": 1_000_000}, "num_unrolled_layers=1000000 must be at most 4096"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ],
 )

@@ -81,7 +81,12 @@ def _tokenize(folder: Path, text: str, vocab_size: int) -> _Tokenized:
     if path.is_file():
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_file(str(path))
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(
+                f"{path} is no tokenizer: {str(error)[:200]}. Put the model's own there."
+            ) from error
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         texts = [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
         return _Tokenized(torch.tensor(ids, dtype=torch.long), texts)

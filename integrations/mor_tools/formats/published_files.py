@@ -28,6 +28,7 @@ from mor_layers.weights import (
     open_tensors,
     read_config,
     read_json,
+    require_layers,
     side_files,
     weight_names,
     write_tensors,
@@ -78,6 +79,7 @@ def open_published(source: Path) -> StoredModel:
         raise ValueError(
             f"{where}: the settings architecture, {', '.join(_SETTINGS)} are not whole: {error}."
         ) from error
+    require_layers(config, len(tensors), source)
     weights = _weights(config, tensors, source)
     return StoredModel(config, weights, carried(values), files)
 

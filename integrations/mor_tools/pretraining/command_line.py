@@ -26,6 +26,9 @@ Pretrains a GPT with Mixture-of-Recursions and Mixture-of-Experts through Megatr
 Settings come from the file, then from key=value, e.g. training.steps=100 recursion=null.
 Run it again to resume from its last checkpoint."""
 
+_DEEPEST = 100
+"""Most levels of brackets; no setting has more than a few."""
+
 
 def load_settings(arguments: Sequence[str]) -> Settings:
     """Settings from command line arguments; `--help` prints them all and ends the program.
@@ -59,26 +62,77 @@ def read_settings(path: str | None, overrides: Sequence[str]) -> Settings:
         ValueError: a setting is unknown, of the wrong type, or not allowed.
         FileNotFoundError: there is no such configuration file.
     """
-    return from_mapping(Settings, _merged(path, overrides), may_import=True)
+    values = _merged(path, overrides)
+    _require_text(values)
+    return from_mapping(Settings, values, may_import=True)
 
 
 def _merged(path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
     """Plain mappings: the file's, changed by the overrides."""
-    if path is not None and not Path(path).is_file():
+    if path is not None and not (_is_text(path) and Path(path).is_file()):
         raise FileNotFoundError(
             f"{path}: there is no such file. Name a YAML file of the pretraining script."
         )
     try:
+        for text in (*overrides, *([] if path is None else [Path(path).read_text("utf-8")])):
+            _require_shallow(text)
         file = OmegaConf.create() if path is None else OmegaConf.load(path)
         if not isinstance(file, DictConfig):
             raise ValueError(f"{path}: expected a mapping of settings.")
         changes = OmegaConf.from_dotlist(list(overrides))
+        for given in (file, changes):
+            _require_mappings(Settings, OmegaConf.to_container(given))
         new_type = OmegaConf.select(changes, "recursion.router.type")
         if new_type not in (None, OmegaConf.select(file, "recursion.router.type")):
             OmegaConf.update(file, "recursion.router", {}, merge=False)
         return OmegaConf.to_container(OmegaConf.merge(file, changes), resolve=True)  # type: ignore[return-value]
-    except (OmegaConfBaseException, YAMLError) as error:
+    except RecursionError as error:
+        raise ValueError(
+            "the settings cannot be read: they are nested too deeply. Leave brackets out."
+        ) from error
+    except (OmegaConfBaseException, YAMLError, OverflowError, UnicodeError) as error:
         raise ValueError(f"the settings cannot be read: {error}") from error
+
+
+def _require_shallow(text: str) -> None:
+    """Raise ValueError for brackets within brackets, with which the parser takes minutes."""
+    depth = 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        if depth > _DEEPEST:
+            raise ValueError(
+                "the settings cannot be read: they are nested too deeply. Leave brackets out."
+            )
+
+
+def _require_mappings(kind: type, values: Any, where: str = "") -> None:
+    """Raise ValueError where a list stands for settings: merging it with them would fail."""
+    if isinstance(values, list):
+        raise ValueError(f"{where}={values!r}: expected a mapping of settings, not a list.")
+    if not isinstance(values, dict) or kind is RouterConfig:
+        return
+    hints = typing.get_type_hints(kind)
+    for name in set(values) & set(hints):
+        component = _component(hints[name])
+        if component is not None:
+            _require_mappings(component, values[name], f"{where}.{name}".lstrip("."))
+
+
+def _require_text(values: Any, where: str = "") -> None:
+    """Raise ValueError for characters that neither names of files nor tokenizers can have."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            _require_text(value, f"{where}.{name}".lstrip("."))
+    elif isinstance(values, str) and not _is_text(values):
+        raise ValueError(f"{where}={values!r} holds a character that is no text. Leave it out.")
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return "\0" not in value
 
 
 def schema(kind: type = Settings, indent: str = "") -> str:

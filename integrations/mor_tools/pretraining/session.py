@@ -11,12 +11,12 @@ from rich.console import Console
 from mor_layers import save_model, to_mapping
 from mor_megatron.platform import on_first_rank
 from mor_tools.formats import RUN_MODEL
-from mor_tools.pretraining import distributed, run_folder
+from mor_tools.pretraining import distributed, endings, run_folder
 from mor_tools.pretraining.command_line import load_settings
 from mor_tools.pretraining.data.datasets import Datasets, batches, build_datasets, unigram_entropy
 from mor_tools.pretraining.data.text import TextTokenizer, prepare
 from mor_tools.pretraining.launcher import LauncherLost
-from mor_tools.pretraining.models import build, initial_weights, teacher
+from mor_tools.pretraining.models import build, initial_weights, sizes, teacher
 from mor_tools.pretraining.models.decoder import decoder_config
 from mor_tools.pretraining.reporting import demonstration
 from mor_tools.pretraining.reporting.display import Costs, Display
@@ -38,8 +38,7 @@ def main(arguments: Sequence[str]) -> None:
         with distributed.process_groups(settings):
             pretrain(settings)
     except (*distributed.ERRORS, FloatingPointError) as error:
-        if distributed.is_first_rank():
-            print(f"error: {error}", file=sys.stderr)
+        endings.tell(str(error), distributed.is_first_on_machine())
         raise SystemExit(2) from None
     except LauncherLost as error:  # perhaps on this machine alone
         if distributed.is_first_on_machine():
@@ -50,6 +49,7 @@ def main(arguments: Sequence[str]) -> None:
 def pretrain(settings: Settings) -> None:
     """From text to a trained model, its checkpoint, report.html and summary.json."""
     build.check(settings)
+    sizes.require_room(settings)
     console = Console() if distributed.is_first_rank() else None
     if on_first_rank(lambda: run_folder.is_complete(settings)):
         if console is not None:
@@ -71,6 +71,7 @@ def _pretrain(settings: Settings, console: Console | None, notes: list[str | Non
     on_first_rank(lambda: run_folder.claim(settings, text))
     tokenizer = TextTokenizer(text.tokenizer, settings.data.end_of_document)
     data = build_datasets(settings, text, tokenizer)
+    sizes.require_room(settings, tokenizer.vocab_size)
     distributed.seed(settings.training.seed, step=0)
     chunks = build.build_model(settings, tokenizer.vocab_size)
     decoder = decoder_config(settings, tokenizer.vocab_size)

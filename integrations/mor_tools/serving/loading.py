@@ -39,7 +39,12 @@ class FileTokenizer:
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer as Loaded
 
-        self._loaded = Loaded.from_file(str(path))
+        try:
+            self._loaded = Loaded.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(
+                f"{path} is no tokenizer: {str(error)[:200]}. Put its own there."
+            ) from error
 
     def encode(self, text: str) -> list[int]:
         # Unlike `encode`, this lets other threads run meanwhile.

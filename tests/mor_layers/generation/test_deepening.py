@@ -135,6 +135,53 @@ def test_every_step_is_assessed_by_the_trained_router() -> None:
     assert all(set(decision.losses) == terms for decision in recursion.decisions)
 
 
+def test_a_deepened_loss_free_router_learns_from_all_its_tokens() -> None:
+    """Whoever runs the further steps too counts as one that took the trained depth."""
+    router = Deepened(TokenChoice(balancing="loss_free", balancing_coefficient=0.25), 2)
+    model = small_model(small_config(router, 5, "cycle"))
+    trained = model.recursions[0].router.trained
+    trained.advance = advance = Noted(trained.advance)
+    ids = random_ids(3, 8)
+    outputs = [model(ids, ids), model(ids[:, :5], ids[:, :5])]
+    sum(output.loss for output in outputs).backward()
+    assert trained.scorer.weights[0].grad.abs().sum() > 0
+    model.advance(outputs)
+    depths = torch.cat([output.depths.flatten() for output in outputs])
+    assert set(depths.tolist()) <= {1, 2, 5}
+    ran = [(depths > step).sum().item() for step in range(3)]
+    assert advance.given[0].tolist() == ran
+    ended = [ran[0] - ran[1], ran[1] - ran[2], ran[2]]
+    expected = [0.25 * ((3 * n < len(depths)) - (3 * n > len(depths))) for n in ended]
+    assert trained.depth_bias.tolist() == expected
+    assert any(expected)
+
+
+class Noted:
+    """A function that keeps what it was given."""
+
+    def __init__(self, function) -> None:
+        self.function, self.given = function, []
+
+    def __call__(self, value) -> None:
+        self.given.append(value)
+        self.function(value)
+
+
+def test_a_deepened_router_warms_up_in_training() -> None:
+    router = Deepened(ExpertChoice(capacity_factors=(1.0, 0.25), warmup_steps=2), 1)
+    model = small_model(small_config(router, 3, "cycle"))
+    shares = []
+    for _ in range(4):
+        output = model(random_ids(1, 16), random_ids(1, 16, seed=1))
+        output.loss.backward()
+        shares.append([int((output.depths > step).sum()) for step in range(3)])
+        model.advance([output])
+    # 0.25 + 0.75 · (1, 0.5, 0, 0) of 16 tokens, for the trained last step and the further one.
+    assert shares == [[16, 16, 16], [16, 10, 10], [16, 4, 4], [16, 4, 4]]
+    grads = [scorer.weights[0].grad for scorer in model.recursions[0].router.trained.scorers]
+    assert all(grad is not None and grad.abs().sum() > 0 for grad in grads)
+
+
 def test_parameters_are_shared_and_none_is_new() -> None:
     model = model_for("expert_choice", "recursion_wise")
     deeper = deepened(deepened(model, 1), 1)

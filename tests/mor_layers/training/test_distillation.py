@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mor_layers import ExpertChoice, MoRTransformer, RecursionConfig
+from mor_layers import ExpertChoice, MoRTransformer, RecursionConfig, TokenChoice
 from mor_layers.training import Batch, Distillation, Distiller, Healing, heal
 from mor_layers.training.distillation import hidden_distance, logits_divergence, recorded_states
 from mor_layers.weights import recursive_weights
@@ -194,6 +194,43 @@ def test_routed_tokens_are_matched_where_they_stand():
             expected, number = expected + distance_of_a_token(*pair, "mse"), number + 1
     found_loss = Distiller(teacher, student.config, settings)(student, ids, labels).parts["hidden"]
     torch.testing.assert_close(found_loss, expected / max(1, number))
+
+
+@pytest.mark.parametrize("measure", ["cosine", "mse"])
+def test_rows_that_a_ragged_selection_pads_do_not_count(measure):
+    """With token-choice each sequence has another number of tokens at a deeper step."""
+    student = small_model(small_config(TokenChoice()), seed=3)
+    teacher = small_model(plain_config(5), seed=1)
+    settings = Distillation(
+        logits_coefficient=0,
+        hidden_coefficient=1.0,
+        hidden_depths=((4, 3),),
+        hidden_measure=measure,
+    )
+    ids, labels = random_ids(3, 8), random_ids(3, 8, seed=1)
+    labels[0, :3] = -1
+    with recorded_states(student, [4]) as found:
+        depths = student(ids).depths
+    theirs = states_by_hand(teacher, ids)[2]
+    apart = []
+    for row in range(3):
+        # Those that run step 3, the fourth layer, in order; whoever is left of the rows is padding.
+        places = [place for place in range(8) if depths[row, place] >= 3]
+        for place, own in zip(places, found[4].hidden[:, row], strict=False):
+            if labels[row, place] >= 0:
+                apart.append(distance_of_a_token(own, theirs[place, row], measure))
+    numbers = (depths >= 3).sum(dim=1)
+    assert numbers.min() < numbers.max()
+    distilled = Distiller(teacher, student.config, settings)(student, ids, labels)
+    expected = torch.stack(apart).mean()
+    torch.testing.assert_close(distilled.parts["hidden"], expected, rtol=1e-5, atol=1e-6)
+    parameters = [*student.prelude.parameters(), *student.recursions.parameters()]
+    grads = [
+        torch.autograd.grad(value, parameters, allow_unused=True)
+        for value in (distilled.parts["hidden"], expected)
+    ]
+    for fast, slow in zip(*grads, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-6)
 
 
 def test_recomputation_changes_neither_loss_nor_gradients():

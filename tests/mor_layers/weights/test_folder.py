@@ -1,10 +1,12 @@
 """A model's folder gives the model back, or says what is wrong with it."""
 
+import json
+import time
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mor_layers import FixedDepth, MoEConfig, load_model, save_model
 from mor_layers.weights import written_whole
@@ -40,12 +42,60 @@ def test_after_an_error_the_earlier_folder_stands_alone(tmp_path):
         ("[]", "expected a mapping"),
         ('{"model_type": "llama"}', "model_type='llama' must be 'mor'"),
         ('{"model_type": "mor"}', "mor: expected a mapping of settings"),
+        ("[" * 100_000 + "]" * 100_000, "is nested too deeply"),
     ],
 )
 def test_a_wrong_config_is_named(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_unrolled_layers": 1_000_002}, "num_unrolled_layers=1000002 must be at most 4096"),
+        ({"num_unrolled_layers": 3_002}, "tensors, fewer than the 1002 layers"),
+        ({"vocab_size": 2**31 - 1, "hidden_size": 2**20}, "its settings ask for"),
+        ({"vocab_size": 2**31}, "vocab_size=2147483648 must be at most"),
+        ({"hidden_size": 2**70}, "must be at most 16777216"),
+        ({"rms_norm_epsilon": None}, "rms_norm_epsilon=None: expected float"),
+    ],
+)
+def test_settings_that_its_files_cannot_fill_are_refused_at_once(tmp_path, change, message):
+    save_model(small_model(small_config()), tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    values = json.loads(path.read_text())
+    values["mor"] |= change
+    path.write_text(json.dumps(values))
+    before = time.monotonic()
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path / "model")
+    assert time.monotonic() - before < 1
+
+
+@pytest.mark.parametrize(
+    "weight_map", [None, [], ["model.safetensors"], {"a": None}, {"a": "../one.safetensors"}, 3]
+)
+def test_an_index_that_is_none_is_named(tmp_path, weight_map):
+    save_model(small_model(small_config()), tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "one.safetensors")
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=r"index\.json is no index of tensors: expected a mapping"):
+        load_model(tmp_path / "model")
+
+
+def test_quantized_weights_are_refused(tmp_path):
+    save_model(small_model(small_config()), tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    weights = load_file(path)
+    weights["model.embedding.weight"] = weights["model.embedding.weight"].to(torch.int8)
+    save_file(weights, path)
+    with pytest.raises(
+        ValueError, match=r"embedding.weight' holds torch.int8 numbers; .*Quantized"
+    ):
+        load_model(tmp_path / "model")
 
 
 def test_a_folder_cut_short_is_named(tmp_path):

@@ -61,6 +61,30 @@ def test_each_shared_layer_comes_from_the_layers_of_its_initialization(sharing, 
             )
 
 
+@pytest.mark.parametrize(
+    ("block_size", "steps", "sources"),
+    [
+        (4, 2, [0, 2, 5, 7]),  # distances of 7/3: 0, 2.33, 4.67, 7
+        (3, 2, [0, 2, 5]),  # of 5/2, and a half goes to the even neighbour
+        (3, 3, [0, 4, 8]),
+        (5, 2, [0, 2, 4, 7, 9]),  # of 9/4: 0, 2.25, 4.5, 6.75, 9
+    ],
+)
+@pytest.mark.parametrize("sharing", ["cycle", "middle_sequence"])
+def test_stepwise_layers_lie_at_even_distances_that_need_not_be_whole(
+    sharing, block_size, steps, sources
+):
+    ends = 2 if sharing.startswith("middle") else 0
+    dense = small_model(plain_config(block_size * steps + ends))
+    ours = uptrained(dense, RecursionConfig(steps, sharing), "stepwise").state_dict()
+    theirs = dense.state_dict()
+    part = "attention.query.weight"
+    for place, source in enumerate(sources):
+        layer = f"0.layers.layers.{place}" if sharing == "cycle" else f"{place}.layers.layers.0"
+        original = theirs[f"recursions.0.layers.layers.{ends // 2 + source}.{part}"]
+        assert torch.equal(ours[f"recursions.{layer}.{part}"], original), place
+
+
 @pytest.mark.parametrize("sharing", SHARING_SCHEMES)
 @pytest.mark.parametrize("initialization", INITIALIZATIONS[:-1])
 def test_a_dense_model_whose_layers_repeat_is_reproduced(sharing, initialization):

@@ -1,13 +1,17 @@
 """Settings of the pretraining script: what is read, and how wrong ones are answered."""
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from mor_layers import ExpertChoice, FixedDepth, TokenChoice
-from mor_tools.pretraining import run_folder
+from mor_tools.pretraining import endings, run_folder
 from mor_tools.pretraining.command_line import load_settings, schema
 from mor_tools.pretraining.data.text import PreparedText
+from mor_tools.pretraining.models import sizes
 from mor_tools.pretraining.settings import Settings
 
 CONFIGS = Path(__file__).parents[3] / "examples" / "configs"
@@ -45,7 +49,7 @@ WRONG = {
     "model.moe.ffn_hidden_size=255": "model.moe.ffn_hidden_size=255 must be a multiple",
     "data.held_out_share=0": "held_out_share=0.0 must lie in (0, 1)",
     "data.vocabulary_size=100": "vocabulary_size=100 must be at least 257",
-    "data.sequence_length=0": "sequence_length=0 must be at least 1",
+    "data.sequence_length=0": "sequence_length=0 must be at least 2",
     "data.sequence_length=96": "sample_tokens=96 leaves no room",
     "training.steps=0": "training.steps=0 must be at least 1",
     "training.steps=1.5": "training.steps=1.5: expected int",
@@ -64,13 +68,43 @@ WRONG = {
     "peak_tflops=0": "peak_tflops=0.0 must be above 0",
     "output=''": "output is empty",
     "model=[1": "cannot be read",
+    "model=[]": "model=[]: expected a mapping of settings",
+    "model.moe=[]": "model.moe=[]: expected a mapping of settings",
+    "recursion=[1]": "recursion=[1]: expected a mapping of settings",
+    "recursion.router=[]": "recursion.router=[]: expected a mapping of settings",
+    f"model={'[' * 3000}{']' * 3000}": "nested too deeply",
+    "model.num_unrolled_layers=1000001": "must be at most 4096",
+    "recursion.num_recursions=1000000": "num_recursions=1000000 must be at most 4096",
+    "model.hidden_size=10000000000000000000008": "hidden_size=10000000000000000000008 must be at most",
+    "model.moe.num_experts=1000000": "num_experts=1000000 must be at most 4096",
+    "model.rope_base=10000000000000000000": "rope_base=10000000000000000000 must be at most",
+    "model.rms_norm_epsilon=.inf": "rms_norm_epsilon=inf must be above 0, and finite",
+    "model.moe.z_loss_coefficient=.inf": "z_loss_coefficient=inf must be finite",
+    "data.sequence_length=1": "sequence_length=1 must be at least 2",
+    "data.vocabulary_size=1000000000000": "vocabulary_size=1000000000000 must be at most",
+    "data.workers=1000000000": "workers=1000000000 must be at most 256",
+    "data.path=''": "data.path is empty",
+    "data.end_of_document=''": "data.end_of_document is empty",
+    "training.timeout_seconds=1e30": "timeout_seconds=1e+30 must be above 0, and at most 2592000",
+    "training.learning_rate=.inf": "learning_rate=inf must be > 0, and finite",
+    "training.weight_decay=.inf": "weight_decay=inf must be finite",
+    "training.seed=99999999999999999999": "seed=99999999999999999999 must be at most 4294967295",
+    "training.initial_weights=''": "initial_weights is empty",
+    "evaluation.temperature=1e-40": "temperature=1e-40 must lie in 0.001..1000, or be 0",
+    "evaluation.temperature=.inf": "temperature=inf must lie in",
+    "evaluation.temperature=.nan": "temperature=nan must lie in",
+    'output="a\\0b"': "holds a character that is no text",
+    'evaluation.prompt="\\ud800"': "invalid Unicode character",
+    "peak_tflops=.inf": "peak_tflops=inf must be above 0 and finite",
     "training.steps=${missing}": "Interpolation key 'missing' not found",
     "steps": "no key=value setting",
     "--steps=3": "no key=value setting",
 }
 
 
-@pytest.mark.parametrize(("override", "answer"), WRONG.items(), ids=list(WRONG))
+@pytest.mark.parametrize(
+    ("override", "answer"), WRONG.items(), ids=[override[:40] for override in WRONG]
+)
 def test_a_wrong_setting_is_answered_with_what_is_allowed(override, answer):
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (the message is compared below)
         load_settings([*TINY, override])
@@ -95,6 +129,55 @@ def test_steps_that_cannot_be_stages_are_answered(overrides, answer):
     spread = ["parallel.pipeline=2", "parallel.pipeline_layout=steps_as_stages"]
     with pytest.raises(ValueError, match=answer):
         load_settings([*TINY, *spread, *overrides])
+
+
+@pytest.mark.parametrize(
+    ("override", "answer"),
+    [
+        ("training.steps=1000000000000000000", "Use fewer"),
+        ("evaluation.batches=100000000000", "evaluation.batches=100000000000 asks for"),
+        ("training.global_batch_size=80000000000", "samples, whose order alone takes"),
+        ("model.hidden_size=1200000", "Lower the sizes under model."),
+        ("model.ffn_hidden_size=16777216", "Lower the sizes under model."),
+        ("model.num_unrolled_layers=4088", ""),  # a deep one of this width has room
+    ],
+)
+def test_what_no_machine_holds_is_refused_before_memory_is_taken(override, answer):
+    settings = load_settings([*TINY, override])
+    before = time.monotonic()
+    try:
+        sizes.require_room(settings)
+        told = ""
+    except ValueError as error:
+        told = str(error)
+    assert time.monotonic() - before < 2  # the whole point: it must not be tried out
+    assert answer in told
+    assert bool(answer) == bool(told)
+
+
+def test_what_every_process_is_refused_for_is_told_once_and_last(tmp_path):
+    """By torchrun, which has a traceback of its own to print."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os\nfrom mor_tools.pretraining import endings\n"
+        "endings.tell('steps=0 must be at least 1.', os.environ['LOCAL_RANK'] == '0')\n"
+        "raise SystemExit(2)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*command, "--nproc-per-node", "2", script], capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("steps=0 must be at least 1.") == 1
+    last = [line for line in done.stderr.splitlines() if line.strip("=- ")][-1]
+    assert last.strip() == "error: steps=0 must be at least 1."
+
+
+def test_without_torchrun_an_ending_is_told_by_the_process(capsys, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    monkeypatch.setattr(endings, "PATIENCE", 0.0)
+    endings.tell("one fails alone.", is_first_on_machine=False)
+    assert capsys.readouterr().err == "error: one fails alone.\n"
 
 
 def test_routers_over_experts_need_experts():

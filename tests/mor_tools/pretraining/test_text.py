@@ -97,6 +97,7 @@ def test_python_brings_its_own_text():
         ("a.jsonl", b'{"text": "fine"}\n{"txt": 1}\n', r"a.jsonl, line 2: expected a JSON object"),
         ("a.jsonl", b"not json\n", "line 1"),
         ("a.jsonl", b"[1]\n", "line 1"),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "line 1"),
         ("a.txt", b"caf\xe9", "is not UTF-8"),
         ("a.txt", b"  \n", r"holds 0 document\(s\)"),
     ],
@@ -126,6 +127,29 @@ def test_an_existing_pair_needs_its_tokenizer(stories):
     prepared.prefix.with_suffix(".bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"\.bin is not"):
         prepare(replace(pair, tokenizer=str(prepared.tokenizer)))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damage", "answer"),
+    [
+        (".idx", lambda content: b"", "is empty, damaged or no index"),
+        (".idx", lambda content: b"no index" * 10, "does not begin like one"),
+        (".idx", lambda content: content[:40], "has 40 bytes and needs"),
+        (".idx", lambda content: content[:17] + b"\x07" + content[18:], "numbers of kind 7"),
+        (".idx", lambda content: content[:18] + b"\xff" * 8 + content[26:], "and needs 2"),
+        (".idx", lambda content: content[:18] + bytes(8) + content[26:], "lists no documents"),
+        (".idx", lambda content: content[:34] + b"\xff" * 4 + content[38:], "make no sense"),
+        (".bin", lambda content: b"", "bin has 0 bytes"),
+        (".bin", lambda content: content[:-2], "it was cut, or belongs to another index"),
+    ],
+)
+def test_a_pair_that_is_damaged_is_named(stories, suffix, damage, answer):
+    prepared = prepare(stories)
+    pair = replace(stories, path=str(prepared.prefix), tokenizer=str(prepared.tokenizer))
+    file = prepared.prefix.with_suffix(suffix)
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=answer):
+        prepare(pair)
 
 
 def _datasets(stories: DataSettings, folder: Path):

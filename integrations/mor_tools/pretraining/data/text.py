@@ -8,12 +8,14 @@ with the Python running this. Everything is read into memory; for corpora beyond
 import hashlib
 import json
 import shutil
+import struct
 import sysconfig
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -65,7 +67,9 @@ class TextTokenizer:
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"data.tokenizer={path} cannot be read: {error}.") from error
+            raise ValueError(
+                f"data.tokenizer={path} cannot be read: {str(error)[:200]}."
+            ) from error
         eod = self.tokenizer.token_to_id(end_of_document)
         if eod is None:
             raise ValueError(
@@ -169,7 +173,7 @@ def _jsonl_documents(file: Path) -> Iterator[Document]:
             continue
         try:
             text = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
             text = None
         if not isinstance(text, str):
             raise ValueError(
@@ -211,7 +215,46 @@ def _existing(settings: DataSettings) -> PreparedText:
     if not Path(f"{settings.path}.bin").is_file():
         raise FileNotFoundError(f"{settings.path}.idx is there, but {settings.path}.bin is not.")
     assert settings.path is not None
+    _check_pair(Path(f"{settings.path}.idx"), Path(f"{settings.path}.bin"))
     return PreparedText(Path(settings.path), Path(settings.tokenizer))
+
+
+_INDEX_MAGIC = b"MMIDIDX\x00\x00"
+_ID_CODES = {kind.value for kind in DType if "int" in kind.name}
+"""Of the kinds of numbers that ids can be."""
+
+
+def _check_pair(index: Path, ids: Path) -> None:
+    """Raise ValueError where an .idx is no index, or asks for more than it or the .bin holds.
+
+    Megatron maps both files into memory and would follow whatever the index says.
+    """
+    wrong = f"{index} is empty, damaged or no index of Megatron-Core's datasets"
+    fix = "Write the pair again with Megatron-LM's tools/preprocess_data.py, or name other text."
+    with index.open("rb") as file:
+        head = file.read(34)
+        if len(head) < 34 or head[:9] != _INDEX_MAGIC:
+            raise ValueError(f"{wrong}: it does not begin like one. {fix}")
+    version, code, sequences, documents = struct.unpack("<QBQQ", head[9:])
+    if version != 1 or code not in _ID_CODES:
+        raise ValueError(f"{wrong}: version {version}, numbers of kind {code}. {fix}")
+    needed, size = 34 + 12 * sequences + 8 * documents, index.stat().st_size
+    if size < needed:
+        raise ValueError(f"{wrong}: it has {size:,} bytes and needs {needed:,}. {fix}")
+    if sequences < 1 or documents < 2:
+        raise ValueError(f"{index} lists no documents. {fix}")
+    lengths = numpy.memmap(index, numpy.int32, "r", 34, (sequences,))
+    starts = numpy.memmap(index, numpy.int64, "r", 34 + 4 * sequences, (sequences,))
+    bounds = numpy.memmap(index, numpy.int64, "r", 34 + 12 * sequences, (documents,))
+    is_ordered = bounds[0] == 0 and bounds[-1] == sequences and (numpy.diff(bounds) >= 0).all()
+    if lengths.min() < 0 or starts.min() < 0 or not is_ordered:
+        raise ValueError(f"{wrong}: its lengths and places make no sense. {fix}")
+    ends = starts + lengths.astype(numpy.int64) * DType.size(code)
+    if ends.max() > ids.stat().st_size:
+        raise ValueError(
+            f"{ids} has {ids.stat().st_size:,} bytes, and {index.name} lists {ends.max():,}: it was "
+            f"cut, or belongs to another index. {fix}"
+        )
 
 
 def _write(

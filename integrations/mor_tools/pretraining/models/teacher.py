@@ -111,7 +111,12 @@ def _check_tokenizer(folder: Path, dense: DecoderConfig, tokenizer: TextTokenize
             f"tokenizer {tokenizer.path} one of {tokenizer.vocab_size}. {fix}"
         )
     if own.is_file():
-        ids = Tokenizer.from_file(str(own)).get_vocab()
+        try:
+            ids = Tokenizer.from_file(str(own)).get_vocab()
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(
+                f"{own} is no tokenizer: {str(error)[:200]}. Put the model's own there."
+            ) from error
         if ids != tokenizer.tokenizer.get_vocab():
             raise ValueError(
                 f"uptrain.teacher={folder} numbers its tokens otherwise than the data's tokenizer "

@@ -3,9 +3,17 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mor_tools.pretraining.settings.rules import require_at_least, require_share
+from mor_layers.models import MOST_TOKENS
+from mor_tools.pretraining.settings.rules import (
+    require,
+    require_at_least,
+    require_at_most,
+    require_share,
+)
 
 Loader = Literal["megatron", "dali"]
+MOST_WORKERS = 256
+"""Each is a process beside every process that trains."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,7 @@ class DataSettings:
     end_of_document: str = "<|endoftext|>"
     """Token between documents; `tokenizer` must have it."""
     sequence_length: int = 256
-    """Tokens in a training sequence, which may contain several documents."""
+    """Tokens in a training sequence, which may contain several documents. At least 2."""
     reset_attention_mask: bool = True
     """Whether tokens attend and are routed only within their own document. False: also across earlier
     documents of the sequence."""
@@ -40,6 +48,13 @@ class DataSettings:
     def __post_init__(self) -> None:
         owner = "data"
         require_at_least(0, owner, workers=self.workers)
-        require_at_least(1, owner, sequence_length=self.sequence_length)
+        require_at_most(MOST_WORKERS, owner, workers=self.workers)
+        require_at_least(2, owner, sequence_length=self.sequence_length)
         require_at_least(257, owner, vocabulary_size=self.vocabulary_size)
+        require_at_most(MOST_TOKENS, owner, vocabulary_size=self.vocabulary_size)
+        for name in ("path", "tokenizer", "end_of_document", "prepared_folder"):
+            require(
+                getattr(self, name) != "",
+                f"{owner}.{name} is empty. Name one, or leave it out for the default.",
+            )
         require_share(owner, held_out_share=self.held_out_share)

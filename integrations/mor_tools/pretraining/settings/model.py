@@ -1,9 +1,12 @@
 """The model of a run."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
-from mor_tools.pretraining.settings.rules import require, require_at_least
+from mor_layers.layers import MOST_EXPERTS
+from mor_layers.models import MOST_LAYERS, MOST_NUMBERS
+from mor_tools.pretraining.settings.rules import require, require_at_least, require_at_most
 
 Dispatcher = Literal["allgather", "alltoall"]
 
@@ -28,6 +31,8 @@ class MoESettings:
     def __post_init__(self) -> None:
         owner = "model.moe"
         require_at_least(2, owner, num_experts=self.num_experts)
+        require_at_most(MOST_EXPERTS, owner, num_experts=self.num_experts)
+        require_at_most(MOST_NUMBERS, owner, ffn_hidden_size=self.ffn_hidden_size)
         require_at_least(1, owner, ffn_hidden_size=self.ffn_hidden_size)
         require_at_least(
             0,
@@ -76,6 +81,10 @@ class ModelSettings:
         for name in ("hidden_size", "ffn_hidden_size", "num_heads", "num_kv_heads", "rope_base"):
             require_at_least(1, owner, **{name: getattr(self, name)})
         require_at_least(1, owner, num_unrolled_layers=self.num_unrolled_layers)
+        require_at_most(MOST_LAYERS, owner, num_unrolled_layers=self.num_unrolled_layers)
+        for name in ("hidden_size", "ffn_hidden_size", "num_heads", "head_dim"):
+            require_at_most(MOST_NUMBERS, owner, **{name: getattr(self, name)})
+        require_at_most(10**12, owner, rope_base=self.rope_base)
         require(
             self.head_dim is not None or self.hidden_size % (2 * self.num_heads) == 0,
             f"{owner}.hidden_size={self.hidden_size} must be an even multiple of "
@@ -86,8 +95,8 @@ class ModelSettings:
             f"{owner}.head_dim={self.head_dim} must be even and at least 2.",
         )
         require(
-            self.rms_norm_epsilon > 0,
-            f"{owner}.rms_norm_epsilon={self.rms_norm_epsilon} must be above 0.",
+            0 < self.rms_norm_epsilon < math.inf,
+            f"{owner}.rms_norm_epsilon={self.rms_norm_epsilon} must be above 0, and finite.",
         )
         require(
             self.num_heads % self.num_kv_heads == 0,

@@ -22,12 +22,18 @@ class EvaluationSettings:
     """Length of the sample continuation; together with the prompt at most `data.sequence_length`. 0: no
     sample, depths or `output`/model, so the trained model is not collected on one process."""
     temperature: float = 0.7
-    """Temperature of the sample continuation. 0: always the most likely token."""
+    """Temperature of the sample continuation, in 0.001..1000. 0: always the most likely token."""
 
     def __post_init__(self) -> None:
         owner = "evaluation"
         require_at_least(1, owner, every=self.every, batches=self.batches)
-        require_at_least(0, owner, sample_tokens=self.sample_tokens, temperature=self.temperature)
+        require_at_least(0, owner, sample_tokens=self.sample_tokens)
+        # Beyond these, logits divided by it are all alike, or no number holds them.
+        require(
+            self.temperature == 0 or 1e-3 <= self.temperature <= 1e3,
+            f"{owner}.temperature={self.temperature} must lie in 0.001..1000, or be 0 for the "
+            "likeliest token each time.",
+        )
         require(self.prompt != "", f"{owner}.prompt is empty. Give it at least one character.")
 
 

@@ -1,5 +1,7 @@
 """Checks of settings, whose errors say what was given and what is allowed."""
 
+import math
+
 
 def require(condition: bool, message: str) -> None:
     """Raise ValueError with the message if the condition does not hold."""
@@ -8,10 +10,19 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_at_least(minimum: float, owner: str, **values: float | None) -> None:
-    """Raise ValueError if a value is below `minimum`; None is allowed."""
+    """Raise ValueError if a value is below `minimum` or not finite; None is allowed."""
     for name, value in values.items():
         if value is not None and not value >= minimum:
             raise ValueError(f"{owner}.{name}={value} must be at least {minimum}.")
+        if value == math.inf:
+            raise ValueError(f"{owner}.{name}={value} must be finite, and at least {minimum}.")
+
+
+def require_at_most(maximum: int, owner: str, **values: int | None) -> None:
+    """Raise ValueError where a value is above `maximum`; None is none."""
+    for name, value in values.items():
+        if value is not None and value > maximum:
+            raise ValueError(f"{owner}.{name}={value} must be at most {maximum}.")
 
 
 def require_share(owner: str, **values: float) -> None:

@@ -1,5 +1,6 @@
 """All settings of a run, and which of them work together."""
 
+import math
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
@@ -72,8 +73,9 @@ class Settings:
         require(self.output != "", "output is empty. Name a folder, e.g. output=runs/mine.")
         require_at_least(1, "settings", log_every=self.log_every)
         require(
-            self.peak_tflops is None or self.peak_tflops > 0,
-            f"peak_tflops={self.peak_tflops} must be above 0, or null where it is not known.",
+            self.peak_tflops is None or 0 < self.peak_tflops < math.inf,
+            f"peak_tflops={self.peak_tflops} must be above 0 and finite, or null where it is not "
+            "known.",
         )
         require(
             self.recursion is not None or self.model.num_unrolled_layers >= 3,

@@ -6,9 +6,15 @@ from typing import Literal
 
 from mor_layers.weights import Initialization
 from mor_tools.planner.memory import Recompute
-from mor_tools.pretraining.settings.rules import require, require_at_least, require_share
+from mor_tools.pretraining.settings.rules import (
+    require,
+    require_at_least,
+    require_at_most,
+    require_share,
+)
 
 Precision = Literal["fp32", "bf16"]
+LONGEST_TIMEOUT = 30 * 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class TrainingSettings:
     """Steps between checkpoints; the end of a run always writes one."""
     timeout_seconds: float = 600.0
     """Longest time for a micro-batch, including communication, or for a checkpoint. After this time the
-    run ends and reports which rank hangs."""
+    run ends and reports which rank hangs. At most 30 days."""
 
     def __post_init__(self) -> None:
         owner = "training"
@@ -75,11 +81,20 @@ class TrainingSettings:
             gradient_clip=self.gradient_clip,
             seed=self.seed,
         )
+        require_at_most(2**32 - 1, owner, seed=self.seed)  # as NumPy's generators have it
         require(
-            0 < self.timeout_seconds < math.inf,
-            f"{owner}.timeout_seconds={self.timeout_seconds} must be above 0, and finite.",
+            0 < self.timeout_seconds <= LONGEST_TIMEOUT,
+            f"{owner}.timeout_seconds={self.timeout_seconds} must be above 0, and at most "
+            f"{LONGEST_TIMEOUT:.0f}, which is 30 days.",
         )
-        require(self.learning_rate > 0, f"{owner}.learning_rate={self.learning_rate} must be > 0.")
+        require(
+            0 < self.learning_rate < math.inf,
+            f"{owner}.learning_rate={self.learning_rate} must be > 0, and finite.",
+        )
+        require(
+            self.initial_weights != "",
+            f"{owner}.initial_weights is empty. Name a folder, or set it to null.",
+        )
         require_share(owner, adam_beta2=self.adam_beta2)
         require(
             self.final_learning_rate <= self.learning_rate,
@@ -127,7 +142,10 @@ class UptrainSettings:
             distillation_coefficient=distillation,
             language_model_coefficient=self.language_model_coefficient,
         )
-        require(self.temperature > 0, f"{owner}.temperature={self.temperature} must be above 0.")
+        require(
+            0 < self.temperature < math.inf,
+            f"{owner}.temperature={self.temperature} must be above 0, and finite.",
+        )
         require(
             distillation > 0 or self.temperature == 1.0,
             f"{owner}.temperature={self.temperature} has no effect with "
