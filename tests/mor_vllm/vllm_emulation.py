@@ -333,7 +333,11 @@ _LAYERS = "vllm.model_executor.layers"
 MODULES: dict[str, dict[str, Any]] = {
     "vllm": {"ModelRegistry": ModelRegistry},
     "vllm.config": {"VllmConfig": SimpleNamespace},
-    "vllm.distributed": {"get_tensor_model_parallel_world_size": lambda: 1},
+    "vllm.distributed": {
+        "get_tensor_model_parallel_rank": lambda: 0,
+        "get_tensor_model_parallel_world_size": lambda: 1,
+        "tensor_model_parallel_all_reduce": lambda input_: input_,
+    },
     "vllm.model_executor": {},
     _LAYERS: {},
     f"{_LAYERS}.activation": {"SiluAndMul": SiluAndMul},
@@ -363,8 +367,8 @@ def emulated() -> Iterator[Runner]:
     for name, module in made.items():
         vars(module).update(MODULES[name])
         module.__path__ = []  # type: ignore[attr-defined]
-    ours = "mor_vllm.model"
-    before = {name: sys.modules.pop(name, None) for name in (*made, ours)}
+    ours = ("mor_vllm.attention", "mor_vllm.layers", "mor_vllm.model")
+    before = {name: sys.modules.pop(name, None) for name in (*made, *ours)}
     sys.modules.update(made)
     try:
         yield RUNNER
