@@ -8,7 +8,7 @@ ARGUMENTS ?=
 export PYTHONPATH := $(CURDIR):$(CURDIR)/integrations
 use_python = python=$(or $(PYTHON),$$(.ci/setup)) &&
 
-.PHONY: help env pretrain test test-full test-gpu faults lint docs bench
+.PHONY: help env pretrain test test-full test-gpu test-vllm faults lint docs bench
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -30,6 +30,10 @@ test-full:  ## run the tests and the exhaustive sweeps
 
 test-gpu:  ## what needs GPUs, with a verdict (ARGUMENTS="--list", "--rehearse" on CPUs)
 	@$(use_python) $$python -m tests.gpu $(ARGUMENTS)
+
+test-vllm:  ## run vLLM itself on our folders, in an environment of its own (.ci/setup-vllm)
+	@python=$(or $(PYTHON),$$(.ci/setup-vllm)) && OMP_NUM_THREADS=1 \
+	    $$python -m pytest tests/mor_vllm/real $(ARGUMENTS)
 
 faults:  ## plant a hundred small faults and see that the tests notice (half an hour)
 	@$(use_python) $$python -m tests.campaigns.planted_faults $(ARGUMENTS)
