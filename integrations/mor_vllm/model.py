@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from vllm.compilation.decorators import support_torch_compile  # type: ignore[import-not-found]
 from vllm.config import VllmConfig  # type: ignore[import-not-found]
 from vllm.distributed import get_tensor_model_parallel_world_size  # type: ignore[import-not-found]
 from vllm.model_executor.layers.logits_processor import LogitsProcessor  # type: ignore[import-not-found]
@@ -53,10 +54,12 @@ class MaskedRecursion(RecursionBlock):
         return rows[0]
 
 
+# Whole steps are one graph: no shape depends on a router. Experts are the exception, see MoRForCausalLM.
+@support_torch_compile(dynamic_arg_dims={"hidden": 0, "positions": 0})
 class MoRModel(nn.Module):
     """The decoder, its output matrix included."""
 
-    def __init__(self, config: DecoderConfig, vllm_config: Any) -> None:
+    def __init__(self, *, config: DecoderConfig, vllm_config: Any) -> None:
         super().__init__()
         recursion, schedule = config.effective_recursion, config.schedule
         steps, size, before = recursion.num_recursions, schedule.block_size, schedule.prelude
@@ -107,7 +110,12 @@ class MoRForCausalLM(nn.Module):
             raise ValueError("a quantized recursion was never tried. Leave out quantization=.")
         self.decoder_config: DecoderConfig = vllm_config.model_config.hf_config.decoder_config
         require_servable(self.decoder_config, get_tensor_model_parallel_world_size())
-        self.model = MoRModel(self.decoder_config, vllm_config)
+        if self.decoder_config.moe is not None and not vllm_config.model_config.enforce_eager:
+            raise ValueError(
+                "experts wait for the device, to learn how many tokens each of them has, which no "
+                "compiled graph does. Serve this model with --enforce-eager."
+            )
+        self.model = MoRModel(config=self.decoder_config, vllm_config=vllm_config)
         self.logits_processor = LogitsProcessor(self.decoder_config.vocab_size)
 
     def embed_input_ids(self, input_ids: Int[Tensor, " t"]) -> Float[Tensor, "t h"]:
@@ -154,6 +162,7 @@ class MoRForCausalLM(nn.Module):
         if missing:
             raise ValueError(f"the folder lacks {', '.join(sorted(missing)[:3])}.")
         self._check_bars()
+        self._settle_routers()
         return loaded
 
     def _check_bars(self) -> None:
@@ -164,6 +173,16 @@ class MoRForCausalLM(nn.Module):
             bars = getattr(recursion.router, "bars", None)
             if bars is not None and torch.finfo(torch.float32).min < bars[0] < torch.inf:
                 raise ValueError(f"calibrated to bar={bars[0]:.3g}, {FIRST_STEP}")
+
+    @torch.no_grad()
+    def _settle_routers(self) -> None:
+        """Let routers read their buffers on the host now: a graph that is compiled cannot."""
+        positions = torch.zeros(1, 1, dtype=torch.long, device=self.model.norm[0].weight.device)
+        rows = self.model.norm[0].weight.new_zeros(1, 1, self.decoder_config.hidden_size)
+        for recursion in self.model.recursions:
+            decision = RoutingDecision.everything(Tokens(positions, 1))
+            for step in range(recursion.router.num_recursions):
+                decision = recursion.route(rows, step, decision, causal=True, assess=False)
 
 
 def place_of(name: str) -> tuple[str, int | None]:

@@ -167,6 +167,15 @@ def test_heads_and_experts_must_divide_by_the_ranks():
         vllm_plugin.require_servable(narrow, tensor_parallel=2)
 
 
+def test_experts_are_not_compiled(tmp_path, runner):
+    save_model(small_model(replace(plain_config(2), moe=MoEConfig(2, 1))), tmp_path / "model")
+    loaded(tmp_path / "model", runner)
+    config = vllm_config(AutoConfig.from_pretrained(tmp_path / "model"), enforce_eager=False)
+    runner.layers.clear()
+    with pytest.raises(ValueError, match="Serve this model with --enforce-eager"):
+        importlib.import_module("mor_vllm.model").MoRForCausalLM(vllm_config=config)
+
+
 @pytest.mark.parametrize(
     ("router", "policy", "size"),
     [

@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch._dynamo
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 collect_ignore_glob = [] if HAS_VLLM else ["test_*.py"]
@@ -26,6 +27,8 @@ SETTINGS = {
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Lets vLLM find the plugin as in an environment where the project is installed."""
     os.environ.update(SETTINGS)
+    # vLLM compiles small helpers of its own even in eager mode, which takes longer than they run.
+    torch._dynamo.config.disable = True
     root = Path(__file__).parents[3]
     project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]
     folder = tmp_path_factory.mktemp("installed")
