@@ -5,6 +5,7 @@ Legend: `t` tokens of a batch, whatever their requests; `h` hidden, `e` experts,
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from vllm.model_executor.layers.linear import (  # type: ignore[import-not-found
 )
 
 from mor_layers import DecoderConfig
-from mor_layers.layers.moe import ExpertRouter, Experts
+from mor_layers.layers import MoE
 from mor_vllm.attention import ServedStep, StepAttention, norms
 
 
@@ -40,7 +41,7 @@ class SwiGLU(nn.Module):
         return self.down(self.activation(self.gate_up(hidden)[0]))[0]
 
 
-class ShardedMoE(nn.Module):
+class ShardedMoE(MoE):
     """A mixture of experts, every expert cut across the ranks by its width.
 
     Not vLLM's fused layer: a number of experts that differs from token to token, a router for each
@@ -48,26 +49,22 @@ class ShardedMoE(nn.Module):
     """
 
     def __init__(self, config: DecoderConfig, num_steps: int) -> None:
-        super().__init__()
-        moe, recursion = config.moe, config.effective_recursion
-        assert moe is not None
+        assert config.moe is not None
         ranks = get_tensor_model_parallel_world_size()
-        width = (moe.ffn_hidden_size or config.ffn_hidden_size) // ranks
-        routers, means = recursion.expert_routers, recursion.mean_experts
+        width = (config.moe.ffn_hidden_size or config.ffn_hidden_size) // ranks
+        moe, recursion = replace(config.moe, ffn_hidden_size=None), config.effective_recursion
+        of_steps = (num_steps, recursion.expert_routers, recursion.mean_experts)
         with in_fp32():
-            self.router = (
-                ExpertRouter(config.hidden_size, moe, num_steps, routers, means)
-                if num_steps > 1
-                else ExpertRouter(config.hidden_size, moe)
-            )
-        self.experts = Experts(moe.num_experts, config.hidden_size, width)
+            super().__init__(config.hidden_size, width, moe, *(of_steps if num_steps > 1 else ()))
+        self.experts.to(torch.get_default_dtype())
         for parameter, dim in zip(self.experts.parameters(), (1, 1, 2), strict=True):
             parameter.weight_loader = _loader_of_shard(dim)  # type: ignore[attr-defined]
 
-    def forward(self, hidden: Float[Tensor, "t h"], context: ServedStep) -> Float[Tensor, "t h"]:
-        exited = context.has_exited
-        assignment, _ = self.router(hidden, context.step, None if exited is None else exited[:, 0])
-        return tensor_model_parallel_all_reduce(self.experts(hidden, assignment))
+    def forward(  # type: ignore[override]
+        self, hidden: Float[Tensor, "t h"], context: ServedStep
+    ) -> Float[Tensor, "t h"]:
+        output, _ = super().forward(hidden[None], context.step, context.tokens.is_padding)
+        return tensor_model_parallel_all_reduce(output[0])
 
 
 class StepLayer(nn.Module):

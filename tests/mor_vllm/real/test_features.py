@@ -20,6 +20,7 @@ from tests.mor_vllm.real.models import PRETRAINED, SERVED
 
 # Seconds that a server may take until it answers, on a machine that is busy.
 _START = 300
+_END = 256
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,7 @@ def folder(model, tmp_path_factory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
+    assert vocabulary["<|end|>"] == _END
     kind = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(kind))
     return folder
@@ -112,13 +114,19 @@ def test_vllm_serve_answers_the_openai_client(model, folder):
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     texts = ["a", "the depth of a token", "def route(", "1 + 1 ="]
 
-    async def ask() -> list[str]:
+    async def ask() -> list[list[int]]:
         client = AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
         asked = (
-            client.completions.create(model="ours", prompt=text, max_tokens=24, temperature=0)
+            client.completions.create(
+                model="ours",
+                prompt=text,
+                max_tokens=24,
+                temperature=0,
+                extra_body={"return_token_ids": True},
+            )
             for text in texts
         )
-        return [answer.choices[0].text for answer in await asyncio.gather(*asked)]
+        return [answer.choices[0].token_ids for answer in await asyncio.gather(*asked)]
 
     server = subprocess.Popen(command, env=environment)
     try:
@@ -131,16 +139,16 @@ def test_vllm_serve_answers_the_openai_client(model, folder):
         assert answer == _continued(model, folder, text)
 
 
-def _continued(model: MoRTransformer, folder: Path, text: str) -> str:
+def _continued(model: MoRTransformer, folder: Path, text: str) -> list[int]:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids = []
     for token in model.generate(torch.tensor([tokenizer.encode(text).ids]), 24):
         ids.append(int(token))
-        if ids[-1] == 256:
+        if ids[-1] == _END:
             break
-    return tokenizer.decode([token for token in ids if token != 256])
+    return ids
 
 
 def _wait_for(address: str, server: subprocess.Popen) -> None:
