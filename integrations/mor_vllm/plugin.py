@@ -9,9 +9,9 @@ from mor_layers import DecoderConfig, FixedDepth, RandomLoops
 ARCHITECTURE = "MoRForCausalLM"
 """Of a folder's config.json."""
 FIRST_STEP = (
-    "step 1 leaves tokens out, whose keys the later steps would see: with this kv_policy that is known "
-    "before the weights are read only from the router's capacity_factors. Calibrate step 1 to all "
-    "tokens, or use DepthBatchingEngine."
+    "step 1 leaves tokens out, whose keys later steps would see. Heads have room to hide them only "
+    "where the router's capacity_factors say so. Calibrate step 1 to all tokens, or use "
+    "DepthBatchingEngine."
 )
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 """Sizes of heads that vLLM's kernels for CPUs take; those for GPUs take most of them too."""

@@ -7,7 +7,6 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import torch._dynamo
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 collect_ignore_glob = [] if HAS_VLLM else ["test_*.py"]
@@ -26,6 +25,8 @@ SETTINGS = {
 @pytest.fixture(scope="session", autouse=True)
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Lets vLLM find the plugin as in an environment where the project is installed."""
+    import torch._dynamo  # takes long, and other suites read this file too
+
     os.environ.update(SETTINGS)
     # vLLM compiles small helpers of its own even in eager mode, which takes longer than they run.
     torch._dynamo.config.disable = True
