@@ -7,13 +7,16 @@ from mor_layers import (
     DecoderConfig,
     DepthAndWidth,
     ExpertChoice,
+    FixedDepth,
     MoEConfig,
+    MoRTransformer,
     RandomDepth,
     RandomLoops,
     RecursionConfig,
     RouterConfig,
     TokenChoice,
 )
+from tests.mor_layers.small_models import small_model
 
 HELPED = {"step_embeddings": True, "input_injection": True, "sandwich_norms": True}
 SHARING = {"kv_policy": "recursive_sharing"}
@@ -101,6 +104,17 @@ SERVED: dict[str, DecoderConfig] = {
     "make pretrain": PRETRAINED,
 }
 
-ROUTED = tuple(
-    name for name in SERVED if any(part in name for part in ("choice", "depth,", "width", "Qwen"))
-)
+
+def served_model(name: str) -> MoRTransformer:
+    """A model with weights that matter, past the warm-up of its router."""
+    model = small_model(SERVED[name]).eval()
+    for recursion in model.recursions:
+        if hasattr(recursion.router, "training_steps"):
+            recursion.router.training_steps.fill_(1000)
+    return model
+
+
+def is_routed(name: str) -> bool:
+    """Whether tokens take different numbers of steps."""
+    router = SERVED[name].effective_recursion.router
+    return not isinstance(router, FixedDepth | RandomLoops)

@@ -14,9 +14,8 @@ import pytest
 import torch
 
 from mor_layers import MoRTransformer, save_model
-from tests.mor_layers.small_models import small_model
 from tests.mor_vllm.real.engines import ROUGH, compare, engine, greedy, mixed_prompts
-from tests.mor_vllm.real.models import PRETRAINED, SERVED
+from tests.mor_vllm.real.models import served_model
 
 # Seconds that a server may take until it answers, on a machine that is busy.
 _START = 300
@@ -25,7 +24,7 @@ _END = 256
 
 @pytest.fixture(scope="module")
 def model() -> MoRTransformer:
-    return small_model(PRETRAINED).eval()
+    return served_model("make pretrain")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +71,7 @@ def test_bf16_is_as_near_as_our_own_bf16(model, folder):
     with engine(folder, dtype="bfloat16", **ROUGH) as llm:
         answers = greedy(llm, mixed_prompts(64, 257))
     theirs = compare(model, answers)
-    rounded = small_model(PRETRAINED).bfloat16().eval()
+    rounded = served_model("make pretrain").bfloat16()
     ours = 0
     for answer in answers:
         start, ids = len(answer.prompt_token_ids) - 1, answer.outputs[0].token_ids
@@ -89,7 +88,7 @@ def test_bf16_is_as_near_as_our_own_bf16(model, folder):
 
 def test_compiled_answers_are_those_of_the_model(tmp_path, monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "disable", False)
-    model = small_model(SERVED["expert choice, cycle"]).eval()
+    model = served_model("expert choice, cycle")
     save_model(model, tmp_path / "model")
     counters = torch._dynamo.utils.counters["stats"]
     counters.clear()

@@ -10,9 +10,8 @@ import pytest
 import torch._dynamo
 
 from mor_layers import save_model
-from tests.mor_layers.small_models import small_model
 from tests.mor_vllm.real.engines import ROUGH, Compared, compare, engine, greedy, mixed_prompts
-from tests.mor_vllm.real.models import SERVED
+from tests.mor_vllm.real.models import served_model
 
 NAMES = ("make pretrain", "experts, expert choice, exit state", "expert choice, sharing")
 
@@ -26,7 +25,7 @@ def fresh() -> Iterator[ProcessPoolExecutor]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_give_the_answers_of_the_model(tmp_path, fresh, name):
-    save_model(small_model(SERVED[name]), tmp_path / "model")
+    save_model(served_model(name), tmp_path / "model")
     result = fresh.submit(_run, name, tmp_path / "model").result()
     print(f"{name}, two ranks: {result}")
     assert result.other_choices == 0 and result.largest < 1e-5
@@ -43,4 +42,4 @@ def _run(name: str, folder: Path) -> Compared:
     assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     with engine(folder, tensor_parallel_size=2, **ROUGH) as llm:
         answers = greedy(llm, mixed_prompts(64, 257))
-    return compare(small_model(SERVED[name]).eval(), answers)
+    return compare(served_model(name), answers)
