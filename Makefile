@@ -8,7 +8,7 @@ ARGUMENTS ?=
 export PYTHONPATH := $(CURDIR):$(CURDIR)/integrations
 use_python = python=$(or $(PYTHON),$$(.ci/setup)) &&
 
-.PHONY: help env pretrain test test-full test-gpu faults campaign lint docs wheel bench
+.PHONY: help env pretrain test test-full test-gpu test-vllm faults campaign lint docs wheel bench
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -33,6 +33,10 @@ campaign:  ## hostile settings, files and requests, and kills (ARGUMENTS="--case
 
 test-gpu:  ## what needs GPUs, with a verdict (ARGUMENTS="--list", "--rehearse" on CPUs)
 	@$(use_python) $$python -m tests.gpu $(ARGUMENTS)
+
+test-vllm:  ## run vLLM itself on our folders, in an environment of its own (.ci/setup-vllm)
+	@python=$(or $(PYTHON),$$(.ci/setup-vllm)) && OMP_NUM_THREADS=1 \
+	    $$python -m pytest tests/mor_vllm/real $(ARGUMENTS)
 
 faults:  ## plant a hundred small faults and see that the tests notice (half an hour)
 	@$(use_python) $$python -m tests.campaigns.planted_faults $(ARGUMENTS)

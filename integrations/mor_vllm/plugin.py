@@ -9,9 +9,12 @@ from mor_layers import DecoderConfig
 ARCHITECTURE = "MoRForCausalLM"
 """Of a folder's config.json."""
 FIRST_STEP = (
-    "step 1 leaves tokens out, whose keys its caches would hold all the same. Let step 1 run for all "
-    "tokens, or use DepthBatchingEngine."
+    "step 1 leaves tokens out, whose keys later steps would see. Heads have room to hide them only "
+    "where the router's capacity_factors say so. Calibrate step 1 to all tokens, or use "
+    "DepthBatchingEngine."
 )
+HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+"""Sizes of heads that vLLM's kernels for CPUs take; those for GPUs take most of them too."""
 
 
 def register() -> None:
@@ -24,26 +27,60 @@ def register() -> None:
     ModelRegistry.register_model(ARCHITECTURE, f"mor_vllm.model:{ARCHITECTURE}")
 
 
+def hides_rows(config: DecoderConfig) -> bool:
+    """Whether caches of the recursion hold rows that must not be seen, those of exited tokens.
+
+    Under `exit_state` the rows of exited tokens are meant to be seen. Where step 1's rows serve all
+    steps, or stand in for those of exited tokens, there are rows to hide only if step 1 leaves some out.
+    """
+    recursion = config.effective_recursion
+    router, policy = recursion.router, recursion.kv_policy
+    if not router.lets_tokens_exit or policy == "exit_state":
+        return False
+    if policy == "recursion_wise":
+        return True
+    return (router.capacity_factors_for(recursion.num_recursions) or (1.0,))[0] < 1
+
+
+def cached_head_size(size: int) -> int:
+    """The smallest size of heads that vLLM's kernels take and `size` numbers fit in.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for allowed in HEAD_SIZES:
+        if size <= allowed:
+            return allowed
+    raise ValueError(
+        f"heads of {size} numbers cannot be served by vLLM, whose kernels take {HEAD_SIZES[-1]} at "
+        "most. Use DepthBatchingEngine."
+    )
+
+
 def require_servable(config: DecoderConfig, tensor_parallel: int = 1) -> None:
     """Refuse what vLLM's model runner would compute otherwise than we do.
 
     It runs all tokens of a batch through every layer, and each attention layer keeps a row of every
-    token. With step 1's keys and values for all steps that is exact: a token that exited goes along and
-    keeps its state, and no row of its later steps is kept or read. Where everyone runs every step it is
-    exact under any policy: the policies then differ in nothing but what is kept.
+    token. A token that exited goes along and keeps its state; its rows of later steps are not kept,
+    hidden, or those that the KV policy asks for. See `mor_vllm.attention`.
 
     Raises:
         ValueError: for the first such setting: what it is, why not, and what to use.
     """
-    recursion = config.effective_recursion
-    router, policy = recursion.router, recursion.kv_policy
-    routes = router.lets_tokens_exit
-    heads = (config.num_heads, config.kv_heads, config.ffn_hidden_size)
+    recursion, moe = config.effective_recursion, config.moe
+    cached_head_size(config.head_size + hides_rows(config))
+    sizes = {"num_heads": config.num_heads, "num_kv_heads": config.kv_heads}
+    own_width = None if moe is None else moe.ffn_hidden_size
+    if own_width is not None:
+        sizes["moe.ffn_hidden_size"] = own_width
+    if own_width is None or config.dense_ends:
+        sizes["ffn_hidden_size"] = config.ffn_hidden_size
     rules = (
         (
-            config.moe is not None,
-            "moe",
-            "experts per step have no place in its fused kernels. Use DepthBatchingEngine.",
+            moe is not None and moe.capacity_factor is not None,
+            f"moe.capacity_factor={moe and moe.capacity_factor}",
+            "requests would push each other's tokens out. Set capacity_factor to null in config.json: "
+            "no token is then dropped.",
         ),
         (
             recursion.relaxation is not None,
@@ -52,21 +89,10 @@ def require_servable(config: DecoderConfig, tensor_parallel: int = 1) -> None:
             "routes; else use DepthBatchingEngine.",
         ),
         (
-            routes and policy != "recursive_sharing",
-            f"router={type(router).__name__} with kv_policy={policy!r}",
-            "its caches would keep rows of tokens that had exited. Train with kv_policy="
-            "'recursive_sharing', or use DepthBatchingEngine.",
-        ),
-        (
-            routes and (router.capacity_factors_for(recursion.num_recursions) or (1.0,))[0] < 1,
-            f"router={router}",
-            FIRST_STEP,
-        ),
-        (
-            any(size % tensor_parallel for size in heads),
+            any(size % tensor_parallel for size in sizes.values()),
             f"tensor_parallel_size={tensor_parallel}",
-            f"it must divide num_heads={heads[0]}, num_kv_heads={heads[1]} and "
-            f"ffn_hidden_size={heads[2]}. Use a smaller one.",
+            f"it must divide {', '.join(f'{name}={size}' for name, size in sizes.items())}. Use a "
+            "smaller one.",
         ),
     )
     for is_wrong, given, reason in rules:

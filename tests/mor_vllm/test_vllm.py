@@ -1,4 +1,7 @@
-"""The model for vLLM, through an emulation of what it uses of vLLM: no vLLM runs here."""
+"""The model for vLLM, through an emulation of what it uses of vLLM.
+
+vLLM itself runs in tests/mor_vllm/real, on more models (`make test-vllm`).
+"""
 
 import importlib
 from dataclasses import replace
@@ -12,11 +15,10 @@ from transformers import AutoConfig
 
 from mor_layers import (
     DecoderConfig,
-    DepthAndWidth,
     ExpertChoice,
+    FixedDepth,
     MoEConfig,
     MoRTransformer,
-    RandomLoops,
     RecursionConfig,
     Relaxation,
     TokenChoice,
@@ -28,6 +30,8 @@ from tests.mor_vllm.vllm_emulation import Runner, emulated, place, vllm_config
 
 SHARING = "recursive_sharing"
 EVERYTHING = {"step_embeddings": True, "input_injection": True, "sandwich_norms": True}
+EXPERTS = MoEConfig(3, 2, bias_update_rate=0.01)
+SKIPS_STEP_1 = ROUTERS["expert_choice_first_step_too"]
 
 
 def helped(config: DecoderConfig) -> DecoderConfig:
@@ -37,21 +41,20 @@ def helped(config: DecoderConfig) -> DecoderConfig:
 SERVED: dict[str, DecoderConfig] = {
     "fixed depth": small_config(block_size=2, share_norms=False),
     "fixed depth, sharing, helps": helped(small_config(kv_policy=SHARING, share_norms=False)),
-    "random loops, exit state": small_config(RandomLoops(), kv_policy="exit_state"),
     "one by one": small_config(sharing="middle_sequence", block_size=2),
     "no recursion": plain_config(3),
-    "expert choice": small_config(ROUTERS["expert_choice"], kv_policy=SHARING, block_size=2),
-    "expert choice, cycle, tied": replace(
-        small_config(
-            ExpertChoice(activation="tanh", predictor="aux_router"),
-            sharing="cycle",
-            kv_policy=SHARING,
-        ),
-        tie_embeddings=True,
+    "expert choice": small_config(ROUTERS["expert_choice"], block_size=2),
+    "expert choice, sharing, skips step 1": small_config(SKIPS_STEP_1, kv_policy=SHARING),
+    "expert choice, update, skips step 1": small_config(
+        SKIPS_STEP_1, kv_policy="sharing_with_update"
     ),
-    "token choice, helps": helped(small_config(TokenChoice(), kv_policy=SHARING, block_size=2)),
-    "random depth": small_config(ROUTERS["random_depth"], kv_policy=SHARING),
-    "depth and width": small_config(DepthAndWidth(), kv_policy=SHARING),
+    "expert choice, exit state, experts": replace(
+        small_config(ExpertChoice(), kv_policy="exit_state", block_size=2), moe=EXPERTS
+    ),
+    "token choice, sharing, helps": helped(small_config(TokenChoice(), kv_policy=SHARING)),
+    "random depth, cycle, tied": replace(
+        small_config(ROUTERS["random_depth"], sharing="cycle"), tie_embeddings=True
+    ),
     "Qwen's": replace(
         small_config(TokenChoice(), kv_policy=SHARING),
         head_dim=4,
@@ -109,7 +112,9 @@ def test_requests_that_come_and_go_get_the_logits_of_the_model(tmp_path, runner,
             whole = ours(texts[request][None, :end], causal_routing=True)
             depths |= set(whole.depths.flatten().tolist())
             torch.testing.assert_close(logits, whole.logits[0, -1], rtol=1e-5, atol=1e-5)
-    if name in ("expert choice", "token choice, helps", "random depth", "Qwen's"):
+    if isinstance(getattr(SERVED[name].recursion, "router", FixedDepth()), FixedDepth):
+        assert len(depths) == 1
+    else:
         assert len(depths) > 1  # else no token exits, and nothing was shown
 
 
@@ -137,13 +142,11 @@ def test_later_steps_share_the_cache_of_the_first(tmp_path, runner, name):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (small_config(ExpertChoice()), "kv_policy='recursion_wise' cannot be served"),
-        (small_config(TokenChoice(), kv_policy="exit_state"), "kv_policy='exit_state' cannot be"),
         (
-            small_config(ROUTERS["expert_choice_first_step_too"], kv_policy=SHARING),
-            "step 1 leaves tokens out",
+            replace(plain_config(4), moe=MoEConfig(2, 1, capacity_factor=1.0)),
+            "moe.capacity_factor=1.0 cannot be served",
         ),
-        (replace(plain_config(4), moe=MoEConfig(2, 1)), "moe cannot be served"),
+        (replace(small_config(), head_dim=258), "heads of 258 numbers cannot be served"),
         (
             replace(small_config(), recursion=RecursionConfig(3, relaxation=Relaxation(2))),
             "`mor convert --to llama` merges deltas",
@@ -156,9 +159,37 @@ def test_what_vllm_would_compute_otherwise_is_refused(tmp_path, runner, config, 
         loaded(tmp_path / "model", runner)
 
 
-def test_heads_must_divide_by_the_ranks():
+def test_heads_and_experts_must_divide_by_the_ranks():
     with pytest.raises(ValueError, match="must divide num_heads=2, num_kv_heads=1"):
         vllm_plugin.require_servable(small_config(), tensor_parallel=2)
+    narrow = replace(small_config(), num_kv_heads=2, moe=MoEConfig(2, 1, ffn_hidden_size=3))
+    with pytest.raises(ValueError, match=r"moe\.ffn_hidden_size=3"):
+        vllm_plugin.require_servable(narrow, tensor_parallel=2)
+
+
+def test_experts_are_not_compiled(tmp_path, runner):
+    save_model(small_model(replace(plain_config(2), moe=MoEConfig(2, 1))), tmp_path / "model")
+    loaded(tmp_path / "model", runner)
+    config = vllm_config(AutoConfig.from_pretrained(tmp_path / "model"), enforce_eager=False)
+    runner.layers.clear()
+    with pytest.raises(ValueError, match="Serve this model with --enforce-eager"):
+        importlib.import_module("mor_vllm.model").MoRForCausalLM(vllm_config=config)
+
+
+@pytest.mark.parametrize(
+    ("router", "policy", "size"),
+    [
+        (FixedDepth(), "recursion_wise", 64),
+        (ExpertChoice(), "recursion_wise", 80),
+        (ExpertChoice(), SHARING, 64),
+        (SKIPS_STEP_1, SHARING, 80),
+        (SKIPS_STEP_1, "exit_state", 64),
+    ],
+)
+def test_heads_grow_only_where_rows_must_be_hidden(router, policy, size):
+    config = replace(small_config(router, kv_policy=policy), head_dim=64)
+    hides = vllm_plugin.hides_rows(config)
+    assert vllm_plugin.cached_head_size(config.head_size + hides) == size
 
 
 def test_a_router_that_was_calibrated_to_skip_step_1_is_refused(tmp_path, runner):

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from inspect import Parameter, signature
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -321,6 +322,17 @@ def default_weight_loader(param: Tensor, loaded_weight: Tensor) -> None:
     param.data.copy_(loaded_weight)
 
 
+def support_torch_compile(*, dynamic_arg_dims: dict[str, int]) -> Any:
+    """vllm/compilation/decorators.py: the class, whose constructor takes `vllm_config` by name."""
+
+    def unchanged(kind: type[nn.Module]) -> type[nn.Module]:
+        assert set(dynamic_arg_dims) <= set(signature(kind.forward).parameters)
+        assert signature(kind.__init__).parameters["vllm_config"].kind is Parameter.KEYWORD_ONLY
+        return kind
+
+    return unchanged
+
+
 class ModelRegistry:
     """vllm/model_executor/models/registry.py"""
 
@@ -332,8 +344,14 @@ class ModelRegistry:
 _LAYERS = "vllm.model_executor.layers"
 MODULES: dict[str, dict[str, Any]] = {
     "vllm": {"ModelRegistry": ModelRegistry},
+    "vllm.compilation": {},
+    "vllm.compilation.decorators": {"support_torch_compile": support_torch_compile},
     "vllm.config": {"VllmConfig": SimpleNamespace},
-    "vllm.distributed": {"get_tensor_model_parallel_world_size": lambda: 1},
+    "vllm.distributed": {
+        "get_tensor_model_parallel_rank": lambda: 0,
+        "get_tensor_model_parallel_world_size": lambda: 1,
+        "tensor_model_parallel_all_reduce": lambda input_: input_,
+    },
     "vllm.model_executor": {},
     _LAYERS: {},
     f"{_LAYERS}.activation": {"SiluAndMul": SiluAndMul},
@@ -363,8 +381,8 @@ def emulated() -> Iterator[Runner]:
     for name, module in made.items():
         vars(module).update(MODULES[name])
         module.__path__ = []  # type: ignore[attr-defined]
-    ours = "mor_vllm.model"
-    before = {name: sys.modules.pop(name, None) for name in (*made, ours)}
+    ours = ("mor_vllm.attention", "mor_vllm.layers", "mor_vllm.model")
+    before = {name: sys.modules.pop(name, None) for name in (*made, *ours)}
     sys.modules.update(made)
     try:
         yield RUNNER
@@ -376,7 +394,9 @@ def emulated() -> Iterator[Runner]:
         RUNNER.__init__()
 
 
-def vllm_config(hf_config: Any, max_model_len: int = 32) -> SimpleNamespace:
+def vllm_config(hf_config: Any, enforce_eager: bool = True) -> SimpleNamespace:
     """vllm/config/vllm.py, VllmConfig, as far as a model reads it."""
-    model_config = SimpleNamespace(hf_config=hf_config, max_model_len=max_model_len)
+    model_config = SimpleNamespace(
+        hf_config=hf_config, max_model_len=32, enforce_eager=enforce_eager
+    )
     return SimpleNamespace(model_config=model_config, cache_config=object(), quant_config=None)

