@@ -16,6 +16,7 @@ from mor_layers.recursion import (
     Sharing,
     SharingSchedule,
     StepInput,
+    require_lengths,
 )
 from mor_layers.routers import FixedDepth, RouterConfig
 from mor_layers.settings import check_types, require_choice
@@ -48,6 +49,12 @@ class RecursionConfig:
     """Whether later steps add the states that entered the recursion, multiplied by a learned gain."""
     sandwich_norms: bool = False
     """Whether the block's layers normalise the outputs of attention and MLP before adding them."""
+    prelude_layers: int | None = None
+    """Unshared layers before the recursion, 0 or more, under any sharing scheme; None: 1 under
+    middle_cycle and middle_sequence, 0 under cycle and sequence."""
+    coda_layers: int | None = None
+    """Unshared layers after the recursion, 0 or more, under any sharing scheme; None: 1 or 0, as for
+    `prelude_layers`."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.router, RouterConfig):
@@ -62,6 +69,7 @@ class RecursionConfig:
         require_choice(name, "sharing", self.sharing, SHARING_SCHEMES)
         require_choice(name, "kv_policy", self.kv_policy, KV_POLICIES)
         require_choice(name, "expert_routers", self.expert_routers, expert_routers)
+        require_lengths(self.prelude_layers, self.coda_layers)
         self.router.validate(self.num_recursions)
         if self.relaxation is not None:
             self.relaxation.check(self.num_recursions, self.kv_policy)
@@ -134,7 +142,13 @@ class RecursionConfig:
 
     def schedule(self, num_unrolled_layers: int) -> SharingSchedule:
         """Which layer runs at which depth of a model of `num_unrolled_layers`."""
-        return SharingSchedule(num_unrolled_layers, self.num_recursions, self.sharing)
+        return SharingSchedule(
+            num_unrolled_layers,
+            self.num_recursions,
+            self.sharing,
+            self.prelude_layers,
+            self.coda_layers,
+        )
 
 
 @dataclass(frozen=True)
@@ -207,10 +221,10 @@ class DecoderConfig:
             self.recursion.require_experts(self.moe is not None)
             if self.moe is not None:
                 self.moe.check_mean(self.recursion.mean_experts)
-        if self.dense_ends and (self.moe is None or not self.schedule.prelude):
+        if self.dense_ends and (self.moe is None or not self.schedule.num_unshared):
             raise ValueError(
                 "dense_ends=True needs moe, and layers outside the recursion. Leave it out, or set "
-                "moe and sharing middle_cycle or middle_sequence."
+                "moe and sharing middle_cycle or middle_sequence, or prelude_layers or coda_layers."
             )
 
     @property

@@ -40,6 +40,8 @@ SERVED: dict[str, DecoderConfig] = {
     "random loops, exit state": small_config(RandomLoops(), kv_policy="exit_state"),
     "one by one": small_config(sharing="middle_sequence", block_size=2),
     "no recursion": plain_config(3),
+    "long ends, fixed depth": small_config(block_size=2, ends=(2, 3)),
+    "long ends, token choice": small_config(TokenChoice(), kv_policy=SHARING, ends=(2, 3)),
     "expert choice": small_config(ROUTERS["expert_choice"], kv_policy=SHARING, block_size=2),
     "expert choice, cycle, tied": replace(
         small_config(

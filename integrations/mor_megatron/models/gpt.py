@@ -108,10 +108,16 @@ def recursion_layer_spec(
         recursion: steps, router, KV policy and norms. `sharing` is ignored, as a step runs all K layers.
 
     Raises:
-        ValueError: `layer_specs` is empty.
+        ValueError: `layer_specs` is empty, or `recursion` has settings for the layers around it.
     """
     if not layer_specs:
         raise ValueError("a recursion needs at least one layer. Pass the specs of its layers.")
+    if recursion.prelude_layers is not None or recursion.coda_layers is not None:
+        raise ValueError(
+            f"prelude_layers={recursion.prelude_layers} and coda_layers={recursion.coda_layers} have "
+            "no effect where you list the layers before and after the recursion yourself. Leave them "
+            "out, or use recursion_block_spec."
+        )
     return ModuleSpec(
         module=RecursionLayer,
         submodules=cast(Any, RecursionSubmodules(tuple(layer_specs))),
@@ -171,8 +177,9 @@ def recursion_parts(
     # A cyclic step runs the whole block; in a sequence each layer repeats on its own.
     sizes = [schedule.block_size] if schedule.is_cyclic else [1] * schedule.block_size
     absorbed = ModuleSpec(module=AbsorbedLayer)
+    block = replace(recursion, prelude_layers=None, coda_layers=None)  # they are listed here
     blocks = [
-        [recursion_layer_spec([layer_spec] * size, recursion)]
+        [recursion_layer_spec([layer_spec] * size, block)]
         + [absorbed] * (size * recursion.num_recursions - 1)
         for size in sizes
     ]

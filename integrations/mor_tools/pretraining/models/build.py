@@ -159,12 +159,13 @@ def transformer_config(settings: Settings) -> TransformerConfig:
     elif training.recompute == "selective":
         fields |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     if model.moe is not None:
-        ends = [0] * unshared_layers(settings)
+        before, after = unshared_layers(settings)
+        between = model.num_unrolled_layers - before - after
         fields |= {
             "num_moe_experts": model.moe.num_experts,
             "moe_router_topk": model.moe.experts_per_token,
             "moe_ffn_hidden_size": model.moe.ffn_hidden_size,
-            "moe_layer_freq": [*ends, *[1] * (model.num_unrolled_layers - 2 * len(ends)), *ends],
+            "moe_layer_freq": [0] * before + [1] * between + [0] * after,
             "moe_router_load_balancing_type": "aux_loss",
             "moe_aux_loss_coeff": model.moe.balance_coefficient,
             "moe_z_loss_coeff": model.moe.z_loss_coefficient or None,
@@ -229,8 +230,8 @@ def _block(
         )
     if settings.recursion is not None:
         return recursion_block_spec(config, settings.recursion, inner, dense_layer_spec=dense)
-    ends = unshared_layers(settings)
-    layers = [dense] * ends + [inner] * (config.num_layers - 2 * ends) + [dense] * ends
+    before, after = unshared_layers(settings)
+    layers = [dense] * before + [inner] * (config.num_layers - before - after) + [dense] * after
     first = get_transformer_layer_offset(config)
     return TransformerBlockSubmodules(
         layer_specs=layers[first : first + get_num_layers_to_build(config)], layer_norm=Norm

@@ -42,10 +42,11 @@ def decoder_config(settings: Settings, vocab_size: int) -> DecoderConfig:
         tie_embeddings=model.tie_embeddings,
         recursion=settings.recursion,
         moe=experts,
-        dense_ends=experts is not None and unshared_layers(settings) > 0,
+        dense_ends=experts is not None and any(unshared_layers(settings)),
     )
 
 
-def unshared_layers(settings: Settings) -> int:
-    """Layers before the recursion, and as many after it; one without recursion."""
-    return 1 if settings.schedule is None else settings.schedule.prelude
+def unshared_layers(settings: Settings) -> tuple[int, int]:
+    """Layers before the recursion, and after it; one of each without recursion."""
+    schedule = settings.schedule
+    return (1, 1) if schedule is None else (schedule.prelude, schedule.coda)
