@@ -52,6 +52,11 @@ def require_servable(config: DecoderConfig, tensor_parallel: int = 1) -> None:
             "routes; else use DepthBatchingEngine.",
         ),
         (
+            recursion.residual_scale is not None,
+            f"residual_scale={recursion.residual_scale}",
+            "its layers add every branch as it is. Use DepthBatchingEngine.",
+        ),
+        (
             routes and policy != "recursive_sharing",
             f"router={type(router).__name__} with kv_policy={policy!r}",
             "its caches would keep rows of tokens that had exited. Train with kv_policy="

@@ -55,6 +55,9 @@ class RecursionConfig:
     coda_layers: int | None = None
     """Unshared layers after the recursion, 0 or more, under any sharing scheme; None: 1 or 0, as for
     `prelude_layers`."""
+    residual_scale: float | None = None
+    """λ of the factor λ / (num_recursions · √K) by which the block's K layers multiply what attention
+    and MLP add to the residual (arXiv 2606.18524). Above 0; None: no factor."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.router, RouterConfig):
@@ -70,6 +73,10 @@ class RecursionConfig:
         require_choice(name, "kv_policy", self.kv_policy, KV_POLICIES)
         require_choice(name, "expert_routers", self.expert_routers, expert_routers)
         require_lengths(self.prelude_layers, self.coda_layers)
+        if self.residual_scale is not None and not 0 < self.residual_scale < math.inf:
+            raise ValueError(
+                f"residual_scale={self.residual_scale} must be above 0 and finite, or None."
+            )
         self.router.validate(self.num_recursions)
         if self.relaxation is not None:
             self.relaxation.check(self.num_recursions, self.kv_policy)
@@ -86,6 +93,11 @@ class RecursionConfig:
             )
         if self.sharing in ("cycle", "middle_cycle"):
             return
+        if self.residual_scale is not None:
+            raise ValueError(
+                f"residual_scale={self.residual_scale} needs cycle or middle_cycle sharing, in which "
+                f"a block repeats as a whole, not {self.sharing!r}. Leave it out."
+            )
         if not isinstance(self.router, FixedDepth):
             raise ValueError(
                 f"sharing={self.sharing!r} cannot route tokens with "
@@ -107,7 +119,14 @@ class RecursionConfig:
     def beyond_published(self) -> tuple[str, ...]:
         """The settings in use that published checkpoints and plain decoders do not have."""
         names = ("relaxation", "step_embeddings", "input_injection", "sandwich_norms")
+        names += ("residual_scale",)
         return tuple(name for name in names if getattr(self, name))
+
+    def residual_factor(self, block_size: int) -> float | None:
+        """What the branches of a block of `block_size` layers are multiplied by; None: nothing."""
+        if self.residual_scale is None:
+            return None
+        return self.residual_scale / (self.num_recursions * math.sqrt(block_size))
 
     def build_step_input(self, hidden_size: int) -> StepInput | None:
         """The module that adds to the states entering the block; None if nothing is added."""

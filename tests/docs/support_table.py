@@ -70,6 +70,7 @@ ROWS: dict[str, list[str]] = {
     "`step_embeddings`": ["recursion.step_embeddings=true", *DENSE],
     "`input_injection`": ["recursion.input_injection=true", *DENSE],
     "`sandwich_norms`": ["recursion.sandwich_norms=true", *DENSE],
+    "`residual_scale`": ["recursion.residual_scale=1.0", *DENSE],
     "a teacher (`uptrain`)": ["uptrain.teacher=folder", *DENSE],
 }
 

@@ -53,6 +53,7 @@ HELPS: Options = {
     "step_embeddings": True,
     "input_injection": True,
     "sandwich_norms": True,
+    "residual_scale": 2.0,
 }
 LOOPS = RecursionConfig(
     3, router=RandomLoops(seed=0), relaxation=Relaxation(2, projections=("query",))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
@@ -515,6 +516,13 @@ def test_a_router_that_needs_updates_is_refused_as_a_spec_object() -> None:
     for router in (ExpertChoice(warmup_steps=5), TokenChoice(balancing="loss_free")):
         with pytest.raises(ValueError, match="update_routers"):
             recursion_spec(RecursionConfig(3, router=router))
+
+
+def test_lengths_of_prelude_and_coda_are_refused_where_layers_are_listed() -> None:
+    with pytest.raises(
+        ValueError, match=r"prelude_layers=2 .* no effect where you list the layers"
+    ):
+        recursion_layer_spec([ModuleSpec(module=object)], RecursionConfig(3, prelude_layers=2))
 
 
 def random_depths(layout: dict[str, Any], config: dict[str, Any]) -> Tensor:
