@@ -89,6 +89,11 @@ def require_servable(config: DecoderConfig, tensor_parallel: int = 1) -> None:
             "routes; else use DepthBatchingEngine.",
         ),
         (
+            recursion.residual_scale is not None,
+            f"residual_scale={recursion.residual_scale}",
+            "its layers add every branch as it is. Use DepthBatchingEngine.",
+        ),
+        (
             any(size % tensor_parallel for size in sizes.values()),
             f"tensor_parallel_size={tensor_parallel}",
             f"it must divide {', '.join(f'{name}={size}' for name, size in sizes.items())}. Use a "

@@ -16,6 +16,7 @@ from mor_layers.recursion import (
     Sharing,
     SharingSchedule,
     StepInput,
+    require_lengths,
 )
 from mor_layers.routers import FixedDepth, RouterConfig
 from mor_layers.settings import check_types, require_choice
@@ -56,6 +57,15 @@ class RecursionConfig:
     """Whether later steps add the states that entered the recursion, multiplied by a learned gain."""
     sandwich_norms: bool = False
     """Whether the block's layers normalise the outputs of attention and MLP before adding them."""
+    prelude_layers: int | None = None
+    """Unshared layers before the recursion, 0 or more, under any sharing scheme; None: 1 under
+    middle_cycle and middle_sequence, 0 under cycle and sequence."""
+    coda_layers: int | None = None
+    """Unshared layers after the recursion, 0 or more, under any sharing scheme; None: 1 or 0, as for
+    `prelude_layers`."""
+    residual_scale: float | None = None
+    """λ of the factor λ / (num_recursions · √K) by which the block's K layers multiply what attention
+    and MLP add to the residual (arXiv 2606.18524). Above 0; None: no factor."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.router, RouterConfig):
@@ -72,6 +82,11 @@ class RecursionConfig:
         require_choice(name, "sharing", self.sharing, SHARING_SCHEMES)
         require_choice(name, "kv_policy", self.kv_policy, KV_POLICIES)
         require_choice(name, "expert_routers", self.expert_routers, expert_routers)
+        require_lengths(self.prelude_layers, self.coda_layers)
+        if self.residual_scale is not None and not 0 < self.residual_scale < math.inf:
+            raise ValueError(
+                f"residual_scale={self.residual_scale} must be above 0 and finite, or None."
+            )
         self.router.validate(self.num_recursions)
         if self.relaxation is not None:
             self.relaxation.check(self.num_recursions, self.kv_policy)
@@ -88,6 +103,11 @@ class RecursionConfig:
             )
         if self.sharing in ("cycle", "middle_cycle"):
             return
+        if self.residual_scale is not None:
+            raise ValueError(
+                f"residual_scale={self.residual_scale} needs cycle or middle_cycle sharing, in which "
+                f"a block repeats as a whole, not {self.sharing!r}. Leave it out."
+            )
         if not isinstance(self.router, FixedDepth):
             raise ValueError(
                 f"sharing={self.sharing!r} cannot route tokens with "
@@ -109,7 +129,14 @@ class RecursionConfig:
     def beyond_published(self) -> tuple[str, ...]:
         """The settings in use that published checkpoints and plain decoders do not have."""
         names = ("relaxation", "step_embeddings", "input_injection", "sandwich_norms")
+        names += ("residual_scale",)
         return tuple(name for name in names if getattr(self, name))
+
+    def residual_factor(self, block_size: int) -> float | None:
+        """What the branches of a block of `block_size` layers are multiplied by; None: nothing."""
+        if self.residual_scale is None:
+            return None
+        return self.residual_scale / (self.num_recursions * math.sqrt(block_size))
 
     def build_step_input(self, hidden_size: int) -> StepInput | None:
         """The module that adds to the states entering the block; None if nothing is added."""
@@ -144,7 +171,13 @@ class RecursionConfig:
 
     def schedule(self, num_unrolled_layers: int) -> SharingSchedule:
         """Which layer runs at which depth of a model of `num_unrolled_layers`."""
-        return SharingSchedule(num_unrolled_layers, self.num_recursions, self.sharing)
+        return SharingSchedule(
+            num_unrolled_layers,
+            self.num_recursions,
+            self.sharing,
+            self.prelude_layers,
+            self.coda_layers,
+        )
 
 
 @dataclass(frozen=True)
@@ -227,10 +260,10 @@ class DecoderConfig:
             self.recursion.require_experts(self.moe is not None)
             if self.moe is not None:
                 self.moe.check_mean(self.recursion.mean_experts)
-        if self.dense_ends and (self.moe is None or not self.schedule.prelude):
+        if self.dense_ends and (self.moe is None or not self.schedule.num_unshared):
             raise ValueError(
                 "dense_ends=True needs moe, and layers outside the recursion. Leave it out, or set "
-                "moe and sharing middle_cycle or middle_sequence."
+                "moe and sharing middle_cycle or middle_sequence, or prelude_layers or coda_layers."
             )
 
     @property

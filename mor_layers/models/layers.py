@@ -121,6 +121,10 @@ class DecoderLayer(nn.Module):
         if num_steps > 1 and config.effective_recursion.sandwich_norms:
             sizes = config.hidden_size, config.rms_norm_epsilon, num_norms
             self.attention_output_norm, self.mlp_output_norm = StepNorm(*sizes), StepNorm(*sizes)
+        self.residual_factor = None
+        if num_steps > 1:
+            size = config.schedule.block_size
+            self.residual_factor = config.effective_recursion.residual_factor(size)
 
     def forward(
         self, hidden: Float[Tensor, "k b h"], context: StepContext, rotary: "Rotary"
@@ -129,7 +133,7 @@ class DecoderLayer(nn.Module):
         output = self.attention(normed, context, rotary)
         if self.attention_output_norm is not None:
             output = self.attention_output_norm(output, context.step)
-        hidden = hidden + output
+        hidden = hidden + self._scaled(output)
         normed = self.mlp_norm(hidden, context.step)
         if isinstance(self.mlp, MoE):
             output, use = self.mlp(normed, context.step, context.tokens.is_padding)
@@ -138,7 +142,10 @@ class DecoderLayer(nn.Module):
             output = self.mlp(normed, context)
         if self.mlp_output_norm is not None:
             output = self.mlp_output_norm(output, context.step)
-        return hidden + output
+        return hidden + self._scaled(output)
+
+    def _scaled(self, output: Tensor) -> Tensor:
+        return output if self.residual_factor is None else output * self.residual_factor
 
 
 def _experts(config: DecoderConfig, num_steps: int) -> MoE:

@@ -12,7 +12,12 @@ from mor_layers.recursion.kv_policies import (
     begin_step,
 )
 from mor_layers.recursion.observer import RoutedStep, RoutingObserver
-from mor_layers.recursion.sharing import SHARING_SCHEMES, Sharing, SharingSchedule
+from mor_layers.recursion.sharing import (
+    SHARING_SCHEMES,
+    Sharing,
+    SharingSchedule,
+    require_lengths,
+)
 from mor_layers.recursion.step_input import StepInput
 
 __all__ = [
@@ -35,6 +40,7 @@ __all__ = [
     "attend",
     "begin_step",
     "causal_mask",
+    "require_lengths",
     "summed",
     "visible",
 ]

@@ -7,6 +7,11 @@ With 6 unrolled layers and 3 recursions (capital letters are distinct weights):
     middle_cycle     first | A B | A B | A B | last      (8 unrolled layers)
     middle_sequence  first | A A A | B B B | last        (8 unrolled layers)
 
+How many layers come before and after the recursion can also be said outright, under any scheme. With
+`prelude_layers=2` and `coda_layers=1`, `cycle` and `middle_cycle` both run
+
+    first second | A B | A B | A B | last                (9 unrolled layers)
+
 Source: Bae et al. 2025 (arXiv 2507.10524), section 2.2.1 and table 1.
 """
 
@@ -34,38 +39,53 @@ class SharingSchedule:
     """How many times the shared layers run (N_r in the paper)."""
     sharing: Sharing
     """The sharing scheme, which determines the order of the repeats."""
+    prelude_layers: int | None = None
+    """Unshared layers before the recursion; None: 1 in the `middle` schemes, else 0."""
+    coda_layers: int | None = None
+    """Unshared layers after the recursion; None: 1 in the `middle` schemes, else 0."""
 
     def __post_init__(self) -> None:
         require_choice("SharingSchedule", "sharing", self.sharing, SHARING_SCHEMES)
+        require_lengths(self.prelude_layers, self.coda_layers)
         if self.num_recursions < 1:
             raise ValueError(f"num_recursions={self.num_recursions} must be at least 1.")
-        shared = self.num_unrolled_layers - self.prelude - self.coda
+        shared = self.num_unrolled_layers - self.num_unshared
         if shared < self.num_recursions or shared % self.num_recursions:
             raise ValueError(
                 f"cannot split {max(shared, 0)} shared layers into {self.num_recursions} equal "
                 f"recursions (num_unrolled_layers={self.num_unrolled_layers}, "
-                f"sharing={self.sharing!r}). Use {self._nearest(shared)}."
+                f"sharing={self.sharing!r}{self._given_lengths}). Use {self._nearest(shared)}."
             )
 
     @property
     def prelude(self) -> int:
         """Unshared layers before the recursion."""
-        return 1 if self.sharing.startswith("middle") else 0
+        return self._of_scheme if self.prelude_layers is None else self.prelude_layers
 
     @property
     def coda(self) -> int:
         """Unshared layers after the recursion."""
-        return self.prelude
+        return self._of_scheme if self.coda_layers is None else self.coda_layers
+
+    @property
+    def num_unshared(self) -> int:
+        """Layers outside the recursion."""
+        return self.prelude + self.coda
+
+    @property
+    def has_published_ends(self) -> bool:
+        """Whether prelude and coda are as long as the paper's scheme of this name has them."""
+        return self.prelude == self.coda == self._of_scheme
 
     @property
     def block_size(self) -> int:
         """Number of layers in the shared block (K)."""
-        return (self.num_unrolled_layers - self.prelude - self.coda) // self.num_recursions
+        return (self.num_unrolled_layers - self.num_unshared) // self.num_recursions
 
     @property
     def num_unique_layers(self) -> int:
         """Number of layers with distinct weights in the whole model."""
-        return self.prelude + self.block_size + self.coda
+        return self.num_unshared + self.block_size
 
     @property
     def is_cyclic(self) -> bool:
@@ -84,9 +104,27 @@ class SharingSchedule:
         last = [self.prelude + self.block_size + i for i in range(self.coda)]
         return tuple(first + shared + last)
 
+    @property
+    def _of_scheme(self) -> int:
+        return 1 if self.sharing.startswith("middle") else 0
+
+    @property
+    def _given_lengths(self) -> str:
+        given = {"prelude_layers": self.prelude_layers, "coda_layers": self.coda_layers}
+        return "".join(f", {name}={value}" for name, value in given.items() if value is not None)
+
     def _nearest(self, shared: int) -> str:
         below = shared - shared % self.num_recursions
-        fixed = self.prelude + self.coda
+        fixed = self.num_unshared
         if below < self.num_recursions:
             return str(self.num_recursions + fixed)
         return f"{below + fixed} or {below + self.num_recursions + fixed}"
+
+
+def require_lengths(prelude_layers: int | None, coda_layers: int | None) -> None:
+    """Raise ValueError unless prelude and coda are given 0 or more layers, or none are given."""
+    for name, value in (("prelude_layers", prelude_layers), ("coda_layers", coda_layers)):
+        if value is not None and value < 0:
+            raise ValueError(
+                f"{name}={value} must be at least 0, or None for as many as the sharing scheme has."
+            )

@@ -59,11 +59,18 @@ ROWS: dict[str, list[str]] = {
         ]
         for name in get_args(Sharing)
     },
+    "a prelude of 2 layers, a coda of 3": [
+        "recursion.prelude_layers=2",
+        "recursion.coda_layers=3",
+        "model.num_unrolled_layers=11",
+        *DENSE,
+    ],
     "norms per step": ["recursion.share_norms=false", *DENSE],
     "low-rank deltas": ["recursion.relaxation.rank=4", *DENSE],
     "`step_embeddings`": ["recursion.step_embeddings=true", *DENSE],
     "`input_injection`": ["recursion.input_injection=true", *DENSE],
     "`sandwich_norms`": ["recursion.sandwich_norms=true", *DENSE],
+    "`residual_scale`": ["recursion.residual_scale=1.0", *DENSE],
     "a teacher (`uptrain`)": ["uptrain.teacher=folder", *DENSE],
 }
 

@@ -32,6 +32,8 @@ PLAUSIBLE: dict[str, list[Any]] = {
     "rate": [0.3, 1.0],
     "head_dim": [2, 6, 3],
     "dense_ends": [False, False, True],
+    "prelude_layers": [0, 1, 2, 3],
+    "coda_layers": [0, 1, 2, 3],
     "expert_routers": ["shared", "shared", "per_step"],
     "continue_shares": [0.2, 0.7],
     "capacity_factors": [0.3, 1.0],
@@ -68,8 +70,7 @@ def decoders(draw: st.DrawFn, wrong: float = 0.01) -> dict[str, Any]:
     if draw(st.integers(0, 7)):
         steps = draw(st.sampled_from([1, 2, 2, 3, 3, 3, 4]))
         recursion = draw(recursions(steps, wrong))
-        ends = 2 if str(recursion["sharing"]).startswith("middle") else 0
-        layers = ends + draw(st.sampled_from([1, 2])) * steps
+        layers = _unshared(recursion) + draw(st.sampled_from([1, 2])) * steps
     sizes = {
         "hidden_size": draw(_mostly(size, [1, 3, 5])),
         "num_heads": heads,
@@ -105,6 +106,13 @@ def routers(draw: st.DrawFn, steps: int, wrong: float) -> dict[str, Any]:
             )
             router[field] = tuple(sorted(shares, reverse=True))
     return router | {"type": name}
+
+
+def _unshared(recursion: dict[str, Any]) -> int:
+    """Layers outside of it; where a wrong value was drawn, any number does."""
+    by_scheme = int(str(recursion["sharing"]).startswith("middle"))
+    given = (recursion.get(name) for name in ("prelude_layers", "coda_layers"))
+    return sum(number if isinstance(number, int) else by_scheme for number in given)
 
 
 def _values(hint: Any, name: str, wrong: float) -> st.SearchStrategy[Any]:

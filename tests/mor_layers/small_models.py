@@ -40,18 +40,26 @@ def small_config(
     kv_policy: KVPolicy = "recursion_wise",
     share_norms: bool = True,
     block_size: int = 1,
+    ends: tuple[int, int] | None = None,
 ) -> DecoderConfig:
-    """A decoder of `block_size` shared layers."""
-    ends = 2 if sharing.startswith("middle") else 0
+    """A decoder of `block_size` shared layers; `ends`: layers before and after the recursion."""
+    before, after = ends or (None, None)
+    num_ends = (2 if sharing.startswith("middle") else 0) if ends is None else sum(ends)
     return DecoderConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=HIDDEN_SIZE,
         ffn_hidden_size=10,
-        num_unrolled_layers=block_size * num_recursions + ends,
+        num_unrolled_layers=block_size * num_recursions + num_ends,
         num_heads=2,
         num_kv_heads=1,
         recursion=RecursionConfig(
-            num_recursions, sharing, router or FixedDepth(), kv_policy, share_norms
+            num_recursions,
+            sharing,
+            router or FixedDepth(),
+            kv_policy,
+            share_norms,
+            prelude_layers=before,
+            coda_layers=after,
         ),
     )
 

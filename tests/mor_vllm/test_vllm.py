@@ -43,6 +43,8 @@ SERVED: dict[str, DecoderConfig] = {
     "fixed depth, sharing, helps": helped(small_config(kv_policy=SHARING, share_norms=False)),
     "one by one": small_config(sharing="middle_sequence", block_size=2),
     "no recursion": plain_config(3),
+    "long ends, fixed depth": small_config(block_size=2, ends=(2, 3)),
+    "long ends, token choice": small_config(TokenChoice(), kv_policy=SHARING, ends=(2, 3)),
     "expert choice": small_config(ROUTERS["expert_choice"], block_size=2),
     "expert choice, sharing, skips step 1": small_config(SKIPS_STEP_1, kv_policy=SHARING),
     "expert choice, update, skips step 1": small_config(
@@ -150,6 +152,10 @@ def test_later_steps_share_the_cache_of_the_first(tmp_path, runner, name):
         (
             replace(small_config(), recursion=RecursionConfig(3, relaxation=Relaxation(2))),
             "`mor convert --to llama` merges deltas",
+        ),
+        (
+            replace(small_config(), recursion=RecursionConfig(3, residual_scale=1.0)),
+            "residual_scale=1.0 cannot be served",
         ),
     ],
 )

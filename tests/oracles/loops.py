@@ -415,12 +415,15 @@ def transformer(
     steps = 1 if recursion is None else recursion.num_recursions
     sharing = "cycle" if recursion is None else recursion.sharing
     policy = "recursion_wise" if recursion is None else recursion.kv_policy
-    ends = 1 if sharing.startswith("middle") else 0
-    size = (config.num_unrolled_layers - 2 * ends) // steps
+    before, after = (
+        int(sharing.startswith("middle")) if given is None else given
+        for given in (getattr(recursion, f"{end}_layers", None) for end in ("prelude", "coda"))
+    )
+    size = (config.num_unrolled_layers - before - after) // steps
     hidden = torch.stack([torch.stack([weights["embedding.weight"][i] for i in t]) for t in ids.T])
     routed = None
-    if ends:
-        block = decoder_block(within(weights, "prelude"), 1, config)
+    if before:
+        block = decoder_block(within(weights, "prelude"), before, config)
         hidden = fixed_depth(hidden, block, 1, **where).hidden
     if sharing.endswith("sequence"):
         for layer in range(size):
@@ -432,8 +435,8 @@ def transformer(
         settings = None if recursion is None else recursion.router
         routed = route(hidden, block, settings, router, steps, causal_routing, where)
         hidden = routed.hidden
-    if ends:
-        block = decoder_block(within(weights, "coda"), 1, config)
+    if after:
+        block = decoder_block(within(weights, "coda"), after, config)
         hidden = fixed_depth(hidden, block, 1, **where).hidden
     logits = [
         torch.stack(

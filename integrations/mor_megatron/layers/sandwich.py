@@ -1,4 +1,4 @@
-"""Norms of what attention and MLP give, before the residual adds it.
+"""Norms and factors of what attention and MLP give, before the residual adds it.
 
 Legend: `p` rows of a step on this rank, `b` batch, `h` hidden.
 """
@@ -28,6 +28,18 @@ def attach_output_norms(layer: Any, build: Build) -> None:
             norm = build()
             setattr(layer, f"{name}_output_norm", norm)
             module.register_forward_hook(partial(_normed, norm))
+
+
+def scale_branches(layer: Any, factor: float) -> None:
+    """Let a built layer multiply its attention's and its MLP's outputs; after norms, if it has any."""
+    for module in (layer.self_attention, layer.mlp):
+        if not isinstance(module, IdentityOp):
+            module.register_forward_hook(partial(_scaled, factor))
+
+
+def _scaled(factor: float, module: Any, inputs: Any, output: tuple[Tensor, Tensor | None]) -> Any:
+    own, bias = output
+    return own * factor, None if bias is None else bias * factor
 
 
 def _normed(norm: nn.Module, module: Any, inputs: Any, output: tuple[Tensor, Tensor | None]) -> Any:

@@ -29,7 +29,7 @@ from mor_megatron.layers.experts.moe import RecursiveMoELayer
 from mor_megatron.layers.experts.router import StepTopKRouter
 from mor_megatron.layers.quantization import filled, row_alignment
 from mor_megatron.layers.relaxation import attach_deltas
-from mor_megatron.layers.sandwich import attach_output_norms, like_norms_of
+from mor_megatron.layers.sandwich import attach_output_norms, like_norms_of, scale_branches
 from mor_megatron.layers.step_aware import StepAware
 from mor_megatron.step import (
     CachedStep,
@@ -99,6 +99,9 @@ class StepStack(nn.ModuleList):
             if recursion.sandwich_norms:
                 norm = like_norms_of(layer_specs[index], config)
                 attach_output_norms(layer, _of_every_step(norm, recursion))
+            factor = recursion.residual_factor(part.block_size)
+            if factor is not None:
+                scale_branches(layer, factor)
         self._step_aware = [
             [m for m in layer.modules() if isinstance(m, StepAware)] for layer in self
         ]

@@ -131,10 +131,16 @@ def recursion_layer_spec(
         recursion: steps, router, KV policy and norms. `sharing` is ignored, as a step runs all K layers.
 
     Raises:
-        ValueError: `layer_specs` is empty.
+        ValueError: `layer_specs` is empty, or `recursion` has settings for the layers around it.
     """
     if not layer_specs:
         raise ValueError("a recursion needs at least one layer. Pass the specs of its layers.")
+    if recursion.prelude_layers is not None or recursion.coda_layers is not None:
+        raise ValueError(
+            f"prelude_layers={recursion.prelude_layers} and coda_layers={recursion.coda_layers} have "
+            "no effect where you list the layers before and after the recursion yourself. Leave them "
+            "out, or use recursion_block_spec."
+        )
     return ModuleSpec(
         module=RecursionLayer,
         submodules=cast(Any, RecursionSubmodules(tuple(layer_specs))),
@@ -229,6 +235,7 @@ def recursion_parts(
     # A cyclic step runs the whole block; in a sequence each layer repeats on its own.
     size = schedule.block_size if schedule.is_cyclic else 1
     absorbed = ModuleSpec(module=AbsorbedLayer)
+    block = replace(recursion, prelude_layers=None, coda_layers=None)  # they are listed here
     blocks = []
     for first in range(prelude, end, size * steps):
         unrolled = layer_specs[first : first + size * steps]
@@ -241,7 +248,7 @@ def recursion_parts(
                     "shared layer: it cannot be dense in one step and have experts in another. Give "
                     f"all {steps} steps the same."
                 )
-        blocks.append([recursion_layer_spec(shared, recursion)] + [absorbed] * (len(unrolled) - 1))
+        blocks.append([recursion_layer_spec(shared, block)] + [absorbed] * (len(unrolled) - 1))
     ends = [dense_layer_spec or spec for spec in layer_specs]
     return [[spec] for spec in ends[:prelude]] + blocks + [[spec] for spec in ends[end:]]
 

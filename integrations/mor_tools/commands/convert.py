@@ -1,6 +1,7 @@
 """Convert models between Hugging Face, ours, published MoR and Megatron; make dense ones recursive.
 
     mor convert llama/ recursive/ --recursions 3 --init average
+    mor convert llama/ recursive/ --recursions 2 --prelude 3 --coda 3
     mor convert recursive/ checkpoints/ --to megatron
     mor convert runs/tiny/ model/
     mor convert recursive/ unrolled/ --to llama
@@ -127,6 +128,8 @@ def _recursive(model: StoredModel, options: argparse.Namespace) -> StoredModel:
         "num_recursions": options.recursions,
         "sharing": options.sharing or "middle_cycle",
         "router": {"type": options.router or "fixed_depth"},
+        "prelude_layers": options.prelude,
+        "coda_layers": options.coda,
     }
     if options.relax_rank is not None:
         kind = options.relax_kind or "lora"
@@ -141,6 +144,11 @@ def _recursive(model: StoredModel, options: argparse.Namespace) -> StoredModel:
 
 _WITH_RECURSIONS: dict[str, dict[str, Any]] = {
     "sharing": {"choices": SHARING_SCHEMES, "help": "sharing scheme (default: middle_cycle)"},
+    "prelude": {
+        "type": int,
+        "help": "layers before the recursion that are not shared (default: 1 or 0, by --sharing)",
+    },
+    "coda": {"type": int, "help": "layers after it that are not shared (default: likewise)"},
     "init": {
         "choices": INITIALIZATIONS,
         "help": "where shared weights come from (default: average)",

@@ -20,6 +20,7 @@ from mor_layers import (
     TokenChoice,
 )
 from mor_layers.weights import layer_names
+from mor_tools.formats.published_settings import require_published_ends
 
 
 def config_from_published(settings: Mapping[str, Any]) -> DecoderConfig:
@@ -99,6 +100,7 @@ def published_names(config: DecoderConfig) -> dict[str, str]:
             f"{beyond[0]} is set, and the published implementation has no such thing. Keep the "
             "model in our format."
         )
+    require_published_ends(config)
     names = {
         "embedding.weight": "model.embed_tokens.weight",
         "norm.weights.0": "model.norm.weight",

@@ -62,6 +62,19 @@ def _check_decoder(config: DecoderConfig) -> None:
         _refuse("kv_policy", recursion.kv_policy)
     if recursion.relaxation is not None:
         _refuse("relaxation", recursion.relaxation)
+    require_published_ends(config)
+
+
+def require_published_ends(config: DecoderConfig) -> None:
+    """Raise ValueError unless prelude and coda are as long as the published schemes have them."""
+    if config.schedule.has_published_ends:
+        return
+    recursion = config.effective_recursion
+    raise ValueError(
+        f"prelude_layers={recursion.prelude_layers} and coda_layers={recursion.coda_layers} have no "
+        f"place in a published checkpoint, in which sharing={recursion.sharing!r} says how long they "
+        "are. Keep the model in our format."
+    )
 
 
 def _mor(recursion: RecursionConfig) -> dict[str, Any]:

@@ -46,10 +46,13 @@ def deepened(model: MoRTransformer, extra_steps: int) -> MoRTransformer:
         router = Deepened(router, extra_steps)
     steps = recursion.num_recursions + extra_steps
     layers = model.config.num_unrolled_layers + extra_steps * model.config.schedule.block_size
+    scale = recursion.residual_scale
+    if scale is not None:  # the factor of the branches stays what it was in training
+        scale *= steps / recursion.num_recursions
     config = replace(
         model.config,
         num_unrolled_layers=layers,
-        recursion=replace(recursion, num_recursions=steps, router=router),
+        recursion=replace(recursion, num_recursions=steps, router=router, residual_scale=scale),
     )
     with torch.device("meta"):
         deeper = MoRTransformer(config)

@@ -59,8 +59,15 @@ MODELS: dict[str, dict[str, Any]] = {
             step_embeddings=True,
             input_injection=True,
             sandwich_norms=True,
+            residual_scale=2.0,
             router=ExpertChoice(gate_bias=0.5),
         )
+    },
+    "long ends": {"recursion": replace(WISE, prelude_layers=2, coda_layers=3)},
+    "long dense ends": {
+        "recursion": replace(WISE, sharing="cycle", prelude_layers=2, coda_layers=3),
+        "moe": EXPERTS,
+        "dense_ends": True,
     },
     "no recursion": {"moe": EXPERTS, "dense_ends": True},
 }
@@ -76,6 +83,10 @@ SAMPLE = [
     ("deltas", "tp+sp"),
     ("all helps", "tp+sp"),
     ("dense ends", "ep"),
+    ("long ends", "one rank"),
+    ("long ends", "tp+sp"),
+    ("long ends", "pp"),
+    ("long dense ends", "ep"),
     ("an expert router a step", "tp+sp"),
     ("no recursion", "pp"),
     ("depth and width", "one rank"),
@@ -145,12 +156,14 @@ def gpt(decoder: DecoderConfig, sequence_parallel: bool) -> GPTModel:
     """The same model through Megatron, whatever its weights."""
     options: dict[str, Any] = {}
     if decoder.moe is not None:
-        at_ends = [0 if decoder.dense_ends else 1]
+        at_ends = 0 if decoder.dense_ends else 1
+        before, after = decoder.schedule.prelude, decoder.schedule.coda
+        between = decoder.num_unrolled_layers - before - after
         options = {
             "num_moe_experts": decoder.moe.num_experts,
             "moe_router_topk": decoder.moe.experts_per_token,
             "moe_ffn_hidden_size": decoder.moe.ffn_hidden_size,
-            "moe_layer_freq": [*at_ends, *[1] * (decoder.num_unrolled_layers - 2), *at_ends],
+            "moe_layer_freq": [at_ends] * before + [1] * between + [at_ends] * after,
             "moe_token_dispatcher_type": "alltoall",
         }
     config = setup.tiny_config(

@@ -84,6 +84,7 @@ RECURSIONS = {
         input_injection=True,
         sandwich_norms=True,
     ),
+    "expert, long ends": RecursionConfig(3, router=EXPERT.router, prelude_layers=2, coda_layers=3),
     "random loops": RecursionConfig(
         3,
         router=RandomLoops(seed=0),  # two steps before the first call of `advance`
@@ -130,7 +131,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], di
         {},
     ),
 }
-RARER = [name for name in RECURSIONS if re.search("deltas|helps|loops", name)]
+RARER = [name for name in RECURSIONS if re.search("deltas|helps|loops|ends", name)]
 LAYOUTS["full recompute of dense layers"] = (1, {}, DENSE, LAYOUTS["full recompute"][3], {})
 # Replicas draw random depths side by side, one rank draws them one after the other.
 CASES = [
@@ -143,6 +144,8 @@ CASES = [
 CASES += [
     ("expert, deltas", "tp+sp moe"),
     ("expert, all helps", "pp"),
+    ("expert, long ends", "pp"),
+    ("expert, long ends", "tp+sp moe"),
     ("expert, all helps", "full recompute"),
     ("expert, all helps", "tp+sp moe"),
     ("random loops", "pp"),

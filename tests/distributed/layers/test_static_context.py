@@ -1,5 +1,6 @@
 """Megatron's static inference context with a RecursionLayer: as a full causal forward pass."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,10 +30,13 @@ SAMPLE = {
 }
 
 
-def differences(router: str, policy: KVPolicy, tp: int) -> dict[str, Any]:
+def differences(
+    router: str, policy: KVPolicy, tp: int, ends: dict[str, int] | None = None
+) -> dict[str, Any]:
     """A prompt at once, then token by token, twice with the same context."""
     setup.initialize(tp=tp)
     config = decoder_config(router, policy, with_experts=False)
+    config = replace(config, recursion=replace(config.recursion, **(ends or {})))
     model = gpt(config, sequence_parallel=False)
     load_tensors([model], megatron_tensors(torch_model(config).state_dict(), config))
     memory = StaticInferenceContext(BATCH + 2, LENGTH + 3)
@@ -75,6 +79,14 @@ def test_generation_equals_the_full_forward_pass(
         steps = {1} if policy == "recursive_sharing" else {1, 2, 3}
         rows = {1, 8} | {1 + 2 * (step - 1) + layer for step in steps for layer in (1, 2)}
         assert {key for key in found["keys"] if isinstance(key, int)} == rows
+
+
+def test_a_prelude_may_be_longer_than_one_layer(pool: WorkerPool) -> None:
+    ends = {"prelude_layers": 2, "coda_layers": 0}
+    settings = {"router": "token", "policy": "recursion_wise", "ends": ends}
+    for found in pool.run(differences, 2, tp=2, **settings):
+        assert found["logits"] < 1e-5
+        assert {key for key in found["keys"] if isinstance(key, int)} == set(range(1, 9))
 
 
 def refusals() -> list[str]:

@@ -49,7 +49,9 @@ class Case:
     @property
     def model(self) -> Options:
         """The configuration's overrides, the same in every layout."""
-        ends = 2 if self.recursion.sharing == "middle_cycle" else 0
+        by_scheme = 1 if self.recursion.sharing == "middle_cycle" else 0
+        lengths = self.recursion.prelude_layers, self.recursion.coda_layers
+        ends = sum(by_scheme if length is None else length for length in lengths)
         return {"num_layers": self.block_size * self.recursion.num_recursions + ends} | self.config
 
 

@@ -53,6 +53,7 @@ HELPS: Options = {
     "step_embeddings": True,
     "input_injection": True,
     "sandwich_norms": True,
+    "residual_scale": 2.0,
 }
 LOOPS = RecursionConfig(
     3, router=RandomLoops(seed=0), relaxation=Relaxation(2, projections=("query",))
@@ -90,6 +91,10 @@ SAMPLE = {
     "TP=2+SP x PP=2, helps, token, full recompute": Case(
         replace(recursion(3, "token"), **HELPS), tp=2, config=SP | FULL_RECOMPUTE
     ),
+    "TP=2+SP x PP=2, long ends, token": Case(
+        replace(recursion(2, "token"), prelude_layers=2, coda_layers=3), tp=2, config=SP
+    ),
+    "PP=2, no prelude, expert": Case(replace(recursion(2, "expert"), prelude_layers=0)),
     "PP=2, random loops": Case(LOOPS),
     "PP=2, cycle, fixed depth, a norm a step": Case(
         RecursionConfig(3, sharing="cycle", router=FixedDepth(), share_norms=False)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
@@ -490,6 +491,13 @@ def test_a_stage_that_would_cut_a_recursion_is_refused(pool: WorkerPool) -> None
     assert pool.run(pipeline_refusal, 2, layout="Et|t*6,tL") == ["accepted"] * 2
     assert pool.run(pipeline_refusal, 2, layout="Et|t*7L") == ["accepted"] * 2
     assert pool.run(pipeline_refusal, 2, layout=None) == ["accepted"] * 2
+
+
+def test_lengths_of_prelude_and_coda_are_refused_where_layers_are_listed() -> None:
+    with pytest.raises(
+        ValueError, match=r"prelude_layers=2 .* no effect where you list the layers"
+    ):
+        recursion_layer_spec([ModuleSpec(module=object)], RecursionConfig(3, prelude_layers=2))
 
 
 def random_depths(layout: dict[str, Any], config: dict[str, Any]) -> Tensor:

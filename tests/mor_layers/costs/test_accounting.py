@@ -162,6 +162,19 @@ def test_flops_of_layers_that_repeat_one_by_one_are_what_flop_counter_sees(shari
     assert BATCH * cost.training.total == measured.training
 
 
+@pytest.mark.parametrize(("router", "kv_policy"), ROUTED)
+def test_flops_between_long_ends_are_what_flop_counter_sees(router, kv_policy):
+    config = small_config(ROUTERS[router], kv_policy=kv_policy, ends=(2, 3))
+    model = small_model(config)
+    measured = measure(model, random_ids(BATCH, 11))
+    cost = account_like(measured, config, 11)
+    stacks = [step.stack for step in cost.steps]
+    assert stacks == ["prelude"] * 2 + ["block"] * 3 + ["coda"] * 3
+    assert BATCH * cost.forward.total == measured.forward
+    assert BATCH * cost.training.total == measured.training
+    assert cost.parameters.total == sum(p.numel() for p in model.parameters())
+
+
 def test_flops_of_a_plain_model_are_what_flop_counter_sees():
     config = plain_config(4)
     measured = measure(small_model(config), random_ids(BATCH, 11))

@@ -44,6 +44,15 @@ def test_a_fixed_depth_is_a_longer_loop() -> None:
     assert (deeper(ids).depths == 5).all()
 
 
+def test_further_steps_run_between_a_prelude_and_a_coda_of_any_length() -> None:
+    model = small_model(small_config(num_recursions=2, ends=(2, 3)))
+    deeper, ids = deepened(model, 3), random_ids(2, 7)
+    assert deeper.config.num_unrolled_layers == 2 + 5 + 3
+    trained = small_model(small_config(num_recursions=5, ends=(2, 3)))
+    trained.load_state_dict(model.state_dict())
+    torch.testing.assert_close(deeper(ids).logits, trained(ids).logits)
+
+
 def one_step(model, hidden):
     """The block on whole sequences."""
     one = small_model(small_config(num_recursions=1, sharing="cycle")).recursions[0]

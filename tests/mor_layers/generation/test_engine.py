@@ -71,6 +71,21 @@ def test_decoding_equals_the_full_forward_pass(router: str, policy: KVPolicy, sh
     assert len({tuple(served.tokens) for served in ways.values()}) == 1
 
 
+@pytest.mark.parametrize(
+    ("router", "policy", "ends"),
+    [
+        ("expert_choice", "recursion_wise", (2, 3)),
+        ("token_choice", "exit_state", (0, 2)),
+        ("depth_and_width", "recursive_sharing", (3, 0)),
+    ],
+)
+def test_a_prelude_and_a_coda_of_any_length(router: str, policy: KVPolicy, ends) -> None:
+    model = model_for(router, policy, block_size=2, ends=ends)
+    requests = [Request(prompt(length, length), 4) for length in (3, 8, 1)]
+    for request, served in zip(requests, serve(model, requests, chunk_size=5), strict=True):
+        assert_exact(model, request, served)
+
+
 @pytest.mark.parametrize("policy", POLICIES[:3])
 @pytest.mark.parametrize("router", ALL_ROUTERS)
 def test_steps_with_norms_of_their_own(router: str, policy: KVPolicy) -> None:
@@ -84,6 +99,8 @@ def test_steps_with_norms_of_their_own(router: str, policy: KVPolicy) -> None:
     "config",
     [
         pytest.param(plain_config(3), id="plain"),
+        pytest.param(small_config(ends=(2, 3)), id="ends"),
+        pytest.param(small_config(sharing="sequence", ends=(0, 2)), id="coda alone"),
         *(
             pytest.param(small_config(sharing=sharing, share_norms=norms, block_size=2), id=name)
             for sharing, norms, name in (

@@ -51,6 +51,7 @@ def test_continuing_equals_one_pass_everywhere(router, policy, sharing) -> None:
     "config",
     [
         pytest.param(plain_config(3), id="plain"),
+        pytest.param(small_config(ALL_ROUTERS["expert_choice"], ends=(2, 3)), id="ends"),
         pytest.param(small_config(sharing="middle_sequence", share_norms=False), id="sequence"),
         pytest.param(small_config(ALL_ROUTERS["token_choice"], share_norms=False), id="norms"),
         pytest.param(replace(small_config(DepthAndWidth()), moe=MoEConfig(4, 2)), id="experts"),

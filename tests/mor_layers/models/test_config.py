@@ -66,6 +66,21 @@ BY_CONSTRUCTOR: dict[str, tuple[Callable[[], object], str, str]] = {
         "sharing='spiral'",
         "cycle, sequence, middle_cycle, middle_sequence",
     ),
+    "a prelude of fewer layers than none": (
+        lambda: recursion(prelude_layers=-1),
+        "prelude_layers=-1 must be at least 0",
+        "or None",
+    ),
+    "a coda of fewer layers than none": (
+        lambda: SharingSchedule(8, 2, "cycle", coda_layers=-2),
+        "coda_layers=-2 must be at least 0",
+        "or None",
+    ),
+    "layers that do not divide between given ends": (
+        lambda: decoder(num_unrolled_layers=8, recursion=recursion(prelude_layers=2)),
+        "num_unrolled_layers=8, sharing='middle_cycle', prelude_layers=2",
+        "Use 6 or 9",
+    ),
     "an unknown scheme of a schedule": (
         lambda: SharingSchedule(8, 2, "Cycle"),  # type: ignore[arg-type]
         "sharing='Cycle'",
@@ -332,7 +347,7 @@ BY_YAML: dict[str, tuple[str, str, str]] = {
     "an unknown setting": (
         "{num_recursions: 2, depth: 3}",
         "'depth'",
-        "num_recursions, relaxation",
+        "num_recursions, prelude_layers, relaxation",
     ),
     "a setting that is a number": ("{num_recursions: 2, 3: 4, x: 1}", "3, 'x'", "num_recursions"),
     "a missing setting": ("{sharing: cycle}", "RecursionConfig", "'num_recursions'"),
@@ -571,9 +586,10 @@ def test_settings_go_to_mappings_and_back(router, tmp_path):
 
 
 def test_only_layers_between_dense_ends_have_experts():
-    for own in (recursion(), None):
+    long = recursion(sharing="cycle", prelude_layers=0, coda_layers=2)
+    for own, num_ends in ((recursion(), 2), (None, 2), (long, 2)):
         model = MoRTransformer(decoder(recursion=own, moe=MoEConfig(4), dense_ends=True))
         ends = [*model.prelude.layers, *model.coda.layers]
-        assert [isinstance(layer.mlp, MoE) for layer in ends] == [False, False]
+        assert [isinstance(layer.mlp, MoE) for layer in ends] == [False] * num_ends
         inner = [layer for block in model.recursions for layer in block.layers.layers]
         assert all(isinstance(layer.mlp, MoE) for layer in inner)

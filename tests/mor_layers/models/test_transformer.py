@@ -86,13 +86,32 @@ def test_a_plain_decoder_equals_the_loops():
     assert_equals_the_loops(plain_config(2))
 
 
+@pytest.mark.parametrize(
+    ("router", "sharing", "ends"),
+    [
+        ("fixed_depth", "middle_sequence", (0, 2)),
+        ("expert_choice", "middle_cycle", (2, 3)),
+        ("token_choice", "cycle", (3, 0)),
+    ],
+)
+def test_a_prelude_and_a_coda_of_any_length_equal_the_loops(router, sharing, ends):
+    assert_equals_the_loops(small_config(ROUTERS[router], sharing=sharing, ends=ends))
+
+
+@pytest.mark.parametrize("ends", [None, (2, 3)])
 @pytest.mark.parametrize("share_norms", [True, False])
 @pytest.mark.parametrize("sharing", SHARING_SCHEMES)
-def test_a_recursive_model_equals_the_plain_stack_of_its_unrolled_layers(sharing, share_norms):
-    config = small_config(num_recursions=3, sharing=sharing, block_size=2, share_norms=share_norms)
+def test_a_recursive_model_equals_the_plain_stack_of_its_unrolled_layers(
+    sharing, share_norms, ends
+):
+    config = small_config(
+        num_recursions=3, sharing=sharing, block_size=2, share_norms=share_norms, ends=ends
+    )
     assert config.recursion is not None
     schedule, model = config.recursion.schedule(config.num_unrolled_layers), small_model(config)
     plain = MoRTransformer(plain_config(config.num_unrolled_layers))
+    if ends is not None:
+        assert (len(model.prelude.layers), len(model.coda.layers)) == ends
     unique = [*model.prelude.layers]
     for recursion in model.recursions:
         unique += recursion.layers.layers
@@ -110,6 +129,13 @@ def test_a_recursive_model_equals_the_plain_stack_of_its_unrolled_layers(sharing
         getattr(plain, name).load_state_dict(getattr(model, name).state_dict())
     ids = random_ids(2, 6)
     torch.testing.assert_close(model(ids).logits, plain(ids).logits, **CLOSE)
+    for one in (model, plain):
+        one(ids, next_tokens(ids)).loss.backward()
+    # A shared weight's gradient is the sum of those of the layers it stands for.
+    for place, layer in enumerate(unique):
+        repeats = zip(plain.recursions[0].layers.layers, schedule.unrolled, strict=True)
+        grads = [own.mlp.up.weight.grad for own, source in repeats if source == place]
+        torch.testing.assert_close(layer.mlp.up.weight.grad, sum(grads), **CLOSE)
 
 
 @pytest.mark.parametrize("router", ["fixed_depth", "expert_choice", "token_choice"])

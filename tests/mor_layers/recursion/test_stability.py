@@ -82,6 +82,36 @@ def test_a_loop_by_hand_computes_the_same(sharing):
     torch.testing.assert_close(model(ids).logits, model.output(hidden).transpose(0, 1))
 
 
+@pytest.mark.parametrize("sandwich_norms", [False, True])
+@pytest.mark.parametrize("router", ["fixed_depth", "expert_choice", "token_choice"])
+def test_scaled_branches_are_those_of_scaled_weights(router, sandwich_norms):
+    """With λ = 1.2, three recursions and a block of four layers, the factor is 1.2 / (3 · 2)."""
+    changes, block = {"sandwich_norms": sandwich_norms}, {"block_size": 4}
+    plain = small_model(config_with(changes, router=ROUTERS[router], **block))
+    changes["residual_scale"] = 1.2
+    scaled = small_model(config_with(changes, router=ROUTERS[router], **block))
+    last = (
+        ("_output_norm.weights.0",)
+        if sandwich_norms
+        else ("attention.output.weight", "down.weight")
+    )
+    ids = random_ids(2, 9)
+    assert (scaled(ids).logits - plain(ids).logits).abs().max() > 0.1
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if name.startswith("recursions.") and name.endswith(last):
+                parameter.mul_(0.2)
+    torch.testing.assert_close(scaled(ids).logits, plain(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_further_steps_keep_the_factor_of_training():
+    model = small_model(config_with({"residual_scale": 1.2}))
+    deeper = deepened(model, 2)
+    layers = [each.recursions[0].layers.layers[0] for each in (model, deeper)]
+    factors = [layer.residual_factor for layer in layers]
+    assert factors == pytest.approx([1.2 / 3] * 2)
+
+
 @pytest.mark.parametrize("router", ["fixed_depth", "expert_choice", "token_choice"])
 def test_every_parameter_of_them_gets_a_gradient(router):
     model = small_model(config_with(EVERYTHING, router=ROUTERS[router], share_norms=False))
@@ -106,7 +136,8 @@ def test_every_parameter_of_them_gets_a_gradient(router):
     ],
 )
 def test_decoding_equals_the_full_forward_pass(router, policy):
-    model = small_model(config_with(EVERYTHING, router=ROUTERS[router], kv_policy=policy))
+    changes = EVERYTHING | {"residual_scale": 2.0}
+    model = small_model(config_with(changes, router=ROUTERS[router], kv_policy=policy))
     requests = [Request(prompt(length, length), 4) for length in (3, 8, 1)]
     for request, served in zip(requests, serve(model, requests, chunk_size=5), strict=True):
         assert_exact(model, request, served)
@@ -251,6 +282,17 @@ def test_gates_begin_where_their_bias_says(router: RouterConfig):
             {}, plain_config(8), RecursionConfig(3, sandwich_norms=True), "lower"
         ),
         "train from scratch",
+    ),
+    (lambda: RecursionConfig(2, residual_scale=0.0), "residual_scale=0.0 must be above 0"),
+    (lambda: RecursionConfig(1, residual_scale=1.0), "residual_scale needs several steps"),
+    (lambda: RecursionConfig(2, "sequence", residual_scale=1.0), "needs cycle or middle_cycle"),
+    (lambda: unrolled_weights({}, config_with({"residual_scale": 1.0})), "no such thing"),
+    (lambda: published_names(config_with({"residual_scale": 1.0})), "residual_scale is set"),
+    (
+        lambda: recursive_weights(
+            {}, plain_config(8), RecursionConfig(3, residual_scale=1.0), "lower"
+        ),
+        "smaller than the dense model learnt it",
     ),
     (lambda: RecursionConfig(2, router=RandomLoops(2)), "below num_recursions=2"),
     (lambda: RecursionConfig(2, router=RandomLoops(0)), "must be at least 1"),

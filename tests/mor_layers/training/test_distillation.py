@@ -148,10 +148,11 @@ def test_the_loss_and_its_gradients_are_those_of_loops_over_tokens(width, masked
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
 
 
+@pytest.mark.parametrize("ends", [None, (2, 3)])
 @pytest.mark.parametrize("sharing", ["cycle", "sequence", "middle_cycle", "middle_sequence"])
-def test_states_of_a_recursion_are_those_of_the_unrolled_model(sharing):
+def test_states_of_a_recursion_are_those_of_the_unrolled_model(sharing, ends):
     """One recursion's states at each depth are a plain model's of the same layers, repeated."""
-    student = small_model(small_config(sharing=sharing, block_size=2))
+    student = small_model(small_config(sharing=sharing, block_size=2, ends=ends))
     from mor_layers.weights import unrolled_layers
 
     plain = small_model(plain_config(student.config.num_unrolled_layers))

@@ -100,6 +100,28 @@ def test_a_dense_model_whose_layers_repeat_is_reproduced(sharing, initialization
     torch.testing.assert_close(logits, dense(ids).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("sharing", SHARING_SCHEMES)
+@pytest.mark.parametrize("initialization", INITIALIZATIONS[:-1])
+def test_shared_layers_lie_between_a_prelude_and_a_coda_of_any_length(sharing, initialization):
+    dense = small_model(plain_config(2 + 6 + 3))
+    recursion = RecursionConfig(3, sharing, prelude_layers=2, coda_layers=3)
+    ours = uptrained(dense, recursion, initialization).state_dict()
+    theirs, part = dense.state_dict(), "attention.query.weight"
+
+    def original(depth: int) -> torch.Tensor:
+        return theirs[f"recursions.0.layers.layers.{depth}.{part}"]
+
+    for layer in range(2):
+        assert torch.equal(ours[f"prelude.layers.{layer}.{part}"], original(layer))
+    for layer in range(3):
+        assert torch.equal(ours[f"coda.layers.{layer}.{part}"], original(8 + layer))
+    is_cyclic = sharing.endswith("cycle")
+    for place, sources in enumerate(BLOCKS[initialization, is_cyclic]):
+        layer = f"0.layers.layers.{place}" if is_cyclic else f"{place}.layers.layers.0"
+        mean = torch.stack([original(2 + source) for source in sources]).mean(dim=0)
+        torch.testing.assert_close(ours[f"recursions.{layer}.{part}"], mean)
+
+
 def test_one_recursion_is_the_dense_model():
     dense = dense_model("middle_cycle")
     model = uptrained(dense, RecursionConfig(1), "average")

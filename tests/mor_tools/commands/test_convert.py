@@ -88,6 +88,23 @@ def test_deltas_of_full_rank_reproduce_the_dense_model(folder):
     assert (shared(ids).logits - llama(ids).logits).abs().max() > 1e-2
 
 
+def test_a_prelude_and_a_coda_of_any_length_come_from_a_llama_and_go_back(folder):
+    from transformers import AutoModelForCausalLM
+
+    how = ["--recursions", "2", "--sharing", "cycle", "--prelude", "1", "--coda", "3"]
+    main(["convert", str(folder / "llama"), str(folder / "ends"), *how])
+    main(["convert", str(folder / "ends"), str(folder / "ends-unrolled"), "--to", "llama"])
+    ends = load_model(folder / "ends").eval()
+    assert [len(part.layers) for part in (ends.prelude, ends.coda)] == [1, 3]
+    llama = AutoModelForCausalLM.from_pretrained(folder / "llama").eval()
+    for ours, theirs in ((ends.prelude.layers[0], 0), (ends.coda.layers[0], 5)):
+        original = llama.model.layers[theirs].self_attn.q_proj.weight
+        assert torch.equal(ours.attention.query.weight, original)
+    again = AutoModelForCausalLM.from_pretrained(folder / "ends-unrolled").eval()
+    ids = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(again(ids).logits, ends(ids).logits, rtol=1e-5, atol=1e-5)
+
+
 def test_errors_are_told_in_a_line_and_leave_nothing(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     for arguments, message in (
@@ -96,6 +113,12 @@ def test_errors_are_told_in_a_line_and_leave_nothing(folder, monkeypatch, capsys
         (["recursive", "new", "--recursions", "3"], "has a recursion"),
         (["llama", "new", "--recursions", "4"], "cannot split 6 shared layers"),
         (["llama", "new", "--router", "expert_choice"], "--router has no effect without"),
+        (["llama", "new", "--prelude", "2"], "--prelude has no effect without"),
+        (["llama", "new", "--recursions", "2", "--coda", "-1"], "coda_layers=-1 must be at least"),
+        (
+            ["llama", "new", "--recursions", "2", "--prelude", "3", "--to", "published"],
+            "prelude_layers=3 and coda_layers=None have no place in a published checkpoint",
+        ),
         (["llama", "new", "--settings", "any.yaml"], "--settings has no effect"),
         (["llama", "new", "--relax-rank", "2"], "--relax-rank has no effect without"),
         (

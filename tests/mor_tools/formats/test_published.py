@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,17 @@ def test_a_weight_of_another_shape_is_named():
     weights = weights_for(model) | {"model.norm.weight": torch.zeros(3)}
     with pytest.raises(ValueError, match=r"'model.norm.weight' has shape \(3,\).* needs \(32,\)"):
         load_published(model, weights)
+
+
+def test_other_lengths_of_prelude_and_coda_have_no_names():
+    config = config_from_published(settings_of("recursive_cycle_r2"))
+    assert config.recursion is not None
+    layers = config.num_unrolled_layers
+    same = replace(config.recursion, prelude_layers=0, coda_layers=0)
+    assert published_names(replace(config, recursion=same)) == published_names(config)
+    longer = replace(config.recursion, coda_layers=2)
+    with pytest.raises(ValueError, match=r"coda_layers=2 have no place in a published checkpoint"):
+        published_names(replace(config, num_unrolled_layers=layers + 2, recursion=longer))
 
 
 def test_expert_choice_without_activation_leaves_alpha_out():

@@ -128,6 +128,19 @@ def test_stages_hold_the_model_once_and_do_its_work(router, tie: bool) -> None:
         assert 0 < plan.bubble < 1
 
 
+def test_stages_hold_a_prelude_and_a_coda_of_any_length() -> None:
+    recursion = RecursionConfig(3, router=ExpertChoice(), prelude_layers=2, coda_layers=3)
+    model = replace(decoder(ExpertChoice()), num_unrolled_layers=2 + 24 + 3, recursion=recursion)
+    cost = account(model, SEQUENCE)
+    for layout in (spread(4), Layout(pipeline=2), Layout(pipeline=6)):
+        plan = planned(model, layout)
+        assert sum(s.parameters for s in plan.stages) == cost.parameters.total
+        assert busy_flops(plan) == pytest.approx(8 * cost.training.total)
+    # Six parts are the most: two layers, the recursion, three layers.
+    assert refusal(Workload(model, SEQUENCE, 8), Layout(pipeline=6)) is None
+    assert refusal(Workload(model, SEQUENCE, 8), Layout(pipeline=7)) is not None
+
+
 def test_steps_as_stages_divide_the_block_and_shrink_the_bubble() -> None:
     model = decoder(ExpertChoice(), block=16)
     divided, whole = planned(model, spread(4), 16), planned(model, Layout(pipeline=3), 16)

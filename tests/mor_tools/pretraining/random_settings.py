@@ -39,6 +39,8 @@ PLAUSIBLE: dict[str, list[Any]] = {
     "model.moe.ffn_hidden_size": [5, 16],
     "model.moe.num_experts": [2, 3, 4],
     "recursion.num_recursions": [1, 2, 3, 4],
+    "recursion.prelude_layers": ["null", 0, 1, 2],
+    "recursion.coda_layers": ["null", 0, 1, 2],
     "parallel.tensor": [1],
     "parallel.pipeline": [1],
     "parallel.context": [1],

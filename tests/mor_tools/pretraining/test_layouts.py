@@ -75,6 +75,16 @@ def test_a_run_goes_on_alike_in_every_layout(pool, on_one_process, tmp_path, nam
     assert all(torch.equal(read.weights[n], collected.weights[n]) for n in read.weights)
 
 
+def test_a_long_prelude_may_have_experts(pool, tmp_path):
+    ends = ["recursion.prelude_layers=2", "recursion.coda_layers=0", "model.num_unrolled_layers=8"]
+    settings = [*write_text(tmp_path), *ends, "model.moe.dense_ends=false", "training.stop_after=1"]
+    pool.run(pretrain_on_rank, settings=[*settings, f"output={tmp_path / 'run'}"])
+    main(["convert", str(tmp_path / "run"), str(tmp_path / "model")])
+    read = open_model(tmp_path / "model")
+    assert (read.config.schedule.prelude, read.config.schedule.coda) == (2, 0)
+    assert "prelude.layers.1.mlp.router.weights.0" in read.weights
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["PP=2, steps as stages", "CP=2"])
 def test_a_run_comes_back_to_one_process(pool, on_one_process, tmp_path, name):

@@ -34,8 +34,8 @@ from mor_megatron.models import has_transformer_engine
 from mor_megatron.pipeline.rules import validate_pipeline
 from mor_tools.pretraining.models.decoder import (
     decoder_config,
+    dense_ends,
     padded_vocabulary,
-    unshared_layers,
 )
 from mor_tools.pretraining.settings import Settings
 
@@ -159,12 +159,13 @@ def transformer_config(settings: Settings) -> TransformerConfig:
     elif training.recompute == "selective":
         fields |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     if model.moe is not None:
-        ends = [0] * unshared_layers(settings)
+        before, after = dense_ends(settings)
+        between = model.num_unrolled_layers - before - after
         fields |= {
             "num_moe_experts": model.moe.num_experts,
             "moe_router_topk": model.moe.experts_per_token,
             "moe_ffn_hidden_size": model.moe.ffn_hidden_size,
-            "moe_layer_freq": [*ends, *[1] * (model.num_unrolled_layers - 2 * len(ends)), *ends],
+            "moe_layer_freq": [0] * before + [1] * between + [0] * after,
             "moe_router_load_balancing_type": "aux_loss",
             "moe_aux_loss_coeff": model.moe.balance_coefficient,
             "moe_z_loss_coeff": model.moe.z_loss_coefficient or None,
@@ -218,19 +219,21 @@ def _block(
     settings: Settings, config: TransformerConfig, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
     inner = _layer_spec(settings, config)
-    without_experts = copy.copy(config)
-    without_experts.num_moe_experts = None
-    without_experts.moe_grouped_gemm = False
-    dense = _layer_spec(settings, without_experts)
+    before, after = dense_ends(settings)
+    ends = inner
+    if before or after:
+        without_experts = copy.copy(config)
+        without_experts.num_moe_experts = None
+        without_experts.moe_grouped_gemm = False
+        ends = _layer_spec(settings, without_experts)
     if settings.virtual_stages is not None:
         # Routed as in generation, how many tokens run a step is not fixed.
         return recursion_pipeline_spec(
-            config, settings.recursion, inner, vp_stage, dense, documents=True
+            config, settings.recursion, inner, vp_stage, ends, documents=True
         )
     if settings.recursion is not None:
-        return recursion_block_spec(config, settings.recursion, inner, dense_layer_spec=dense)
-    ends = unshared_layers(settings)
-    layers = [dense] * ends + [inner] * (config.num_layers - 2 * ends) + [dense] * ends
+        return recursion_block_spec(config, settings.recursion, inner, dense_layer_spec=ends)
+    layers = [ends] * before + [inner] * (config.num_layers - before - after) + [ends] * after
     first = get_transformer_layer_offset(config)
     return TransformerBlockSubmodules(
         layer_specs=layers[first : first + get_num_layers_to_build(config)], layer_norm=Norm

@@ -42,10 +42,13 @@ def decoder_config(settings: Settings, vocab_size: int) -> DecoderConfig:
         tie_embeddings=model.tie_embeddings,
         recursion=settings.recursion,
         moe=experts,
-        dense_ends=experts is not None and unshared_layers(settings) > 0,
+        dense_ends=any(dense_ends(settings)),
     )
 
 
-def unshared_layers(settings: Settings) -> int:
-    """Layers before the recursion, and as many after it; one without recursion."""
-    return 1 if settings.schedule is None else settings.schedule.prelude
+def dense_ends(settings: Settings) -> tuple[int, int]:
+    """In a model with experts, the first layers and the last ones that have none."""
+    moe, schedule = settings.model.moe, settings.schedule
+    if moe is None or not moe.dense_ends:
+        return 0, 0
+    return (1, 1) if schedule is None else (schedule.prelude, schedule.coda)

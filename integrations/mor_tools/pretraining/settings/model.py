@@ -13,7 +13,7 @@ Dispatcher = Literal["allgather", "alltoall"]
 
 @dataclass(frozen=True)
 class MoESettings:
-    """A mixture of experts that replaces the MLP, except in the unshared first and last layer."""
+    """A mixture of experts that replaces the MLP."""
 
     num_experts: int = 4
     """Experts per layer."""
@@ -27,6 +27,9 @@ class MoESettings:
     """Weight of the z-loss on the expert router's logits. 0: none."""
     dispatcher: Dispatcher = "alltoall"
     """How tokens reach their experts: `allgather` or `alltoall`."""
+    dense_ends: bool = True
+    """Whether the unshared layers before and after the recursion (without one, the first and the last
+    layer) keep a dense MLP."""
 
     def __post_init__(self) -> None:
         owner = "model.moe"
