@@ -44,7 +44,9 @@ def name(plan: Plan) -> str:
 def plans_table(plans: Sequence[Plan], count: int) -> Table:
     """Time, memory and traffic of the best layouts, one per row."""
     table = Table(title=f"{len(plans)} best of {count} layouts that fit", box=SIMPLE_HEAD)
-    table.caption = "batch: sequences per micro-batch; GiB: memory of the fullest rank; sent: GB per rank and step"
+    table.caption = (
+        "batch: sequences per micro-batch; GiB: on the fullest rank; sent: GB per rank and step"
+    )
     table.add_column("layout", no_wrap=True)
     for column in ("batch", "recompute", "seconds", "MFU", "bubble", "GiB", "sent"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -92,7 +92,7 @@ def test_errors_are_told_in_a_line_and_leave_nothing(folder, monkeypatch, capsys
     monkeypatch.chdir(folder)
     for arguments, message in (
         (["llama", "unrolled"], "unrolled exists"),
-        (["nowhere", "new"], "there is no nowhere"),
+        (["nowhere", "new"], "nowhere does not exist"),
         (["recursive", "new", "--recursions", "3"], "has a recursion"),
         (["llama", "new", "--recursions", "4"], "cannot split 6 shared layers"),
         (["llama", "new", "--router", "expert_choice"], "--router has no effect without"),
