@@ -203,7 +203,7 @@ def load_into_another_model(directory: Path) -> None:
     setup.initialize(pp=2)
     runs.save(directory, 1, build({}, {})[0])
     wider, _ = build({"ffn_hidden_size": 96}, {})
-    difference = r"linear_fc1.weight is \(192, 32\), but the checkpoint holds \(160, 32\)"
+    difference = r"linear_fc1.weight has shape \(192, 32\), but \(160, 32\) in the checkpoint"
     with pytest.raises(ValueError, match=rf"(?s)8 tensors differ:.*{difference}"):
         runs.load(directory, wider)
     # Only the second stage differs, and still both raise.
