@@ -243,7 +243,9 @@ def test_damage_is_named_by_file_and_tensor_and_leaves_nothing(written: Path, ca
     (written / "step_00000000" / ".metadata").write_bytes(pickle.dumps(print))
     assert "builtins.print is not part of a checkpoint's metadata" in refused(written, capsys)
     (written / "latest").write_text("step_00000009")
-    assert "latest names step_00000009, which is not a complete checkpoint" in refused(written, capsys)
+    assert "latest names step_00000009, which is not a complete checkpoint" in refused(
+        written, capsys
+    )
 
 
 def test_a_checkpoint_that_says_no_model_takes_settings(
