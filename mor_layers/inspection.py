@@ -1,7 +1,7 @@
-"""What a model does with a text, token by token: depth, surprise, router scores, experts.
+"""Per-token measurements of a model on a text: depth, surprise, router scores and experts.
 
-Everything is measured twice where training and generation differ: routed as in generation, where no
-token's depth depends on later ones, and as in training.
+Depths are measured twice, because training and generation can route differently: as in generation,
+where a token's depth does not depend on later tokens, and as in training.
 
 Legend: `b` batch, `n` candidates of a step, `t` tokens of the text, `w` tokens of a window, `r`
 recursion steps, `e` experts.
@@ -22,46 +22,48 @@ from mor_layers.selection import RoutingDecision
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a model did with a text. All tensors are on the CPU."""
+    """The measurements of a model on a text. All tensors are on the CPU."""
 
     ids: Int[Tensor, " t"]
     """Tokens of the text."""
     window: int
-    """Tokens that the model saw at once: the text is cut into windows of so many."""
+    """Number of tokens that the model saw at once. The text is cut into windows of this length."""
     num_recursions: int
-    """Steps that a token can take."""
+    """Largest number of steps that a token can take."""
     surprise: Float[Tensor, " t"]
-    """-log p of each token after those before it in its window (the first of a window: after the
-    window before), in nats; nan for the first token of the text."""
+    """-log p of each token in nats, given the earlier tokens of its window. The first token of a
+    window is predicted from the window before. NaN for the first token of the text."""
     depths: Int[Tensor, " t"]
-    """Steps each token took, routed as in generation."""
+    """Number of steps that each token took, routed as in generation."""
     training_depths: Int[Tensor, " t"]
-    """The same, routed as in training."""
+    """Number of steps that each token took, routed as in training."""
     scores: Float[Tensor, "r t"]
-    """The router's score of each token for each step, as in generation; nan where it gave none."""
+    """Router score of each token at each step, routed as in generation. NaN if there is none."""
     thresholds: tuple[float | None, ...]
-    """What a score must exceed to run a step; None where the router does not compare."""
+    """The score that a token must exceed to run each step. None: no threshold decides."""
     agreement: tuple[float, ...]
-    """Of a step's candidates in training, the share about which generation would decide alike."""
+    """For each step, the share of its candidates in training for which generation would make the
+    same decision."""
     expert_load: Float[Tensor, "r e"] | None
-    """Tokens that each expert computed at each step, as in generation, all layers of the recursion
-    together; None without experts."""
+    """Number of tokens that each expert computed at each step, routed as in generation and summed
+    over the layers of the recursion. None without experts."""
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Share of the tokens that ran each step, routed as in generation."""
+        """Share of tokens that ran each step, routed as in generation."""
         return _shares(self.depths, self.num_recursions)
 
     @property
     def training_shares(self) -> tuple[float, ...]:
-        """The same, routed as in training."""
+        """Share of tokens that ran each step, routed as in training."""
         return _shares(self.training_depths, self.num_recursions)
 
     @property
     def dead_shares(self) -> tuple[float, ...]:
-        """For each step, the share of places in a window whose tokens never run it, in any window.
+        """For each step, the share of positions in a window at which no window's token runs it.
 
-        Routed as in training. In a text of one window that is the share of tokens left out.
+        Routed as in training. If the text is a single window, this is the share of tokens that do
+        not run the step.
         """
         places = torch.arange(len(self.ids)) % self.window
         deepest = torch.zeros(min(self.window, len(self.ids)), dtype=torch.long)
@@ -70,54 +72,57 @@ class Inspection:
 
     @property
     def mean_surprise(self) -> float:
-        """In nats per token."""
+        """Mean surprise in nats per token."""
         return self.surprise[1:].mean().item()
 
     @property
     def surprise_correlation(self) -> float:
-        """Rank correlation of a token's depth with how surprising it is itself; nan where either is
-        the same for all."""
+        """Rank correlation of a token's depth and its surprise. NaN if either is constant."""
         return rank_correlation(self.depths[1:], self.surprise[1:])
 
     @property
     def outlook_correlation(self) -> float:
-        """Rank correlation of a token's depth with how surprising the token after it is, which the
-        depth is spent on."""
+        """Rank correlation of a token's depth and the surprise of the next token.
+
+        The steps of a token are spent on predicting the next one.
+        """
         return rank_correlation(self.depths[:-1], self.surprise[1:])
 
     @property
     def cell_shares(self) -> Float[Tensor, "r e"] | None:
-        """`expert_load` as a share of each step's."""
+        """`expert_load` of each expert, relative to the total of its step."""
         if self.expert_load is None:
             return None
         return self.expert_load / self.expert_load.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def inspect_text(model: MoRTransformer, ids: Int[Tensor, " t"], window: int) -> Inspection:
-    """Look at what a model does with a text.
+    """Measure what a model does with each token of a text.
 
     Args:
-        model: any; one without recursion takes one step with every token.
-        ids: the text's tokens, 2 or more.
-        window: most tokens that the model sees at once. A longer text is cut.
+        model: any model. Without recursion, every token takes one step.
+        ids: the tokens of the text, at least 2.
+        window: largest number of tokens that the model sees at once. A longer text is cut.
 
     Raises:
-        ValueError: there is no token to predict, a token the model does not have, or no window.
+        ValueError: the text has fewer than 2 tokens, a token is not in the vocabulary, or `window`
+            is below 1.
     """
     if window < 1:
         raise ValueError(f"window={window} must be at least 1 token.")
     if ids.dim() != 1 or len(ids) < 2:
-        raise ValueError(f"ids has shape {tuple(ids.shape)}; expected [t] with 2 tokens or more.")
+        raise ValueError(f"ids has shape {tuple(ids.shape)}. Pass [t] with at least 2 tokens.")
     if not 0 <= int(ids.min()) <= int(ids.max()) < model.config.vocab_size:
         raise ValueError(
-            f"ids lie in {int(ids.min())}..{int(ids.max())}, beyond the model's "
+            f"ids are in {int(ids.min())}..{int(ids.max())}, outside the model's "
             f"vocab_size={model.config.vocab_size}. Use the tokenizer that it was trained with."
         )
     device = model.embedding.weight.device
     is_training = model.training
     model.eval()
     try:
-        # A router may draw: the same text shall look the same twice, and draws of others go on.
+        # A router may draw random numbers. Seeding makes the result reproducible, and fork_rng
+        # leaves the caller's random state unchanged.
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(0)
             ids = ids.to(device)
@@ -145,7 +150,7 @@ def inspect_text(model: MoRTransformer, ids: Int[Tensor, " t"], window: int) -> 
 
 
 def rank_correlation(values: Tensor, others: Tensor) -> float:
-    """Spearman's: the correlation of ranks, ties at their mean rank; nan where one is constant."""
+    """Spearman's rank correlation. Ties get their mean rank. NaN if either input is constant."""
     ranks = torch.stack([_ranks(values), _ranks(others)])
     ranks = ranks - ranks.mean(dim=1, keepdim=True)
     spread = ranks.square().sum(dim=1).prod().sqrt()
@@ -154,21 +159,22 @@ def rank_correlation(values: Tensor, others: Tensor) -> float:
 
 @dataclass(frozen=True)
 class _Window:
-    """What one window shows. Fields as of `Inspection`."""
+    """The measurements of one window. Fields not described here are those of `Inspection`."""
 
     outlook: Float[Tensor, " w"]
-    """Surprise of the token after each, as far as the text goes."""
+    """Surprise of the token after each. At the end of the text it is one shorter than `w`."""
     depths: Int[Tensor, " w"]
     training_depths: Int[Tensor, " w"]
     scores: Float[Tensor, "r w"]
     thresholds: tuple[float | None, ...]
     agreeing: Float[Tensor, "r 2"]
-    """Candidates whose fate is the same both ways, and all candidates."""
+    """For each step, the number of candidates with the same decision both ways, and of all."""
     expert_load: Float[Tensor, "r e"] | None
 
 
 def _look(model: MoRTransformer, ids: Int[Tensor, "1 w"], following: Int[Tensor, " w"]) -> _Window:
-    # Several recursions are those of a sequence scheme, where all tokens run all steps.
+    # A model has several recursions only in a 'sequence' scheme, where all tokens run all steps, so
+    # the first one represents them all.
     block = cast(RecursionBlock, model.recursions[0])
     steps, length = block.router.num_recursions, ids.shape[1]
     agreeing = torch.zeros(steps, 2)

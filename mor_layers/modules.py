@@ -1,4 +1,4 @@
-"""Mix-ins for modules: buffers that keep their precision, and parameters that are read by a call."""
+"""Base classes for modules: buffers that keep their dtype, and parameters that are read by a call."""
 
 from torch import Tensor, nn
 

@@ -3,7 +3,7 @@
     samples = MegatronSamples(gpt_dataset)
     for batch in token_batches(samples, BatchOrder(end=len(samples), size=8)): ...
 
-Importing this package needs no DALI; `token_batches` does.
+Importing this package does not need DALI. Only `token_batches` does.
 """
 
 from mor_dali.order import BatchOrder

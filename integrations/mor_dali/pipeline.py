@@ -1,6 +1,8 @@
-"""From samples to batches in DALI: labels, masks and positions, made ahead on a CPU or a GPU.
+"""Makes batches from samples in DALI, with labels, masks and positions, on a CPU or a GPU.
 
-`b` batch, `s` sequence.
+Batches are prefetched while the model trains.
+
+Legend: `b` batch, `s` sequence.
 """
 
 from __future__ import annotations
@@ -15,31 +17,31 @@ import numpy
 from mor_dali.order import BatchOrder
 from mor_dali.samples import Ids, TokenSamples, document_numbers, document_starts
 
-if TYPE_CHECKING:  # processes that only read need not load it
+if TYPE_CHECKING:  # processes that only read samples should not import torch
     from torch import Tensor
 
 INSTALL = (
-    "NVIDIA DALI is not installed. Install mor-layers[dali] (nvidia-dali-cuda130; Linux, and on CPUs "
-    "too), or read through Megatron's own loader."
+    "NVIDIA DALI is not installed. Install mor-layers[dali] (nvidia-dali-cuda130, for Linux; it also "
+    "runs on CPUs), or use Megatron's own data loader."
 )
 
 
 @dataclass(frozen=True)
 class Prefetch:
-    """Where and how far ahead batches are made.
+    """Where batches are made, and how many in advance.
 
     Raises:
-        ValueError: a number is out of its range.
+        ValueError: a number is out of range.
     """
 
     device_id: int | None = None
-    """GPU that batches are made on. None: the CPU."""
+    """GPU that makes the batches. None: the CPU."""
     batches: int = 2
-    """Batches that are made ahead. At least 1."""
+    """Number of batches made in advance. At least 1."""
     threads: int = 1
-    """Threads of DALI. At least 1."""
+    """Number of threads of DALI. At least 1."""
     workers: int = 0
-    """Processes that read token ids. 0: the process that trains reads them."""
+    """Number of processes that read token ids. 0: the training process reads them."""
 
     def __post_init__(self) -> None:
         for name, minimum in (("batches", 1), ("threads", 1), ("workers", 0)):
@@ -52,22 +54,22 @@ def is_installed() -> bool:
     """Whether DALI can be imported."""
     try:
         return find_spec("nvidia.dali") is not None
-    except ModuleNotFoundError:  # nor is anything else of NVIDIA's
+    except ModuleNotFoundError:  # there is no package `nvidia` at all
         return False
 
 
 def token_batches(
     samples: TokenSamples, order: BatchOrder, prefetch: Prefetch | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches of `samples` in this order.
+    """Batches of `samples` in the given order.
 
     Returns:
-        Batches of `tokens`, `labels`, `position_ids` (int64) and `loss_mask` (fp32), `[b s]`;
-        `documents` `[b s]` and `attention_mask` `[b 1 s s]` as `samples.fields` says.
+        Batches with `tokens`, `labels`, `position_ids` (int64) and `loss_mask` (fp32), each `[b s]`.
+        Depending on `samples.fields`, also `documents` `[b s]` and `attention_mask` `[b 1 s s]`.
 
     Raises:
         ImportError: DALI is not installed.
-        ValueError: the order goes beyond the samples.
+        ValueError: the order has more samples than there are.
     """
     if not is_installed():
         raise ImportError(INSTALL)
@@ -86,7 +88,10 @@ def token_batches(
 
 
 class _Source:
-    """Numbers of DALI's iterations to `[b s+1]` token ids, and to what NumPy knows of documents."""
+    """For the number of a DALI iteration, the token ids `[b s+1]` and the documents of a batch.
+
+    Documents are found in NumPy, because this depends on the values of the tokens.
+    """
 
     def __init__(self, samples: TokenSamples, order: BatchOrder) -> None:
         self.samples, self.order = samples, order
@@ -100,7 +105,7 @@ class _Source:
         if fields.needs_starts:
             found.append([document_starts(text[:-1], end) for text in texts])
         if fields.numbers_documents:
-            # As in GPTDataset's batches, padding is token 0 by now.
+            # As in the batches of GPTDataset, padding has become token 0 at this point.
             mapped = (numpy.where(text == fields.padding, 0, text) for text in texts)
             found.append([document_numbers(text[:-1], end) for text in mapped])
         return tuple(found)
@@ -120,7 +125,7 @@ def _pipeline(
         device_id=prefetch.device_id,
         prefetch_queue_depth=prefetch.batches,
         py_num_workers=max(1, prefetch.workers),
-        py_start_method="spawn",  # CUDA does not survive a fork
+        py_start_method="spawn",  # CUDA cannot be used in a forked process
     )
     with pipeline:
         read = fn.external_source(
@@ -140,7 +145,7 @@ def _pipeline(
 
 
 def _fields(samples: TokenSamples, read: list[Any], device: str) -> dict[str, Any]:
-    """DALI's graph: its nodes stand for one sample, without `b`."""
+    """The DALI graph that computes the fields. Its nodes are single samples, without `b`."""
     from nvidia.dali import fn, types
 
     fields, length = samples.fields, samples.sequence_length

@@ -1,6 +1,8 @@
-"""Where token ids come from: Megatron's .bin/.idx pairs in GPTDataset's order, or .npy shards.
+"""Sources of token ids: Megatron's .bin/.idx pairs in the order of a GPTDataset, or .npy shards.
 
-`s` sequence. A sample is `[s+1]` token ids: inputs and, one further, labels.
+A sample is `[s+1]` token ids. The first `s` are the inputs, and the last `s` are the labels.
+
+Legend: `s` sequence.
 """
 
 from collections.abc import Sequence
@@ -17,26 +19,27 @@ AttentionMask = Literal["none", "causal", "documents"]
 
 @dataclass(frozen=True)
 class BatchFields:
-    """What a batch holds besides tokens, labels, loss mask and position ids."""
+    """The contents of a batch in addition to tokens, labels, loss mask and position ids."""
 
     padding: int = -1
-    """Id of padding: becomes token 0, and is left out of the loss."""
+    """Id of padding. It is replaced by token 0 and excluded from the loss."""
     end_of_document: int | None = None
-    """Id that ends a document and belongs to it; needed by the fields below that know documents."""
+    """Id of the token that ends a document and is part of it. Required by the fields below that
+    depend on documents."""
     masks_ends: bool = False
-    """Whether what follows the end of a document is left out of the loss."""
+    """Whether the prediction of the token after the end of a document is excluded from the loss."""
     resets_positions: bool = False
     """Whether position ids start at 0 in each document."""
     attention_mask: AttentionMask = "none"
-    """Mask `[b 1 s s]`, True where attention is barred: `causal`, or `documents`: barred between
-    documents too."""
+    """Mask `[b 1 s s]`, True where attention is not allowed. `causal`: to later tokens. `documents`:
+    to later tokens and to other documents. `none`: no mask."""
     numbers_documents: bool = False
-    """Whether `documents` `[b s]` numbers the documents of a sample, from 0."""
+    """Whether batches have `documents` `[b s]`, the number of each token's document, from 0."""
 
     def __post_init__(self) -> None:
         if self.needs_ends and self.end_of_document is None:
             raise ValueError(
-                f"{self} tells documents apart. Give end_of_document, the id that ends them."
+                f"{self} depends on documents. Pass end_of_document, the id that ends them."
             )
 
     @property
@@ -51,7 +54,7 @@ class BatchFields:
 
 
 class TokenSamples(Protocol):
-    """Samples by number. Picklable, for reading in other processes."""
+    """Samples by number. They must be picklable, so that other processes can read them."""
 
     @property
     def fields(self) -> BatchFields: ...
@@ -62,15 +65,15 @@ class TokenSamples(Protocol):
 
 
 class MegatronSamples:
-    """The samples of a Megatron-Core GPTDataset, cut and ordered as it does.
+    """The samples of a Megatron-Core GPTDataset, with the same boundaries and in the same order.
 
     Args:
-        dataset: a GPTDataset. Its indices say which part of which document comes when; the ids are
-            read from its .bin file.
+        dataset: a GPTDataset. Its indices determine the parts of documents in each sample. The ids
+            are read from its .bin file.
         numbers_documents: see `BatchFields`.
 
     Raises:
-        ValueError: the dataset's configuration asks for what is not made here.
+        ValueError: a setting of the dataset's configuration is not supported.
     """
 
     def __init__(self, dataset: Any, numbers_documents: bool = False) -> None:
@@ -78,14 +81,14 @@ class MegatronSamples:
         if getattr(config, "inter_document_masking", False):
             raise ValueError(
                 "GPTDatasetConfig.inter_document_masking=True makes cu_seqlens, which DALI batches "
-                "do not hold. Set it to False; reset_attention_mask keeps documents apart."
+                "do not support. Set it to False. reset_attention_mask also separates documents."
             )
         if not config.add_extra_token_to_sequence:
             raise ValueError(
                 "GPTDatasetConfig.add_extra_token_to_sequence=False leaves no label for a sample's "
                 "last token. Set it to True."
             )
-        if dataset.shuffle_index is None:  # read at the first sample, if so configured
+        if dataset.shuffle_index is None:  # some configurations load it with the first sample
             dataset[0]
         mask: AttentionMask = "documents" if config.reset_attention_mask else "causal"
         self.fields = BatchFields(
@@ -122,7 +125,7 @@ class MegatronSamples:
         return ids
 
     def __getstate__(self) -> dict[str, Any]:
-        """Indices that are mapped files go to other processes by name."""
+        """Replace memory-mapped indices by file names, so that pickling does not copy them."""
         return {name: _FileName.of(value) for name, value in vars(self).items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -132,14 +135,14 @@ class MegatronSamples:
 
 
 class NumpyShards:
-    """Samples of .npy files, one row of token ids each, in an order drawn from a seed.
+    """Samples of .npy files with one row of token ids each, in a random order.
 
-    A shard is cut every `sequence_length` tokens; what is left of it is not read.
+    Each shard is cut into samples of `sequence_length` tokens. The rest at its end is not read.
 
     Args:
-        paths: the files; their order matters.
-        sequence_length: `s`.
-        seed: of the order.
+        paths: the files. The order of samples depends on the order of the files.
+        sequence_length: number of tokens per sample (s).
+        seed: seed of the order.
         fields: see `BatchFields`.
 
     Raises:
@@ -161,8 +164,8 @@ class NumpyShards:
         self._ends = numpy.cumsum(counts, dtype=numpy.int64)
         if sum(counts) == 0:
             raise ValueError(
-                f"none of {self._paths} has the {sequence_length + 1} tokens of one sample. Give "
-                f"more text, or a shorter sequence_length={sequence_length}."
+                f"none of {self._paths} has the {sequence_length + 1} tokens of one sample. Use more "
+                f"text, or a sequence_length shorter than {sequence_length}."
             )
         self._order = numpy.random.default_rng(seed).permutation(sum(counts))
 
@@ -181,7 +184,7 @@ class NumpyShards:
         ids = numpy.load(path, mmap_mode="r")
         if ids.ndim != 1 or not numpy.issubdtype(ids.dtype, numpy.integer):
             raise ValueError(
-                f"{path} holds {ids.dtype} of shape {ids.shape}. A shard is one row of integers."
+                f"{path} holds {ids.dtype} of shape {ids.shape}. A shard must be one row of integers."
             )
         return ids
 
@@ -193,13 +196,13 @@ class NumpyShards:
 
 
 def document_numbers(tokens: Ids, end_of_document: int) -> Ids:
-    """Which document of its sample a token is in, `[s]` → `[s]`, from 0."""
+    """The number of each token's document within the sample, from 0: `[s]` → `[s]`."""
     is_end = (tokens == end_of_document).astype(numpy.int64)
     return is_end.cumsum() - is_end
 
 
 def document_starts(tokens: Ids, end_of_document: int) -> Ids:
-    """Where the document of a token starts, `[s]` → `[s]`; 0 in the sample's first one."""
+    """The position where each token's document starts, 0 for the first one: `[s]` → `[s]`."""
     starts = numpy.zeros_like(tokens)
     (ends,) = numpy.nonzero(tokens[:-1] == end_of_document)
     starts[ends + 1] = ends + 1
@@ -208,7 +211,7 @@ def document_starts(tokens: Ids, end_of_document: int) -> Ids:
 
 @dataclass(frozen=True)
 class _FileName:
-    """Stands for a mapped .npy file."""
+    """Replaces a memory-mapped .npy file in a pickle."""
 
     path: str
 

@@ -1,8 +1,9 @@
-"""MoRCache: the rows that a KV policy keeps, as a cache of the transformers library.
+"""MoRCache: a cache for the transformers library that stores the rows of a KV policy.
 
-The library's caches hold one tensor of keys and values per layer, with a row for every token. Ours
-has other rows at every step, so `update` is not how it is filled: `MoRForCausalLM` hands it tokens.
-What the library's loops ask of a cache (length, beams, taking back) it does.
+The library's caches hold one tensor of keys and values per layer, with a row for every token. A
+recursion has different rows at every step, so this cache is not filled by `update`. Instead,
+`MoRForCausalLM` passes tokens to it. It supports what the generation loops of the library need: its
+length, the selection of beams, and the removal of tokens.
 """
 
 from typing import Any, NoReturn
@@ -17,10 +18,10 @@ from mor_layers.generation import IncrementalDecoder
 
 
 class MoRCache(Cache):
-    """Keys and values of a batch of texts; empty at first, its batch is that of the first tokens.
+    """Keys and values of a batch of texts. The first tokens determine the batch size.
 
     Args:
-        model: whose keys and values it holds, `MoRForCausalLM.model`.
+        model: the model whose keys and values it stores, `MoRForCausalLM.model`.
     """
 
     def __init__(self, model: MoRTransformer) -> None:
@@ -41,13 +42,13 @@ class MoRCache(Cache):
     def extend(
         self, ids: Int[Tensor, "b q"], attention_mask: Int[Tensor, "b sq"] | None
     ) -> Float[Tensor, "b q h"]:
-        """States of the next tokens, behind the last norm.
+        """Add the next tokens, and return their states after the last norm.
 
         Args:
-            attention_mask: 0 where there is no token, for all tokens up to now.
+            attention_mask: 0 for padding. It covers the cached tokens and the new ones.
 
         Raises:
-            ValueError: a mask of another length, or one that changes earlier columns.
+            ValueError: the mask has the wrong length, or changes earlier columns.
         """
         past = self.get_seq_length()
         is_token = None if attention_mask is None else self._new_columns(ids, attention_mask, past)
@@ -60,19 +61,19 @@ class MoRCache(Cache):
         if mask.shape != shape:
             raise ValueError(
                 f"attention_mask has shape {tuple(mask.shape)}; with {past} tokens in the cache it "
-                f"must be {shape}, for those and the new ones."
+                f"must be {shape}, for the cached and the new tokens."
             )
         is_token = mask != 0
         if self.decoder is not None and not torch.equal(is_token[:, :past], self.decoder.is_token):
             raise ValueError(
-                "attention_mask differs from the one before for tokens that are in the cache. "
-                "Start again without a cache, or leave those columns as they were."
+                "attention_mask differs from the previous one for tokens that are in the cache. "
+                "Start again without a cache, or do not change these columns."
             )
         return is_token[:, past:]
 
     @property
     def is_compileable(self) -> bool:
-        return False  # a step's width depends on its tokens
+        return False  # the number of tokens that run a step depends on their values
 
     @property
     def is_croppable(self) -> bool:
@@ -88,7 +89,7 @@ class MoRCache(Cache):
 
     @property
     def is_linear(self) -> list[bool]:
-        return [False]  # an empty list would mean that there is no length to go on from
+        return [False]  # an empty list would mean that the cache has no length
 
     @property
     def is_dummy(self) -> list[bool]:
@@ -100,11 +101,11 @@ class MoRCache(Cache):
 
     @property
     def num_bytes_in_use(self) -> int:
-        """Bytes of keys and values held, in whole pages."""
+        """Bytes of the stored keys and values, in whole pages."""
         return 0 if self.decoder is None else self.decoder.caches.num_bytes_in_use
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns up to now, padding among them."""
+        """Number of columns so far, including padding."""
         return 0 if self.decoder is None else self.decoder.num_columns
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -128,20 +129,24 @@ class MoRCache(Cache):
         self.batch_select_indices(texts.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens; their number is given as a negative one.
+        """Remove the last tokens.
+
+        Args:
+            tokens_to_remove: number of tokens to remove, as a negative number. The library defines
+                it this way.
 
         Raises:
-            ValueError: it is positive, or there are fewer tokens.
+            ValueError: the number is positive, or there are fewer tokens.
         """
         if tokens_to_remove > 0:
             raise ValueError(
-                f"crop({tokens_to_remove}): give a negative number, that of the tokens to remove."
+                f"crop({tokens_to_remove}): pass the number of tokens to remove as a negative number."
             )
         if tokens_to_remove and self.decoder is not None:
             self.decoder.cut(self.get_seq_length() + tokens_to_remove)
 
     def update(self, *arguments: Any, **named: Any) -> NoReturn:
         raise ValueError(
-            "a MoRCache takes tokens, not the keys and values of a layer. Give it to "
+            "a MoRCache takes tokens, not the keys and values of a layer. Pass it to "
             "MoRForCausalLM as `cache`."
         )

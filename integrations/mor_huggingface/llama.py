@@ -1,8 +1,8 @@
-"""Llama and Qwen checkpoints as plain decoders, and decoders as such checkpoints.
+"""Reads Llama and Qwen checkpoints as plain decoders, and writes decoders as such checkpoints.
 
-SmolLM is a Llama; Mistral differs in its name where it has no sliding window. Qwen2 adds biases to
-queries, keys and values, Qwen3 a norm of queries and keys. A model with a field that the core lacks
-is refused by that field's name.
+SmolLM is a Llama. A Mistral without a sliding window differs from a Llama only in name. Qwen2 adds
+biases to queries, keys and values, and Qwen3 adds norms of queries and keys. A checkpoint that uses
+an unsupported setting is rejected with an error that names the setting.
 """
 
 import json
@@ -39,28 +39,28 @@ _ONLY: dict[str, Any] = {
     "rope_scaling": None,
     "use_sliding_window": False,
 }
-"""Fields that must have this value where they are given."""
+"""The only supported value of each of these fields, if the field is given."""
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 4096, "num_key_value_heads": 8},
     "qwen2": {"num_key_value_heads": 32},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
 }
-"""What fields that are not given mean, where that is not what they mean in a Llama."""
+"""Defaults of missing fields, where these differ from those of a Llama."""
 
 
 def open_llama(folder: Path) -> StoredModel:
-    """A Llama checkpoint, without reading its tensors.
+    """Open a Llama checkpoint. Its tensors are read on access.
 
     Raises:
-        ValueError: a field of its settings is not in the core, or a file is missing or damaged.
-        FileNotFoundError: there is no such folder.
+        ValueError: a setting is not supported, or a file is missing or damaged.
+        FileNotFoundError: the folder does not exist.
     """
     values = read_config(folder)
     config = config_from_llama(values, str(folder / CONFIG))
     tensors = open_tensors(folder)
     require_layers(config, len(tensors), folder)
     names = llama_names(config)
-    # Older files list a tied head too, and frequencies that follow from the settings.
+    # Older files also contain a tied head, and rotary frequencies that follow from the settings.
     left_out = {"lm_head.weight"} if config.tie_embeddings else set()
     kept = [n for n in tensors if n not in left_out and not n.endswith("rotary_emb.inv_freq")]
     weights = fitting(config, names, LazyTensors(kept, tensors.__getitem__), folder)
@@ -70,7 +70,7 @@ def open_llama(folder: Path) -> StoredModel:
 def write_llama(
     model: StoredModel, folder: Path, written: Callable[[str], None] | None = None
 ) -> None:
-    """Write a Llama checkpoint into an existing folder, tensor by tensor; a recursion unrolled.
+    """Write a Llama checkpoint into an existing folder, tensor by tensor. Recursions are unrolled.
 
     Raises:
         ValueError: the model routes tokens, shares keys and values, or has experts.
@@ -87,17 +87,19 @@ def write_llama(
 
 
 def config_from_llama(values: Mapping[str, Any], where: str = CONFIG) -> DecoderConfig:
-    """Our settings for those of a Llama's config.json.
+    """Convert the settings in a Llama's config.json to a DecoderConfig.
 
     Raises:
-        ValueError: one is missing, or is not in the core.
+        ValueError: a setting is missing or not supported.
     """
     kind = values.get("model_type")
     if kind not in MODEL_TYPES:
-        raise ValueError(f"{where}: model_type={kind!r}: use one of {', '.join(MODEL_TYPES)}.")
+        raise ValueError(
+            f"{where}: model_type={kind!r} is not supported. Use one of {', '.join(MODEL_TYPES)}."
+        )
     values = _DEFAULTS.get(kind, {}) | dict(values)
     if kind in ("qwen2", "qwen3") and not values.get("use_sliding_window"):
-        values["sliding_window"] = None  # Qwen's window has no effect while it is off
+        values["sliding_window"] = None  # without use_sliding_window, Qwen ignores sliding_window
     rope = values.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"{where}: rope_parameters={rope!r}: expected a mapping.")
@@ -111,12 +113,12 @@ def config_from_llama(values: Mapping[str, Any], where: str = CONFIG) -> Decoder
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     for name in (*needed, "num_attention_heads"):
         if not isinstance(values.get(name), int):
-            raise ValueError(f"{where}: {name}={values.get(name)!r}: expected an integer.")
+            raise ValueError(f"{where}: {name}={values.get(name)!r} must be an integer.")
     epsilon = values.get("rms_norm_eps", 1e-6)
     base = rope.get("rope_theta", values.get("rope_theta", 10000.0))
     for name, value in (("rms_norm_eps", epsilon), ("rope_theta", base)):
         if not isinstance(value, int | float):
-            raise ValueError(f"{where}: {name}={value!r}: expected a number.")
+            raise ValueError(f"{where}: {name}={value!r} must be a number.")
     heads, head_dim = values["num_attention_heads"], values.get("head_dim")
     if head_dim is not None and head_dim * heads == values["hidden_size"]:
         head_dim = None  # our default
@@ -137,24 +139,24 @@ def config_from_llama(values: Mapping[str, Any], where: str = CONFIG) -> Decoder
 
 
 def llama_config(config: DecoderConfig) -> dict[str, Any]:
-    """A Llama's settings for ours.
+    """Convert a DecoderConfig to the settings of a Llama.
 
     Raises:
         ValueError: the model routes tokens, shares keys and values, or has experts.
     """
     recursion = config.effective_recursion
     if config.moe is not None:
-        raise ValueError("moe is set, and a Llama has no experts. Keep the model in our format.")
+        raise ValueError("moe is set, but a Llama has no experts. Keep the model in our format.")
     if not isinstance(recursion.router, FixedDepth) or recursion.kv_policy != "recursion_wise":
         raise ValueError(
-            f"router={type(recursion.router).__name__} with kv_policy={recursion.kv_policy!r} has "
-            "no equal among Llamas, only FixedDepth with 'recursion_wise'. Keep the model in our "
-            "format, which AutoModelForCausalLM loads after `import mor_huggingface`."
+            f"router={type(recursion.router).__name__} with kv_policy={recursion.kv_policy!r} "
+            "cannot be written as a Llama, only FixedDepth with 'recursion_wise'. Keep the model in "
+            "our format, which AutoModelForCausalLM loads after `import mor_huggingface`."
         )
     if config.qkv_bias and config.qk_norm:
         raise ValueError(
-            "qkv_bias and qk_norm are both set; Qwen2 has the one, Qwen3 the other. Keep the model "
-            "in our format."
+            "qkv_bias and qk_norm are both set, but Qwen2 has only the former and Qwen3 only the "
+            "latter. Keep the model in our format."
         )
     kind, name = ("qwen2", "Qwen2") if config.qkv_bias else ("llama", "Llama")
     kind, name = ("qwen3", "Qwen3") if config.qk_norm else (kind, name)
@@ -178,7 +180,7 @@ def llama_config(config: DecoderConfig) -> dict[str, Any]:
 
 
 def llama_names(config: DecoderConfig) -> dict[str, str]:
-    """Llama's name for each tensor of a plain decoder."""
+    """The name in a Llama checkpoint of each tensor of a plain decoder."""
     assert config.recursion is None
     names = {"embedding.weight": "model.embed_tokens.weight"}
     for depth, (layer, _) in enumerate(unrolled_layers(config)):

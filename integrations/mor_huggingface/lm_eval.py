@@ -1,8 +1,8 @@
 """lm-evaluation-harness with `--model mor`: `python -m mor_huggingface.lm_eval run --model mor ...`.
 
-The harness finds models by a table of its own and has no entry points for others, so a bare `lm_eval`
-cannot know this one: a registration must be imported first. From Python, import this module and call
-`lm_eval.simple_evaluate(model="mor", ...)`.
+The harness looks up models in a registry and has no entry points for plugins, so this module must be
+imported before the harness runs. The command `lm_eval` does not do that. In Python, import this module
+and call `lm_eval.simple_evaluate(model="mor", ...)`.
 """
 
 from typing import Any
@@ -16,10 +16,11 @@ from mor_huggingface.modeling import MoRForCausalLM
 
 @register_model("mor")
 class MoRLM(HFLM):
-    """A folder of `mor_layers.weights.folder` with a tokenizer, or a MoRForCausalLM.
+    """A model for the harness: a folder of `mor_layers.weights.folder`, or a MoRForCausalLM.
 
-    Tokens are routed causally, as in generation: the harness pads on the right without a mask, and a
-    score that looked at the whole sequence would depend on its neighbours in the batch.
+    The folder must contain a tokenizer. Tokens are routed causally, as in generation. The harness pads
+    texts on the right without a mask, so with routing over the whole sequence, a score would depend on
+    the other texts of the batch.
 
     Raises:
         ValueError: `pretrained` is another kind of model.
@@ -29,7 +30,7 @@ class MoRLM(HFLM):
         super().__init__(pretrained, **options)
         if not isinstance(self.model, MoRForCausalLM):
             raise ValueError(
-                f"--model mor evaluates a MoRForCausalLM, and {pretrained} is a "
+                f"--model mor needs a MoRForCausalLM, but {pretrained} is a "
                 f"{type(self.model).__name__}. Use --model hf for it."
             )
 

@@ -20,11 +20,11 @@ from mor_layers.weights import MODEL_TYPE, SETTINGS
 
 
 class MoRConfig(PretrainedConfig):
-    """A DecoderConfig, as the library stores and passes it.
+    """A DecoderConfig in the form of the library.
 
     Args:
-        mor: `to_mapping` of a DecoderConfig. Without it the config holds defaults of the
-            library only, and no model can be built from it.
+        mor: `to_mapping` of a DecoderConfig. Without it, the config only contains defaults of the
+            library, and no model can be built from it.
     """
 
     model_type = MODEL_TYPE
@@ -47,10 +47,10 @@ class MoRConfig(PretrainedConfig):
 
     @property
     def decoder_config(self) -> DecoderConfig:
-        """The settings.
+        """The settings as a DecoderConfig.
 
         Raises:
-            ValueError: there are none, or one is not allowed.
+            ValueError: there are no settings, or one is not valid.
         """
         return from_mapping(DecoderConfig, self.mor, SETTINGS)
 
@@ -58,29 +58,31 @@ class MoRConfig(PretrainedConfig):
 class MoRForCausalLM(PreTrainedModel, GenerationMixin):
     """A MoRTransformer with the library's interface.
 
-    In training mode tokens are routed as in training, and the loss holds the routers' losses. In
-    evaluation mode no token's depth depends on later ones, so `generate` computes, with a `MoRCache`
-    or without, just what a pass over the whole text does. Padding may stand anywhere and is as if
-    it were not there.
+    In training mode, tokens are routed as in training, and the loss includes the losses of routers. In
+    evaluation mode, a token's depth does not depend on later tokens, so `generate` gives the same
+    result as a forward pass over the whole text, with or without a `MoRCache`. Padding may be anywhere
+    and has no effect.
     """
 
     config_class = MoRConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
-    """Trainer divides the loss by its number of micro-batches: the routers' losses have no other."""
+    """False: Trainer divides the loss by the number of micro-batches, and not by the number of labels.
+    The losses of routers need the former."""
     _tied_weights_keys: ClassVar = {"model.output.weight": "model.embedding.weight"}
 
     def __init__(self, config: MoRConfig) -> None:
         super().__init__(config)
         self.model = MoRTransformer(config.decoder_config)
-        # In a model of lower precision too: steps of biases and thresholds would be rounded away.
+        # The buffers of routers stay in fp32 in a model of lower precision, because the small updates
+        # of biases and thresholds would be rounded away.
         self._keep_in_fp32_modules_strict = _precise_buffers(self)
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: a MoRTransformer comes initialized, and a file lacks no weight."""
+        """Do nothing. A MoRTransformer initializes itself, and files contain all weights."""
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embedding
@@ -90,7 +92,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Whether the recursions' layers are recomputed in the backward pass, step by step.
+        """Whether the layers of recursions are recomputed in the backward pass, step by step.
 
         Layers outside of recursions keep their activations.
         """
@@ -105,8 +107,8 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         if every_n_layers != 1 or offloads or given.get("use_reentrant"):
             raise ValueError(
                 f"gradient checkpointing with {given}, every_n_layers={every_n_layers} or "
-                "offloading is not possible: a recursion recomputes whole steps, without re-entry. "
-                'Leave the options out, or give {"use_reentrant": False}.'
+                "offloading is not supported: a recursion recomputes whole steps without re-entry. "
+                'Leave the options out, or pass {"use_reentrant": False}.'
             )
         for recursion in self.model.recursions:
             recursion.recompute = enable
@@ -122,20 +124,20 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         return_dict: bool = True,
     ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
-        """Logits, and the loss where `labels` are given.
+        """Compute logits, and the loss if there are `labels`.
 
         Args:
-            input_ids: token ids; with a cache that holds some, those that follow.
-            attention_mask: 0 where there is no token, anywhere; with a cache for all tokens up to
-                now.
-            labels: `input_ids`, with a negative number where nothing should be learnt.
-            cache: what earlier calls left; it is lengthened.
-            use_cache: begin a cache where none is given. Default: no.
-            logits_to_keep: logits of so many last columns only; 0: of all.
+            input_ids: token ids. With a cache, only those that follow the cached tokens.
+            attention_mask: 0 for padding, which may be anywhere. With a cache, the mask covers the
+                cached tokens and the new ones.
+            labels: `input_ids`, with a negative number for tokens that the loss should ignore.
+            cache: the cache of earlier calls. The new tokens are added to it.
+            use_cache: create a cache if none is given. Default: False.
+            logits_to_keep: compute logits only for this number of columns at the end. 0: for all.
 
         Raises:
-            ValueError: a cache in training, with gradients, with labels or of another class; a mask
-                of another shape.
+            ValueError: a cache is used in training mode, with gradients or with labels, or has
+                another class; or the mask has the wrong shape.
         """
         if cache is not None or use_cache:
             _check_cacheable(cache, labels, self.training)
@@ -160,9 +162,13 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
     def _run(
         self, ids: Tensor, is_token: Tensor | None, labels: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """One pass over whole texts; places are counted from each text's first token."""
+        """Run whole texts. Positions are counted from the first token of each text.
+
+        The model only supports padding at the end, so padding is moved there, and the logits are
+        moved back.
+        """
         order = is_padding = None
-        if is_token is not None:  # tokens first, padding last
+        if is_token is not None:  # sort tokens before padding
             order = is_token.logical_not().to(torch.uint8).sort(dim=1, stable=True).indices
             ids, is_padding = ids.gather(1, order), is_token.logical_not().gather(1, order)
             labels = None if labels is None else labels.gather(1, order)
@@ -202,12 +208,12 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         *sizes: Any,
         **named: Any,
     ) -> None:
-        """The library's hook for the cache that `generate` fills."""
+        """The library's hook that creates the cache for `generate`."""
         kind = generation_config.cache_implementation
         if kind is not None:
             raise ValueError(
-                f"cache_implementation={kind!r} has no row for a recursion's steps. Leave it out: "
-                "this model's cache keeps what its KV policy says."
+                f"cache_implementation={kind!r} cannot store the rows of recursion steps. Leave it "
+                "out, and the model creates a cache for its KV policy."
             )
         if model_kwargs.get("cache") is not None:
             model_kwargs["cache"]._is_user_defined = True
@@ -216,7 +222,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _precise_buffers(model: nn.Module) -> set[str]:
-    """Names of the buffers that steer routers."""
+    """Names of the buffers that must keep their precision, such as biases and thresholds."""
     return {
         f"{name}.{buffer}"
         for name, module in model.named_modules()
@@ -229,19 +235,19 @@ def _precise_buffers(model: nn.Module) -> set[str]:
 def _check_cacheable(cache: object, labels: Tensor | None, is_training: bool) -> None:
     if cache is not None and not isinstance(cache, MoRCache):
         raise ValueError(
-            f"a {type(cache).__name__} has no row for a recursion's steps. Give none and "
-            "use_cache=True, or a mor_huggingface.MoRCache(model.model)."
+            f"a {type(cache).__name__} cannot store the rows of recursion steps. Pass no cache and "
+            "use_cache=True, or pass a mor_huggingface.MoRCache(model.model)."
         )
     if is_training:
-        raise ValueError("a cache is for generation, and the model is in training. Call eval().")
+        raise ValueError("a cache needs evaluation mode. Call eval() on the model.")
     if torch.is_grad_enabled():
-        raise ValueError("a cache carries no gradients. Call the model within torch.no_grad().")
+        raise ValueError("a cache has no gradients. Call the model within torch.no_grad().")
     if labels is not None:
         raise ValueError("there is no loss with a cache. Leave out labels, or cache and use_cache.")
 
 
 def _following(labels: Tensor | None) -> Tensor | None:
-    """The label after each; the library's labels stand at the token itself."""
+    """Shift labels by one. The library's labels are at the token itself, ours at the one before."""
     if labels is None:
         return None
     return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)

@@ -1,4 +1,4 @@
-"""RouterUpdates: what routers change after each optimizer step, for transformers' Trainer."""
+"""RouterUpdates: a callback for transformers' Trainer that updates routers after each step."""
 
 from typing import Any
 
@@ -13,15 +13,15 @@ from mor_layers.recursion import ExpertUse
 
 
 class RouterUpdates(TrainerCallback):
-    """Capacity warm-up, thresholds, and loss-free biases over depths and experts.
+    """Updates capacity warm-up, thresholds, and loss-free biases over depths and experts.
 
         trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[RouterUpdates()])
 
-    Routers see the tokens of all micro-batches of a step and of all processes, once a step, so
-    replicas stay alike. What they change are buffers: checkpoints hold it.
+    Routers are updated once per optimizer step, from the tokens of all micro-batches and all processes,
+    so all replicas stay equal. The updated state is in buffers, so checkpoints contain it.
 
     Raises (when training begins):
-        ValueError: the model is no MoRForCausalLM.
+        ValueError: the model is not a MoRForCausalLM.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class RouterUpdates(TrainerCallback):
         if not isinstance(model, MoRForCausalLM):
             raise ValueError(
                 f"RouterUpdates needs a MoRForCausalLM, not a {type(model).__name__}. Leave the "
-                "callback out, or load the model with `import mor_huggingface`."
+                "callback out, or load the model after `import mor_huggingface`."
             )
         self._detach()
         self._counts = Counts(model.model)
@@ -53,7 +53,7 @@ class RouterUpdates(TrainerCallback):
 
 
 class Counts:
-    """What the forward passes of an optimizer step counted, without their graphs."""
+    """Sums the counts of the forward passes of an optimizer step, without their autograd graphs."""
 
     def __init__(self, model: MoRTransformer) -> None:
         self.model = model
@@ -61,7 +61,7 @@ class Counts:
 
     @torch.no_grad()
     def add(self, module: MoRTransformer, arguments: Any, output: DecoderOutput) -> None:
-        """Count a pass; a forward hook. Passes in evaluation mode teach nothing."""
+        """Add the counts of a forward pass. This is a forward hook. It ignores evaluation mode."""
         if not module.training:
             return
         for i, run in enumerate(output.recursions):
@@ -75,13 +75,13 @@ class Counts:
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Let every router learn from the counts of all processes, and forget them.
+        """Update all routers from the counts of all processes, and reset the counts.
 
-        Every process must have trained on something since the last call.
+        Every process must have run a forward pass in training mode since the last call.
         """
         sums, self._sums = self._sums, {}
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for name in sorted(sums):  # alike on every process
+            for name in sorted(sums):  # the same order on every process
                 torch.distributed.all_reduce(sums[name])
         model = self.model
         for i, recursion in enumerate(model.recursions):

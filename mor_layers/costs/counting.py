@@ -1,12 +1,12 @@
-"""What a model costs: parameters, FLOPs and key-value bytes, from its settings alone.
+"""The cost of a model, computed from its settings alone: parameters, FLOPs and key-value bytes.
 
 Legend: `s` sequence, `n` candidates of a step, `k` tokens that run it, `m` tokens whose keys they
-see, `h` hidden, `r` recursion step. Counts are of one sequence.
+see, `h` hidden, `r` recursion step. All counts are for one sequence.
 
-FLOPs are those of matrix products, `2 · rows · inner · columns`, as `torch.utils.flop_counter`
-counts them: 2 for each weight a token meets, and `4 · k · m · query size` for attention, masked
-pairs included. In the backward pass each product becomes two, one for either factor. Norms,
-activations, rotations, softmax and what recomputation runs again are not counted.
+Only the FLOPs of matrix products are counted, `2 · rows · inner · columns`, as
+`torch.utils.flop_counter` does: 2 FLOPs per token and weight, and `4 · k · m · query size` for
+attention, including masked pairs. Each product becomes two in the backward pass, one per factor.
+Norms, activations, rotary embeddings, softmax and activation recomputation are not counted.
 """
 
 import math
@@ -26,17 +26,17 @@ class Parts:
     embedding: float = 0
     norms: float = 0
     projections: float = 0
-    """Queries, keys, values, and attention's output."""
+    """The projections to queries, keys and values, and the output projection of attention."""
     attention: float = 0
-    """Scores, and the weighted sum of values; no parameters."""
+    """Attention scores and the weighted sum of values. These have no parameters."""
     mlp: float = 0
-    """Dense MLPs and experts: parameters of all, FLOPs of those that tokens take."""
+    """Dense MLPs and experts: the parameters of all experts, the FLOPs of the activated ones."""
     deltas: float = 0
-    """What single steps add to the weights they share."""
+    """Low-rank deltas and input vectors that each step adds to the shared weights."""
     expert_router: float = 0
     depth_router: float = 0
     output: float = 0
-    """Logits over the vocabulary; no parameters where tied to the embedding."""
+    """Logits over the vocabulary. They have no parameters if tied to the embedding."""
 
     @property
     def total(self) -> float:
@@ -48,7 +48,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class StepAccount:
-    """One run of a stack by `tokens` (k) tokens, which add `kv_numbers` to the cache."""
+    """One run of a stack on `tokens` (k) tokens, which add `kv_numbers` numbers to the cache."""
 
     stack: str
     tokens: float
@@ -59,32 +59,34 @@ class StepAccount:
 
 @dataclass(frozen=True)
 class Accounting:
-    """What a model costs for one sequence: multiply by the batch."""
+    """The cost of a model for one sequence. For a batch, multiply FLOPs and bytes by its size."""
 
     sequence_length: int
     parameters: Parts
     steps: tuple[StepAccount, ...]
-    """Every run of every stack in order, prelude and coda too. With the output they are all."""
+    """Every run of every stack in order, including prelude and coda. Together with the output matrix
+    they add up to `forward` and `backward`."""
     forward: Parts
     backward: Parts
     once: float = 0
-    """FLOPs of a forward pass whatever the batch, beside all others: norms of the rows that `dora`
-    deltas make."""
+    """FLOPs per forward pass that do not depend on the batch, for the row norms of weights with
+    `dora` deltas. They are not part of `forward`."""
 
     @property
     def training(self) -> Parts:
-        """FLOPs forward and backward."""
+        """FLOPs of the forward and backward pass."""
         return self.forward + self.backward
 
     def flops_per_token(self, training: bool = True) -> float:
-        """FLOPs of training, or of the forward pass alone."""
+        """FLOPs per token of the forward and backward pass, or of the forward pass alone."""
         return (self.training if training else self.forward).total / self.sequence_length
 
     def kv_bytes(self, bytes_per_number: int = 2) -> float:
-        """Bytes of a whole sequence's key-value cache, as generation stores it.
+        """Bytes of the key-value cache of a whole sequence, as generation stores it.
 
-        Rows per layer of a recursion: Σ k_r, since `sharing_with_update` too keeps what each step
-        computes; `recursive_sharing` k_1 only; `exit_state` one more for each token that exits.
+        Each layer of a recursion stores Σ k_r rows, also with `sharing_with_update`, which keeps the
+        rows that each step computes. `recursive_sharing` stores only k_1 rows, and `exit_state` one
+        more row for each token that exits early.
         """
         return bytes_per_number * sum(step.kv_numbers for step in self.steps)
 
@@ -96,25 +98,27 @@ def account(
     causal_half: bool = False,
     recomputes_scores: bool = False,
 ) -> Accounting:
-    """Count everything.
+    """Count the parameters, FLOPs and key-value bytes of a model.
 
     Args:
-        tokens_per_step: tokens that run each step of the routed stacks, in order of execution,
-            padding slots included. Needed where settings do not fix them (token-choice); elsewhere
-            instead of `max(1, floor(c_r · s))`. Attention squares them, means too.
-        causal_half: count half of attention's k · m pairs, not all that the formula of
-            `scaled_dot_product_attention` has: a limit for kernels that skip masked blocks.
-        recomputes_scores: count what a fused kernel computes again in the backward pass, as
-            flop_counter does for FlashAttention. Model FLOPs (MFU) leave it out.
+        tokens_per_step: number of tokens that run each step of the routed stacks, in order of
+            execution, including padding slots. Required if the settings do not determine them, as
+            for token choice. Default: `max(1, floor(c_r · s))`. The cost of attention is quadratic
+            in these numbers, so passing means over sequences can underestimate it.
+        causal_half: count only half of the k · m pairs of attention, not all of them as the formula
+            of `scaled_dot_product_attention` does. This is a lower bound for kernels that skip
+            masked blocks.
+        recomputes_scores: include the scores that a fused kernel recomputes in the backward pass, as
+            flop_counter does for FlashAttention. Model FLOPs (as in MFU) do not include them.
 
     Raises:
-        ValueError: `tokens_per_step` is missing, has another length, rises, or exceeds `s`.
+        ValueError: `tokens_per_step` is missing, has the wrong length, increases, or exceeds `s`.
     """
     shape = model if isinstance(model, ModelShape) else ModelShape.from_decoder(model)
     h, steps = shape.hidden_size, []
     for stack, step, n, k, first in _runs(shape, sequence_length, tokens_per_step):
         layers, mlp = stack.num_layers, stack.mlp
-        projected, m = {  # tokens whose keys are computed, and tokens whose keys are seen
+        projected, m = {  # number of tokens whose keys are computed, and whose keys are seen
             "recursion_wise": (k, k),
             "recursive_sharing": (0 if step else k, first),
             "sharing_with_update": (k, first),
@@ -145,7 +149,7 @@ def account(
 
 
 def relaxed_projections(shape: ModelShape, stack: StackShape) -> dict[Projection, tuple[int, int]]:
-    """Inputs and outputs of each projection that has deltas."""
+    """Input and output size of each projection that has deltas."""
     h, width = shape.hidden_size, stack.mlp.ffn_hidden_size
     sizes: dict[Projection, tuple[int, int]] = {
         "query": (h, shape.query_size),
@@ -166,7 +170,7 @@ def _delta_weights(stack: StackShape, into: int, out: int) -> int:
 
 
 def _delta_products(shape: ModelShape, stack: StackShape, k: float, projected: float) -> float:
-    """Multiplications in one layer, for `k` tokens and those whose keys are `projected`."""
+    """Multiplications in one layer. `k` tokens run the step; `projected` ones compute their keys."""
     tokens = {"key": projected, "value": projected}
     sizes = relaxed_projections(shape, stack).items()
     return sum(tokens.get(name, k) * _delta_weights(stack, *size) for name, size in sizes)
@@ -186,10 +190,13 @@ def _norms_of_relaxed_weights(shape: ModelShape) -> float:
 def _runs(
     shape: ModelShape, s: int, given: Sequence[float] | None
 ) -> Iterator[tuple[StackShape, int, float, float, float]]:
-    """Each run of a stack: its step, its candidates, the tokens that run it and the first step."""
+    """For each run of a stack: the stack, the step, and the number of candidates, of tokens that run
+    it, and of tokens that ran the first step."""
     routed = sum(stack.num_recursions for stack in shape.stacks if stack.router)
     if given is not None and len(given) != routed:
-        raise ValueError(f"tokens_per_step={given} must have {routed} entries, one a routed step.")
+        raise ValueError(
+            f"tokens_per_step={given} must have {routed} entries, one per routed step."
+        )
     rest = iter(given or ())
     for stack in shape.stacks:
         tokens: tuple[float, ...] = (s,) * stack.num_recursions
@@ -197,16 +204,19 @@ def _runs(
             tokens = tuple(islice(rest, stack.num_recursions))
         elif stack.router:
             if stack.router.capacity_factors is None:
-                raise ValueError("the router may keep any share of tokens. Give tokens_per_step.")
+                raise ValueError(
+                    "the router's settings do not determine how many tokens run each step. Pass "
+                    "tokens_per_step."
+                )
             tokens = tuple(max(1, math.floor(c * s)) for c in stack.router.capacity_factors)
         for step, (n, k) in enumerate(pairwise((s, *tokens))):
             if not 0 <= k <= n:
-                raise ValueError(f"tokens per step {tokens} must not rise, nor leave 0..{s}.")
+                raise ValueError(f"tokens per step {tokens} must be in 0..{s} and never increase.")
             yield stack, step, n, k, tokens[0]
 
 
 def count_parameters(shape: ModelShape) -> Parts:
-    """Parameters, each shared weight once; buffers, such as a loss-free bias, are none."""
+    """Number of parameters. Shared weights count once; buffers such as a loss-free bias do not."""
     h, matrix = shape.hidden_size, shape.vocab_size * shape.hidden_size
     count = Parts(embedding=matrix, norms=h, output=0 if shape.tie_embeddings else matrix)
     biases = shape.query_size + 2 * shape.kv_size if shape.qkv_bias else 0
@@ -230,7 +240,7 @@ def count_parameters(shape: ModelShape) -> Parts:
 
 
 def _delta_parameters(shape: ModelShape, stack: StackShape) -> int:
-    """Of one layer at one step."""
+    """Number of delta parameters of one layer at one step."""
     sizes = relaxed_projections(shape, stack).values()
     has_magnitudes = stack.relaxation is not None and stack.relaxation.kind == "dora"
     return sum(_delta_weights(stack, i, o) + (o if has_magnitudes else 0) for i, o in sizes)
@@ -243,9 +253,10 @@ def flop_ratio(
     tokens_per_step: Sequence[float] | None = None,
     causal_half: bool = False,
 ) -> float:
-    """Training FLOPs over those of `baseline`, by default the plain model that is as deep.
+    """Training FLOPs relative to `baseline`, by default the plain model of the same depth.
 
-    It is the time ratio that arithmetic alone allows. Other arguments as for `account`.
+    This is the ratio of training times if only arithmetic took time. The other arguments are those
+    of `account`.
     """
     shape = model if isinstance(model, ModelShape) else ModelShape.from_decoder(model)
     cost = account(shape, sequence_length, tokens_per_step, causal_half)
@@ -254,7 +265,7 @@ def flop_ratio(
 
 
 def table(accounts: Mapping[str, Accounting]) -> list[dict[str, str]]:
-    """Rows to print, column name to text, one for each account; ratios are to the first."""
+    """One row to print per model, from column names to texts. Ratios are relative to the first."""
     rows = []
     for name, cost in accounts.items():
         first = next(iter(accounts.values()))

@@ -1,4 +1,4 @@
-"""What accounting needs to know of a model: the sizes of its parts, from settings alone."""
+"""The sizes of a model's parts that determine its cost, derived from its settings alone."""
 
 from dataclasses import dataclass, replace
 from typing import Self
@@ -18,24 +18,24 @@ class MLPShape:
     ffn_hidden_size: int
     """Width of the MLP, or of one expert."""
     gated: bool = True
-    """SwiGLU and its like, three matrices; otherwise two."""
+    """Whether the MLP has three matrices, as SwiGLU does, and not two."""
     num_experts: int | None = None
-    """Routed experts; None: a dense MLP without a router."""
+    """Number of routed experts, or None for a dense MLP without a router."""
     experts_per_token: float = 1
-    """Routed experts that each token takes; the mean where their number varies."""
+    """Number of routed experts per token, or its mean if it varies."""
     num_expert_routers: int = 1
-    """Routers over the experts: one, or one a step."""
+    """Number of routers over the experts: one, or one per step."""
     shared_ffn_hidden_size: int = 0
-    """Width of the expert that every token takes beside them. 0: none."""
+    """Width of the shared expert, which runs on every token in addition. 0: none."""
 
     def __post_init__(self) -> None:
         top_k, experts = self.experts_per_token, self.num_experts or 1
         if not 1 <= top_k <= experts:
-            raise ValueError(f"experts_per_token={top_k} must lie in 1..{experts} (num_experts).")
+            raise ValueError(f"experts_per_token={top_k} must be in 1..{experts} (num_experts).")
 
     @classmethod
     def of_layer(cls, config: DecoderConfig, recursion: RecursionConfig | None = None) -> Self:
-        """What follows attention in a `MoRTransformer`: in its recursion, or outside of it."""
+        """The MLP or experts of a `MoRTransformer`'s layers, in `recursion` or outside of it."""
         moe = config.moe
         if moe is None:
             return cls(config.ffn_hidden_size)
@@ -46,7 +46,7 @@ class MLPShape:
         return cls(width or config.ffn_hidden_size, True, moe.num_experts, per_token, routers)
 
     def weights(self, hidden_size: int, experts: float) -> float:
-        """Weights of so many experts and the shared one."""
+        """Number of weights of `experts` routed experts and the shared one."""
         width = experts * self.ffn_hidden_size + self.shared_ffn_hidden_size
         return (3 if self.gated else 2) * hidden_size * width
 
@@ -56,15 +56,15 @@ class RouterShape:
     """A router over depth."""
 
     scorers: tuple[tuple[ScorerMatrix, ...], ...]
-    """At each step, the matrices that all its candidates meet."""
+    """For each step, the matrices that all of its candidates are multiplied by."""
     capacity_factors: tuple[float, ...] | None = None
-    """Share of the sequence that runs each step; None where the settings do not fix it."""
+    """Share of the sequence that runs each step, or None if the settings do not determine it."""
     num_parameters: int | None = None
-    """All its parameters; None: as many as the scorers have weights."""
+    """Total number of parameters. None: the number of weights of the scorers."""
 
     @classmethod
     def from_recursion(cls, config: RecursionConfig, hidden_size: int) -> Self | None:
-        """The shape of a recursion's router; None where every token runs every step for nothing."""
+        """The shape of a recursion's router, or None if all tokens run all steps at no cost."""
         router, steps = config.router, config.num_recursions
         with torch.device("meta"):
             built = router.build(hidden_size, steps)
@@ -77,7 +77,7 @@ class RouterShape:
 
     @property
     def parameters(self) -> int:
-        """`num_parameters`, its default filled in."""
+        """`num_parameters`, with its default resolved."""
         if self.num_parameters is not None:
             return self.num_parameters
         return sum(matrix.weights for scorer in self.scorers for matrix in scorer)
@@ -85,68 +85,74 @@ class RouterShape:
 
 @dataclass(frozen=True)
 class StackShape:
-    """Layers that run one after another, all of them `num_recursions` times."""
+    """Layers that run one after another, `num_recursions` times in total."""
 
     name: str
-    """For the reader, such as `prelude`."""
+    """A name to display, such as `prelude`."""
     num_layers: int
-    """Layers of weights."""
+    """Number of layers with weights of their own."""
     mlp: MLPShape
-    """What follows attention in each layer."""
+    """The MLP or experts of each layer."""
     num_recursions: int = 1
-    """Times the stack runs (paper: N_r)."""
+    """How many times the stack runs (paper: N_r)."""
     router: RouterShape | None = None
-    """Who runs each step; None: every token."""
+    """The router that decides which tokens run each step. None: all tokens run all steps."""
     kv_policy: KVPolicy = "recursion_wise"
-    """Keys and values at later steps."""
+    """Which keys and values attention sees at later steps."""
     shares_norms: bool = True
-    """Whether the steps share norm weights."""
+    """Whether all steps use the same norm weights."""
     relaxation: Relaxation | None = None
-    """Low-rank deltas of each step."""
+    """The low-rank deltas of each step."""
     step_embeddings: bool = False
-    """Whether each step adds a vector to its input."""
+    """Whether each step adds a learned vector to its input."""
     input_injection: bool = False
-    """Whether each step but the first adds the recursion's input, times a vector."""
+    """Whether each step except the first adds the recursion's input, scaled by a vector."""
     sandwich_norms: bool = False
-    """Whether norms also follow attention and MLP."""
+    """Whether attention and MLP are also followed by a norm."""
 
     def __post_init__(self) -> None:
         router = self.router or RouterShape(((),) * self.num_recursions)
         for entries in (router.scorers, router.capacity_factors):
             if entries is not None and len(entries) != self.num_recursions:
-                raise ValueError(f"{entries} must have {self.num_recursions} entries, one a step.")
+                raise ValueError(
+                    f"{entries} must have {self.num_recursions} entries, one per step."
+                )
 
     @property
     def input_vectors(self) -> int:
-        """Vectors that steps add to their input, or multiply the recursion's input with."""
+        """Number of step embeddings, and of vectors that scale the recursion's input."""
         steps = self.num_recursions
         return steps * self.step_embeddings + (steps - 1) * self.input_injection
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A decoder-only transformer as far as its cost depends on it: RMSNorm."""
+    """The sizes of a decoder-only transformer with RMSNorm that determine its cost."""
 
     vocab_size: int
-    """Rows of the embedding, padding included."""
+    """Number of rows of the embedding, including padding."""
     hidden_size: int
     """Width of the residual stream (h)."""
     query_size: int
-    """Numbers of a token's queries in one layer: query heads times head size."""
+    """Size of a token's queries in one layer: query heads times head size."""
     kv_size: int
-    """Numbers of a token's keys in one layer, as many as of its values."""
+    """Size of a token's keys in one layer, which is also the size of its values."""
     stacks: tuple[StackShape, ...]
     """All layers, in order of execution."""
     tie_embeddings: bool = False
-    """Whether input and output embeddings are one matrix."""
+    """Whether the embedding and the output matrix share their weights."""
     qkv_bias: bool = False
-    """Whether queries, keys and values have biases; no others are counted."""
+    """Whether queries, keys and values have biases. Other biases are not counted."""
     qk_norm_size: int = 0
-    """Weights of the norm of queries, and of that of keys, in one layer. 0: none."""
+    """Number of weights in each of the two norms, of queries and of keys, in a layer. 0: none."""
 
     @classmethod
     def from_decoder(cls, config: DecoderConfig, router: RouterShape | None = None) -> Self:
-        """The shape of a `MoRTransformer`; `router`: instead of what its router declares."""
+        """The shape of a `MoRTransformer`.
+
+        Args:
+            router: replaces the shape that the model's own router declares.
+        """
         recursion, schedule = config.effective_recursion, config.schedule
         router = router or RouterShape.from_recursion(recursion, config.hidden_size)
         block, mlp = MLPShape.of_layer(config, recursion), MLPShape.of_layer(config)
@@ -173,6 +179,6 @@ class ModelShape:
         )
 
     def plain(self) -> Self:
-        """The model without recursion that is as deep: every repeat has weights of its own."""
+        """The plain model of the same depth, in which each repeat has weights of its own."""
         stacks = (StackShape(s.name, s.num_layers * s.num_recursions, s.mlp) for s in self.stacks)
         return replace(self, stacks=tuple(stacks))

@@ -1,14 +1,15 @@
-"""CachedModel: a MoRTransformer with caches, and the passes that take tokens through it.
+"""CachedModel: a MoRTransformer with caches, and the passes that tokens go through.
 
-The block runs once for all tokens in flight, whatever step each is at:
+The block runs once for all tokens in flight, even if they are at different steps:
 
     begin: embedding, prelude -> route \\
                                         run: block, combine -> route -> exited -> end: coda
     tokens that stay in flight -------/                      |
           ^--------------------------------------------------'
 
-It knows tokens, and neither spans nor requests: who holds it says what enters and when, and keeps
-what leaves. `runner` does that for an engine's ticks, `incremental` for a caller's own loop.
+This class handles tokens and knows nothing about spans or requests. Its owner decides which tokens
+enter and when, and stores the states of those that exit. There are two owners: `runner` for the ticks
+of an engine, and `incremental` for a loop of the caller.
 
 Source: Bae et al. 2024 (arXiv 2410.20672), section 3.8, and Bae et al. 2025 (arXiv 2507.10524),
 section 4.2.
@@ -38,14 +39,14 @@ from mor_layers.selection import RoutingDecision, Tokens
 
 
 class CachedModel:
-    """A model, its caches, and what tokens do on their way through both.
+    """A model with its caches, and the passes that tokens go through.
 
     Args:
-        model: on the device and in the precision to run with. Put into evaluation mode.
-        settings: of the caches.
+        model: the model, on the device and in the precision to use. It is put into evaluation mode.
+        settings: size and layout of the caches.
 
     Raises:
-        ValueError: `kv_bytes` is not even one page, or experts drop tokens.
+        ValueError: `kv_bytes` is less than one page, or the experts drop tokens.
     """
 
     def __init__(self, model: MoRTransformer, settings: CacheSettings) -> None:
@@ -53,12 +54,13 @@ class CachedModel:
         config = model.config
         if config.moe is not None and config.moe.capacity_factor is not None:
             raise ValueError(
-                f"capacity_factor={config.moe.capacity_factor} of the experts would let requests "
-                "push each other's tokens out. Serve the model with capacity_factor=None."
+                f"capacity_factor={config.moe.capacity_factor} lets experts drop tokens, so one "
+                "request could change the output of another. Use capacity_factor=None to serve."
             )
         self.device = model.embedding.weight.device
         self.blocks = [block for block in model.recursions if isinstance(block, RecursionBlock)]
-        # Layers that repeat one by one route nothing: their tokens go through all in one pass.
+        # In the 'sequence' schemes each layer repeats by itself and no token is routed, so tokens
+        # run all layers in one pass.
         self.is_pooled = len(self.blocks) == 1
         self.num_heads, self.num_steps = model.num_heads[0], self.blocks[0].router.num_recursions
         self.num_prelude = len(model.prelude.layers)
@@ -68,16 +70,16 @@ class CachedModel:
         self.caches = Caches(model, settings, num_outer, num_inner)
         self.policy, self.outer_pages = self.caches.policy, self.caches.outer_pages
         self.unstored: list[Rows] = []
-        """Tokens that exited, and whose states the cache policy stores in the next pass."""
+        """Exited tokens whose states the cache policy will store in the next pass."""
 
     def begin(self, ids: Tensor, slots: Tensor, positions: Tensor, places: Tensor) -> Pool:
-        """Tokens behind embedding and prelude, and whatever else routes nothing.
+        """Run the embedding, the prelude, and the block if it routes no tokens.
 
         Args:
-            ids: the tokens; those of a slot stand together, in order.
-            slots: the sequence that each belongs to.
-            positions: place of each in its text.
-            places: place of each in its span.
+            ids: the tokens. Those of a slot are adjacent and in order.
+            slots: the sequence that each token belongs to.
+            positions: position of each token in its text.
+            places: position of each token in its span.
         """
         hidden = self.model.embedding(ids)
         if len(slots) and self.outer_pages.num_pages:
@@ -97,11 +99,11 @@ class CachedModel:
         return Pool.at(0 if self.is_pooled else self.num_steps, self.num_steps, rows, origin)
 
     def route(self, pool: Pool) -> tuple[Pool, Rows | None]:
-        """The tokens that go on to the step they are at, and those that exit; None: nobody does."""
+        """Split tokens into those that run their next step, and those that exit (None if none do)."""
         plans, gates = list(pool.plans), list(pool.gates)
         exits: dict[int, Tensor] = {}
         for step, own in pool.parts():
-            if step == self.num_steps:  # through with all of them
+            if step == self.num_steps:  # these tokens have run all steps and exit in any case
                 continue
             decision = self.blocks[0].route(
                 pool.rows.hidden[None, own],  # [t h] -> [1 t h]
@@ -115,7 +117,7 @@ class CachedModel:
             if decision.tokens.is_padding is not None:
                 exits[step] = decision.tokens.is_padding[0]
         pool = replace(pool, plans=tuple(plans), gates=tuple(gates))
-        # One wait for the device, whatever the number of steps.
+        # One synchronization with the device for all steps, not one per step.
         answers = iter(torch.cat(list(exits.values())).tolist() if exits else ())
         does_exit: list[bool] = []
         for step, count in enumerate(pool.counts):
@@ -129,12 +131,12 @@ class CachedModel:
         return pool.take([i for i, exiting in enumerate(does_exit) if not exiting]), rows
 
     def in_flight(self, pool: Pool) -> tuple[TokensInFlight, TokensInFlight | None]:
-        """What the cache policy is to make room for: running tokens, and `unstored` ones."""
+        """The tokens that the cache policy must make room for: running ones, and `unstored` ones."""
         exited = _in_flight(Rows.joined(self.unstored)) if self.unstored else None
         return _in_flight(pool.rows), exited
 
     def run(self, pool: Pool) -> Pool:
-        """The block on all tokens in flight, for which the cache must have room."""
+        """Run the block on all tokens in flight. The cache must have room for them."""
         if not len(pool):
             return pool
         block, rows, parts = self.blocks[0], pool.rows, list(pool.parts())
@@ -163,7 +165,7 @@ class CachedModel:
     def end(
         self, hidden: Float[Tensor, "t h"], slots: Int[Tensor, " t"], positions: Int[Tensor, " t"]
     ) -> Float[Tensor, "t h"]:
-        """States of tokens that have left the recursion, behind the coda."""
+        """Run the coda on the final states of tokens that have exited the recursion."""
         if not self.model.coda.layers:
             return hidden
         rows = self.outer_pages.row_of[slots, positions]
@@ -172,7 +174,7 @@ class CachedModel:
         return self._stack(self.model.coda, hidden, context)
 
     def drop(self, slot: int) -> None:
-        """Forget a sequence's keys and values, and what was to be stored of it."""
+        """Remove the keys and values of a sequence, and its exited tokens that are not stored yet."""
         self.unstored = [rows.without(slot) for rows in self.unstored]
         self.caches.release(slot)
 
@@ -187,9 +189,10 @@ class CachedModel:
         return stack(hidden[:, None], context)[:, 0]  # [t h] -> [t 1 h] -> [t h]
 
     def _known(self, pool: Pool, step: int, own: slice) -> RoutingDecision:
-        """What is decided about the tokens of a step: one a sequence, as `[1 t]`.
+        """What has been decided about the tokens of a step, as a batch of `t` one-token sequences.
 
-        Whatever causal rule a router has, it decides token by token.
+        Tokens of different requests can be routed together, because a causal rule decides about
+        each token by itself.
         """
         plan, gates = pool.plans[step], pool.gates[step]
         return RoutingDecision(
@@ -223,5 +226,5 @@ class CachedModel:
 
 
 def _in_flight(rows: Rows) -> TokensInFlight:
-    """Rows as the cache wants to see them."""
+    """The rows in the form that the cache policy expects."""
     return TokensInFlight(rows.slots, rows.steps, rows.positions, rows.entries)

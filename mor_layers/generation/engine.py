@@ -1,11 +1,12 @@
-"""DepthBatchingEngine: serves requests that come and go, from one pool of tokens at any depth.
+"""DepthBatchingEngine: serves concurrent requests from one pool of tokens at different depths.
 
     engine = DepthBatchingEngine(model, CacheSettings(kv_bytes=1 << 28))
     for event in engine.stream(Request(ids=(1, 2, 3), max_new_tokens=20)):
         print(event.token, event.depth)
 
-A scheduler that knows nothing of layers (`scheduling`) says which tokens enter; a runner that knows
-nothing of requests (`runner`) runs them. Not thread safe: one thread calls.
+The scheduler (`scheduling`) decides which tokens enter and knows nothing about layers. The runner
+(`runner`) runs these tokens and knows nothing about requests. The engine is not thread safe: call it
+from one thread.
 """
 
 import time
@@ -20,8 +21,8 @@ from mor_layers.generation.text_stream import TextStream
 from mor_layers.models import MoRTransformer
 
 NOT_FINITE = (
-    "the model's logits are not finite, so no next token can be picked. Check the weights, or run the "
-    "model in a wider precision."
+    "the model's logits are not finite, so the next token cannot be chosen. Check the weights, or run "
+    "the model in a wider precision."
 )
 
 
@@ -30,31 +31,31 @@ class Event:
     """An event of one request."""
 
     number: int
-    """Which request, as `submit` named it."""
+    """The number of the request, as returned by `submit`."""
     token: int | None = None
-    """The token generated; None where there is none, as when a request is given up."""
+    """The generated token, or None if the event has none, for example after a cancellation."""
     depth: int | None = None
-    """Steps that the token it follows took: what computing it cost."""
+    """Number of steps that the preceding token took. The logits of `token` were computed from it."""
     prompt_depths: tuple[int, ...] = ()
-    """Steps that each token of the prompt took; with the first token only."""
+    """Number of steps that each prompt token took. Only set in the event of the first token."""
     text: str = ""
-    """Text that is certain now: what may begin a stop string is held back."""
+    """Text that became final. Text that may turn out to begin a stop string is held back."""
     finish_reason: FinishReason | None = None
-    """Why the request ended, in its last event."""
+    """Why the request ended. Only set in its last event."""
     error: str = ""
-    """What went wrong, where `finish_reason` is "error"."""
+    """The error message, if `finish_reason` is "error"."""
 
 
 @dataclass
 class Counters:
-    """What an engine has done since it was built."""
+    """Statistics of an engine since it was built."""
 
     ticks: int = 0
     prompt_tokens: int = 0
-    """Tokens of prompts computed, again after a preemption too."""
+    """Prompt tokens computed. Tokens recomputed after a preemption count again."""
     generated_tokens: int = 0
     steps: int = 0
-    """Recursion steps that all those tokens took."""
+    """Recursion steps that all computed tokens took in total."""
     preemptions: int = 0
     finished: int = 0
 
@@ -63,17 +64,17 @@ class DepthBatchingEngine:
     """Continuous depth-wise batching.
 
     Args:
-        model: what to serve.
-        cache: memory for keys and values.
-        chunk_size: longest piece of a prompt that is computed at once.
-        tokens_per_tick: tokens that may enter in one tick; bounds how long others wait for a
-            prompt. Default: `num_slots + chunk_size`.
-        decode: text of token ids; needed for stop strings and `Event.text`.
-        sampler: picks tokens, see `mor_layers.generation.sampling.sample`.
-        clock: seconds, for timeouts.
+        model: the model to serve.
+        cache: size and layout of the cache of keys and values.
+        chunk_size: largest number of prompt tokens that are computed in one pass.
+        tokens_per_tick: largest number of tokens that enter in one tick. This bounds how long a
+            long prompt can delay other requests. Default: `num_slots + chunk_size`.
+        decode: converts token ids to text. Needed for stop strings and `Event.text`.
+        sampler: chooses the next tokens, see `mor_layers.generation.sampling.sample`.
+        clock: returns the time in seconds. Used for timeouts.
 
     Raises:
-        ValueError: a size below 1, or memory for less than one page.
+        ValueError: a size is below 1, or `kv_bytes` is too small for a single page.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class DepthBatchingEngine:
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nothing to do."""
+        """Whether no request is open and no event is pending."""
         return not self._open and not self._pending
 
     @property
@@ -124,22 +125,22 @@ class DepthBatchingEngine:
         return len(self.scheduler.waiting)
 
     def submit(self, request: Request) -> int:
-        """Queue a request; returns its number.
+        """Queue a request and return its number.
 
         Raises:
-            ValueError: it can never be served: too long, unknown tokens, or stop strings without
-                an engine that decodes.
+            ValueError: the request can never be served: it is too long, contains token ids outside
+                the vocabulary, or has stop strings although the engine has no `decode`.
         """
         longest = self.caches.settings.max_length
         if len(request.ids) + request.max_new_tokens > longest:
             raise ValueError(
-                f"{len(request.ids)} tokens of prompt and max_new_tokens="
-                f"{request.max_new_tokens} exceed max_length={longest}. Ask for fewer."
+                f"{len(request.ids)} prompt tokens plus max_new_tokens="
+                f"{request.max_new_tokens} exceed max_length={longest}. Ask for fewer tokens."
             )
         if not all(0 <= i < self.vocab_size for i in request.ids):
-            raise ValueError(f"ids must lie in 0..{self.vocab_size - 1}, the model's vocabulary.")
+            raise ValueError(f"ids must be in 0..{self.vocab_size - 1}, the model's vocabulary.")
         if request.stop and self.decode is None:
-            raise ValueError("stop strings need an engine with `decode`. Use stop_ids, or give it.")
+            raise ValueError("stop strings need an engine with `decode`. Pass it, or use stop_ids.")
         progress = self.scheduler.submit(request)
         self._open[progress.number] = progress
         self._prompt_depths[progress.number] = []
@@ -148,8 +149,11 @@ class DepthBatchingEngine:
         return progress.number
 
     def cancel(self, number: int) -> bool:
-        """Give a request up; False where it has ended already. Its last event comes with the next
-        `step`."""
+        """Cancel a request. Its last event is returned by the next `step`.
+
+        Returns:
+            False if the request has already ended.
+        """
         progress = self._open.get(number)
         if progress is None:
             return False
@@ -157,15 +161,15 @@ class DepthBatchingEngine:
         return True
 
     def stream(self, request: Request) -> Iterator[Event]:
-        """Submit a request and run until it has ended; events of others are not reported."""
+        """Submit a request and run until it has ended. Events of other requests are discarded."""
         number = self.submit(request)
         return self._follow(number)
 
     def step(self) -> list[Event]:
-        """Run one tick: every token in flight goes once through the block.
+        """Run one tick: every token in flight runs the block once.
 
         Returns:
-            What happened, in order; at most one new token a request.
+            The events of this tick, in order, with at most one new token per request.
         """
         for progress in self.scheduler.overdue():
             self._pending.append(self._finish(progress, "timeout"))
@@ -177,7 +181,7 @@ class DepthBatchingEngine:
         return pending + events
 
     def run(self) -> Iterator[Event]:
-        """Events until every request has ended."""
+        """Run until every request has ended, and yield all events."""
         while not self.is_idle:
             yield from self.step()
 
@@ -187,18 +191,22 @@ class DepthBatchingEngine:
                 for event in self.step():
                     if event.number == number:
                         yield event
-        finally:  # the caller may stop listening
+        finally:  # the caller may abandon the iterator early
             self.cancel(number)
 
     def _admit(self) -> None:
-        """Requests that wait get slots; who runs more than its share gives way in the end."""
+        """Give slots to waiting requests. Preempt clients that use more than their share."""
         self.scheduler.admit(self.caches.pages_free)
         while (progress := self.scheduler.unfair()) is not None:
             self.runner.drop(self._preempt(progress))
             self.scheduler.admit(self.caches.pages_free)
 
     def _make_room(self) -> int:
-        """A sequence gives way: the last one begins again later; the only one cannot go on."""
+        """Take a sequence out to free its pages, and return its slot.
+
+        The sequence is preempted and runs again later. If it is the only one, waiting would not
+        free any pages, so its request ends with the reason "memory".
+        """
         progress = self.scheduler.last()
         if progress is not None:
             return self._preempt(progress)
@@ -207,7 +215,7 @@ class DepthBatchingEngine:
         return slot
 
     def _preempt(self, progress: Progress) -> int:
-        """Let a sequence wait again; returns the slot, which is the caller's to drop."""
+        """Put a sequence back into the queue. Returns its slot, which the caller must drop."""
         slot = progress.slot
         assert slot is not None
         self.scheduler.preempt(progress)
@@ -230,15 +238,16 @@ class DepthBatchingEngine:
             return []
         settings = [progress.request.sampling for progress, _ in done]
         numbers = [progress.num_generated for progress, _ in done]
-        # Logits that are no distribution end their own request; the sampler gets zeros instead.
+        # Logits that do not define a distribution end their own request only. The sampler gets
+        # zeros in their place, so that the other requests of the batch are not affected.
         is_defined = has_distribution(finished.logits)
         logits = finished.logits.where(is_defined[:, None], 0.0)
         picked = self.sampler(logits, settings, numbers)
-        tokens = picked.where(is_defined, -1).tolist()  # one wait for the device
+        tokens = picked.where(is_defined, -1).tolist()  # the only synchronization with the device
         return [self._advance(p, token, d) for (p, d), token in zip(done, tokens, strict=True)]
 
     def _advance(self, progress: Progress, token: int, depth: int) -> Event:
-        """Add a token to a sequence; -1: none could be picked."""
+        """Add a token to a sequence. A token of -1 means that none could be chosen."""
         if token < 0:
             return self._finish(progress, "error", error=NOT_FINITE)
         progress.tokens.append(token)
@@ -251,7 +260,7 @@ class DepthBatchingEngine:
         if self.decode is not None:
             try:
                 text, met_stop = self._texts[progress.number].push(token)
-            except Exception as raised:  # the tokenizer's, about this text
+            except Exception as raised:  # raised by the tokenizer for this text
                 return self._finish(progress, "error", error=_undecodable(raised))
         if met_stop or token in request.stop_ids:
             reason = "stop"
@@ -279,7 +288,7 @@ class DepthBatchingEngine:
         if stream is not None and reason != "error":
             try:
                 text = stream.rest()
-            except Exception as raised:  # the tokenizer's, about this text
+            except Exception as raised:  # raised by the tokenizer for this text
                 reason, error = "error", _undecodable(raised)
         return Event(progress.number, text=text, finish_reason=reason, error=error)
 

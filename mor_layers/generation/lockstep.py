@@ -67,7 +67,10 @@ class LockstepEngine(DepthBatchingEngine):
             ValueError: this is the first rank.
         """
         if self.leads:
-            raise ValueError("the first rank leads. Call submit and step there, follow elsewhere.")
+            raise ValueError(
+                "follow() was called on the first rank. Call submit() and step() there, and "
+                "follow() on the other ranks."
+            )
         while True:
             received: list[Any] = [None]
             torch.distributed.broadcast_object_list(received, group=self._group, group_src=0)

@@ -1,7 +1,7 @@
-"""ModelRunner: runs spans of many sequences through a model: continuous depth-wise batching.
+"""ModelRunner: runs spans of many sequences through a model with continuous depth-wise batching.
 
-Every tick lets new tokens in and runs the shared block once on all tokens in flight; see
-`cached_model` for the way that they take.
+Every tick adds new tokens and runs the shared block once on all tokens in flight. `cached_model`
+shows the passes that a token goes through.
 
 Legend: `b` sequences, `t` tokens in flight, `h` hidden, `v` vocabulary.
 """
@@ -23,33 +23,33 @@ from mor_layers.models import MoRTransformer
 
 @dataclass(frozen=True)
 class FinishedSpan:
-    """A span that went through the whole model."""
+    """A span that has run the whole model."""
 
     span: Span
     depths: list[int]
-    """Steps that each of its tokens took."""
+    """Number of steps that each token of the span took."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What left the model in a tick."""
+    """The spans that finished in a tick."""
 
     spans: list[FinishedSpan]
-    """Those that complete what is known of their sequence come first."""
+    """The spans with `is_last` come first, because only these have a row in `logits`."""
     logits: Float[Tensor, "b v"]
-    """Logits of the token that follows, one row for each of those."""
+    """Logits of the next token, one row for each span with `is_last`."""
 
 
 class ModelRunner:
-    """A model with caches, and the spans that are in it.
+    """A model with its caches and the spans in flight.
 
     Args:
-        model: on the device and in the precision to run with. Put into evaluation mode.
-        settings: of the caches.
-        max_span: tokens of the longest span.
+        model: the model, on the device and in the precision to use. It is put into evaluation mode.
+        settings: size and layout of the caches.
+        max_span: largest number of tokens in a span.
 
     Raises:
-        ValueError: `kv_bytes` is not even one page, or experts drop tokens.
+        ValueError: `kv_bytes` is less than one page, or the experts drop tokens.
     """
 
     def __init__(self, model: MoRTransformer, settings: CacheSettings, max_span: int) -> None:
@@ -71,11 +71,11 @@ class ModelRunner:
 
     @torch.inference_mode()
     def tick(self, spans: list[Span], make_room: Callable[[], int]) -> Finished:
-        """Let spans enter, and run every token in flight once through the block.
+        """Add spans, and run every token in flight once through the block.
 
         Args:
-            spans: of slots that have none in flight.
-            make_room: called when pages run out; it gives up a sequence and returns its slot.
+            spans: the spans to add. Their slots must have no other span in flight.
+            make_room: called when pages run out. It takes out a sequence and returns its slot.
         """
         entering = self._route(self._enter(spans, make_room))
         pool = self._fit(self._waiting.behind(entering), make_room)
@@ -84,7 +84,7 @@ class ModelRunner:
         return self._leave()
 
     def drop(self, slot: int) -> None:
-        """Forget a sequence: its tokens in flight, its keys and values."""
+        """Remove a sequence with its tokens in flight, its keys and its values."""
         self._spans.pop(slot, None)
         self._left[slot] = 0
         self._waiting = self._waiting.without(slot)
@@ -92,7 +92,7 @@ class ModelRunner:
         self.cached.drop(slot)
 
     def _enter(self, spans: list[Span], make_room: Callable[[], int]) -> Pool:
-        """Embedding and prelude; and all other layers where nothing is routed."""
+        """Run the embedding and the prelude, and all other layers if the model routes no tokens."""
         outer_pages = self.caches.outer_pages
         while True:
             slots, positions, places = self._places(spans)
@@ -108,21 +108,21 @@ class ModelRunner:
         return self.cached.begin(ids.to(self.cached.device), slots, positions, places)
 
     def _places(self, spans: list[Span]) -> tuple[Tensor, Tensor, Tensor]:
-        """Slot, position and place in the span of each token."""
+        """Slot, position in the text and place in the span of each token."""
         tokens = [(s.slot, s.start + i, i) for s in spans for i in range(len(s.ids))]
         slots, positions, places = torch.tensor(tokens, dtype=torch.long).view(-1, 3).T
         device = self.cached.device
         return slots.to(device), positions.to(device), places.to(device)
 
     def _route(self, pool: Pool) -> Pool:
-        """The tokens that go on; the others are through with the recursion."""
+        """Route the tokens. Return those that run their next step, and record those that exit."""
         pool, exiting = self.cached.route(pool)
         if exiting is not None:
             self._through.append(exiting)
         return pool
 
     def _note_exits(self) -> None:
-        """Final states and depths of this tick's exits, from any step at once."""
+        """Store the final states and depths of the tokens that exited in this tick, at any step."""
         if not self._through:
             return
         rows, self._through = Rows.joined(self._through), []
@@ -131,7 +131,7 @@ class ModelRunner:
         self._left.index_add_(0, rows.slots, -torch.ones_like(rows.slots))
 
     def _fit(self, pool: Pool, make_room: Callable[[], int]) -> Pool:
-        """As many of the tokens as the cache has room for: sequences give way until they fit."""
+        """Take out sequences until the cache has room for the tokens of all others."""
         while len(pool) and not self.caches.policy.fits(*self.cached.in_flight(pool)):
             slot = make_room()
             self.drop(slot)
@@ -139,7 +139,7 @@ class ModelRunner:
         return pool
 
     def _leave(self) -> Finished:
-        """Coda and logits of the spans whose tokens have all exited."""
+        """Run the coda on the spans whose tokens have all exited, and compute their logits."""
         left = self._left.tolist()
         spans = [span for slot, span in self._spans.items() if left[slot] == 0]
         spans.sort(key=lambda span: not span.is_last)

@@ -1,7 +1,7 @@
-"""From logits to the next token, for many requests at once.
+"""Sampling of the next token from logits, for a batch of requests.
 
-A request's random numbers are a function of its seed and of how many tokens it has generated, so
-neither its neighbours nor a restart change what is drawn.
+The random numbers of a request depend only on its seed and on how many tokens it has generated.
+Therefore neither the other requests of a batch nor a preemption change the tokens that are sampled.
 
 Legend: `b` requests, `v` vocabulary, `k` candidates.
 """
@@ -15,21 +15,23 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 NUM_CANDIDATES = 512
-"""Most likely tokens that are sorted for top-k and top-p; all are, where these do not suffice."""
+"""Number of most likely tokens that top-k and top-p sort first. If these do not decide the result,
+the whole vocabulary is sorted."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a request picks its tokens."""
+    """How the tokens of a request are chosen."""
 
     temperature: float = 0.0
-    """0 takes the likeliest token. Above 0 samples from logits divided by it."""
+    """0 chooses the most likely token. Otherwise the logits are divided by it before sampling."""
     top_k: int = 0
-    """Sample among so many of the likeliest tokens. 0, or more than there are: no limit."""
+    """Sample among the `top_k` most likely tokens. 0, or more than the vocabulary: no limit."""
     top_p: float = 1.0
-    """Sample among the likeliest tokens that together have this probability. In (0, 1]."""
+    """Sample among the smallest set of most likely tokens whose total probability reaches this
+    value. In (0, 1]."""
     seed: int = 0
-    """Which random numbers to use."""
+    """Seed of the request's random numbers."""
 
     def __post_init__(self) -> None:
         # Integers have no largest value, but tensors must be able to hold the number.
@@ -38,16 +40,16 @@ class Sampling:
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must be 0 (no limit) or more.")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must lie in (0, 1].")
+            raise ValueError(f"top_p={self.top_p} must be in (0, 1].")
 
     @property
     def is_limited(self) -> bool:
-        """Whether only the likeliest tokens count."""
+        """Whether top-k or top-p restricts the tokens that can be sampled."""
         return self.top_k > 0 or self.top_p < 1
 
 
 Sampler = Callable[[Tensor, Sequence[Sampling], Sequence[int]], Tensor]
-"""Something that picks tokens as `sample` does."""
+"""A function that chooses the next tokens, with the signature of `sample`."""
 
 
 def sample(
@@ -56,9 +58,9 @@ def sample(
     """The next token of each request.
 
     Args:
-        logits: the largest one of each request must be finite, see `has_distribution`.
-        settings: of each request.
-        numbers: how many tokens each request has generated.
+        logits: the logits of each request. Their maximum must be finite, see `has_distribution`.
+        settings: the sampling settings of each request.
+        numbers: number of tokens that each request has generated.
     """
     tokens = logits.argmax(dim=-1)
     for is_limited in (False, True):
@@ -77,8 +79,9 @@ def sample(
             temperature = torch.tensor(
                 [own.temperature for own in some], dtype=torch.float64, device=logits.device
             )
-            # Measured from the largest logit, which stays 0 at any temperature: close to 0 the
-            # others become -inf, which is the limit, where the logits themselves would overflow.
+            # Subtract the largest logit before dividing. It is then 0 at any temperature. At very
+            # small temperatures the others become -inf, which is the correct limit, whereas the
+            # logits themselves would overflow.
             own_logits = logits[rows].double()
             largest = own_logits.amax(dim=-1, keepdim=True)
             scaled = (own_logits - largest) / temperature[:, None]
@@ -87,9 +90,8 @@ def sample(
 
 
 def has_distribution(logits: Float[Tensor, "b v"]) -> Bool[Tensor, " b"]:
-    """Whether logits say anything about the next token: neither NaN nor infinity, though single
-    tokens may be ruled out with -inf."""
-    return logits.amax(dim=-1).isfinite()  # the maximum passes NaN on
+    """Whether the logits define a distribution: no NaN, no +inf, and not -inf for every token."""
+    return logits.amax(dim=-1).isfinite()  # the maximum propagates NaN
 
 
 def _limited(
@@ -115,14 +117,15 @@ def _limited(
         else:
             kept_total = kept.sum(dim=-1)
         before = (kept.cumsum(dim=-1) - kept) / kept_total[:, None]
-        is_kept = within_k & (before < top_p[:, None])  # the likeliest always: 0 < top_p
+        # The most likely token is always kept, because its `before` is 0 and top_p is above 0.
+        is_kept = within_k & (before < top_p[:, None])
         chosen = _drawn(best.masked_fill(~is_kept, -torch.inf), draw)
         return tokens.gather(-1, chosen[:, None])[:, 0]
     raise AssertionError("all tokens were candidates")
 
 
 def _drawn(logits: Float64[Tensor, "b k"], draw: Float64[Tensor, " b"]) -> Int[Tensor, " b"]:
-    """The candidate at which the cumulative probability passes the number drawn."""
+    """The first candidate at which the cumulative probability exceeds the random number."""
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
     total = cumulative[:, -1:]
     # Strictly below the total, so that a candidate of probability 0 is never drawn.
@@ -131,7 +134,7 @@ def _drawn(logits: Float64[Tensor, "b k"], draw: Float64[Tensor, " b"]) -> Int[T
 
 
 def _uniform(seed: int, number: int) -> float:
-    """A number in [0, 1) from two integers: the SplitMix64 sequence of `seed`, entry `number`."""
+    """A number in [0, 1): entry `number` of the SplitMix64 sequence that starts at `seed`."""
     mask = (1 << 64) - 1
     state = (_mixed(seed & mask) + (number + 1) * 0x9E3779B97F4A7C15) & mask
     return (_mixed(state) >> 11) / (1 << 53)

@@ -1,8 +1,9 @@
-"""Who runs next: requests, slots, spans and page budgets. Knows nothing about layers or tensors.
+"""Scheduler: decides which request runs next. It knows nothing about layers or tensors.
 
-A request waits, is admitted to a slot, is computed span by span, and is finished. A span is a run of
-its tokens that go through the model together: a chunk of the prompt, or the token generated last. One
-span of a request is in flight at a time, so that every token finds the keys of all earlier ones.
+A request waits, is admitted to a slot, is computed span by span, and finishes. A span is a run of
+consecutive tokens that enter the model together: a chunk of the prompt, or the last generated token.
+Each request has at most one span in flight, so that the keys of all earlier tokens are in the cache
+when a token needs them.
 """
 
 import time
@@ -16,8 +17,10 @@ from mor_layers.generation.sampling import Sampling
 FinishReason = Literal["stop", "length", "cancelled", "timeout", "memory", "error"]
 
 PATIENCE = 1.0
-"""Seconds that a client waits before others, who run more than their share, give way. Most places
-come free sooner, and what gives way must be computed again."""
+"""Seconds that a client waits before a request of a client with more than its share is preempted.
+
+Preemption is the last resort, because the preempted request must be recomputed. Most slots become
+free sooner."""
 
 
 @dataclass(frozen=True)
@@ -27,17 +30,17 @@ class Request:
     ids: tuple[int, ...]
     """Token ids of the prompt. At least one."""
     max_new_tokens: int
-    """Tokens to generate at most. At least 1."""
+    """Largest number of tokens to generate. At least 1."""
     sampling: Sampling = field(default_factory=Sampling)
-    """How to pick tokens."""
+    """How to choose the next token."""
     stop_ids: tuple[int, ...] = ()
-    """Tokens that end the text; the one met is reported."""
+    """Tokens that end the text. The token that ended it is reported."""
     stop: tuple[str, ...] = ()
-    """Strings that end the text; the one met is not part of it. Needs an engine that decodes."""
+    """Strings that end the text and are removed from it. They need an engine with `decode`."""
     timeout: float | None = None
-    """Seconds from submission after which the request is given up. None: never."""
+    """Seconds after submission at which the request ends unfinished. None: no timeout."""
     client: str = ""
-    """Who asks. Clients share the engine evenly, however many requests each of them sends."""
+    """The sender. Clients share the engine equally, regardless of their number of requests."""
 
     def __post_init__(self) -> None:
         if not self.ids:
@@ -45,34 +48,34 @@ class Request:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1.")
         if self.timeout is not None and not self.timeout > 0:
-            raise ValueError(f"timeout={self.timeout} must be above 0, or None.")
+            raise ValueError(f"timeout={self.timeout} must be above 0, or None for no timeout.")
         if not all(self.stop):
             raise ValueError(f"stop={self.stop} has an empty string, which would end every text.")
 
     @property
     def max_length(self) -> int:
-        """Tokens of prompt and continuation whose keys are kept: the last one's never are."""
+        """Number of tokens whose keys are stored at most. The last generated token is never run."""
         return len(self.ids) + self.max_new_tokens - 1
 
 
 @dataclass
 class Progress:
-    """How far a request is."""
+    """The state of a request."""
 
     number: int
-    """Its name, in order of submission."""
+    """Identifies the request. Requests are numbered in order of submission."""
     request: Request
     tokens: list[int]
-    """Prompt and what was generated up to now."""
+    """The prompt, and the tokens generated so far."""
     submitted: float
-    """When, in seconds of the scheduler's clock."""
+    """Time of submission, in seconds of the scheduler's clock."""
     deadline: float | None
     slot: int | None = None
-    """Where it runs; None while it waits."""
+    """The slot that it runs in, or None while it waits."""
     num_started: int = 0
-    """Tokens that are computed or in flight."""
+    """Number of tokens that are computed or in flight."""
     in_flight: int = 0
-    """Length of the span in flight."""
+    """Length of the span in flight, or 0."""
 
     @property
     def num_generated(self) -> int:
@@ -80,32 +83,33 @@ class Progress:
 
     @property
     def num_left(self) -> int:
-        """Tokens known but not yet started."""
+        """Number of known tokens that have not entered the model yet."""
         return len(self.tokens) - self.num_started
 
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens of a request that enter the model together."""
+    """Consecutive tokens of a request that enter the model together."""
 
     slot: int
     start: int
-    """Position of the first."""
+    """Position of the first token."""
     ids: list[int]
     is_last: bool
-    """Whether all known tokens are in then, so that the next one can be picked."""
+    """Whether the span ends with the last known token, so that its logits give the next one."""
 
 
 class Scheduler:
-    """Clients share evenly, and each is served in order, within slots and budgets of pages.
+    """Assigns slots and pages to requests. Clients get equal shares; each is served in order.
 
     Args:
-        num_slots: requests that may run at a time.
-        budgets: pages there are, of each kind.
-        demand: pages of each kind that a sequence of a given length is expected to take.
-        chunk_size: longest span.
-        tokens_per_tick: tokens that may enter the model in one tick.
-        clock: seconds, for timeouts.
+        num_slots: largest number of requests that run at the same time.
+        budgets: number of pages of each kind.
+        demand: returns the number of pages of each kind that a sequence of a given length is
+            expected to need.
+        chunk_size: largest number of tokens in a span.
+        tokens_per_tick: largest number of tokens that enter the model in one tick.
+        clock: returns the time in seconds. Used for timeouts.
     """
 
     def __init__(
@@ -130,14 +134,14 @@ class Scheduler:
         """Queue a request.
 
         Raises:
-            ValueError: it could not run even alone.
+            ValueError: the request is expected to need more pages than there are.
         """
         demand = self.demand(request.max_length)
         if any(need > budget for need, budget in zip(demand, self.budgets, strict=True)):
             raise ValueError(
-                f"a sequence of {request.max_length} tokens is expected to take {demand} pages of "
-                f"the cache, which has {self.budgets}. Ask for fewer tokens, or give the engine "
-                "a larger kv_bytes."
+                f"a sequence of {request.max_length} tokens is expected to need {demand} pages of "
+                f"the cache, which has {self.budgets}. Ask for fewer tokens, or build the engine "
+                "with a larger kv_bytes."
             )
         now = self.clock()
         deadline = None if request.timeout is None else now + request.timeout
@@ -147,21 +151,21 @@ class Scheduler:
         return progress
 
     def overdue(self) -> list[Progress]:
-        """Requests whose time is up."""
+        """Requests whose deadline has passed."""
         now = self.clock()
         everyone = (*self.waiting, *self.running.values())
         return [p for p in everyone if p.deadline is not None and now >= p.deadline]
 
     def admit(self, free: tuple[int, ...]) -> None:
-        """Give slots to those who come next, as long as what they are expected to take fits.
+        """Admit waiting requests to slots, as long as their expected demand of pages fits.
 
-        The client that runs least comes next, with the request that it sent first. Nobody overtakes
-        a request that does not fit, or a long one might wait for ever. Where nothing runs, the next
-        one is admitted whatever it takes.
+        The next request is the oldest one of the client with the fewest running requests. No
+        request overtakes one that does not fit, or a long request might wait forever. If nothing
+        runs, the next request is admitted regardless of its expected demand.
 
         Args:
-            free: pages of each kind that are free now, which a new sequence must not exceed with
-                what is known of it: others may have taken more than expected.
+            free: number of pages of each kind that are free now. The known tokens of a new sequence
+                must fit into them, because running sequences may have used more than expected.
         """
         while self.waiting and self._free_slots:
             progress = self._next()
@@ -179,7 +183,7 @@ class Scheduler:
             self._promised = wanted
 
     def plan(self) -> list[Span]:
-        """The spans that enter the model now: generated tokens first, then chunks of prompts."""
+        """Choose the spans that enter the model now: generated tokens first, then prompt chunks."""
         idle = [p for p in self.running.values() if not p.in_flight and p.num_left]
         idle.sort(key=lambda p: (p.num_left > 1, p.number))
         spans, room = [], self.tokens_per_tick
@@ -196,9 +200,10 @@ class Scheduler:
         return spans
 
     def last(self) -> Progress | None:
-        """Who gives way when pages run out; None where at most one request runs.
+        """The request to preempt when pages run out, or None if at most one request runs.
 
-        It is the youngest request of the client that runs most, so the oldest of all never is.
+        This is the newest request of the client with the most running requests. The oldest running
+        request is therefore never preempted and always finishes.
         """
         if len(self.running) < 2:
             return None
@@ -206,10 +211,10 @@ class Scheduler:
         return max(self.running.values(), key=lambda p: (running[p.request.client], p.number))
 
     def unfair(self) -> Progress | None:
-        """Who gives way to a client that has waited for longer than `PATIENCE`; None where nobody.
+        """The request to preempt for a client that has waited longer than `PATIENCE`, or None.
 
-        To be asked after `admit`. Only a client that still runs as much as the other afterwards
-        gives way, so that the two never push each other out in turn.
+        Call this after `admit`. A client loses a request only if it still runs at least as many as
+        the waiting client afterwards. Otherwise the two could preempt each other in turn.
         """
         progress, waiting = self.last(), self._next() if self.waiting else None
         if progress is None or waiting is None:
@@ -220,7 +225,7 @@ class Scheduler:
         return progress if surplus >= 2 and has_waited else None
 
     def leave(self, progress: Progress) -> None:
-        """Take a request out, finished or given up. Its pages are the caller's to free."""
+        """Remove a finished or cancelled request. The caller must free its pages."""
         if progress.slot is None:
             self.waiting.remove(progress)
             return
@@ -231,8 +236,10 @@ class Scheduler:
         progress.slot = None
 
     def preempt(self, progress: Progress) -> None:
-        """Back to those who wait, to be computed again from what is known. Its number keeps it
-        before all that its client sent later."""
+        """Put a request back into the queue, to be recomputed from its known tokens.
+
+        It keeps its number, so it runs before all requests that its client sent later.
+        """
         self.leave(progress)
         self.waiting.append(progress)
 

@@ -1,4 +1,4 @@
-"""A generating model on several ranks, each with a part of the heads and of every MLP's width.
+"""Tensor parallelism for generation: each rank has a part of the heads and of every MLP's width.
 
     model = shard(MoRTransformer(config), group)
     engine = LockstepEngine(model, cache, group=group)
@@ -40,7 +40,7 @@ def shard(model: MoRTransformer, group: ProcessGroup) -> MoRTransformer:
     for name, value in sizes.items():
         if value % size:
             raise ValueError(
-                f"{name}={value} does not divide by {size} ranks. Use a number of ranks that "
+                f"{name}={value} is not divisible by the {size} ranks. Use a number of ranks that "
                 "divides it."
             )
     for layer in layers:

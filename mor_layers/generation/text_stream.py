@@ -1,4 +1,4 @@
-"""Turns a growing list of token ids into a growing text that ends at stop strings."""
+"""TextStream: decodes tokens as they are generated, up to the first stop string."""
 
 from collections.abc import Callable, Sequence
 
@@ -34,7 +34,7 @@ class TextStream:
         return self._release(now[len(before) :])
 
     def rest(self) -> str:
-        """The text that was held back, when there are no more tokens."""
+        """The text that was held back. Call this once, after the last token."""
         before = self.decode(self._ids[self._begin : self._end])
         text, is_stopped = self._release(self.decode(self._ids[self._begin :])[len(before) :])
         held, self._held, self._begin, self._end = self._held, "", len(self._ids), len(self._ids)

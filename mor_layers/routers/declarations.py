@@ -1,7 +1,7 @@
-"""What a router declares of itself, so that nothing else needs a list of routers.
+"""What a router declares about itself, so that the rest of the library needs no list of routers.
 
-`RouterConfig` has a method or property for each declaration. Their defaults either are safe for any
-router or follow from a trial of it, so that a router of one's own need declare nothing.
+`RouterConfig` has a method or property for each declaration. The defaults are either safe for any
+router or measured by running it, so a custom router does not have to declare anything.
 
 Legend: `n` candidates of a step, `b` batch, `h` hidden, `c` logits a token.
 """
@@ -24,25 +24,27 @@ PublishedLayers = Literal["every_pass", "every_step", "one_entry"]
 
 @dataclass(frozen=True)
 class ScorerMatrix:
-    """One matrix of a router, of so many weights."""
+    """One matrix of a router."""
 
     weights: int
+    """Number of weights."""
     backward_products: int = 2
-    """Its products in the backward pass: 1 if its input is detached, 0 if no gradient arrives."""
+    """Number of matrix products in the backward pass: 1 if the input is detached, 0 if the output
+    gets no gradient."""
 
 
 @dataclass(frozen=True)
 class StepNotes:
-    """What the decision of a step says of each selected token beside its position."""
+    """What the decision of a step holds for each selected token in addition to its position."""
 
     has_gates: bool = False
     """Whether the decision has gates."""
     plan_size: int = 0
-    """Numbers that the router planned per token (`RoutingDecision.plan`)."""
+    """Numbers per token in the router's plan (`RoutingDecision.plan`)."""
 
     @property
     def numbers(self) -> int:
-        """Numbers per token."""
+        """Numbers per token in total."""
         return self.has_gates + self.plan_size
 
 
@@ -51,30 +53,31 @@ class PublishedRouter:
     """A router's place in checkpoints of the published Mixture-of-Recursions code."""
 
     settings: Mapping[str, Any]
-    """Entries of the section `mor` of its settings; the rest is as without a router."""
+    """Entries of the section `mor` of the settings. The other sections are as without a router."""
     layers: PublishedLayers
-    """How the shared layers are listed: one by one for every pass through them, as in a plain model,
-    with an entry of the model's layers for every step, or all of them in one entry."""
+    """How the model's list of layers holds the shared ones. `every_pass`: one entry for each layer of
+    each pass, as in a plain model. `every_step`: one entry for each step. `one_entry`: one entry for
+    all of them."""
     names: Mapping[str, tuple[int, str]] = field(default_factory=dict)
-    """By the name of a tensor in the router's state dict: its entry among the model's layers, counted
-    from the recursion's first, and its name there."""
+    """For each tensor of the router's state dict: the index of its entry in the list of layers,
+    counted from the first entry of the recursion, and its name within that entry."""
     buffers: Mapping[str, float] = field(default_factory=dict)
-    """Buffers that no checkpoint holds, as they are at the end of training."""
+    """Buffers that published checkpoints do not hold, with their values at the end of training."""
     without_place: tuple[str, ...] = ()
-    """Fields of the settings whose values the section `mor` cannot express."""
+    """Fields of the router's settings that the section `mor` cannot express."""
 
 
 def measured_scorers(router: Router, hidden_size: int) -> tuple[tuple[ScorerMatrix, ...], ...]:
-    """The matrices that `router.logits` multiplies a token with, at each step.
+    """For each step, the matrices that `router.logits` multiplies a token by.
 
-    `logits` runs on one token on the meta device, where shapes are followed and nothing is computed.
-    Products are told apart by how often they recur in the backward pass, not matrix by matrix.
+    `logits` runs on one token on the meta device, which propagates shapes without computing. The
+    result has one entry per number of backward products, not one per matrix.
 
     Args:
-        router: one that was built on the meta device.
+        router: a router that was built on the meta device.
 
     Raises:
-        ValueError: `logits` looks at the values of tensors, which have none there.
+        ValueError: `logits` reads values of tensors, which do not exist on the meta device.
     """
     return tuple(_measured(router, hidden_size, step) for step in range(router.num_recursions))
 
@@ -82,7 +85,7 @@ def measured_scorers(router: Router, hidden_size: int) -> tuple[tuple[ScorerMatr
 def _measured(router: Router, hidden_size: int, step: int) -> tuple[ScorerMatrix, ...]:
     from torch.utils.flop_counter import FlopCounterMode  # slow to import, and seldom needed
 
-    # Gradients are counted even where whoever asks, such as a planner, works without them.
+    # The caller, such as a planner, may have disabled gradients, but their cost must be counted.
     with torch.inference_mode(False), torch.enable_grad(), torch.device("meta"):
         token = torch.empty(1, 1, hidden_size, requires_grad=True)  # [n b h]
         try:
@@ -99,7 +102,8 @@ def _measured(router: Router, hidden_size: int, step: int) -> tuple[ScorerMatrix
                 "`scorer_shapes`."
             ) from error
     met, met_again = forward // 2, (both - forward) // 2  # a weight costs 2 FLOPs per token
-    # Of each matrix the backward pass has two products, one, or none.
+    # The backward pass has two products for each matrix, one, or none. `twice`, `once` and the rest
+    # are the numbers of weights in the three cases.
     twice = max(0, met_again - met)
     once = met_again - 2 * twice
     parts = ((twice, 2), (once, 1), (met - twice - once, 0))
@@ -107,7 +111,7 @@ def _measured(router: Router, hidden_size: int, step: int) -> tuple[ScorerMatrix
 
 
 def observed_notes(config: RouterConfig, num_recursions: int) -> tuple[StepNotes, ...]:
-    """What such a router's decisions about a few tokens say of them, at each step."""
+    """For each step, what a router's decisions hold for each token, found by running it once."""
     size, length, notes = 4, 8, []
     with torch.random.fork_rng(devices=()), torch.no_grad(), torch.device("cpu"):
         router = config.build(size, num_recursions)

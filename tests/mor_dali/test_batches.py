@@ -184,9 +184,9 @@ def test_what_cannot_be_made_is_refused(tmp_path):
     samples = MegatronSamples(data)
     with pytest.raises(ValueError, match=r"beyond the \d+ samples"):
         token_batches(samples, BatchOrder(end=len(samples) + 1, size=1))
-    with pytest.raises(ValueError, match="rank=2 must lie between 0 and ranks-1=1"):
+    with pytest.raises(ValueError, match="rank=2 must be between 0 and ranks-1=1"):
         BatchOrder(end=4, size=1, rank=2, ranks=2)
-    with pytest.raises(ValueError, match="Give end_of_document"):
+    with pytest.raises(ValueError, match="Pass end_of_document"):
         BatchFields(numbers_documents=True)
     with pytest.raises(ValueError, match="batches=0 must be at least 1"):
         Prefetch(batches=0)

@@ -193,7 +193,7 @@ def test_rank_correlation_gives_ties_their_mean_rank(values, others, expected):
     ("ids", "window", "message"),
     [
         ([1, 2, 3], 0, "window=0 must be at least 1"),
-        ([1], 4, r"expected \[t\] with 2 tokens"),
+        ([1], 4, r"Pass \[t\] with at least 2 tokens"),
         ([1, VOCAB_SIZE], 4, f"vocab_size={VOCAB_SIZE}"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Checkpoints of training runs, and weights in and out of them."""
+"""Checkpoints of training runs, and the conversion of weights to and from them."""
 
 from mor_megatron.checkpoints.models import describe, open_checkpoint
 from mor_megatron.checkpoints.weights import (

@@ -1,9 +1,9 @@
-"""The files of a `torch_dist` checkpoint, read and written by one process without process groups.
+"""Reads and writes the files of a `torch_dist` checkpoint in one process, without process groups.
 
-`.metadata` says in which file, from which byte on, each piece of each tensor lies; a piece is what
-`torch.save` makes of it. What no rank shards, such as a training step, is one entry `common_state`.
-So a tensor of any layout is put together from its pieces, and a whole one is a single piece, which
-any layout can load parts of. One tensor at a time is in memory.
+`.metadata` lists the file and the byte offset of each piece of each tensor. A piece is the output of
+`torch.save`. State that is not sharded, such as the training step, is in one entry `common_state`.
+Tensors saved in any layout are assembled from their pieces. Tensors are written as a single piece,
+from which any layout can load its parts. Only one tensor at a time is in memory.
 """
 
 import io
@@ -25,16 +25,16 @@ _COMMON = "common_state/shard_0_1"
 
 
 def is_dist_checkpoint(folder: Path) -> bool:
-    """Whether the folder itself is one."""
+    """Whether the folder itself is a `torch_dist` checkpoint."""
     return (folder / _METADATA).is_file() and (folder / _CONFIG).is_file()
 
 
 class DistTensors(Mapping[str, Tensor]):
-    """The tensors of a checkpoint's folder by global name, put together when they are asked for.
+    """The tensors of a checkpoint's folder by global name, assembled when they are accessed.
 
     Raises:
-        ValueError: a file is missing, damaged or cut short; here, or when a tensor is read.
-        FileNotFoundError: there is no such folder.
+        ValueError: a file is missing, damaged or truncated. Raised here or when a tensor is read.
+        FileNotFoundError: the folder does not exist.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -64,8 +64,8 @@ class DistTensors(Mapping[str, Tensor]):
         covered = sum(piece.numel() for _, piece in pieces)
         if covered != entry.size.numel():
             raise ValueError(
-                f"{self.folder}: tensor {name!r} has {entry.size.numel()} numbers, and its pieces "
-                f"{covered}."
+                f"{self.folder}: tensor {name!r} has {entry.size.numel()} numbers, but its pieces "
+                f"have {covered}. Restore the checkpoint from a copy."
             )
         whole = torch.empty(entry.size, dtype=pieces[0][1].dtype)
         for chunk, piece in pieces:
@@ -74,18 +74,18 @@ class DistTensors(Mapping[str, Tensor]):
         return whole
 
     def shape(self, name: str) -> torch.Size:
-        """Of the whole tensor, which is not read."""
+        """The shape of a whole tensor, without reading it."""
         return self._entries[name].size
 
     @property
     def common(self) -> dict[str, Any]:
-        """What no rank shards; plain values and tensors.
+        """The state that is not sharded, which consists of plain values and tensors.
 
         Raises:
-            ValueError: it is not there, or damaged.
+            ValueError: it is missing or damaged.
         """
         legacy = self.folder / "common.pt"
-        if legacy.is_file():  # Megatron takes it first, too
+        if legacy.is_file():  # Megatron also prefers this file
             return unpickled(legacy.read_bytes(), legacy, "common state")
         if _COMMON not in self._metadata.state_dict_metadata:
             raise ValueError(f"{self.folder} has no entry {_COMMON!r}.")
@@ -98,8 +98,8 @@ class DistTensors(Mapping[str, Tensor]):
         tensor = unpickled(self._bytes(name, info), self._path(info), f"tensor {name!r}")
         if tensor.shape != sizes:
             raise ValueError(
-                f"{self._path(info)}, tensor {name!r}: a piece has shape {tuple(tensor.shape)}, and "
-                f"{_METADATA} says {tuple(sizes)}."
+                f"{self._path(info)}, tensor {name!r}: a piece has shape {tuple(tensor.shape)}, but "
+                f"{_METADATA} says {tuple(sizes)}. Restore the checkpoint from a copy."
             )
         return tensor
 
@@ -117,10 +117,10 @@ class DistTensors(Mapping[str, Tensor]):
             path = self._path(info)
             if info.relative_path not in sizes:
                 if not path.is_file():
-                    raise ValueError(f"{path} is missing; tensor {index.fqn!r} is in it.")
+                    raise ValueError(f"{path} is missing. It contains tensor {index.fqn!r}.")
                 sizes[info.relative_path] = path.stat().st_size
             if info.offset + info.length > sizes[info.relative_path]:
-                raise ValueError(f"{path} is cut short; tensor {index.fqn!r} is not whole in it.")
+                raise ValueError(f"{path} is truncated, so tensor {index.fqn!r} is incomplete.")
 
 
 def write_dist_checkpoint(
@@ -130,12 +130,12 @@ def write_dist_checkpoint(
     common: dict[str, Any],
     written: Callable[[str], None] | None = None,
 ) -> None:
-    """Write a checkpoint into an existing folder, tensor by tensor, each in one piece.
+    """Write a checkpoint into an existing folder, tensor by tensor, each as a single piece.
 
     Args:
-        objects: names of entries that hold no more than None, as layers without extra state have.
-        common: what no rank shards; plain values and tensors.
-        written: called with the name of each tensor after it.
+        objects: names of entries that hold None, as layers without extra state have them.
+        common: the state that is not sharded. Plain values and tensors.
+        written: called with the name of each tensor after it is written.
     """
     entries: dict[str, Any] = {}
     places: dict[dcp.MetadataIndex, Any] = {}
@@ -147,7 +147,7 @@ def write_dist_checkpoint(
             places[index] = filesystem._StorageInfo(_DATA, begin, file.tell() - begin)
 
         for name, tensor in tensors.items():
-            # A view would be saved with all that it is a view of.
+            # torch.save would save the whole storage of a view, so views are cloned.
             tensor = tensor.detach().cpu().contiguous()
             whole = tensor.untyped_storage().nbytes() == tensor.nbytes
             start = torch.Size([0] * tensor.dim())
@@ -175,14 +175,14 @@ def write_dist_checkpoint(
 
 
 def unpickled(data: bytes, path: Path, what: str) -> Any:
-    """Plain values and tensors from what `torch.save` wrote; nothing else is ever made.
+    """Load plain values and tensors that `torch.save` wrote. No other objects are created.
 
     Raises:
-        ValueError: the bytes are damaged, or hold something else.
+        ValueError: the bytes are damaged, or contain other objects.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as parts:
-            broken = parts.testzip()  # torch.load does not look at the checksums of torch.save
+            broken = parts.testzip()  # torch.load does not verify the checksums of torch.save
         if broken is not None:
             raise ValueError(f"the checksum of {broken} is wrong")
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -194,30 +194,35 @@ def unpickled(data: bytes, path: Path, what: str) -> Any:
         zipfile.BadZipFile,
     ) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}, {what}: damaged, or more than plain values: {first}") from error
+        raise ValueError(
+            f"{path}, {what}: damaged, or not only plain values and tensors: {first}"
+        ) from error
 
 
 def read_metadata(path: Path) -> dcp.Metadata:
-    """The description of a checkpoint, which is a pickle: no other classes are made from it.
+    """Read the metadata of a checkpoint. It is a pickle, so only the classes it needs are allowed.
 
     Raises:
-        ValueError: the file is damaged, or holds something else.
-        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or contains other objects.
+        FileNotFoundError: the file does not exist.
     """
     try:
         with path.open("rb") as file:
             found = _MetadataUnpickler(file).load()
     except FileNotFoundError:
         raise
-    except Exception as error:  # a damaged pickle fails in any way
-        raise ValueError(f"{path} is damaged, or no checkpoint's: {error}") from error
+    except Exception as error:  # unpickling a damaged file can raise any exception
+        raise ValueError(f"{path} is damaged, or not a checkpoint's metadata: {error}") from error
     if not isinstance(found, dcp.Metadata):
         raise ValueError(f"{path} holds {type(found).__name__}, not a checkpoint's metadata.")
     return found
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Makes the classes that describe a checkpoint, and nothing else."""
+    """Only creates instances of the classes that describe a checkpoint.
+
+    A pickle of another origin could otherwise run arbitrary code.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and (name == "Size" or isinstance(vars(torch).get(name), torch.dtype)):
@@ -228,7 +233,7 @@ class _MetadataUnpickler(pickle.Unpickler):
             found = vars(known).get(name)
             if module != known.__name__ or not isinstance(found, type):
                 continue
-            if found.__module__ == module:  # not what the module merely imports
+            if found.__module__ == module:  # defined there, not only imported
                 return found
         if module == "megatron.core.dist_checkpointing.strategies.torch":
             with suppress(AttributeError):

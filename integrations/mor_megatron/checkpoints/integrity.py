@@ -1,10 +1,11 @@
-"""Whether a checkpoint on disk is what was written: a manifest of sizes and checksums.
+"""Verifies that a checkpoint on disk is what was written, by a manifest of sizes and checksums.
 
-`seal` writes `manifest.json` last, so a folder that has one was whole; `damage` compares. The ranks
-share the files: each reads its part once, at the speed of a CRC. A folder that another program wrote
-has no manifest; then the index of Megatron's `torch_dist` format says which files it must have, and
-how long they are at least. With or without a manifest, whoever wrote it could have put code into its
-pickles: the index and the common state must hold plain values only.
+`seal` writes `manifest.json` last, so a folder that has one was complete at that time. `damage`
+compares the files with it. The files are distributed over the ranks, and each rank reads its files
+once to compute a CRC. A folder written by another program has no manifest. In this case the index of
+Megatron's `torch_dist` format determines which files it must have, and their smallest possible sizes.
+A manifest does not protect against malicious pickles, because their author could have written it too.
+Therefore the index and the common state are always required to contain plain values only.
 """
 
 import json
@@ -23,10 +24,10 @@ _MOST_SHOWN = 3
 
 
 def seal(folder: Path) -> None:
-    """Write the manifest of a folder whose files are all written. All ranks call it.
+    """Write the manifest of a folder whose files are all written. All ranks must call it.
 
     Raises:
-        OSError: a file cannot be read, or the manifest cannot be written; on every rank.
+        OSError: a file cannot be read, or the manifest cannot be written. Raised on every rank.
     """
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     found: dict[str, list[int]] = {}
@@ -47,9 +48,12 @@ def seal(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None where it is whole. All ranks call it, and agree."""
+    """A description of what is wrong with a checkpoint, or None if it is valid.
+
+    All ranks must call it, and get the same result.
+    """
     if not folder.is_dir():
-        return _first_of("it is not there")
+        return _first_of("the folder does not exist")
     problems = []
     try:
         wanted = _wanted(folder)
@@ -64,7 +68,7 @@ def damage(folder: Path) -> str | None:
 
 
 def raise_together(error: OSError | None) -> None:
-    """Raise the first error that a rank has, if any, on every rank. All ranks call it."""
+    """If any rank has an error, raise the first one on every rank. All ranks must call it."""
     for rank, found in enumerate(_gathered(error)):
         if found is not None:
             where = "" if str(found).startswith("rank ") else f"rank {rank}: "
@@ -90,10 +94,12 @@ def _first_of(*problems: str) -> str | None:
 
 
 def _wanted(folder: Path) -> dict[str, tuple[int, int | None]]:
-    """Size of each file that must be there, and its checksum where it is known.
+    """The size of each required file, and its checksum if it is known.
+
+    Without a manifest the checksums are unknown, and the sizes are lower bounds.
 
     Raises:
-        ValueError: what says so is damaged or missing.
+        ValueError: the manifest or the index is damaged or missing.
     """
     manifest = folder / MANIFEST
     if manifest.is_file():
@@ -106,7 +112,7 @@ def _wanted(folder: Path) -> dict[str, tuple[int, int | None]]:
     try:
         index = read_metadata(folder / ".metadata").storage_data or {}
     except (OSError, ValueError) as error:
-        raise ValueError(f"it has no {MANIFEST}, and no readable .metadata ({error})") from error
+        raise ValueError(f"it has no {MANIFEST} and no readable .metadata ({error})") from error
     ends: dict[str, int] = {}
     for piece in index.values():
         ends[piece.relative_path] = max(
@@ -116,9 +122,9 @@ def _wanted(folder: Path) -> dict[str, tuple[int, int | None]]:
 
 
 def _foreign(folder: Path) -> list[str]:
-    """What is wrong with the parts that all ranks need, and that could hold more than values."""
+    """Problems with the index and the common state, which are pickles that all ranks load."""
     if not is_dist_checkpoint(folder):
-        return ["it has no .metadata and metadata.json"]
+        return [".metadata or metadata.json is missing"]
     try:
         _ = DistTensors(folder).common
     except (OSError, ValueError) as error:
@@ -133,7 +139,7 @@ def _difference(path: Path, size: int, checksum: int | None) -> list[str]:
     if actual < size or (actual > size and checksum is not None):
         return [f"{path.name} has {actual:,} of {size:,} bytes"]
     if checksum is not None and _checksum(path) != checksum:
-        return [f"{path.name} has other contents than were written"]
+        return [f"{path.name} differs from what was written (its checksum is wrong)"]
     return []
 
 

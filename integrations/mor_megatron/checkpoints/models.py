@@ -1,7 +1,7 @@
-"""A model in a Megatron checkpoint, whatever layout saved it, without starting ranks.
+"""Models in Megatron checkpoints of any parallel layout, read and written without starting ranks.
 
-The folder is that of `checkpointing`: `latest` and `step_<n>`. What the model is stands in the
-checkpoint too, as `extra["decoder"]`; see `describe`.
+The folder has the structure of `runs`: a file `latest` and folders `step_<n>`. The checkpoint also
+contains the model's settings as `extra["decoder"]`, see `describe`.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,11 +25,11 @@ _OPTIMIZER = "optimizer."
 
 
 def describe(config: DecoderConfig, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What to pass to `checkpoints.runs.save` as `extra`, so that the checkpoint says what it holds.
+    """The `extra` to pass to `checkpoints.runs.save`, so that the checkpoint describes its model.
 
     Args:
-        config: the model's, with the vocabulary as it is without padding.
-        facts: what a config.json says besides, see `StoredModel.facts`.
+        config: settings of the model, with the size of the vocabulary without padding.
+        facts: further entries of a config.json, see `StoredModel.facts`.
     """
     return {_DECODER: to_mapping(config), _FACTS: dict(facts or {})}
 
@@ -37,19 +37,20 @@ def describe(config: DecoderConfig, facts: Mapping[str, Any] | None = None) -> d
 def open_checkpoint(
     folder: Path, config: DecoderConfig | None = None, trust_remote_code: bool = False
 ) -> StoredModel:
-    """The model of a checkpoint, without reading its tensors; optimizer state is left out.
+    """The model of a checkpoint. Its tensors are read on access. Optimizer state is ignored.
 
-    Rows that fill up the vocabulary are cut off.
+    Rows that pad the vocabulary are removed.
 
     Args:
-        folder: a run, its folder of checkpoints (then the latest is taken), or a checkpoint.
-        config: the model's settings, for a checkpoint that does not say them.
-        trust_remote_code: whether the checkpoint may name a router whose module is imported, which runs
-            that module's code. Without it only registered routers are built.
+        folder: the folder of a run, a folder of checkpoints, or a checkpoint. In the first two cases,
+            the latest checkpoint is used.
+        config: the model's settings. Only needed if the checkpoint does not contain them.
+        trust_remote_code: whether a module that the checkpoint names for its router may be imported,
+            which runs that module's code. Otherwise only registered routers are built.
 
     Raises:
-        ValueError: settings or a tensor are missing, damaged or of another shape; here, or when a
-            tensor is read.
+        ValueError: settings or a tensor are missing, damaged or have the wrong shape. Raised here or
+            when a tensor is read.
         FileNotFoundError: there is no complete checkpoint.
     """
     source = checkpoint_folder(folder)
@@ -58,8 +59,8 @@ def open_checkpoint(
     if config is None:
         if _DECODER not in extra:
             raise ValueError(
-                f"{source} does not say what model it holds. Give the DecoderConfig (`mor convert "
-                "--settings FILE.yaml`), or save with extra=describe(config)."
+                f"{source} does not contain the settings of its model. Pass the DecoderConfig (`mor "
+                "convert --settings FILE.yaml`), or save with extra=describe(config)."
             )
         where = f"{source}: decoder"
         config = from_mapping(DecoderConfig, extra[_DECODER], where, trust_remote_code)
@@ -69,7 +70,7 @@ def open_checkpoint(
     unknown = [name for name in names if name not in wanted]
     if missing or unknown:
         what = f"has no tensor {missing[0]!r}" if missing else f"has a tensor {unknown[0]!r} too"
-        raise ValueError(f"{source} {what}. Are these the settings it belongs to?")
+        raise ValueError(f"{source} {what}. Check that the settings are those of this model.")
     rows = config.vocab_size
 
     def read(name: str) -> Tensor:
@@ -78,7 +79,7 @@ def open_checkpoint(
             return tensor
         if len(tensor) < rows:
             raise ValueError(
-                f"{source}: {name!r} has {len(tensor)} rows for vocab_size={rows} tokens."
+                f"{source}: {name!r} has {len(tensor)} rows, fewer than vocab_size={rows}."
             )
         return tensor[:rows]
 
@@ -90,19 +91,19 @@ def open_checkpoint(
 def write_checkpoint(
     model: StoredModel, folder: Path, written: Callable[[str], None] | None = None
 ) -> None:
-    """Write a folder of checkpoints with one of step 0 into an existing folder, tensor by tensor.
+    """Write a checkpoint of step 0, tensor by tensor, into an existing folder of checkpoints.
 
-    The vocabulary is not padded: Megatron fills its own padding with zeros when it loads.
+    The vocabulary is not padded, because Megatron fills its padding with zeros on loading.
 
     Raises:
-        ValueError: Megatron has no place for a setting.
+        ValueError: Megatron does not support a setting.
     """
     config = model.config
     tensors = megatron_view(model.weights, config)
     step = folder / "step_00000000"
     step.mkdir()
     objects = []
-    for name in tensors:  # what Megatron's linear layers store beside their weights
+    for name in tensors:  # Megatron's linear layers have an extra state in addition to weights
         stem = name.removesuffix(".weight")
         if not stem.rpartition(".")[2].startswith("linear_"):
             continue
@@ -116,7 +117,9 @@ def write_checkpoint(
 
 
 def checkpoint_folder(folder: Path) -> Path:
-    """The newest complete checkpoint of a run's folder or of a folder of checkpoints; or itself.
+    """The newest complete checkpoint in the folder of a run or of checkpoints.
+
+    A folder that is a checkpoint itself is returned unchanged.
 
     Raises:
         FileNotFoundError: there is none.
@@ -129,6 +132,6 @@ def checkpoint_folder(folder: Path) -> Path:
             if is_dist_checkpoint(found):
                 return found
             raise FileNotFoundError(
-                f"{directory / _LATEST} names {found.name}, which is not whole."
+                f"{directory / _LATEST} names {found.name}, which is not a complete checkpoint."
             )
     raise FileNotFoundError(f"there is no complete checkpoint in {folder}")

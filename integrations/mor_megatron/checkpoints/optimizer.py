@@ -1,10 +1,10 @@
-"""Megatron's optimizers as a checkpoint sees them: tensors by parameter name, and one step count.
+"""The state of Megatron's optimizers in a checkpoint: tensors by parameter name, and a step count.
 
-Nothing here depends on the layout. A rank's parameter groups, and how many optimizers Megatron
-chains (one more where experts are parallel), follow from the run and are rebuilt by it.
+This state does not depend on the parallel layout. The parameter groups of a rank and the number of
+chained optimizers (one more with expert parallelism) follow from the run and are not saved.
 
-The distributed optimizer needs corrections to reload what it saved. They hold inside
-`sharded_state` and `load_state` only. Line numbers are those of megatron-core 0.19.2.
+The distributed optimizer needs corrections to load what it saved. They are only active inside
+`sharded_state` and `load_state`. Line numbers refer to megatron-core 0.19.2.
 """
 
 from collections.abc import Iterator
@@ -27,19 +27,20 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_
 def sharded_state(
     optimizer: MegatronOptimizer, model_state: ShardedStateDict, is_loading: bool
 ) -> list[ShardedStateDict]:
-    """The optimizer's tensors, sharded like the parameters they belong to.
+    """The optimizer's tensors, sharded like their parameters.
 
     Args:
-        optimizer: from `get_megatron_optimizer`, with Adam inside.
-        model_state: sharded state of all the chunks that it optimizes.
-        is_loading: whether to load into the result (`load_state` takes it then), or to save it.
+        optimizer: an optimizer from `get_megatron_optimizer` that uses Adam.
+        model_state: sharded state of all chunks that it optimizes.
+        is_loading: True if the result will be loaded into and passed to `load_state`, False if it
+            will be saved.
 
     Returns:
-        One dict per optimizer that Megatron chained. All but sharded tensors is kept out of the
+        One dict per optimizer that Megatron chained. Only its sharded tensors are part of the
         checkpoint.
 
     Raises:
-        ValueError: if the optimizer is not Adam.
+        ValueError: the optimizer is not Adam.
     """
     states = []
     for part in _parts(optimizer):
@@ -53,10 +54,15 @@ def sharded_state(
 def load_state(
     optimizer: MegatronOptimizer, states: list[dict[str, Any]], shared: dict[str, Any]
 ) -> None:
-    """Loads `states`, which were filled from a checkpoint, and what `shared_state` gave."""
+    """Load the state of an optimizer.
+
+    Args:
+        states: the result of `sharded_state`, filled from a checkpoint.
+        shared: the saved result of `shared_state`.
+    """
     for part, state in zip(_parts(optimizer), states, strict=True):
         if not HAVE_APEX_OR_TE and not isinstance(part, DistributedOptimizer):
-            # optimizer.py:1187 and :1376 leave a step of zero out; torch's Adam insists on one.
+            # optimizer.py:1187 and :1376 omit a step of zero, but torch's Adam requires a step.
             inner = state.get("optimizer", state)
             inner["state"]["common_step"] = torch.tensor(float(shared["step"]))
         with _corrected(part):
@@ -68,7 +74,7 @@ def load_state(
 
 
 def shared_state(optimizer: MegatronOptimizer) -> dict[str, Any]:
-    """What all parameters and ranks share: the number of steps taken, and the loss scale."""
+    """The state that all parameters and ranks share: the number of steps, and the loss scale."""
     parts = _parts(optimizer)
     for part in parts:
         _allocate_state(part)
@@ -85,7 +91,7 @@ def _parts(optimizer: MegatronOptimizer) -> list[Any]:
 
 
 def _grad_scaler(part: Any) -> Any:
-    return getattr(part, "grad_scaler", None)  # an FP32Optimizer has no attribute for it
+    return getattr(part, "grad_scaler", None)  # an FP32Optimizer does not have the attribute
 
 
 def _keep_out_of_checkpoint(leaf: Any) -> Any:
@@ -95,10 +101,10 @@ def _keep_out_of_checkpoint(leaf: Any) -> Any:
 
 
 def _allocate_state(part: Any) -> None:
-    """Gives torch's Adam the state that it otherwise creates at its first step.
+    """Create the state that torch's Adam otherwise creates at its first step.
 
-    Megatron asserts on a missing state (distrib_optimizer.py:839) and fills it by a step with
-    gradients of zero (:1422), which decays the weights.
+    Megatron asserts that the state exists (distrib_optimizer.py:839). Its own way to create it is a
+    step with zero gradients (:1422), which would decay the weights.
     """
     if HAVE_APEX_OR_TE:
         if part.init_state_fn is not None:
@@ -106,7 +112,9 @@ def _allocate_state(part: Any) -> None:
         return
     adam = part.optimizer
     if not isinstance(adam, torch.optim.Adam):
-        raise ValueError(f"only Adam's state can be saved and loaded, not {type(adam).__name__}'s")
+        raise ValueError(
+            f"cannot save or load the state of {type(adam).__name__}. Use torch.optim.Adam."
+        )
     for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
         if not adam.state[parameter]:
             adam.state[parameter] = {
@@ -129,15 +137,15 @@ def _set_step(part: Any, step: int) -> None:
         for group in part.optimizer.param_groups:
             group["step"] = step
         return
-    # A tensor for each parameter: distrib_optimizer.py:1032 lets all of them share one, which Adam
-    # then advances once per parameter.
+    # Each parameter needs a tensor of its own. distrib_optimizer.py:1032 lets all of them share one,
+    # which Adam would then advance once per parameter.
     for state in part.optimizer.state.values():
         state["step"] = torch.tensor(float(step))
 
 
 @contextmanager
 def _corrected(part: Any) -> Iterator[None]:
-    """Corrects a `DistributedOptimizer` for the length of the context."""
+    """A context in which the methods of a `DistributedOptimizer` are corrected."""
     if not isinstance(part, DistributedOptimizer):
         yield
         return
@@ -147,12 +155,12 @@ def _corrected(part: Any) -> Iterator[None]:
     )
 
     def set_states_but_step(parameter: Any, tensors: dict[str, Any]) -> None:
-        # :1223 looks up "step" of torch's Adam, which the checkpoint holds once for all.
+        # :1223 reads the "step" of torch's Adam for each parameter, but the checkpoint has only one.
         set_states(parameter, {"step": None, **tensors})
 
     def shard_by_unpadded_offsets(*args: Any, **kwargs: Any) -> ShardedStateDict | None:
-        # :1790 cuts tensors that have no padding between buckets (:1399) by offsets that include
-        # it, so everything after the first bucket would be shifted.
+        # :1790 slices tensors that have no padding between buckets (:1399) by offsets that include
+        # the padding, so everything after the first bucket would be shifted.
         with ExitStack() as stack:
             for buffer in part.buffers:
                 stack.enter_context(_replaced(buffer, "param_index_map", _unpadded_map(buffer)))
@@ -168,7 +176,7 @@ def _corrected(part: Any) -> Iterator[None]:
 
 
 def _unpadded_map(buffer: Any) -> dict[Any, tuple[int, int, int]]:
-    """`param_index_map` of a buffer whose buckets follow each other without padding."""
+    """The `param_index_map` that a buffer would have without padding between its buckets."""
     padding, shifts = 0, []  # padding before each bucket
     for (start, end), bucket in zip(buffer.bucket_indices, buffer.buckets, strict=True):
         shifts.append(padding)

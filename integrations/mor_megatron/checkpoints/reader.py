@@ -1,8 +1,8 @@
-"""Reading a checkpoint through Megatron's `torch_dist` format without running what it may hold.
+"""Reads checkpoints in Megatron's `torch_dist` format without running code that they may contain.
 
-torch's reader unpickles `.metadata` and the entries that are no tensors without any restriction, so
-a checkpoint from elsewhere could run code of its own. Here both go through the readers of
-`dist_files`, which make the classes that describe a checkpoint, plain values and tensors.
+torch's reader unpickles `.metadata` and all entries other than tensors without restrictions, so an
+untrusted checkpoint could run arbitrary code. Here both are read by the functions of `dist_files`,
+which only create the classes that describe a checkpoint, plain values and tensors.
 """
 
 from collections.abc import Iterator
@@ -21,10 +21,10 @@ from mor_megatron.checkpoints.dist_files import read_metadata, unpickled
 
 
 class RestrictedReader(FileSystemReader):
-    """torch's reader of a folder, but for what it would unpickle without restriction."""
+    """torch's reader of a folder, with restricted unpickling."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """As torch's, for the classes that describe a checkpoint."""
+        """Like the base class, but only creates the classes that describe a checkpoint."""
         rank = kwargs.get("rank")
         metadata = read_metadata(
             Path(self.path, ".metadata" if rank is None else f"__{rank}.metadata")
@@ -35,11 +35,12 @@ class RestrictedReader(FileSystemReader):
         return metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """As torch's, for entries of plain values and tensors."""
+        """Like the base class, but only accepts entries of plain values and tensors."""
         load_bytes = planner.load_bytes
 
         def load_plain_values(item: Any, value: Any) -> None:
-            # Read once more by the planner, without restriction, but from the same bytes.
+            # The planner then unpickles the same bytes without restrictions, which is safe because
+            # this check has passed.
             unpickled(value.getvalue(), Path(self.path), f"entry {item.storage_index.fqn!r}")
             load_bytes(item, value)
 
@@ -49,12 +50,12 @@ class RestrictedReader(FileSystemReader):
 
 @contextmanager
 def restricted_reading() -> Iterator[None]:
-    """Lets Megatron read checkpoints with a `RestrictedReader` for the length of the context."""
+    """A context in which Megatron reads checkpoints with a `RestrictedReader`."""
 
     def reader(folder: str | Path, *args: Any, **kwargs: Any) -> FileSystemReader:
         return RestrictedReader(folder)
 
-    modules = (serialization, torch_strategies)  # the one imports the function from the other
+    modules = (serialization, torch_strategies)  # one imports the function from the other
     before = [module._get_filesystem_reader for module in modules]
     for module in modules:
         module._get_filesystem_reader = reader

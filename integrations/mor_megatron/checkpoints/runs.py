@@ -1,10 +1,11 @@
-"""Checkpoints that any layout of ranks can save and any other can load.
+"""Checkpoints of training runs, which can be saved in one parallel layout and loaded in another.
 
 A checkpoint is a directory `step_<n>` in Megatron's `torch_dist` format: tensors by global name and
-index, and what all ranks share. It appears under that name only when it is complete, checksums
-included (`integrity`), and the file `latest` names the newest one only after that. So after a crash
-between the two a complete checkpoint may be newer than the one that `latest` names, and it is taken.
-One that turns out damaged is refused by name, and the newest good one before it is taken.
+index, and the state that all ranks share. The directory gets its name only when it is complete,
+including checksums (see `integrity`). Only after that, the file `latest` is updated. After a crash
+between these two steps, a complete checkpoint may be newer than the one that `latest` names. In this
+case the newer one is loaded. A damaged checkpoint is reported, and the newest valid one before it is
+loaded instead.
 """
 
 import os
@@ -43,17 +44,17 @@ _MOST_DIFFERENCES_SHOWN = 8
 
 @dataclass(frozen=True)
 class Restored:
-    """What `load` found besides the state that it put back in place."""
+    """The result of `load`, in addition to the state that it restored."""
 
     step: int
     """The training step at which the checkpoint was saved."""
     extra: dict[str, Any]
-    """What was passed to `save`."""
+    """The `extra` that was passed to `save`."""
     refused: tuple[str, ...] = ()
-    """Newer checkpoints that are damaged, and what is wrong with each."""
+    """For each newer checkpoint that is damaged, a message that says what is wrong with it."""
     unsealed: Path | None = None
-    """The checkpoint itself where it has no manifest, so that nothing tells whether its tensors are
-    what was written; else None."""
+    """The checkpoint if it has no manifest, so that its tensors could not be verified. Otherwise
+    None."""
 
 
 def save(
@@ -64,24 +65,24 @@ def save(
     scheduler: OptimizerParamScheduler | None = None,
     extra: dict[str, Any] | None = None,
 ) -> Path:
-    """Saves a checkpoint. All ranks call it.
+    """Save a checkpoint. All ranks must call it.
 
-    A checkpoint of the same step is replaced.
+    An existing checkpoint of the same step is replaced.
 
     Args:
-        directory: holds the checkpoints of one training run; shared by all ranks.
-        step: training steps taken.
-        chunks: this rank's model chunks, bare or wrapped.
-        optimizer: from `get_megatron_optimizer`, with Adam inside.
-        scheduler: Megatron's schedule of the learning rate and the weight decay.
+        directory: the directory for all checkpoints of a training run, shared by all ranks.
+        step: number of training steps taken.
+        chunks: the model chunks of this rank, wrapped or not.
+        optimizer: an optimizer from `get_megatron_optimizer` that uses Adam.
+        scheduler: Megatron's scheduler of the learning rate and the weight decay.
         extra: a few plain values and tensors, the same on every rank (consumed samples, ...).
 
     Returns:
-        The checkpoint's directory.
+        The directory of the checkpoint.
 
     Raises:
-        OSError: it cannot be written, as on a full disk; on every rank. Nothing is left of it, and
-            earlier checkpoints are as they were.
+        OSError: the checkpoint cannot be written, for example because the disk is full. Raised on
+            every rank. The incomplete checkpoint is removed, and earlier ones are unchanged.
     """
     target = folder_of(directory, step)
     partial = target.with_name(f".{target.name}.partial")
@@ -111,22 +112,22 @@ def load(
     scheduler: OptimizerParamScheduler | None = None,
     step: int | None = None,
 ) -> Restored:
-    """Puts a checkpoint's state in place, whatever layout saved it. All ranks call it.
+    """Load the state of a checkpoint that was saved in any parallel layout. All ranks must call it.
 
-    Learning rate, betas, weight decay and the like are those of this run's configuration; a
-    scheduler continues where it was.
+    Hyperparameters such as learning rate, betas and weight decay are those of this run's
+    configuration. The scheduler resumes at its saved step.
 
     Args:
         directory: as for `save`.
-        chunks: this rank's model chunks, bare or wrapped.
-        optimizer: to be restored too, if given. The checkpoint must hold one.
-        scheduler: to be restored too, if given. The checkpoint must hold one.
-        step: which checkpoint; the latest if None.
+        chunks: the model chunks of this rank, wrapped or not.
+        optimizer: restored as well, if given. The checkpoint must contain an optimizer.
+        scheduler: restored as well, if given. The checkpoint must contain a scheduler.
+        step: the step of the checkpoint. Default: the latest valid checkpoint.
 
     Raises:
-        FileNotFoundError: there is no such complete checkpoint.
-        ValueError: it is damaged, and so are all before it where `step` is None; it does not fit the
-            model, or lacks the optimizer or the scheduler.
+        FileNotFoundError: there is no complete checkpoint, or none of this step.
+        ValueError: the checkpoint is damaged (if `step` is None, all of them are), does not fit the
+            model, or does not contain the optimizer or the scheduler.
     """
     source, refused = _good(on_first_rank(lambda: _find(Path(directory), step)))
     with restricted_reading():
@@ -141,35 +142,35 @@ def load(
     _check_fit(source, request)
     state = _read(source, request)
     for index, chunk in enumerate(chunks):
-        # A chunk that uses another's layers has nothing of its own, and then no entry.
+        # A chunk that uses the layers of another has no weights of its own, and so no entry.
         _unwrapped(chunk).load_state_dict(state["model"].get(f"chunk_{index}", {}))
     if optimizer is not None:
         load_state(optimizer, state["optimizer"], state["shared_optimizer"])
     if scheduler is not None:
-        scheduler.num_steps = 0  # loading counts on from here
+        scheduler.num_steps = 0  # loading adds the saved number of steps to this
         scheduler.load_state_dict(state["scheduler"])
     unsealed = on_first_rank(lambda: not (source / integrity.MANIFEST).is_file())
     return Restored(state["step"], state["extra"], refused, source if unsealed else None)
 
 
 def folder_of(directory: str | Path, step: int) -> Path:
-    """Where the checkpoint of a step lies, or would."""
+    """The folder for the checkpoint of a step, whether or not it exists."""
     return Path(directory, f"step_{step:08d}")
 
 
 def latest_step(directory: str | Path) -> int | None:
-    """The step of the newest complete checkpoint, or None where there is none."""
+    """The step of the newest complete checkpoint, or None if there is none."""
     candidates = _newest_first(Path(directory))
     return _step(candidates[0]) if candidates else None
 
 
 def put_in_order(directory: str | Path) -> tuple[str, ...]:
-    """Clears up what a save that was killed left behind; what was done, in sentences.
+    """Clean up after a save that was killed. Returns a message for each action.
 
-    Call it on one rank, at a moment when no other process can be saving into the directory.
+    Call it on one rank, when no other process can be saving into the directory.
 
     Raises:
-        OSError: something cannot be moved or removed.
+        OSError: a folder cannot be moved or removed.
     """
     done = []
     for left in sorted(Path(directory).glob(".step_*")):
@@ -177,13 +178,13 @@ def put_in_order(directory: str | Path) -> tuple[str, ...]:
         if name is None:
             continue
         target = left.with_name(name[1])
-        # Killed between the two renames of a save that replaces a checkpoint of the same step.
+        # The save was replacing a checkpoint of the same step, and was killed between its two renames.
         if name[2] == "replaced" and not target.exists():
             left.rename(target)
-            done.append(f"{target} had been moved aside by a save that did not finish; it is back.")
+            done.append(f"{target} was restored; a save that did not finish had renamed it.")
             continue
         shutil.rmtree(left)
-        done.append(f"{left}, which a save that did not finish left behind, was removed.")
+        done.append(f"{left} was removed; a save that did not finish had left it behind.")
     return tuple(done)
 
 
@@ -193,7 +194,7 @@ def _unwrapped(chunk: nn.Module) -> MegatronModule:
 
 
 def _model_state(chunks: Sequence[nn.Module]) -> ShardedStateDict:
-    # Megatron adds to the metadata, so each call takes its own.
+    # Megatron modifies the metadata, so each call gets its own dict.
     return {
         f"chunk_{index}": _unwrapped(chunk).sharded_state_dict(
             metadata={"non_homogeneous_layers": True}
@@ -203,28 +204,30 @@ def _model_state(chunks: Sequence[nn.Module]) -> ShardedStateDict:
 
 
 def _given_up(partial: Path, target: Path, error: OSError) -> str:
-    """Remove what was written of a checkpoint; what to tell."""
+    """Remove an incomplete checkpoint. Returns the error message."""
     size = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
     shutil.rmtree(partial, ignore_errors=True)
     try:
         free = f"{shutil.disk_usage(target.parent).free / 1e9:.1f} GB are free"
     except OSError:
-        free = "the folder is not there"
+        free = "the folder does not exist"
     earlier = _newest_first(target.parent)
-    kept = "There is no earlier one."
+    kept = "There is no earlier checkpoint."
     if earlier:
-        kept = f"The last good one, {earlier[0].name}, is as it was; run again to go on from it."
+        kept = (
+            f"The last complete one, {earlier[0].name}, is unchanged; run again to resume from it."
+        )
     return (
         f"checkpoint {target.name} could not be written into {target.parent}: {error}. "
-        f"{size / 1e9:.1f} GB of it were written and are removed again, {free} now. {kept}"
+        f"The {size / 1e9:.1f} GB written so far were removed; {free} now. {kept}"
     )
 
 
 def _make_empty(directory: Path) -> None:
-    if directory.exists():  # who killed it, or writes it still, is not known here
+    if directory.exists():  # this process cannot know whether another one is still writing it
         warnings.warn(
-            f"{directory} is there already: another save was killed, or still runs. It is removed. "
-            "Make sure that only one run saves into the folder.",
+            f"{directory} already exists, because another save was killed or is still running. It "
+            "is removed. Make sure that only one run saves into the folder.",
             stacklevel=2,
         )
         shutil.rmtree(directory, ignore_errors=True)
@@ -234,7 +237,7 @@ def _make_empty(directory: Path) -> None:
 def _publish(partial: Path, target: Path) -> None:
     replaced = target.with_name(f".{target.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
-    if target.exists():  # it survives under the other name until the new one is in place
+    if target.exists():  # keep the old checkpoint under another name until the new one is in place
         target.rename(replaced)
     partial.rename(target)
     pointer = target.with_name(f".{_LATEST}.partial")
@@ -248,15 +251,15 @@ def _step(folder: Path) -> int:
 
 
 def _newest_first(directory: Path) -> list[Path]:
-    """Checkpoints from the newest complete one back; all, where `latest` names none."""
+    """The complete checkpoints, newest first. If `latest` names none, all folders of checkpoints."""
     found = [p for p in directory.glob("step_*") if re.fullmatch(r"step_\d+", p.name)]
     pointer = directory / _LATEST
-    # A crash or a damaged disk may leave anything in the file, which is then no name.
+    # After a crash or on a damaged disk, the file may contain arbitrary bytes instead of a name.
     named = pointer.read_bytes().decode("utf-8", "replace").strip() if pointer.is_file() else ""
     if re.fullmatch(r"step_\d+", named):
         newest = directory / named
-        # A save that was killed just before it wrote `latest` left a newer checkpoint that is whole,
-        # and so has a manifest. Without one, a newer folder is not known to be complete.
+        # A save that was killed just before it wrote `latest` left a newer checkpoint that is
+        # complete and has a manifest. A newer folder without a manifest may be incomplete.
         found = [
             newest,
             *(p for p in found if _step(p) < _step(newest)),
@@ -266,7 +269,7 @@ def _newest_first(directory: Path) -> list[Path]:
 
 
 def _find(directory: Path, step: int | None) -> list[Path]:
-    """The checkpoint asked for; or all that may be taken, the best one first."""
+    """The checkpoint of a step, or all candidates from the best one on."""
     if step is None:
         candidates = _newest_first(directory)
         if not candidates:
@@ -275,12 +278,12 @@ def _find(directory: Path, step: int | None) -> list[Path]:
     source = folder_of(directory, step)
     if not source.is_dir():
         complete = sorted(path.name for path in directory.glob("step_*"))
-        raise FileNotFoundError(f"there is no {source.name} in {directory}, only {complete}")
+        raise FileNotFoundError(f"there is no {source.name} in {directory}, only {complete}.")
     return [source]
 
 
 def _good(candidates: list[Path]) -> tuple[Path, tuple[str, ...]]:
-    """The first candidate that is whole, and what is wrong with those before it."""
+    """The first valid candidate, and what is wrong with those before it."""
     refused = []
     for source in candidates:
         damage = integrity.damage(source)
@@ -288,18 +291,18 @@ def _good(candidates: list[Path]) -> tuple[Path, tuple[str, ...]]:
             return source, tuple(refused)
         refused.append(f"{source} is damaged: {damage}")
     raise ValueError(
-        f"{'; '.join(refused)}. No checkpoint is left to take instead. Bring one back from a copy, "
-        "or start over in another folder."
+        f"{'; '.join(refused)}. There is no valid checkpoint to load instead. Restore one from a "
+        "copy, or start over in another folder."
     )
 
 
 def _read(source: Path, request: ShardedStateDict) -> Any:
-    """The requested state; where a rank cannot read its part, all of them raise."""
+    """Read the requested state. If a rank cannot read its part, all ranks raise."""
     problem = None
     try:
         with restricted_reading():
             state = dist_checkpointing.load(request, str(source))
-    except CheckpointException as error:  # no Exception, and it hides what was wrong
+    except CheckpointException as error:  # a BaseException whose message hides the cause
         problem = "; ".join(str(cause[0]) for cause in error.failures.values())
     problems: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(problems, problem)
@@ -310,7 +313,7 @@ def _read(source: Path, request: ShardedStateDict) -> Any:
 
 
 def _check_fit(source: Path, request: ShardedStateDict) -> None:
-    """Compares names and shapes over all ranks first, so that all of them raise, or none."""
+    """Compare names and shapes of all ranks before loading, so that either all ranks raise or none."""
     wanted: dict[str, tuple[int, ...] | None] = {}
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, _shapes(request))
@@ -320,7 +323,7 @@ def _check_fit(source: Path, request: ShardedStateDict) -> None:
         stored = dist_checkpointing.load_tensors_metadata(str(source))
     has_optimizer = any(name.startswith("optimizer.") for name in wanted)
     differences = [
-        f"{name} is {shape}, but the checkpoint holds {stored[name].global_shape}"
+        f"{name} has shape {shape}, but {stored[name].global_shape} in the checkpoint"
         if name in stored
         else f"{name} is not in the checkpoint"
         for name, shape in wanted.items()
@@ -339,7 +342,7 @@ def _check_fit(source: Path, request: ShardedStateDict) -> None:
 
 
 def _shapes(request: ShardedStateDict) -> dict[str, tuple[int, ...] | None]:
-    """Global shapes by name; None where Megatron pads (the vocabulary) and any shape will do."""
+    """Global shapes by name. None for a tensor that Megatron pads, which may have any shape."""
     built: Any = dict_list_map_outplace(
         lambda leaf: leaf, request
     )  # factories are applied in place

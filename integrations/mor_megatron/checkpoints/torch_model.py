@@ -1,4 +1,4 @@
-"""Generation with a model that Megatron trained: a rank's part of it, for the engine."""
+"""Converts a model trained with Megatron to a tensor-parallel PyTorch model for generation."""
 
 from megatron.core import parallel_state
 from torch import nn
@@ -10,16 +10,17 @@ from mor_megatron.checkpoints.weights import decoder_tensors, whole_tensors
 
 
 def tensor_parallel_decoder(chunks: list[nn.Module], config: DecoderConfig) -> MoRTransformer:
-    """What this rank of the tensor-parallel group runs in a `LockstepEngine` over that group.
+    """This rank's part of the model, for a `LockstepEngine` over the tensor-parallel group.
 
-    Every rank calls it, and holds the whole weights for a moment.
+    All ranks must call it. Each needs memory for the whole weights during the conversion.
 
     Args:
-        chunks: of a model whose vocabulary has no padding, in any layout.
-        config: the same model in plain PyTorch.
+        chunks: chunks of a model in any layout. Its vocabulary must not be padded.
+        config: settings of the same model in plain PyTorch.
 
     Raises:
-        ValueError: the weights are not those of `config`, or heads do not divide by the ranks.
+        ValueError: the weights do not fit `config`, or the number of heads is not divisible by the
+            number of ranks.
     """
     tensors = whole_tensors(chunks, on_all_ranks=True)
     assert tensors is not None

@@ -1,8 +1,8 @@
-"""Weights between a `MoRTransformer` and a GPTModel with recursions, at any parallel layout.
+"""Conversion of weights between a `MoRTransformer` and a GPTModel with recursions in any layout.
 
-Megatron names a whole tensor the same in every layout (the keys of `sharded_state_dict`), so a
-translation of whole tensors and a cut along each rank's shards is all it takes. The translation is
-linear and has an inverse: it serves gradients as well, and the way back.
+Megatron's name of a whole tensor is the same in every layout (the keys of `sharded_state_dict`). It is
+therefore enough to convert whole tensors and to slice them along the shards of each rank. The
+conversion is linear and invertible, so it can also be used for gradients and in the other direction.
 
 Legend: `g` key-value heads, `q` query heads per key-value head, `d` head size, `h` hidden, `e`
 experts, `f` width of an expert, `r` recursion steps.
@@ -23,7 +23,7 @@ from mor_layers.weights import LazyTensors, tensor_shapes
 
 
 def megatron_tensors(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
-    """Whole tensors by Megatron's names from those of a `MoRTransformer`'s state dict.
+    """Convert the state dict of a `MoRTransformer` to whole tensors by Megatron's names.
 
     Raises:
         ValueError: a tensor is missing, or the experts have loss-free biases.
@@ -41,7 +41,7 @@ def decoder_tensors(tensors: Mapping[str, Tensor], config: DecoderConfig) -> dic
 
 
 def megatron_view(weights: Mapping[str, Tensor], config: DecoderConfig) -> LazyTensors:
-    """`megatron_tensors`, each made when it is asked for."""
+    """Like `megatron_tensors`, but each tensor is computed when it is accessed."""
     names = _names(config, weights)
     return LazyTensors(
         list(names),
@@ -52,10 +52,12 @@ def megatron_view(weights: Mapping[str, Tensor], config: DecoderConfig) -> LazyT
 def decoder_view(
     tensors: Mapping[str, Tensor], config: DecoderConfig, where: str = "the weights"
 ) -> LazyTensors:
-    """`decoder_tensors`, each made when it is asked for; the last fused tensor is kept.
+    """Like `decoder_tensors`, but each tensor is computed when it is accessed.
+
+    The last fused tensor is cached, because its parts are usually read one after another.
 
     Args:
-        where: they are from, for errors.
+        where: the origin of the tensors, for error messages.
     """
     places = {
         ours: (theirs, index)
@@ -73,7 +75,7 @@ def decoder_view(
         whole, shape = last[theirs], shapes[name]
         try:
             part = _split(theirs, whole, config)[index]
-        except (RuntimeError, IndexError):  # a shape that cannot be taken apart
+        except (RuntimeError, IndexError):  # the shape does not allow splitting
             part = whole
         fits = part.shape == shape
         if not (fits or (name in _VOCABULARY and part.shape[1:] == shape[1:])):
@@ -90,19 +92,19 @@ _VOCABULARY = ("embedding.weight", "output.weight")  # Megatron pads them
 
 
 def megatron_names(config: DecoderConfig, tensors: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """For each of Megatron's tensors, ours that it is made of.
+    """For each of Megatron's tensors, the names of our tensors that it consists of.
 
     Args:
-        tensors: Megatron's names, among which a router's are found.
+        tensors: Megatron's names. The tensors of the router are found among them.
     """
     tensors = set(tensors)
 
     def as_given(name: str) -> str:
-        # Megatron's own local layers file the norm before experts as if it were fused.
+        # Megatron's own local layers name the norm before experts as if it were fused.
         local = name.replace(f".{_EXPERTS_NORM}", f".{_DENSE_NORM}")
         return local if name not in tensors and local in tensors else name
 
-    # Only a cyclic block has a router with tensors, and it is the only one.
+    # Only a cyclic recursion has a router with tensors, and it has only one block, number 0.
     routers = [
         f"recursions.0.router.{name.split('.recursion.router.')[1]}"
         for name in tensors
@@ -113,12 +115,18 @@ def megatron_names(config: DecoderConfig, tensors: Iterable[str]) -> dict[str, t
 
 def _named(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in tensors:
-        raise ValueError(f"the weights have no {name!r}. Are these the settings they belong to?")
+        raise ValueError(
+            f"the weights have no {name!r}. Check that the settings are those of this model."
+        )
     return tensors[name]
 
 
 def _names(config: DecoderConfig, routers: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """For each of Megatron's tensors, ours that it is made of; `routers` names a router's."""
+    """For each of Megatron's tensors, the names of our tensors that it consists of.
+
+    Args:
+        routers: our names of the router's tensors.
+    """
     recursion, schedule = config.effective_recursion, config.schedule
     ends = None if config.dense_ends else config.moe
     num_norms = 1 if recursion.share_norms else recursion.num_recursions
@@ -222,8 +230,8 @@ _ATTENTION = ("self_attention", "attention")
 def _expert_names(moe: MoEConfig, recursion: RecursionConfig | None) -> dict[str, tuple[str, ...]]:
     if moe.bias_update_rate:
         raise ValueError(
-            f"MoEConfig.bias_update_rate={moe.bias_update_rate} adds to softmax scores, Megatron's "
-            "expert bias to sigmoid scores only. Use a balance loss in models that go there."
+            f"MoEConfig.bias_update_rate={moe.bias_update_rate} adds a bias to softmax scores, but "
+            "Megatron supports expert biases only with sigmoid scores. Use a balance loss instead."
         )
     steps = 1 if recursion is None else recursion.num_recursions
     has_own = recursion is not None and recursion.expert_routers == "per_step"
@@ -266,16 +274,18 @@ def _split(name: str, tensor: Tensor, config: DecoderConfig) -> list[Tensor]:
 
 
 def load_tensors(chunks: list[nn.Module], tensors: Mapping[str, Tensor]) -> None:
-    """Put whole tensors by Megatron's names into this rank's chunks; padded rows become zeros.
+    """Copy whole tensors by Megatron's names into the chunks of this rank.
+
+    Rows that pad the vocabulary are set to zero.
 
     Raises:
-        ValueError: a parameter or buffer of the model is not among them, or has another shape.
+        ValueError: the tensor of a parameter or buffer is missing, or has another shape.
     """
     with torch.no_grad():
         for chunk in chunks:
             for shard in _shards(chunk):
                 if shard.key not in tensors:
-                    raise ValueError(f"{shard.key!r} is in the model, but not among the weights.")
+                    raise ValueError(f"{shard.key!r} is in the model, but not in the weights.")
                 whole = tensors[shard.key]
                 if shard.allow_shape_mismatch and len(whole) < shard.global_shape[0]:
                     rows = shard.global_shape[0] - len(whole)  # of a padded vocabulary
@@ -290,10 +300,11 @@ def load_tensors(chunks: list[nn.Module], tensors: Mapping[str, Tensor]) -> None
 
 
 def whole_tensors(chunks: list[nn.Module], on_all_ranks: bool = False) -> dict[str, Tensor] | None:
-    """The inverse of `load_tensors`: whole tensors on the host.
+    """The inverse of `load_tensors`: whole tensors by Megatron's names, on the CPU.
 
-    Every rank calls it; ranks but the first get None unless `on_all_ranks`. The model must fit into
-    the memory of those that get it; a larger one goes through a checkpoint.
+    All ranks must call it. Only the first rank gets the tensors, and the others None, unless
+    `on_all_ranks` is True. The whole model must fit into the CPU memory of these ranks. Convert a
+    larger model through a checkpoint.
     """
     own = [
         (shard.key, shard.global_shape, shard.global_slice(), shard.data.cpu())
@@ -316,12 +327,12 @@ def whole_tensors(chunks: list[nn.Module], on_all_ranks: bool = False) -> dict[s
 
 
 def _shards(chunk: Any) -> Iterator[ShardedTensor]:
-    """The shards of a chunk; writing to their data writes to the model."""
+    """The shards of a chunk. Their data is that of the model, so writing to it changes the model."""
     while hasattr(chunk, "module"):
         chunk = chunk.module
     entries = chunk.sharded_state_dict(metadata={"non_homogeneous_layers": True})
     for entry in entries.values():
-        if isinstance(entry, ShardedTensorFactory):  # a gated linear_fc1: two halves of a parameter
+        if isinstance(entry, ShardedTensorFactory):  # a gated linear_fc1 has two halves
             yield from replace(entry, data=entry.data.detach()).build()  # type: ignore[misc]
         elif isinstance(entry, ShardedTensor):
             yield entry

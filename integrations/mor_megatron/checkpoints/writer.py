@@ -1,4 +1,4 @@
-"""Writing a state through Megatron's `torch_dist` format, so that every rank hears of an error."""
+"""Writes checkpoints in Megatron's `torch_dist` format, with errors raised on every rank."""
 
 import queue
 from collections.abc import Callable, Iterator
@@ -16,16 +16,18 @@ from mor_megatron.checkpoints.integrity import raise_together
 
 
 def write_state(state: ShardedStateDict, folder: Path) -> None:
-    """Write a sharded state into an empty folder. All ranks call it.
+    """Write a sharded state into an empty folder. All ranks must call it.
 
     Raises:
-        OSError: on every rank, whichever rank met it.
+        OSError: any rank had an error. Raised on every rank.
     """
     problem: OSError | None = None
     with _results_in_process(), _errors_kept() as errors:
         try:
             dist_checkpointing.save(state, str(folder))
-        except CheckpointException as error:  # raised by all ranks; the first one knows the causes
+        except (
+            CheckpointException
+        ) as error:  # all ranks raise it, but only the first has the causes
             causes = [f"rank {rank}: {cause[0]}" for rank, cause in error.failures.items()]
             problem = OSError("; ".join(causes)) if causes else None
     raise_together(problem or next(iter(errors), None))
@@ -33,10 +35,10 @@ def write_state(state: ShardedStateDict, folder: Path) -> None:
 
 @contextmanager
 def _results_in_process() -> Iterator[None]:
-    """Lets a synchronous save collect the results of its own thread in an ordinary queue.
+    """Let a synchronous save collect the results of its thread in an ordinary queue.
 
-    filesystem_async.py:65 would start a manager process for them, which runs the main script again
-    where it has no guard, and cannot start from a daemon.
+    filesystem_async.py:65 would start a manager process for them. That process would run the main
+    script again if it has no `__main__` guard, and cannot be started by a daemon process.
     """
     previous, filesystem_async._results_queue = filesystem_async._results_queue, queue.Queue()
     try:
@@ -47,12 +49,12 @@ def _results_in_process() -> Iterator[None]:
 
 @contextmanager
 def _errors_kept() -> Iterator[list[OSError]]:
-    """Keeps errors of writing, which Megatron would lose, or raise on one rank alone.
+    """Collect errors of writing that Megatron would lose or raise on one rank only.
 
-    A rank's own error is replaced by its class (filesystem_async.py:287), or raised while other
-    ranks wait in a collective: of a second thread (:340), and of what the first rank writes alone
-    (state_dict_saver.py:243, serialization.py:449). With it kept, all ranks come to an end, and the
-    save is then given up by all.
+    Megatron replaces the error of a rank by its class (filesystem_async.py:287). It raises errors of
+    a second thread (:340) and of files that only the first rank writes (state_dict_saver.py:243,
+    serialization.py:449) while the other ranks wait in a collective, which would hang. If these errors
+    are collected instead, all ranks finish, and then they all raise.
     """
     errors: list[OSError] = []
 
@@ -60,7 +62,7 @@ def _errors_kept() -> Iterator[list[OSError]]:
         transforms: Any, *, results_queue: Any, count_queue: Any, **arguments: Any
     ) -> tuple[int, list[Any]]:
         outcome: Any = written(transforms, results_queue=None, count_queue=None, **arguments)
-        index, results = outcome  # None only where it is given a queue
+        index, results = outcome  # it is only None if a queue was passed
         if isinstance(results, Exception):
             errors.append(_cause(results))
             results = []
@@ -96,7 +98,7 @@ def _errors_kept() -> Iterator[list[OSError]]:
 
 
 def _cause(error: BaseException) -> OSError:
-    """The error of the file system behind an error; torch's writers have their own."""
+    """The file system's error that caused an error. torch's writers raise their own exceptions."""
     behind: BaseException | None = error
     while behind is not None and not isinstance(behind, OSError):
         behind = behind.__cause__ or behind.__context__

@@ -1,7 +1,7 @@
-"""What a parallel layout may be and how it divides a model, counted without Megatron-Core.
+"""The rules of parallel layouts and how a layout divides a model, without Megatron-Core.
 
-The planner, the pretraining settings and the layers themselves ask the same code. Nothing in this
-package imports Megatron-Core, so that a laptop without it can plan a run.
+The planner, the pretraining settings and the layers all use this code, so that they agree. Nothing
+in this package imports Megatron-Core, so a run can be planned on a laptop that does not have it.
 """
 
 from mor_megatron.parallel.carried import CarriedRows

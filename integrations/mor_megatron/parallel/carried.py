@@ -1,7 +1,8 @@
-"""How many rows travel between stages where each recursion step is a virtual pipeline stage.
+"""The size of the tensors sent between stages if each recursion step is a virtual pipeline stage.
 
-Behind the sequence travel the rows of the tokens in the block, and bits: for each of those tokens
-its position, its gate and what the router planned. `mor_megatron.pipeline.state` packs them.
+The tensor holds the full sequence, then the rows of the tokens in the block, then metadata as raw
+bits: the position, gate and router plan of each of these tokens. `mor_megatron.pipeline.state` packs
+it.
 """
 
 import math
@@ -12,26 +13,26 @@ from typing import Self
 from mor_layers import RecursionConfig
 
 WORD_BYTES = 4
-"""Bytes of an int32 or fp32, in which positions, gates and plans travel."""
+"""Bytes of an int32 or fp32, the formats of positions, gates and plans."""
 
 
 @dataclass(frozen=True)
 class CarriedRows:
-    """What travels and how many rows it takes; alike on all stages."""
+    """What is sent between stages, and how many rows it needs. The same on all stages."""
 
     hidden_size: int
     itemsize: int
     """Bytes of an element of hidden states."""
     ranks: int
-    """Tensor-parallel ranks that share the sequence; 1 without sequence parallelism."""
+    """Number of tensor-parallel ranks that split the sequence. 1 without sequence parallelism."""
     has_gates: tuple[bool, ...]
-    """At each step, whether decisions have gates."""
+    """Whether the decisions of each step have gates."""
     plan_sizes: tuple[int, ...]
-    """At each step, the numbers planned per token (p)."""
+    """Numbers per token in the router's plan (p) at each step."""
     shares: tuple[float, ...] | None = None
-    """Share of the sequence that runs each step; None where it depends on the tokens."""
+    """Share of the sequence that runs each step, or None if it depends on the tokens."""
     has_documents: bool = False
-    """Whether batches may hold several documents in a sequence, or padding."""
+    """Whether the sequences of a batch may have several documents, or padding."""
 
     @classmethod
     def of(
@@ -42,7 +43,7 @@ class CarriedRows:
         ranks: int,
         documents: bool,
     ) -> Self:
-        """The layout for what the recursion's router says that it notes about tokens."""
+        """The layout for a recursion, from what its router declares to note about tokens."""
         router, steps = recursion.router, recursion.num_recursions
         notes, shares = router.notes_for(steps), None
         if router.has_fixed_capacities and not documents:
@@ -59,46 +60,46 @@ class CarriedRows:
 
     @property
     def is_bare(self) -> bool:
-        """Whether all tokens run all steps and nothing but their states travels."""
+        """Whether all tokens run all steps, so that only their hidden states are sent."""
         has_notes = any(self.has_gates) or any(self.plan_sizes)
         return self.shares is not None and min(self.shares) == 1.0 and not has_notes
 
     def carried_length(self, sequence_length: int) -> int:
-        """What the schedule must be told instead of `sequence_length`, over all ranks."""
+        """The length to pass to the schedule instead of `sequence_length`, over all ranks."""
         if self.is_bare:
             return sequence_length
         if sequence_length % self.ranks:
             raise ValueError(
-                f"sequence length {sequence_length} does not divide by the {self.ranks} ranks of "
-                "sequence parallelism. Use a multiple of their number."
+                f"sequence length {sequence_length} is not divisible by the {self.ranks} ranks of "
+                f"sequence parallelism. Use a multiple of {self.ranks}."
             )
         rows = self.shard(self.room(sequence_length)) + self.bit_rows(sequence_length)
         return sequence_length + rows * self.ranks
 
     def sequence_length(self, carried_rows: int) -> int:
-        """The sequence length behind a rank's `carried_rows` rows.
+        """The sequence length for which a rank sends `carried_rows` rows.
 
         Raises:
-            ValueError: no sequence has that many.
+            ValueError: no sequence length gives this number of rows.
         """
         return _sequence_length(self, carried_rows)
 
     def width(self, step: int, sequence_length: int) -> int | None:
-        """Tokens that run a step; None where only the tensor itself says it."""
+        """Number of tokens that run a step, or None if only the sent tensor determines it."""
         if self.shares is None:
             return None
         return max(1, math.floor(self.shares[step] * sequence_length))
 
     def room(self, sequence_length: int) -> int:
-        """Tokens that rows are kept free for."""
+        """Number of tokens in the block that the tensor has room for."""
         return self.width(0, sequence_length) or sequence_length
 
     def shard(self, rows: int) -> int:
-        """Rows of a rank."""
+        """Number of rows on each rank, rounded up."""
         return -(-rows // self.ranks)
 
     def bit_rows(self, sequence_length: int) -> int:
-        """Rows that hold bits."""
+        """Number of rows that hold the metadata."""
         notes = max(g + p for g, p in zip(self.has_gates, self.plan_sizes, strict=True))
         words = 1 + self.room(sequence_length) * (1 + 2 * self.has_documents + notes)
         return -(-words * WORD_BYTES // (self.itemsize * self.hidden_size))
@@ -111,6 +112,6 @@ def _sequence_length(layout: CarriedRows, carried_rows: int) -> int:
         if layout.carried_length(length) == total:
             return length
     raise ValueError(
-        f"no sequence fills the {total} rows that the schedule sends from stage to stage. Run it "
-        "through recursion_forward_backward, or give it seq_length=carried_length(chunks, s)."
+        f"the schedule sends {total} rows between stages, which no sequence length gives. Call "
+        "recursion_forward_backward, or pass seq_length=carried_length(chunks, s) to the schedule."
     )

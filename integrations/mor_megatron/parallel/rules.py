@@ -1,8 +1,8 @@
-"""Which parallel layouts are legal: one table, which the planner, the settings and the layers ask.
+"""The rules for legal parallel layouts, in one table for the planner, the settings and the layers.
 
-A rule says when it is broken, in a few words for whoever counts layouts, and in a sentence for
-whoever chose one. What depends on more of Megatron-Core's configuration than on the layout is
-checked in `mor_megatron.layers.validation` and `mor_megatron.pipeline.rules`.
+Each rule has a condition, a summary of a few words for the planner, which counts rejected layouts,
+and an error message for a user who chose the layout. Conditions on other parts of Megatron-Core's
+configuration are checked in `mor_megatron.layers.validation` and `mor_megatron.pipeline.rules`.
 """
 
 import math
@@ -19,7 +19,7 @@ PipelineLayout = Literal["one_stage", "steps_as_stages"]
 
 @dataclass(frozen=True)
 class Arrangement:
-    """A model and how it is spread over devices, as far as legality depends on them."""
+    """The properties of a model and of its parallel layout that the rules depend on."""
 
     num_unrolled_layers: int
     recursion: RecursionConfig | None = None
@@ -27,9 +27,9 @@ class Arrangement:
     num_kv_heads: int = 1
     ffn_hidden_size: int = 1
     expert_ffn_hidden_size: int | None = None
-    """Inner width of an expert; None without experts."""
+    """Inner width of an expert, or None without experts."""
     num_experts: int | None = None
-    """None: dense MLPs everywhere."""
+    """Number of experts, or None if all MLPs are dense."""
     sequence_length: int = 1
     tensor: int = 1
     sequence_parallel: bool = False
@@ -38,13 +38,13 @@ class Arrangement:
     context: int = 1
     expert: int = 1
     devices: int = 1
-    """Of the whole run; only `BATCH_RULES` read it and the two below."""
+    """Number of devices of the run. Only `BATCH_RULES` use this and the two fields below."""
     global_batch_size: int = 1
     micro_batch_size: int = 1
 
     @cached_property
     def schedule(self) -> SharingSchedule | None:
-        """Which layer runs at which depth; None without recursion."""
+        """The layer that runs at each depth, or None without recursion."""
         return self.recursion and self.recursion.schedule(self.num_unrolled_layers)
 
     @property
@@ -54,39 +54,42 @@ class Arrangement:
 
     @property
     def num_parts(self) -> int:
-        """Parts of the model that lie within one stage: single layers, and whole recursions."""
+        """Number of parts that a stage cannot split: single layers, and whole recursions."""
         if self.schedule is None:
             return self.num_unrolled_layers
-        # A cyclic step runs the whole block; in a sequence each layer repeats on its own.
+        # A step of a cyclic recursion runs the whole block, so the block is one part. In a sequence
+        # scheme each layer repeats by itself, so each is a part.
         blocks = 1 if self.schedule.is_cyclic else self.schedule.block_size
         return self.schedule.prelude + blocks + self.schedule.coda
 
     @property
     def model_devices(self) -> int:
-        """Devices of one copy of the model."""
+        """Number of devices of one copy of the model."""
         return self.tensor * self.pipeline * self.context
 
     @property
     def copies(self) -> int:
-        """Data-parallel copies of the model."""
+        """Number of data-parallel copies of the model."""
         return self.devices // self.model_devices
 
     @property
     def microbatches(self) -> int:
-        """Microbatches that each copy runs in an optimizer step."""
+        """Number of microbatches that each copy runs in an optimizer step."""
         return self.global_batch_size // (self.micro_batch_size * self.copies)
 
     @property
     def sequence_multiple(self) -> int:
-        """What the sequence divides by under context parallelism: two chunks on each rank, and
-        rows for each tensor-parallel rank that shares them."""
+        """The number that the sequence length must be a multiple of with context parallelism.
+
+        Each rank has two chunks, and with sequence parallelism its tensor-parallel ranks split them.
+        """
         rows = self.tensor if self.sequence_parallel else 1
         return math.lcm(2 * self.context, rows * self.context)
 
 
 @dataclass(frozen=True)
 class Names:
-    """What the fields of an arrangement are called where they are set; here: in Megatron-Core."""
+    """The user's names of the fields of an arrangement, for messages. Default: Megatron-Core's."""
 
     num_unrolled_layers: str = "num_layers"
     num_heads: str = "num_attention_heads"
@@ -95,7 +98,7 @@ class Names:
     expert_ffn_hidden_size: str = "moe_ffn_hidden_size"
     num_experts: str = "num_moe_experts"
     experts: str = "num_moe_experts"
-    """What turns experts on."""
+    """The setting that enables experts."""
     recursion: str = "recursion"
     sharing: str = "sharing"
     num_recursions: str = "num_recursions"
@@ -110,24 +113,24 @@ class Names:
     micro_batch_size: str = "micro_batch_size"
     steps_as_stages: str = "recursion steps as virtual stages"
     one_stage: str = "recursion_block_spec"
-    """What keeps a recursion within one stage."""
+    """The setting or function that keeps a recursion within one stage."""
     to_steps_as_stages: str = "recursion_pipeline_spec"
-    """What spreads it instead."""
+    """The setting or function that distributes its steps over stages instead."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Something that every legal layout fulfils."""
+    """A condition that every legal layout fulfils."""
 
     summary: str
-    """Why a layout that breaks it is refused, in a few words: the axis, then the reason."""
+    """Why a layout that breaks the rule is rejected, in a few words: the axis, then the reason."""
     is_broken: Callable[[Arrangement], bool]
     message: Callable[[Arrangement, Names], str]
-    """What was given, what is allowed and how to fix it, of an arrangement that breaks it."""
+    """The error message: what was given, what is allowed, and how to fix it."""
 
 
 def broken_rule(arrangement: Arrangement, rules: Iterable[Rule]) -> Rule | None:
-    """The first rule that the arrangement breaks; None if it fulfils all."""
+    """The first rule that the arrangement breaks, or None if it fulfils all."""
     return next((rule for rule in rules if rule.is_broken(arrangement)), None)
 
 
@@ -139,13 +142,14 @@ def require_rules(arrangement: Arrangement, rules: Iterable[Rule], names: Names)
 
 
 STAGE_POLICIES = ("recursion_wise", "recursive_sharing", "sharing_with_update")
-"""KV policies under which only what step 1 makes is kept for later steps."""
+"""KV policies for which later steps need nothing of earlier ones except the keys and values of
+step 1."""
 
 _WIDTHS = ("num_heads", "num_kv_heads", "ffn_hidden_size", "expert_ffn_hidden_size")
 
 
 def _uneven_width(a: Arrangement) -> str | None:
-    """The first width that tensor-parallel ranks cannot share evenly."""
+    """The first width that is not divisible by the number of tensor-parallel ranks."""
     return next((name for name in _WIDTHS if (getattr(a, name) or 0) % a.tensor), None)
 
 
@@ -171,13 +175,13 @@ def _nothing_goes_round_message(a: Arrangement, n: Names) -> str:
         )
     if a.recursion.num_recursions == 1:
         return (
-            f"{n.num_recursions}=1 cannot run with {n.steps_as_stages}: nothing goes round. Use at "
-            f"least 2, or {n.one_stage}."
+            f"{n.num_recursions}=1 cannot run with {n.steps_as_stages}: a single step is not "
+            f"repeated. Use at least 2, or {n.one_stage}."
         )
     return (
         f"{n.sharing}={a.recursion.sharing!r} cannot run with {n.steps_as_stages}: its layers "
-        "repeat one by one, so no step goes round. Use 'cycle' or 'middle_cycle', or "
-        f"{n.one_stage}."
+        "repeat one by one, so there are no steps of the whole block. Use 'cycle' or "
+        f"'middle_cycle', or {n.one_stage}."
     )
 
 
@@ -192,7 +196,7 @@ def _uneven_block_message(a: Arrangement, n: Names) -> str:
     fitting = " or ".join(str(k * steps + ends) for k in (below, below + stages) if k)
     return (
         f"{n.num_unrolled_layers}={a.num_unrolled_layers} cannot run with {n.steps_as_stages}: a "
-        f"block of {size} layers does not spread evenly over {stages} stages. Use "
+        f"block of {size} layers cannot be split evenly over {stages} stages. Use "
         f"{n.num_unrolled_layers}={fitting}, or {n.one_stage}."
     )
 
@@ -202,13 +206,13 @@ STEPS_AS_STAGES_RULES = (
         "context: not with steps as stages",
         lambda a: a.is_spread and a.context > 1,
         lambda a, n: (
-            f"{n.context}={a.context} cannot run with {n.steps_as_stages}: what travels between "
-            f"stages is laid out for whole sequences. Use {n.one_stage}, or {n.tensor} with "
+            f"{n.context}={a.context} cannot run with {n.steps_as_stages}: the tensors sent between "
+            f"stages hold whole sequences. Use {n.one_stage}, or {n.tensor} with "
             f"{n.sequence_parallel}=True."
         ),
     ),
     Rule(
-        "pipeline: nothing goes round",
+        "pipeline: no repeated steps of a block",
         lambda a: a.is_spread and _nothing_goes_round(a),
         _nothing_goes_round_message,
     ),
@@ -219,18 +223,18 @@ STEPS_AS_STAGES_RULES = (
         ),
         lambda a, n: (
             f"{n.kv_policy}={a.recursion and a.recursion.kv_policy!r} cannot run with "
-            f"{n.steps_as_stages}: only what step 1 makes is kept for later steps. Use "
-            f"{', '.join(map(repr, STAGE_POLICIES[:-1]))} or {STAGE_POLICIES[-1]!r}, or "
+            f"{n.steps_as_stages}: stages keep only the keys and values of step 1 for later steps. "
+            f"Use {', '.join(map(repr, STAGE_POLICIES[:-1]))} or {STAGE_POLICIES[-1]!r}, or "
             f"{n.one_stage}."
         ),
     ),
     Rule(
-        "pipeline: the block does not spread evenly",
+        "pipeline: the block cannot be split evenly",
         lambda a: a.is_spread and _uneven_block(a),
         _uneven_block_message,
     ),
 )
-"""What recursion steps as virtual pipeline stages need."""
+"""Rules for recursion steps as virtual pipeline stages."""
 
 LAYOUT_RULES = (
     Rule(
@@ -243,7 +247,7 @@ LAYOUT_RULES = (
         lambda a: a.sequence_parallel and a.sequence_length % a.tensor > 0,
         lambda a, n: (
             f"{n.sequence_length}={a.sequence_length} must be a multiple of {n.tensor}={a.tensor}, "
-            f"whose ranks share it under {n.sequence_parallel}."
+            f"whose ranks split it with {n.sequence_parallel}."
         ),
     ),
     Rule(
@@ -252,7 +256,7 @@ LAYOUT_RULES = (
         lambda a, n: (
             f"{n.sequence_length}={a.sequence_length} must be a multiple of {a.sequence_multiple}, "
             f"for two chunks on each of {n.context}={a.context} ranks"
-            + (f", which {n.tensor}={a.tensor} ranks share." if a.sequence_parallel else ".")
+            + (f", which {n.tensor}={a.tensor} ranks split." if a.sequence_parallel else ".")
         ),
     ),
     Rule(
@@ -271,8 +275,8 @@ LAYOUT_RULES = (
         "expert: TP needs SP",
         lambda a: a.num_experts is not None and a.tensor > 1 and not a.sequence_parallel,
         lambda a, n: (
-            f"{n.experts} with {n.tensor}={a.tensor} needs {n.sequence_parallel}=True: "
-            "Megatron-Core trains experts under tensor parallelism only with it."
+            f"{n.experts} with {n.tensor}={a.tensor} needs {n.sequence_parallel}=True, because "
+            "Megatron-Core requires it to train experts with tensor parallelism."
         ),
     ),
     *STEPS_AS_STAGES_RULES,
@@ -293,7 +297,7 @@ LAYOUT_RULES = (
         ),
     ),
 )
-"""What a layout needs, whatever the number of devices and the batch."""
+"""Rules that do not depend on the number of devices and the batch size."""
 
 BATCH_RULES = (
     Rule(
@@ -323,14 +327,14 @@ BATCH_RULES = (
         ),
     ),
     Rule(
-        "pipeline: micro-batches do not go round in groups",
+        "pipeline: micro-batches are not a multiple of the stages",
         lambda a: a.is_spread and a.microbatches % a.pipeline > 0,
         lambda a, n: (
             f"{n.global_batch_size}={a.global_batch_size} leaves {a.microbatches} micro-batches of "
-            f"{a.micro_batch_size} to each of {a.copies} data-parallel copies, which go round "
+            f"{a.micro_batch_size} to each of {a.copies} data-parallel copies, but they run through "
             f"{n.pipeline}={a.pipeline} stages in groups of {a.pipeline}. Use a multiple of "
             f"{a.micro_batch_size * a.copies * a.pipeline}, or a smaller {n.micro_batch_size}."
         ),
     ),
 )
-"""What the number of devices and the batch must fulfil, of a layout that is legal by itself."""
+"""Rules for the number of devices and the batch size, given a layout that fulfils `LAYOUT_RULES`."""

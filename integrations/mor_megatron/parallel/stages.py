@@ -1,4 +1,4 @@
-"""How parts of a model that no stage may cut are divided over pipeline stages."""
+"""Division of a model over pipeline stages, without splitting a part such as a recursion."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -10,21 +10,21 @@ def even_stages(depths: Sequence[int], size: int) -> tuple[tuple[int, ...], ...]
     """Divide consecutive parts into stages so that the deepest stage is as shallow as possible.
 
     Args:
-        depths: unrolled layers of each part.
-        size: stages, none of which is empty.
+        depths: number of unrolled layers of each part.
+        size: number of stages. No stage is empty.
 
     Returns:
-        The depths of the parts of each stage. Of equally good divisions it is the one whose first
-        stages have the fewest parts.
+        The depths of the parts of each stage. Among equally good divisions, this is the one whose
+        first stages have the fewest parts.
 
     Raises:
         ValueError: there are more stages than parts.
     """
     if not 1 <= size <= len(depths):
         raise ValueError(
-            f"{size} pipeline stages do not divide the {len(depths)} parts of the model "
-            f"({', '.join(map(str, depths))} unrolled layers), and a recursion inside one stage is "
-            f"not cut. Use between 1 and {len(depths)} stages."
+            f"{size} pipeline stages cannot divide the {len(depths)} parts of the model "
+            f"({', '.join(map(str, depths))} unrolled layers), because a recursion must stay within "
+            f"one stage. Use between 1 and {len(depths)} stages."
         )
     return _divided(tuple(depths), size)
 
@@ -32,8 +32,9 @@ def even_stages(depths: Sequence[int], size: int) -> tuple[tuple[int, ...], ...]
 @cache
 def _divided(depths: tuple[int, ...], size: int) -> tuple[tuple[int, ...], ...]:
     count, sums = len(depths), [0, *accumulate(depths)]
-    # Tables over the parts from i on: the deepest of so many stages that divide them, and where the
-    # first of these stages ends. Trying all divisions would take minutes for a hundred layers.
+    # Dynamic programming over the parts from i to the end: the depth of the deepest stage if they are
+    # divided into a given number of stages, and the end of the first of these stages. Trying all
+    # divisions would take minutes for a hundred layers.
     deepest, cuts = [sums[-1] - before for before in sums], [[count] * count]
     for stages in range(2, size + 1):
         own = [_first_cut(sums, deepest, i, count - stages + 1) for i in range(count - stages + 1)]
@@ -47,13 +48,14 @@ def _divided(depths: tuple[int, ...], size: int) -> tuple[tuple[int, ...], ...]:
 
 
 def _first_cut(sums: list[int], rest: list[int], begin: int, last: int) -> int:
-    """The first of the best ends of a stage that starts at `begin` and ends at `last` at most.
+    """The first of the best ends of a stage that starts at `begin` and ends no later than `last`.
 
     Args:
-        sums: layers before each part.
-        rest: the deepest of the later stages, by where they start.
+        sums: number of layers before each part.
+        rest: depth of the deepest later stage, by the part where the later stages start.
     """
-    # Later ends make this stage deeper and the others shallower: the best are where both meet.
+    # A later end makes this stage deeper and the later ones shallower, so the best end is where the
+    # two depths cross. A binary search finds it.
     ends = range(begin + 1, last + 1)
     own = bisect_left(ends, True, key=lambda end: sums[end] - sums[begin] >= rest[end])
     is_later_better = own < len(ends) and (

@@ -1,4 +1,4 @@
-"""A recursion step as a virtual pipeline stage."""
+"""Pipeline parallelism in which each recursion step is a virtual pipeline stage."""
 
 from mor_megatron.pipeline.rules import validate_pipeline
 from mor_megatron.pipeline.spec import (

@@ -1,4 +1,4 @@
-"""What steps as virtual pipeline stages need, checked before anything is built."""
+"""Requirements of recursion steps as virtual pipeline stages, checked before building a model."""
 
 import torch
 from megatron.core.transformer import TransformerConfig
@@ -12,10 +12,10 @@ from mor_megatron.parallel import STEPS_AS_STAGES_RULES, Arrangement, Names, req
 def validate_pipeline(
     config: TransformerConfig, recursion: RecursionConfig, schedule: SharingSchedule
 ) -> None:
-    """Refuse what cannot run with steps as virtual stages.
+    """Check that all settings support recursion steps as virtual stages.
 
     Raises:
-        ValueError: for the first such setting: what it is, why not, and what to use.
+        ValueError: a setting does not. The message says why, and what to use instead.
     """
     arrangement = Arrangement(
         config.num_layers,
@@ -64,27 +64,27 @@ def _rules(
         (
             config.pipeline_dtype is not dtype,
             f"pipeline_dtype={config.pipeline_dtype}",
-            f"hidden states travel as they are. Use pipeline_dtype={dtype}.",
+            f"hidden states are sent in their own dtype. Use pipeline_dtype={dtype}.",
         ),
         (
             config.variable_seq_lengths,
             "variable_seq_lengths=True",
-            "what travels has one shape. Use variable_seq_lengths=False.",
+            "all tensors that are sent have one shape. Use variable_seq_lengths=False.",
         ),
         (
             config.overlap_moe_expert_parallel_comm,
             "overlap_moe_expert_parallel_comm=True",
-            "it takes layers apart that a step runs as one. Leave it out.",
+            "it splits layers into parts, but a step runs each layer as a whole. Leave it out.",
         ),
         (
             config.recompute_granularity == "full" and config.recompute_method == "block",
             "recompute_method='block'",
-            "later steps need to know whether step 1 is computed again. Use 'uniform'.",
+            "later steps need to know whether step 1 is recomputed. Use 'uniform'.",
         ),
         (
             bool(config.distribute_saved_activations),
             "distribute_saved_activations=True",
-            "what travels does not divide by the ranks. Use sequence_parallel=True.",
+            "the tensors that are sent cannot be split over the ranks. Use sequence_parallel=True.",
         ),
     ]
 
@@ -98,10 +98,12 @@ def _dtype(config: TransformerConfig) -> torch.dtype:
 
 
 def _layout(schedule: SharingSchedule, stages: int) -> PipelineParallelLayerLayout:
-    """Megatron numbers a chunk's layers after those of earlier chunks, and checkpoint keys by that.
+    """A layout that gives layers the same numbers, and so the same checkpoint keys, as on one stage.
 
-    So that the recursion has the same number on all ranks, and the coda the one it has in a model
-    on one stage, all layers of the block but one count as those of the first rank's second chunk.
+    Megatron numbers the layers of a chunk after those of all earlier chunks. The recursion must have
+    the same number on all ranks, and the coda must have the number that it has in a model on one
+    stage. Therefore all layers of the block except one are declared as layers of the first rank's
+    second chunk.
     """
     rows: list[list[str]] = [[] for _ in range(stages * schedule.num_recursions)]
     ends = schedule.prelude + schedule.coda

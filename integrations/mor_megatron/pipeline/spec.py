@@ -1,20 +1,21 @@
-"""A recursion step is a virtual pipeline stage: the block's layers spread over the pipeline.
+"""Layer specs in which each recursion step is a virtual pipeline stage.
 
-With `PP` stages and as many virtual stages as recursions, chunk `v` of a rank runs step `v + 1`
-over the rank's own `K / PP` layers, and a microbatch goes round `N_r` times:
+The layers of the block are distributed over the pipeline. With `PP` stages and as many virtual stages
+as recursions, chunk `v` of a rank runs step `v + 1` on the rank's own `K / PP` layers, and a
+microbatch passes through all stages `N_r` times:
 
     rank 0:  prelude, route, layers | route, layers   | route, layers
     rank 1:  layers, combine        | layers, combine | layers, combine, coda
 
-All chunks of a rank use the same modules, so no weight lives on two ranks. Later chunks do not
-register them: DDP, the optimizer, gradient norms and checkpoints see each weight once.
+All chunks of a rank use the same modules, so no weight is stored on two ranks. Later chunks do not
+register these modules, so DDP, the optimizer, gradient norms and checkpoints see each weight once.
 
     chunks = []
     for v in range(config.virtual_pipeline_model_parallel_size):
         block = recursion_pipeline_spec(config, recursion, vp_stage=v)
         chunks.append(GPTModel(config, block, ..., vp_stage=v))
     connect_stages(chunks)
-    recursion_forward_backward(model=chunks, ...)  # called as Megatron's own schedule
+    recursion_forward_backward(model=chunks, ...)  # called like Megatron's own schedule
 """
 
 from collections.abc import Sequence
@@ -42,29 +43,29 @@ def recursion_pipeline_spec(
     dense_layer_spec: ModuleSpec | None = None,
     documents: bool = False,
 ) -> TransformerBlockSubmodules:
-    """The layers of one chunk of this rank: `transformer_layer_spec` of an unmodified GPTModel.
+    """The `transformer_layer_spec` of one chunk of this rank, for an unmodified GPTModel.
 
-    `config.pipeline_model_parallel_layout` is set so that checkpoint keys are those of a model on
-    one stage. Build every chunk from the same `config`.
+    This function sets `config.pipeline_model_parallel_layout` such that checkpoint keys are those of
+    a model on one stage. Build all chunks from the same `config`.
 
     Args:
-        config: `num_layers` counts the unrolled depth.
-        recursion: sharing, steps, router, KV policy, norms.
-        layer_spec: the shared layers; default `default_layer_spec(config)`.
-        vp_stage: the chunk, 0 .. N_r - 1: the 0-based step it runs.
-        dense_layer_spec: prelude and coda layers; default `layer_spec`.
-        documents: whether batches may have several documents in a sequence, or padding; more then
-            travels, and stages wait for its arrival.
+        config: Megatron's configuration. `num_layers` is the unrolled depth.
+        recursion: sharing, steps, router, KV policy and norms.
+        layer_spec: spec of the shared layers. Default: `default_layer_spec(config)`.
+        vp_stage: the chunk, 0 .. N_r - 1, which is the 0-based step that it runs.
+        dense_layer_spec: spec of the prelude and coda layers. Default: `layer_spec`.
+        documents: whether batches may have several documents in a sequence, or padding. This sends
+            more data and makes each stage synchronize with the device when it arrives.
 
     Raises:
-        ValueError: settings that cannot run in this layout, with the way out.
+        ValueError: a setting is not supported in this layout. The message says what to use instead.
     """
     schedule = recursion.schedule(config.num_layers)
     validate(config, recursion)
     validate_pipeline(config, recursion, schedule)
     if vp_stage is None or not 0 <= vp_stage < recursion.num_recursions:
         raise ValueError(
-            f"vp_stage={vp_stage} must lie in 0..{recursion.num_recursions - 1}, one chunk a step."
+            f"vp_stage={vp_stage} must be in 0..{recursion.num_recursions - 1}, the steps."
         )
     rank, stages = parallel_state.get_pipeline_model_parallel_rank(), _stages(config)
     config.pipeline_model_parallel_layout = _layout(schedule, stages)
@@ -94,12 +95,12 @@ def recursion_pipeline_spec(
 
 
 def connect_stages(chunks: Sequence[nn.Module]) -> None:
-    """Let the later chunks of this rank use the first one's layers.
+    """Let the later chunks of this rank use the layers of the first one.
 
-    Call it when all of them are built, before they are wrapped or run.
+    Call this after building all chunks and before wrapping or running them.
 
     Raises:
-        ValueError: these are not the chunks of one rank, in order.
+        ValueError: `chunks` are not all chunks of one rank in order.
     """
     stages = [
         [m for m in chunk.modules() if isinstance(m, RecursionStage | RepeatedStage)]
@@ -109,8 +110,8 @@ def connect_stages(chunks: Sequence[nn.Module]) -> None:
     expected = [["RecursionStage"]] + [["RepeatedStage"]] * (len(chunks) - 1)
     if names != expected:
         raise ValueError(
-            f"the chunks hold {names}; expected {expected}. Pass all chunks of this rank in order, "
-            "each built from recursion_pipeline_spec."
+            f"the chunks hold {names}, but {expected} was expected. Pass all chunks of this rank in "
+            "order, each built from recursion_pipeline_spec."
         )
     first = cast(RecursionStage, stages[0][0])
     for (stage,) in cast(list[list[RepeatedStage]], stages[1:]):
@@ -119,7 +120,8 @@ def connect_stages(chunks: Sequence[nn.Module]) -> None:
         return
 
     def shorten(block: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        # Megatron makes the rotary table as long as what arrives; the coda needs the sequence's.
+        # Megatron makes the rotary table as long as the received tensor, which is longer than the
+        # sequence. The coda needs a table of the sequence's length.
         if named.get("rotary_pos_emb") is not None:
             length = first.layout.sequence_length(len(block.input_tensor))
             named["rotary_pos_emb"] = named["rotary_pos_emb"][:length]
@@ -130,10 +132,10 @@ def connect_stages(chunks: Sequence[nn.Module]) -> None:
 
 
 def carried_length(chunks: Sequence[nn.Module], seq_length: int) -> int:
-    """What a schedule must be given as `seq_length`, so that what travels has room.
+    """The `seq_length` to pass to a schedule, so that its tensors have room for all data to send.
 
     Args:
-        chunks: this rank's chunks, bare or wrapped.
+        chunks: the chunks of this rank, wrapped or not.
         seq_length: length of the sequences.
     """
     layer: Any = unwrap_model(chunks[0])
@@ -145,6 +147,6 @@ def carried_length(chunks: Sequence[nn.Module], seq_length: int) -> int:
 def recursion_forward_backward(
     *, model: Sequence[nn.Module], seq_length: int, **arguments: Any
 ) -> Any:
-    """Megatron's `get_forward_backward_func()` on this model: same arguments, same results."""
+    """Run Megatron's `get_forward_backward_func()` on this model, with the same arguments."""
     length = carried_length(model, seq_length)
     return get_forward_backward_func()(model=model, seq_length=length, **arguments)

@@ -1,4 +1,4 @@
-"""One rank's part of a recursion whose block is spread over the pipeline: see `pipeline`.
+"""One rank's part of a recursion whose block is distributed over the pipeline, see `spec`.
 
 Legend: `s` sequence, `b` batch, `h` hidden, `k` tokens that run a step.
 """
@@ -27,14 +27,21 @@ from mor_megatron.pipeline.state import CarriedLayout, CarriedState, Flight, Gra
 
 
 class Turns:
-    """Which microbatch a chunk runs when recomputation runs it once more in the backward pass."""
+    """Tells a chunk which microbatch it runs when the backward pass recomputes it.
+
+    The schedule only announces the microbatch before forward passes.
+    """
 
     def __init__(self) -> None:
         self._to_repeat: deque[int] = deque()
 
     def next(self, microbatch: int) -> tuple[int, bool]:
-        """The microbatch to run, `microbatch` if it is a new one, and whether it ran before."""
-        if torch.is_grad_enabled():  # backward passes come in the order of the forward ones
+        """The microbatch to run, and whether this is a recomputation.
+
+        Args:
+            microbatch: the one that the schedule announced, used if this is not a recomputation.
+        """
+        if torch.is_grad_enabled():  # backward passes have the order of the forward passes
             return self._to_repeat.popleft(), True
         if microbatch == 0:
             self._to_repeat.clear()
@@ -43,18 +50,18 @@ class Turns:
 
 
 class RecursionStage(RecursionLayer):
-    """A rank's part of the recursion block. It runs step 1; `RepeatedStage`s run the others on it.
+    """A rank's part of the recursion block. It runs step 1, and each `RepeatedStage` a later step.
 
-    The first rank holds the router, all of it: every step begins there. The last one combines; a
-    router must do that without parameters.
+    The first rank holds the whole router, because every step begins there. The last rank combines
+    the output with the states of the tokens, so the router's `combine` must not have parameters.
 
     Args:
         submodules: specs of this rank's layers.
-        block_size: layers of the whole block (K).
-        first_in_block: layers of the block on earlier ranks.
+        block_size: number of layers of the whole block (K).
+        first_in_block: number of layers of the block on earlier ranks.
         documents: whether batches may have several documents in a sequence, or padding.
 
-    Others as for `RecursionLayer`.
+    The other arguments are those of `RecursionLayer`.
     """
 
     def __init__(
@@ -95,7 +102,7 @@ class RecursionStage(RecursionLayer):
             self.tp_group.size() if config.sequence_parallel else 1,
             documents,
         )
-        self.announced_lengths: set[int] = set()  # the schedule counts what travels with them
+        self.announced_lengths: set[int] = set()  # lengths that `carried_length` was called with
         self.flights: dict[int, Flight] = {}
         self.turns = Turns()
         self.current_microbatch = 0  # the schedule sets it before each forward pass
@@ -103,7 +110,10 @@ class RecursionStage(RecursionLayer):
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, context: Tensor | None = None, **inputs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """`[s b h]` on the first rank, on others what travels, to what travels."""
+        """Run step 1. The input is `[s b h]` on the first rank, and a packed tensor on the others.
+
+        The output is a packed tensor, see `state`.
+        """
         return self.run(0, self.current_microbatch, self.turns, hidden_states, **inputs), context
 
     def run(
@@ -120,10 +130,10 @@ class RecursionStage(RecursionLayer):
         attention_bias: Tensor | None = None,
         **unused: Any,
     ) -> Tensor:
-        """This rank's part of a step on what arrived. Returns what leaves.
+        """Run this rank's part of a step on the received tensor. Returns the tensor to send.
 
         Raises:
-            ValueError: an input the recursion does not implement.
+            ValueError: an input is not supported by the recursion.
         """
         refuse_inputs(
             packed_seq_params=packed_seq_params,
@@ -137,7 +147,7 @@ class RecursionStage(RecursionLayer):
             self.flights[microbatch] = Flight()
         flight, is_last = self.flights[microbatch], step == self.num_recursions - 1
         if (is_again and step == 0) if recomputes else is_last:
-            del self.flights[microbatch]  # what the backward pass needs, its graphs hold
+            del self.flights[microbatch]  # autograd keeps what the backward pass needs
         if not self.is_entry:
             state = self.layout.unpack(hidden, step)
         else:
@@ -151,21 +161,21 @@ class RecursionStage(RecursionLayer):
     def _arrive(
         self, step: int, hidden: Tensor, attention_mask: Tensor | None, padding_mask: Tensor | None
     ) -> CarriedState:
-        """The candidates of a step."""
+        """The candidates of a step, from the model's input or from the last rank's tensor."""
         if step > 0:
             return self.layout.unpack(hidden, step - 1)
         tokens, _ = self._tokens(hidden, attention_mask, padding_mask)
         length = tokens.sequence_length
         if self.layout.carried_length(length) != length and length not in self.announced_lengths:
             raise ValueError(
-                f"the schedule has no room for what travels with sequences of {length}. Run it "
-                f"through recursion_forward_backward, or give it seq_length=carried_length(chunks, "
-                f"{length})."
+                f"the schedule's tensors have no room for the routing data of sequences of {length} "
+                f"tokens. Call recursion_forward_backward, or pass "
+                f"seq_length=carried_length(chunks, {length}) to the schedule."
             )
         if not (tokens.is_plain or self.layout.has_documents):
             raise ValueError(
-                "the batch has several documents in a sequence, or padding, for which nothing "
-                "travels between stages. Give documents=True to recursion_pipeline_spec."
+                "the batch has padding or several documents in a sequence, but stages do not send "
+                "data about these. Pass documents=True to recursion_pipeline_spec."
             )
         return CarriedState(hidden, hidden, RoutingDecision.everything(tokens))
 
@@ -182,7 +192,8 @@ class RecursionStage(RecursionLayer):
             if step == self.num_recursions - 1:
                 output = RecursionOutput(state.full, tuple(flight.decisions))
                 self.statistics.record(cast(Any, flight.tokens), output)
-        # The loss may count the tokens of the first decision, and adds up those of all.
+        # Attaching losses reads the number of tokens from the first decision and sums the losses of
+        # all decisions. The losses of step 1 are already attached, so they are left out here.
         first = replace(flight.decisions[0], losses={})
         decisions = (first, decision) if step else (decision,)
         selected = self._attach_losses(RecursionOutput(selected, decisions))
@@ -211,7 +222,7 @@ class RecursionStage(RecursionLayer):
         return CarriedState(full, updated, decision)
 
     def _injected(self, step: int, state: CarriedState, flight: Flight) -> Tensor | None:
-        """Where the recursion began, for the rows of a step that add it."""
+        """The states that entered the recursion, for the rows of a step whose input adds them."""
         if step == 0 or flight.origin is None or not self.is_entry:
             return None
         tokens = state.decision.tokens
@@ -222,11 +233,14 @@ class RecursionStage(RecursionLayer):
     def _leave_for_later(
         self, output: Tensor, flight: Flight, context: Any, origin: Tensor | None
     ) -> Tensor:
-        """Keep what later steps need of step 1; their gradients come back through the output."""
+        """Keep the tensors of step 1 that later steps use on this rank.
+
+        The backward pass of the returned output adds the gradients of these uses.
+        """
         store = context.store if isinstance(context, SharingContext) else {}
         originals = [tensor for layer in sorted(store) for tensor in store[layer]]
         originals += [] if origin is None else [origin]
-        if not flight.leaves:  # else they are there, and this is the recomputation
+        if not flight.leaves:  # if there are leaves already, this is the recomputation
             flight.leaves = [tensor.detach().requires_grad_() for tensor in originals]
             leaves = iter(flight.leaves)
             flight.context = context
@@ -244,7 +258,7 @@ class RecursionStage(RecursionLayer):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """The keys of a `RecursionLayer` that holds the whole block, as far as they are here."""
+        """This rank's part, under the keys of a `RecursionLayer` that holds the whole block."""
         assert not sharded_offsets, "layers of a recursion have keys of their own"
         parts: dict[str, tuple[str, Any]] = {}
         for index, layer in enumerate(cast(Any, self.recursion.layers)):
@@ -263,7 +277,7 @@ class RecursionStage(RecursionLayer):
 
 
 class RepeatedStage(TransformerLayer):
-    """A later step of a `RecursionStage`, whose modules it uses without registering them."""
+    """A later step of a `RecursionStage`. It uses the stage's modules without registering them."""
 
     def __init__(
         self,
@@ -276,7 +290,7 @@ class RepeatedStage(TransformerLayer):
         vp_stage: int | None = None,
         **unused: Any,
     ) -> None:
-        # Not TransformerLayer's: that would build a layer's parts.
+        # Skip the __init__ of TransformerLayer, which would build the parts of a layer.
         GraphableMegatronModule.__init__(self, config=config, vp_stage=vp_stage)
         pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.pg_collection = pg_collection
@@ -292,25 +306,25 @@ class RepeatedStage(TransformerLayer):
         self._first: list[RecursionStage] = []
 
     def use(self, first: RecursionStage) -> None:
-        """Run on the modules of this stage, from now on."""
-        self._first = [first]  # in a list, torch does not register it
+        """Use the modules of this stage from now on."""
+        self._first = [first]  # in a list, so that torch does not register it as a submodule
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, context: Tensor | None = None, **inputs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """What travels, to what travels; after the last step on the last rank `[s b h]`.
+        """Run a later step on a packed tensor. The last step returns `[s b h]` on the last rank.
 
         Raises:
-            ValueError: the stage was not connected, or an input that is not implemented.
+            ValueError: the stage was not connected, or an input is not supported.
         """
         if not self._first:
             raise ValueError(
-                f"chunk {self.step} has no layers of its own and was not connected to the first. "
-                "Call connect_stages(chunks) when all chunks of this rank are built."
+                f"chunk {self.step} has no layers of its own and was not connected to the first "
+                "chunk. Call connect_stages(chunks) after building all chunks of this rank."
             )
         (first,), microbatch = self._first, self.current_microbatch
         return first.run(self.step, microbatch, self.turns, hidden_states, **inputs), context
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Nothing: the first chunk has it."""
+        """Empty, because the first chunk saves the weights."""
         return {}

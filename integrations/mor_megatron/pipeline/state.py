@@ -1,16 +1,16 @@
-"""What a recursion sends from stage to stage, and what waits on a rank for later steps.
+"""The state that a recursion sends between stages, and that a rank keeps for later steps.
 
-Megatron's interleaved schedule sends one tensor of one shape. A recursion needs more than hidden
-states: which tokens run the step, their gates, what a router planned. All of it travels in rows
-behind the sequence, as bits; a sequence length that counts them is given to the schedule.
+Megatron's interleaved schedule sends one tensor of a fixed shape. A recursion needs more than hidden
+states: which tokens run the step, their gates and the router's plan. All of this is sent as raw bits
+in additional rows after the sequence. The schedule gets a sequence length that includes these rows.
 
     [ full: s rows | rows: the k tokens in the block, room for the widest step | bits ]
 
-Gradients come back in the same places. Gates and plans stay fp32 both ways, whatever the dtype of
-hidden states is, because nothing between two stages computes with the rows that hold them.
+Gradients are sent back in the same positions. Gates and plans are fp32 in both directions, regardless
+of the dtype of hidden states, because no operation between two stages interprets their rows.
 
-Legend: `s` sequence, `b` batch, `h` hidden, `k` tokens that run a step, `p` numbers planned per
-token. Under sequence parallelism a rank holds its part of `full` and `rows`, and all bits.
+Legend: `s` sequence, `b` batch, `h` hidden, `k` tokens that run a step, `p` numbers per token in a
+router's plan. With sequence parallelism a rank holds its part of `full` and `rows`, and all bits.
 """
 
 from collections.abc import Sequence
@@ -27,22 +27,22 @@ from mor_megatron.parallel.carried import WORD_BYTES, CarriedRows
 
 @dataclass(frozen=True)
 class CarriedState:
-    """A microbatch on its way round the pipeline."""
+    """The state of a microbatch between two stages."""
 
     full: Tensor
-    """States of all tokens as the current step found them, `[s b h]`."""
+    """States of all tokens before the current step, `[s b h]`."""
     rows: Tensor
-    """States of the tokens in the block, `[k b h]`; between two passes, the next candidates'."""
+    """States of the tokens in the block, `[k b h]`. Between two steps, those of the candidates."""
     decision: RoutingDecision
-    """Who runs the step; its `rows` are rows of `full`."""
+    """The tokens that run the step. Its `rows` are indices into `full`."""
 
 
 @dataclass(frozen=True)
 class CarriedLayout(CarriedRows):
-    """Where everything stands in the tensor that travels; alike on all stages."""
+    """Packs a state into the tensor that stages send, and unpacks it. The same on all stages."""
 
     def pack(self, state: CarriedState, step: int) -> Tensor:
-        """The tensor to send: `[rows b h]`, not a view."""
+        """The tensor to send, `[rows b h]`. It is not a view."""
         if self.is_bare:
             return state.rows
         decision, tokens = state.decision, state.decision.tokens
@@ -66,13 +66,13 @@ class CarriedLayout(CarriedRows):
         return _Pack.apply(frame, state.full, state.rows, *words)  # type: ignore[return-value]
 
     def unpack(self, carried: Tensor, step: int) -> CarriedState:
-        """What was packed at `step`."""
+        """The state that was packed at `step`."""
         s = self.sequence_length(len(carried))
         if self.is_bare:
             tokens = Tokens.whole_sequence(s, carried.shape[1], carried.device)
             return CarriedState(carried, carried, RoutingDecision.everything(tokens))
         k = self.width(step, s)
-        if k is None:  # waits for the device
+        if k is None:  # read from the tensor, which synchronizes with the device
             header = carried[len(carried) - self.bit_rows(s), 0].detach()
             k = int(header[: WORD_BYTES // self.itemsize].clone().view(torch.int32)[0])
         integers, gates = 1 + 2 * self.has_documents, self.has_gates[step]
@@ -97,7 +97,7 @@ class CarriedLayout(CarriedRows):
 
 @dataclass(frozen=True)
 class _Frame:
-    """One tensor's layout: a sequence of `s` tokens of which `k` run the step."""
+    """The layout of one tensor, for a sequence of `s` tokens of which `k` run the step."""
 
     layout: CarriedLayout
     s: int
@@ -163,11 +163,12 @@ class _Unpack(torch.autograd.Function):
 
 
 class GradientsOfLaterSteps(torch.autograd.Function):
-    """Identity on hidden states; its backward pass hands in what later steps learned.
+    """Identity on hidden states whose backward pass adds the gradients from later steps.
 
-    Step 1 makes tensors that later steps use on the same rank, in autograd graphs of their own.
-    Those use leaves in their place, whose gradients have all arrived when the backward pass of
-    step 1 begins, because a microbatch goes back through the pipeline as it came.
+    Later steps use tensors of step 1 on the same rank, but each step has its own autograd graph. Their
+    graphs contain leaves in place of these tensors. When the backward pass of step 1 begins, the
+    gradients of all leaves are complete, because the backward passes of the steps run in reverse
+    order.
     """
 
     @staticmethod
@@ -185,15 +186,15 @@ class GradientsOfLaterSteps(torch.autograd.Function):
 
 @dataclass
 class Flight:
-    """What waits on a rank for the later steps of one microbatch."""
+    """The state that a rank keeps for the later steps of one microbatch."""
 
     context: StepContext | None = None
-    """Of the step before, with leaves in place of step 1's keys and values."""
+    """The context of the previous step, with leaves in place of step 1's keys and values."""
     origin: Tensor | None = None
-    """The states that entered the recursion, a leaf, where routers combine with them."""
+    """The states that entered the recursion, as a leaf. None if no later step needs them."""
     leaves: list[Tensor] = field(default_factory=list)
-    """What stands for tensors of step 1 in the graphs of later steps."""
+    """The leaves that replace tensors of step 1 in the graphs of later steps."""
     tokens: Tokens | None = None
-    """The whole sequence, on the rank that routes."""
+    """The tokens of the whole sequence. Only on the rank that routes."""
     decisions: list[RoutingDecision] = field(default_factory=list)
-    """Of the steps so far, on the rank that routes."""
+    """The decisions of the steps so far. Only on the rank that routes."""

@@ -1,4 +1,4 @@
-"""What Megatron-Core runs on: ranks, CPUs, Transformer Engine, apex."""
+"""The platform that Megatron-Core runs on: ranks, CPUs, Transformer Engine and apex."""
 
 from mor_megatron.platform.apex import has_apex
 from mor_megatron.platform.ranks import on_first_rank

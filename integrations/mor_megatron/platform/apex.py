@@ -1,7 +1,7 @@
-"""Which `apex` is installed: NVIDIA's, whose fused norms and optimizers are used, or another.
+"""Detects which `apex` is installed: NVIDIA's, with fused norms and optimizers, or another package.
 
-NVIDIA's is built from source (github.com/NVIDIA/apex). The package that a package index calls `apex`
-has nothing to do with it.
+NVIDIA's apex is built from source (github.com/NVIDIA/apex). The package named `apex` on the package
+index is unrelated to it.
 """
 
 import warnings
@@ -18,7 +18,7 @@ _KERNELS = ("amp_C", "fused_layer_norm_cuda")
 
 @cache
 def installed_apex() -> Apex:
-    """What `import apex` would find, without importing it."""
+    """The kind of package that `import apex` would find. It is not imported."""
     found = find_spec("apex")
     if found is None:
         return "absent"
@@ -31,16 +31,16 @@ def installed_apex() -> Apex:
 
 @cache
 def has_apex() -> bool:
-    """Whether NVIDIA's apex is there with the kernels of its norms and optimizers.
+    """Whether NVIDIA's apex is installed with the kernels of its norms and optimizers.
 
-    Warns, once, of an `apex` that is not: Megatron takes any for NVIDIA's, and its own layer specs
-    then ask for a norm that cannot be built. Ours do not.
+    Warns once about any other `apex`, because Megatron assumes that every `apex` is NVIDIA's. Its
+    layer specs then choose a norm that cannot be built. Our layer specs call this function instead.
     """
     installed = installed_apex()
     advice = {
-        "unrelated": "is not NVIDIA's, but an unrelated package of the same name, and is not used. "
-        "Remove it (pip uninstall apex); NVIDIA's is built from source, or use Transformer Engine.",
-        "nvidia without kernels": "was installed without its CUDA extensions, and is not used. Build "
+        "unrelated": "is not NVIDIA's apex but an unrelated package of the same name, and is not used. "
+        "Remove it (pip uninstall apex). Build NVIDIA's apex from source, or use Transformer Engine.",
+        "nvidia without kernels": "was installed without its CUDA extensions and is not used. Build "
         "it with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, or use Transformer Engine.",
     }.get(installed)
     if advice is not None:

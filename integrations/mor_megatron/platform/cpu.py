@@ -1,14 +1,13 @@
 """Megatron-Core 0.19 on a CPU with gloo, for development and continuous integration.
 
-Megatron-Core is written for one CUDA device per process. `enable()` supplies what it takes from
-that device:
+Megatron-Core requires one CUDA device per process. `enable()` replaces its uses of that device:
 
-* names of `torch.cuda` that raise without a driver are replaced for the whole process;
-* device and type *literals* (`"cuda"`, `"torch.cuda.FloatTensor"`) are rewritten in the compiled
-  code of the Megatron functions that hold them, and nowhere else;
-* the few functions that want a CUDA tensor by other means are replaced where Megatron finds them.
+* functions of `torch.cuda` that raise without a driver are replaced for the whole process;
+* the string constants of devices and types (`"cuda"`, `"torch.cuda.FloatTensor"`) are rewritten in
+  the bytecode of the Megatron functions that contain them, and nowhere else;
+* the few functions that require CUDA tensors in other ways are replaced in the modules that use them.
 
-Importing this module changes nothing. Line numbers are those of megatron-core 0.19.2.
+Importing this module has no effect. Line numbers refer to megatron-core 0.19.2.
 """
 
 import contextlib
@@ -31,25 +30,25 @@ _PINNING_FACTORIES = frozenset({"empty", "empty_like", "full", "ones", "tensor",
 
 
 def enable() -> None:
-    """Makes megatron-core 0.19 run on this process's CPU. Calling it again does nothing.
+    """Make megatron-core 0.19 run on the CPU in this process. Calling it again has no effect.
 
-    Call it before a Megatron model is built. `torch.distributed` needs the gloo backend.
+    Call it before building a Megatron model. `torch.distributed` must use the gloo backend.
 
     Raises:
-        RuntimeError: where CUDA is available, or for another version of megatron-core.
+        RuntimeError: CUDA is available, or megatron-core has another version.
     """
     import megatron.core
 
     version = megatron.core.__version__
     if torch.cuda.is_available():
         raise RuntimeError(
-            "cpu.enable() was called where CUDA is available. It is only for machines without a"
-            " GPU: remove the call, or hide the GPUs by setting CUDA_VISIBLE_DEVICES to nothing."
+            "cpu.enable() was called although CUDA is available. It is only for machines without a"
+            " GPU. Remove the call, or hide the GPUs by setting CUDA_VISIBLE_DEVICES to nothing."
         )
     if not version.startswith("0.19."):
         raise RuntimeError(
-            "cpu.enable() stands in for the CUDA calls of megatron-core 0.19.*, and this is"
-            f" {version}. Install megatron-core==0.19.2."
+            "cpu.enable() replaces the CUDA calls of megatron-core 0.19.*, but the installed version"
+            f" is {version}. Install megatron-core==0.19.2."
         )
     _enable_once()
 
@@ -64,7 +63,7 @@ def _enable_once() -> None:
 
 
 class _InOrder:
-    """A CUDA stream or event on a device that finishes each operation before it starts the next."""
+    """A stand-in for CUDA streams and events. It does nothing, because the CPU is synchronous."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -113,7 +112,7 @@ def _replace_torch_cuda() -> None:
 
 
 def _replace_random_state() -> None:
-    """The CPU generator plays the CUDA generator of `CudaRNGStatesTracker`."""
+    """Let `CudaRNGStatesTracker` use the CPU generator instead of the CUDA generator."""
     from megatron.core.tensor_parallel import random
 
     def get_state(
@@ -124,9 +123,9 @@ def _replace_random_state() -> None:
     def set_state(state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
         torch.set_rng_state(state)
 
-    # random.py:118 needs a driver; :174 queues the new state until CUDA is initialised.
+    # random.py:118 needs a driver, and :174 defers the new state until CUDA is initialized.
     random._get_cuda_rng_state, random._set_cuda_rng_state = get_state, set_state
-    # random.py:333 warns when the CPU generator moves within a fork. Here a fork is for that.
+    # random.py:333 warns if the CPU generator advances within a fork. Here this is intended.
     logging.getLogger(random.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
@@ -157,7 +156,7 @@ def _rewrite_literals() -> None:
 
 
 def _functions_of(owner: Any) -> Iterator[FunctionType]:
-    """Functions that a module or a class defines, or a function, without their decorators."""
+    """The functions that a module or class defines, or the function itself, without decorators."""
     if isinstance(owner, (ModuleType, type)):
         module = getattr(owner, "__module__", owner.__name__)
         for member in vars(owner).values():
@@ -168,7 +167,7 @@ def _functions_of(owner: Any) -> Iterator[FunctionType]:
 
 
 def _without_cuda(constant: Any) -> Any:
-    """A constant of compiled code, nested code and tuples too, with CUDA's literals replaced."""
+    """A constant of compiled code with the CUDA literals replaced, also in nested code and tuples."""
     if isinstance(constant, CodeType):
         return constant.replace(co_consts=tuple(map(_without_cuda, constant.co_consts)))
     if isinstance(constant, tuple):
@@ -177,7 +176,7 @@ def _without_cuda(constant: Any) -> Any:
 
 
 class _TorchWithoutPinning:
-    """`torch` for a module that pins pages for copies to a device: the same, without pinning."""
+    """Replaces `torch` in a module that allocates pinned memory, which needs a CUDA driver."""
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(torch, name)
@@ -187,7 +186,8 @@ class _TorchWithoutPinning:
 
 
 def _replace_uneven_collectives() -> None:
-    """gloo gathers and scatters equal parts only; experts get unequal numbers of tokens."""
+    """Pad uneven parts, because gloo only supports equal ones and experts get unequal numbers of
+    tokens."""
     from megatron.core.tensor_parallel import mappings
 
     even_gather = mappings._gather_along_first_dim  # mappings.py:118
@@ -233,10 +233,10 @@ def _replace_device_transfers() -> None:
     torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
     # rope_utils.py:63, dynamic_context.py:975-1124.
     rope_utils.torch = dynamic_context.torch = _TorchWithoutPinning()
-    # token_dispatcher.py:926-943 turns split sizes into numpy arrays only on their way from a
-    # device, and the collectives of mappings.py:445 do not take tensors.
+    # token_dispatcher.py:926-943 converts split sizes to numpy arrays only when it copies them from
+    # a device, but the collectives of mappings.py:445 do not accept tensors.
     token_dispatcher.maybe_move_tensor_to_cpu = _split_sizes
-    # router.py:727 compiles a counter at its first use, which on a CPU takes a C++ compiler.
+    # router.py:727 compiles a counter at its first use, which requires a C++ compiler on a CPU.
     router.TopKRouter._apply_expert_bias = inspect.unwrap(router.TopKRouter._apply_expert_bias)
 
 

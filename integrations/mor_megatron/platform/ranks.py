@@ -1,4 +1,4 @@
-"""What one rank does for all of them."""
+"""Actions that one rank runs on behalf of all ranks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,10 +7,13 @@ import torch
 
 
 def on_first_rank[T](action: Callable[[], T]) -> T:
-    """The result of `action`, run on rank 0 alone, on every rank; its OSError or ValueError too."""
+    """Run `action` on rank 0 and return its result on every rank. Collective.
+
+    If it raises OSError or ValueError, every rank raises the same error.
+    """
     outcome: list[Any] = [None, None]
     if torch.distributed.get_rank() == 0:
-        # What files and settings can cause; other errors are faults of the program and end the rank.
+        # Wrong files and settings cause these errors. Any other error is a bug and ends the rank.
         try:
             outcome[0] = action()
         except (OSError, ValueError) as error:

@@ -1,8 +1,8 @@
-"""Whether Transformer Engine is installed."""
+"""Detects whether Transformer Engine is installed."""
 
 
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine is installed, which Megatron then builds its layers from."""
+    """Whether Transformer Engine is installed. If so, Megatron builds its layers from it."""
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     return HAVE_TE

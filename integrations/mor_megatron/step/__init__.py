@@ -1,4 +1,4 @@
-"""The rows of one recursion step: positions, documents, placement over ranks, caches."""
+"""The rows of one recursion step: positions, documents, placement on ranks, and caches."""
 
 from mor_megatron.step.context_parallel import (
     GatheredStep,

@@ -1,9 +1,10 @@
-"""Sequences over context-parallel ranks, without Transformer Engine.
+"""Context parallelism without Transformer Engine.
 
-Outside a recursion a rank holds two chunks of the sequence, as Megatron deals them out (zigzag): of
-`2 · cp` chunks those with numbers `rank` and `2 · cp - 1 - rank`. Inside, the rows of a step lie in
-sequence order, evenly and contiguously, whichever tokens were selected. Attention gathers keys and
-values over the group and attends by position, exactly; queries never travel.
+Outside a recursion, each rank holds two of `2 · cp` chunks of the sequence, numbers `rank` and
+`2 · cp - 1 - rank`. This is Megatron's zigzag order. Inside a recursion, the rows of a step are in
+sequence order and split evenly and contiguously, so that every rank has the same amount of work
+regardless of which tokens were selected. Attention all-gathers keys and values over the group and
+masks them by position, which is exact. Queries are never sent.
 
 Legend: `s` sequence, `b` batch, `n` rows on this rank, `k` tokens that run a step, `m` tokens whose keys
 they see, `g` key-value heads, `d` head size.
@@ -22,35 +23,35 @@ from mor_layers.recursion import Exited, visible
 
 
 def zigzag_positions(length: int, size: int, device: torch.device | None = None) -> Tensor:
-    """Position of each row `[size n]` of a sequence that is dealt out to `size` ranks.
+    """Position of each row `[size n]` of a sequence that is split over `size` ranks in zigzag order.
 
     Raises:
-        ValueError: the sequence does not divide.
+        ValueError: the length is not a multiple of `2 * size`.
     """
     if length % (2 * size):
         raise ValueError(
-            f"a sequence of {length} tokens does not divide into {2 * size} chunks, two for each of "
-            f"{size} context-parallel ranks. Use a multiple of {2 * size}."
+            f"a sequence of {length} tokens cannot be split into {2 * size} equal chunks, two for "
+            f"each of {size} context-parallel ranks. Use a multiple of {2 * size}."
         )
     chunks = torch.arange(length, device=device).view(2, size, -1)
     return torch.cat([chunks[0], chunks[1].flip(0)], dim=1)  # chunk r, then chunk 2·size-1-r
 
 
 def in_sequence_order(rows: Tensor, group: ProcessGroup) -> Tensor:
-    """All ranks' zigzag rows `[n ...]` as one sequence `[s ...]`, for every rank; differentiable."""
+    """Gather the zigzag rows `[n ...]` of all ranks as one sequence `[s ...]`. Differentiable."""
     whole = gather_from_sequence_parallel_region(rows.contiguous(), group=group)
     positions = zigzag_positions(len(whole), group.size(), rows.device).flatten()
     return whole.index_select(0, positions.argsort())
 
 
 class Relayout:
-    """Rows from zigzag to contiguous order and back, over the ranks of a group.
+    """Converts rows between zigzag and contiguous order, over the ranks of a group.
 
     Args:
-        length: of the sequence.
-        group: context-parallel ranks; under sequence parallelism with the tensor-parallel ones, which
-            split a context rank's rows contiguously.
-        context_size: context-parallel ranks.
+        length: length of the sequence.
+        group: the context-parallel ranks. With sequence parallelism also the tensor-parallel ranks,
+            which split the rows of a context-parallel rank contiguously.
+        context_size: number of context-parallel ranks.
     """
 
     def __init__(
@@ -59,23 +60,23 @@ class Relayout:
         self.group = group
         positions = zigzag_positions(length, context_size).view(group.size(), -1)
         size = positions.shape[1]
-        target = positions // size  # [rank n]: where each row goes
+        target = positions // size  # [rank n]: the rank that each row is sent to
         own = target[group.rank()]
         self._leaving = own.argsort(stable=True).to(device)
         self._sent = own.bincount(minlength=group.size()).tolist()
-        arriving = positions[target == group.rank()]  # by rank that sends, in its order
+        arriving = positions[target == group.rank()]  # ordered by sender, then in its row order
         self._order = arriving.argsort().to(device)
         self._received = (target == group.rank()).sum(dim=1).tolist()
 
     def to_sequence(self, rows: Tensor) -> Tensor:
-        """`[n ...]`, zigzag to contiguous."""
+        """Convert rows `[n ...]` from zigzag to contiguous order."""
         leaving = rows.index_select(0, self._leaving)
         return all_to_all(self.group, leaving, self._received, self._sent).index_select(
             0, self._order
         )
 
     def to_zigzag(self, rows: Tensor) -> Tensor:
-        """`[n ...]`, contiguous to zigzag."""
+        """Convert rows `[n ...]` from contiguous to zigzag order."""
         leaving = rows.index_select(0, self._order.argsort())
         arrived = all_to_all(self.group, leaving, self._sent, self._received)
         return arrived.index_select(0, self._leaving.argsort())
@@ -83,14 +84,14 @@ class Relayout:
 
 @dataclass(frozen=True)
 class GatheredStep(StepContext):
-    """A step of which this rank runs some tokens, with the keys of all."""
+    """The context of a step whose tokens are split over ranks. Each rank sees the keys of all."""
 
     inner: StepContext
-    """The step as a whole."""
+    """The context of the whole step."""
     group: ProcessGroup
-    """Context-parallel ranks."""
+    """The context-parallel ranks."""
     multiple: int
-    """The step's rows are filled up to a multiple of this."""
+    """The rows of the step are padded to a multiple of this."""
 
     @classmethod
     def of(cls, inner: StepContext, group: ProcessGroup, multiple: int) -> "GatheredStep":
@@ -112,14 +113,14 @@ class GatheredStep(StepContext):
     def exchange(
         self, layer: int, key: Tensor | None, value: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Rows `[m b g d]` of all ranks, as the whole step sees them."""
+        """Keys and values `[m b g d]` of all ranks, as the whole step sees them."""
         if key is None or value is None:
             return self.inner.exchange(layer, None, None)
         return self.inner.exchange(layer, self._gather(key), self._gather(value))
 
     @cached_property
     def causal_mask(self) -> Tensor:
-        """`[b 1 k m]`; rows that hold no token see everything, so that none is empty."""
+        """The mask `[b 1 k m]`. Padding rows see all keys, because an empty row would give NaN."""
         mask = visible(self.tokens, self.inner.keys)
         if self.tokens.is_padding is not None:
             mask = mask | self.tokens.is_padding.T[:, :, None]
@@ -139,7 +140,7 @@ class GatheredStep(StepContext):
 
 
 def _share(tokens: Tokens, group: ProcessGroup, multiple: int) -> Tokens:
-    """This rank's contiguous part; filled up with padding at the end."""
+    """This rank's contiguous part of the tokens, after padding them to `multiple` at the end."""
     extra = -len(tokens.positions) % multiple
 
     def own(values: Tensor | None, fill: int = 0) -> Tensor | None:

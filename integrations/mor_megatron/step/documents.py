@@ -1,4 +1,4 @@
-"""Which documents a causal attention mask keeps apart.
+"""Finds the documents that a causal attention mask separates.
 
 Legend: `b` batch, `s` sequence.
 """
@@ -9,20 +9,21 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 Documents = tuple[Tensor | None, int | None]
 
-# Every layer of a model gets the same mask. Beside what it says, the version it had then.
+# Every layer of a model gets the same mask, so the result is cached together with the version of the
+# mask. A changed version shows that the mask was modified in place.
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def documents_of(is_barred: Tensor) -> Documents:
-    """Document numbers `[s b]` from a causal mask `[b 1 s s]`, and the most that a sequence has.
+    """Document numbers `[s b]` of a causal mask `[b 1 s s]`, and the largest number per sequence.
 
-    Both are None if each sequence is one document. Waits for the device once a mask: it is read by
-    the first of a model's layers that asks.
+    Both are None if each sequence is one document. Reading a mask synchronizes with the device. This
+    happens once per mask, in the first layer that asks.
 
     Raises:
         ValueError: the mask is not causal attention within consecutive documents.
     """
-    if is_barred.is_inference():  # has no version
+    if is_barred.is_inference():  # inference tensors have no version counter
         return _read(is_barred)
     known = _known.get(is_barred)
     if known is None or known[0] != is_barred._version:
@@ -40,7 +41,7 @@ def _read(is_barred: Tensor) -> Documents:
     last, is_other = torch.stack([documents.max(), (barred != expected).any()]).tolist()
     if is_other:
         raise ValueError(
-            "attention_mask is not causal attention within consecutive documents, which is what a "
-            "recursion can follow. Pass None, or the mask of reset_attention_mask=True."
+            "attention_mask is not causal attention within consecutive documents, the only masks "
+            "that a recursion supports. Pass None, or the mask of reset_attention_mask=True."
         )
     return (documents.T, last + 1) if last else (None, None)

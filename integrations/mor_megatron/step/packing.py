@@ -1,12 +1,14 @@
 """Selected tokens of several documents as Transformer Engine's packed (`thd`) sequences.
 
-Under plain causal attention within documents every document is a sequence of its own. Transformer
-Engine has fused kernels for those (`padding_causal` with `cu_seqlens`), but for a mask (`arbitrary`)
-only the implementation that materialises all scores. Padding, which comes last, is one more sequence.
+With causal attention within documents, each document can be treated as a sequence. Transformer Engine
+has fused kernels for packed sequences (`padding_causal` with `cu_seqlens`), whereas for an explicit
+mask (`arbitrary`) it only has the implementation that materializes all scores. Padding comes last and
+becomes one more sequence.
 
-Not for keys beyond the queries' own tokens (shared, updated, of exited tokens): a query's place among
-them is not its place among queries. Nor where sequences are ragged but whole: right padding needs no
-mask, so they stay `sbhd`, as plain causal attention.
+Packing is not used if the keys are not those of the queries' own tokens (shared or updated keys, or
+keys of exited tokens), because a query then has another index among the keys than among the queries.
+It is not used for whole sequences of different lengths either: right padding needs no mask, so they
+stay in the `sbhd` format with plain causal attention.
 
 Legend: `b` batch, `k` tokens that run a step, `n` heads, `d` head size.
 """
@@ -23,18 +25,18 @@ from mor_layers import StepContext
 
 
 def takes_packed(core: Any) -> bool:
-    """Whether a core attention is Transformer Engine's."""
+    """Whether a core attention is Transformer Engine's, which supports packed sequences."""
     return hasattr(core, "qkv_format")
 
 
 def packed(context: StepContext, num_documents: int | None) -> PackedSeqParams | None:
-    """Where each document begins and ends among the rows of a step; None: packing is not exact.
+    """The boundaries of the documents in the rows of a step, or None if packing is not exact.
 
-    The number of sequences does not depend on what was selected, so that nothing waits for the
-    device: documents of which no token is left are sequences of length 0.
+    The number of sequences does not depend on the selection, so no synchronization with the device
+    is needed. Documents without selected tokens are sequences of length 0.
 
     Args:
-        num_documents: the most that a sequence of the batch has; None: one.
+        num_documents: largest number of documents in a sequence of the batch. None: one.
     """
     tokens = context.tokens
     is_exact = context.keys is tokens and tokens.padding_trails
@@ -60,13 +62,13 @@ def packed(context: StepContext, num_documents: int | None) -> PackedSeqParams |
 def attend_packed(
     core: Any, query: Tensor, key: Tensor, value: Tensor, sequences: PackedSeqParams
 ) -> Tensor:
-    """`[k b n d], [k b g d] -> [k b nd]`."""
+    """Attention of packed sequences: `[k b n d], [k b g d] -> [k b nd]`."""
     count, batch = query.shape[:2]
     rows = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))  # [k b ..] -> [bk ..]
     out = core(
         *rows,
         None,
-        attn_mask_type=AttnMaskType.causal,  # the core makes it padding_causal
+        attn_mask_type=AttnMaskType.causal,  # the core changes this to padding_causal
         attention_bias=None,
         packed_seq_params=sequences,
     )

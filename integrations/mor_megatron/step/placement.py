@@ -1,9 +1,10 @@
-"""Rows of hidden states spread over tensor-parallel ranks (sequence parallelism).
+"""Placement of hidden states on tensor-parallel ranks (sequence parallelism).
 
-Each rank holds an even, contiguous part of a step's rows (filled up to a multiple of the group's
-size). Ranks gather *logits*, a few numbers per token, and take the same decision over the full
-sequence; selected tokens are then spread evenly again. What travels per step is one reduce-scatter
-and one all-gather of the selected rows; nothing of the sequence's length but logits.
+Each rank holds an equal, contiguous part of a step's rows, which are padded to a multiple of the
+group size. Ranks all-gather only the logits, a few numbers per token, and make the same decision for
+the full sequence. The selected tokens are then redistributed evenly, so that all ranks have the same
+amount of work. Each step communicates one reduce-scatter and one all-gather of the selected rows. Only
+logits are communicated for the full sequence.
 
 Legend: `b` batch, `n` candidates of a step, `k` tokens selected, `h` hidden, `c` logits per token,
 `shard` rows on this rank.
@@ -26,7 +27,7 @@ from mor_layers.selection import put_rows, take_rows
 
 
 def padded(count: int, group: ProcessGroup) -> int:
-    """`count`, filled up to a multiple of the group's size."""
+    """`count`, rounded up to a multiple of the group size."""
     return -(-count // group.size()) * group.size()
 
 
@@ -39,7 +40,7 @@ def shard_of(rows: Tensor, group: ProcessGroup, fill: float | bool = 0) -> Tenso
 
 
 def shard_of_padding(tokens: Tokens, group: ProcessGroup) -> Tensor | None:
-    """Which of this rank's rows hold no token, fill for the ranks included: `[shard b]`."""
+    """True for this rank's rows without a token, including those that pad the shards: `[shard b]`."""
     is_padding = tokens.is_padding
     if is_padding is None:
         if len(tokens.positions) % group.size() == 0:
@@ -55,8 +56,8 @@ class SequenceParallelPlacement:
         self.group = group
 
     def gather(self, logits: Tensor, count: int) -> Tensor:
-        # Every rank goes on to compute the same from the same logits, so the gradient of a row is
-        # complete where it comes back: split it, do not sum it.
+        # All ranks compute the same values from the gathered logits, so each rank already has the
+        # complete gradient of every row. The backward pass must split it and not sum it.
         gathered = gather_from_sequence_parallel_region(
             logits, tensor_parallel_output_grad=False, group=self.group
         )
@@ -87,23 +88,24 @@ class SequenceParallelPlacement:
     def write_back(self, candidates: Tensor, updated: Tensor, decision: RoutingDecision) -> Tensor:
         if decision.rows is None:
             return updated
-        # Each rank goes on with rows of its own, so gradients of a row are parts: sum them.
+        # Afterwards each rank uses different rows, so the backward pass must sum the gradients of a
+        # row over the ranks.
         updated = gather_from_sequence_parallel_region(
             updated, tensor_parallel_output_grad=True, group=self.group
         )[: len(decision.rows)]
         local, is_here = self._local_rows(decision.rows, len(candidates))
-        # Rows of other ranks go to a spare row behind ours.
+        # Rows of other ranks are written to an extra row at the end, which is then removed.
         local = local.masked_fill(~is_here, len(candidates))
         return put_rows(F.pad(candidates, (0, 0, 0, 0, 0, 1)), updated, local)[:-1]
 
     def _local_rows(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Where global rows lie among this rank's `count`, and whether they do."""
+        """The local index of global rows among this rank's `count` rows, and whether it has them."""
         local = rows - self.group.rank() * count
         is_here = (local >= 0) & (local < count)
         return local.clamp(0, count - 1), is_here
 
     def _enter(self, values: Tensor | None) -> Tensor | None:
-        # A rank uses its part of a replicated tensor: its gradient is the sum over ranks.
+        # Each rank uses only its part of a replicated tensor, so the gradient is summed over ranks.
         if values is None:
             return None
         return shard_of(copy_to_tensor_model_parallel_region(values, group=self.group), self.group)

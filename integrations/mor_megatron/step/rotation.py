@@ -1,4 +1,4 @@
-"""Rotary positions of selected tokens: a table indexed by the places they have in the sequence.
+"""Rotary embedding of selected tokens, at the positions that they have in the sequence.
 
 Legend: `s` sequence, `b` batch, `k` tokens that run a step, `n` heads, `d` head size, `r` rotary size.
 """
@@ -12,28 +12,29 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StepRotation:
-    """Rotary embedding at the positions of a step's tokens, or of all.
+    """Rotary embedding at the positions of a step's tokens, or at all positions.
 
-    Transformer Engine's fused kernel turns row `i` of `[rows 1 n d]` by row `i` of a table
-    `[rows 1 1 r]`, the same for the whole batch. Selected tokens of several sequences are therefore
-    given to it as one sequence of `k · b` rows, with a table of as many.
+    Transformer Engine's fused kernel rotates row `i` of `[rows b n d]` by row `i` of a table
+    `[rows 1 1 r]`, which is the same for the whole batch. The selected tokens of different sequences
+    have different positions, so they are passed as one sequence of `k · b` rows, with a table of the
+    same length.
     """
 
     cos: Tensor
     sin: Tensor
-    """`[s|k b|1 1 r]`, in the dtype of what they turn."""
+    """`[s|k b|1 1 r]`, in the dtype of the queries and keys."""
     angles: Tensor | None = None
-    """fp32, `[s 1 1 r]` or `[k·b 1 1 r]`: what the fused kernel takes; None where it is not used."""
+    """fp32, `[s 1 1 r]` or `[k·b 1 1 r]`: the input of the fused kernel. None if it is not used."""
 
     @classmethod
     def table(
         cls, angles: Tensor, scale: float, dtype: torch.dtype, fused: bool = False
     ) -> "StepRotation":
-        """Of all positions, from Megatron's `rotary_pos_emb` `[s 1 1 r]`.
+        """The rotation at all positions, from Megatron's `rotary_pos_emb` `[s 1 1 r]`.
 
         Args:
-            scale: of cosines and sines (YaRN); the fused kernel has none.
-            fused: whether to use it (`apply_rope_fusion`), where Transformer Engine is there.
+            scale: factor of cosines and sines (YaRN). The fused kernel supports no scale but 1.
+            fused: use the fused kernel (`apply_rope_fusion`) if Transformer Engine is installed.
         """
         angles = angles.float()
         cos, sin = angles.cos() * scale, angles.sin() * scale
@@ -43,12 +44,12 @@ class StepRotation:
         )
 
     def at(self, positions: Tensor) -> "StepRotation":
-        """Of the given positions `[k b]`."""
+        """The rotation at the given positions `[k b]`."""
         angles = None if self.angles is None else self.angles[positions.flatten()]
         return StepRotation(self.cos[:, 0][positions], self.sin[:, 0][positions], angles)
 
     def turn(self, heads: Tensor) -> Tensor:
-        """`[k b n d] -> [k b n d]`, the first `k` positions; a head's numbers beyond `r` stay."""
+        """Rotate `[k b n d]` by the first `k` positions. Elements of a head beyond `r` are kept."""
         if self.angles is not None:
             rows = heads.flatten(0, 1)[:, None]  # [k b n d] -> [k·b 1 n d]
             turned = rope_utils.fused_apply_rotary_pos_emb(rows, self.angles[: len(rows)])  # type: ignore[misc]

@@ -1,12 +1,12 @@
 """Keys and values of a recursion in Megatron's static inference context.
 
-Each (step, layer) keeps its rows under the number of the unrolled layer that it is, as ordinary layers
-keep theirs: `[S b g d]`, at the places of their tokens. Beside them stands which places hold a row: a
-token leaves none at steps that it does not run. A text goes in at once, or token by token, and
-routing is causal.
+The rows of each (step, layer) are stored under the number of its unrolled layer, in the same format as
+those of ordinary layers: `[S b g d]`, indexed by the position of the token. A mask is stored as well,
+because a token has no row at steps that it does not run. The tokens of a text can be passed all at
+once or one by one. Routing is causal.
 
-Legend: `S` longest sequence, `b` batch, `k` tokens that run a step now, `m` places up to the last
-token, `x` tokens that just exited, `g` key-value heads of this rank, `d` head size.
+Legend: `S` largest sequence length, `b` batch, `k` tokens that run a step now, `m` positions up to the
+last token, `x` tokens that just exited, `g` key-value heads of this rank, `d` head size.
 """
 
 from dataclasses import dataclass
@@ -22,43 +22,43 @@ from mor_layers.recursion import Exited, KVPolicy
 
 @dataclass(frozen=True)
 class StaticCache:
-    """The part of an inference context that belongs to one recursion, for one forward pass."""
+    """The part of an inference context that one recursion uses in one forward pass."""
 
     memory: StaticInferenceContext
     policy: KVPolicy
     num_steps: int
     layers_per_step: int
     first_layer: int
-    """Layers of the unrolled model before the recursion."""
+    """Number of layers of the unrolled model before the recursion."""
     batch: int
 
     @property
     def columns(self) -> slice:
-        """The sequences of this forward pass."""
+        """The sequences of this forward pass, as columns of the cache."""
         return slice(self.memory.batch_size_offset, self.memory.batch_size_offset + self.batch)
 
     def entering(self, length: int, device: torch.device) -> Tokens:
-        """The tokens `[length b]` that enter.
+        """The tokens `[length b]` of this forward pass.
 
         Raises:
-            ValueError: there is no room for them.
+            ValueError: the inference context is too small for them.
         """
         start, memory = self.memory.sequence_len_offset, self.memory
         end, last = start + length, self.columns.stop
         if end > memory.max_sequence_length or last > memory.max_batch_size:
             raise ValueError(
-                f"{last} sequences of {end} tokens exceed the inference context, which was made for "
+                f"{last} sequences of {end} tokens exceed the inference context, which has "
                 f"max_batch_size={memory.max_batch_size} and "
-                f"max_sequence_length={memory.max_sequence_length}. Make a larger one."
+                f"max_sequence_length={memory.max_sequence_length}. Create a larger one."
             )
-        if start == 0:  # a new text: what was kept of an earlier one is void
+        if start == 0:  # a new text begins, so the rows of an earlier one are no longer valid
             for step in range(self.num_steps):
                 self.is_kept(step, device)[:, self.columns] = False
         positions = torch.arange(start, end, device=device)[:, None].expand(length, self.batch)
         return Tokens(positions, end)
 
     def rows(self, step: int, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """All places for keys and values of a step and layer, `[S b g d]`."""
+        """The memory for keys and for values of a step and layer, each `[S b g d]`."""
         number = self.first_layer + step * self.layers_per_step + layer + 1
         store = self.memory.key_value_memory_dict
         if number not in store:
@@ -68,8 +68,9 @@ class StaticCache:
         return key[:, self.columns], value[:, self.columns]
 
     def is_kept(self, step: int, device: torch.device) -> Tensor:
-        """Which places hold rows of a step, `[S max_batch]`."""
-        # A pair, so that Megatron's swap_key_value_dict moves it along with the rows.
+        """The positions that have a row at a step, `[S max_batch]`."""
+        # Stored as a pair, like keys and values, so that Megatron's swap_key_value_dict reorders the
+        # mask together with the rows.
         name, store = f"kept {self.first_layer} {step}", self.memory.key_value_memory_dict
         if name not in store:
             shape = (self.memory.max_sequence_length, self.memory.max_batch_size)
@@ -80,14 +81,14 @@ class StaticCache:
 
 @dataclass(frozen=True)
 class CachedStep(StepContext):
-    """What `inner` is in a full forward pass, with the rows of all earlier tokens in place."""
+    """The context of a step that also sees the cached rows of all earlier tokens."""
 
     inner: StepContext
     cache: StaticCache
 
     @classmethod
     def of(cls, inner: StepContext, cache: StaticCache) -> "CachedStep":
-        """Note who has rows at this step."""
+        """Create the context, and mark the tokens that have rows at this step."""
         made = cls(inner.step, inner.tokens, inner, cache)
         if cache.policy == "recursion_wise" or inner.step == 0 or cache.policy == "exit_state":
             made._mark(inner.step, inner.tokens)
@@ -106,13 +107,13 @@ class CachedStep(StepContext):
 
     @property
     def seen_step(self) -> int:
-        """Step at which the tokens were that are seen now."""
+        """The step whose rows are visible at this step."""
         return 0 if self.cache.policy in ("recursive_sharing", "sharing_with_update") else self.step
 
     def exchange(
         self, layer: int, key: Tensor | None, value: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Rows `[m b g d]` of all places up to the last token."""
+        """Store the new rows. Return those of all positions up to the last token, `[m b g d]`."""
         cache, end = self.cache, self.tokens.sequence_length
         if key is None or value is None:
             stored = cache.memory.key_value_memory_dict
@@ -135,12 +136,13 @@ class CachedStep(StepContext):
 
     @cached_property
     def causal_mask(self) -> Tensor:
-        """`[b 1 k m]`, True where a query may see a place."""
+        """`[b 1 k m]`, True where a query may see a position."""
         places = torch.arange(self.tokens.sequence_length, device=self.tokens.positions.device)
         positions = self.tokens.positions.T[:, :, None]  # [k b] -> [b k 1]
         kept = self.cache.is_kept(self.seen_step, places.device)[: len(places), self.cache.columns]
         is_seen = kept.T[:, None] & (places <= positions)
-        return (is_seen | (places == positions))[:, None]  # no row of the softmax is empty
+        # Every query sees itself, also padding, because an empty row of the softmax would give NaN.
+        return (is_seen | (places == positions))[:, None]
 
     def _mark(self, step: int, tokens: Tokens) -> None:
         kept = self.cache.is_kept(step, tokens.positions.device)[:, self.cache.columns]
@@ -152,7 +154,7 @@ class CachedStep(StepContext):
 
 
 def _put(rows: Tensor, new: Tensor, tokens: Tokens) -> None:
-    """`rows[position, j] = new[i, j]` for each token; padding slots are no tokens."""
+    """Set `rows[position, j] = new[i, j]` for each token, except for padding."""
     columns = torch.arange(new.shape[1], device=new.device).expand_as(tokens.positions)
     if tokens.is_padding is None:
         rows[tokens.positions, columns] = new

@@ -1,4 +1,4 @@
-"""Formats of model folders and checkpoints, and reading and writing each."""
+"""The formats of model folders and checkpoints, with a reader and a writer for each."""
 
 from mor_tools.formats.published import (
     config_from_published,

@@ -1,7 +1,7 @@
 """Names and settings of the published Mixture-of-Recursions checkpoints.
 
-The released implementation (Bae et al. 2025) lists every unrolled layer under its own name and
-ties their tensors. Here each tensor has one name; this file says which is which.
+The released implementation (Bae et al. 2025) lists every unrolled layer under a name of its own and
+ties their tensors. In our models each tensor has one name. This module maps between the two.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,11 +24,11 @@ from mor_tools.formats.published_settings import require_published_ends
 
 
 def config_from_published(settings: Mapping[str, Any]) -> DecoderConfig:
-    """Our settings for the published ones.
+    """Convert published settings to a DecoderConfig.
 
     Args:
-        settings: `architecture` (a Llama configuration), `recursive`, `kv_sharing` and `mor`,
-            named as in the released implementation's YAML files.
+        settings: the sections `architecture` (a Llama configuration), `recursive`, `kv_sharing` and
+            `mor`, named as in the YAML files of the released implementation.
     """
     architecture = settings["architecture"]
     return DecoderConfig(
@@ -69,7 +69,7 @@ def _router(mor: Mapping[str, Any]) -> RouterConfig:
     if mor["type"] == "expert":
         return ExpertChoice(
             architecture=mor["router_type"],
-            # Without an activation the released code leaves alpha out.
+            # The released code ignores alpha if there is no activation.
             activation=own["router_func"] or "none",
             alpha=own["alpha"] if own["router_func"] else 1.0,
             temperature=mor["temp"],
@@ -93,11 +93,15 @@ def _router(mor: Mapping[str, Any]) -> RouterConfig:
 
 
 def published_names(config: DecoderConfig) -> dict[str, str]:
-    """Published name of each tensor of a `MoRTransformer` with these settings."""
+    """The published name of each tensor of a `MoRTransformer` with these settings.
+
+    Raises:
+        ValueError: the published implementation does not support a setting.
+    """
     beyond = config.effective_recursion.beyond_published
     if beyond:
         raise ValueError(
-            f"{beyond[0]} is set, and the published implementation has no such thing. Keep the "
+            f"{beyond[0]} is set, but the published implementation does not support it. Keep the "
             "model in our format."
         )
     require_published_ends(config)
@@ -125,9 +129,9 @@ def published_names(config: DecoderConfig) -> dict[str, str]:
 
 
 def published_aliases(config: DecoderConfig) -> dict[str, str]:
-    """Further names of tensors that a published checkpoint lists more than once.
+    """The additional names of tensors that a published checkpoint lists more than once.
 
-    For each, the one of `published_names` whose tensor it shares.
+    Maps each to the name in `published_names` of the tensor that it is tied to.
     """
     own_norms = not config.effective_recursion.share_norms
     aliases = {}
@@ -142,7 +146,7 @@ def published_aliases(config: DecoderConfig) -> dict[str, str]:
 
 
 def _shared_layers(config: DecoderConfig) -> dict[str, list[str]]:
-    """For each shared layer its published name at every step."""
+    """For each shared layer, its published name at every step."""
     recursion, schedule = config.effective_recursion, config.schedule
     first, size, steps = schedule.prelude, schedule.block_size, recursion.num_recursions
     layers = recursion.router.published_for(steps).layers
@@ -162,19 +166,23 @@ def _shared_layers(config: DecoderConfig) -> dict[str, list[str]]:
 
 
 def _is_norm(ours: str) -> bool:
-    """Whether a layer's tensor is of a norm that steps may have of their own."""
+    """Whether a tensor belongs to a norm, which each step may have separately."""
     return "attention_norm." in ours or "mlp_norm." in ours
 
 
 def _router_names(recursion: RecursionConfig, first: int) -> Iterator[tuple[str, str]]:
-    """Our name and the published one of each of the router's tensors; `first`: of its layers."""
+    """Our name and the published name of each tensor of the router.
+
+    Args:
+        first: index of the recursion's first entry in the published list of layers.
+    """
     place = recursion.router.published_for(recursion.num_recursions)
     for ours, (entry, theirs) in place.names.items():
         yield f"recursions.0.router.{ours}", f"model.layers.{first + entry}.{theirs}"
 
 
 def from_published(settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> MoRTransformer:
-    """A model with a published checkpoint's settings and weights.
+    """Make a model with the settings and weights of a published checkpoint.
 
     Args:
         settings: see `config_from_published`.
@@ -189,7 +197,7 @@ def from_published(settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -
 
 
 def load_published(model: MoRTransformer, weights: Mapping[str, Tensor]) -> None:
-    """Put a published checkpoint's weights into `model`.
+    """Load the weights of a published checkpoint into `model`.
 
     Raises:
         ValueError: a weight is missing, or has another shape.
@@ -199,12 +207,12 @@ def load_published(model: MoRTransformer, weights: Mapping[str, Tensor]) -> None
         for ours, theirs in published_names(model.config).items():
             if theirs not in weights:
                 raise ValueError(
-                    f"the checkpoint has no {theirs!r} (for {ours!r}). Are these the settings it "
-                    "was trained with?"
+                    f"the checkpoint has no {theirs!r} (for {ours!r}). Check that the settings are "
+                    "those that it was trained with."
                 )
             if weights[theirs].shape != state[ours].shape:
                 raise ValueError(
-                    f"{theirs!r} has shape {tuple(weights[theirs].shape)}; {ours!r} needs "
+                    f"{theirs!r} has shape {tuple(weights[theirs].shape)}, but {ours!r} needs "
                     f"{tuple(state[ours].shape)}."
                 )
             state[ours].copy_(weights[theirs])

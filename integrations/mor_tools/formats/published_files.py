@@ -1,9 +1,9 @@
-"""Published Mixture-of-Recursions checkpoints in files.
+"""Reads and writes published Mixture-of-Recursions checkpoints.
 
-Either a folder in Hugging Face's style, with config.json and safetensors or `.bin`, whose settings
-`recursive`, `kv_sharing` and `mor` stand in config.json too, or in a YAML file of the folder (the
-released code's configuration). Or the pair NAME.json and NAME.safetensors with tensors `param.*`,
-as the reference cases have it.
+There are two forms. One is a folder as Hugging Face uses it, with config.json and weights in
+safetensors or `.bin` files. Its sections `recursive`, `kv_sharing` and `mor` are in config.json, or in
+a YAML file of the folder, which is the configuration of the released code. The other is a pair of
+files NAME.json and NAME.safetensors with tensors `param.*`, as in the reference cases.
 """
 
 import json
@@ -42,7 +42,7 @@ _WITHOUT_PLACE = {"attention_bias": False, "mlp_bias": False, "rope_scaling": No
 
 
 def is_published(source: Path) -> bool:
-    """Whether `source` is a published checkpoint, in one of the forms above."""
+    """Whether `source` is a published checkpoint in one of the two forms."""
     if not source.is_dir():
         return _pair(source)[1].is_file()
     if not (source / CONFIG).is_file():
@@ -51,14 +51,14 @@ def is_published(source: Path) -> bool:
 
 
 def open_published(source: Path) -> StoredModel:
-    """A published checkpoint, without reading its tensors.
+    """Open a published checkpoint. Its tensors are read on access.
 
-    Tensors that it lists under several names, as tied, must be equal. What it does not store gets
-    the state of a trained model: warm-up of capacities is over.
+    Tied tensors, which are listed under several names, must be equal. Buffers that the checkpoint
+    does not contain get the values of a trained model, so the warm-up of capacities is over.
 
     Raises:
-        ValueError: a setting or a tensor is missing, damaged or of another shape, or tied tensors
-            differ; here, or when a tensor is read.
+        ValueError: a setting or a tensor is missing, damaged or has the wrong shape, or tied tensors
+            differ. Raised here or when a tensor is read.
         FileNotFoundError: there are no settings.
     """
     if source.is_dir():
@@ -77,7 +77,7 @@ def open_published(source: Path) -> StoredModel:
         config = config_from_published(settings)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{where}: the settings architecture, {', '.join(_SETTINGS)} are not whole: {error}."
+            f"{where}: the settings architecture, {', '.join(_SETTINGS)} are incomplete: {error}."
         ) from error
     require_layers(config, len(tensors), source)
     weights = _weights(config, tensors, source)
@@ -87,10 +87,12 @@ def open_published(source: Path) -> StoredModel:
 def write_published(
     model: StoredModel, folder: Path, written: Callable[[str], None] | None = None
 ) -> None:
-    """Write a published checkpoint into an existing folder, tensor by tensor, tied ones once.
+    """Write a published checkpoint into an existing folder, tensor by tensor.
+
+    Tied tensors are written once.
 
     Raises:
-        ValueError: the published code has no place for a setting.
+        ValueError: the published code does not support a setting.
     """
     settings = published_settings(model.config)
     names = {theirs: ours for ours, theirs in published_names(model.config).items()}
@@ -126,7 +128,7 @@ def _weights(config: DecoderConfig, tensors: Mapping[str, Tensor], where: Path) 
         tensor = tensors[first]
         for other in others:
             if not torch.equal(tensors[other], tensor):
-                raise ValueError(f"{where}: {first!r} and {other!r} are tied, and differ.")
+                raise ValueError(f"{where}: {first!r} and {other!r} are tied, but differ.")
         return tensor
 
     found = LazyTensors([*(n for n, own in listed.items() if own), *rest], read)
@@ -137,7 +139,7 @@ def _weights(config: DecoderConfig, tensors: Mapping[str, Tensor], where: Path) 
 
 
 def _buffers(config: DecoderConfig) -> dict[str, Tensor]:
-    """What of a router's state is in no published checkpoint."""
+    """The state of the routers that published checkpoints do not contain."""
     recursion, schedule = config.effective_recursion, config.schedule
     router = recursion.router.build(config.hidden_size, recursion.num_recursions)
     blocks = 1 if schedule.is_cyclic else schedule.block_size
@@ -164,7 +166,7 @@ def _architecture(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
 
 
 def _yaml_settings(folder: Path) -> dict[str, Any] | None:
-    """The released code's configuration, where a YAML file of the folder is one."""
+    """The configuration of the released code in a YAML file of the folder, or None."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -173,7 +175,7 @@ def _yaml_settings(folder: Path) -> dict[str, Any] | None:
         try:
             values = OmegaConf.to_container(OmegaConf.load(path))
         except (OmegaConfBaseException, YAMLError) as error:
-            raise ValueError(f"{path} is no YAML: {error}") from error
+            raise ValueError(f"{path} is not valid YAML: {error}") from error
         if isinstance(values, dict) and _SETTINGS[0] in values:
             return {str(name): values[name] for name in _SETTINGS if name in values}
     return None

@@ -1,4 +1,4 @@
-"""Our settings as those of the published Mixture-of-Recursions code; the inverse of `published`."""
+"""Converts our settings to those of the published code. This is the inverse of `published`."""
 
 from typing import Any
 
@@ -8,10 +8,12 @@ _KV_POLICIES = ("recursion_wise", "recursive_sharing", "sharing_with_update")
 
 
 def published_settings(config: DecoderConfig) -> dict[str, Any]:
-    """`architecture`, `recursive`, `kv_sharing` and `mor`, for `config_from_published` to take back.
+    """The sections `architecture`, `recursive`, `kv_sharing` and `mor` of the published settings.
+
+    `config_from_published` is the inverse.
 
     Raises:
-        ValueError: the published code has no place for a setting.
+        ValueError: the published code does not support a setting.
     """
     _check_decoder(config)
     recursion = config.effective_recursion
@@ -86,7 +88,7 @@ def _mor(recursion: RecursionConfig) -> dict[str, Any]:
 
 
 def _unrouted() -> dict[str, Any]:
-    """The section without a router; it lists the settings of both kinds, as the published files do."""
+    """The section `mor` without a router. Like the published files, it lists both kinds of routers."""
     expert, token = (kind().published_for(1).settings for kind in (ExpertChoice, TokenChoice))
     return {
         "enable": False,
@@ -104,5 +106,5 @@ def _unrouted() -> dict[str, Any]:
 
 def _refuse(name: str, value: object) -> None:
     raise ValueError(
-        f"{name}={value!r} has no place in a published checkpoint. Keep the model in our format."
+        f"{name}={value!r} is not supported by the published code. Keep the model in our format."
     )

@@ -1,6 +1,7 @@
-"""The formats of models, and the one place that tells from its files what a path holds.
+"""The formats of models, and the detection of a path's format from its files.
 
-transformers and Megatron-Core are imported only for the formats that need them.
+Other code asks this module and does not look at the files of a model itself. transformers and
+Megatron-Core are imported only for the formats that need them.
 """
 
 from collections.abc import Callable
@@ -23,81 +24,81 @@ from mor_tools.formats.published_files import is_published, open_published, writ
 from mor_tools.formats.published_settings import published_settings
 
 RUN_CLAIM = "run.json"
-"""Of a pretraining run's folder: its settings, `settings`, and the text it learns, `text`."""
+"""File in the folder of a pretraining run with its settings, `settings`, and its text, `text`."""
 RUN_CHECKPOINTS = "checkpoints"
-"""Of a pretraining run's folder: its Megatron checkpoints."""
+"""Folder of Megatron checkpoints in the folder of a pretraining run."""
 RUN_MODEL = "model"
-"""Of a pretraining run's folder: the folder of the model that it made, once it is finished."""
+"""Folder of the trained model in the folder of a finished pretraining run."""
 
 Written = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Format:
-    """How models of a format are opened and written."""
+    """A format, with functions that open and write models."""
 
     name: str
-    """As `--to` has it."""
+    """Name of the format for the option `--to`."""
     matches: Callable[[Path], bool]
-    """Whether a path holds such a model, by its files."""
+    """Whether a path is a model in this format, judged by its files."""
     open: Callable[[Path, DecoderConfig | None, bool], StoredModel]
-    """Without reading tensors. Settings are for a format that may lack them; the last says whether
-    the model may name a router whose module is imported."""
+    """Opens a model without reading its tensors. The arguments are the path, the settings if the
+    format may lack them, and whether a module that the model names for its router may be imported."""
     write: Callable[[StoredModel, Path, Written | None], None]
-    """Into an existing folder, tensor by tensor."""
+    """Writes a model into an existing folder, tensor by tensor."""
     takes_settings: bool = False
-    """Whether a model may lack its DecoderConfig."""
+    """Whether a model in this format may lack its DecoderConfig."""
     require_place: Callable[[DecoderConfig], object] = lambda config: None
-    """Raises ValueError where the format cannot say what such a model does."""
+    """Raises ValueError if the format cannot represent a model with these settings."""
 
 
 def detected(source: Path) -> Format:
     """The format of `source`.
 
     Raises:
-        ValueError: none fits.
-        FileNotFoundError: there is nothing.
+        ValueError: the path is not a model in any format.
+        FileNotFoundError: the path does not exist.
     """
     for kind in FORMATS.values():
         if kind.matches(source):
             return kind
     if not source.exists():
-        raise FileNotFoundError(f"there is no {source}")
+        raise FileNotFoundError(f"{source} does not exist.")
     raise ValueError(
-        f"{source} is no model: it has no {CONFIG}, no Megatron checkpoint (latest, or .metadata) "
-        "and is no pair NAME.json and NAME.safetensors. Name the folder of a model, of checkpoints, "
-        "or of a pretraining run."
+        f"{source} is not a model: it has no {CONFIG} and no Megatron checkpoint (latest, or "
+        ".metadata), and is not a pair NAME.json and NAME.safetensors. Pass the folder of a model, "
+        "of checkpoints, or of a pretraining run."
     )
 
 
 def opened(source: Path) -> StoredModel:
-    """A model in any format, without reading tensors; it may name registered routers only.
+    """Open a model in any format, without reading its tensors. Its router must be registered.
 
     Raises:
-        ValueError: there is no model, or it is damaged.
-        FileNotFoundError: there is nothing, or a part is missing.
+        ValueError: the path is not a model, or the model is damaged.
+        FileNotFoundError: the path does not exist, or a file is missing.
     """
     return detected(source).open(source, None, False)
 
 
 def model_folder(source: Path) -> Path:
-    """The folder of a model of ours: the source, or what a finished pretraining run has in it.
+    """The folder of a model in our format, given that folder or that of a finished pretraining run.
 
     Raises:
-        ValueError: it is no model, or one in another format.
-        FileNotFoundError: there is nothing.
+        ValueError: the path is not a model, or has another format.
+        FileNotFoundError: the path does not exist.
     """
     for folder in (source, source / RUN_MODEL):
         if _is_ours(folder):
             return folder
     raise ValueError(
-        f"{source} is a model in format {detected(source).name!r}, not {MODEL_TYPE!r}. Make one with "
-        "`mor convert`, and name that; a finished pretraining run has one in its `model`."
+        f"{source} is a model in format {detected(source).name!r}, not {MODEL_TYPE!r}. Convert it "
+        "with `mor convert`. A finished pretraining run has a model in its folder `model`."
     )
 
 
 def trained_length(folder: Path) -> int | None:
-    """Tokens of the sequences that a model of ours was trained on, where its files say it."""
+    """The sequence length that a model in our format was trained with, or None if it is unknown."""
     longest = read_config(folder).get("max_position_embeddings")
     if isinstance(longest, int):
         return longest
@@ -108,7 +109,7 @@ def trained_length(folder: Path) -> int | None:
 
 
 def read_settings(path: Path | None) -> DecoderConfig | None:
-    """A DecoderConfig from a YAML file; None without one."""
+    """Read a DecoderConfig from a YAML file. None if there is no path."""
     return None if path is None else load_config(DecoderConfig, path)
 
 
@@ -171,4 +172,4 @@ FORMATS = {
         ),
     )
 }
-"""By name; the first that matches is a model's."""
+"""All formats by name. The first one that matches is the format of a model."""

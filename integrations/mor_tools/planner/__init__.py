@@ -1,4 +1,4 @@
-"""What a training step costs in every parallel layout, before anything is built."""
+"""Estimates the cost of a training step in every parallel layout, without building a model."""
 
 from mor_megatron.parallel import PipelineLayout
 from mor_tools.planner.chunks import carried_rows

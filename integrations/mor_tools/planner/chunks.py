@@ -1,4 +1,4 @@
-"""What one rank does in a chunk of its pipeline stage for one microbatch: FLOPs, traffic, memory."""
+"""FLOPs, traffic and memory of one rank, for one chunk of its pipeline stage and one microbatch."""
 
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -26,24 +26,24 @@ class Way:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What is counted of a chunk, for one microbatch."""
+    """The cost of a chunk for one microbatch."""
 
     forward: Way
     backward: Way
     kept: float
-    """Bytes that wait for the backward pass."""
+    """Bytes that are kept for the backward pass."""
     recomputed: float
-    """Bytes that recomputation needs beside them while the backward pass runs."""
+    """Additional bytes that recomputation needs during the backward pass."""
 
 
 def count_chunk(
     work: Workload, layout: Layout, parts: list[Part], at_start: bool, at_end: bool
 ) -> Chunk:
-    """Count the parts that a chunk runs.
+    """Count the cost of the parts that a chunk runs.
 
     Args:
-        at_start: whether it is the first chunk of the model, which embeds tokens.
-        at_end: whether it is the last one, which computes the loss.
+        at_start: whether this is the first chunk of the model, which has the embedding.
+        at_end: whether this is the last chunk, which computes the loss.
     """
     b, hop = layout.micro_batch_size, hop_bytes(work, layout)
     kept, recomputed = _kept(work, layout, parts, at_end)
@@ -51,7 +51,7 @@ def count_chunk(
     for flops, sent, has_neighbour in zip(
         _flops(work, layout, parts, at_end),
         _sent(work, layout, parts, at_start, at_end),
-        (not at_end, not at_start),  # who takes states, and who takes gradients
+        (not at_end, not at_start),  # states are sent to the next chunk, gradients to the previous
         strict=True,
     ):
         total = Counter({key: value * b for key, value in sent.items()})
@@ -63,14 +63,14 @@ def count_chunk(
 
 
 def hop_bytes(work: Workload, layout: Layout) -> float:
-    """Bytes that a rank sends to the next stage for a microbatch."""
+    """Bytes that a rank sends to the next stage per microbatch."""
     ranks = layout.tensor if layout.sequence_parallel else 1
     rows = carried_rows(work, layout) * layout.micro_batch_size / layout.context / ranks
     return rows * work.model.hidden_size * work.itemsize
 
 
 def carried_rows(work: Workload, layout: Layout) -> int:
-    """Rows of hidden size that travel between two stages for a sequence, over all their ranks."""
+    """Rows of hidden size that are sent between two stages per sequence, over all of their ranks."""
     if layout.pipeline_layout == "one_stage":
         return work.sequence_length
     ranks = layout.tensor if layout.sequence_parallel else 1
@@ -78,12 +78,12 @@ def carried_rows(work: Workload, layout: Layout) -> int:
 
 
 def _step(work: Workload, stack: int, step: int) -> StepAccount:
-    """What a step of a whole stack costs."""
+    """The cost of one step of a whole stack."""
     return work.cost.steps[work.first_run[stack] + step]
 
 
 def _flops(work: Workload, layout: Layout, parts: list[Part], at_end: bool) -> tuple[float, float]:
-    """Of one sequence, on one rank: forward, and backward with what is computed again."""
+    """FLOPs per sequence on one rank: forward, and backward including recomputation."""
     ahead, behind = 0.0, 0.0
     for part in parts:
         run = _step(work, part.index, part.step)
@@ -103,10 +103,10 @@ def _flops(work: Workload, layout: Layout, parts: list[Part], at_end: bool) -> t
 
 
 def _kept(work: Workload, layout: Layout, parts: list[Part], at_end: bool) -> tuple[float, float]:
-    """Of one sequence, on one rank: bytes kept, and bytes that recomputation needs for a moment."""
+    """Bytes per sequence on one rank: kept, and needed temporarily by recomputation."""
     shape, length = work.shape, work.sequence_length / layout.context
     how = Kept(work.itemsize, layout.tensor, layout.sequence_parallel)
-    entries: Counter[int] = Counter()  # bytes by stack: what is recomputed together
+    entries: Counter[int] = Counter()  # bytes by stack, because a stack is recomputed as a whole
     for part in parts:
         tokens = _step(work, part.index, part.step).tokens / layout.context
         before = length
@@ -127,7 +127,7 @@ def _kept(work: Workload, layout: Layout, parts: list[Part], at_end: bool) -> tu
 def _sent(
     work: Workload, layout: Layout, parts: list[Part], at_start: bool, at_end: bool
 ) -> tuple[Traffic, Traffic]:
-    """Of one sequence, by one rank within its stage: bytes forward and backward."""
+    """Bytes per sequence that one rank sends within its stage: forward, and backward."""
     shape, s = work.shape, work.sequence_length
     spread = Spread(
         layout.tensor, layout.sequence_parallel, layout.context, layout.expert, work.itemsize

@@ -1,8 +1,8 @@
-"""What a training step costs in a parallel layout: memory, traffic and time of each stage.
+"""The cost of a training step in a parallel layout: memory, traffic and time of each stage.
 
-Nothing is built: a model of any size on any number of devices is counted from its settings. Times
-are FLOPs at `efficiency` of the peak plus bytes at the slowest link of the group, none of it
-overlapped, played through the pipeline's schedule.
+All numbers follow from the settings, so no model is built and its size and the number of devices are
+not limited. The time of a pass is its FLOPs at `efficiency` of the peak, plus its bytes at the slowest
+link of the group, without overlap. The time of a step follows from simulating the pipeline's schedule.
 """
 
 from collections import Counter
@@ -19,43 +19,43 @@ from mor_tools.planner.stages import Part, place
 from mor_tools.planner.traffic import Traffic, gradient_traffic, sequence_parallel_gradients
 
 TURNS = 4
-"""Microbatches for each stage that are played; a schedule repeats itself before."""
+"""Number of microbatches per stage that are simulated. After that the schedule is periodic."""
 
 
 @dataclass(frozen=True)
 class _Held:
-    """Parameters that one rank of a stage holds."""
+    """Number of parameters on one rank of a stage."""
 
     dense: float
     experts: float
     whole: float
-    """Of the dense ones, those that all tensor-parallel ranks hold."""
+    """The part of `dense` that is replicated on all tensor-parallel ranks."""
 
 
 @dataclass(frozen=True)
 class _Stage:
-    """What is known of a stage before its schedule is played."""
+    """The cost of a stage before the schedule is simulated."""
 
     chunks: tuple[Chunk, ...]
     durations: list[tuple[float, float]]
-    """Seconds of a forward and a backward pass, by chunk."""
+    """Seconds of the forward and the backward pass of each chunk."""
     compute: float
-    """Seconds of matrix products for a microbatch."""
+    """Seconds of matrix products per microbatch."""
     held: _Held
 
     @property
     def busy(self) -> float:
-        """Seconds of all passes of a microbatch."""
+        """Seconds of all passes per microbatch."""
         return sum(map(sum, self.durations))
 
     @property
     def kept(self) -> list[float]:
-        """Bytes that a microbatch keeps for the backward pass, by chunk."""
+        """Bytes that each chunk keeps for the backward pass of a microbatch."""
         return [chunk.kept for chunk in self.chunks]
 
 
 def evaluate(work: Workload, layout: Layout, hardware: Hardware, efficiency: float = 0.5) -> Plan:
-    """Count one layout.
+    """Estimate the cost of one layout.
 
     Raises:
         ValueError: there are more stages than parts of the model.
@@ -85,7 +85,7 @@ def evaluate(work: Workload, layout: Layout, hardware: Hardware, efficiency: flo
 def timeline(
     work: Workload, layout: Layout, hardware: Hardware, efficiency: float = 0.5
 ) -> tuple[Pass, ...]:
-    """When each pass of an optimizer step runs, in seconds: the schedule behind `evaluate`.
+    """The start and end in seconds of each pass of an optimizer step, as `evaluate` simulates it.
 
     Raises:
         ValueError: there are more stages than parts of the model.
@@ -104,7 +104,7 @@ def _stages(work: Workload, layout: Layout, hardware: Hardware, efficiency: floa
     alike: dict[Hashable, _Stage] = {}
     stages = []
     for p, chunks in enumerate(placed):
-        # Most stages of a deep model run the same layers: each kind is counted once.
+        # Most stages of a deep model run the same layers, so each kind of stage is counted once.
         kind = tuple(
             tuple((id(part.stack), part.step, part.layers, part.first) for part in parts)
             for parts in chunks
@@ -171,7 +171,7 @@ def _stage_plan(
 def _parameters(
     work: Workload, layout: Layout, chunks: list[list[Part]], first: bool, last: bool
 ) -> _Held:
-    """Of one rank of a stage."""
+    """Number of parameters on one rank of a stage."""
     shape = work.shape
     matrix = shape.vocab_size * shape.hidden_size / layout.tensor
     dense = matrix * first + (shape.hidden_size if last else 0)
@@ -181,8 +181,8 @@ def _parameters(
     for part in (p for parts in chunks for p in parts if p.step == 0):
         counted = count_parameters(replace(shape, stacks=(part.stack,)))
         share = part.layers / part.stack.num_layers
-        norms = counted.norms - shape.hidden_size  # without the last one
-        # Deltas of steps: as if no rank cut them, which is true of one of each pair.
+        norms = counted.norms - shape.hidden_size  # without the final norm of the model
+        # The two matrices of a delta are counted as replicated, but only one of them is.
         own = share * (norms + counted.expert_router + counted.deltas)
         own += counted.depth_router if part.first else 0
         whole += own
@@ -197,7 +197,7 @@ def _parameters(
 def _memory(
     work: Workload, held: _Held, replicas: int, expert_replicas: int, kept: float
 ) -> Memory:
-    # Beside bf16 weights an fp32 copy of them; in both cases Adam's two moments.
+    # Bytes per parameter of Adam's two moments in fp32, and of the fp32 copy of bf16 weights.
     states = 12 if work.is_bf16 else 8
     spread = held.dense / replicas + held.experts / expert_replicas
     count = held.dense + held.experts
@@ -206,7 +206,11 @@ def _memory(
 
 
 def _links(layout: Layout, hardware: Hardware) -> dict[str, float]:
-    """Bytes per second that a rank of each group sends: ranks are laid out TP, CP, DP, PP."""
+    """Bytes per second that a rank can send in each group.
+
+    Ranks are ordered TP, CP, DP, PP from the innermost axis, so a group fits into a node if its
+    width does.
+    """
     widths = {
         "tensor": layout.tensor,
         "context": layout.tensor * layout.context,
@@ -221,9 +225,10 @@ def _links(layout: Layout, hardware: Hardware) -> dict[str, float]:
 
 
 def _makespan(durations: list[list[tuple[float, float]]], microbatches: int) -> float:
-    """Time from the first pass to the last.
+    """Time from the start of the first pass to the end of the last one.
 
-    Of many microbatches the schedule repeats itself: what is beyond a few turns is not played.
+    With many microbatches the schedule becomes periodic, so only the first ones are simulated and
+    the rest is extrapolated.
     """
     stages = len(durations)
     played = min(microbatches, TURNS * stages + microbatches % stages)
@@ -235,8 +240,12 @@ def _makespan(durations: list[list[tuple[float, float]]], microbatches: int) -> 
 
 
 def _peak(stage: int, stages: int, kept: list[float], microbatches: int) -> float:
-    """The most bytes that a stage keeps at any time, from what a microbatch keeps in each chunk."""
-    # As many as are in flight are reached within the first turns, and never exceeded.
+    """The largest number of bytes that a stage keeps at any time.
+
+    Args:
+        kept: bytes that each chunk keeps per microbatch.
+    """
+    # The number of microbatches in flight reaches its maximum within the simulated ones.
     played = min(microbatches, TURNS * stages + microbatches % stages)
     held = accumulate(
         kept[chunk] if is_forward else -kept[chunk]

@@ -1,4 +1,4 @@
-"""Devices and the links between them."""
+"""Properties of devices and of the links between them."""
 
 import math
 from dataclasses import dataclass
@@ -6,36 +6,37 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Hardware:
-    """One device, and what joins it to others."""
+    """A device and its links to others."""
 
     name: str
     tflops: float
-    """Peak of dense matrix products at the training precision, 1e12 FLOP/s."""
+    """Peak throughput of dense matrix products at the training precision, in 1e12 FLOP/s."""
     memory_gib: float
-    """Memory of a device, GiB."""
+    """Memory of a device in GiB."""
     intra_gbps: float
-    """Sent by a device to others of its node, 1e9 bytes/s."""
+    """Bandwidth from a device to others of its node, in 1e9 bytes/s."""
     inter_gbps: float
-    """Sent by a device to other nodes, 1e9 bytes/s."""
+    """Bandwidth from a device to other nodes, in 1e9 bytes/s."""
     per_node: int = 8
-    """Devices of a node."""
+    """Number of devices per node."""
 
     def __post_init__(self) -> None:
         for name in ("tflops", "memory_gib", "intra_gbps", "inter_gbps", "per_node"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0, and finite.")
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0 and finite.")
 
 
 HARDWARE = {
     h.name: h
     for h in (
-        Hardware("a100", 312, 80, 300, 25),  # NVLink 3, one way; HDR 200 Gb/s for each device
+        Hardware("a100", 312, 80, 300, 25),  # NVLink 3, one direction; HDR 200 Gb/s per device
         Hardware("h100", 989, 80, 450, 50),  # SXM; NVLink 4; NDR 400 Gb/s
         Hardware("b200", 2250, 180, 900, 50),  # NVLink 5; NDR 400 Gb/s
-        Hardware("cpu", 0.05, 4, 5, 1, 1),  # a core for each process
+        Hardware("cpu", 0.05, 4, 5, 1, 1),  # one core per process
     )
 }
-"""Published peaks of dense bf16 and of links; of the CPU a guess, to plan small runs on it."""
+"""Published peaks of dense bf16 products and of links. Those of the CPU are rough guesses, to plan
+small runs on it."""
 
 FP32_TFLOPS = {"a100": 19.5, "h100": 67, "b200": 80, "cpu": 0.05}
-"""Published peaks without tensor cores, which fp32 training does not use unless told to."""
+"""Published fp32 peaks without tensor cores. PyTorch does not use them for fp32 by default."""

@@ -1,4 +1,4 @@
-"""What is trained, how it is spread over devices, and what that costs."""
+"""Workloads, parallel layouts, and plans, which are the estimated cost of both."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,12 +13,12 @@ from mor_tools.planner.stages import unrolled
 from mor_tools.planner.traffic import Traffic
 
 LARGEST = {"num_unrolled_layers": 1000, "sequence_length": 10**9, "global_batch_size": 10**9}
-"""Sizes beyond which a plan is refused, because counting would take minutes."""
+"""The largest sizes that are accepted, because planning larger ones would take minutes."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained, whatever the layout."""
+    """What is trained, independent of the layout."""
 
     model: DecoderConfig
     sequence_length: int
@@ -26,11 +26,11 @@ class Workload:
     is_bf16: bool = True
     distributed_optimizer: bool = False
     tokens_per_step: tuple[float, ...] | None = None
-    """As for `account`. Where neither this nor the settings fix them, equally many tokens exit at
-    each step, which is what a router's balancing aims at."""
+    """As for `account`. If neither this nor the settings determine them, the plan assumes that
+    equally many tokens exit at each step, which is the target of the router's balancing."""
     documents: bool = False
-    """Whether batches may hold several documents in a sequence, or padding; more then travels
-    between stages that are recursion steps."""
+    """Whether the sequences of a batch may have several documents, or padding. If so, stages that
+    are recursion steps send more data."""
 
     def __post_init__(self) -> None:
         sizes = {
@@ -40,7 +40,7 @@ class Workload:
         }
         for name, size in sizes.items():
             if not 1 <= size <= LARGEST[name]:
-                raise ValueError(f"{name}={size} must lie between 1 and {LARGEST[name]}.")
+                raise ValueError(f"{name}={size} must be between 1 and {LARGEST[name]}.")
 
     @property
     def itemsize(self) -> int:
@@ -61,19 +61,19 @@ class Workload:
 
     @cached_property
     def first_run(self) -> tuple[int, ...]:
-        """Place in `cost.steps` of each stack's first step."""
+        """Index in `cost.steps` of the first step of each stack."""
         return (0, *accumulate(stack.num_recursions for stack in self.shape.stacks))[:-1]
 
     @cached_property
     def carried(self) -> CarriedRows:
-        """What travels between stages that are recursion steps, on one tensor-parallel rank."""
+        """The tensors sent between stages that are recursion steps, for one tensor-parallel rank."""
         recursion, size = self.model.effective_recursion, self.model.hidden_size
         return CarriedRows.of(recursion, size, self.itemsize, 1, self.documents)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the work is spread over devices."""
+    """How a workload is distributed over devices."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -92,13 +92,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on a rank."""
+    """Memory of a rank in bytes."""
 
     weights: float
     gradients: float
     optimizer: float
     activations: float
-    """The most that waits for the backward pass at any time."""
+    """Largest size of the activations that are kept for the backward pass at any time."""
 
     @property
     def total(self) -> float:
@@ -107,7 +107,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What one rank of a pipeline stage holds, sends and does in an optimizer step."""
+    """Memory, traffic and time of one rank of a pipeline stage in an optimizer step."""
 
     parameters: float
     memory: Memory
@@ -116,23 +116,23 @@ class StagePlan:
     compute: float
     """Seconds of matrix products."""
     busy: float
-    """Seconds of matrix products and of what is sent between them; without gradients."""
+    """Seconds of matrix products and of communication between them, without that of gradients."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A layout and what it costs."""
+    """A layout and its cost."""
 
     layout: Layout
     stages: tuple[StagePlan, ...]
     makespan: float
-    """Seconds from the first pass of the pipeline to the last."""
+    """Seconds from the start of the pipeline's first pass to the end of its last one."""
     times: dict[str, float]
-    """Seconds of a step by what they go into; they sum to `seconds`."""
+    """Seconds of a step by purpose. They sum to `seconds`."""
     utilization: float
-    """Model FLOPs over peak FLOPs (MFU)."""
+    """Model FLOPs relative to peak FLOPs (MFU)."""
     kv_bytes: float
-    """Keys and values of one sequence in generation, on a tensor-parallel rank."""
+    """Bytes of the keys and values of one sequence in generation, on a tensor-parallel rank."""
 
     @cached_property
     def fullest(self) -> StagePlan:
@@ -141,22 +141,22 @@ class Plan:
 
     @property
     def memory(self) -> Memory:
-        """Bytes on the fullest rank."""
+        """Memory of the rank that needs the most."""
         return self.fullest.memory
 
     @property
     def parameters(self) -> float:
-        """Parameters that the fullest rank holds."""
+        """Number of parameters on the rank that needs the most memory."""
         return self.fullest.parameters
 
     @cached_property
     def traffic(self) -> Traffic:
-        """Bytes that the rank which sends most sends in a step, by axis and collective."""
+        """Bytes sent per step by the rank that sends the most, by axis and collective."""
         return max((stage.traffic for stage in self.stages), key=lambda sent: sum(sent.values()))
 
     @property
     def bubble(self) -> float:
-        """Share of the pipeline's time in which stages wait."""
+        """Share of the pipeline's time that stages spend waiting."""
         return 1 - sum(stage.busy for stage in self.stages) / (self.makespan * len(self.stages))
 
     @property

@@ -1,7 +1,8 @@
-"""Bytes that a rank keeps of a sequence for the backward pass.
+"""Bytes of activations that a rank keeps for the backward pass, per sequence.
 
-What Megatron's local layers keep on `scaled_dot_product_attention`, tensor by tensor as autograd
-saves them: fused norms and activations keep less, so a plan is on the safe side of them.
+The formulas count the tensors that autograd saves in Megatron's local layers with
+`scaled_dot_product_attention`. Fused norms and activations save less, so for them a plan is an upper
+bound.
 
 Legend: `n` candidates of a step, `k` tokens that run it, `h` hidden.
 """
@@ -17,7 +18,7 @@ RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 
 @dataclass(frozen=True)
 class Kept:
-    """How what is kept is spread and stored."""
+    """How activations are stored and split over ranks."""
 
     bytes_per_activation: int = 2
     tensor: int = 1
@@ -25,26 +26,26 @@ class Kept:
 
     @property
     def shards(self) -> int:
-        """Tensor-parallel ranks that share rows between the matrices."""
+        """Number of tensor-parallel ranks that split the rows between the matrix products."""
         return self.tensor if self.sequence_parallel else 1
 
 
 def kept_by_layer(shape: ModelShape, stack: StackShape, tokens: float, how: Kept) -> float:
-    """Bytes that one layer keeps of `tokens` rows, on one tensor-parallel rank.
+    """Bytes that one layer keeps for `tokens` rows, on one tensor-parallel rank.
 
-    With its core attention recomputed it is as much: that keeps scores from being stored, which
-    `scaled_dot_product_attention` does not do anyway.
+    Recomputation of the core attention does not change this. It avoids storing the scores, which
+    `scaled_dot_product_attention` does not store anyway.
     """
     h, mlp, item = shape.hidden_size, stack.mlp, how.bytes_per_activation
-    # Of both norms: inputs in fp32, and what comes before and after the weight.
+    # Both norms save their input in fp32, and their values before and after the weight.
     rows = 2 * 4 * h + item * 4 * h
-    if stack.sandwich_norms:  # their results go into a sum, which keeps nothing
+    if stack.sandwich_norms:  # their outputs are only added, and a sum saves nothing
         rows += 2 * 4 * h + item * 2 * h
-    # Queries, result, turned keys, and the product that values are a view of.
+    # Queries, the result, rotated keys, and the fused projection that values are a view of.
     heads = item * (3 * shape.query_size + 3 * shape.kv_size)
     widths = mlp.experts_per_token * mlp.ffn_hidden_size + mlp.shared_ffn_hidden_size
     inner = item * (5 if mlp.gated else 2) * widths
-    if mlp.num_experts:  # what experts get, and what they give
+    if mlp.num_experts:  # inputs and outputs of the experts
         rows += item * 2 * h * mlp.experts_per_token
     return tokens * (
         rows / how.shards + (heads + inner) / how.tensor + _kept_by_deltas(shape, stack, how)
@@ -52,7 +53,7 @@ def kept_by_layer(shape: ModelShape, stack: StackShape, tokens: float, how: Kept
 
 
 def _kept_by_deltas(shape: ModelShape, stack: StackShape, how: Kept) -> float:
-    """Bytes of a token in one layer: what `A` gives, and what the magnitudes of `dora` multiply."""
+    """Bytes per token in one layer: outputs of `A`, and inputs of the `dora` magnitudes."""
     relaxation, numbers = stack.relaxation, 0.0
     for name, (into, out) in relaxed_projections(shape, stack).items():
         assert relaxation is not None
@@ -66,8 +67,10 @@ def _kept_by_deltas(shape: ModelShape, stack: StackShape, how: Kept) -> float:
 def kept_by_routing(
     shape: ModelShape, stack: StackShape, step: int, candidates: float, tokens: float, how: Kept
 ) -> float:
-    """Bytes of a step beside its layers: states the router scored in fp32, the block's output, and
-    the recursion's input where it is added again.
+    """Bytes that a step keeps in addition to its layers.
+
+    These are the fp32 states that the router scored, the block's output, and the recursion's input if
+    the step adds it.
     """
     has_scorer = stack.router is not None and any(stack.router.scorers)
     scored = 4 * candidates if has_scorer and how.bytes_per_activation < 4 else 0
@@ -77,11 +80,11 @@ def kept_by_routing(
 
 
 def kept_by_output(shape: ModelShape, length: float, how: Kept) -> float:
-    """Bytes of the last norm and of the loss, whose probabilities are in fp32."""
+    """Bytes that the final norm and the loss keep. The loss keeps probabilities in fp32."""
     rows = (4 + 2 * how.bytes_per_activation) * shape.hidden_size
     return length * (rows / how.shards + 4 * shape.vocab_size / how.tensor)
 
 
 def kept_input(shape: ModelShape, tokens: float, how: Kept) -> float:
-    """Bytes of the states that enter: what full recomputation keeps of a layer or a recursion."""
+    """Bytes of the input states, which full recomputation keeps for a layer or a recursion."""
     return tokens * shape.hidden_size * how.bytes_per_activation / how.shards

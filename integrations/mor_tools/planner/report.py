@@ -1,4 +1,4 @@
-"""Plans as tables and as a picture."""
+"""Shows plans as tables and as a figure."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -20,20 +20,20 @@ AXES = {"tensor": "TP", "context": "CP", "expert": "EP", "pipeline": "PP", "data
 
 
 def describe(work: Workload, gpus: int, hardware: Hardware, efficiency: float) -> str:
-    """The model, the batch and the machine."""
+    """One line about the model, the batch and the hardware."""
     cost, batch = work.cost, work.global_batch_size * work.sequence_length
     return (
         f"{cost.parameters.total / 1e6:.1f} M parameters, "
         f"{cost.flops_per_token(training=False) / 1e6:.1f} MFLOP/token forward, "
-        f"{cost.flops_per_token() / 1e6:.1f} in training; {batch / 1e6:.3g} M tokens a step; "
+        f"{cost.flops_per_token() / 1e6:.1f} in training; {batch / 1e6:.3g} M tokens per step; "
         f"{gpus} × {hardware.name}: {hardware.tflops:g} TFLOP/s at {efficiency:.0%}, "
-        f"{hardware.memory_gib:g} GiB, {hardware.intra_gbps:g} GB/s within {hardware.per_node}, "
-        f"{hardware.inter_gbps:g} GB/s beyond"
+        f"{hardware.memory_gib:g} GiB, {hardware.intra_gbps:g} GB/s within a node of "
+        f"{hardware.per_node}, {hardware.inter_gbps:g} GB/s between nodes"
     )
 
 
 def name(plan: Plan) -> str:
-    """A layout in a few letters."""
+    """A short name of a layout, such as `TP2 PP4`."""
     layout = plan.layout
     sizes = {"TP": layout.tensor, "PP": layout.pipeline, "CP": layout.context,
              "EP": layout.expert, "DP": layout.data}  # fmt: skip
@@ -42,10 +42,10 @@ def name(plan: Plan) -> str:
 
 
 def plans_table(plans: Sequence[Plan], count: int) -> Table:
-    """The best layouts, a row each: time."""
+    """Time, memory and traffic of the best layouts, one per row."""
     table = Table(title=f"{len(plans)} best of {count} layouts that fit", box=SIMPLE_HEAD)
     table.caption = (
-        "batch: sequences at a time; GiB of the fullest rank; GB that a rank sends a step"
+        "batch: sequences per micro-batch; GiB: on the fullest rank; sent: GB per rank and step"
     )
     table.add_column("layout", no_wrap=True)
     for column in ("batch", "recompute", "seconds", "MFU", "bubble", "GiB", "sent"):
@@ -65,7 +65,7 @@ def plans_table(plans: Sequence[Plan], count: int) -> Table:
 
 
 def parts_table(plans: Sequence[Plan]) -> Table:
-    """What the fullest rank holds, and what the busiest sends."""
+    """Memory of the fullest rank, and traffic of the rank that sends the most, by kind."""
     table = Table(title="Memory (GiB) and traffic of a step (GB), by kind", box=SIMPLE_HEAD)
     table.add_column("layout", no_wrap=True)
     sent = [Counter[str]() for _ in plans]
@@ -87,7 +87,7 @@ def parts_table(plans: Sequence[Plan]) -> Table:
 
 
 def refusals(found: Search, hardware: Hardware) -> Table:
-    """Why others do not fit."""
+    """The number of layouts that are not legal or do not fit, by reason."""
     table = Table(title="Layouts that do not fit", box=SIMPLE_HEAD)
     table.add_column("why")
     table.add_column("layouts", justify="right")
@@ -101,7 +101,7 @@ def refusals(found: Search, hardware: Hardware) -> Table:
 
 
 def inference_table(work: Workload, gpus: int, hardware: Hardware) -> Table:
-    """How many whole sequences' keys and values fit beside the weights."""
+    """The number of whole sequences whose keys and values fit into memory with the weights."""
     weights = work.cost.parameters.total * work.itemsize
     one = work.cost.kv_bytes(work.itemsize)
     title = f"Generation, sequences of {work.sequence_length} tokens"
@@ -120,7 +120,7 @@ def inference_table(work: Workload, gpus: int, hardware: Hardware) -> Table:
 
 
 def draw(plans: Sequence[Plan], hardware: Hardware) -> "Figure":
-    """Memory and time of each plan, a bar of each."""
+    """A figure with one bar for the memory and one for the time of each plan."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -129,7 +129,7 @@ def draw(plans: Sequence[Plan], hardware: Hardware) -> "Figure":
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(12, 1.6 + 0.42 * len(plans)), sharey=True, layout="constrained"
     )
-    names = [f"{name(p)}, {p.layout.micro_batch_size} a time" for p in plans]
+    names = [f"{name(p)}, batch {p.layout.micro_batch_size}" for p in plans]
     memory = {
         "weights": [p.memory.weights / GIB for p in plans],
         "gradients": [p.memory.gradients / GIB for p in plans],

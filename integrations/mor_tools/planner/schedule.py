@@ -1,7 +1,6 @@
-"""When each pass of a pipeline runs: 1F1B, interleaved where stages have several chunks.
+"""Simulates pipeline schedules: 1F1B, interleaved if stages have several chunks.
 
-A schedule is played through, event by event, in Megatron-Core's order. Times are whatever the
-durations are given in.
+The simulation runs the passes in Megatron-Core's order. Times have the unit of the given durations.
 """
 
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from itertools import islice
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward or backward pass of a chunk, when it runs."""
+    """One forward or backward pass of a chunk, with its start and end."""
 
     stage: int
     chunk: int
@@ -22,13 +21,13 @@ class Pass:
 
 
 def simulate(durations: list[list[tuple[float, float]]], num_microbatches: int) -> tuple[Pass, ...]:
-    """Play a schedule through: 1F1B, interleaved where stages have several chunks.
+    """Simulate a schedule: 1F1B, interleaved if stages have several chunks.
 
     Args:
-        durations: of the forward and the backward pass, by stage and chunk.
+        durations: duration of the forward and the backward pass, by stage and chunk.
 
     Returns:
-        All passes of an optimizer step, those of a stage in order.
+        All passes of an optimizer step, sorted by stage and then by time.
     """
     passes: list[list[Pass]] = [[] for _ in durations]
     _run(durations, num_microbatches, lambda *how: passes[how[0]].append(Pass(*how)))
@@ -36,7 +35,7 @@ def simulate(durations: list[list[tuple[float, float]]], num_microbatches: int) 
 
 
 def play(durations: list[list[tuple[float, float]]], num_microbatches: int) -> float:
-    """When the last pass of an optimizer step ends, as of `simulate`, which also lists the passes."""
+    """The end of the last pass of an optimizer step. Faster than `simulate`, which lists all passes."""
     return _run(durations, num_microbatches, None)
 
 
@@ -46,7 +45,7 @@ def _run(
     record: Callable[[int, int, int, bool, float, float], None] | None,
 ) -> float:
     stages, chunks = len(durations), len(durations[0])
-    # When passes end, by stage, chunk and direction: a place for each microbatch, empty at first.
+    # End of the passes by stage, chunk and direction, with one entry per microbatch. None: not run.
     kinds = [(p, c, f) for p in range(stages) for c in range(chunks) for f in (True, False)]
     ends: dict[tuple[int, int, bool], list[float | None]] = {
         kind: [None] * num_microbatches for kind in kinds
@@ -83,7 +82,7 @@ def _run(
 def _before(
     p: int, chunk: int, is_forward: bool, stages: int, chunks: int
 ) -> tuple[int, int, bool] | None:
-    """The pass of the same microbatch that a pass waits for."""
+    """The pass of the same microbatch that must end before a pass can start."""
     if is_forward:
         if p > 0:
             return p - 1, chunk, True

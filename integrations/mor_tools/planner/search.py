@@ -1,4 +1,4 @@
-"""Every parallel layout of so many devices: which are legal, which fit, which is fastest."""
+"""Searches all parallel layouts for a number of devices: which are legal, and which are fastest."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -21,14 +21,14 @@ from mor_tools.planner.layouts import Layout, Plan, Workload
 from mor_tools.planner.memory import RECOMPUTE, Recompute
 
 USABLE = 0.9
-"""Share of a device's memory that a plan may fill; libraries and fragments have the rest."""
+"""Share of a device's memory that a plan may use. Libraries and fragmentation take the rest."""
 
 NEIGHBOURS = 64
-"""Numbers of devices that `nearest` tries on its way from the one that was asked for."""
+"""How many of the closest numbers of devices `nearest` tries."""
 
 
 def refusal(work: Workload, layout: Layout) -> str | None:
-    """Why the plug or Megatron-Core would refuse a layout; None if neither does."""
+    """Why mor_megatron or Megatron-Core would reject a layout, or None if it is legal."""
     rule = broken_rule(_arrangement(work, layout), (*LAYOUT_RULES, *BATCH_RULES))
     return None if rule is None else rule.summary
 
@@ -58,25 +58,29 @@ def _arrangement(work: Workload, layout: Layout) -> Arrangement:
 
 @dataclass(frozen=True)
 class Search:
-    """What became of every layout."""
+    """The result of a search over all layouts."""
 
     fitting: tuple[Plan, ...]
-    """Best first."""
+    """Legal layouts that fit into memory, fastest first."""
     too_large: tuple[Plan, ...]
-    """Legal, but beyond a device's memory; smallest first."""
+    """Legal layouts that do not fit into memory, smallest first."""
     refused: Counter[str]
-    """Layouts by why they are not legal."""
+    """Number of layouts that are not legal, by reason."""
 
 
 def search(
     work: Workload, devices: int, hardware: Hardware, micro_batch_sizes: tuple[int, ...],
     recompute: tuple[Recompute, ...], efficiency: float = 0.5,
 ) -> Search:  # fmt: skip
-    """Every layout of so many devices, with sequence parallelism wherever there is TP."""
+    """Evaluate every layout on `devices` devices. Layouts with TP use sequence parallelism.
+
+    Raises:
+        ValueError: `devices` or `efficiency` is out of range.
+    """
     if devices < 1:
-        raise ValueError(f"{devices} devices: there must be at least 1.")
+        raise ValueError(f"devices={devices} must be at least 1.")
     if not 0 < efficiency <= 1:
-        raise ValueError(f"efficiency={efficiency} must lie in (0, 1].")
+        raise ValueError(f"efficiency={efficiency} must be in (0, 1].")
     plans, refused = [], Counter[str]()
     for layout in _layouts(work, devices, micro_batch_sizes, recompute):
         reason = refusal(work, layout)
@@ -91,15 +95,16 @@ def search(
 
 
 def nearest(work: Workload, devices: int, hardware: Hardware) -> Plan | None:
-    """The fastest layout that fits on the number of devices nearest to `devices`.
+    """The fastest layout that fits, on the number of devices closest to `devices`.
 
-    With any recomputation and micro-batches of 1 or 2 sequences. None where nothing fits on those
-    of the nearest numbers that have a legal layout, nor on 2 to 1024 times as many devices.
+    It tries the closest numbers of devices that can have a legal layout, and 2 to 1024 times as many
+    devices as asked for, with any recomputation and micro-batches of 1 or 2 sequences. None if nothing
+    fits on any of them.
     """
     counts = sorted(_possible_counts(work), key=lambda n: (abs(n - devices), n))
     doubled = [devices * 2**n for n in range(1, 11)]
     for count in (*counts[:NEIGHBOURS], *(n for n in doubled if n in counts[NEIGHBOURS:])):
-        # One sequence at a time needs the least memory: where that does not fit, nothing does.
+        # Micro-batches of one sequence need the least memory. If these do not fit, nothing does.
         if _fits(work, count, hardware):
             return search(work, count, hardware, (1, 2), RECOMPUTE).fitting[0]
     return None
@@ -115,12 +120,12 @@ def _fits(work: Workload, devices: int, hardware: Hardware) -> bool:
 
 
 def _possible_counts(work: Workload) -> set[int]:
-    """Numbers of devices among which are all that have a legal layout."""
+    """A superset of the numbers of devices that have a legal layout."""
     model, moe = work.model, work.model.moe
     widths = gcd(model.num_heads, model.kv_heads, model.ffn_hidden_size)
     if moe is not None:
         widths = gcd(widths, moe.ffn_hidden_size or model.ffn_hidden_size)
-    # Each axis divides what it shares; only a pipeline with uneven stages need not.
+    # The size of each axis divides what it splits. Only pipeline stages may be uneven.
     tensor = divisors(widths, widths)
     context = divisors(work.sequence_length, work.sequence_length // 2) or (1,)
     pipeline = [

@@ -1,4 +1,4 @@
-"""Which layers and which recursion steps run on which pipeline stage, without a pipeline."""
+"""Assigns layers and recursion steps to pipeline stages, without building a pipeline."""
 
 from dataclasses import dataclass, replace
 
@@ -11,22 +11,25 @@ class Part:
     """Layers that a chunk of a stage runs at one step."""
 
     index: int
-    """Of the stack in the model's shape."""
+    """Index of the stack in the model's shape."""
     stack: StackShape
     step: int
-    """0-based."""
+    """0-based recursion step."""
     layers: float
-    """Layers of the stack that are here."""
+    """Number of the stack's layers in this part."""
     first: bool = True
-    """Whether the stack's routers are here."""
+    """Whether the routers of the stack are in this part."""
 
 
 Stages = list[list[list[Part]]]
-"""By stage and virtual stage (chunk)."""
+"""The parts by stage and virtual stage (chunk)."""
 
 
 def unrolled(shape: ModelShape) -> ModelShape:
-    """The same model with a stack for each layer that nothing binds to its neighbours."""
+    """The same model with a separate stack for each layer outside of a recursion.
+
+    These layers may be on different stages, whereas a recursion stays together.
+    """
     stacks: list[StackShape] = []
     for stack in shape.stacks:
         alone = stack.num_recursions == 1
@@ -35,10 +38,10 @@ def unrolled(shape: ModelShape) -> ModelShape:
 
 
 def place(shape: ModelShape, layout: PipelineLayout, stages: int) -> Stages:
-    """Where everything runs.
+    """Assign all layers and steps to stages.
 
     Raises:
-        ValueError: more stages than parts, or a block that does not spread evenly.
+        ValueError: there are more stages than parts.
     """
     if layout == "steps_as_stages" and stages > 1:
         return _spread(shape, stages)

@@ -1,9 +1,9 @@
-"""Bytes that a rank sends in an optimizer step, by what it sends them for.
+"""Bytes that a rank sends in an optimizer step, by axis of parallelism and collective.
 
-Counted as ring algorithms move them: of `n` ranks each sends `(n - 1) / n` of what an all-gather
-collects, a reduce-scatter or an all-to-all starts from, and twice that share of what is all-reduced.
-Single numbers (loss, gradient norm) are left out. What the plug and Megatron-Core 0.19 send,
-checked against collectives of real runs.
+The counts assume ring algorithms. Each of `n` ranks sends `(n - 1) / n` of the output of an all-gather
+or of the input of a reduce-scatter or an all-to-all, and twice that share for an all-reduce. Scalars
+(loss, gradient norm) are not counted. The counts are those of mor_megatron and Megatron-Core 0.19, and
+are tested against the collectives of real runs.
 
 Legend: `s` sequence, `n` candidates of a step, `k` tokens that run it, `h` hidden, `b` batch.
 """
@@ -21,7 +21,7 @@ Traffic = Counter[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Spread:
-    """How a microbatch is spread, as far as traffic depends on it."""
+    """The properties of a layout that the traffic of a microbatch depends on."""
 
     tensor: int = 1
     sequence_parallel: bool = False
@@ -31,11 +31,11 @@ class Spread:
 
     @property
     def shards(self) -> int:
-        """Ranks that share the rows of a recursion step."""
+        """Number of ranks that split the rows of a recursion step."""
         return (self.tensor if self.sequence_parallel else 1) * self.context
 
     def padded(self, rows: float) -> float:
-        """Rows, filled up for the ranks that share them."""
+        """`rows`, rounded up to a multiple of the ranks that split them."""
         return -(-rows // self.shards) * self.shards
 
 
@@ -47,10 +47,12 @@ def run_traffic(
     shape: ModelShape, stack: StackShape, layers: float, tokens: float, projected: float,
     spread: Spread,
 ) -> tuple[Traffic, Traffic]:  # fmt: skip
-    """Of `layers` layers that `tokens` (k) tokens run, for one sequence: forward, backward.
+    """Forward and backward traffic of layers for one sequence.
 
     Args:
-        projected: tokens whose keys and values are computed.
+        layers: number of layers.
+        tokens: number of tokens that run them (k).
+        projected: number of tokens whose keys and values are computed.
     """
     ahead: Traffic = Counter()
     behind: Traffic = Counter()
@@ -59,8 +61,8 @@ def run_traffic(
     hidden = layers * rows / spread.context * shape.hidden_size * item
     products = 1 if stack.mlp.num_experts else 2  # attention, and a dense MLP
     if t > 1 and spread.sequence_parallel:
-        # In: gather, and back the input again and a scatter of its gradient. Out: a scatter, and a
-        # gather back.
+        # The input of a product is gathered. The backward pass gathers it again, and scatters its
+        # gradient. The output is scattered, and the backward pass gathers its gradient.
         ahead["tensor", "all_gather"] += products * hidden * _share(t)
         ahead["tensor", "reduce_scatter"] += products * hidden * _share(t)
         behind["tensor", "all_gather"] += 2 * products * hidden * _share(t)
@@ -73,7 +75,7 @@ def run_traffic(
         ahead["context", "all_gather"] += keys * _share(spread.context)
         behind["context", "reduce_scatter"] += keys * _share(spread.context)
     if stack.mlp.num_experts:
-        # Experts whose ranks tensor parallelism leaves over (EP = 1) are cut along their width.
+        # Without expert parallelism (EP = 1), the experts are split along their width by TP.
         cut = t if spread.expert == 1 else 1
         copies = layers * tokens / spread.shards * stack.mlp.experts_per_token
         moved, gates = copies * shape.hidden_size * item, copies * 4
@@ -88,10 +90,12 @@ def routing_traffic(
     shape: ModelShape, stack: StackShape, tokens: tuple[float, ...], length: float, spread: Spread,
     rotary_size: int,
 ) -> tuple[Traffic, Traffic]:  # fmt: skip
-    """Of a whole recursion beside its layers, for one sequence: scores, gates, selected rows.
+    """Forward and backward traffic of routing in a recursion for one sequence.
+
+    This includes scores, gates and selected rows, but not the layers.
 
     Args:
-        rotary_size: numbers of a position in the rotary table, which context-parallel ranks gather.
+        rotary_size: numbers per position in the rotary table, which context-parallel ranks gather.
     """
     ahead: Traffic = Counter()
     behind: Traffic = Counter()
@@ -122,7 +126,7 @@ def routing_traffic(
 def end_traffic(
     shape: ModelShape, first: bool, last: bool, length: float, spread: Spread
 ) -> tuple[Traffic, Traffic]:
-    """Of the embedding, and of the output and the loss, for one sequence."""
+    """Forward and backward traffic of the embedding, the output and the loss, for one sequence."""
     ahead: Traffic = Counter()
     behind: Traffic = Counter()
     t = spread.tensor
@@ -138,13 +142,18 @@ def end_traffic(
     else:
         ahead["tensor", "all_reduce"] += 2 * hidden * first
         behind["tensor", "all_reduce"] += 2 * hidden * last
-    # Cross-entropy over a vocabulary that is spread: maximum, label's logit, sum of exponentials.
+    # Cross-entropy over a split vocabulary all-reduces the maximum, the label's logit, and the sum
+    # of exponentials.
     ahead["tensor", "all_reduce"] += 3 * 2 * 4 * own * _share(t) * last
     return ahead, behind
 
 
 def sequence_parallel_gradients(parameters: float, tensor: int) -> Traffic:
-    """Of weights that all tensor-parallel ranks hold and each learns from rows of its own."""
+    """Traffic of the gradients of weights that sequence parallelism replicates.
+
+    All tensor-parallel ranks hold these weights, but each has different rows, so the gradients are
+    summed.
+    """
     return Counter({("tensor", "all_reduce"): 2 * 4 * parameters * _share(tensor)})
 
 
@@ -152,7 +161,7 @@ def gradient_traffic(
     parameters: float, expert_parameters: float, replicas: int, expert_replicas: int,
     bytes_per_parameter: int, distributed_optimizer: bool, bytes_per_gradient: int = 4,
 ) -> Traffic:  # fmt: skip
-    """Of gradients between replicas, and of parameters where the optimizer is spread over them."""
+    """Traffic of gradients between replicas, and of parameters with a distributed optimizer."""
     traffic: Traffic = Counter()
     for count, size in ((parameters, replicas), (expert_parameters, expert_replicas)):
         part = count * _share(size)

@@ -1,11 +1,11 @@
-"""Reports for people: self-contained HTML pages, and the same figures for TensorBoard and wandb.
+"""Reports: self-contained HTML pages, and the same figures for TensorBoard and wandb.
 
-| module | what |
+| module | contents |
 |---|---|
-| `rows` | what a training run notes of each step, and reading it back |
+| `rows` | the records of a training run, one per step, and reading them back |
 | `plots` | figures that follow the reader's light or dark mode |
-| `page` | the HTML around them, and text coloured by depth |
-| `training_figures` | a run: losses, depths, routing, load of experts |
-| `inspection_figures`, `inspection_page` | what a model does with a text |
+| `page` | the HTML of a page, and text colored by depth |
+| `training_figures` | figures of a run: losses, depths, routing, load of experts |
+| `inspection_figures`, `inspection_page` | depths and scores of the tokens of a text |
 | `trackers` | TensorBoard and Weights & Biases |
 """

@@ -1,4 +1,4 @@
-"""Figures of what a model does with a text."""
+"""Figures of an inspection: how a model routes the tokens of a text."""
 
 import torch
 from matplotlib.figure import Figure
@@ -12,7 +12,7 @@ _BINS = 40
 
 
 def figures(seen: Inspection) -> dict[str, Figure]:
-    """Every figure that this model has something to show in, by its description."""
+    """All figures that apply to this model, by their description."""
     drawn = {
         "Depth of tokens": depth_bars(
             [
@@ -30,7 +30,7 @@ def figures(seen: Inspection) -> dict[str, Figure]:
 
 
 def surprise_figure(seen: Inspection) -> Figure:
-    """How surprising the tokens of each depth are, and what comes after them: quartiles and mean."""
+    """Quartiles and mean of the surprise of the tokens of each depth, and of the next tokens."""
     figure, panels = figure_of(2, width=4.6)
     sides = (
         ("the token itself", seen.depths[1:], seen.surprise_correlation),
@@ -63,7 +63,7 @@ def surprise_figure(seen: Inspection) -> Figure:
 
 
 def score_figure(seen: Inspection) -> Figure:
-    """Histogram of each step's router scores, with what decides in generation."""
+    """Histogram of the router scores of each step, with the threshold of generation."""
     scored = [step for step in range(seen.num_recursions) if not seen.scores[step].isnan().all()]
     figure, panels = figure_of(len(scored), width=max(3.0, 8 / len(scored)))
     for axes, step in zip(panels, scored, strict=True):
@@ -84,7 +84,7 @@ def score_figure(seen: Inspection) -> Figure:
 
 
 def cell_figure(seen: Inspection) -> Figure:
-    """Share of each step's assignments that each expert got, and the tokens behind each step."""
+    """Share of a step's assignments that each expert got, and the total of each step."""
     assert seen.cell_shares is not None and seen.expert_load is not None
     cells = seen.cell_shares
     figure, (axes, total) = figure_of(2, width=4.6)

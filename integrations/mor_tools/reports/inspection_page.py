@@ -1,4 +1,4 @@
-"""The page of `mor inspect`: what a model does with a text."""
+"""The page of `mor inspect`, which shows what a model does with each token of a text."""
 
 import math
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ from mor_tools.reports.plots import svg
 from mor_tools.reports.rows import Row, depth_shares
 
 _EXPLAINED = {
-    "Depth of tokens": "Recursion steps that tokens take, once as generation decides and once as "
-    "training does, which may look at later tokens.",
-    "Depth against surprise": "Boxes are quartiles with the median, whiskers reach from the 5th to "
-    "the 95th percentile, the dot is the mean. Were depth spent on what is hard, boxes would rise "
-    "to the right.",
-    "Router scores": "Of all candidates of a step. A token runs the step where its score is above "
-    "the dashed line; without one the router does not compare with a threshold.",
-    "Load per recursion step and expert": "All layers of the recursion together.",
+    "Depth of tokens": "The number of recursion steps that tokens take, routed as in generation and "
+    "as in training, where routing may depend on later tokens.",
+    "Depth against surprise": "Boxes show the quartiles and the median, whiskers the 5th and the "
+    "95th percentile, and the dot the mean. If the model spent more steps on harder tokens, the "
+    "boxes would rise to the right.",
+    "Router scores": "The scores of all candidates of a step. A token runs the step if its score is "
+    "above the dashed line. If there is no line, the router does not use a threshold.",
+    "Load per recursion step and expert": "Summed over all layers of the recursion.",
 }
 
 
@@ -27,12 +27,12 @@ def render(seen: Inspection, texts: Sequence[str], title: str, rows: Sequence[Ro
 
     Args:
         texts: the text of each token.
-        rows: the training run that made the model, where it is known.
+        rows: the rows of the training run of the model, if known.
     """
     sections = [facts(_facts(seen)), "<h2>Steps</h2>", _steps(seen), "<h2>Depth of each token</h2>"]
     sections.append(
-        "<p>Point at a token for its depth, its surprise, and the router's scores. Routed as in "
-        "generation.</p>"
+        "<p>Hover over a token to see its depth, its surprise and its router scores. Tokens are "
+        "routed as in generation.</p>"
     )
     shares = {d: s for d, s in enumerate(depth_shares(seen.shares)) if s > 1e-6}
     sections.append(passage(_tokens(seen, texts), shares))
@@ -56,7 +56,7 @@ def render(seen: Inspection, texts: Sequence[str], title: str, rows: Sequence[Ro
 
 
 def scalars(seen: Inspection) -> dict[str, float]:
-    """The numbers of an inspection, by the names that TensorBoard and wandb show them under."""
+    """The numbers of an inspection, by their names in TensorBoard and wandb."""
     found = {
         "inspect/surprise": seen.mean_surprise,
         "inspect/depth_surprise_correlation": seen.surprise_correlation,
@@ -108,8 +108,8 @@ def _steps(seen: Inspection) -> str:
     )
     return (
         table(heads, rows)
-        + '<p class="note">Agreement: of the candidates in training, those about '
-        "which generation decides alike. Dead: places in a window whose tokens never run the step.</p>"
+        + '<p class="note">Agreement: the share of candidates in training for which generation makes '
+        "the same decision. Dead: the share of positions in a window that never run the step.</p>"
     )
 
 

@@ -1,4 +1,4 @@
-"""A page that needs nothing beside it: no scripts, no fonts, no pictures from elsewhere."""
+"""Self-contained HTML pages, without scripts and without external fonts or images."""
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mor_tools.reports.plots import DARK, LIGHT, palette, variables
 
 MOST_TOKENS = 4000
-"""Tokens of a text that a page shows; figures are of all."""
+"""Largest number of tokens of a text that a page shows. Figures use all tokens."""
 _STYLE = """
 :root { color-scheme: light dark; --page: #fff; --card: #f5f6f7; %(light)s }
 @media (prefers-color-scheme: dark) { :root { --page: #15171a; --card: #1f2226; %(dark)s } }
@@ -34,18 +34,18 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--card); p
 
 @dataclass(frozen=True)
 class TokenView:
-    """A token of a text, as a page shows it."""
+    """A token of a text and what a page shows about it."""
 
     text: str
-    """Its text."""
+    """Text of the token."""
     depth: int
-    """Recursion steps it took."""
+    """Number of recursion steps that it took."""
     notes: Sequence[str] = ()
-    """What else there is to say when it is pointed at, a line each."""
+    """Further lines of its tooltip."""
 
 
 def document(title: str, sections: Iterable[str], deepest: int) -> str:
-    """The page around its sections, with colours for depths up to `deepest`."""
+    """A page with these sections, and with colors for depths up to `deepest`."""
     title = html.escape(title)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -66,17 +66,17 @@ def facts(values: Mapping[str, str]) -> str:
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of numbers under heads; the first column names the row."""
+    """A table of numbers with a header row. The first column names the rows."""
     top = _cells("th", heads)
     body = "".join(f"<tr>{_cells('td', row)}</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead>{body}</table></div>'
 
 
 def passage(tokens: Sequence[TokenView], depth_shares: Mapping[int, float] | None = None) -> str:
-    """A text whose tokens have the colours of their depths, below what these colours mean.
+    """A text whose tokens are colored by depth, below a legend of the colors.
 
     Args:
-        depth_shares: share of the tokens of each depth, for the legend.
+        depth_shares: share of tokens of each depth, for the legend.
     """
     depths = sorted({token.depth for token in tokens} | set(depth_shares or ()))
     keys = "".join(
@@ -89,8 +89,8 @@ def passage(tokens: Sequence[TokenView], depth_shares: Mapping[int, float] | Non
     note = ""
     if len(tokens) > MOST_TOKENS:
         note = (
-            f'<p class="note">The first {MOST_TOKENS:,} of {len(tokens):,} tokens; figures and '
-            "tables are of all.</p>"
+            f'<p class="note">The first {MOST_TOKENS:,} of {len(tokens):,} tokens. Figures and '
+            "tables use all tokens.</p>"
         )
     return f'<p class="legend">{keys}</p>\n{note}<pre class="tokens">{shown}</pre>'
 

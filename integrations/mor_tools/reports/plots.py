@@ -1,7 +1,7 @@
-"""Figures inside a page: vector drawings whose colours are the page's, light or dark.
+"""SVG figures for a page, whose colors follow the reader's light or dark mode.
 
-A colour of the page is drawn as a stand-in, and named by its CSS variable in the finished SVG; so the
-reader's mode decides. Depths are colours of viridis, which keeps its order without colour vision.
+Figures are drawn with placeholder colors, which are replaced by CSS variables of the page in the
+finished SVG. Depths have colors of viridis, whose order is also visible to color-blind readers.
 """
 
 import io
@@ -14,28 +14,28 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 INK, MUTED, ACCENT, SECOND, WARNING = (f"#0e00{i:02x}" for i in range(5))
-"""Text and axes; notes; the main line; another one; a reference."""
+"""Placeholders for the colors of text and axes, notes, the main line, a second line and a reference."""
 _NAMES = ("ink", "muted", "accent", "second", "warning")
 _VARIABLES = dict(zip((INK, MUTED, ACCENT, SECOND, WARNING), _NAMES, strict=True))
 LIGHT = dict(zip(_VARIABLES, ("#1d1d1f", "#6b7078", "#21608f", "#a03b7c", "#b35400"), strict=True))
 DARK = dict(zip(_VARIABLES, ("#e6e7e9", "#9aa0a9", "#6cb6ef", "#e58cc3", "#f0a04b"), strict=True))
-"""What these are in each mode."""
+"""The colors of the placeholders in each mode."""
 _RANGES = {"light": (0.0, 0.88), "dark": (0.2, 1.0)}
-"""Part of viridis that stands out from a light and from a dark page."""
+"""The parts of viridis that have enough contrast on a light and on a dark page."""
 
 
 def depth_color(depth: int) -> str:
-    """The stand-in of a depth's colour."""
+    """The placeholder for the color of a depth."""
     return f"#0d00{depth:02x}"
 
 
 def variables(mode: Mapping[str, str]) -> str:
-    """CSS that gives a mode's colours their names."""
+    """CSS that defines the variables of a mode's colors."""
     return "; ".join(f"--{_VARIABLES[stand_in]}: {color}" for stand_in, color in mode.items())
 
 
 def palette(depths: int, mode: str) -> list[tuple[str, str]]:
-    """For depths 0 .. `depths`: a colour of viridis, and that of text which is legible on it."""
+    """For each of the depths 0 .. `depths`, a color of viridis and a text color legible on it."""
     low, high = _RANGES[mode]
     colors = [
         colormaps["viridis"](low + (high - low) * i / max(depths, 1)) for i in range(depths + 1)
@@ -44,14 +44,14 @@ def palette(depths: int, mode: str) -> list[tuple[str, str]]:
 
 
 def text_on(color: Sequence[float]) -> str:
-    """Black or white, whichever has more contrast on an RGB colour (WCAG 2)."""
+    """Black or white, whichever has more contrast on an RGB color (WCAG 2)."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color[:3]]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return "#000000" if luminance > 0.179 else "#ffffff"
 
 
 def figure_of(columns: int, width: float = 4.0, height: float = 3.1) -> tuple[Figure, list[Axes]]:
-    """A figure of so many panels side by side."""
+    """A figure with `columns` panels side by side."""
     figure = Figure(figsize=(width * columns, height), layout="constrained")
     figure.patch.set_alpha(0)
     panels = list(figure.subplots(1, columns, squeeze=False)[0])
@@ -61,7 +61,7 @@ def figure_of(columns: int, width: float = 4.0, height: float = 3.1) -> tuple[Fi
 
 
 def dress(axes: Axes) -> None:
-    """Give axes the page's colours."""
+    """Give axes the colors of the page."""
     axes.patch.set_alpha(0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(INK)
@@ -72,14 +72,14 @@ def dress(axes: Axes) -> None:
 
 
 def legend(axes: Axes, **options: object) -> None:
-    """A legend in the page's colours."""
+    """Add a legend in the colors of the page."""
     axes.legend(frameon=False, labelcolor=INK, fontsize=9, **options)  # type: ignore[arg-type]
 
 
 def heat_map(
     axes: Axes, values: Sequence[Sequence[float]], highest: float, rows: str, columns: str
 ) -> None:
-    """A number in each cell on its colour; rows are numbered from 1, columns from 0."""
+    """Draw a heat map with a number in each cell. Rows are numbered from 1, columns from 0."""
     colors = colormaps["viridis"]
     height, width = len(values), len(values[0])
     axes.pcolormesh(values, cmap="viridis", vmin=0, vmax=highest, edgecolors="face", linewidth=0.3)
@@ -107,19 +107,20 @@ def heat_map(
 
 
 def svg(figure: Figure, description: str) -> str:
-    """The drawing as an element of the page."""
+    """The figure as an HTML element of the page."""
     buffer = io.StringIO()
     with rc_context({"svg.hashsalt": description}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     drawing = buffer.getvalue()
     drawing = drawing[drawing.index("<svg") :]
-    # Ids are the drawing's own; two drawings of a page must not share them.
+    # Make the ids of the drawing unique, because two drawings of a page must not share ids.
     drawing = re.sub(r'(id="|xlink:href="#|url\(#)', rf"\g<1>{_slug(description)}-", drawing)
     for color, name in _VARIABLES.items():
         drawing = drawing.replace(color, f"var(--{name})")
     drawing = re.sub(r"#0d00([0-9a-f]{2})", lambda found: f"var(--d{int(found[1], 16)})", drawing)
     width = figure.get_size_inches()[0]
-    size = f"min-width: {4.2 * width:.1f}rem; max-width: {5.6 * width:.1f}rem"  # text stays legible
+    # The limits of the width keep the text legible.
+    size = f"min-width: {4.2 * width:.1f}rem; max-width: {5.6 * width:.1f}rem"
     return (
         f'<figure role="img" aria-label="{description}"><div style="{size}">'
         f"{drawing}</div></figure>"

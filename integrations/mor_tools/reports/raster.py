@@ -1,4 +1,4 @@
-"""Figures as pixels, for places that show no SVG."""
+"""Figures as pixels, for tools that cannot show SVG."""
 
 import numpy
 from matplotlib.artist import Artist
@@ -12,16 +12,16 @@ _COLORS = ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolo
 
 
 def pixels(figure: Figure, deepest: int) -> numpy.ndarray:
-    """`[height width 3]` on white; the figure's stand-ins become the colours of a light page.
+    """The figure as an image `[height width 3]` on white, in the colors of a light page.
 
     Args:
-        deepest: most steps a token can take, as for the page's colours.
+        deepest: largest number of steps a token can take, which determines the colors of depths.
     """
     colors = LIGHT | {
         depth_color(depth): color for depth, (color, _) in enumerate(palette(deepest, "light"))
     }
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # ticks exist from now on
+    canvas.draw()  # this creates the ticks, which must be recolored too
     for artist in figure.findobj():
         _recolor(artist, colors)
     figure.patch.set(facecolor="white", alpha=1.0)
@@ -36,6 +36,6 @@ def _recolor(artist: Artist, colors: dict[str, str]) -> None:
             continue
         value = read()
         if isinstance(value, numpy.ndarray) and value.ndim > 1:
-            continue  # a heat map's cells have colours of their own
+            continue  # the cells of a heat map have no placeholder colors
         if len(value) and str(value) != "none" and (new := colors.get(to_hex(value))):
             write(new)

@@ -1,4 +1,4 @@
-"""What is known of a training run, step by step, and history.jsonl, which keeps it."""
+"""The records of a training run, one per step, and history.jsonl, the file that stores them."""
 
 import dataclasses
 import json
@@ -13,12 +13,16 @@ from torch import Tensor
 
 
 def depth_shares(shares: Sequence[float]) -> list[float]:
-    """Share of tokens that took exactly 0, 1, ... N_r steps, from the shares that ran each step."""
+    """The share of tokens that took exactly 0, 1, ... N_r steps.
+
+    Args:
+        shares: the share of tokens that ran each step.
+    """
     return [more - less for more, less in pairwise([1.0, *shares, 0.0])]
 
 
 class RecursionReport(Protocol):
-    """What one recursion did with a global batch, as `mor_megatron.RoutingReport` says it."""
+    """Routing statistics of one recursion over a global batch, such as `mor_megatron.RoutingReport`."""
 
     @property
     def shares(self) -> tuple[float, ...]: ...
@@ -35,21 +39,21 @@ class RecursionReport(Protocol):
 
 @dataclass(frozen=True)
 class Routing:
-    """What the recursions of a model did in one step, over the global batch."""
+    """Routing statistics of all recursions of a model in one optimizer step, over the global batch."""
 
     shares: list[float]
-    """Tokens that ran each step over all tokens."""
+    """Share of all tokens that ran each step."""
     dead_positions: float
     """Share of positions in the sequence whose tokens never ran the last step."""
     metrics: dict[str, float]
-    """By `step_<r>/<name>`: sampling_accuracy, sampling_loss, ..."""
+    """Metrics of the router by `step_<r>/<name>`, for example sampling_accuracy and sampling_loss."""
     expert_load: list[list[float]] | None = None
-    """Share of a step's assignments that each expert got, `[step][expert]`, all layers together;
+    """Share of a step's assignments that each expert got, `[step][expert]`, summed over the layers.
     None without a mixture of experts."""
 
     @classmethod
     def from_reports(cls, reports: Sequence[RecursionReport]) -> "Routing | None":
-        """All recursions of the model taken together; None without recursion."""
+        """Combine the reports of all recursions of the model. None without recursion."""
         if not reports:
             return None
         shares = torch.tensor([report.shares for report in reports]).mean(dim=0)
@@ -68,8 +72,8 @@ class Routing:
 
     @property
     def agreement(self) -> dict[int, float]:
-        """By 1-based step, the share of its candidates about which the causal predictor agrees with
-        training's selection; empty for routers that have no predictor."""
+        """For each 1-based step, the share of its candidates for which the causal predictor agrees
+        with the selection of training. Empty for routers without a predictor."""
         steps = range(1, len(self.shares) + 1)
         named = {step: self.metrics.get(f"step_{step}/sampling_accuracy") for step in steps}
         return {step: value for step, value in named.items() if value is not None}
@@ -77,70 +81,71 @@ class Routing:
 
 @dataclass(frozen=True)
 class Validation:
-    """What held-out text says of the model."""
+    """The evaluation of a model on held-out text."""
 
     loss: float
-    """In nats per token, tokens routed as in training."""
+    """Loss in nats per token, with tokens routed as in training."""
     routing: Routing | None = None
-    """Of the held-out tokens; None without recursion."""
+    """Routing of the held-out tokens as in training. None without recursion."""
     causal_loss: float | None = None
-    """Tokens routed as in generation; None without recursion."""
+    """Loss in nats per token, with tokens routed as in generation. None without recursion."""
     causal_routing: Routing | None = None
+    """Routing of the held-out tokens as in generation. None without recursion."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One optimizer step."""
+    """The record of one optimizer step."""
 
     step: int
-    """1-based."""
+    """Number of the optimizer step, from 1."""
     loss: float
     """Training loss in nats per token."""
     learning_rate: float
     gradient_norm: float
     tokens_per_second: float | None = None
-    """Since the row before that has it."""
+    """Throughput since the last row that has one."""
     routing: Routing | None = None
     validation_loss: float | None = None
-    """Held-out loss after this step, in nats per token, tokens routed as in training."""
+    """Held-out loss after this step, in nats per token, with tokens routed as in training."""
     causal_validation_loss: float | None = None
-    """The same with tokens routed as in generation, where none knows the later ones."""
+    """Held-out loss with tokens routed as in generation, which does not depend on later tokens."""
     divergence: float | None = None
-    """From the teacher's distributions, in nats per token; None without one."""
+    """Divergence from the teacher's distributions in nats per token. None without a teacher."""
 
 
 def line(row: Row) -> str:
-    """A row as history.jsonl has it."""
+    """A row as a line of history.jsonl."""
     return json.dumps(dataclasses.asdict(row)) + "\n"
 
 
 def read_rows(file: Path) -> list[Row]:
-    """The rows of a history.jsonl; none where there is no file.
+    """Read the rows of a history.jsonl. If the file does not exist, there are none.
 
     Raises:
-        ValueError: a line is no row of ours.
+        ValueError: a line is valid JSON but not a row.
     """
     if not file.exists():
         return []
     rows = []
-    # Bytes that are no UTF-8 make their own line unreadable, and no other.
+    # Invalid UTF-8 must only make its own line unreadable.
     for number, text in enumerate(file.read_text("utf-8", "replace").splitlines(), start=1):
         try:
             values = json.loads(text)
         except json.JSONDecodeError:
-            continue  # the last line of a process that was killed, or a damaged one
+            continue  # a damaged line, or the incomplete last line of a process that was killed
         try:
             rows.append(_row(values))
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"{file}, line {number} is no step of a run of this version ({error}). Remove the "
-                "file, or read it with the version that wrote it."
+                f"{file}, line {number} is not a row of this version ({error}). Remove the file, or "
+                "read it with the version that wrote it."
             ) from error
     return rows
 
 
 def scalars(row: Row) -> dict[str, float]:
-    """The numbers of a row by the names that TensorBoard and wandb show them under."""
+    """The numbers of a row, by their names in TensorBoard and wandb."""
     found: dict[str, float | None] = {
         "loss/train": row.loss,
         "loss/divergence": row.divergence,

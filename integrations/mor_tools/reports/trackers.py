@@ -1,4 +1,4 @@
-"""Where figures and numbers go beside the page: TensorBoard, and Weights & Biases."""
+"""Experiment trackers: TensorBoard, and Weights & Biases."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ WandbMode = Literal["online", "offline"]
 
 
 class Tracker(Protocol):
-    """Takes numbers and pictures (`[height width 3]`) of a step."""
+    """Records scalars, images (`[height width 3]`) and histograms of a step."""
 
     def scalars(self, values: Mapping[str, float], step: int) -> None: ...
 
@@ -23,10 +23,10 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """TensorBoard files in a folder.
+    """Writes TensorBoard files into a folder.
 
     Args:
-        purge_step: steps from this one on, of an earlier session, are not shown; None: all are.
+        purge_step: hide this step and later ones of earlier sessions. None: hide none.
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
@@ -54,14 +54,15 @@ class Wandb:
     """A run of Weights & Biases.
 
     Args:
-        project: of wandb.
-        folder: where wandb keeps its files; a run that goes on there is the same run to wandb.
-        mode: `offline` keeps everything in `folder`, for `wandb sync`.
-        name: of the run.
-        settings: of the run, to be shown beside it.
+        project: the wandb project.
+        folder: the folder for wandb's files. A run that resumes in the same folder is the same run
+            for wandb.
+        mode: `offline` stores everything in `folder`, for `wandb sync`.
+        name: name of the run.
+        settings: settings of the run, which wandb shows with it.
 
     Raises:
-        ValueError: wandb refuses, for instance because nobody is logged in.
+        ValueError: wandb cannot start, for example because the user is not logged in.
     """
 
     def __init__(
@@ -90,10 +91,11 @@ class Wandb:
         except wandb.Error as error:
             raise ValueError(
                 f"wandb cannot start project {project!r}: {error}. Log in with `wandb login`, or "
-                "keep the run here with mode offline."
+                "store the run locally with mode='offline'."
             ) from error
         identity.write_text(self._run.id + "\n", "utf-8")
-        # An axis of its own: wandb's must never go back, ours does where a run is resumed.
+        # wandb's own step must never decrease, but ours does when a run resumes from an earlier
+        # checkpoint. So our step is a metric and is used as the axis.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 

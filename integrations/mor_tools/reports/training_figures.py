@@ -22,7 +22,7 @@ def loss_figure(rows: Sequence[Row], unigram_entropy: float | None = None) -> Fi
     """Losses over optimizer steps.
 
     Args:
-        unigram_entropy: of the held-out text in nats per token, to compare with.
+        unigram_entropy: unigram entropy of the held-out text in nats per token, as a reference.
     """
     figure, (axes,) = figure_of(1, width=8)
     axes.plot(*_series(rows, lambda r: r.loss), color=MUTED, linewidth=1, label="training")
@@ -42,13 +42,13 @@ def loss_figure(rows: Sequence[Row], unigram_entropy: float | None = None) -> Fi
 
 
 def depth_figure(validation: Validation) -> Figure:
-    """Depths of the held-out tokens, routed both ways."""
+    """Depths of the held-out tokens, routed as in training and as in generation."""
     ways = [("as in training", validation.routing), ("as in generation", validation.causal_routing)]
     return depth_bars([(name, r.depth_shares) for name, r in ways if r is not None])
 
 
 def depth_bars(named: Sequence[tuple[str, Sequence[float]]]) -> Figure:
-    """Shares of tokens by depth, from 0 on, side by side for each way of routing."""
+    """Bars of the share of tokens of each depth, side by side for each way of routing."""
     first = 0 if any(shares[0] > 1e-6 for _, shares in named) else 1
     figure, (axes,) = figure_of(1, width=8)
     for way, (_, shares) in enumerate(named):
@@ -77,7 +77,7 @@ def depth_bars(named: Sequence[tuple[str, Sequence[float]]]) -> Figure:
 
 
 def routing_figure(rows: Sequence[Row]) -> Figure:
-    """Shares per step, how well the selection can be foreseen, and positions left out."""
+    """Shares of each step, agreement of the causal prediction, and dead positions."""
     routed = [row for row in rows if row.routing is not None]
     first = routed[0].routing
     assert first is not None
@@ -112,7 +112,7 @@ def routing_figure(rows: Sequence[Row]) -> Figure:
 
 
 def load_figure(routing: Routing, rows: Sequence[Row] = ()) -> Figure:
-    """Load of each (step, expert) cell, and the cells' spread during training."""
+    """Load of each (step, expert) cell, and the largest load of each step during training."""
     load = routing.expert_load
     assert load is not None
     has_rows = any(row.routing and row.routing.expert_load for row in rows)
@@ -146,7 +146,7 @@ def _largest_load(row: Row, step: int) -> float | None:
 def _series(
     rows: Sequence[Row], value: Callable[[Row], float | None]
 ) -> tuple[list[int], list[float]]:
-    """Steps and values of the rows that have one."""
+    """Steps and values of the rows that have a value."""
     pairs = [(row.step, value(row)) for row in rows]
     kept = [(step, found) for step, found in pairs if found is not None]
     return [step for step, _ in kept], [found for _, found in kept]

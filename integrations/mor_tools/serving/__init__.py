@@ -1,1 +1,1 @@
-"""An HTTP server for MoRTransformers that speaks the OpenAI completions protocol."""
+"""An HTTP server for MoRTransformers that implements the OpenAI completions protocol."""

@@ -1,9 +1,10 @@
-"""Who may call the server: by the name they call it by, and by API keys.
+"""Access control by the Host header and by API keys.
 
-A web page that someone has open must not be able to use a server on the same machine. Bodies must be
-declared as JSON, which browsers let a foreign page do only with the server's consent, and that is never
-given. The Host header must be the server's own, or a page whose name is made to point at this machine
-(DNS rebinding) would count as the server's own page.
+A web page that is open in a browser must not be able to use a server on the same machine. Two checks
+prevent this. Request bodies must be declared as JSON, because a browser sends JSON from a foreign page
+only with the server's consent (CORS), which this server never gives. The Host header must name this
+server. Otherwise, a page whose domain is made to resolve to this machine (DNS rebinding) would count
+as the server's own page.
 """
 
 import hashlib
@@ -21,44 +22,45 @@ from mor_tools.serving.errors import ServiceError
 
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 OPEN_PATHS = frozenset({"/health"})
-"""Answered without a key, for probes."""
+"""Paths that need no API key, for health probes."""
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]+))(?::\d+)?")
 
 
 @dataclass(frozen=True)
 class Access:
-    """Who may call."""
+    """Which requests the server accepts."""
 
     hosts: frozenset[str] = LOCAL_NAMES
-    """What the Host header may name."""
+    """Names that the Host header may contain."""
     allows_addresses: bool = False
-    """Whether it may be any IP address too. No DNS name can be made to look like one."""
+    """Whether the Host header may also be any IP address. This is safe, because a DNS rebinding
+    attack needs a domain name."""
     keys: tuple[str, ...] = ()
-    """API keys, of which callers must send one. None: everyone may call."""
+    """API keys, one of which clients must send. If empty, no key is needed."""
 
     def __post_init__(self) -> None:
         if not all(self.keys):
-            raise ValueError("an API key is empty. Leave it out, or give one.")
+            raise ValueError("an API key is empty. Remove it, or pass a key that is not empty.")
 
     @classmethod
     def bound_to(cls, host: str, names: Iterable[str] = (), keys: Iterable[str] = ()) -> "Access":
-        """Access to a server that listens at `host`.
+        """The access to a server that listens on `host`.
 
         Args:
-            names: further names that it is called by, as behind a proxy.
+            names: further names that clients use for the server, for example behind a proxy.
         """
         is_local = is_anywhere = False
         try:
             address = ip_address(host)
             is_local, is_anywhere = address.is_loopback, address.is_unspecified
-        except ValueError:  # a name
+        except ValueError:  # `host` is a name and not an address
             is_local = host in LOCAL_NAMES
         local = LOCAL_NAMES if is_local or is_anywhere else frozenset()
         own = frozenset(name.lower().rstrip(".") for name in (host, *names))
         return cls(own | local, is_anywhere, tuple(keys))
 
     def allows_host(self, header: str) -> bool:
-        """Whether a Host header names this server; the port does not matter."""
+        """Whether a Host header names this server. The port is ignored."""
         match = _HOST.fullmatch(header.strip().lower())
         if match is None:
             return False
@@ -66,9 +68,10 @@ class Access:
         return name in self.hosts or (self.allows_addresses and _is_address(name))
 
     def key_number(self, authorization: str) -> int | None:
-        """Which key an Authorization header gives; None: none of them."""
+        """The index of the key in an Authorization header, or None if it has none of the keys."""
         scheme, _, given = authorization.partition(" ")
-        # Digests, of equal length, and all of them are compared: the time tells nothing.
+        # All keys are compared, by digests of equal length, so that the response time does not
+        # reveal anything about the keys.
         digest = hashlib.sha256(given.strip().encode()).digest()
         matches = [
             hmac.compare_digest(digest, hashlib.sha256(key.encode()).digest()) for key in self.keys
@@ -77,24 +80,26 @@ class Access:
 
 
 def read_keys(file: str) -> list[str]:
-    """The API keys of a file, one a line.
+    """Read API keys from a file with one key per line.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: there are none.
+        OSError: the file cannot be read.
+        ValueError: the file has no keys.
     """
     lines = Path(file).read_text("utf-8").splitlines()
     keys = [line.strip() for line in lines if line.strip()]
     if not keys:
-        raise ValueError(f"{file} has no API key. Write one a line.")
+        raise ValueError(f"{file} has no API key. Write one key per line.")
     return keys
 
 
 class AccessControl:
-    """Lets calls through to an application, with who calls in `state.client`: a key or an address.
+    """Middleware that rejects requests without access, and stores the client in `state.client`.
+
+    A client is identified by its API key, or by its address if no keys are required.
 
     Args:
-        app: gets the calls that are allowed.
+        app: the application, which gets the accepted requests.
     """
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
@@ -110,18 +115,18 @@ class AccessControl:
         await self.app(scope, receive, send)
 
     def _client(self, scope: Scope) -> str:
-        """Who calls.
+        """The client of a request.
 
         Raises:
-            ServiceError: someone who may not.
+            ServiceError: the client has no access.
         """
         headers = Headers(scope=scope)
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self.access.allows_host(hosts[0]):
             raise ServiceError(
                 403,
-                f"this server is not known as {', '.join(hosts) or 'nothing'}. Call it by the address "
-                "that it listens at, or start it with --allowed-host NAME.",
+                f"the Host header {', '.join(hosts) or '(none)'} does not name this server. Use the "
+                "address that it listens on, or start it with --allowed-host NAME.",
             )
         address = scope["client"][0] if scope.get("client") else ""
         if not self.access.keys or scope["path"] in OPEN_PATHS:

@@ -1,4 +1,4 @@
-"""The HTTP application: completions, the model's name, health and metrics."""
+"""The HTTP application: completions, models, health and metrics."""
 
 import asyncio
 import json
@@ -26,36 +26,36 @@ from mor_tools.serving.protocol import BadRequestError, Call, Usage, choice, fai
 from mor_tools.serving.worker import EngineWorker, OverloadedError, UnavailableError
 
 NUM_PARSERS = 2
-"""Threads that read bodies, so that one call beside a large one need not wait for it."""
+"""Number of threads that parse bodies, so that a large body does not delay a small one."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What callers may ask for."""
+    """Limits of what clients can request."""
 
     max_tokens: int = 512
-    """Tokens that a choice may ask for."""
+    """Largest number of tokens per choice."""
     max_waiting: int = 256
-    """Requests that may wait; more are answered with 429."""
+    """Largest number of waiting requests. Further ones get the status 429."""
     max_per_client: int = 64
-    """Requests that one client may have open, running or waiting; more are answered with 429."""
+    """Largest number of open (running or waiting) requests per client. Further ones get a 429."""
     max_body_bytes: int = 1 << 20
-    """Size of a body; larger ones are answered with 413."""
+    """Largest size of a body. Larger ones get the status 413."""
     body_timeout: float = 30.0
-    """Seconds in which a body must arrive."""
+    """Seconds within which the whole body must arrive."""
     read_timeout: float = 30.0
-    """Seconds after which a stream ends whose reader takes nothing."""
+    """Seconds after which a stream is closed if the client does not read."""
     timeout: float | None = 120.0
-    """Seconds after which a request is given up; callers may ask for fewer."""
+    """Seconds after which a request ends. Clients can request a shorter time."""
 
 
 class Service:
-    """Answers calls with one engine.
+    """Serves requests with one engine.
 
     Args:
-        engine: with `decode`.
-        name: of the model.
-        access: who may call.
+        engine: the engine. It must have `decode`.
+        name: name of the model.
+        access: which requests are accepted.
     """
 
     def __init__(
@@ -71,10 +71,10 @@ class Service:
         self.worker = EngineWorker(engine, limits.max_waiting)
         self.answers: Counter[int] = Counter()
         self._parsers = ThreadPoolExecutor(NUM_PARSERS, "parser")
-        self._open: Counter[str] = Counter()  # requests of each client
+        self._open: Counter[str] = Counter()  # number of open requests of each client
 
     def app(self) -> Starlette:
-        """The ASGI application. Its shutdown ends the engine's thread."""
+        """The ASGI application. Its shutdown stops the engine's thread."""
 
         @asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -92,11 +92,11 @@ class Service:
         return Starlette(routes=routes, middleware=[control], lifespan=lifespan)
 
     async def drain(self, grace: float, is_urgent: Callable[[], bool]) -> None:
-        """Take no more calls, and let the running ones end.
+        """Accept no more requests, and wait until the running ones have ended.
 
         Args:
-            grace: seconds after which those that still run end with an error.
-            is_urgent: whether there is no time even for that.
+            grace: seconds after which requests that are still running end with an error.
+            is_urgent: whether to stop waiting before that.
         """
         self.worker.drain()
         deadline = time.monotonic() + grace
@@ -128,25 +128,25 @@ class Service:
         return JSONResponse({"object": "list", "data": [entry]})
 
     async def health(self, _: HTTPRequest) -> Response:
-        """Whether calls are taken: not any more from the signal to stop on."""
+        """Whether the server accepts requests. It does not after the signal to stop."""
         is_alive = self.worker.is_alive
         return PlainTextResponse("ok" if is_alive else "down", 200 if is_alive else 503)
 
     async def metrics(self, _: HTTPRequest) -> Response:
-        """In Prometheus' text format."""
+        """Metrics in the text format of Prometheus."""
         engine = self.worker.engine
         counters, caches = engine.counters, engine.caches
         rows = [
             ("ticks_total", "counter", "Runs of the shared block.", counters.ticks),
             ("prompt_tokens_total", "counter", "Prompt tokens computed.", counters.prompt_tokens),
             ("generated_tokens_total", "counter", "Tokens generated.", counters.generated_tokens),
-            ("recursion_steps_total", "counter", "Steps that tokens took.", counters.steps),
-            ("preemptions_total", "counter", "Sequences that gave way.", counters.preemptions),
-            ("requests_finished_total", "counter", "Requests that ended.", counters.finished),
-            ("requests_running", "gauge", "Requests that have a slot.", engine.num_running),
-            ("requests_waiting", "gauge", "Requests that wait for one.", engine.num_waiting),
-            ("kv_bytes", "gauge", "Bytes for keys and values.", caches.num_bytes),
-            ("kv_bytes_in_use", "gauge", "Bytes of pages in use.", caches.num_bytes_in_use),
+            ("recursion_steps_total", "counter", "Recursion steps run by tokens.", counters.steps),
+            ("preemptions_total", "counter", "Preempted sequences.", counters.preemptions),
+            ("requests_finished_total", "counter", "Finished requests.", counters.finished),
+            ("requests_running", "gauge", "Running requests.", engine.num_running),
+            ("requests_waiting", "gauge", "Waiting requests.", engine.num_waiting),
+            ("kv_bytes", "gauge", "Bytes of the key-value cache.", caches.num_bytes),
+            ("kv_bytes_in_use", "gauge", "Bytes of its pages in use.", caches.num_bytes_in_use),
         ]
         lines = []
         for name, kind, text, value in rows:
@@ -155,19 +155,26 @@ class Service:
                 f"# TYPE mor_{name} {kind}",
                 f"mor_{name} {value}",
             ]
-        lines += ["# HELP mor_answers_total Answers by status.", "# TYPE mor_answers_total counter"]
+        lines += [
+            "# HELP mor_answers_total Responses by status.",
+            "# TYPE mor_answers_total counter",
+        ]
         lines += [f'mor_answers_total{{status="{s}"}} {n}' for s, n in sorted(self.answers.items())]
         return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
     @contextmanager
     def _places(self, client: str, count: int) -> Iterator[None]:
-        """Room for further requests of a client."""
+        """Count `count` more requests as open requests of a client.
+
+        Raises:
+            ServiceError: the client has too many open requests.
+        """
         wanted, most = self._open[client] + count, self.limits.max_per_client
         if wanted > most:
             raise ServiceError(
                 429,
-                f"this would be {wanted} open requests of one client, and {most} are allowed. Try "
-                "again when some have ended.",
+                f"this client would have {wanted} open requests, but {most} are allowed. Try again "
+                "when some have ended.",
             )
         self._open[client] += count
         try:
@@ -178,14 +185,15 @@ class Service:
                 del self._open[client]
 
     async def _body(self, http: HTTPRequest) -> bytearray:
-        """What the caller sends: JSON, of a size and within a time that are bounded."""
+        """Receive the body, which must be JSON, within the limits of size and time."""
         limits = self.limits
         kind, _, options = http.headers.get("content-type", "").lower().partition(";")
         if kind.strip() != "application/json" or options.strip() not in ("", "charset=utf-8"):
-            # Without this a foreign web page could post here: it is free to send plain text.
+            # Browsers let any web page post plain text to this server, but JSON only with its
+            # consent. See `access`.
             raise ServiceError(415, "send JSON in UTF-8, with `Content-Type: application/json`.")
         if http.headers.get("content-encoding", "identity") != "identity":
-            raise ServiceError(415, "send the body as it is, without a Content-Encoding.")
+            raise ServiceError(415, "send the body uncompressed, without a Content-Encoding.")
         too_large = ServiceError(413, f"the body exceeds {limits.max_body_bytes} bytes.")
         if int(http.headers.get("content-length", 0)) > limits.max_body_bytes:
             raise too_large
@@ -197,15 +205,17 @@ class Service:
                     if len(body) > limits.max_body_bytes:
                         raise too_large
         except TimeoutError as error:
-            raise ServiceError(408, f"no body within {limits.body_timeout} seconds.") from error
+            raise ServiceError(
+                408, f"the body did not arrive within {limits.body_timeout} seconds."
+            ) from error
         except ClientDisconnect as error:
-            raise ServiceError(499, "the caller has left.") from error
+            raise ServiceError(499, "the client has disconnected.") from error
         return body
 
     async def _parse(self, body: bytearray, client: str) -> Call:
         limits = self.limits
         try:
-            # In a thread: tokenising a long prompt would hold up everyone else's events.
+            # Tokenizing a long prompt in the event loop would delay the events of all clients.
             return await asyncio.get_running_loop().run_in_executor(
                 self._parsers,
                 parse,
@@ -228,7 +238,7 @@ class Service:
         try:
             await asyncio.wait([answers, left], return_when=asyncio.FIRST_COMPLETED)
             if not answers.done():
-                raise ServiceError(499, "the caller has left.")
+                raise ServiceError(499, "the client has disconnected.")
             return JSONResponse(call.chunk(await answers) | {"usage": usage.as_dict()})
         finally:
             answers.cancel()
@@ -238,7 +248,7 @@ class Service:
     async def _streamed(
         self, call: Call, streams: list[AsyncIterator[Event]], places: ExitStack
     ) -> Response:
-        # The first event decides about the status, which cannot change afterwards.
+        # The first event determines the HTTP status, which cannot change once the stream has begun.
         merged = _merged(streams)
         try:
             first = await anext(merged)
@@ -272,12 +282,12 @@ class Service:
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events, for as long as someone reads them.
+    """Server-sent events that end if the client stops reading.
 
     Args:
-        lines: closed at the end, whatever that is.
-        timeout: seconds after which a reader who takes nothing is given up.
-        places: of the requests, given back at the end.
+        lines: the lines to send. The generator is closed at the end in any case.
+        timeout: seconds after which the stream ends if the client does not read.
+        places: counts the requests as open. It is closed at the end.
     """
 
     def __init__(self, lines: AsyncGenerator[str], timeout: float, places: ExitStack) -> None:
@@ -293,7 +303,7 @@ class _EventStream(StreamingResponse):
             try:
                 await super().__call__(scope, receive, send_in_time)
             except TimeoutError:
-                pass  # the server closes the connection, as the answer has no end
+                pass  # the response is incomplete, so the server closes the connection
             finally:
                 await self.lines.aclose()
 
@@ -303,7 +313,7 @@ def _data(value: dict[str, Any]) -> str:
 
 
 async def _checked(events: AsyncIterator[Event]) -> AsyncIterator[Event]:
-    """The events of a request; an ending that is no answer becomes an error."""
+    """The events of a request. An unsuccessful end is raised as an error."""
     try:
         async for event in events:
             failed = failure(event)
@@ -334,7 +344,7 @@ async def _collect(index: int, events: AsyncIterator[Event], usage: Usage) -> di
 
 
 async def _merged(streams: list[AsyncIterator[Event]]) -> AsyncIterator[tuple[int, Event]]:
-    """Events of several requests, with their index, as they come."""
+    """The events of several requests as they arrive, each with the index of its request."""
     events: asyncio.Queue[tuple[int, Event] | Exception | None] = asyncio.Queue()
 
     async def forward(index: int, stream: AsyncIterator[Event]) -> None:
@@ -342,7 +352,7 @@ async def _merged(streams: list[AsyncIterator[Event]]) -> AsyncIterator[tuple[in
             async for event in _checked(stream):
                 events.put_nowait((index, event))
             events.put_nowait(None)
-        except Exception as error:  # handed on to whoever reads
+        except Exception as error:  # raised again in the reader
             events.put_nowait(error)
 
     tasks = [asyncio.create_task(forward(i, s)) for i, s in enumerate(streams)]

@@ -1,4 +1,4 @@
-"""Answers that are errors, in the protocol's shape."""
+"""Error responses in the format of the protocol."""
 
 from collections.abc import Mapping
 
@@ -6,12 +6,12 @@ from starlette.responses import JSONResponse
 
 
 class ServiceError(Exception):
-    """An answer that is an error.
+    """An error response.
 
     Args:
-        status: of HTTP.
-        parameter: field of the body that is to blame.
-        headers: to send along.
+        status: the HTTP status.
+        parameter: the field of the body that caused the error.
+        headers: additional headers of the response.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class ServiceError(Exception):
 
     @property
     def body(self) -> dict[str, object]:
-        """As the protocol wants it."""
+        """The JSON body in the format of the protocol."""
         kind = "invalid_request_error" if self.status < 429 else "server_error"
         return {
             "error": {
@@ -38,5 +38,5 @@ class ServiceError(Exception):
         }
 
     def response(self) -> JSONResponse:
-        """The whole answer."""
+        """The HTTP response."""
         return JSONResponse(self.body, self.status, self.headers)

@@ -1,6 +1,7 @@
-"""A model with its tokenizer: from a folder, or a small random one to try things out with.
+"""Loads a model with its tokenizer from a folder, or makes a small random model to experiment with.
 
-The folder is one of `mor_layers.weights.folder`. Without a tokenizer.json a text is its UTF-8 bytes.
+The folder has the format of `mor_layers.weights.folder`. If it has no tokenizer.json, tokens are the
+UTF-8 bytes of a text.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from mor_layers import DecoderConfig, ExpertChoice, MoRTransformer, RecursionCon
 
 
 class Tokenizer(Protocol):
-    """From text to ids and back."""
+    """Converts text to token ids and back."""
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -22,7 +23,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """A token is a byte."""
+    """Tokens are the UTF-8 bytes of a text."""
 
     vocab_size = 256
 
@@ -34,7 +35,7 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A tokenizer.json of the `tokenizers` library."""
+    """A tokenizer from a tokenizer.json of the `tokenizers` library."""
 
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer as Loaded
@@ -47,7 +48,7 @@ class FileTokenizer:
             ) from error
 
     def encode(self, text: str) -> list[int]:
-        # Unlike `encode`, this lets other threads run meanwhile.
+        # Unlike `encode`, `encode_batch` releases the GIL, so that other threads can run.
         (encoded,) = self._loaded.encode_batch([text], add_special_tokens=False)
         return encoded.ids
 
@@ -57,7 +58,7 @@ class FileTokenizer:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What there is to serve."""
+    """A model to serve, with its name and tokenizer."""
 
     name: str
     model: MoRTransformer
@@ -65,14 +66,16 @@ class ServedModel:
 
 
 def load(folder: str | None, seed: int = 0, trust_remote_code: bool = False) -> ServedModel:
-    """The model of a folder; None: a small one with random weights.
+    """Load a model from a folder.
 
     Args:
-        trust_remote_code: as of `load_model`.
+        folder: the folder. None: make a small model with random weights.
+        seed: seed of the random weights.
+        trust_remote_code: as for `load_model`.
 
     Raises:
-        ValueError: the folder lacks something, or its parts do not fit.
-        FileNotFoundError: there is no such folder.
+        ValueError: a file is missing, or the files do not fit together.
+        FileNotFoundError: the folder does not exist.
     """
     if folder is None:
         return random_model(seed)
@@ -83,20 +86,20 @@ def load(folder: str | None, seed: int = 0, trust_remote_code: bool = False) -> 
         return ServedModel(path.name, model, FileTokenizer(tokenizer))
     if model.config.vocab_size < ByteTokenizer.vocab_size:
         raise ValueError(
-            f"{folder} has no tokenizer.json, and vocab_size={model.config.vocab_size} is too small for "
-            "bytes. Put its tokenizer there."
+            f"{folder} has no tokenizer.json, and vocab_size={model.config.vocab_size} is too small "
+            "for bytes. Copy the model's tokenizer.json into the folder."
         )
     return ServedModel(path.name, model, ByteTokenizer())
 
 
 def random_model(seed: int = 0) -> ServedModel:
-    """A small model over bytes that has learnt nothing."""
+    """A small untrained model with bytes as tokens."""
     torch.manual_seed(seed)
     recursion = RecursionConfig(3, "middle_cycle", ExpertChoice(), "recursion_wise")
     config = DecoderConfig(256, 64, 128, 8, 4, 2, recursion=recursion)
     model = MoRTransformer(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1:  # unit gain, so that depths and tokens vary
+            if parameter.dim() > 1:  # unit gain, so that depths and generated tokens vary
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
     return ServedModel("random", model, ByteTokenizer())

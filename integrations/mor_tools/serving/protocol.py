@@ -1,4 +1,4 @@
-"""The OpenAI completions protocol: from a JSON body to requests, and the shapes of answers."""
+"""The OpenAI completions protocol: parses JSON bodies to requests, and formats responses."""
 
 import json
 import time
@@ -11,7 +11,7 @@ from mor_layers.generation import Event, Request, Sampling
 from mor_tools.serving.loading import Tokenizer
 
 IGNORED = {"user", "metadata"}
-"""Fields that change nothing about an answer."""
+"""Fields that are accepted and ignored, because they do not affect the response."""
 WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "best_of": (None, 1),
     "echo": (None, False),
@@ -21,16 +21,16 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (None, 0, 0.0),
     "suffix": (None, ""),
 }
-"""Fields of the protocol that are not supported, and the values that ask for nothing."""
+"""Fields of the protocol that are not supported, with the values that have no effect."""
 MAX_CHOICES = 16
-"""Prompts times choices in one call."""
+"""Largest number of prompts times choices in one call."""
 UINT64 = 1 << 64
 SEEDS = range(-(UINT64 // 2), UINT64)
-"""Numbers of 64 bits, signed or not."""
+"""All signed and unsigned 64-bit integers."""
 
 
 class BadRequestError(Exception):
-    """The body asks for something that cannot be done."""
+    """The body is invalid, or requests something that is not supported."""
 
     def __init__(self, message: str, parameter: str | None = None) -> None:
         super().__init__(message)
@@ -43,14 +43,14 @@ class Call:
 
     model: str
     requests: list[Request]
-    """One for each choice of each prompt."""
+    """One request for each choice of each prompt."""
     stream: bool
     include_usage: bool
     number: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """An answer, or a part of one."""
+        """A response with these choices, or a part of a stream."""
         return {
             "id": self.number,
             "object": "text_completion",
@@ -62,7 +62,7 @@ class Call:
 
 @dataclass
 class Usage:
-    """Tokens of a call."""
+    """The number of tokens of a call."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -77,7 +77,12 @@ class Usage:
 
 
 def choice(index: int, text: str, reason: str | None, depths: list[int]) -> dict[str, Any]:
-    """One choice; `depths`, ours, are the steps that each generated token cost."""
+    """One choice of a response.
+
+    Args:
+        depths: number of recursion steps that each generated token took. This is our extension of
+            the protocol.
+    """
     return {
         "index": index,
         "text": text,
@@ -88,11 +93,11 @@ def choice(index: int, text: str, reason: str | None, depths: list[int]) -> dict
 
 
 def failure(event: Event) -> tuple[int, str] | None:
-    """Status and message of an ending that is no answer."""
+    """Status and message if a request ended without success, otherwise None."""
     if event.finish_reason == "timeout":
-        return 504, "the request took longer than its time limit"
+        return 504, "the request exceeded its time limit"
     if event.finish_reason == "memory":
-        return 507, "the text outgrew the memory for keys and values; ask for fewer tokens"
+        return 507, "the text does not fit into the key-value cache; request fewer tokens"
     if event.finish_reason == "cancelled":
         return 499, "the request was cancelled"
     if event.finish_reason == "error":
@@ -108,16 +113,16 @@ def parse(
     timeout: float | None,
     client: str = "",
 ) -> Call:
-    """What a body asks for. Takes seconds for a long prompt, so event loops leave it to a thread.
+    """Parse a body. This can take seconds for a long prompt, so do not call it in an event loop.
 
     Args:
-        served: name of the model.
-        max_tokens: the most that a choice may ask for.
-        timeout: seconds after which a request is given up, unless it sets a shorter time.
-        client: who asks.
+        served: name of the model that is served.
+        max_tokens: largest number of tokens per choice.
+        timeout: seconds after which a request ends, unless the body sets a shorter time.
+        client: the sender.
 
     Raises:
-        BadRequestError: it cannot be done.
+        BadRequestError: the body is invalid, or requests something that is not supported.
     """
     value = _json(body)
     if not isinstance(value, dict):
@@ -125,7 +130,7 @@ def parse(
     given = _Fields(value)
     model = given.take("model", str, served)
     if model != served:
-        raise BadRequestError(f"model={shortened(model)} is not here. Use {served!r}.", "model")
+        raise BadRequestError(f"model={shortened(model)} is not served. Use {served!r}.", "model")
     for name, allowed in WITHOUT_EFFECT.items():
         value = given.values.pop(name, None)
         if value not in allowed:
@@ -136,19 +141,19 @@ def parse(
     count = given.take("n", int, 1)
     if count < 1 or count * len(prompts) > MAX_CHOICES:
         raise BadRequestError(
-            f"n={shortened(count)} for {len(prompts)} prompt(s): ask for 1 to {MAX_CHOICES} choices "
-            "in all.",
+            f"n={shortened(count)} for {len(prompts)} prompt(s): request 1 to {MAX_CHOICES} choices "
+            "in total.",
             "n",
         )
     wanted = given.take("max_tokens", int, 16)
     if not 1 <= wanted <= max_tokens:
         raise BadRequestError(
-            f"max_tokens={shortened(wanted)} must lie in 1..{max_tokens}.", "max_tokens"
+            f"max_tokens={shortened(wanted)} must be in 1..{max_tokens}.", "max_tokens"
         )
     stop = given.values.pop("stop", None)
     stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > 4 or not all(isinstance(s, str) for s in stop):
-        raise BadRequestError("stop must be a string, or up to 4 of them.", "stop")
+        raise BadRequestError("stop must be a string or a list of up to 4 strings.", "stop")
     own_timeout = given.take("timeout", float, timeout)
     if timeout is not None and own_timeout is not None:
         own_timeout = min(timeout, own_timeout)
@@ -186,15 +191,15 @@ def parse(
 
 
 def _json(body: bytes | bytearray) -> object:
-    """The value that a body holds.
+    """The JSON value of a body.
 
     Raises:
-        BadRequestError: it is no JSON, or none that can be answered.
+        BadRequestError: the body is not valid JSON, or has text that cannot be encoded.
     """
     try:
         value = json.loads(body.decode(), parse_constant=_no_number)
-        # Half of a surrogate pair, written as an escape, is no text: neither tokenizers nor
-        # answers can encode it.
+        # JSON can contain half of a surrogate pair as an escape sequence, which neither tokenizers
+        # nor responses can encode.
         json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
         raise BadRequestError("the body is nested too deeply.") from error
@@ -229,11 +234,11 @@ class _Fields:
 
 def _includes_usage(options: dict[str, object], stream: bool) -> bool:
     if options and not stream:
-        raise BadRequestError("stream_options need stream=true.", "stream_options")
+        raise BadRequestError("stream_options requires stream=true.", "stream_options")
     include_usage = options.get("include_usage", False)
     if set(options) - {"include_usage"} or not isinstance(include_usage, bool):
         raise BadRequestError(
-            "stream_options may hold include_usage, true or false.", "stream_options"
+            "stream_options may only contain include_usage, true or false.", "stream_options"
         )
     return include_usage
 
@@ -243,7 +248,7 @@ def _ids(prompt: str | list[int], tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def _prompts(prompt: object) -> list[str | list[int]]:
-    """A string, a list of them, a list of ids, or a list of such lists."""
+    """The prompts of a body: a string, a list of strings, a list of ids, or a list of such lists."""
     if isinstance(prompt, str):
         return [prompt]
     if isinstance(prompt, list) and prompt:
@@ -254,7 +259,7 @@ def _prompts(prompt: object) -> list[str | list[int]]:
         ):
             return prompt
     raise BadRequestError(
-        "prompt must be a string, a list of strings, token ids, or a list of lists of them.",
+        "prompt must be a string, a list of strings, a list of token ids, or a list of such lists.",
         "prompt",
     )
 

@@ -1,21 +1,22 @@
-"""The process around the application: how it stops."""
+"""The HTTP server process and its graceful shutdown."""
 
 import uvicorn
 
 from mor_tools.serving.app import Service
 
 FLUSH_SECONDS = 3
-"""For answers that are written but not yet sent when all calls have ended."""
+"""Seconds to send responses that are still buffered when all calls have ended."""
 
 
 class Server(uvicorn.Server):
-    """Told to stop, goes on listening until its calls have ended, so that new ones are told why not.
+    """A server that stops gracefully.
 
-    A second signal ends it at once. So does an engine that fails: nothing could be answered any more,
-    and whoever supervises the process must see it end.
+    After a signal to stop, it keeps listening until its calls have ended, so that new calls get an
+    error that says why they are refused. A second signal stops it at once. A failure of the engine
+    stops it too, because it cannot serve any more and its supervisor must be able to restart it.
 
     Args:
-        grace: seconds that running calls have when the server is told to stop.
+        grace: seconds that running calls have to end after the signal to stop.
     """
 
     def __init__(self, service: Service, grace: float, **settings: object) -> None:
@@ -35,5 +36,5 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def main_loop(self) -> None:
-        await super().main_loop()  # until told to stop
+        await super().main_loop()  # returns after the signal to stop
         await self.service.drain(self.grace, lambda: self.force_exit)

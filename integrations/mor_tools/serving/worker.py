@@ -1,4 +1,4 @@
-"""The engine in a thread of its own, for callers on an event loop."""
+"""Runs the engine in a thread of its own, for callers in an event loop."""
 
 import asyncio
 import logging
@@ -12,22 +12,22 @@ logger = logging.getLogger(__name__)
 
 
 class OverloadedError(Exception):
-    """Too many requests wait already."""
+    """Too many requests are waiting."""
 
 
 class UnavailableError(Exception):
-    """The server is going down, or its engine has failed."""
+    """The server is shutting down, or its engine has failed."""
 
 
 class EngineWorker:
-    """Runs ticks as long as there is work.
+    """A thread that runs ticks of the engine while there are requests.
+
+    An error of one request ends only that request. If the engine itself fails, it is not used again:
+    all requests end, and `on_failure` is called in the engine's thread.
 
     Args:
-        engine: not to be touched by anyone else.
-        max_waiting: requests that may wait for a place; more are turned away.
-
-    What goes wrong with one request ends that request alone. An engine that cannot go on is not used
-    again: all requests end, and `on_failure` is called, in the engine's thread.
+        engine: the engine. No other code may use it.
+        max_waiting: largest number of waiting requests. Further ones are rejected.
     """
 
     def __init__(self, engine: DepthBatchingEngine, max_waiting: int) -> None:
@@ -37,34 +37,34 @@ class EngineWorker:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._listeners: dict[int, Callable[[Event | None], bool]] = {}
         self._is_draining = self._is_closing = self._is_closed = False
-        self._lock = threading.Lock()  # no command may come after the last one was obeyed
+        self._lock = threading.Lock()  # prevents commands from being queued after the thread's end
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
     @property
     def is_alive(self) -> bool:
-        """Whether the engine takes requests."""
+        """Whether the engine accepts requests."""
         return not (self._is_draining or self._is_closing)
 
     @property
     def has_work(self) -> bool:
-        """Whether someone waits for an answer."""
+        """Whether any request has not ended."""
         return bool(self._listeners)
 
     @property
     def unavailable(self) -> UnavailableError:
-        """Why no requests are taken."""
+        """The error that says why no requests are accepted."""
         if self.failure is not None:
-            return UnavailableError("the engine has failed, and the server must be started again")
-        return UnavailableError("the server is going down")
+            return UnavailableError("the engine has failed, and the server must be restarted")
+        return UnavailableError("the server is shutting down")
 
     async def events(self, request: Request) -> AsyncIterator[Event]:
-        """Submit a request; its events as they come. Left early, the request is cancelled.
+        """Submit a request and yield its events. Closing the iterator early cancels the request.
 
         Raises:
-            ValueError: it can never be served.
-            OverloadedError: not now.
-            UnavailableError: not by this server, or not to the end.
+            ValueError: the request can never be served.
+            OverloadedError: too many requests are waiting.
+            UnavailableError: the server is shutting down, or its engine has failed.
         """
         loop = asyncio.get_running_loop()
         accepted: asyncio.Future[int] = loop.create_future()
@@ -88,7 +88,7 @@ class EngineWorker:
                     raise OverloadedError("too many requests are waiting")
                 number: int | Exception = self.engine.submit(request)
                 self._listeners[number] = tell
-            except Exception as error:  # the engine checks a request before it takes it in
+            except Exception as error:  # the engine validates a request before it queues it
                 number = error
             _post(loop, answer, number)
 
@@ -108,26 +108,26 @@ class EngineWorker:
         finally:
             if number is not None:
                 self.cancel(number)
-            elif not accepted.done():  # the caller left while the request was on its way
+            elif not accepted.done():  # the caller stopped before the engine got the request
                 accepted.add_done_callback(
                     lambda done: done.exception() is None and self.cancel(done.result())
                 )
 
     def cancel(self, number: int) -> None:
-        """Give a request up, if it has not ended."""
+        """Cancel a request if it has not ended."""
         self._send(lambda: self._cancel(number))
 
     def drain(self) -> None:
-        """Take no more requests; those that are there go on."""
+        """Accept no more requests. Open requests continue."""
         self._is_draining = True
 
     def close(self) -> None:
-        """Give up all requests and end the thread."""
+        """Cancel all requests and stop the thread."""
         self._send(self._close)
         self._thread.join()
 
     def _send(self, command: Callable[[], None]) -> bool:
-        """Have the thread do something; False where it has ended."""
+        """Queue a command for the thread. Returns False if the thread has ended."""
         with self._lock:
             if not self._is_closed:
                 self._commands.put(command)
@@ -166,7 +166,7 @@ class EngineWorker:
                 self.on_failure()
 
     def _obey(self) -> None:
-        """All commands that have come; waits for one where there is nothing else to do."""
+        """Run all queued commands. If the engine is idle, wait for a command first."""
         while True:
             try:
                 command = self._commands.get(block=self.engine.is_idle and not self._is_closing)
@@ -180,11 +180,11 @@ class EngineWorker:
             if event.finish_reason is not None:
                 self._listeners.pop(event.number, None)
             if tell is not None and not tell(event) and event.finish_reason is None:
-                self._cancel(event.number)  # nobody can be told any more
+                self._cancel(event.number)  # the listener's event loop is closed
 
 
 def _post(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *values: object) -> bool:
-    """Have an event loop call something; False where the loop is closed."""
+    """Let an event loop call a function. Returns False if the loop is closed."""
     try:
         loop.call_soon_threadsafe(call, *values)
     except RuntimeError:

@@ -215,7 +215,7 @@ class CachedContext(StepContext):
         return len(self.rows) > 0
 
     def rows_to_project(self, hidden: Tensor) -> Tensor:
-        # Under recursive sharing tokens beyond step 1 see rows that are there already.
+        # With recursive sharing, tokens beyond step 1 only read rows that step 1 has written.
         return hidden[: len(self.rows)]
 
     def rows_by_step(self, count: int) -> list[tuple[int, slice]]:

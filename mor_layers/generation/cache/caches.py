@@ -72,7 +72,7 @@ class Caches:
         kind = CACHE_POLICIES["recursion_wise" if recursion is None else recursion.kv_policy]
         self.settings, self.shares = settings, settings.shares or expected_shares(model)
         if len(self.shares) != steps:
-            raise ValueError(f"shares={self.shares} must have {steps} entries, one a step.")
+            raise ValueError(f"shares={self.shares} must have {steps} entries, one per step.")
         heads, size, page = model.num_heads[1], config.head_size, settings.page_size
         outer_bytes, inner_bytes = (
             page * KVArena.bytes_per_row(layers, heads, size, weight.dtype, settings.is_int8)
@@ -86,7 +86,7 @@ class Caches:
         if (num_outer and not num_outer_pages) or (num_inner and not num_inner_pages):
             raise ValueError(
                 f"kv_bytes={settings.kv_bytes} is less than one page of {page} tokens, "
-                f"{int(page_of_tokens) + 1} bytes. Give more, or a smaller page_size."
+                f"{int(page_of_tokens) + 1} bytes. Increase kv_bytes or decrease page_size."
             )
         self.outer, self.inner = (
             KVArena(

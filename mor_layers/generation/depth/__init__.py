@@ -1,4 +1,4 @@
-"""Depth after training: calibrated thresholds, the dial, further steps, early exit."""
+"""Changes to the depth of a trained model: calibration, the dial, additional steps, early exit."""
 
 from mor_layers.generation.depth.calibration import Calibration, calibrate
 from mor_layers.generation.depth.deepening import deepened

@@ -1,9 +1,9 @@
-"""Thresholds from held-out text, and the dial that sets how much compute generation spends.
+"""Calibration: sets routing thresholds on held-out text, for a given compute budget of generation.
 
-Training keeps a stated share of tokens at each step by looking at the whole sequence. Generation
-decides token by token, by thresholds; `calibrate` sets them so that on held-out text each step keeps
-the share that is wanted: the trained one, or less or more of it as the dial says. Weights stay as
-they are.
+In training a router sees the whole sequence and keeps a given share of its tokens at each step.
+Generation decides token by token, by comparing with thresholds. `calibrate` sets the thresholds such
+that each step keeps a target share on held-out text: the trained share, or a smaller or larger one
+if `dial` is not 1. The weights do not change.
 """
 
 from collections.abc import Iterable
@@ -20,34 +20,35 @@ from mor_layers.routers import Deepened
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a calibration wanted, and what came of it on the text it used."""
+    """The result of a calibration."""
 
     wanted: tuple[float, ...]
-    """Share of all tokens at each step."""
+    """Target share of all tokens at each step."""
     reached: tuple[float, ...]
+    """Measured share of all tokens at each step, on the text that was used."""
 
     @property
     def mean_depth(self) -> float:
-        """Steps that a token takes in the mean."""
+        """Mean number of steps of a token."""
         return sum(self.reached)
 
 
 def turned(
     shares: tuple[float, ...], dial: float, compute: float | None = None
 ) -> tuple[float, ...]:
-    """Shares that sum to `dial` times as much.
+    """Adjust `shares` such that their sum is `dial * compute`.
 
-    The deeper a step, the more it gives or gains: shares are raised to a common power. Steps that
-    everyone runs keep everyone as long as there is anything else to save.
+    All shares are raised to a common power, so deeper steps change more. Steps that all tokens run
+    keep all tokens, unless the target is below the number of such steps.
 
     Args:
-        shares: of all tokens, for each step; in (0, 1], never rising.
-        dial: compute of the recursion, relative to `compute`. Above 0, and no more than all steps
-            for all tokens.
-        compute: steps of a token in the mean that dial 1 stands for. Default: what the shares mean.
+        shares: share of all tokens at each step, in (0, 1], never increasing.
+        dial: compute of the recursion relative to `compute`. Above 0, and at most the value at which
+            all tokens run all steps.
+        compute: mean number of steps of a token at `dial=1`. Default: the sum of `shares`.
 
     Raises:
-        ValueError: a dial that no shares can reach.
+        ValueError: no shares can reach the dial.
     """
     compute = sum(shares) if compute is None else compute
     target, most = dial * compute, len(shares)
@@ -76,18 +77,19 @@ def calibrate(
     dial: float = 1.0,
     shares: tuple[float, ...] | None = None,
 ) -> Calibration:
-    """Tune the routers so that, generating, each step keeps its share of tokens.
+    """Tune the router's thresholds so that each step keeps a target share of tokens in generation.
 
     Args:
-        model: with token routing. What its routers compare with is changed in place.
+        model: a model that routes tokens. The thresholds of its router are changed in place.
         batches: token ids of held-out text, a few thousand tokens or more.
-        dial: compute of the recursion, relative to `shares`; see `turned`. Of a model that was
-            `deepened`, relative to the steps it was trained with.
-        shares: of all tokens, for each step. Default: what the router's settings train for; where
-            they do not say, as for token choice, what the model does now.
+        dial: compute of the recursion relative to `shares`, see `turned`. For a model made by
+            `deepened`, relative to the shares of the steps that it was trained with.
+        shares: share of all tokens at each step at `dial=1`. Default: the shares of the router's
+            settings. If these determine none, as for token choice, the shares that the model
+            currently has on this text.
 
     Raises:
-        ValueError: there is nothing to tune, no text, or a dial out of reach.
+        ValueError: the router has no thresholds, there is no text, or the dial is out of range.
     """
     texts = list(batches)
     if not texts:
@@ -116,13 +118,13 @@ def calibrate(
 def _logits(
     model: MoRTransformer, block: RecursionBlock, texts: list[Tensor], step: int
 ) -> Float[Tensor, "t c"]:
-    """Router logits of all candidates of a step, with the depths that generation gives them."""
+    """Router logits of all candidates of a step, routed as in generation."""
     seen: list[Tensor] = []
 
     def note(routed: RoutedStep) -> None:
         if routed.step != step:
             return
-        assert routed.logits is not None, "a router that is tuned compares logits"
+        assert routed.logits is not None, "a router with thresholds has logits"
         padding = routed.previous.tokens.is_padding
         logits = routed.logits
         seen.append(logits.flatten(0, 1) if padding is None else logits[~padding])

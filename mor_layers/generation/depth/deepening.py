@@ -29,12 +29,12 @@ def deepened(model: MoRTransformer, extra_steps: int) -> MoRTransformer:
         extra_steps: number of steps beyond those that the model was trained with. At least 1.
 
     Raises:
-        ValueError: the model does not loop as a whole, or no step is added.
+        ValueError: the recursion is not cyclic, or `extra_steps` is below 1.
     """
     recursion = model.config.recursion
     if recursion is None or not model.config.schedule.is_cyclic:
         raise ValueError(
-            "further steps need a recursion with sharing 'cycle' or 'middle_cycle', whose steps "
+            "additional steps need a recursion with sharing 'cycle' or 'middle_cycle', whose steps "
             "run the whole block."
         )
     if extra_steps < 1:

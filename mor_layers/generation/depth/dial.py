@@ -1,4 +1,4 @@
-"""The compute dial: shifts thresholds after training."""
+"""The compute dial: shifts the thresholds of a trained model."""
 
 from torch import nn
 

@@ -21,8 +21,8 @@ def with_early_exit(model: MoRTransformer, criterion: Criterion) -> None:
     (block,) = model.recursions
     if not isinstance(block.router, FixedDepthRouter | EarlyExitRouter):
         raise ValueError(
-            f"{type(block.router).__name__} decides about depth already. Early exit is for models "
-            "trained with FixedDepth."
+            f"{type(block.router).__name__} already decides the depth of tokens. Early exit is for "
+            "models trained with FixedDepth."
         )
 
     def read_out(hidden: Tensor) -> Tensor:

@@ -226,7 +226,7 @@ def test_damage_is_named_by_file_and_tensor_and_leaves_nothing(written: Path, ca
     whole = data.read_bytes()
     data.write_bytes(whole[:5000])
     told = refused(written, capsys)
-    assert "__0_0.distcp is cut short" in told and "tensor 'embedding.word" in told
+    assert "__0_0.distcp is truncated" in told and "tensor 'embedding.word" in told
     name = "decoder.layers.0.mlp.linear_fc2.weight"
     metadata = pickle.loads((written / "step_00000000" / ".metadata").read_bytes())
     (info,) = (i for index, i in metadata.storage_data.items() if index.fqn == name)
@@ -243,7 +243,9 @@ def test_damage_is_named_by_file_and_tensor_and_leaves_nothing(written: Path, ca
     (written / "step_00000000" / ".metadata").write_bytes(pickle.dumps(print))
     assert "builtins.print is not part of a checkpoint's metadata" in refused(written, capsys)
     (written / "latest").write_text("step_00000009")
-    assert "latest names step_00000009, which is not whole" in refused(written, capsys)
+    assert "latest names step_00000009, which is not a complete checkpoint" in refused(
+        written, capsys
+    )
 
 
 def test_a_checkpoint_that_says_no_model_takes_settings(

@@ -157,7 +157,7 @@ def test_ranks_serve_what_one_process_computes(
 def refusal(heads: int) -> str:
     setup.initialize(tp=2)
     model = MoRTransformer(DecoderConfig(8, 12, 8, 2, heads))
-    with pytest.raises(ValueError, match="does not divide by 2 ranks") as caught:
+    with pytest.raises(ValueError, match="is not divisible by the 2 ranks") as caught:
         shard(model, torch.distributed.group.WORLD)
     return str(caught.value)
 
@@ -177,4 +177,4 @@ def follower_calls() -> str:
 
 def test_each_rank_keeps_to_its_part(pool: WorkerPool) -> None:
     leader, other = pool.run(follower_calls, 2)
-    assert "Call submit and step there" in leader and "only the first rank may submit" in other
+    assert "Call submit() and step() there" in leader and "only the first rank may submit" in other

@@ -50,7 +50,7 @@ def unsealed(spoil: Callable[[Path], None]) -> Callable[[Path], None]:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a flipped bit": (flip, "__1_0.distcp has other contents than were written"),
+    "a flipped bit": (flip, "__1_0.distcp differs from what was written"),
     "a shard cut short": (cut, "__1_0.distcp has "),
     "a missing shard": (lambda f: shard(f).unlink(), "__1_0.distcp is missing"),
     "no index": (lambda f: (f / ".metadata").unlink(), ".metadata is missing"),
@@ -62,9 +62,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "nothing but a shard": (
         unsealed(lambda f: (f / ".metadata").write_bytes(b"?")),
-        "no manifest.json, and no readable .metadata",
+        "no manifest.json and no readable .metadata",
     ),
-    "the folder gone": (shutil.rmtree, "it is not there"),
+    "the folder gone": (shutil.rmtree, "the folder does not exist"),
 }
 
 
@@ -120,7 +120,7 @@ def take_what_is_whole(directory: Path) -> None:
     assert runs.load(directory, chunks).step == 12
     on_first_rank(lambda: [shard(folder).unlink() for folder in directory.glob("step_*")])
     with pytest.raises(
-        ValueError, match=r"(?s)step_00000012 .*step_00000003 .*No checkpoint is left"
+        ValueError, match=r"(?s)step_00000012 .*step_00000003 .*There is no valid checkpoint"
     ):
         runs.load(directory, chunks)
 
@@ -139,7 +139,7 @@ def run_out_of_disk(directory: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     message = str(caught.value)
     assert "rank 1: " in message and "File too large" in message
-    assert "GB are free now. The last good one, step_00000001, is as it was" in message
+    assert "GB are free now. The last complete one, step_00000001, is unchanged" in message
     assert_only_the_first_is_there(directory, chunks)
 
 
@@ -224,7 +224,7 @@ def refuse_what_is_hostile(directory: Path) -> None:
             restored = runs.load(hostile, chunks)
             assert not marker.exists(), poison.__name__
             assert restored.step == 1
-            reason = r"mkdir is not part of a checkpoint's|more than plain values"
+            reason = r"mkdir is not part of a checkpoint's|not only plain values"
             assert re.search(reason, restored.refused[0]), restored.refused
             with pytest.raises(ValueError, match=f"step_00000002 is damaged: .*({reason})"):
                 runs.load(hostile, chunks, step=2)
@@ -237,7 +237,7 @@ def read_hostile_entries(directory: Path) -> None:
     path.mkdir()
     write_dist_checkpoint(path, {}, [], Hostile(directory / "marker"))
     request = {"common_state/shard_0_1": io.BytesIO()}
-    with pytest.raises(CheckpointException, match="more than plain values"):
+    with pytest.raises(CheckpointException, match="not only plain values"):
         torch.distributed.checkpoint.load(
             request, storage_reader=RestrictedReader(path), no_dist=True
         )

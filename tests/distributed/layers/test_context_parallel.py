@@ -283,5 +283,5 @@ def test_causal_routing_knows_the_whole_sequence(pool: WorkerPool) -> None:
 
 
 def test_a_length_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(ValueError, match="26 tokens does not divide into 4 chunks"):
+    with pytest.raises(ValueError, match="26 tokens cannot be split into 4 equal chunks"):
         zigzag_positions(26, 2)

@@ -401,7 +401,7 @@ def misuse() -> None:
         with pytest.raises(ValueError, match=r"seq_length=carried_length\(chunks, 14\)"):
             chunks[0](inputs, torch.arange(SEQUENCE_LENGTH)[None], None)
     else:
-        with pytest.raises(ValueError, match="no sequence fills the 14 rows"):
+        with pytest.raises(ValueError, match="sends 14 rows between stages"):
             chunks[0].decoder.layers[0](torch.zeros(14, 1, 32))
 
 

@@ -237,5 +237,5 @@ def test_the_platform_refuses_a_machine_with_cuda(monkeypatch: pytest.MonkeyPatc
 
 def test_the_platform_refuses_another_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(megatron.core, "__version__", "0.20.0")
-    with pytest.raises(RuntimeError, match=r"this is 0\.20\.0. Install megatron-core"):
+    with pytest.raises(RuntimeError, match=r"version is 0\.20\.0. Install megatron-core"):
         cpu.enable()

@@ -483,13 +483,13 @@ def experts(top_k: int, number: int | None = None) -> MLPShape:
 
 
 @pytest.mark.parametrize(("mistake", "message"), [
-    (lambda: account(small_config(TokenChoice()), 11), "Give tokens_per_step"),
+    (lambda: account(small_config(TokenChoice()), 11), "Pass tokens_per_step"),
     (lambda: account(small_config(TokenChoice()), 11, [11, 5]), "must have 3 entries"),
     (lambda: account(small_config(), 11, [11, 5, 5]), "must have 0 entries"),
-    (lambda: account(small_config(TokenChoice()), 11, [11, 5, 6]), "must not rise"),
-    (lambda: account(small_config(TokenChoice()), 11, [12, 5, 5]), "nor leave 0..11"),
-    (lambda: experts(3, 2), r"experts_per_token=3 must lie in 1..2"),
-    (lambda: experts(2), r"experts_per_token=2 must lie in 1..1"),
+    (lambda: account(small_config(TokenChoice()), 11, [11, 5, 6]), "never increase"),
+    (lambda: account(small_config(TokenChoice()), 11, [12, 5, 5]), "must be in 0..11"),
+    (lambda: experts(3, 2), r"experts_per_token=3 must be in 1..2"),
+    (lambda: experts(2), r"experts_per_token=2 must be in 1..1"),
     (lambda: StackShape("a", 1, experts(1), 2, RouterShape(((),))), "must have 2 entries"),
     (
         lambda: StackShape("a", 1, experts(1), 2, RouterShape(((), ()), (1.0,))),

@@ -87,7 +87,7 @@ def test_generation_equals_the_full_forward_pass(name: str, policy: str) -> None
 
 
 def test_what_cannot_exit_early_is_an_error() -> None:
-    with pytest.raises(ValueError, match="ExpertChoiceRouter decides about depth already"):
+    with pytest.raises(ValueError, match="ExpertChoiceRouter already decides the depth"):
         with_early_exit(small_model(small_config(ExpertChoice())), Confidence(0.5))
     sequence = small_config(sharing="sequence", block_size=2)
     with pytest.raises(ValueError, match="'cycle' or 'middle_cycle'"):

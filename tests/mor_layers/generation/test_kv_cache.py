@@ -162,7 +162,7 @@ def test_less_than_a_page_is_an_error() -> None:
         ModelRunner(small_model(small_config()), CacheSettings(100), 8)
     with pytest.raises(ValueError, match="page_size=0 must be at least 1"):
         CacheSettings(100, page_size=0)
-    with pytest.raises(ValueError, match="3 entries, one a step"):
+    with pytest.raises(ValueError, match="3 entries, one per step"):
         ModelRunner(small_model(small_config()), CacheSettings(1 << 20, shares=(1.0,)), 8)
 
 

@@ -114,7 +114,7 @@ def test_where_nothing_runs_the_first_is_admitted_whatever_it_takes() -> None:
 def test_what_exceeds_the_whole_cache_is_refused_with_the_numbers() -> None:
     own = scheduler(budgets=(3, 10))
     submit(own, prompt=9, new=4)  # 12 tokens, 3 pages
-    with pytest.raises(ValueError, match=r"13 tokens is expected to take \(4, 2\).*\(3, 10\)"):
+    with pytest.raises(ValueError, match=r"13 tokens is expected to need \(4, 2\).*\(3, 10\)"):
         submit(own, prompt=9, new=5)
 
 

@@ -88,7 +88,7 @@ def test_tied_tensors_that_differ_are_named(folder):
     tensors[name.format(2)] = tensors[name.format(1)] + 1
     save_file(tensors, folder / "model.safetensors")
     model = open_published(folder)
-    with pytest.raises(ValueError, match=r"layers.1.block.0.*layers.2.block.0.*tied, and differ"):
+    with pytest.raises(ValueError, match=r"layers.1.block.0.*layers.2.block.0.*tied, but differ"):
         model.weights["recursions.0.layers.layers.0.attention.query.weight"]
 
 
@@ -118,7 +118,7 @@ def test_damage_is_named(folder):
     values = json.loads((folder / "config.json").read_text())
     del values["mor"]["expert"]["alpha"]
     (folder / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=r"config.json: .* not whole: 'alpha'"):
+    with pytest.raises(ValueError, match=r"config.json: .* incomplete: 'alpha'"):
         open_published(folder)
 
 

@@ -51,9 +51,11 @@ def test_a_finished_run_has_a_model_of_ours_and_says_how_long_its_texts_were(run
 
 def test_what_is_no_model_of_ours_is_answered(tmp_path, run):
     (run / "model" / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"in format 'megatron', not 'mor'. Make one with `mor co"):
+    with pytest.raises(
+        ValueError, match=r"in format 'megatron', not 'mor'. Convert it with `mor co"
+    ):
         model_folder(run)
-    with pytest.raises(ValueError, match=r"is no model: it has no config.json"):
+    with pytest.raises(ValueError, match=r"is not a model: it has no config.json"):
         model_folder(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"there is no .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist"):
         opened(tmp_path / "nowhere")

@@ -205,10 +205,10 @@ def test_the_timeline_is_the_schedule_that_is_evaluated() -> None:
 @pytest.mark.parametrize(
     ("layout", "reason"),
     [
-        (spread(3), "pipeline: the block does not spread evenly"),
-        (spread(16), "pipeline: the block does not spread evenly"),
-        (spread(4), "pipeline: micro-batches do not go round in groups"),
-        (spread(1), "pipeline: nothing goes round"),
+        (spread(3), "pipeline: the block cannot be split evenly"),
+        (spread(16), "pipeline: the block cannot be split evenly"),
+        (spread(4), "pipeline: micro-batches are not a multiple of the stages"),
+        (spread(1), "pipeline: no repeated steps of a block"),
         (Layout(pipeline=4), "pipeline: more stages than parts"),
         (Layout(pipeline=3), None),
     ],

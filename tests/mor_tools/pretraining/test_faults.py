@@ -62,7 +62,7 @@ def test_what_a_killed_session_left_and_what_a_folder_lacks_is_said(
     rows = (folder / "history.jsonl").read_text().splitlines(keepends=True)
     (folder / "history.jsonl").write_text("".join(rows[:1]))
     (printed,) = pool.run(pretrain_on_rank, settings=settings)
-    assert f"{left}, which a save that did not finish left behind, was removed." in printed
+    assert f"{left} was removed; a save that did not finish had left it behind." in printed
     assert not left.exists()
     assert "resumed at step 2 of 6" in printed  # that of step 4 is not known to be complete
     unsealed = folder / "checkpoints" / "step_00000002"

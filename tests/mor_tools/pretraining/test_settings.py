@@ -117,7 +117,10 @@ def test_a_wrong_setting_is_answered_with_what_is_allowed(override, answer):
         (["parallel.pipeline=4"], "model.num_unrolled_layers=14, or parallel"),
         (["parallel.pipeline=3", "model.num_unrolled_layers=17"], "=11 or 20, or parallel"),
         (["recursion=null"], "needs a recursion"),
-        (["recursion.num_recursions=1", "recursion.router.type=fixed_depth"], "nothing goes round"),
+        (
+            ["recursion.num_recursions=1", "recursion.router.type=fixed_depth"],
+            "a single step is not repeated",
+        ),
         (
             ["recursion.sharing=middle_sequence", "recursion.router.type=fixed_depth"],
             "Use 'cycle' or 'middle_cycle'",

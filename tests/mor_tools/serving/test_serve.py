@@ -175,7 +175,7 @@ def test_many_callers_at_once_get_what_each_gets_alone(server: Running) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"model": "other"}, "is not here"),
+        ({"model": "other"}, "is not served"),
         ({"prompt": ""}, "ids is empty"),
         ({"prompt": [1, 999]}, "vocabulary"),
         ({"prompt": "x" * 200}, "exceed max_length"),
@@ -183,7 +183,7 @@ def test_many_callers_at_once_get_what_each_gets_alone(server: Running) -> None:
         ({"max_tokens": 101}, "1..100"),
         ({"temperature": -1}, "temperature"),
         ({"top_p": 1.5}, "top_p"),
-        ({"n": 40}, "choices in all"),
+        ({"n": 40}, "choices in total"),
         ({"logprobs": 3}, "not supported"),
         ({"stop": ["a"] * 5}, "up to 4"),
         ({"extra_body": {"depth": 3}}, "unknown parameter 'depth'"),
@@ -237,8 +237,8 @@ ODD_BODIES = {
     "large top_p": (f'{{"prompt": "x", "top_p": {LARGE}}}', "top_p.*too large"),
     "large timeout": (f'{{"prompt": "x", "timeout": {LARGE}}}', "timeout.*too large"),
     "large seed": (f'{{"prompt": "x", "seed": {LARGE}}}', "64 bits"),
-    "large n": (f'{{"prompt": "x", "n": {LARGE}}}', "choices in all"),
-    "large max_tokens": (f'{{"prompt": "x", "max_tokens": {LARGE}}}', "must lie in"),
+    "large n": (f'{{"prompt": "x", "n": {LARGE}}}', "choices in total"),
+    "large max_tokens": (f'{{"prompt": "x", "max_tokens": {LARGE}}}', "must be in"),
     "large id": (f'{{"prompt": [{LARGE}]}}', "vocabulary"),
     "infinite temperature": ('{"prompt": "x", "temperature": 1e999}', "finite"),
     "longest number": (f'{{"prompt": "x", "top_k": {"9" * 5000}}}', "not valid JSON"),
@@ -254,7 +254,7 @@ ODD_BODIES = {
     "stream_options": ('{"prompt": "x", "stream_options": 5}', "expected dict"),
     "unused options": (
         '{"prompt": "x", "stream_options": {"include_usage": true}}',
-        "need stream=true",
+        "requires stream=true",
     ),
 }
 
@@ -374,7 +374,7 @@ def test_a_client_may_have_so_many_requests_open() -> None:
         arguments = {"model": "random", "prompt": "x", "max_tokens": 100, "stream": True}
         one, two = (own.client.with_options(api_key=key) for key in ("one", "two"))
         stream = one.completions.create(**arguments, n=2)
-        with pytest.raises(openai.RateLimitError, match="4 open requests of one client, and 3"):
+        with pytest.raises(openai.RateLimitError, match="4 open requests, but 3"):
             one.completions.create(**arguments | {"n": 2})
         two.completions.create(**arguments, n=3).close()
         stream.close()
@@ -483,7 +483,7 @@ def test_shutdown_lets_calls_end_and_takes_no_new_ones() -> None:
         )
         chunks = [next(iter(stream))]
         wait_until_refusing(own)
-        with pytest.raises(openai.InternalServerError, match="going down") as refused:
+        with pytest.raises(openai.InternalServerError, match="shutting down") as refused:
             own.client.completions.create(model="random", prompt="x")
         assert refused.value.status_code == 503
         assert httpx.get(f"{own.url}/health").status_code == 503
@@ -502,8 +502,8 @@ def test_calls_that_outlast_the_grace_end_with_an_error() -> None:
         wait_until_refusing(own)
         for answer in whole:
             assert answer.result().status_code == 503
-            assert "going down" in answer.result().json()["error"]["message"]
-        with pytest.raises(openai.APIError, match="going down"):
+            assert "shutting down" in answer.result().json()["error"]["message"]
+        with pytest.raises(openai.APIError, match="shutting down"):
             list(stream)
     assert own.engine.is_idle and own.engine.caches.num_bytes_in_use == 0
 
@@ -545,7 +545,7 @@ def test_closing_gives_up_what_still_runs() -> None:
             close_after -= 1
 
     for _ in range(2):  # one that runs, and one that comes too late
-        with pytest.raises(UnavailableError, match="going down"):
+        with pytest.raises(UnavailableError, match="shutting down"):
             asyncio.run(follow(close_after=2))
     worker.close()
     assert worker.engine.is_idle and worker.engine.caches.num_bytes_in_use == 0
