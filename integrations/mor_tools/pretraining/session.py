@@ -1,6 +1,7 @@
 """The main path of a run: from text to a trained model, its checkpoint and its report."""
 
 import contextlib
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -11,9 +12,15 @@ from rich.console import Console
 from mor_layers import save_model, to_mapping
 from mor_megatron.platform import on_first_rank
 from mor_tools.formats import RUN_MODEL
-from mor_tools.pretraining import distributed, run_folder
+from mor_tools.pretraining import distributed, launcher, run_folder
 from mor_tools.pretraining.command_line import load_settings
-from mor_tools.pretraining.data.datasets import Datasets, batches, build_datasets, unigram_entropy
+from mor_tools.pretraining.data.datasets import (
+    Datasets,
+    batches,
+    build_datasets,
+    order_after_extension,
+    unigram_entropy,
+)
 from mor_tools.pretraining.data.text import TextTokenizer, prepare
 from mor_tools.pretraining.launcher import LauncherLost
 from mor_tools.pretraining.models import build, initial_weights, teacher
@@ -55,7 +62,8 @@ def pretrain(settings: Settings) -> None:
         if console is not None:
             console.print(
                 f"{settings.output} is complete: all {settings.training.steps} steps are done. See "
-                f"{settings.output}/report.html. For another run choose another output=.",
+                f"{settings.output}/report.html. A larger training.steps= extends it; for another run "
+                "choose another output=.",
                 soft_wrap=True,
             )
         return
@@ -69,13 +77,21 @@ def _pretrain(settings: Settings, console: Console | None, notes: list[str | Non
     """The work of a process of the run that has the folder; `notes` are what to tell before."""
     text = on_first_rank(lambda: prepare(settings.data))
     on_first_rank(lambda: run_folder.claim(settings, text))
+    extension = on_first_rank(lambda: run_folder.extend(settings))
     tokenizer = TextTokenizer(text.tokenizer, settings.data.end_of_document)
     data = build_datasets(settings, text, tokenizer)
+    if extension is not None:
+        order = order_after_extension(data.train, settings, extension.planned_steps)
+        notes += [extension.told, order]
     distributed.seed(settings.training.seed, step=0)
     chunks = build.build_model(settings, tokenizer.vocab_size)
     decoder = decoder_config(settings, tokenizer.vocab_size)
     if settings.training.initial_weights is not None:
-        initial_weights.load(Path(settings.training.initial_weights), chunks, decoder)
+        source = Path(settings.training.initial_weights)
+        branch = on_first_rank(lambda: initial_weights.branch(source, tokenizer.path))
+        initial_weights.load(source, chunks, decoder)
+        if not run_folder.has_checkpoint(settings):
+            notes.append(branch)
     dense = None if settings.uptrain is None else teacher.open_dense(settings, tokenizer)
     if dense is not None and not run_folder.has_checkpoint(settings):
         teacher.load_recursive(chunks, settings, dense)
@@ -130,7 +146,9 @@ class Session:
             self.history.add(row)
             if row.tokens_per_second is not None or row.validation_loss is not None:
                 self.display.show(row, self.costs(row))
-            if trainer.step % settings.training.checkpoint_every == 0:
+            # That of before the decay is what an extension of the run goes on from.
+            is_stable_end = trainer.step == settings.training.decay_start
+            if is_stable_end or trainer.step % settings.training.checkpoint_every == 0:
                 trainer.save()
         trainer.save()
         stopped = (
@@ -139,7 +157,7 @@ class Session:
         if self.is_stopping.launcher_is_gone:
             raise LauncherLost(f"The run {stopped}")
         if trainer.step < settings.training.steps:
-            self.display.say(f"{stopped} Run again to go on.")
+            self.display.say(f"{stopped} {_run_again(settings)}")
 
     def step(self, train_batches: Batches) -> Row:
         """One optimizer step, and what is due after it."""
@@ -246,6 +264,34 @@ class Session:
             sample=sample,
         )
         self.display.say(f"wrote {self.folder}/report.html and summary.json")
+        self.display.say(_what_next(self.settings))
+
+
+def _run_again(settings: Settings) -> str:
+    """How the user goes on with a run that stopped."""
+    stops = settings.training.stop_after is not None
+    changes = ("training.stop_after=null",) if stops else ()
+    command = launcher.command(*changes)
+    if command is None:
+        return "Run again to go on."
+    return f"To go on, run again, e.g. with:\n  {command}"
+
+
+def _what_next(settings: Settings) -> str:
+    """What a user can do with a finished run, as commands."""
+    model, prompt = f"{settings.output}/{RUN_MODEL}", shlex.quote(settings.evaluation.prompt)
+    text = "README.md" if Path("README.md").is_file() else "TEXT_FILE"
+    longer = f"training.steps={2 * settings.training.steps}"
+    lines = {
+        "train longer": launcher.command(longer) or f"the same command with {longer}",
+    }
+    if settings.evaluation.sample_tokens > 0:  # else no model was written
+        lines = {
+            "continue a text": f"python examples/generate.py --model {model} {prompt}",
+            "see each token's depth": f"mor inspect {settings.output} --text {text}",
+        } | lines
+    width = max(map(len, lines))
+    return "What to try next:\n" + "\n".join(f"  {n:{width}}  {c}" for n, c in lines.items())
 
 
 def _trackers(settings: Settings, step: int) -> list[Tracker]:

@@ -330,6 +330,10 @@ def _scheduler(settings: Settings, optimizer: MegatronOptimizer) -> OptimizerPar
         end_wd=training.weight_decay,
         wd_incr_steps=training.steps,
         wd_incr_style="constant",
+        # The settings of the run are checked already, and an extended run has a later decay than its
+        # checkpoints say.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
     scheduler.step(increment=1)  # the first step is already part of the warmup
     return scheduler
