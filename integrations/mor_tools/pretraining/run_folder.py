@@ -137,7 +137,9 @@ def _way_on(there: list[int], stable: list[int]) -> str:
     if not there:
         return "there is no checkpoint yet, so that it starts from the beginning."
     if there == stable:
-        return f"the learning rate has not begun to decay, so that it goes on from step {there[-1]}."
+        return (
+            f"the learning rate has not begun to decay, so that it goes on from step {there[-1]}."
+        )
     if stable:
         return (
             f"it goes on from step {stable[-1]}, the last checkpoint before the learning rate decayed, "

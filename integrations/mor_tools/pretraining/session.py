@@ -5,6 +5,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -31,8 +32,9 @@ from mor_tools.pretraining.reporting.history import History
 from mor_tools.pretraining.reporting.report import Report, render
 from mor_tools.pretraining.reporting.summary import write_summary
 from mor_tools.pretraining.settings import Settings
-from mor_tools.pretraining.training import Batches, Trainer
+from mor_tools.pretraining.training import Batches, StepResult, Trainer
 from mor_tools.pretraining.watch import shared_watch
+from mor_tools.reports.health import HAS_GRADIENT, Health, Plan
 from mor_tools.reports.rows import Routing, Row, Validation
 from mor_tools.reports.trackers import TensorBoard, Tracker, Wandb
 
@@ -128,6 +130,9 @@ class Session:
         trackers: list[Tracker] = []
         on_first_rank(lambda: trackers.extend(_trackers(settings, trainer.step)))
         self.history = History(self.folder, trainer.step, trackers, is_writer)
+        self.health = Health(_plan(settings))
+        for row in self.history.rows:  # of earlier sessions, which told what they found
+            self.health.add(row)
         self.display = Display(
             settings.output, settings.training.steps, self.unigram_entropy, console
         )
@@ -144,6 +149,8 @@ class Session:
         while trainer.step < settings.last_step and not self.is_stopping():
             row = self.step(train_batches)
             self.history.add(row)
+            for finding in self.health.add(row):
+                self.display.say(str(finding))
             if row.tokens_per_second is not None or row.validation_loss is not None:
                 self.display.show(row, self.costs(row))
             # That of before the decay is what an extension of the run goes on from.
@@ -170,7 +177,7 @@ class Session:
         is_last = trainer.step == settings.training.steps
         if trainer.step % settings.log_every == 0 or is_last:
             speed = self.train_tokens / self.train_seconds
-            routing = Routing.from_reports(result.routing)
+            routing = self.routing(result)
             self.train_seconds, self.train_tokens = 0.0, 0
         self.validation = None
         if trainer.step % settings.evaluation.every == 0 or is_last:
@@ -186,6 +193,14 @@ class Session:
             self.validation and self.validation.causal_loss,
             result.divergence,
         )
+
+    def routing(self, result: StepResult) -> Routing | None:
+        """What the recursions did in a step, and whether their router can learn from it."""
+        has_gradient = self.trainer.router_has_gradient()
+        routing = Routing.from_reports(result.routing)
+        if routing is None or has_gradient is None:
+            return routing
+        return replace(routing, metrics=routing.metrics | {HAS_GRADIENT: float(has_gradient)})
 
     def validate(self) -> Validation:
         """Held-out loss and routing: as in training, and as in generation."""
@@ -251,6 +266,7 @@ class Session:
             validation=validation,
             passage=passage,
             sample=sample,
+            findings=self.health.findings,
         )
         run_folder.write_atomically(self.folder / "report.html", render(report))
         write_summary(
@@ -265,6 +281,19 @@ class Session:
         )
         self.display.say(f"wrote {self.folder}/report.html and summary.json")
         self.display.say(_what_next(self.settings))
+
+
+def _plan(settings: Settings) -> Plan:
+    """What the settings promise of the run."""
+    sequences, recursion = settings.training.global_batch_size, settings.recursion
+    if recursion is None:
+        return Plan(sequences)
+    router = recursion.router
+    return Plan(
+        sequences,
+        router.capacity_factors_for(recursion.num_recursions),
+        getattr(router, "warmup_steps", 0),  # not all routers have one
+    )
 
 
 def _run_again(settings: Settings) -> str:
@@ -291,7 +320,8 @@ def _what_next(settings: Settings) -> str:
             "see each token's depth": f"mor inspect {settings.output} --text {text}",
         } | lines
     width = max(map(len, lines))
-    return "What to try next:\n" + "\n".join(f"  {n:{width}}  {c}" for n, c in lines.items())
+    head = 'What to try next (in a checkout, after eval "$(make -s env)"):'
+    return "\n".join([head, *(f"  {name:{width}}  {line}" for name, line in lines.items())])
 
 
 def _trackers(settings: Settings, step: int) -> list[Tracker]:

@@ -74,9 +74,7 @@ def build_datasets(settings: Settings, text: PreparedText, tokenizer: TextTokeni
     return Datasets(train, held_out)
 
 
-def order_after_extension(
-    train: GPTDataset, settings: Settings, planned_steps: int
-) -> str | None:
+def order_after_extension(train: GPTDataset, settings: Settings, planned_steps: int) -> str | None:
     """What to tell where a run with more steps than planned reads its text in another order.
 
     Megatron shuffles all epochs of a run together, so their number changes the order.

@@ -1,8 +1,9 @@
 """From text to token ids: collect documents, train a tokenizer, write Megatron's .bin/.idx pair.
 
 Nothing is downloaded: without a path the text is the documentation that ships with the Python
-running this, and those of its source files that explain themselves. Everything is read into memory; for corpora beyond that, write
-.bin/.idx with Megatron-LM's tools/preprocess_data.py and give its prefix.
+running this, and those of its source files that explain themselves. Everything is read into memory;
+for corpora beyond that, write .bin/.idx with Megatron-LM's tools/preprocess_data.py and give its
+prefix.
 """
 
 import ast
@@ -25,7 +26,7 @@ FORMAT = "1"
 """Changed whenever the same text would be prepared differently."""
 TOKENIZER_SAMPLE = 6_000_000
 """Characters the tokenizer is trained on."""
-EXPLAINED_SHARE = 1 / 3
+EXPLAINED_SHARE = 1 / 2
 """Share of comments and docstrings from which a source file of Python comes in whole."""
 NOT_PROSE = {
     "site-packages",
@@ -152,7 +153,7 @@ def collect(path: str | None) -> list[Document]:
 
 
 def _python_documents() -> Iterator[Document]:
-    """What a person would read of what ships with Python, about 4 MB.
+    """What a person would read of what ships with Python, about 2 MB.
 
     pydoc's topics, text files, the source files that explain themselves, and the docstrings of all
     others. The library's other files teach a small model little that it can show: tests are twice as
