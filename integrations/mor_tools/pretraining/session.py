@@ -34,7 +34,7 @@ from mor_tools.pretraining.reporting.summary import write_summary
 from mor_tools.pretraining.settings import Settings
 from mor_tools.pretraining.training import Batches, StepResult, Trainer
 from mor_tools.pretraining.watch import shared_watch
-from mor_tools.reports.health import HAS_GRADIENT, Health, Plan
+from mor_tools.reports.health import NO_GRADIENT, Health, Plan
 from mor_tools.reports.rows import Routing, Row, Validation
 from mor_tools.reports.trackers import TensorBoard, Tracker, Wandb
 
@@ -198,9 +198,9 @@ class Session:
         """What the recursions did in a step, and whether their router can learn from it."""
         has_gradient = self.trainer.router_has_gradient()
         routing = Routing.from_reports(result.routing)
-        if routing is None or has_gradient is None:
+        if routing is None or has_gradient is not False:
             return routing
-        return replace(routing, metrics=routing.metrics | {HAS_GRADIENT: float(has_gradient)})
+        return replace(routing, metrics=routing.metrics | {NO_GRADIENT: 1.0})
 
     def validate(self) -> Validation:
         """Held-out loss and routing: as in training, and as in generation."""
@@ -308,7 +308,8 @@ def _run_again(settings: Settings) -> str:
 
 def _what_next(settings: Settings) -> str:
     """What a user can do with a finished run, as commands."""
-    model, prompt = f"{settings.output}/{RUN_MODEL}", shlex.quote(settings.evaluation.prompt)
+    model, temperature = f"{settings.output}/{RUN_MODEL}", settings.evaluation.temperature
+    given = f"{shlex.quote(settings.evaluation.prompt)} --temperature {temperature}"
     text = "README.md" if Path("README.md").is_file() else "TEXT_FILE"
     longer = f"training.steps={2 * settings.training.steps}"
     lines = {
@@ -316,7 +317,7 @@ def _what_next(settings: Settings) -> str:
     }
     if settings.evaluation.sample_tokens > 0:  # else no model was written
         lines = {
-            "continue a text": f"python examples/generate.py --model {model} {prompt}",
+            "continue a text": f"python examples/generate.py --model {model} {given}",
             "see each token's depth": f"mor inspect {settings.output} --text {text}",
         } | lines
     width = max(map(len, lines))

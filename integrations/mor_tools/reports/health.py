@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from mor_tools.reports.rows import Routing, Row
 
-HAS_GRADIENT = "router_has_gradient"
-"""Among the metrics of a row's routing: 1 where a parameter of a router had a gradient, else 0."""
+NO_GRADIENT = "router_without_gradient"
+"""Among the metrics of a row's routing, and only where no parameter of a router had a gradient."""
 ROWS_IN_TURN = 3
 """Rows with routing that must show a fault before it is told."""
 COLLAPSED = 0.01
@@ -94,7 +94,7 @@ class Health:
 
     def _routing(self, step: int, routing: Routing) -> dict[str, str]:
         found = {}
-        if routing.metrics.get(HAS_GRADIENT) == 0.0:
+        if NO_GRADIENT in routing.metrics:
             found["scorer"] = (
                 "the router gets no gradient, so that its selection stays random. Its scores must "
                 "enter the output or a loss: e.g. recursion.router.combine=weighted, or a "

@@ -94,7 +94,10 @@ def test_errors_are_told_in_a_line_and_leave_nothing(folder, monkeypatch, capsys
         (["llama", "unrolled"], "unrolled exists"),
         (["nowhere", "new"], "there is no nowhere"),
         (["recursive", "new", "--recursions", "3"], "has a recursion"),
-        (["llama", "new", "--recursions", "4"], "cannot split 6 shared layers"),
+        (
+            ["llama", "new", "--recursions", "4"],
+            "--sharing sequence: 2, 4, 8; --sharing middle_cycle: 2, 3, 6;",
+        ),
         (["llama", "new", "--router", "expert_choice"], "--router has no effect without"),
         (["llama", "new", "--settings", "any.yaml"], "--settings has no effect"),
         (["llama", "new", "--relax-rank", "2"], "--relax-rank has no effect without"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mor_tools.reports.health import HAS_GRADIENT, ROWS_IN_TURN, Health, Plan, findings
+from mor_tools.reports.health import NO_GRADIENT, ROWS_IN_TURN, Health, Plan, findings
 from mor_tools.reports.rows import Routing, Row
 
 PLANNED = Plan(sequences=8, capacity_factors=(1.0, 2 / 3, 1 / 3), warmup_steps=10)
@@ -11,10 +11,10 @@ GOOD = [1.0, 0.66, 0.33]
 
 
 def routed(
-    shares: list[float], dead: float = 0.04, gradient: float | None = 1.0, count: int = 5
+    shares: list[float], dead: float = 0.04, gradient: bool = True, count: int = 5
 ) -> list[Row]:
     """Rows from step 20 on whose routing is always the same."""
-    metrics = {} if gradient is None else {HAS_GRADIENT: gradient}
+    metrics = {} if gradient else {NO_GRADIENT: 1.0}
     return [Row(20 + i, 4.0, 1e-3, 1.0, 1.0, Routing(shares, dead, metrics)) for i in range(count)]
 
 
@@ -30,7 +30,6 @@ def test_a_sound_run_has_no_findings():
     falling = losses(*(7.0 - 0.01 * i + (0.3 if i % 2 else 0.0) for i in range(300)))
     for plan in (PLANNED, FREE):
         assert findings(falling + routed(GOOD), plan) == []
-        assert findings(routed(GOOD, gradient=None), plan) == []
 
 
 @pytest.mark.parametrize(
@@ -55,7 +54,7 @@ def test_the_warm_up_is_no_collapse():
 
 
 def test_a_router_without_gradient_is_told_how_to_learn():
-    (finding,) = findings(routed(GOOD, gradient=0.0), PLANNED)
+    (finding,) = findings(routed(GOOD, gradient=False), PLANNED)
     assert finding.subject == "scorer"
     assert "recursion.router.combine=weighted" in finding.message
     assert str(finding).startswith(f"warning: step {20 + ROWS_IN_TURN - 1}: ")
