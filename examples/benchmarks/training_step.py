@@ -4,19 +4,20 @@
 
 Both models are unmodified GPTModels of one unrolled depth on one attention core; the plain one has
 weights of its own at every depth. A step is a forward and a backward pass, without the optimizer.
-Models take turns and the median of the turns' ratios counts, so a drift of the machine's speed
-cancels. On a CPU, time is processor time of one thread and memory is counted: parameters, their
-gradients and Adam's two moments, and what autograd keeps for the backward pass. On a GPU, time is
-between CUDA events and memory is the allocator's peak plus Adam's moments.
+Each case is compared with the plain model on its own, in rounds of plain, ours, ours, plain, until the
+median of the rounds' ratios is known to 1.5 % (`paired_timing`). There is no verdict where other work
+takes more than a tenth of the processor. On a CPU, time is processor time of one thread and memory is
+counted: parameters, their gradients and Adam's two moments, and what autograd keeps for the backward
+pass. On a GPU, time is between CUDA events and memory is the allocator's peak plus Adam's moments.
 """
 
 import argparse
 import json
-import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ from mor_layers.costs import account
 from mor_layers.recursion import KVPolicy
 from mor_megatron import RecursionLayer, recursion_block_spec, recursion_layers, token_depths
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.paired_timing import Estimate, Timing, measure
+
 PLAIN = RecursionConfig(1, sharing="cycle")
 CASES: tuple[tuple[str, RouterConfig, KVPolicy], ...] = (
     ("expert_choice", ExpertChoice(), "recursion_wise"),
@@ -53,10 +57,8 @@ class Row:
     router: str
     kv_policy: str
     num_recursions: int
-    time_ratio: float
-    """Median of the turns."""
-    time_spread: tuple[float, float]
-    """Smallest and largest turn."""
+    time: Estimate
+    """Ratio of the times, and how well it is known."""
     memory_ratio: float
     flop_ratio: float
     """Limit that arithmetic alone sets, with the tokens that really ran each step."""
@@ -72,12 +74,14 @@ class Contender:
         self.ids = ids
         self.positions = torch.arange(ids.shape[1] - 1, device=ids.device).expand(len(ids), -1)
 
-    def step(self) -> float:
-        """Run a step; seconds it took."""
+    def step(self) -> Timing:
+        """Run a step; the time it took."""
         self.model.zero_grad(set_to_none=False)
-        start = _now()
+        start, started = _now(), time.perf_counter()
         self._loss().backward()
-        return _now() - start
+        seconds, passed = _now() - start, time.perf_counter() - started
+        # A GPU has no other work; what the processor does meanwhile says nothing.
+        return Timing(seconds, None if self.ids.is_cuda else seconds / passed)
 
     def flops(self) -> float:
         """Training FLOPs of a step with the tokens that ran in the last one."""
@@ -116,37 +120,26 @@ class Contender:
 
 
 def compare(
-    decoder: DecoderConfig, ids: Tensor, turns: int, recursions: list[int]
+    decoder: DecoderConfig, ids: Tensor, half_width: float, rounds: int, recursions: list[int]
 ) -> Iterator[Row]:
     """A row for every case, each against the plain model in the same run."""
     plain = Contender(decoder, PLAIN, ids)
     plain.step()
     plain_memory, plain_flops = plain.memory(), plain.flops()
     console = Console(stderr=True)
-    for count in recursions:
-        ours = [
-            Contender(decoder, RecursionConfig(count, router=router, kv_policy=policy), ids)
-            for _, router, policy in CASES
-        ]
-        for contender in ours:
-            contender.step()  # the first step allocates
-        ratios: list[list[float]] = [[] for _ in CASES]
-        for _ in track(range(turns), f"{count} recursions", console=console):
-            before = plain.step()
-            times = [contender.step() for contender in ours]
-            around = (before + plain.step()) / 2
-            for case, seconds in zip(ratios, times, strict=True):
-                case.append(seconds / around)
-        for (name, _, policy), contender, case in zip(CASES, ours, ratios, strict=True):
-            yield Row(
-                router=name,
-                kv_policy=policy,
-                num_recursions=count,
-                time_ratio=statistics.median(case),
-                time_spread=(min(case), max(case)),
-                memory_ratio=contender.memory() / plain_memory,
-                flop_ratio=contender.flops() / plain_flops,
-            )
+    cases = [(count, *case) for count in recursions for case in CASES]
+    for count, name, router, policy in track(cases, "comparing", console=console):
+        recursion = RecursionConfig(count, router=router, kv_policy=policy)
+        ours = Contender(decoder, recursion, ids)
+        ours.step()  # the first step allocates
+        yield Row(
+            router=name,
+            kv_policy=policy,
+            num_recursions=count,
+            time=measure(plain.step, ours.step, half_width, rounds),
+            memory_ratio=ours.memory() / plain_memory,
+            flop_ratio=ours.flops() / plain_flops,
+        )
 
 
 def _build(decoder: DecoderConfig, recursion: RecursionConfig) -> GPTModel:
@@ -187,6 +180,11 @@ def _build(decoder: DecoderConfig, recursion: RecursionConfig) -> GPTModel:
     )
 
 
+def _plain(row: Row) -> dict[str, Any]:
+    """A row for a JSON file."""
+    return asdict(row) | {"verdict": row.time.verdict}
+
+
 def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -222,7 +220,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--vocab", default=1024, help="vocabulary (1024)", **number)
     parser.add_argument("--sequence", default=512, help="tokens in a sequence (512)", **number)
     parser.add_argument("--micro-batch", default=2, help="sequences (2)", **number)
-    parser.add_argument("--turns", default=3, help="turns per comparison (3)", **number)
+    parser.add_argument("--rounds", default=100, help="rounds per case at most (100)", **number)
+    parser.add_argument(
+        "--half-width",
+        type=float,
+        default=0.015,
+        metavar="X",
+        help="relative half width of the interval that ends a case (0.015)",
+    )
     parser.add_argument(
         "--recursions", type=int, nargs="+", default=[2, 3, 4], metavar="N", help="steps (2 3 4)"
     )
@@ -245,22 +250,28 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = (arguments.micro_batch, arguments.sequence + 1)
     ids = torch.randint(arguments.vocab, shape, device=device)
-    rows = list(compare(decoder, ids, arguments.turns, arguments.recursions))
-    table = Table("router", "KV policy", "steps", "time", "turns", "FLOPs (limit)", "memory")
+    precision = (arguments.half_width, arguments.rounds)
+    rows = list(compare(decoder, ids, *precision, arguments.recursions))
+    table = Table("router", "KV policy", "steps", "time", "95 %", "rounds", "processor", "verdict")
+    table.add_column("FLOPs (limit)")
+    table.add_column("memory")
     for row in rows:
-        low, high = row.time_spread
+        timed = row.time
         table.add_row(
             row.router,
             row.kv_policy,
             str(row.num_recursions),
-            f"{row.time_ratio:.3f}",
-            f"{low:.2f}–{high:.2f}",
+            f"{timed.ratio:.3f}",
+            f"{timed.low:.3f}–{timed.high:.3f}",
+            str(timed.rounds),
+            "–" if timed.share is None else f"{timed.share:.0%}",
+            timed.verdict,
             f"{row.flop_ratio:.3f}",
             f"{row.memory_ratio:.3f}",
         )
     Console().print(table)
     if arguments.json:
-        arguments.json.write_text(json.dumps([vars(row) for row in rows], indent=2))
+        arguments.json.write_text(json.dumps(list(map(_plain, rows)), indent=2))
     torch.distributed.destroy_process_group()
 
 

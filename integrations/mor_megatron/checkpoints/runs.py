@@ -164,6 +164,39 @@ def latest_step(directory: str | Path) -> int | None:
     return _step(candidates[0]) if candidates else None
 
 
+def steps(directory: str | Path) -> list[int]:
+    """The steps of all checkpoints that may be loaded, in ascending order."""
+    return sorted(_step(folder) for folder in _newest_first(Path(directory)))
+
+
+def rewind(directory: str | Path, step: int, aside: str) -> Path | None:
+    """Makes the checkpoint of a step the newest one; later ones are moved aside, and none removed.
+
+    Call it on one rank, at a moment when no other process uses the directory. If it is interrupted,
+    the checkpoints that are left are in order, and it can be called again.
+
+    Args:
+        directory: as for `save`.
+        step: of a complete checkpoint.
+        aside: name of the folder in `directory` that the later checkpoints are moved to.
+
+    Returns:
+        That folder; None where there were no later checkpoints.
+
+    Raises:
+        OSError: something cannot be moved.
+    """
+    place = Path(directory)
+    later = [folder for folder in _newest_first(place) if _step(folder) > step]
+    _point_to(folder_of(place, step))
+    for folder in later:  # the newest first, so that what is left never has a gap
+        target = place / aside / folder.name
+        target.parent.mkdir(exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)  # of an earlier rewind to the same place
+        folder.rename(target)
+    return place / aside if later else None
+
+
 def put_in_order(directory: str | Path) -> tuple[str, ...]:
     """Clean up after a save that was killed. Returns a message for each action.
 
@@ -240,10 +273,15 @@ def _publish(partial: Path, target: Path) -> None:
     if target.exists():  # keep the old checkpoint under another name until the new one is in place
         target.rename(replaced)
     partial.rename(target)
+    _point_to(target)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _point_to(target: Path) -> None:
+    """Let `latest` name a checkpoint."""
     pointer = target.with_name(f".{_LATEST}.partial")
     pointer.write_text(target.name)
     os.replace(pointer, target.with_name(_LATEST))
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _step(folder: Path) -> int:

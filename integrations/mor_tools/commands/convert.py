@@ -10,6 +10,7 @@ What the source is shows in its files. Afterwards both sides are opened and comp
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +137,49 @@ def _recursive(model: StoredModel, options: argparse.Namespace) -> StoredModel:
         values["relaxation"] = {"rank": options.relax_rank, "kind": kind}
         values["share_norms"] = False  # each step begins with the norms of its own layers
     recursion = from_mapping(RecursionConfig, values, "recursion", may_import=True)
+    if model.config.recursion is None:  # else there is more to say
+        _require_division(recursion, model.config.num_unrolled_layers)
     config, weights = recursive_weights(
         model.weights, model.config, recursion, options.init or "average", options.seed or 0
     )
     return StoredModel(config, weights, model.facts, model.side_files)
+
+
+def _require_division(recursion: RecursionConfig, layers: int) -> None:
+    """Refuse recursions that the layers of the model do not divide into, with those that they do.
+
+    The model is given, so that the advice to take other layers would not help.
+    """
+    if _divides(recursion, layers):
+        return
+    possible = {
+        sharing: [n for n in range(2, layers + 1) if _divides(recursion, layers, n, sharing)]
+        for sharing in SHARING_SCHEMES
+    }
+    shown = "; ".join(
+        f"--sharing {sharing}: {', '.join(map(str, numbers))}"
+        for sharing, numbers in possible.items()
+        if numbers
+    )
+    raise ValueError(
+        f"the model's {layers} layers cannot be divided into --recursions "
+        f"{recursion.num_recursions} with --sharing {recursion.sharing}. "
+        + (f"Use one of these numbers: {shown}." if shown else "No sharing scheme divides them.")
+    )
+
+
+def _divides(
+    recursion: RecursionConfig, layers: int, number: int | None = None, sharing: str | None = None
+) -> bool:
+    """Whether layers divide into the recursion, or into one of another number and scheme."""
+    changes: dict[str, Any] = {}
+    if number is not None:
+        changes = {"num_recursions": number, "sharing": sharing}
+    try:
+        replace(recursion, **changes).schedule(layers)
+    except ValueError:
+        return False
+    return True
 
 
 _WITH_RECURSIONS: dict[str, dict[str, Any]] = {

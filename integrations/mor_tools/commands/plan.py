@@ -33,6 +33,7 @@ from mor_tools.planner import (
     plans_table,
     refusals,
     search,
+    starvation,
 )
 from mor_tools.pretraining.command_line import read_settings
 from mor_tools.pretraining.settings import Settings
@@ -55,7 +56,7 @@ def add_arguments(options: argparse.ArgumentParser) -> None:
     add("--inter-gbps", type=float, help="1e9 bytes/s that a device sends to other nodes")
     add("--per-node", type=int, help="devices of a node")
     add("--efficiency", type=float, default=0.5, help="share of the peak reached (default: 0.5)")
-    add("--micro-batch-sizes", help="such as 1,2,4 (default: the file's)")
+    add("--micro-batch-sizes", help="such as 1,2,4 (default: the file's, its half and its double)")
     add("--recompute", help="such as none,full (default: the file's)")
     add("--vocab-size", type=int, help="instead of the tokenizer's")
     add("--top", type=int, default=10, help="layouts to show (default: 10)")
@@ -94,7 +95,8 @@ def _plan(options: argparse.Namespace, settings: Settings) -> None:
     if options.inference:
         console.print(inference_table(work, options.gpus, hardware))
         return
-    sizes = _numbers(options.micro_batch_sizes) or (settings.training.micro_batch_size,)
+    chosen = settings.training.micro_batch_size
+    sizes = _numbers(options.micro_batch_sizes) or _around(chosen)
     recompute = _recompute(options.recompute) or (settings.training.recompute,)
     found = search(work, options.gpus, hardware, sizes, recompute, options.efficiency)
     if not found.fitting:
@@ -103,6 +105,8 @@ def _plan(options: argparse.Namespace, settings: Settings) -> None:
     console.print(plans_table(best, len(found.fitting)))
     console.print(parts_table(best))
     console.print(refusals(found, hardware))
+    for warning in starvation(work, options.gpus, found.fitting, options.efficiency, chosen):
+        console.print(f"warning: {warning}", soft_wrap=True, highlight=False)
     if options.json:
         rows = [_row(plan) for plan in found.fitting]
         refused = dict(found.refused)
@@ -133,6 +137,11 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
     if not all(part.isdecimal() and int(part) for part in text.split(",")):
         raise ValueError(f"--micro-batch-sizes {text}: expected numbers such as 1,2,4.")
     return tuple(int(part) for part in text.split(","))
+
+
+def _around(size: int) -> tuple[int, ...]:
+    """Micro-batch sizes to try where none are given."""
+    return tuple(sorted({max(1, size // 2), size, 2 * size}))
 
 
 def _recompute(text: str | None) -> tuple[Recompute, ...] | None:

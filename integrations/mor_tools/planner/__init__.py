@@ -13,6 +13,7 @@ from mor_tools.planner.report import (
     parts_table,
     plans_table,
     refusals,
+    starvation,
 )
 from mor_tools.planner.search import Search, nearest, refusal, search
 
@@ -40,5 +41,6 @@ __all__ = [
     "refusal",
     "refusals",
     "search",
+    "starvation",
     "timeline",
 ]

@@ -2,12 +2,14 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from math import gcd
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from mor_layers.costs import ModelShape, count_parameters
 from mor_tools.planner.hardware import Hardware
 from mor_tools.planner.layouts import Plan, Workload
 from mor_tools.planner.search import USABLE, Search, divisors
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GIB = 2**30
+STARVED = 0.7
+"""Share of the MFU that could be had below which a batch starves the machine."""
 AXES = {"tensor": "TP", "context": "CP", "expert": "EP", "pipeline": "PP", "data": "DP"}
 
 
@@ -23,13 +27,55 @@ def describe(work: Workload, gpus: int, hardware: Hardware, efficiency: float) -
     """One line about the model, the batch and the hardware."""
     cost, batch = work.cost, work.global_batch_size * work.sequence_length
     return (
-        f"{cost.parameters.total / 1e6:.1f} M parameters, "
+        f"{_parameters(work)}, "
         f"{cost.flops_per_token(training=False) / 1e6:.1f} MFLOP/token forward, "
         f"{cost.flops_per_token() / 1e6:.1f} in training; {batch / 1e6:.3g} M tokens per step; "
         f"{gpus} × {hardware.name}: {hardware.tflops:g} TFLOP/s at {efficiency:.0%}, "
         f"{hardware.memory_gib:g} GiB, {hardware.intra_gbps:g} GB/s within a node of "
         f"{hardware.per_node}, {hardware.inter_gbps:g} GB/s between nodes"
     )
+
+
+def _parameters(work: Workload) -> str:
+    """What is stored and trained, and what the same depth would have without sharing."""
+    unique = f"{work.cost.parameters.total / 1e6:.1f} M"
+    if work.model.recursion is None:
+        return f"{unique} parameters"
+    plain = count_parameters(ModelShape.from_decoder(replace(work.model, recursion=None)))
+    return (
+        f"{unique} unique parameters, which are stored and trained ({plain.total / 1e6:.1f} M unrolled: "
+        "as many layers without sharing)"
+    )
+
+
+def starvation(
+    work: Workload, gpus: int, fitting: Sequence[Plan], efficiency: float, micro_batch_size: int
+) -> list[str]:
+    """Where the batch leaves the machine idle, and what to change; best layouts first.
+
+    Args:
+        micro_batch_size: that of the settings, whichever others were tried.
+    """
+    best, found = fitting[0], []
+    if best.utilization < STARVED * efficiency:
+        found.append(
+            f"the batch starves the machine: the best layout has an MFU of {best.utilization:.1%}, "
+            f"where matrix products alone would have {efficiency:.0%}. Per device there are "
+            f"{work.global_batch_size * work.sequence_length / gpus:,.0f} tokens a step. Use a larger "
+            "training.global_batch_size, or fewer devices."
+        )
+    same = next((p for p in fitting if p.layout.micro_batch_size == micro_batch_size), None)
+    if same is None:
+        found.append(
+            f"no layout with training.micro_batch_size={micro_batch_size} fits. Set it to "
+            f"{best.layout.micro_batch_size}, as in the best layout."
+        )
+    elif same.utilization < STARVED * best.utilization:
+        found.append(
+            f"training.micro_batch_size={micro_batch_size} reaches an MFU of {same.utilization:.1%} at "
+            f"most, {best.layout.micro_batch_size} reaches {best.utilization:.1%}. Set it to that."
+        )
+    return found
 
 
 def name(plan: Plan) -> str:

@@ -7,6 +7,7 @@ when its parent ends, where the kernel has such a thing (Linux), and compares it
 import contextlib
 import ctypes
 import os
+import shlex
 import signal
 import sys
 
@@ -35,6 +36,28 @@ class Launcher:
     def is_gone(self) -> bool:
         """Whether another process has become the parent, which happens when the first one ends."""
         return os.getppid() != self._parent
+
+
+def command(*changes: str) -> str | None:
+    """The command line that starts this process's run again on one machine.
+
+    None without torchrun, and on several machines, whose launchers agree in ways not known here.
+
+    Args:
+        changes: settings as `key=value`, which go last and so count.
+    """
+    is_on_one_machine = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not is_on_one_machine:
+        return None
+    python, *rest = sys.orig_argv
+    names = {change.partition("=")[0] for change in changes}
+    own = [a for a in rest if a != "-u" and a.partition("=")[0] not in names]  # torchrun adds -u
+    processes = os.environ["LOCAL_WORLD_SIZE"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    line = shlex.join([python, *torchrun, *own, *changes])
+    # What a checkout needs and an installation does not.
+    path = os.environ.get("PYTHONPATH")
+    return line if path is None else f"PYTHONPATH={shlex.quote(path)} {line}"
 
 
 def follow() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,14 @@ FREE_TO_CHANGE = (
     "data.workers",
 )
 """Settings that do not change what a run computes, beyond rounding."""
+OF_THE_END = ("training.steps", "training.decay_steps")
+"""Settings that say when a run ends; they may change where the run is extended."""
 
 
 def is_complete(settings: Settings) -> bool:
     """Whether the run in this folder took all its steps and was summed up.
+
+    A run that the settings extend is not complete.
 
     Raises:
         ValueError: it is a run with other settings, or its run.json is damaged.
@@ -69,6 +74,81 @@ def claim(settings: Settings, text: PreparedText) -> None:
             f"{folder} has a run on other text ({earlier}, now {text.prefix}). Choose another "
             "output=, or remove the folder."
         )
+
+
+@dataclass(frozen=True)
+class Extension:
+    """More steps for a run than it was planned for."""
+
+    planned_steps: int
+    """Of the earlier plan."""
+    told: str
+    """What was done, in sentences."""
+
+
+def extend(settings: Settings) -> Extension | None:
+    """Prepare a run for more steps than it was planned for; None where nothing changed.
+
+    The stable phase of the schedule is the same however long it is. So a run whose learning rate
+    decays already returns to its last checkpoint from before the decay, and goes on as if it had been
+    planned longer from the start. The later checkpoints are kept aside. The run must hold the
+    folder's lock.
+
+    Raises:
+        ValueError: the new decay would begin before the checkpoint that training goes on from.
+        OSError: checkpoints cannot be moved.
+    """
+    folder, training = Path(settings.output), settings.training
+    found = _claimed(folder)
+    assert found is not None  # `claim` wrote it
+    before = found["settings"]["training"]
+    planned, decay_steps = before["steps"], before["decay_steps"]
+    if planned == training.steps:
+        return None
+    checkpoints = folder / RUN_CHECKPOINTS
+    there = runs.steps(checkpoints)
+    stable = [step for step in there if step <= planned - decay_steps]
+    start = max(stable, default=there[-1] if there else 0)
+    if start > training.decay_start:
+        raise ValueError(
+            f"training.decay_steps={training.decay_steps} of training.steps={training.steps} would "
+            f"begin after step {training.decay_start}, but {folder} goes on from step {start}. Use "
+            f"at most decay_steps={training.steps - start}, or more steps."
+        )
+    told = f"extended from {planned} to {training.steps} steps: {_way_on(there, stable)}"
+    if stable:
+        aside = runs.rewind(checkpoints, start, f"of_{planned}_steps")
+        if aside is not None:
+            told += f" The later checkpoints were moved to {aside}."
+    before |= {"steps": training.steps, "decay_steps": training.decay_steps}
+    extension = {
+        "steps": [planned, training.steps],
+        "decay_steps": [decay_steps, training.decay_steps],
+        "from_step": start,
+        "what": told,
+    }
+    found.setdefault("extensions", []).append(extension)
+    write_atomically(folder / RUN_CLAIM, json.dumps(found, indent=2) + "\n")
+    return Extension(planned, told)
+
+
+def _way_on(there: list[int], stable: list[int]) -> str:
+    """How an extended run goes on from its checkpoints, those of before the decay among them."""
+    if not there:
+        return "there is no checkpoint yet, so that it starts from the beginning."
+    if there == stable:
+        return (
+            f"the learning rate has not begun to decay, so that it goes on from step {there[-1]}."
+        )
+    if stable:
+        return (
+            f"it goes on from step {stable[-1]}, the last checkpoint before the learning rate decayed, "
+            "as a run planned longer would have."
+        )
+    return (
+        f"no checkpoint from before the decay is left, so that it goes on from step {there[-1]} with "
+        "the learning rate raised again. A run planned longer would have other losses."
+    )
 
 
 def put_in_order(settings: Settings) -> tuple[str, ...]:
@@ -127,15 +207,20 @@ def _check_same(folder: Path, earlier: dict[str, Any], settings: Settings) -> No
     names_own = _flat(earlier).get("recursion.router.type") == own
     before = _flat(to_mapping(from_mapping(Settings, earlier, where, may_import=names_own)))
     now = _flat(to_mapping(settings))
+    free = FREE_TO_CHANGE
+    if now["training.steps"] > before["training.steps"]:
+        free += OF_THE_END
     differences = [
         f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted(before | now)
-        if before.get(name) != now.get(name) and not name.startswith(FREE_TO_CHANGE)
+        if before.get(name) != now.get(name) and not name.startswith(free)
     ]
     if differences:
         raise ValueError(
             f"{folder} has a run with other settings: {'; '.join(differences)}. Choose another "
-            "output=, or remove the folder to start over."
+            f"output=, or remove the folder to start over. A branch, with other settings and the "
+            f"weights of this run, is output=ANOTHER training.initial_weights={folder}; a run becomes "
+            "longer by a larger training.steps."
         )
 
 

@@ -1,9 +1,11 @@
 """The main path of a run: from text to a trained model, its checkpoint and its report."""
 
 import contextlib
+import shlex
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -11,9 +13,15 @@ from rich.console import Console
 from mor_layers import save_model, to_mapping
 from mor_megatron.platform import on_first_rank
 from mor_tools.formats import RUN_MODEL
-from mor_tools.pretraining import distributed, endings, run_folder
+from mor_tools.pretraining import distributed, endings, launcher, run_folder
 from mor_tools.pretraining.command_line import load_settings
-from mor_tools.pretraining.data.datasets import Datasets, batches, build_datasets, unigram_entropy
+from mor_tools.pretraining.data.datasets import (
+    Datasets,
+    batches,
+    build_datasets,
+    order_after_extension,
+    unigram_entropy,
+)
 from mor_tools.pretraining.data.text import TextTokenizer, prepare
 from mor_tools.pretraining.launcher import LauncherLost
 from mor_tools.pretraining.models import build, initial_weights, sizes, teacher
@@ -24,8 +32,9 @@ from mor_tools.pretraining.reporting.history import History
 from mor_tools.pretraining.reporting.report import Report, render
 from mor_tools.pretraining.reporting.summary import write_summary
 from mor_tools.pretraining.settings import Settings
-from mor_tools.pretraining.training import Batches, Trainer
+from mor_tools.pretraining.training import Batches, StepResult, Trainer
 from mor_tools.pretraining.watch import shared_watch
+from mor_tools.reports.health import NO_GRADIENT, Health, Plan
 from mor_tools.reports.rows import Routing, Row, Validation
 from mor_tools.reports.trackers import TensorBoard, Tracker, Wandb
 
@@ -55,7 +64,8 @@ def pretrain(settings: Settings) -> None:
         if console is not None:
             console.print(
                 f"{settings.output} is complete: all {settings.training.steps} steps are done. See "
-                f"{settings.output}/report.html. For another run choose another output=.",
+                f"{settings.output}/report.html. A larger training.steps= extends it; for another run "
+                "choose another output=.",
                 soft_wrap=True,
             )
         return
@@ -69,14 +79,22 @@ def _pretrain(settings: Settings, console: Console | None, notes: list[str | Non
     """The work of a process of the run that has the folder; `notes` are what to tell before."""
     text = on_first_rank(lambda: prepare(settings.data))
     on_first_rank(lambda: run_folder.claim(settings, text))
+    extension = on_first_rank(lambda: run_folder.extend(settings))
     tokenizer = TextTokenizer(text.tokenizer, settings.data.end_of_document)
     data = build_datasets(settings, text, tokenizer)
     sizes.require_room(settings, tokenizer.vocab_size)
+    if extension is not None:
+        order = order_after_extension(data.train, settings, extension.planned_steps)
+        notes += [extension.told, order]
     distributed.seed(settings.training.seed, step=0)
     chunks = build.build_model(settings, tokenizer.vocab_size)
     decoder = decoder_config(settings, tokenizer.vocab_size)
     if settings.training.initial_weights is not None:
-        initial_weights.load(Path(settings.training.initial_weights), chunks, decoder)
+        source = Path(settings.training.initial_weights)
+        branch = on_first_rank(lambda: initial_weights.branch(source, tokenizer.path))
+        initial_weights.load(source, chunks, decoder)
+        if not run_folder.has_checkpoint(settings):
+            notes.append(branch)
     dense = None if settings.uptrain is None else teacher.open_dense(settings, tokenizer)
     if dense is not None and not run_folder.has_checkpoint(settings):
         teacher.load_recursive(chunks, settings, dense)
@@ -113,6 +131,9 @@ class Session:
         trackers: list[Tracker] = []
         on_first_rank(lambda: trackers.extend(_trackers(settings, trainer.step)))
         self.history = History(self.folder, trainer.step, trackers, is_writer)
+        self.health = Health(_plan(settings))
+        for row in self.history.rows:  # of earlier sessions, which told what they found
+            self.health.add(row)
         self.display = Display(
             settings.output, settings.training.steps, self.unigram_entropy, console
         )
@@ -129,9 +150,13 @@ class Session:
         while trainer.step < settings.last_step and not self.is_stopping():
             row = self.step(train_batches)
             self.history.add(row)
+            for finding in self.health.add(row):
+                self.display.say(str(finding))
             if row.tokens_per_second is not None or row.validation_loss is not None:
                 self.display.show(row, self.costs(row))
-            if trainer.step % settings.training.checkpoint_every == 0:
+            # That of before the decay is what an extension of the run goes on from.
+            is_stable_end = trainer.step == settings.training.decay_start
+            if is_stable_end or trainer.step % settings.training.checkpoint_every == 0:
                 trainer.save()
         trainer.save()
         stopped = (
@@ -140,7 +165,7 @@ class Session:
         if self.is_stopping.launcher_is_gone:
             raise LauncherLost(f"The run {stopped}")
         if trainer.step < settings.training.steps:
-            self.display.say(f"{stopped} Run again to go on.")
+            self.display.say(f"{stopped} {_run_again(settings)}")
 
     def step(self, train_batches: Batches) -> Row:
         """One optimizer step, and what is due after it."""
@@ -153,7 +178,7 @@ class Session:
         is_last = trainer.step == settings.training.steps
         if trainer.step % settings.log_every == 0 or is_last:
             speed = self.train_tokens / self.train_seconds
-            routing = Routing.from_reports(result.routing)
+            routing = self.routing(result)
             self.train_seconds, self.train_tokens = 0.0, 0
         self.validation = None
         if trainer.step % settings.evaluation.every == 0 or is_last:
@@ -169,6 +194,14 @@ class Session:
             self.validation and self.validation.causal_loss,
             result.divergence,
         )
+
+    def routing(self, result: StepResult) -> Routing | None:
+        """What the recursions did in a step, and whether their router can learn from it."""
+        has_gradient = self.trainer.router_has_gradient()
+        routing = Routing.from_reports(result.routing)
+        if routing is None or has_gradient is not False:
+            return routing
+        return replace(routing, metrics=routing.metrics | {NO_GRADIENT: 1.0})
 
     def validate(self) -> Validation:
         """Held-out loss and routing: as in training, and as in generation."""
@@ -232,6 +265,7 @@ class Session:
             validation=validation,
             passage=passage,
             sample=sample,
+            findings=self.health.findings,
         )
         run_folder.write_atomically(self.folder / "report.html", render(report))
         write_summary(
@@ -245,6 +279,49 @@ class Session:
             sample=sample,
         )
         self.display.say(f"wrote {self.folder}/report.html and summary.json")
+        self.display.say(_what_next(self.settings))
+
+
+def _plan(settings: Settings) -> Plan:
+    """What the settings promise of the run."""
+    sequences, recursion = settings.training.global_batch_size, settings.recursion
+    if recursion is None:
+        return Plan(sequences)
+    router = recursion.router
+    return Plan(
+        sequences,
+        router.capacity_factors_for(recursion.num_recursions),
+        getattr(router, "warmup_steps", 0),  # not all routers have one
+    )
+
+
+def _run_again(settings: Settings) -> str:
+    """How the user goes on with a run that stopped."""
+    stops = settings.training.stop_after is not None
+    changes = ("training.stop_after=null",) if stops else ()
+    command = launcher.command(*changes)
+    if command is None:
+        return "Run again to go on."
+    return f"To go on, run again, e.g. with:\n  {command}"
+
+
+def _what_next(settings: Settings) -> str:
+    """What a user can do with a finished run, as commands."""
+    model, temperature = f"{settings.output}/{RUN_MODEL}", settings.evaluation.temperature
+    given = f"{shlex.quote(settings.evaluation.prompt)} --temperature {temperature}"
+    text = "README.md" if Path("README.md").is_file() else "TEXT_FILE"
+    longer = f"training.steps={2 * settings.training.steps}"
+    lines = {
+        "train longer": launcher.command(longer) or f"the same command with {longer}",
+    }
+    if settings.evaluation.sample_tokens > 0:  # else no model was written
+        lines = {
+            "continue a text": f"mor generate --model {model} {given}",
+            "see each token's depth": f"mor inspect {settings.output} --text {text}",
+        } | lines
+    width = max(map(len, lines))
+    head = 'What to try next (in a checkout, after eval "$(make -s env)"):'
+    return "\n".join([head, *(f"  {name:{width}}  {line}" for name, line in lines.items())])
 
 
 def _trackers(settings: Settings, step: int) -> list[Tracker]:

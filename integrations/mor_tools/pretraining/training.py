@@ -26,6 +26,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor, nn
 
 from mor_layers import DecoderConfig
+from mor_layers.routers import Router
 from mor_megatron import (
     RoutingReport,
     causal_routing,
@@ -133,6 +134,20 @@ class Trainer:
             norm or 0.0,
             routing_reports(self.chunks),
         )
+
+    def router_has_gradient(self) -> bool | None:
+        """Whether a parameter of a router got a gradient in the last step; None without any.
+
+        A router whose scores enter neither the output nor a loss never learns. All ranks call it.
+        """
+        routers = [m for chunk in self.chunks for m in chunk.modules() if isinstance(m, Router)]
+        parameters = [p for router in routers for p in router.parameters() if p.requires_grad]
+        gradients = [getattr(parameter, "main_grad", None) for parameter in parameters]
+        found = [float(len(parameters)), float(any(g is not None and g.any() for g in gradients))]
+        together = torch.tensor(found, device=distributed.device())
+        torch.distributed.all_reduce(together, op=torch.distributed.ReduceOp.MAX)
+        number, has_gradient = together.tolist()
+        return bool(has_gradient) if number else None
 
     def evaluate(self, held_out: Any, causal: bool = False) -> tuple[float, list[RoutingReport]]:
         """Mean loss over the held-out split in nats per token, and what the recursions did.
@@ -330,6 +345,10 @@ def _scheduler(settings: Settings, optimizer: MegatronOptimizer) -> OptimizerPar
         end_wd=training.weight_decay,
         wd_incr_steps=training.steps,
         wd_incr_style="constant",
+        # The settings of the run are checked already, and an extended run has a later decay than its
+        # checkpoints say.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
     scheduler.step(increment=1)  # the first step is already part of the warmup
     return scheduler

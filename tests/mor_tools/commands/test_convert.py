@@ -111,7 +111,10 @@ def test_errors_are_told_in_a_line_and_leave_nothing(folder, monkeypatch, capsys
         (["llama", "unrolled"], "unrolled exists"),
         (["nowhere", "new"], "nowhere does not exist"),
         (["recursive", "new", "--recursions", "3"], "has a recursion"),
-        (["llama", "new", "--recursions", "4"], "cannot split 6 shared layers"),
+        (
+            ["llama", "new", "--recursions", "4"],
+            "--sharing sequence: 2, 4, 8; --sharing middle_cycle: 2, 3, 6;",
+        ),
         (["llama", "new", "--router", "expert_choice"], "--router has no effect without"),
         (["llama", "new", "--prelude", "2"], "--prelude has no effect without"),
         (["llama", "new", "--recursions", "2", "--coda", "-1"], "coda_layers=-1 must be at least"),

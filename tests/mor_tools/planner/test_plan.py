@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -12,7 +13,16 @@ import pytest
 from mor_layers import from_mapping
 from mor_tools.commands import main
 from mor_tools.commands.workload import workload
-from mor_tools.planner import HARDWARE, Layout, evaluate, nearest, refusal, search
+from mor_tools.planner import (
+    HARDWARE,
+    Layout,
+    Plan,
+    evaluate,
+    nearest,
+    refusal,
+    search,
+    starvation,
+)
 from mor_tools.pretraining.command_line import read_settings
 from mor_tools.pretraining.settings import Settings
 
@@ -43,6 +53,47 @@ def test_tiny_is_planned_for_two_processes_and_for_generation(capsys):
     main(["plan", str(TINY), "--gpus", "1", "--inference"])
     work = workload(read_settings(str(TINY), []))
     assert f"{work.cost.kv_bytes(4) / 2**20:.2f}" in capsys.readouterr().out
+
+
+def test_a_plan_tries_several_batches_and_warns_of_those_that_starve_the_machine(tmp_path, capsys):
+    report = tmp_path / "plan.json"
+
+    def plan(gpus: int, *settings: str) -> tuple[set[int], str]:
+        changes = [part for setting in settings for part in ("--set", setting)]
+        main(["plan", str(CLUSTER), "--gpus", str(gpus), "--json", str(report),
+              "--set", "data.vocabulary_size=49152", *changes])  # fmt: skip
+        tried = {row["micro_batch_size"] for row in json.loads(report.read_text())["plans"]}
+        return tried, " ".join(capsys.readouterr().out.split())
+
+    tried, shown = plan(8, "training.micro_batch_size=2")
+    assert tried == {1, 2, 4}
+    assert "warning" not in shown
+    assert "M unique parameters, which are stored and trained (" in shown
+    assert "unique" not in plan(8, "recursion=null")[1]
+
+    _, shown = plan(512, "training.global_batch_size=512", "training.micro_batch_size=1")
+    assert "warning: the batch starves the machine" in shown
+    assert "Per device there are 2,048 tokens a step" in shown
+
+
+def test_a_micro_batch_size_far_below_the_best_is_told():
+    work = workload(read_settings(str(CLUSTER), ["data.vocabulary_size=49152"]))
+    best = evaluate(work, Layout(data=8, micro_batch_size=4), HARDWARE["h100"])
+    slow = replace(best, layout=replace(best.layout, micro_batch_size=1),
+                   utilization=0.6 * best.utilization)  # fmt: skip
+
+    def told(size: int, *plans: Plan) -> list[str]:
+        return starvation(work, 8, plans, best.utilization, size)
+
+    assert told(4, best, slow) == []
+    (message,) = told(1, best, slow)
+    assert (
+        message.startswith("training.micro_batch_size=1 reaches an MFU of") and "4 reach" in message
+    )
+    (message,) = told(2, best, slow)
+    assert message.startswith("no layout with training.micro_batch_size=2 fits. Set it to 4")
+    (message,) = told(1, slow)
+    assert message.startswith("the batch starves the machine: the best layout has an MFU")
 
 
 def test_what_keeps_training_stable_has_its_price():

@@ -19,6 +19,7 @@ from mor_tools.pretraining.reporting.display import Costs, Display
 from mor_tools.pretraining.reporting.history import History
 from mor_tools.pretraining.reporting.report import Report, render
 from mor_tools.pretraining.reporting.summary import write_summary
+from mor_tools.reports.health import Finding
 from mor_tools.reports.rows import Routing, Row, Validation
 from mor_tools.reports.trackers import TensorBoard, Wandb
 
@@ -66,6 +67,14 @@ def test_drawings_have_the_colours_of_the_page_and_ids_of_their_own(page):
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r"(?:href=\"|url\()#([^\")]+)", page)) <= set(ids)
+
+
+def test_warnings_come_first_in_the_report_where_there_are_any(page):
+    assert "<h2>Warnings" not in page
+    finding = Finding("loss", 1200, "the loss <rises>")
+    warned = render(replace(REPORT, findings=[finding]))
+    assert "<li>From step 1,200: the loss &lt;rises&gt;</li>" in warned
+    assert warned.index("<h2>Warnings") < warned.index("<h2>Loss")
 
 
 def test_text_in_the_report_is_text_and_not_markup(page):

@@ -269,7 +269,7 @@ def test_a_folder_keeps_the_settings_of_its_run(tmp_path):
     faster, _ = _claimed(tmp_path, "parallel.distributed_optimizer=true", "log_every=1")
     assert not run_folder.is_complete(faster)
     wider, _ = _claimed(tmp_path, "model.hidden_size=384", "training.steps=300")
-    with pytest.raises(ValueError, match=r"hidden_size was 192, now 384; training.steps was 240"):
+    with pytest.raises(ValueError, match=r"hidden_size was 192, now 384; training.steps was 400"):
         run_folder.is_complete(wider)
 
 

@@ -1,5 +1,6 @@
 """From text to the samples that a training step sees."""
 
+import difflib
 import json
 import math
 import shutil
@@ -86,9 +87,14 @@ def test_plain_text_is_cut_into_documents_at_line_ends(tmp_path):
 def test_python_brings_its_own_text():
     documents = collect(None)
     assert len({document.name for document in documents}) == len(documents)
-    assert {"pydoc/for", "argparse.py"} <= {document.name for document in documents}
-    assert not any("site-packages" in document.name for document in documents)
-    assert sum(len(document.text) for document in documents) > 5_000_000
+    found = {document.name: document.text for document in documents}
+    assert {"pydoc/for", "argparse.py", "email/architecture.rst"} <= found.keys()
+    left_out = ("site-packages/", "test/", "encodings/", "lib2to3/", "pydoc_data/")
+    assert not any(name.startswith(left_out) for name in found)
+    assert 2_000_000 < sum(map(len, found.values())) < 4_000_000
+    assert found["difflib.py"] == Path(difflib.__file__).read_text("utf-8")  # explains itself
+    assert found["argparse.py"].startswith("Command-line parsing library")  # docstrings alone
+    assert "import" not in found["html/entities.py"].split()  # a table
 
 
 @pytest.mark.parametrize(

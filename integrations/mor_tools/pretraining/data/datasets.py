@@ -74,6 +74,24 @@ def build_datasets(settings: Settings, text: PreparedText, tokenizer: TextTokeni
     return Datasets(train, held_out)
 
 
+def order_after_extension(train: GPTDataset, settings: Settings, planned_steps: int) -> str | None:
+    """What to tell where a run with more steps than planned reads its text in another order.
+
+    Megatron shuffles all epochs of a run together, so their number changes the order.
+    """
+    lengths = train.dataset.sequence_lengths  # type: ignore[union-attr]
+    tokens = int(lengths[train.indices].sum())
+    per_step = settings.training.global_batch_size * settings.data.sequence_length
+    planned, now = (-(-n * per_step // tokens) for n in (planned_steps, settings.training.steps))
+    if planned == now:
+        return None
+    return (
+        f"warning: {settings.training.steps} steps read the text {now} times, the {planned_steps} "
+        f"planned before {planned}, which changes its order: some of it is read again earlier than in "
+        "a run that was planned longer from the start."
+    )
+
+
 def batches(
     dataset: GPTDataset, settings: Settings, first_step: int = 0
 ) -> Iterator[dict[str, Tensor]]:

@@ -1,16 +1,19 @@
 """From text to token ids: collect documents, train a tokenizer, write Megatron's .bin/.idx pair.
 
-Nothing is downloaded: without a path the text is the documentation and the source code that ship
-with the Python running this. Everything is read into memory; for corpora beyond that, write
-.bin/.idx with Megatron-LM's tools/preprocess_data.py and give its prefix.
+Nothing is downloaded: without a path the text is the documentation that ships with the Python
+running this, and those of its source files that explain themselves. Everything is read into memory;
+for corpora beyond that, write .bin/.idx with Megatron-LM's tools/preprocess_data.py and give its
+prefix.
 """
 
+import ast
 import hashlib
 import json
 import shutil
 import struct
 import sysconfig
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,22 @@ FORMAT = "1"
 """Changed whenever the same text would be prepared differently."""
 TOKENIZER_SAMPLE = 6_000_000
 """Characters the tokenizer is trained on."""
+EXPLAINED_SHARE = 1 / 2
+"""Share of comments and docstrings from which a source file of Python comes in whole."""
+NOT_PROSE = {
+    "site-packages",
+    "dist-packages",
+    "pydoc_data",
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",
+    "lib2to3",
+    "turtledemo",
+    "ensurepip",
+}
+"""Folders of Python's library without text for people: what is installed beside it, the source of
+pydoc's topics, tests and their data, tables of encodings, and grammars."""
 PIECE = 20_000
 """Plain text is cut, at ends of lines, into documents of about this many characters."""
 
@@ -138,20 +157,45 @@ def collect(path: str | None) -> list[Document]:
 
 
 def _python_documents() -> Iterator[Document]:
-    """pydoc's topics, and the standard library's source files with their tests, about 30 MB."""
+    """What a person would read of what ships with Python, about 2 MB.
+
+    pydoc's topics, text files, the source files that explain themselves, and the docstrings of all
+    others. The library's other files teach a small model little that it can show: tests are twice as
+    long as all the rest, and tables of encodings are numbers.
+    """
     from pydoc_data.topics import topics
 
     for name, text in topics.items():
         yield Document(f"pydoc/{name}", text)
     library = Path(sysconfig.get_path("stdlib"))
-    for file in sorted(library.rglob("*.py")):
+    for file in sorted(library.rglob("*")):
         name = file.relative_to(library)
-        # pydoc_data is the source of the topics above; a few tests are in other encodings.
-        if not {"site-packages", "dist-packages", "pydoc_data"} & set(name.parts):
-            try:
-                yield Document(name.as_posix(), file.read_text("utf-8"))
-            except UnicodeDecodeError:
-                continue
+        if file.suffix not in {".py", ".txt", ".rst"} or NOT_PROSE & set(name.parts[:-1]):
+            continue
+        try:
+            text = file.read_text("utf-8")
+        except UnicodeDecodeError:
+            continue
+        yield Document(name.as_posix(), _prose(text) if file.suffix == ".py" else text)
+
+
+def _prose(source: str) -> str:
+    """A source file that explains itself, whole; of any other the docstrings, which may be none."""
+    docstrings = _docstrings(source)
+    comments = (line for line in map(str.strip, source.splitlines()) if line.startswith("#"))
+    explanation = sum(map(len, docstrings)) + sum(map(len, comments))
+    if explanation >= EXPLAINED_SHARE * len(source):
+        return source
+    return "\n\n".join(docstrings)
+
+
+def _docstrings(source: str) -> list[str]:
+    with warnings.catch_warnings():  # of escape sequences that Python will no longer read
+        warnings.simplefilter("ignore")
+        tree = ast.parse(source)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = (ast.get_docstring(n) for n in ast.walk(tree) if isinstance(n, documented))
+    return [docstring for docstring in found if docstring]
 
 
 def _pieces(file: Path, name: str) -> Iterator[Document]:

@@ -1,12 +1,13 @@
 """Weights to start from: a model in any format, such as a Megatron checkpoint of any layout."""
 
+import json
 from pathlib import Path
 
 from torch import nn
 
 from mor_layers import DecoderConfig
-from mor_megatron.checkpoints import load_tensors, megatron_view
-from mor_tools.formats import opened
+from mor_megatron.checkpoints import load_tensors, megatron_view, runs
+from mor_tools.formats import RUN_CHECKPOINTS, RUN_CLAIM, RUN_MODEL, opened
 
 _SAME = (
     "vocab_size",
@@ -22,6 +23,34 @@ _SAME = (
     "tie_embeddings",
 )
 """What must be equal; other sizes show in shapes, and how tokens are routed may change."""
+
+
+def branch(folder: Path, tokenizer: Path) -> str | None:
+    """What to tell about a run that starts from another run's weights; None for any other model.
+
+    Raises:
+        ValueError: the other run read its text with another tokenizer.
+    """
+    if not (folder / RUN_CLAIM).is_file():
+        return None
+    theirs = _tokenizer_of(folder)
+    if theirs is not None and theirs.read_bytes() != tokenizer.read_bytes():
+        raise ValueError(
+            f"training.initial_weights={folder} is a run with another tokenizer, whose token ids mean "
+            f"other pieces of text. Add data.tokenizer={theirs}."
+        )
+    step = runs.latest_step(folder / RUN_CHECKPOINTS)
+    return (
+        f"a branch of {folder}: its weights after step {step}, a new optimizer and the schedule from "
+        "its start"
+    )
+
+
+def _tokenizer_of(folder: Path) -> Path | None:
+    """That of a run, where it is still there."""
+    text = Path(json.loads((folder / RUN_CLAIM).read_text("utf-8"))["text"])
+    places = (folder / RUN_MODEL / "tokenizer.json", text.with_name("tokenizer.json"))
+    return next((place for place in places if place.is_file()), None)
 
 
 def load(folder: Path, chunks: list[nn.Module], decoder: DecoderConfig) -> None:

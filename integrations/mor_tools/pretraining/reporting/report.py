@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mor_tools.pretraining.reporting.demonstration import TokenDepth
+from mor_tools.reports.health import Finding
 from mor_tools.reports.page import TokenView, document, facts, passage
 from mor_tools.reports.plots import svg
 from mor_tools.reports.rows import Row, Validation
@@ -34,13 +35,22 @@ class Report:
     """A held-out passage; empty without recursion."""
     sample: str
     """Prompt and continuation; may be empty."""
+    findings: Sequence[Finding] = ()
+    """What went wrong, if anything."""
 
 
 def render(report: Report) -> str:
     """The report as one HTML document."""
     routing = report.validation.routing
     losses = loss_figure(report.rows, report.unigram_entropy)
-    sections = [facts(report.facts), "<h2>Loss</h2>"]
+    sections = [facts(report.facts)]
+    if report.findings:
+        told = "".join(
+            f"<li>From step {finding.step:,}: {html.escape(finding.message)}</li>"
+            for finding in report.findings
+        )
+        sections += ["<h2>Warnings</h2>", f"<ul>{told}</ul>"]
+    sections.append("<h2>Loss</h2>")
     sections.append(svg(losses, "training and held-out loss over optimizer steps"))
     if routing is not None:
         depths = depth_figure(report.validation)

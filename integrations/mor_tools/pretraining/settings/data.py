@@ -22,7 +22,8 @@ class DataSettings:
 
     path: str | None = None
     """A text file, a folder of .txt files, a .jsonl file with a `text` field per line, or the prefix
-    of an existing .bin/.idx pair. null: the documentation and source code that ship with Python."""
+    of an existing .bin/.idx pair. null: the documentation that ships with Python, and those of its
+    source files that explain themselves."""
     tokenizer: str | None = None
     """A tokenizer.json of the `tokenizers` library. null: a byte-level BPE is trained on the text; this
     is not possible with a .bin/.idx pair."""

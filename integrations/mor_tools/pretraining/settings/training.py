@@ -22,7 +22,7 @@ class TrainingSettings:
     """Optimization with AdamW and a warmup-stable-decay schedule."""
 
     steps: int = 500
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run. A larger number extends a run, also one that is complete."""
     stop_after: int | None = None
     """Stop with a checkpoint after this step; run the command again to continue. null: run all
     `steps`."""
@@ -37,7 +37,7 @@ class TrainingSettings:
     warmup_steps: int = 20
     """Steps of linear warmup from 0."""
     decay_steps: int = 200
-    """Steps of linear decay at the end."""
+    """Steps of linear decay at the end. May change when a run is extended."""
     weight_decay: float = 0.1
     """Decoupled weight decay."""
     adam_beta2: float = 0.95
@@ -53,12 +53,18 @@ class TrainingSettings:
     """Seed of the initial weights and of the order of the text."""
     initial_weights: str | None = None
     """Folder of the weights to start from: a model in any format that `mor convert` reads, such as a
-    Megatron checkpoint in any layout. null: random weights."""
+    Megatron checkpoint in any layout, or the folder of another run, of which this one is then a
+    branch. Optimizer and schedule start anew. null: random weights."""
     checkpoint_every: int = 200
-    """Steps between checkpoints; the end of a run always writes one."""
+    """Steps between checkpoints; the start of the decay and the end of a run always write one."""
     timeout_seconds: float = 600.0
     """Longest time for a micro-batch, including communication, or for a checkpoint. After this time the
     run ends and reports which rank hangs. At most 30 days."""
+
+    @property
+    def decay_start(self) -> int:
+        """The last step before the learning rate decays."""
+        return self.steps - self.decay_steps
 
     def __post_init__(self) -> None:
         owner = "training"
