@@ -1,6 +1,7 @@
 """The sizes of a model's parts that determine its cost, derived from its settings alone."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Self
 
 import torch
@@ -157,14 +158,22 @@ class ModelShape:
         router = router or RouterShape.from_recursion(recursion, config.hidden_size)
         block, mlp = MLPShape.of_layer(config, recursion), MLPShape.of_layer(config)
         mlp = MLPShape(config.ffn_hidden_size) if config.dense_ends else mlp
-        how = recursion.num_recursions, router, recursion.kv_policy, recursion.share_norms
-        how += recursion.relaxation, recursion.step_embeddings, recursion.input_injection
-        how += (recursion.sandwich_norms,)
+        repeated = partial(
+            StackShape,
+            num_recursions=recursion.num_recursions,
+            router=router,
+            kv_policy=recursion.kv_policy,
+            shares_norms=recursion.share_norms,
+            relaxation=recursion.relaxation,
+            step_embeddings=recursion.step_embeddings,
+            input_injection=recursion.input_injection,
+            sandwich_norms=recursion.sandwich_norms,
+        )
         # A cyclic step runs the whole block; in a sequence each layer repeats on its own.
         sizes = (schedule.block_size,) if schedule.is_cyclic else (1,) * schedule.block_size
         stacks = (
             *(StackShape("prelude", 1, mlp),) * schedule.prelude,
-            *(StackShape("block", n, block, *how) for n in sizes),
+            *(repeated("block", n, block) for n in sizes),
             *(StackShape("coda", 1, mlp),) * schedule.coda,
         )
         return cls(

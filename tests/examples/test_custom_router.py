@@ -20,16 +20,17 @@ from mor_layers import (
     RecursionConfig,
     from_mapping,
     save_model,
+    to_mapping,
 )
 from mor_layers.costs import account
 from mor_layers.generation import Request
 from mor_layers.routers import registered_routers, registry
 from mor_megatron import RoutingReport
 from mor_tools.commands import main
-from mor_vllm.plugin import require_servable
+from mor_vllm.plugin import hides_rows, require_servable
 from tests.distributed.pool import WorkerPool
 from tests.mor_layers.generation.served import assert_exact, serve
-from tests.mor_layers.small_models import random_ids, small_config, small_model
+from tests.mor_layers.small_models import KV_POLICIES, random_ids, small_config, small_model
 
 SEQUENCE_LENGTH = 14
 
@@ -163,10 +164,11 @@ def test_a_run_counts_it_and_measures_it_once():
     assert ways == [False, False, True]
 
 
-def test_vllm_serves_it_where_it_keeps_a_row_of_every_token():
-    require_servable(small_config(custom_router.Halting(), kv_policy="recursive_sharing"))
-    with pytest.raises(ValueError, match=r"router=Halting with kv_policy='recursion_wise' cannot"):
-        require_servable(small_config(custom_router.Halting()))
+@pytest.mark.parametrize("policy", KV_POLICIES)
+def test_vllm_serves_it_under_every_policy(policy):
+    config = small_config(custom_router.Halting(), kv_policy=policy)
+    require_servable(config)
+    assert hides_rows(config) == (policy == "recursion_wise")
 
 
 @pytest.fixture
@@ -197,7 +199,7 @@ def test_a_registered_router_is_read_by_either_name_without_an_import():
         values = {"num_recursions": 3, "router": {"type": name, "share": 0.25}}
         config = from_mapping(RecursionConfig, values)
         assert config.router == custom_router.Halting(share=0.25)
-        assert config.router.to_mapping()["type"] == "custom_router:Halting"
+        assert to_mapping(config.router)["type"] == "custom_router:Halting"
 
 
 def test_the_published_format_has_no_place_for_it(tmp_path):

@@ -30,7 +30,7 @@ def simulate(durations: list[list[tuple[float, float]]], num_microbatches: int) 
         All passes of an optimizer step, sorted by stage and then by time.
     """
     passes: list[list[Pass]] = [[] for _ in durations]
-    _run(durations, num_microbatches, lambda *how: passes[how[0]].append(Pass(*how)))
+    _run(durations, num_microbatches, lambda stage, *rest: passes[stage].append(Pass(stage, *rest)))
     return tuple(run for stage in passes for run in stage)
 
 

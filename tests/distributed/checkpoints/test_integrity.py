@@ -283,8 +283,8 @@ def put_a_killed_save_in_order(directory: Path) -> None:
         (directory / ".step_mine").mkdir()
         done = runs.put_in_order(directory)
         assert [text.split(" ")[0].rpartition("/")[2] for text in done] == [
-            ".step_00000003.replaced,",
-            ".step_00000012.partial,",
+            ".step_00000003.replaced",
+            ".step_00000012.partial",
             "step_00000012",
         ]
         assert runs.put_in_order(directory) == ()
