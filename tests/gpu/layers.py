@@ -118,7 +118,7 @@ def signatures_are_those_recorded() -> dict[str, Any]:
     import transformer_engine
     import transformer_engine.pytorch as te
 
-    stand_in = Path(__file__).parents[1] / "distributed/te_stand_in/transformer_engine"
+    stand_in = Path(__file__).parents[1] / "distributed/platform/te_stand_in/transformer_engine"
     record = json.loads((stand_in / "signatures.json").read_text("utf-8"))
     checked = 0
     for name, rows in record.items():
