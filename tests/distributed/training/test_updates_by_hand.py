@@ -10,7 +10,12 @@ from mor_megatron import recursion_layers, routing_reports, update_routers
 from mor_megatron.layers.routing.auxiliary_loss import RouterLossScaler, listen_for_loss_scale
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pool import WorkerPool
-from tests.distributed.training.test_recursion_training import MOE, build
+from tests.distributed.training.test_recursion_training import (
+    MOE,
+    RECOMPUTE,
+    SEQUENCE_LENGTH,
+    build,
+)
 
 
 def bias_after_an_update() -> list[float]:
@@ -150,3 +155,17 @@ def test_a_loss_scale_function_of_the_users_own_is_still_called(pool: WorkerPool
     ((heard, ours),) = pool.run(scales_heard)
     assert heard == [0.25]
     assert ours == 0.25
+
+
+def counts_of_a_recomputed_step() -> list[float]:
+    setup.initialize()
+    chunks = build(RecursionConfig(2, router=FixedDepth()), RECOMPUTE["full"] | {"num_layers": 6})
+    setup.forward_backward(chunks, setup.random_tokens(4, SEQUENCE_LENGTH), 2)
+    (layer,) = recursion_layers(chunks)
+    return layer.statistics.tokens_per_step.tolist()
+
+
+def test_a_recomputed_pass_counts_once(pool: WorkerPool) -> None:
+    # Recomputation runs each forward pass twice: entered, then ran step 1 and step 2.
+    (counts,) = pool.run(counts_of_a_recomputed_step)
+    assert counts == [4 * SEQUENCE_LENGTH] * 3
