@@ -22,7 +22,7 @@ from mor_layers import (
 )
 from mor_layers.generation import Request
 from mor_layers.layers import RelaxedLinear, merged_weight
-from mor_layers.layers.relaxation import PROJECTIONS
+from mor_layers.layers.relaxation import PROJECTIONS, StepDelta
 from mor_layers.recursion import SHARING_SCHEMES
 from mor_layers.weights import INITIALIZATIONS, recursive_weights, unrolled_weights
 from mor_layers.weights.uptraining import start_of_delta
@@ -33,6 +33,7 @@ from tests.mor_layers.small_models import (
     gradients,
     plain_config,
     random_ids,
+    randomized,
     small_config,
     small_model,
 )
@@ -311,3 +312,17 @@ def test_fixed_depth_is_what_an_unrolled_model_has():
     config = small_config(FixedDepth(), kv_policy="recursive_sharing")
     with pytest.raises(ValueError, match="recursive_sharing"):
         unrolled_weights({}, config)
+
+
+def test_the_norms_of_a_dora_delta_are_constants_to_the_gradient():
+    # As DoRA (arXiv 2402.09353, section 4.3) proposes; the norm's own gradient would be memory for
+    # next to nothing.
+    relaxation = Relaxation(rank=2, kind="dora", projections=("output",))
+    delta = randomized(StepDelta(3, 4, relaxation))
+    weight, hidden = torch.randn(4, 3, requires_grad=True), torch.randn(5, 1, 3)
+    projected = torch.nn.functional.linear(hidden, weight)
+    delta(hidden, projected, weight).sum().backward()
+    own = weight + relaxation.scale * delta.b @ delta.a
+    scales = delta.magnitude / own.norm(dim=1)
+    expected = scales[:, None] * hidden.sum(dim=(0, 1))
+    torch.testing.assert_close(weight.grad, expected.detach())
