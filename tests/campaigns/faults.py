@@ -718,8 +718,8 @@ FAULTS = [
     Fault(
         "the final learning rate is 0",
         TOOLS + "pretraining/training.py",
-        "        min_lr=training.final_learning_rate,\n        lr_warmup_steps",
-        "        min_lr=0.0,\n        lr_warmup_steps",
+        "        min_lr=training.final_learning_rate,\n        weight_decay",
+        "        min_lr=0.0,\n        weight_decay",
         PRETRAINING,
     ),
     Fault(

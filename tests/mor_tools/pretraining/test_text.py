@@ -215,3 +215,13 @@ def test_copies_of_the_model_share_the_samples_of_one(first):
     assert alone[0] == [first, first + 1]
     turns = zip(*(order(rank, 3) for rank in range(3)), strict=True)
     assert [batch for turn in turns for batch in turn] == alone
+
+
+def test_each_kind_of_document_is_in_both_splits():
+    # The held-out split is the end of the order, and names that sort together are of one kind.
+    documents = [text.Document(f"{kind}/{i}", "words") for kind in "ab" for i in range(50)]
+    ordered = text._in_order(documents)
+    assert sorted(d.name for d in ordered) == sorted(d.name for d in documents)
+    for part in (ordered[:80], ordered[80:]):
+        assert {d.name[0] for d in part} == {"a", "b"}
+    assert text._in_order(documents[::-1]) == ordered
