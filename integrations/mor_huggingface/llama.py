@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mor_layers import DecoderConfig, FixedDepth
+from mor_layers.settings.field_types import shown
 from mor_layers.weights import (
     CONFIG,
     SAFETENSORS,
@@ -113,13 +114,15 @@ def config_from_llama(values: Mapping[str, Any], where: str = CONFIG) -> Decoder
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     for name in (*needed, "num_attention_heads"):
         if not isinstance(values.get(name), int):
-            raise ValueError(f"{where}: {name}={values.get(name)!r} must be an integer.")
+            raise ValueError(f"{where}: {name}={shown(values.get(name))} must be an integer.")
     epsilon = values.get("rms_norm_eps", 1e-6)
     base = rope.get("rope_theta", values.get("rope_theta", 10000.0))
     for name, value in (("rms_norm_eps", epsilon), ("rope_theta", base)):
         if not isinstance(value, int | float):
-            raise ValueError(f"{where}: {name}={value!r} must be a number.")
+            raise ValueError(f"{where}: {name}={shown(value)} must be a number.")
     heads, head_dim = values["num_attention_heads"], values.get("head_dim")
+    if not isinstance(head_dim, int | None):
+        raise ValueError(f"{where}: head_dim={shown(head_dim)} must be an integer, or null.")
     if head_dim is not None and head_dim * heads == values["hidden_size"]:
         head_dim = None  # our default
     return DecoderConfig(

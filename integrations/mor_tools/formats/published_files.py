@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mor_layers import DecoderConfig
+from mor_layers.settings.field_types import shown
 from mor_layers.weights import (
     CONFIG,
     SAFETENSORS,
@@ -77,7 +78,8 @@ def open_published(source: Path) -> StoredModel:
         config = config_from_published(settings)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{where}: the settings architecture, {', '.join(_SETTINGS)} are incomplete: {error}."
+            f"{where}: the settings architecture, {', '.join(_SETTINGS)} are incomplete: "
+            f"{shown(str(error))[1:-1]}."
         ) from error
     require_layers(config, len(tensors), source)
     weights = _weights(config, tensors, source)

@@ -219,12 +219,21 @@ def _jsonl_documents(file: Path) -> Iterator[Document]:
             text = json.loads(line)["text"]
         except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
             text = None
-        if not isinstance(text, str):
+        if not isinstance(text, str) or not _is_unicode(text):
             raise ValueError(
                 f"{file}, line {number}: expected a JSON object with a string under 'text', "
                 f"got {line[:60]!r}."
             )
         yield Document(f"{file.name}:{number}", text)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether there is no lone surrogate, which JSON can escape and tokenizers refuse."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read(file: Path) -> str:
