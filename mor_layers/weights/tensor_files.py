@@ -14,6 +14,8 @@ from torch import Tensor
 
 SAFETENSORS = "model.safetensors"
 _PICKLED = "pytorch_model.bin"
+_LONGEST_NAME = 255
+"""Characters in a file's name: no common file system takes more."""
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -125,7 +127,8 @@ def _indexed(index: Path) -> LazyTensors:
         raise ValueError(f"{index} is no index of tensors: {error}.") from error
     # A name with folders in it could lead to files that are no part of the model.
     if not isinstance(files, dict) or not all(
-        isinstance(name, str) and Path(name).name == name for name in files.values()
+        isinstance(name, str) and Path(name).name == name and len(name) <= _LONGEST_NAME
+        for name in files.values()
     ):
         raise ValueError(
             f"{index} is no index of tensors: expected a mapping from tensors to names of files "

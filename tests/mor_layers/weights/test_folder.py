@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from mor_layers import FixedDepth, MoEConfig, load_model, save_model
 from mor_layers.weights import written_whole
+from mor_layers.weights.tensor_files import open_tensors
 from tests.mor_layers.small_models import ROUTERS, small_config, small_model
 
 
@@ -116,3 +117,11 @@ def test_a_folder_runs_no_code_unless_it_is_trusted(tmp_path, monkeypatch):
         load_model(tmp_path / "model")
     with pytest.raises(SystemExit, match="the folder made this run"):
         load_model(str(tmp_path / "model"), trust_remote_code=True)
+
+
+def test_a_file_name_that_no_file_system_takes_is_refused_in_a_short_line(tmp_path):
+    index = {"weight_map": {"model.embedding.weight": "x" * 10_000}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="expected a mapping from tensors to names") as refused:
+        open_tensors(tmp_path)
+    assert len(str(refused.value)) < 500
