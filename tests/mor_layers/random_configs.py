@@ -86,12 +86,15 @@ def decoders(draw: st.DrawFn, wrong: float = 0.01) -> dict[str, Any]:
 def recursions(draw: st.DrawFn, steps: int, wrong: float) -> dict[str, Any]:
     """Arguments of RecursionConfig, for so many steps."""
     router = draw(routers(steps, wrong))
-    sharing = st.sampled_from(["cycle", "middle_cycle", "middle_cycle", *SHARING_SCHEMES])
-    return draw(
+    sharing = draw(st.sampled_from([*["cycle", "middle_cycle"] * 4, *SHARING_SCHEMES]))
+    values = draw(
         settings_of(
-            RecursionConfig, wrong, num_recursions=steps, sharing=draw(sharing), router=router
+            RecursionConfig, wrong, num_recursions=steps, sharing=sharing, router=router
         )
     )
+    if "sequence" in sharing and draw(st.integers(0, 4)):
+        values.pop("residual_scale", None)
+    return values
 
 
 @st.composite
