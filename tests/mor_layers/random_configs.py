@@ -88,9 +88,7 @@ def recursions(draw: st.DrawFn, steps: int, wrong: float) -> dict[str, Any]:
     router = draw(routers(steps, wrong))
     sharing = draw(st.sampled_from([*["cycle", "middle_cycle"] * 4, *SHARING_SCHEMES]))
     values = draw(
-        settings_of(
-            RecursionConfig, wrong, num_recursions=steps, sharing=sharing, router=router
-        )
+        settings_of(RecursionConfig, wrong, num_recursions=steps, sharing=sharing, router=router)
     )
     if "sequence" in sharing and draw(st.integers(0, 4)):
         values.pop("residual_scale", None)
