@@ -116,7 +116,7 @@ def test_what_keeps_training_stable_has_its_price():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere.yaml", "--gpus", "1"], "there is no such file"),
+        (["nowhere.yaml", "--gpus", "1"], "does not exist"),
         ([str(TINY), "--gpus", "0"], "--gpus 0 must be at least 1"),
         ([str(TINY), "--gpus", "2", "--hardware", "v100"], "Use one of a100, h100, b200, cpu"),
         ([str(TINY), "--gpus", "9" * 400], "and at most 1000000000"),
