@@ -133,7 +133,7 @@ def test_what_keeps_training_stable_has_its_price():
             [str(CLUSTER), "--gpus", "2", "--set", "model.num_unrolled_layers=3000002"],
             "num_unrolled_layers=3000002 must be at most 4096",
         ),
-        ([str(TINY), "--gpus", "2", "--set", "steps"], "--set steps is no key=value setting"),
+        ([str(TINY), "--gpus", "2", "--set", "steps"], "--set steps is not a key=value setting"),
         ([str(TINY), "--gpus", "2", "--efficiency", "2"], "must be in (0, 1]"),
         ([str(TINY), "--gpus", "2", "--recompute", "some"], "use none, selective, full"),
         ([str(TINY), "--gpus", "2", "--set", "training.stepz=3"], "unknown setting 'stepz'"),
