@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from mor_layers.generation.cache import CacheSettings
+from mor_layers.generation.constraints import constrained
 from mor_layers.generation.logprobs import Logprobs, logprobs_of
 from mor_layers.generation.penalties import adjusted
 from mor_layers.generation.runner import Finished, FinishedSpan, ModelRunner
@@ -277,6 +278,8 @@ class DepthBatchingEngine:
         texts = [progress.tokens for progress in progresses]
         prompt_lengths = [len(progress.request.ids) for progress in progresses]
         scores = adjusted(logits, settings, texts, prompt_lengths)
+        constraints = [progress.request.constraint for progress in progresses]
+        scores, problems = constrained(scores, constraints)
         # Logits that do not define a distribution end their own request only. The sampler gets
         # zeros in their place, so that the other requests of the batch are not affected.
         is_defined = has_distribution(scores)
@@ -288,6 +291,8 @@ class DepthBatchingEngine:
         logprobs = self._logprobs(progresses, tokens, logits)
         return [
             self._advance(progress, tokens[row], depth, logprobs.get(row))
+            if tokens[row] >= 0
+            else self._finish(progress, "error", error=problems.get(row, NOT_FINITE))
             for row, (progress, depth) in enumerate(done)
         ]
 
@@ -308,20 +313,24 @@ class DepthBatchingEngine:
     def _advance(
         self, progress: Progress, token: int, depth: int, logprobs: Logprobs | None
     ) -> Event:
-        """Add a token to a sequence. A token of -1 means that none could be chosen."""
-        if token < 0:
-            return self._finish(progress, "error", error=NOT_FINITE)
+        """Add a token to a sequence."""
         progress.tokens.append(token)
         self.counters.generated_tokens += 1
         request, number = progress.request, progress.number
         reason: FinishReason | None = None
-        text, met_stop = "", False
+        text, is_complete = "", token in request.stop_ids
+        if request.constraint is not None:
+            try:
+                is_complete |= request.constraint.accept(token)
+            except Exception as raised:  # raised by the grammar of this request
+                return self._finish(progress, "error", error=str(raised))
         if self.decode is not None and token not in request.stop_ids:
             try:
                 text, met_stop = self._texts[number].push(token)
             except Exception as raised:  # raised by the tokenizer for this text
                 return self._finish(progress, "error", error=_undecodable(raised))
-        if met_stop or token in request.stop_ids:
+            is_complete |= met_stop
+        if is_complete:
             reason = "stop"
         elif progress.num_generated == request.max_new_tokens:
             reason = "length"

@@ -39,6 +39,11 @@ class LockstepEngine(DepthBatchingEngine):
 
     def submit(self, request: Request) -> int:
         self._check_leads("submit")
+        if request.constraint is not None:
+            raise ValueError(
+                "a constraint keeps state that cannot be sent to other ranks. Leave it out, or use an "
+                "engine on one rank."
+            )
         self._now = time.monotonic()
         number = super().submit(request)
         self._send("submit", request)  # a refused request is not sent

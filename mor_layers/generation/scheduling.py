@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mor_layers.generation.constraints import Constraint
 from mor_layers.generation.sampling import Sampling
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout", "memory", "error"]
@@ -51,6 +52,8 @@ class Request:
     place. None: report none."""
     prompt_logprobs: bool = False
     """Report the same for the tokens of the prompt. Needs `num_logprobs`."""
+    constraint: Constraint | None = None
+    """Which tokens may come next. It keeps the state of this text, so give each request its own."""
     priority: int = 0
     """Among the waiting requests of a client, the one with the lowest number comes next."""
     client: str = ""

@@ -9,8 +9,9 @@ from typing import Any
 from mor_tools.serving import chat, completions
 from mor_tools.serving.chat_template import ChatTemplate
 from mor_tools.serving.fields import BadRequestError
-from mor_tools.serving.loading import ByteTokenizer, ServedModel, random_model
+from mor_tools.serving.loading import ServedModel, random_model
 from mor_tools.serving.protocol import MAX_CHOICES, Bounds
+from mor_tools.serving.tokenizers import ByteTokenizer
 from tests.campaigns import hostile
 
 MOST = 100
@@ -24,6 +25,9 @@ VALID: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "x"}], "max_completion_tokens": 3, "n": 2},
     {"messages": [{"role": "system", "content": [{"type": "text", "text": "a"}], "name": "b"}]},
     {"messages": [{"role": "user", "content": ""}], "logprobs": True, "top_logprobs": 3},
+    {"prompt": "x", "structured_outputs": {"regex": "(ab|c)*d{2,5}"}},
+    {"prompt": "x", "response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+    {"prompt": "x", "structured_outputs": {"choice": ["yes", "no"]}, "n": 2},
 ]
 TEMPLATE = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", {})
 BOUNDS = Bounds(MOST, max_length=1000, timeout=60.0)

@@ -8,7 +8,7 @@ from mor_layers.generation import Event
 from mor_layers.generation.logprobs import Logprobs
 from mor_tools.serving.chat_template import TemplateError
 from mor_tools.serving.fields import BadRequestError, Fields
-from mor_tools.serving.loading import ServedModel, Tokenizer
+from mor_tools.serving.loading import ServedModel
 from mor_tools.serving.protocol import (
     IGNORED,
     MAX_LOGPROBS,
@@ -17,12 +17,12 @@ from mor_tools.serving.protocol import (
     Choice,
     take_options,
 )
+from mor_tools.serving.tokenizers import Tokenizer
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
     "functions": (None, []),
     "modalities": (None, ["text"]),
-    "response_format": (None, {"type": "text"}),
     "tool_choice": (None, "none", "auto"),
     "tools": (None, []),
 }

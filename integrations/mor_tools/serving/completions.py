@@ -7,7 +7,7 @@ from typing import Any
 from mor_layers.generation import Event
 from mor_layers.generation.logprobs import Logprobs
 from mor_tools.serving.fields import BadRequestError, Fields
-from mor_tools.serving.loading import ServedModel, Tokenizer
+from mor_tools.serving.loading import ServedModel
 from mor_tools.serving.protocol import (
     IGNORED,
     MAX_LOGPROBS,
@@ -16,6 +16,7 @@ from mor_tools.serving.protocol import (
     Choice,
     take_options,
 )
+from mor_tools.serving.tokenizers import Tokenizer
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {"best_of": (None, 1), "suffix": (None, "")}
 """Fields of the protocol that are not supported, with the values that have no effect."""

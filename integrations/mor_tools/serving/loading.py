@@ -4,58 +4,17 @@ The folder has the format of `mor_layers.weights.folder`. If it has no tokenizer
 UTF-8 bytes of a text.
 """
 
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from mor_layers import DecoderConfig, ExpertChoice, MoRTransformer, RecursionConfig, load_model
 from mor_layers.weights import read_json
 from mor_tools.serving.chat_template import ChatTemplate, read_chat_template
-
-
-class Tokenizer(Protocol):
-    """Converts text to token ids and back."""
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
-
-
-class ByteTokenizer:
-    """Tokens are the UTF-8 bytes of a text."""
-
-    vocab_size = 256
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return bytes(i % 256 for i in ids).decode("utf-8", errors="replace")
-
-
-class FileTokenizer:
-    """A tokenizer from a tokenizer.json of the `tokenizers` library."""
-
-    def __init__(self, path: Path) -> None:
-        from tokenizers import Tokenizer as Loaded
-
-        try:
-            self._loaded = Loaded.from_file(str(path))
-        except Exception as error:  # the library raises nothing more specific
-            raise ValueError(
-                f"{path} is not a tokenizer: {str(error)[:200]}. Replace it by the model's own."
-            ) from error
-
-    def encode(self, text: str) -> list[int]:
-        # Unlike `encode`, `encode_batch` releases the GIL, so that other threads can run.
-        (encoded,) = self._loaded.encode_batch([text], add_special_tokens=False)
-        return encoded.ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._loaded.decode(list(ids), skip_special_tokens=False)
+from mor_tools.serving.grammars import Grammars
+from mor_tools.serving.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -69,6 +28,11 @@ class ServedModel:
     """Tokens that end a text."""
     chat_template: ChatTemplate | None = None
     """How conversations are written as text, if the folder says it."""
+
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """Makes constraints for texts that must follow a grammar."""
+        return Grammars(self.tokenizer, self.model.config.vocab_size, self.stop_ids)
 
 
 def load(folder: str | None, seed: int = 0, trust_remote_code: bool = False) -> ServedModel:

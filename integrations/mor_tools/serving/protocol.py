@@ -9,6 +9,7 @@ from typing import Any
 
 from mor_layers.generation import Event, Request, Sampling
 from mor_tools.serving.fields import BadRequestError, Fields
+from mor_tools.serving.grammars import GrammarConstraint, GrammarError
 from mor_tools.serving.loading import ServedModel
 
 IGNORED = {"user", "metadata"}
@@ -104,6 +105,8 @@ class Options:
     include_usage: bool
     request: Request
     """A request with these settings, whose prompt and length are still to be set."""
+    constraint: GrammarConstraint | None
+    """The grammar that the text must follow."""
 
     def requests(self, ids: tuple[int, ...], max_new_tokens: int) -> list[Request]:
         """One request for each choice, each with random numbers of its own.
@@ -111,7 +114,7 @@ class Options:
         Raises:
             BadRequestError: there can be no such request.
         """
-        sampling = self.request.sampling
+        sampling, constraint = self.request.sampling, self.constraint
         try:
             return [
                 replace(
@@ -119,6 +122,7 @@ class Options:
                     ids=ids,
                     max_new_tokens=max_new_tokens,
                     sampling=replace(sampling, seed=sampling.seed + index),
+                    constraint=None if constraint is None else constraint.copy(),
                 )
                 for index in range(self.count)
             ]
@@ -174,7 +178,12 @@ def take_options(
     except ValueError as error:
         raise BadRequestError(str(error)) from error
     includes_usage = _includes_usage(given.take("stream_options", dict, {}), stream)
-    return Options(count, stream, includes_usage, request)
+    form = _grammar(given)
+    try:
+        constraint = None if form is None else model.grammars.constraint(form)
+    except GrammarError as error:
+        raise BadRequestError(str(error)) from error
+    return Options(count, stream, includes_usage, request, constraint)
 
 
 def failure(event: Event) -> tuple[int, str] | None:
@@ -195,6 +204,47 @@ def _stop(stop: object) -> tuple[str, ...]:
     if not isinstance(stop, list) or len(stop) > 4 or not all(isinstance(s, str) for s in stop):
         raise BadRequestError("stop must be a string or a list of up to 4 strings.", "stop")
     return tuple(stop)
+
+
+def _grammar(given: Fields) -> dict[str, Any] | None:
+    """The grammar that a body asks for, in the form that `Grammars.constraint` takes."""
+    forms = [_response_format(given), given.take("structured_outputs", dict, None)]
+    wanted = [form for form in forms if form is not None]
+    if not wanted:
+        return None
+    grammars = [item for form in wanted for item in form.items()]
+    if len(grammars) != 1 or not _is_grammar(*grammars[0]):
+        raise BadRequestError(
+            "a text can follow one grammar: that of `response_format`, or one of "
+            "`structured_outputs`: json (a schema), regex, choice (a list of strings) or grammar "
+            "(in Lark's notation).",
+            "structured_outputs",
+        )
+    return dict(grammars)
+
+
+def _response_format(given: Fields) -> dict[str, Any] | None:
+    wanted = given.take("response_format", dict, {"type": "text"})
+    kind, schema = wanted.get("type"), wanted.get("json_schema")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"json": {"type": "object"}}
+    if kind == "json_schema" and isinstance(schema, dict):
+        return {"json": schema.get("schema")}
+    raise BadRequestError(
+        'response_format must be {"type": "text"}, {"type": "json_object"}, or {"type": '
+        '"json_schema", "json_schema": {"schema": ...}}.',
+        "response_format",
+    )
+
+
+def _is_grammar(kind: str, value: object) -> bool:
+    if kind == "json":
+        return isinstance(value, dict)
+    if kind == "choice":
+        return isinstance(value, list) and bool(value) and all(isinstance(t, str) for t in value)
+    return kind in ("regex", "grammar") and isinstance(value, str)
 
 
 def _logit_bias(values: dict[str, Any]) -> tuple[tuple[int, float], ...]:
