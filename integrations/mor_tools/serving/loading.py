@@ -42,9 +42,9 @@ class FileTokenizer:
 
         try:
             self._loaded = Loaded.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises nothing more specific
             raise ValueError(
-                f"{path} is no tokenizer: {str(error)[:200]}. Put its own there."
+                f"{path} is not a tokenizer: {str(error)[:200]}. Replace it by the model's own."
             ) from error
 
     def encode(self, text: str) -> list[int]:
