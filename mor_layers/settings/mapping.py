@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mor_layers.settings.field_types import shown
+from mor_layers.settings.yaml_files import read_yaml
 
 Read = Callable[[object, str, bool], Any]
 """Makes settings from a value, given its place in the file and whether it may name modules to
@@ -40,7 +41,7 @@ def load_config[T](kind: type[T], path: str | Path) -> T:
     """
     from omegaconf import OmegaConf
 
-    values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    values = OmegaConf.to_container(read_yaml(path), resolve=True)
     return from_mapping(kind, values, may_import=True)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mor_layers.models import DecoderConfig, MoRTransformer
 from mor_layers.settings import from_mapping, to_mapping
+from mor_layers.settings.field_types import shown
 from mor_layers.weights.tensor_files import SAFETENSORS, LazyTensors, open_tensors, write_tensors
 
 MODEL_TYPE = "mor"
@@ -38,6 +39,7 @@ _SIDE_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "generation_config.json",
 )
 
 
@@ -56,17 +58,24 @@ class StoredModel:
     """The tokenizer's files."""
 
 
-def save_model(model: MoRTransformer, folder: Path, tokenizer: Path | None = None) -> None:
+def save_model(
+    model: MoRTransformer,
+    folder: Path,
+    tokenizer: Path | None = None,
+    eos_token_id: int | None = None,
+) -> None:
     """Save a model in a folder. An existing folder is replaced once the new one is complete.
 
     Args:
         tokenizer: a tokenizer.json to copy into the folder.
+        eos_token_id: the token that ends a text. Servers and `generate` stop at it.
     """
+    facts = {} if eos_token_id is None else {"eos_token_id": eos_token_id}
     side_files = () if tokenizer is None else (tokenizer,)
     state = model.state_dict()
     weights = LazyTensors(weight_names(model.config), state.__getitem__)
     with written_whole(folder) as partial:
-        write_model(StoredModel(model.config, weights, side_files=side_files), partial)
+        write_model(StoredModel(model.config, weights, facts, side_files), partial)
         if tokenizer is not None and tokenizer.name != "tokenizer.json":
             (partial / tokenizer.name).rename(partial / "tokenizer.json")
 
@@ -107,7 +116,7 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> StoredModel:
     values = read_config(folder)
     if values.get("model_type") != MODEL_TYPE:
         raise ValueError(
-            f"{folder / CONFIG}: model_type={values.get('model_type')!r} must be {MODEL_TYPE!r}. "
+            f"{folder / CONFIG}: model_type={shown(values.get('model_type'))} must be {MODEL_TYPE!r}. "
             "Convert other models with `mor convert`."
         )
     config = from_mapping(DecoderConfig, values.get(SETTINGS), SETTINGS, trust_remote_code)
@@ -223,11 +232,11 @@ def fitting(
     """
     missing = [name for name in names.values() if name not in tensors]
     if missing:
-        raise ValueError(f"{where} has no tensor {missing[0]!r} ({len(missing)} are missing).")
+        raise ValueError(f"{where} has no tensor {shown(missing[0])} ({len(missing)} are missing).")
     known = set(names.values())
     unknown = [name for name in tensors if name not in known]
     if unknown:
-        raise ValueError(f"{where}: a model with its settings has no tensor {unknown[0]!r}.")
+        raise ValueError(f"{where}: a model with its settings has no tensor {shown(unknown[0])}.")
     wanted = _meta_tensors(config)
     shapes = {name: tensor.shape for name, tensor in wanted.items()}
     _check_size(sum(map(torch.Size.numel, shapes.values())), where)
@@ -288,7 +297,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError(f"{path} is nested too deeply for a file of settings.") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a mapping of settings, got {values!r}.")
+        raise ValueError(f"{path}: expected a mapping of settings, got {shown(values)}.")
     return values
 
 

@@ -1,11 +1,13 @@
-"""Serve a model over HTTP, in the OpenAI completions protocol.
+"""Serve a model over HTTP, in OpenAI's protocols for completions and for chat.
 
     mor serve --model runs/exported --port 8000
     curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
         -d '{"prompt": "Once", "max_tokens": 20, "stream": true}'
 
-Without --model a small model with random weights answers. Beside the protocol: `top_k`, `timeout`, and
-in answers `depths`, the recursion steps that each token cost. GET /metrics, /health and /v1/models.
+Without --model a small model with random weights answers. POST /v1/chat/completions needs a chat
+template in the model's folder. Beyond the protocol: `top_k`, `min_p`, `repetition_penalty`, `priority`,
+`ignore_eos`, `timeout`, and in answers `depths`, the recursion steps that each token cost. GET /metrics,
+/health and /v1/models.
 On SIGINT or SIGTERM the server takes no new calls, and ends the running ones within --grace seconds. An
 engine that fails ends it with exit status 1.
 """
@@ -84,7 +86,7 @@ def build(options: argparse.Namespace) -> Service:
         options.max_tokens, options.max_waiting, options.max_per_client, timeout=options.timeout
     )
     served = load(options.model, trust_remote_code=options.trust_remote_code)
-    return Service(build_engine(options, served), served.name, served.tokenizer, limits, access)
+    return Service(build_engine(options, served), served, limits, access)
 
 
 def run(options: argparse.Namespace) -> None:

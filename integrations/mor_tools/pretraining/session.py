@@ -248,7 +248,7 @@ class Session:
         if trained is not None:
             sample = demonstration.continuation(trained, self.settings, self.tokenizer)
             passage = demonstration.depths(trained, self.data.held_out[0], self.tokenizer)
-            save_model(trained, self.folder / RUN_MODEL, self.tokenizer.path)
+            save_model(trained, self.folder / RUN_MODEL, self.tokenizer.path, self.tokenizer.eod)
             self.display.say(f"a continuation:\n{sample}\n")
             self.display.say(f"wrote {self.folder}/{RUN_MODEL}, for `mor generate` and `mor serve`")
         parameters = build.parameters(self.shape)
