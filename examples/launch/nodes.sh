@@ -11,7 +11,8 @@
 #
 #   NODES         machines; default 1
 #   PROCESSES     processes per machine, the same on all; default gpu: one per GPU
-#   RENDEZVOUS    HOST:PORT where nodes meet: a machine of the run and a free port there
+#   RENDEZVOUS    HOST:PORT where nodes meet: a machine of the run and a free port there. Nodes on one
+#                 machine can meet in a file instead: its absolute path
 #   RUN_ID        tells runs apart that meet at one place; default mor
 #   MAX_RESTARTS  how often a node starts its processes again; default 3
 #   JOIN_TIMEOUT  seconds that a node waits for the others, also after a failure; default 600
@@ -34,6 +35,8 @@ if [ -z "${RENDEZVOUS:-}" ]; then
     fi
     RENDEZVOUS=localhost:0 # a free port
 fi
+store=tcp
+[[ $RENDEZVOUS == /* ]] && store=file
 # torchrun's shared store keeps the addresses of processes that are gone, and those that it starts
 # again may connect to them (torch 2.14): rank 0 gets a new store each time.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
@@ -49,7 +52,7 @@ copying=$!
     --rdzv-backend c10d \
     --rdzv-endpoint "$RENDEZVOUS" \
     --rdzv-id "$RUN_ID" \
-    --rdzv-conf "join_timeout=$JOIN_TIMEOUT,read_timeout=$JOIN_TIMEOUT" \
+    --rdzv-conf "store_type=$store,join_timeout=$JOIN_TIMEOUT,read_timeout=$JOIN_TIMEOUT" \
     --max-restarts "${MAX_RESTARTS:-3}" \
     ${LOCAL_ADDRESS:+--local-addr "$LOCAL_ADDRESS"} \
     "$root/examples/pretrain_gpt_mor.py" "$@" 2>&3 &

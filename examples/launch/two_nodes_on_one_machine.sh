@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Rehearses a run of two nodes on one machine: two torchrun agents that meet on the loopback.
+# Rehearses a run of two nodes on one machine: two torchrun agents on the loopback, which meet in a file.
 #
 #   PROCESSES=2 examples/launch/two_nodes_on_one_machine.sh \
 #       --config examples/configs/tiny.yaml parallel.pipeline=2 training.micro_batch_size=4
@@ -14,9 +14,11 @@ case ${1:-} in -h | --help)
     ;;
 esac
 
-free_port='import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
-port=$("${PYTHON:-python}" -c "$free_port")
-export NODES=2 PROCESSES="${PROCESSES:-1}" RENDEZVOUS="127.0.0.1:$port" LOCAL_ADDRESS=127.0.0.1
+# They meet in a file and not at a port, because a port that is free now may be taken by another program
+# before torchrun listens on it.
+meeting=$(mktemp -d)
+trap 'rm -rf "$meeting"' EXIT
+export NODES=2 PROCESSES="${PROCESSES:-1}" RENDEZVOUS="$meeting/store" LOCAL_ADDRESS=127.0.0.1
 
 agents=()
 trap 'kill -TERM "${agents[@]}" 2>/dev/null || true' INT TERM

@@ -211,7 +211,7 @@ def test_norm_equals_its_definition_in_each_precision() -> None:
 def test_norm_refuses_what_it_cannot_do() -> None:
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
     config.normalization = "L2Norm"
-    with pytest.raises(ValueError, match="normalization='L2Norm' is not one of"):
+    with pytest.raises(ValueError, match="normalization='L2Norm' must be one of"):
         Norm(config, 8)
     config.normalization, config.layernorm_zero_centered_gamma = "RMSNorm", True
     with pytest.raises(ValueError, match="layernorm_zero_centered_gamma=True needs"):
