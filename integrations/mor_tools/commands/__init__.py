@@ -22,6 +22,11 @@ class Command(Protocol):
 # The summaries repeat the first line of each module's docstring, so that `mor --help` answers without
 # importing the modules: they need PyTorch, transformers or matplotlib, which take seconds to load.
 _COMMANDS = {
+    "compare": (
+        "compare",
+        "Compare configurations fairly: train each on the same text with several seeds, at equal "
+        "cost.",
+    ),
     "convert": (
         "convert",
         "Convert models between Hugging Face, ours, published MoR and Megatron; make dense ones "
