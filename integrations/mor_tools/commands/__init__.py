@@ -44,6 +44,7 @@ _COMMANDS = {
         "plan",
         "Plan a training run: which parallel layouts fit, and how long a step should take.",
     ),
+    "recipes": ("recipes", "List recipes of models to start from, or print one."),
     "serve": ("serve", "Serve a model over HTTP, in the OpenAI completions protocol."),
 }
 """For each subcommand its module and its summary."""

@@ -29,6 +29,12 @@ class Costs:
         return int(self._work.cost.parameters.total)
 
     @cached_property
+    def embeddings(self) -> int:
+        """Parameters of the embedding and the output matrix."""
+        parts = self._work.cost.parameters
+        return int(parts.embedding + parts.output)
+
+    @cached_property
     def kv_bytes(self) -> float:
         """Bytes that the key-value cache stores for a token, averaged over a sequence, in bf16."""
         return self._work.cost.kv_bytes() / self.settings.data.sequence_length
@@ -41,6 +47,11 @@ class Costs:
         at each step, which is the target of its balancing.
         """
         return self._work.cost.flops_per_token()
+
+    @cached_property
+    def forward_flops_per_token(self) -> float:
+        """The same of the forward pass alone."""
+        return self._work.cost.flops_per_token(training=False)
 
     @property
     def tokens_per_step(self) -> int:
