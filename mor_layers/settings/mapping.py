@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mor_layers.settings.field_types import shown
+from mor_layers.settings.yaml_files import read_yaml
 
 Read = Callable[[object, str, bool], Any]
 """Makes settings of a value, the place in the file, and whether the value may name modules."""
@@ -37,7 +38,7 @@ def load_config[T](kind: type[T], path: str | Path) -> T:
     """
     from omegaconf import OmegaConf
 
-    values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    values = OmegaConf.to_container(read_yaml(path), resolve=True)
     return from_mapping(kind, values, may_import=True)
 
 

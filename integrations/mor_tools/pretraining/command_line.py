@@ -17,6 +17,7 @@ from yaml import YAMLError
 
 from mor_layers import RouterConfig, from_mapping
 from mor_layers.routers import registered_routers
+from mor_layers.settings import read_yaml, require_shallow
 from mor_tools.pretraining.settings import Settings
 
 USAGE = """\
@@ -25,9 +26,6 @@ torchrun --nproc-per-node N -m mor_tools.pretraining [--config FILE.yaml] [key=v
 Pretrains a GPT with Mixture-of-Recursions and Mixture-of-Experts through Megatron-Core.
 Settings come from the file, then from key=value, e.g. training.steps=100 recursion=null.
 Run it again to resume from its last checkpoint."""
-
-_DEEPEST = 100
-"""Most levels of brackets; no setting has more than a few."""
 
 
 def load_settings(arguments: Sequence[str]) -> Settings:
@@ -74,11 +72,11 @@ def _merged(path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
             f"{path}: there is no such file. Name a YAML file of the pretraining script."
         )
     try:
-        for text in (*overrides, *([] if path is None else [Path(path).read_text("utf-8")])):
-            _require_shallow(text)
-        file = OmegaConf.create() if path is None else OmegaConf.load(path)
+        file = OmegaConf.create() if path is None else read_yaml(path)
         if not isinstance(file, DictConfig):
             raise ValueError(f"{path}: expected a mapping of settings.")
+        for override in overrides:
+            require_shallow(override)
         changes = OmegaConf.from_dotlist(list(overrides))
         for given in (file, changes):
             _require_mappings(Settings, OmegaConf.to_container(given))
@@ -92,17 +90,6 @@ def _merged(path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
         ) from error
     except (OmegaConfBaseException, YAMLError, OverflowError, UnicodeError) as error:
         raise ValueError(f"the settings cannot be read: {error}") from error
-
-
-def _require_shallow(text: str) -> None:
-    """Raise ValueError for brackets within brackets, with which the parser takes minutes."""
-    depth = 0
-    for character in text:
-        depth += (character in "[{") - (character in "]}")
-        if depth > _DEEPEST:
-            raise ValueError(
-                "the settings cannot be read: they are nested too deeply. Leave brackets out."
-            )
 
 
 def _require_mappings(kind: type, values: Any, where: str = "") -> None:

@@ -95,6 +95,37 @@ def test_a_run_on_another_machine_holds_the_folder_while_it_gives_signs(tmp_path
     lock.release()
 
 
+def test_a_host_and_process_ids_of_another_machine_say_nothing_here(tmp_path):
+    """A real process with a host name and a space of process ids of its own, in a shared folder."""
+    machine = ["unshare", "--user", "--map-root-user", "--uts", "--pid", "--fork", "--kill-child"]
+    if subprocess.run([*machine, "true"], capture_output=True).returncode:
+        pytest.skip("needs a system on which unshare can make namespaces")
+    program = (
+        "import socket, sys, time; from pathlib import Path\n"
+        "from mor_tools.pretraining.run_lock import RunLock\n"
+        "socket.sethostname('node-9')\n"
+        "RunLock(Path(sys.argv[1]), touch_every=0.1).acquire(); print('has it', flush=True)\n"
+        "time.sleep(100)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [*machine, sys.executable, "-c", program, str(tmp_path)]
+    run = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None and run.stdout.readline() == "has it\n"
+    holder = held_by(tmp_path)
+    assert holder["host"] == "node-9" and holder["pid"] < 10
+    time.sleep(2)  # more than one of its signs, and than what counts as abandoned here
+    with pytest.raises(ValueError, match="in use by a run on node-9"):
+        RunLock(tmp_path, stale_after=1.5).acquire()
+    run.kill()
+    run.wait()
+    with pytest.raises(ValueError, match="in use by a run on node-9"):  # its last sign is fresh
+        RunLock(tmp_path, stale_after=1.5).acquire()
+    time.sleep(1.6)
+    lock = RunLock(tmp_path, stale_after=1.5)
+    assert "node-9" in (lock.acquire() or "")
+    lock.release()
+
+
 def test_a_restarted_run_takes_its_folder_at_once_from_another_machine(tmp_path):
     write_lock(tmp_path, ELSEWHERE)
     with pytest.raises(ValueError, match="in use"):

@@ -398,6 +398,23 @@ def test_a_client_with_many_streams_does_not_hold_up_another(monkeypatch) -> Non
         own.wait_until_idle()
 
 
+def test_many_unread_streams_do_not_hold_up_a_short_call_of_the_same_client(monkeypatch) -> None:
+    monkeypatch.setattr(scheduling, "PATIENCE", 0.05)
+    monkeypatch.setattr(scheduling, "TURN", 8)
+    with running() as own:
+        own.slow_down(0.002)
+        arguments = {"model": "random", "prompt": "x", "max_tokens": 100, "stream": True}
+        unread = [own.client.completions.create(**arguments, n=2) for _ in range(4)]
+        assert own.engine.num_running == own.engine.num_waiting == 4
+        answer = own.client.completions.create(model="random", prompt="y", max_tokens=2)
+        assert answer.usage.completion_tokens == 2
+        # Those that were sent before and have not been served yet get their turn before it, too.
+        assert own.engine.counters.finished == 1 and own.engine.counters.preemptions >= 5
+        for stream in unread:
+            stream.close()
+        own.wait_until_idle()
+
+
 def test_a_stream_that_nobody_reads_ends(server: Running, monkeypatch) -> None:
     """As the server's protocol sees it, whose buffers would hold much more than a short text."""
     before = server.engine.counters.finished
