@@ -9,6 +9,8 @@ from mor_tools.pretraining.settings import ModelSettings, MoESettings, Settings
 HIDDEN_SIZE, HEADS, STEPS = 32, 4, 2
 MOST_LOOPS, MOST_LAYERS = 3, 2
 """Largest numbers of recursions, and of layers in prelude, block and coda."""
+MOST_PLAIN_LAYERS = 8
+"""Largest number of layers without recursion; that of a prelude, 2 × 3 layers, and a coda."""
 
 
 def tiny_twin(settings: Settings) -> Settings:
@@ -64,7 +66,7 @@ def _tiny_recursion(settings: Settings) -> RecursionConfig:
 
 def _tiny_model(settings: Settings, recursion: RecursionConfig | None) -> ModelSettings:
     model, schedule = settings.model, settings.schedule
-    layers = min(model.num_unrolled_layers, 3)
+    layers = min(model.num_unrolled_layers, MOST_PLAIN_LAYERS)
     if recursion is not None:
         assert schedule is not None
         ends = min(schedule.prelude, MOST_LAYERS) + min(schedule.coda, MOST_LAYERS)
