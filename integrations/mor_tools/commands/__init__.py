@@ -22,6 +22,10 @@ class Command(Protocol):
 # The summaries repeat the first line of each module's docstring, so that `mor --help` answers without
 # importing the modules: they need PyTorch, transformers or matplotlib, which take seconds to load.
 _COMMANDS = {
+    "card": (
+        "card",
+        "Write the model card of a finished pretraining run, ready for a model hub.",
+    ),
     "compare": (
         "compare",
         "Compare configurations fairly: train each on the same text with several seeds, at equal "
