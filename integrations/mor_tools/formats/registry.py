@@ -138,6 +138,12 @@ def _llama() -> Any:
     return llama
 
 
+def _ouro() -> Any:
+    from mor_huggingface import ouro
+
+    return ouro
+
+
 def _require_llama(config: DecoderConfig) -> None:
     _llama().llama_config(config)
     require_unrollable(config)
@@ -162,6 +168,13 @@ FORMATS = {
             lambda source, *_: open_published(source),
             write_published,
             require_place=published_settings,
+        ),
+        Format(
+            "ouro",
+            lambda source: _ouro().is_ouro(source),
+            lambda source, *_: _ouro().open_ouro(source),
+            lambda model, folder, written: _ouro().write_ouro(model, folder, written),
+            require_place=lambda config: _ouro().ouro_config(config),
         ),
         Format(
             "llama",
