@@ -123,10 +123,9 @@ class StackShape:
 
     @property
     def input_vectors(self) -> int:
-        """Number of step embeddings, of vectors that scale the recursion's input, and of the norm's."""
+        """Number of step embeddings, and of vectors that scale the recursion's input."""
         steps = self.num_recursions
-        added = steps * self.step_embeddings + (steps - 1) * self.input_injection
-        return added + self.loop_norm
+        return steps * self.step_embeddings + (steps - 1) * self.input_injection
 
 
 @dataclass(frozen=True)
