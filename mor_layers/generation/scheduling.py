@@ -41,11 +41,18 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     """How to choose the next token."""
     stop_ids: tuple[int, ...] = ()
-    """Tokens that end the text. The token that ended it is reported."""
+    """Tokens that end the text. The token that ended it is reported, but is not part of `Event.text`."""
     stop: tuple[str, ...] = ()
     """Strings that end the text and are removed from it. They need an engine with `decode`."""
     timeout: float | None = None
     """Seconds after submission at which the request ends unfinished. None: no timeout."""
+    num_logprobs: int | None = None
+    """Report the log-probability of every generated token, and so many of the most likely tokens at its
+    place. None: report none."""
+    prompt_logprobs: bool = False
+    """Report the same for the tokens of the prompt. Needs `num_logprobs`."""
+    priority: int = 0
+    """Among the waiting requests of a client, the one with the lowest number comes next."""
     client: str = ""
     """The sender. Clients share the engine equally, regardless of their number of requests, and long
     requests take turns. If empty, requests are served in order, for the highest throughput."""
@@ -59,6 +66,12 @@ class Request:
             raise ValueError(f"timeout={self.timeout} must be above 0, or None for no timeout.")
         if not all(self.stop):
             raise ValueError(f"stop={self.stop} has an empty string, which would end every text.")
+        if self.num_logprobs is not None and self.num_logprobs < 0:
+            raise ValueError(
+                f"num_logprobs={self.num_logprobs} must be 0 or more, or None for none."
+            )
+        if self.prompt_logprobs and self.num_logprobs is None:
+            raise ValueError("prompt_logprobs=True needs num_logprobs. Set it, to 0 or more.")
 
     @property
     def max_length(self) -> int:
@@ -117,6 +130,8 @@ class Span:
     ids: list[int]
     is_last: bool
     """Whether the span ends with the last known token, so that its logits give the next one."""
+    needs_all_logits: bool = False
+    """Whether the logits of all its tokens are needed, not only those of the last one."""
 
 
 class Scheduler:
@@ -217,8 +232,13 @@ class Scheduler:
             progress.num_started += length
             progress.in_flight = length
             assert progress.slot is not None
-            ids = progress.tokens[start : start + length]
-            spans.append(Span(progress.slot, start, ids, not progress.num_left))
+            ids, request = progress.tokens[start : start + length], progress.request
+            needs_all = (
+                request.prompt_logprobs
+                and not progress.num_generated
+                and start < len(request.ids) - 1
+            )
+            spans.append(Span(progress.slot, start, ids, not progress.num_left, needs_all))
         return spans
 
     def last(self) -> Progress | None:
@@ -279,7 +299,9 @@ class Scheduler:
 
     def _next(self) -> Progress:
         running = self._running_by_client()
-        return min(self.waiting, key=lambda p: (running[p.request.client], p.place))
+        return min(
+            self.waiting, key=lambda p: (running[p.request.client], p.request.priority, p.place)
+        )
 
     def _next_place(self) -> int:
         self._queued += 1

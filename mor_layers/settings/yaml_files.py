@@ -15,8 +15,8 @@ _DEEPEST = 100
 def read_yaml(path: str | Path) -> "DictConfig | ListConfig":
     """Read a YAML file, with interpolations unresolved.
 
-    OmegaConf (from 2.4 on) limits what aliases (`*name`) may stand for: a few lines of aliases of aliases could stand
-    for billions of values.
+    OmegaConf (from 2.4 on) limits what aliases (`*name`) may stand for: a few lines of aliases of
+    aliases could stand for billions of values.
 
     Raises:
         ValueError: the file is no YAML, is too large or nested too deeply, or stands for too much.

@@ -8,19 +8,20 @@ from typing import Any, Protocol, cast
 
 
 class Command(Protocol):
-    """What the module of a subcommand provides."""
+    """The interface of a subcommand's module."""
 
     def add_arguments(self, options: argparse.ArgumentParser) -> None:
-        """Define the command line."""
+        """Add the arguments of the subcommand to its parser."""
         ...
 
     def run(self, options: argparse.Namespace) -> None:
-        """Do the work."""
+        """Run the subcommand."""
         ...
 
 
-# The summaries repeat the first line of each module's docstring, so that `mor --help` answers without
-# importing the modules: they need PyTorch, transformers or matplotlib, which take seconds to load.
+# The summaries repeat the first line of each module's docstring, so that `mor --help` answers
+# without importing the modules: they need PyTorch, transformers or matplotlib, which take seconds
+# to load.
 _COMMANDS = {
     "card": (
         "card",
@@ -51,7 +52,7 @@ _COMMANDS = {
     "recipes": ("recipes", "List recipes of models to start from, or print one."),
     "serve": ("serve", "Serve a model over HTTP, in the OpenAI completions protocol."),
 }
-"""For each subcommand its module and its summary."""
+"""The module and the summary of each subcommand."""
 
 _EXTRAS = {
     "matplotlib": "reports",
@@ -65,7 +66,7 @@ _EXTRAS = {
     "uvicorn": "serve",
     "wandb": "wandb",
 }
-"""The extra of this distribution that brings each optional package."""
+"""The extra of this distribution that installs each optional package."""
 
 
 def load(name: str) -> Command:
@@ -75,7 +76,9 @@ def load(name: str) -> Command:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a subcommand; exits with 2 where its arguments or files are wrong, or a package is missing."""
+    """Run a subcommand; exits with code 2 if its arguments or files are wrong, or a package is
+    missing.
+    """
     words = sys.argv[1:] if arguments is None else list(arguments)
     options = argparse.ArgumentParser(prog="mor", description="Mixture-of-Recursions models.")
     options.add_argument("--version", action=_Version, help="show the version and exit")
@@ -106,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 class _Version(argparse.Action):
-    """argparse's `version` action, which imports the package only when it is asked."""
+    """argparse's `version` action, which looks up the version only if it is asked for."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **others: Any) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **others)

@@ -1,4 +1,4 @@
-"""`python -m mor_tools.commands` is `mor` where the package is on the path but not installed."""
+"""`python -m mor_tools.commands` is `mor` if the package is on the path but not installed."""
 
 from mor_tools.commands import main
 

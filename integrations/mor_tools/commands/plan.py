@@ -40,37 +40,42 @@ from mor_tools.pretraining.settings import Settings
 
 GIB = 2**30
 MOST_DEVICES = 10**9
-"""Beyond this many devices, finding the layouts would take minutes."""
+"""With more devices, enumerating the layouts would take minutes."""
 
 
 def add_arguments(options: argparse.ArgumentParser) -> None:
-    """The command line."""
+    """Add the arguments."""
     add = options.add_argument
     add("config", type=Path, help="YAML file of a pretraining run")
     add("--gpus", type=int, required=True, help="devices")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
     add("--hardware", default="h100", help=f"one of {', '.join(HARDWARE)} (default: h100)")
-    add("--tflops", type=float, help="peak of a device at the training precision")
-    add("--memory-gib", type=float, help="memory of a device")
-    add("--intra-gbps", type=float, help="1e9 bytes/s that a device sends within its node")
-    add("--inter-gbps", type=float, help="1e9 bytes/s that a device sends to other nodes")
-    add("--per-node", type=int, help="devices of a node")
-    add("--efficiency", type=float, default=0.5, help="share of the peak reached (default: 0.5)")
-    add("--micro-batch-sizes", help="such as 1,2,4 (default: the file's, its half and its double)")
-    add("--recompute", help="such as none,full (default: the file's)")
-    add("--vocab-size", type=int, help="instead of the tokenizer's")
-    add("--top", type=int, default=10, help="layouts to show (default: 10)")
-    add("--inference", action="store_true", help="sequences that fit while generating, instead")
-    add("--json", type=Path, metavar="FILE", help="write every layout that fits")
-    add("--picture", type=Path, metavar="FILE", help="draw memory and time of the best")
+    add("--tflops", type=float, help="peak of a device in TFLOP/s at the training precision")
+    add("--memory-gib", type=float, help="memory of a device in GiB")
+    add("--intra-gbps", type=float, help="bandwidth of a device within its node in 1e9 bytes/s")
+    add("--inter-gbps", type=float, help="bandwidth of a device to other nodes in 1e9 bytes/s")
+    add("--per-node", type=int, help="devices per node")
+    add(
+        "--efficiency",
+        type=float,
+        default=0.5,
+        help="fraction of the peak that is reached (default: 0.5)",
+    )
+    add("--micro-batch-sizes", help="e.g. 1,2,4 (default: the file's, half and double of it)")
+    add("--recompute", help="e.g. none,full (default: the file's)")
+    add("--vocab-size", type=int, help="vocabulary size, instead of the tokenizer's")
+    add("--top", type=int, default=10, help="number of layouts to show (default: 10)")
+    add("--inference", action="store_true", help="instead, how many sequences fit while generating")
+    add("--json", type=Path, metavar="FILE", help="write every layout that fits to a file")
+    add("--picture", type=Path, metavar="FILE", help="draw memory and time of the best layout")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Plan.
+    """Plan a training run.
 
     Raises:
-        ValueError: settings that do not fit together, or nothing fits.
-        OSError: the file is missing, or one cannot be written.
+        ValueError: settings contradict one another, or no layout fits.
+        OSError: a file does not exist or cannot be written.
     """
     if not 1 <= options.gpus <= MOST_DEVICES:
         raise ValueError(f"--gpus {options.gpus} must be at least 1 and at most {MOST_DEVICES}.")
@@ -78,13 +83,13 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--top {options.top} must be at least 1.")
     for change in options.set:
         if "=" not in change:
-            raise ValueError(f"--set {change} is no key=value setting.")
+            raise ValueError(f"--set {change} is not a key=value setting.")
     settings = read_settings(str(options.config), options.set)
     try:
         _plan(options, settings)
     except OverflowError as error:
         raise ValueError(
-            f"the sizes that are given are too large to be counted ({error}). Use smaller ones."
+            f"the given sizes are too large to be counted ({error}). Use smaller ones."
         ) from error
 
 
@@ -120,8 +125,8 @@ def _plan(options: argparse.Namespace, settings: Settings) -> None:
 def _hardware(options: argparse.Namespace, settings: Settings) -> Hardware:
     if options.hardware not in HARDWARE:
         raise ValueError(
-            f"--hardware {options.hardware} is unknown. Use one of {', '.join(HARDWARE)}, and "
-            "--tflops, --memory-gib, --intra-gbps, --inter-gbps for another."
+            f"--hardware {options.hardware} is unknown. Use one of {', '.join(HARDWARE)}, or "
+            "describe other hardware by --tflops, --memory-gib, --intra-gbps and --inter-gbps."
         )
     chosen = HARDWARE[options.hardware]
     if settings.training.precision == "fp32":
@@ -140,7 +145,7 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
 
 
 def _around(size: int) -> tuple[int, ...]:
-    """Micro-batch sizes to try where none are given."""
+    """Micro-batch sizes to try if none are given."""
     return tuple(sorted({max(1, size // 2), size, 2 * size}))
 
 
@@ -149,7 +154,7 @@ def _recompute(text: str | None) -> tuple[Recompute, ...] | None:
         return None
     unknown = set(text.split(",")) - set(RECOMPUTE)
     if unknown:
-        raise ValueError(f"--recompute {text}: use {', '.join(RECOMPUTE)}, with commas between.")
+        raise ValueError(f"--recompute {text}: use {', '.join(RECOMPUTE)}, separated by commas.")
     return tuple(how for how in RECOMPUTE if how in text.split(","))
 
 

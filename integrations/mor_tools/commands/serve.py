@@ -1,11 +1,13 @@
-"""Serve a model over HTTP, in the OpenAI completions protocol.
+"""Serve a model over HTTP, in OpenAI's protocols for completions and for chat.
 
     mor serve --model runs/exported --port 8000
     curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
         -d '{"prompt": "Once", "max_tokens": 20, "stream": true}'
 
-Without --model a small model with random weights answers. Beside the protocol: `top_k`, `timeout`, and
-in answers `depths`, the recursion steps that each token cost. GET /metrics, /health and /v1/models.
+Without --model a small model with random weights answers. POST /v1/chat/completions needs a chat
+template in the model's folder. Beyond the protocol: `top_k`, `min_p`, `repetition_penalty`, `priority`,
+`ignore_eos`, `timeout`, and in answers `depths`, the recursion steps that each token cost. GET /metrics,
+/health and /v1/models.
 On SIGINT or SIGTERM the server takes no new calls, and ends the running ones within --grace seconds. An
 engine that fails ends it with exit status 1.
 """
@@ -25,31 +27,50 @@ from mor_tools.serving.server import Server
 
 
 def add_arguments(options: argparse.ArgumentParser) -> None:
-    """The command line."""
+    """Add the arguments."""
     add = options.add_argument
-    add("--model", help="folder that pretraining or `mor convert` wrote; default: random")
+    add("--model", help="model folder written by pretraining or `mor convert`; default: random")
     add("--trust-remote-code", action="store_true", help=TRUST_REMOTE_CODE)
-    add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
-    add("--port", type=int, default=8000, help="port to listen at (default: 8000)")
+    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    add("--port", type=int, default=8000, help="port to listen on (default: 8000)")
     add("--device", default="cpu", help="device to run on, as PyTorch names it (default: cpu)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
-    add("--kv-mib", type=float, default=256, help="memory for keys and values (default: 256)")
+    add(
+        "--kv-mib", type=float, default=256, help="memory for keys and values in MiB (default: 256)"
+    )
     add("--int8-kv", action="store_true", help="keep keys and values in 8 bits; not exact")
     add("--slots", type=int, default=64, help="sequences in flight (default: 64)")
-    add("--max-length", type=int, default=2048, help="prompt and continuation (default: 2048)")
-    add("--chunk-size", type=int, default=64, help="prompt tokens at once (default: 64)")
-    add("--max-tokens", type=int, default=512, help="most that a call may ask for (default: 512)")
-    add("--max-waiting", type=int, default=256, help="calls beyond get 429 (default: 256)")
-    add("--max-per-client", type=int, default=64, help="a client's share of them (default: 64)")
-    add("--allowed-host", action="append", default=[], help="further name of it; may be repeated")
-    add("--api-key", action="append", default=[], help="that callers must send; may be repeated")
-    add("--api-key-file", help="file with API keys, one a line, which `ps` does not show")
-    add("--timeout", type=float, default=120, help="seconds for a call (default: 120)")
-    add("--grace", type=int, default=10, help="seconds to finish at shutdown (default: 10)")
+    add(
+        "--max-length",
+        type=int,
+        default=2048,
+        help="longest prompt plus continuation in tokens (default: 2048)",
+    )
+    add("--chunk-size", type=int, default=64, help="prompt tokens processed at once (default: 64)")
+    add("--max-tokens", type=int, default=512, help="largest max_tokens of a call (default: 512)")
+    add(
+        "--max-waiting",
+        type=int,
+        default=256,
+        help="calls that may wait; more get 429 (default: 256)",
+    )
+    add("--max-per-client", type=int, default=64, help="waiting calls of one client (default: 64)")
+    add(
+        "--allowed-host",
+        action="append",
+        default=[],
+        help="further host name of the server; may be repeated",
+    )
+    add(
+        "--api-key", action="append", default=[], help="key that callers must send; may be repeated"
+    )
+    add("--api-key-file", help="file with one API key per line, which `ps` does not show")
+    add("--timeout", type=float, default=120, help="seconds that a call may take (default: 120)")
+    add("--grace", type=int, default=10, help="seconds to finish calls at shutdown (default: 10)")
 
 
 def build_engine(options: argparse.Namespace, served: ServedModel) -> DepthBatchingEngine:
-    """The engine that the options describe."""
+    """Build the engine that the options describe."""
     model = served.model.to(options.device, getattr(torch, options.dtype))
     cache = CacheSettings(
         int(options.kv_mib * 2**20), options.slots, options.max_length, is_int8=options.int8_kv
@@ -58,26 +79,26 @@ def build_engine(options: argparse.Namespace, served: ServedModel) -> DepthBatch
 
 
 def build(options: argparse.Namespace) -> Service:
-    """The service that the options describe."""
+    """Build the service that the options describe."""
     keys = [*options.api_key, *(read_keys(options.api_key_file) if options.api_key_file else ())]
     access = Access.bound_to(options.host, options.allowed_host, keys)
     limits = Limits(
         options.max_tokens, options.max_waiting, options.max_per_client, timeout=options.timeout
     )
     served = load(options.model, trust_remote_code=options.trust_remote_code)
-    return Service(build_engine(options, served), served.name, served.tokenizer, limits, access)
+    return Service(build_engine(options, served), served, limits, access)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Serve until told to stop; exits with 1 where the engine fails.
+    """Serve until told to stop; exits with code 1 if the engine fails.
 
     Raises:
-        ValueError: an option is not allowed, or the model folder lacks something.
-        OSError: a file is missing.
+        ValueError: an option is not allowed, or the model folder is incomplete.
+        OSError: a file does not exist.
     """
     service = build(options)
     server = Server(service, options.grace, host=options.host, port=options.port)
-    with contextlib.suppress(KeyboardInterrupt):  # SIGINT, once the calls have ended
+    with contextlib.suppress(KeyboardInterrupt):  # SIGINT, after the calls have ended
         server.run()
     if service.worker.failure is not None:
         print(f"error: the engine has failed: {service.worker.failure!r}", file=sys.stderr)

@@ -160,8 +160,12 @@ def _pair(source: Path) -> tuple[Path, Path]:
 def _architecture(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
     for name, only in _WITHOUT_PLACE.items():
         if values.get(name, only) != only:
-            raise ValueError(f"{where}: {name}={values[name]!r} is not supported, only {only!r}.")
+            raise ValueError(
+                f"{where}: {name}={shown(values[name])} is not supported, only {only!r}."
+            )
     rope = values.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{where}: rope_parameters={shown(rope)}: expected a mapping.")
     return dict(values) | {
         "rope_theta": rope.get("rope_theta", values.get("rope_theta", 10000.0)),
         "num_key_value_heads": values.get("num_key_value_heads", values.get("num_attention_heads")),

@@ -1,8 +1,8 @@
-"""How a process that cannot go on says why, so that it is the last thing on the terminal, once.
+"""How a process that cannot continue reports why, once, as the last message on the terminal.
 
-torchrun answers the end of a process with a traceback of its own and a report of who failed, and
-would push a message that was printed before out of sight. It takes a message into the report from
-the file that TORCHELASTIC_ERROR_FILE names, where that is all that stands behind the traceback.
+When a process ends, torchrun prints a traceback of its own and a report of which process failed,
+which would push an earlier message out of sight. It includes a message in its report if it finds
+nothing but that message in the file named by TORCHELASTIC_ERROR_FILE.
 """
 
 import json
@@ -11,14 +11,16 @@ import sys
 import time
 
 PATIENCE = 10.0
-"""Seconds in which torchrun ends the other processes of a machine once the first one has ended."""
+"""Seconds within which torchrun ends the other processes of a machine after the first one has
+ended."""
 
 
 def tell(message: str, is_first_on_machine: bool) -> None:
-    """Say why this process ends; call it right before it does.
+    """Report why this process ends; call it right before it does.
 
-    Where all processes fail alike, the first one of each machine speaks for them: the others wait
-    to be ended. One that fails alone is not ended, and speaks too.
+    If all processes fail in the same way, the first one on each machine reports for them and the
+    others wait to be ended. A process that fails alone is not ended by torchrun, and reports for
+    itself.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not is_first_on_machine:
@@ -27,7 +29,7 @@ def tell(message: str, is_first_on_machine: bool) -> None:
         print(f"{_coloured('error:')} {message}", file=sys.stderr)
         return
     told = {
-        # What torchrun shows is the call stack, which would say nothing to the user.
+        # torchrun would show the call stack, which tells the user nothing.
         "message": f"error: {message}",
         "extraInfo": {
             "py_callstack": f"\n{_coloured('error:')} {message}",

@@ -328,3 +328,27 @@ def test_requests_without_a_client_are_served_in_order(monkeypatch) -> None:
     own.preempt(last)
     own.admit((100, 100))
     assert running(own) == [0, 1]
+
+
+def test_a_client_orders_its_own_requests_by_priority() -> None:
+    own = scheduler(slots=2)
+    for client, priority in (("a", 1), ("a", 0), ("b", 5), ("a", -1)):
+        submit(own, prompt=1, client=client, priority=priority)
+    own.admit((10, 10))
+    # The best of "a", then "b", which runs nothing yet, whatever its priority.
+    assert running(own) == [2, 3]
+
+
+def test_only_prompts_that_are_scored_need_all_logits() -> None:
+    own = scheduler(slots=2)
+    scored = submit(own, prompt=10, new=4, num_logprobs=0, prompt_logprobs=True)
+    submit(own, prompt=3, new=4, num_logprobs=0)
+    own.admit((10, 10))
+    assert [span.needs_all_logits for span in own.plan()] == [True, False]
+    finish_spans(own)
+    assert [span.needs_all_logits for span in own.plan()] == [False, True]
+    finish_spans(own)
+    assert scored.num_generated == 1
+    own.preempt(scored)  # its prompt is computed again, but has been scored
+    own.admit((10, 10))
+    assert not any(span.needs_all_logits for span in own.plan())

@@ -44,7 +44,7 @@ def test_a_second_run_is_told_who_holds_the_folder_and_how_to_break_it(tmp_path)
         RunLock(folder, [launcher()]).acquire()
     who = f"a run on {socket.gethostname()} (process {os.getpid()}, since 20"
     assert who in str(caught.value)
-    assert "last gave a sign 0 seconds ago" in str(caught.value)
+    assert "last touched its lock 0 seconds ago" in str(caught.value)
     assert f"remove {folder / NAME} and start again" in str(caught.value)
     first.release()
     assert names(folder) == []
@@ -66,7 +66,7 @@ def test_a_process_that_was_killed_holds_nothing(tmp_path):
     lock = RunLock(tmp_path)
     note = lock.acquire()
     assert note is not None
-    assert f"(process {pid}, since" in note and "ended without giving it back" in note
+    assert f"(process {pid}, since" in note and "ended without releasing it" in note
     assert held_by(tmp_path)["pid"] == os.getpid()
     assert names(tmp_path) == [NAME]
     lock.release()
@@ -138,7 +138,7 @@ def test_a_restarted_run_takes_its_folder_at_once_from_another_machine(tmp_path)
 def test_a_lock_that_cannot_be_read_counts_by_its_age(tmp_path):
     for content in (b"", b"\xff", b"[1]", b'{"token": 1}'):
         (tmp_path / NAME).write_bytes(content)
-        with pytest.raises(ValueError, match="in use by another run, which last gave a sign"):
+        with pytest.raises(ValueError, match="in use by another run, which last touched its lock"):
             RunLock(tmp_path).acquire()
         os.utime(tmp_path / NAME, (1, 1))
         lock = RunLock(tmp_path)
@@ -208,7 +208,7 @@ def test_the_holder_gives_signs_and_ends_where_its_lock_is_broken(tmp_path):
     assert not told
     write_lock(tmp_path, ELSEWHERE)
     wait_until(lambda: bool(told))
-    assert "somebody broke the lock of this run" in told[0]
+    assert "replaced by another run's lock" in told[0]
     lock.release()
     assert held_by(tmp_path)["token"] == "elsewhere"
 
