@@ -138,10 +138,30 @@ def _llama() -> Any:
     return llama
 
 
-def _ouro() -> Any:
-    from mor_huggingface import ouro
+def _looped() -> Any:
+    from mor_huggingface import looped
 
-    return ouro
+    return looped
+
+
+def _format_of_looped(name: str) -> Format:
+    """The format of a family of published looped models."""
+
+    def family() -> Any:
+        return _looped().FAMILIES[name]
+
+    return Format(
+        name,
+        lambda source: _looped().is_family(family(), source),
+        lambda source, *_: _looped().open_looped(source),
+        lambda model, folder, written: _looped().write_looped(family(), model, folder, written),
+        require_place=lambda config: _looped().looped_config(family(), config),
+    )
+
+
+def _is_llama(source: Path) -> bool:
+    _looped().refuse_other_loops(source)
+    return (source / CONFIG).is_file()
 
 
 def _require_llama(config: DecoderConfig) -> None:
@@ -169,16 +189,10 @@ FORMATS = {
             write_published,
             require_place=published_settings,
         ),
-        Format(
-            "ouro",
-            lambda source: _ouro().is_ouro(source),
-            lambda source, *_: _ouro().open_ouro(source),
-            lambda model, folder, written: _ouro().write_ouro(model, folder, written),
-            require_place=lambda config: _ouro().ouro_config(config),
-        ),
+        *map(_format_of_looped, ("ouro", "nanbeige")),
         Format(
             "llama",
-            lambda source: (source / CONFIG).is_file(),
+            _is_llama,
             lambda source, *_: _llama().open_llama(source),
             lambda model, folder, written: _llama().write_llama(model, folder, written),
             require_place=_require_llama,
