@@ -68,7 +68,7 @@ class MoRModel(nn.Module):
         def block(depths: list[list[int]]) -> MaskedRecursion:
             with in_fp32():  # routers score in fp32, and their buffers must not be rounded
                 router = recursion.router.build(config.hidden_size, steps)
-            added = recursion.build_step_input(config.hidden_size)
+            added = recursion.build_step_input(config.hidden_size, config.rms_norm_epsilon)
             layers = StepLayers(config, depths, vllm_config, config.moe is not None)
             return MaskedRecursion(layers, router, recursion.kv_policy, step_input=added)
 

@@ -228,7 +228,7 @@ def count_parameters(shape: ModelShape) -> Parts:
             * (1 if stack.shares_norms else stack.num_recursions)
         )
         count += Parts(
-            norms=layers * (norms + 2 * shape.qk_norm_size),
+            norms=layers * (norms + 2 * shape.qk_norm_size) + h * stack.loop_norm,
             projections=layers * (2 * h * (shape.query_size + shape.kv_size) + biases),
             mlp=layers * stack.mlp.weights(h, experts or 1),
             expert_router=layers * h * (experts or 0) * stack.mlp.num_expert_routers,

@@ -106,6 +106,8 @@ class StackShape:
     """The low-rank deltas of each step."""
     step_embeddings: bool = False
     """Whether each step adds a learned vector to its input."""
+    loop_norm: bool = False
+    """Whether each step except the first normalises its input, with one weight for all of them."""
     input_injection: bool = False
     """Whether each step except the first adds the recursion's input, scaled by a vector."""
     sandwich_norms: bool = False
@@ -167,6 +169,7 @@ class ModelShape:
             relaxation=recursion.relaxation,
             step_embeddings=recursion.step_embeddings,
             input_injection=recursion.input_injection,
+            loop_norm=recursion.loop_norm,
             sandwich_norms=recursion.sandwich_norms,
         )
         # A cyclic step runs the whole block; in a sequence each layer repeats on its own.

@@ -55,6 +55,8 @@ class RecursionConfig:
     """Whether each step adds a learned vector to the states that enter the block."""
     input_injection: bool = False
     """Whether later steps add the states that entered the recursion, multiplied by a learned gain."""
+    loop_norm: bool = False
+    """Whether later steps start from the normalised state, as in Ouro (arXiv 2510.25741)."""
     sandwich_norms: bool = False
     """Whether the block's layers normalise the outputs of attention and MLP before adding them."""
     prelude_layers: int | None = None
@@ -129,7 +131,7 @@ class RecursionConfig:
     def beyond_published(self) -> tuple[str, ...]:
         """The settings in use that published checkpoints and plain decoders do not have."""
         names = ("relaxation", "step_embeddings", "input_injection", "sandwich_norms")
-        names += ("residual_scale",)
+        names += ("residual_scale", "loop_norm")
         return tuple(name for name in names if getattr(self, name))
 
     def residual_factor(self, block_size: int) -> float | None:
@@ -138,15 +140,16 @@ class RecursionConfig:
             return None
         return self.residual_scale / (self.num_recursions * math.sqrt(block_size))
 
-    def build_step_input(self, hidden_size: int) -> StepInput | None:
-        """The module that adds to the states entering the block; None if nothing is added."""
-        if not (self.step_embeddings or self.input_injection):
+    def build_step_input(self, hidden_size: int, norm_epsilon: float) -> StepInput | None:
+        """The module that changes the states entering the block; None if they enter as they are."""
+        if not (self.step_embeddings or self.input_injection or self.loop_norm):
             return None
         return StepInput(
             hidden_size,
             num_steps=self.num_recursions,
             embeds=self.step_embeddings,
             injects=self.input_injection,
+            norm_epsilon=norm_epsilon if self.loop_norm else None,
         )
 
     def require_experts(self, has_experts: bool) -> None:

@@ -78,7 +78,7 @@ class MoRTransformer(nn.Module):
         def block(num_layers: int) -> RecursionBlock:
             router = recursion.router.build(config.hidden_size, recursion.num_recursions)
             stack = DecoderStack(config, num_layers, num_norms, recursion.num_recursions)
-            step_input = recursion.build_step_input(config.hidden_size)
+            step_input = recursion.build_step_input(config.hidden_size, config.rms_norm_epsilon)
             return RecursionBlock(
                 stack, router, recursion.kv_policy, recompute=recompute, step_input=step_input
             )

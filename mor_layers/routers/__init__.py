@@ -13,6 +13,7 @@ from mor_layers.routers.early_exit import (
     EarlyExitRouter,
     ExitProbability,
 )
+from mor_layers.routers.exit_gate import ExitGate
 from mor_layers.routers.expert_choice import ExpertChoice
 from mor_layers.routers.losses import masked_mean
 from mor_layers.routers.registry import register_router, registered_routers
@@ -28,6 +29,7 @@ __all__ = [
     "DepthAndWidth",
     "Divergence",
     "EarlyExitRouter",
+    "ExitGate",
     "ExitProbability",
     "ExpertChoice",
     "FixedDepth",

@@ -187,6 +187,12 @@ class RouterConfig(ABC):
         """The expected share of tokens at each step, or None if the settings do not determine it."""
         return None
 
+    def capacity_factors_at(
+        self, num_recursions: int, training_step: int
+    ) -> tuple[float, ...] | None:
+        """The same during the optimizer step `training_step` (0-based), which a warm-up may change."""
+        return self.capacity_factors_for(num_recursions)
+
     @property
     def has_fixed_capacities(self) -> bool:
         """Whether step r of training runs exactly `max(1, floor(c_r · s))` tokens of each sequence,

@@ -107,6 +107,17 @@ class ExpertChoice(RouterConfig):
     def capacity_factors_for(self, num_recursions: int) -> tuple[float, ...]:
         return checked_capacity_factors(self.capacity_factors, num_recursions)
 
+    def capacity_factors_at(self, num_recursions: int, training_step: int) -> tuple[float, ...]:
+        final = self.capacity_factors_for(num_recursions)
+        return tuple(self.warmed_up(factor, training_step) for factor in final)
+
+    def warmed_up(self, final: float, training_step: int) -> float:
+        """A capacity factor during the optimizer step `training_step` (0-based)."""
+        if final == 1.0 or self.warmup_steps == 0:
+            return final
+        progress = min(1.0, training_step / self.warmup_steps)
+        return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
     @property
     def has_fixed_capacities(self) -> bool:
         return self.warmup_steps == 0
@@ -290,8 +301,7 @@ class ExpertChoiceRouter(Router):
             return final
         if self._training_steps is None:
             self._training_steps = int(self.training_steps)
-        progress = min(1.0, self._training_steps / warmup)
-        return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
+        return self.config.warmed_up(final, self._training_steps)
 
     def _activate(self, logits: Tensor) -> Tensor:
         if self.config.activation == "sigmoid":

@@ -71,6 +71,11 @@ def recursive_weights(
             "sandwich_norms=True normalises outputs that the dense model does not normalise, so "
             "nothing of what it learnt would be left. Leave it out, or train from scratch."
         )
+    if recursion.loop_norm:
+        raise ValueError(
+            "loop_norm=True norms the states between steps, which the dense model does not. Leave it "
+            "out, or train from scratch."
+        )
     if recursion.residual_scale is not None:
         raise ValueError(
             f"residual_scale={recursion.residual_scale} makes the output of every branch smaller "

@@ -69,6 +69,7 @@ ROWS: dict[str, list[str]] = {
     "low-rank deltas": ["recursion.relaxation.rank=4", *DENSE],
     "`step_embeddings`": ["recursion.step_embeddings=true", *DENSE],
     "`input_injection`": ["recursion.input_injection=true", *DENSE],
+    "`loop_norm`": ["recursion.loop_norm=true", *DENSE],
     "`sandwich_norms`": ["recursion.sandwich_norms=true", *DENSE],
     "`residual_scale`": ["recursion.residual_scale=1.0", *DENSE],
     "a teacher (`uptrain`)": ["uptrain.teacher=folder", *DENSE],

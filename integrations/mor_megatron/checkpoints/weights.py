@@ -155,6 +155,7 @@ def _names(config: DecoderConfig, routers: Iterable[str]) -> dict[str, tuple[str
         steps = recursion.num_recursions
         vectors = [f"embeddings.{step}" for step in range(steps * recursion.step_embeddings)]
         vectors += [f"gains.{step}" for step in range((steps - 1) * recursion.input_injection)]
+        vectors += ["norms.0"] * recursion.loop_norm
         for name in vectors:
             names[f"{theirs}.step_input.{name}"] = (f"{ours}.step_input.{name}",)
         depth += size * steps

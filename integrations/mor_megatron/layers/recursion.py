@@ -145,7 +145,9 @@ class RecursionLayer(TransformerLayer):
         router = recursion.router.build(config.hidden_size, recursion.num_recursions)
         if not part.routes:
             router = CombiningRouter(router)
-        step_input = recursion.build_step_input(config.hidden_size) if part.routes else None
+        step_input = None
+        if part.routes:
+            step_input = recursion.build_step_input(config.hidden_size, config.layernorm_epsilon)
         device = next(stack.parameters()).device
         for module in (router, step_input):
             if module is None:

@@ -23,6 +23,15 @@ class Command(Protocol):
 # without importing the modules: they need PyTorch, transformers or matplotlib, which take seconds
 # to load.
 _COMMANDS = {
+    "card": (
+        "card",
+        "Write the model card of a finished pretraining run, ready for a model hub.",
+    ),
+    "compare": (
+        "compare",
+        "Compare configurations fairly: train each on the same text with several seeds, at equal "
+        "cost.",
+    ),
     "convert": (
         "convert",
         "Convert models between Hugging Face, ours, published MoR and Megatron; make dense ones "
@@ -40,6 +49,7 @@ _COMMANDS = {
         "plan",
         "Plan a training run: which parallel layouts fit, and how long a step should take.",
     ),
+    "recipes": ("recipes", "List recipes of models to start from, or print one."),
     "serve": ("serve", "Serve a model over HTTP, in the OpenAI completions protocol."),
 }
 """The module and the summary of each subcommand."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mor_tools.commands.workload import workload
+from mor_tools.pretraining.models.workload import workload
 from mor_tools.planner import (
     FP32_TFLOPS,
     HARDWARE,

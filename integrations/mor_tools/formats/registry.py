@@ -138,6 +138,32 @@ def _llama() -> Any:
     return llama
 
 
+def _looped() -> Any:
+    from mor_huggingface import looped
+
+    return looped
+
+
+def _format_of_looped(name: str) -> Format:
+    """The format of a family of published looped models."""
+
+    def family() -> Any:
+        return _looped().FAMILIES[name]
+
+    return Format(
+        name,
+        lambda source: _looped().is_family(family(), source),
+        lambda source, *_: _looped().open_looped(source),
+        lambda model, folder, written: _looped().write_looped(family(), model, folder, written),
+        require_place=lambda config: _looped().looped_config(family(), config),
+    )
+
+
+def _is_llama(source: Path) -> bool:
+    _looped().refuse_other_loops(source)
+    return (source / CONFIG).is_file()
+
+
 def _require_llama(config: DecoderConfig) -> None:
     _llama().llama_config(config)
     require_unrollable(config)
@@ -163,9 +189,10 @@ FORMATS = {
             write_published,
             require_place=published_settings,
         ),
+        *map(_format_of_looped, ("ouro", "nanbeige")),
         Format(
             "llama",
-            lambda source: (source / CONFIG).is_file(),
+            _is_llama,
             lambda source, *_: _llama().open_llama(source),
             lambda model, folder, written: _llama().write_llama(model, folder, written),
             require_place=_require_llama,

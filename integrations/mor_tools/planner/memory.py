@@ -69,14 +69,16 @@ def kept_by_routing(
 ) -> float:
     """Bytes that a step keeps in addition to its layers.
 
-    These are the fp32 states that the router scored, the block's output, and the recursion's input if
-    the step adds it.
+    These are the fp32 states that the router scored, the block's output, the recursion's input if
+    the step adds it, and the input of the norm between steps.
     """
     has_scorer = stack.router is not None and any(stack.router.scorers)
     scored = 4 * candidates if has_scorer and how.bytes_per_activation < 4 else 0
     combined = how.bytes_per_activation * tokens if stack.router is not None else 0
     injected = how.bytes_per_activation * tokens if stack.input_injection and step else 0
-    return (scored + combined + injected) * shape.hidden_size / how.shards
+    # The norm keeps its input in fp32.
+    normed = 4 * tokens if stack.loop_norm and step else 0
+    return (scored + combined + injected + normed) * shape.hidden_size / how.shards
 
 
 def kept_by_output(shape: ModelShape, length: float, how: Kept) -> float:

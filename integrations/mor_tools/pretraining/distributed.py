@@ -46,6 +46,13 @@ def device() -> torch.device:
 
 @contextlib.contextmanager
 def process_groups(settings: Settings) -> Iterator[None]:
+    """Connect the processes, and lay them out as the settings say."""
+    with connected(settings), model_parallel(settings):
+        yield
+
+
+@contextlib.contextmanager
+def connected(settings: Settings) -> Iterator[None]:
     """Connect the processes: by NCCL if there is CUDA, else by gloo on Megatron's CPU platform."""
     if "RANK" not in os.environ:
         raise ValueError(
@@ -63,8 +70,7 @@ def process_groups(settings: Settings) -> Iterator[None]:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, timeout=timeout)
     try:
-        with model_parallel(settings):
-            yield
+        yield
     finally:
         torch.distributed.destroy_process_group()
 

@@ -55,8 +55,13 @@ def main(arguments: Sequence[str]) -> None:
         raise SystemExit(2) from None
 
 
-def pretrain(settings: Settings) -> None:
-    """Train from text to a model, its checkpoint, report.html and summary.json."""
+def pretrain(settings: Settings, is_alone: bool = True) -> None:
+    """Train from text to a model, its checkpoint, report.html and summary.json.
+
+    Args:
+        is_alone: whether the run is all that the user asked for; if so, it ends by suggesting what to
+            do with the model.
+    """
     build.check(settings)
     sizes.require_room(settings)
     console = Console() if distributed.is_first_rank() else None
@@ -72,10 +77,12 @@ def pretrain(settings: Settings) -> None:
     # Before any work, so that a folder that is in use or cannot be written is reported at once.
     with distributed.locked(Path(settings.output)) as taken_over:
         left_behind = on_first_rank(lambda: run_folder.put_in_order(settings))
-        _pretrain(settings, console, [taken_over, *left_behind])
+        _pretrain(settings, console, [taken_over, *left_behind], is_alone)
 
 
-def _pretrain(settings: Settings, console: Console | None, notes: list[str | None]) -> None:
+def _pretrain(
+    settings: Settings, console: Console | None, notes: list[str | None], is_alone: bool
+) -> None:
     """The work of one process of the run that holds the folder; `notes` are messages to print
     first.
     """
@@ -112,6 +119,8 @@ def _pretrain(settings: Settings, console: Console | None, notes: list[str | Non
             session.train()
         if trainer.step == settings.training.steps:
             session.finish()
+            if is_alone:
+                session.display.say(_what_next(settings))
 
 
 class Session:
@@ -281,7 +290,6 @@ class Session:
             sample=sample,
         )
         self.display.say(f"wrote {self.folder}/report.html and summary.json")
-        self.display.say(_what_next(self.settings))
 
 
 def _plan(settings: Settings) -> Plan:

@@ -59,6 +59,7 @@ MODELS: dict[str, dict[str, Any]] = {
             step_embeddings=True,
             input_injection=True,
             sandwich_norms=True,
+            loop_norm=True,
             residual_scale=2.0,
             router=ExpertChoice(gate_bias=0.5),
         )

@@ -83,6 +83,7 @@ RECURSIONS = {
         step_embeddings=True,
         input_injection=True,
         sandwich_norms=True,
+        loop_norm=True,
     ),
     "expert, long ends": RecursionConfig(3, router=EXPERT.router, prelude_layers=2, coda_layers=3),
     "random loops": RecursionConfig(

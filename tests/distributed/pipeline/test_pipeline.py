@@ -53,6 +53,7 @@ HELPS: Options = {
     "step_embeddings": True,
     "input_injection": True,
     "sandwich_norms": True,
+    "loop_norm": True,
     "residual_scale": 2.0,
 }
 LOOPS = RecursionConfig(

@@ -214,7 +214,8 @@ def test_a_layer_keeps_what_is_counted(
 
 
 @pytest.mark.parametrize(
-    "recursion", [PLAIN, replace(PLAIN, step_embeddings=True, input_injection=True)]
+    "recursion",
+    [PLAIN, replace(PLAIN, step_embeddings=True, input_injection=True, loop_norm=True)],
 )
 def test_a_whole_model_keeps_what_is_counted(pool: WorkerPool, recursion: RecursionConfig) -> None:
     (real,) = pool.run(kept, recursion=recursion, num_layers=14, options={})

@@ -33,7 +33,7 @@ from tests.mor_layers.small_models import (
     small_model,
 )
 
-OPTIONS = ("step_embeddings", "input_injection", "sandwich_norms")
+OPTIONS = ("step_embeddings", "input_injection", "sandwich_norms", "loop_norm")
 EVERYTHING = {name: True for name in OPTIONS}
 
 
@@ -56,7 +56,7 @@ def test_a_new_step_input_changes_no_bit(option, router):
 
 @pytest.mark.parametrize("sharing", ["middle_cycle", "middle_sequence"])
 def test_a_loop_by_hand_computes_the_same(sharing):
-    """Fixed depth: x <- f_r(x + e_r + g_r · x_1), layer by layer."""
+    """Fixed depth: x <- f_r(norm(x) + e_r + g_r · x_1), layer by layer; the first step has no norm."""
     model = small_model(config_with(EVERYTHING, sharing=sharing, block_size=2, share_norms=False))
     ids = random_ids(2, 7)
     from mor_layers import StepContext, Tokens
@@ -68,6 +68,9 @@ def test_a_loop_by_hand_computes_the_same(sharing):
     for block in model.recursions:
         origin = hidden
         for step in range(3):
+            if step:
+                root = hidden.square().mean(dim=-1, keepdim=True).add(1e-5).sqrt()
+                hidden = hidden / root * block.step_input.norms[0]
             hidden = hidden + block.step_input.embeddings[step]
             if step:
                 hidden = hidden + block.step_input.gains[step - 1] * origin
@@ -122,7 +125,7 @@ def test_every_parameter_of_them_gets_a_gradient(router):
         for name, gradient in gradients(model).items()
         if ".step_input." in name or "_output_norm." in name
     }
-    assert len(own) == 3 + 2 + 2 * 3
+    assert len(own) == 3 + 2 + 2 * 3 + 1
     assert all(gradient.abs().max() > 0 for gradient in own.values())
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from mor_layers import from_mapping
 from mor_tools.commands import main
-from mor_tools.commands.workload import workload
+from mor_tools.pretraining.models.workload import workload
 from mor_tools.planner import (
     HARDWARE,
     Layout,

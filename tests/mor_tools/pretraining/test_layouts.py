@@ -38,6 +38,7 @@ STABILITY = [
     "recursion.step_embeddings=true",
     "recursion.input_injection=true",
     "recursion.sandwich_norms=true",
+    "recursion.loop_norm=true",
     "recursion.router.gate_bias=-1.0",
     "recursion.relaxation={rank: 2, projections: [query, output]}",
 ]

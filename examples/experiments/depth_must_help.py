@@ -1,0 +1,458 @@
+"""Does a model spend depth where depth must help? Pointer chasing, with the number of hops known.
+
+    python examples/experiments/depth_must_help.py --output runs/depth_must_help
+    python examples/experiments/depth_must_help.py --quick
+
+A sequence lists the edges of a cycle through six nodes (a permutation) in random order, and then asks
+questions "which node is k hops from node a?", with k from 1 to 3 drawn for each. A step of the recursion, which is one layer, can follow
+one edge, so a question needs k steps, and going round the other way is no shorter. An edge needs one step:
+later steps must only still see it. They
+do, because all models use `recursive_sharing`: keys and values of the first step serve all later ones.
+
+All models have the same layer and are trained on the same sequences. Fixed depth 1 to 4 and random depth
+are the baselines. `fixed prior` has a loss after every step, all equally weighted (arXiv 2607.20519);
+its questions exit when the model is confident, or when a halting head says so that was taught, in the
+same run, at which steps the answer is right (arXiv 2609.03379). Finished runs are kept in results.json,
+so that an interrupted experiment resumes.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mor_layers import (
+    DecoderConfig,
+    DepthAndWidth,
+    ExpertChoice,
+    FixedDepth,
+    MoRTransformer,
+    RandomDepth,
+    RecursionConfig,
+    RouterConfig,
+    TokenChoice,
+)
+from mor_layers.generation import calibrate, with_early_exit
+from mor_layers.routers import Confidence, Criterion
+
+HOPS = 3
+"""Most hops that are asked for, and steps that adaptive models may take."""
+DEEPEST = 4
+"""Largest fixed depth."""
+EXPERT_CHOICE = "expert-choice"
+PRIOR = "fixed prior"
+CONFIDENCE = f"{PRIOR}, exit by confidence"
+TAUGHT = f"{PRIOR}, halting taught by an oracle"
+FIXED = tuple(f"fixed depth {depth}" for depth in range(1, DEEPEST + 1))
+NO_ANSWER = -100
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how large."""
+
+    steps: int = 1300
+    """Optimizer steps."""
+    seeds: int = 3
+    batch: int = 32
+    nodes: int = 6
+    """Twice the most hops, so that no way is shorter backwards."""
+    questions: int = 32
+    """Questions per sequence."""
+    hidden_size: int = 32
+    learning_rate: float = 1e-2
+    evaluation_batches: int = 20
+    confidence: float = 0.9
+    """Probability of the likeliest answer at which a question exits."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return self.nodes + self.questions
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens: every edge, and every start with every number of hops. Answers are nodes."""
+        return self.nodes**2 + self.nodes * HOPS
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Share of the tokens that need each step: all the first, then the questions not yet answered."""
+        late = (self.questions * (HOPS - step) / HOPS / self.length for step in range(1, HOPS))
+        return (1.0, *late)
+
+
+QUICK = Plan(steps=4, seeds=2, batch=4, evaluation_batches=2)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences and what is known about them."""
+
+    ids: Tensor
+    """`[b s]`"""
+    answers: Tensor
+    """`[b s]`: the node that is asked for; `NO_ANSWER` at edges."""
+    hops: Tensor
+    """`[b s]`: the hops that are asked for; 0 at edges."""
+
+
+@dataclass
+class Outcome:
+    """What one model with one seed reached on the evaluation sequences."""
+
+    accuracy: float = float("nan")
+    by_hops: list[float] = field(default_factory=list)
+    """Accuracy of the questions of 1, 2, ... hops."""
+    mean_depth: float = float("nan")
+    """Steps per token."""
+    question_depth: float = float("nan")
+    """Steps per question."""
+    depth_by_hops: list[float] = field(default_factory=list)
+    """Mean steps of the questions of 1, 2, ... hops."""
+
+
+def draw_batch(plan: Plan, generator: torch.Generator) -> Batch:
+    """Random sequences."""
+    b, n = plan.batch, plan.nodes
+    order = torch.rand(b, n, generator=generator).argsort(dim=-1)
+    following = torch.empty_like(order).scatter_(1, order, order.roll(-1, dims=1))
+    listed = torch.rand(b, n, generator=generator).argsort(dim=-1)
+    edges = listed * n + following.gather(1, listed)
+    starts = torch.randint(n, (b, plan.questions), generator=generator)
+    hops = torch.randint(1, HOPS + 1, (b, plan.questions), generator=generator)
+    answers = starts
+    for hop in range(HOPS):
+        answers = torch.where(hops > hop, following.gather(1, answers), answers)
+    questions = n * n + starts * HOPS + hops - 1
+    return Batch(
+        torch.cat([edges, questions], dim=1),
+        torch.cat([torch.full_like(edges, NO_ANSWER), answers], dim=1),
+        torch.cat([torch.zeros_like(edges), hops], dim=1),
+    )
+
+
+def models(plan: Plan) -> dict[str, DecoderConfig]:
+    """The models that are trained."""
+
+    def looped(depth: int, router: RouterConfig) -> DecoderConfig:
+        recursion = RecursionConfig(depth, "cycle", router, kv_policy="recursive_sharing")
+        h = plan.hidden_size
+        return DecoderConfig(
+            plan.vocabulary, h, 2 * h, depth, 2, rope_base=1e5, recursion=recursion
+        )
+
+    shares = plan.shares
+    kept = tuple(later / share for share, later in pairwise(shares))
+    found = {name: looped(d, FixedDepth()) for d, name in enumerate(FIXED, start=1)}
+    found |= {
+        "random depth": looped(HOPS, RandomDepth(shares)),
+        EXPERT_CHOICE: looped(HOPS, ExpertChoice(capacity_factors=shares)),
+        "token-choice": looped(HOPS, TokenChoice()),
+        "depth and width": looped(HOPS, DepthAndWidth(continue_shares=kept)),
+        PRIOR: looped(HOPS, FixedDepth()),
+    }
+    return found
+
+
+class HaltingHead(nn.Module):
+    """Predicts from a state after a step whether its read-out is right."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.scorer = nn.Linear(hidden_size, 1)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Logits `[...]` of states `[... h]`."""
+        return self.scorer(F.rms_norm(states, states.shape[-1:]))[..., 0]
+
+
+@dataclass(frozen=True)
+class Taught(Criterion):
+    """Stop once the halting head finds it likelier that the read-out is right than that it is not."""
+
+    head: HaltingHead
+    numbers = 0
+
+    def observe(self, hidden: Tensor, read_out: Callable[[Tensor], Tensor]) -> Tensor:
+        return self.head(hidden.float())[..., None]
+
+    def is_met(self, *observed: Tensor) -> Tensor:
+        return observed[-1][..., 0] > 0
+
+
+@contextmanager
+def states_after_steps(model: MoRTransformer) -> Iterator[list[Tensor]]:
+    """The states `[s b h]` after each step of the forward passes within the context."""
+    states: list[Tensor] = []
+    layers = model.recursions[0].layers
+    handle = layers.register_forward_hook(lambda _, arguments, output: states.append(output))
+    try:
+        yield states
+    finally:
+        handle.remove()
+
+
+def losses_of_prior(
+    model: MoRTransformer, head: HaltingHead, states: list[Tensor], batch: Batch
+) -> Tensor:
+    """A loss after every step, all equally weighted, and the loss of the halting head.
+
+    The head's targets are whether the answer that the step gives is right; an edge, which has nothing to
+    answer, may always stop. Its states are detached, so that it changes nothing in the model.
+    """
+    is_asked, total = batch.answers != NO_ANSWER, torch.zeros(())
+    for state in states:
+        logits = model.output(model.norm(state)).transpose(0, 1)  # [s b v] -> [b s v]
+        answering = F.cross_entropy(logits[is_asked], batch.answers[is_asked])
+        is_right = (logits.argmax(dim=-1) == batch.answers) | ~is_asked
+        halting = head(state.detach().transpose(0, 1))
+        taught = F.binary_cross_entropy_with_logits(halting, is_right.float())
+        total = total + (answering + taught) / len(states)
+    return total
+
+
+def initialize(model: MoRTransformer) -> None:
+    """Draw weights for a narrow model: with the deviation of 0.02 that suits wide ones, a width of 32
+    would need several times as many steps."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and ".router." not in name:
+            is_embedding = name == "embedding.weight"
+            nn.init.normal_(parameter, std=1.0 if is_embedding else parameter.shape[1] ** -0.5)
+
+
+def train(
+    name: str, config: DecoderConfig, seed: int, plan: Plan
+) -> tuple[MoRTransformer, HaltingHead]:
+    """One model from one seed, with a halting head that only `fixed prior` teaches."""
+    torch.manual_seed(seed)
+    model, head = MoRTransformer(config), HaltingHead(plan.hidden_size)
+    initialize(model)
+    parameters = [*model.parameters(), *(head.parameters() if name == PRIOR else ())]
+    optimizer = torch.optim.AdamW(parameters, plan.learning_rate, (0.9, 0.98), weight_decay=0.01)
+
+    def rate(step: int) -> float:  # warm-up over a tenth of the steps, decay over the last third
+        return min(1.0, 10 * (step + 1) / plan.steps, 3 * (plan.steps - step) / plan.steps)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(plan.steps):
+        batch = draw_batch(plan, generator)
+        with states_after_steps(model) as states:
+            output = model(batch.ids)
+        if name == PRIOR:
+            loss = losses_of_prior(model, head, states, batch)
+        else:
+            is_asked = batch.answers != NO_ANSWER
+            loss = F.cross_entropy(output.logits[is_asked], batch.answers[is_asked])
+            loss = sum(output.losses.values(), loss)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        model.advance([output])
+    return model, head
+
+
+@torch.no_grad()
+def evaluate(model: MoRTransformer, plan: Plan) -> Outcome:
+    """Accuracy and depth on sequences that are the same for all models, routed as in generation."""
+    model.eval()
+    generator = torch.Generator().manual_seed(10_000)
+    right, depths, hops = [], [], []
+    for _ in range(plan.evaluation_batches):
+        batch = draw_batch(plan, generator)
+        output = model(batch.ids, causal_routing=True)
+        right.append(output.logits.argmax(dim=-1) == batch.answers)
+        depths.append(output.depths)
+        hops.append(batch.hops)
+    is_right, depth, asked = torch.cat(right), torch.cat(depths).float(), torch.cat(hops)
+
+    def by_hops(values: Tensor) -> list[float]:
+        return [float(values[asked == number].float().mean()) for number in range(1, HOPS + 1)]
+
+    is_question = asked > 0
+    return Outcome(
+        float(is_right[is_question].float().mean()),
+        by_hops(is_right),
+        float(depth.mean()),
+        float(depth[is_question].mean()),
+        by_hops(depth),
+    )
+
+
+def outcomes(name: str, config: DecoderConfig, seed: int, plan: Plan) -> dict[str, Outcome]:
+    """What a trained model reaches, in each of the ways in which its tokens can exit."""
+    model, head = train(name, config, seed, plan)
+    if name == EXPERT_CHOICE:  # its thresholds for generation, on other sequences
+        generator = torch.Generator().manual_seed(20_000)
+        calibrate(model, (draw_batch(plan, generator).ids for _ in range(4)))
+    found = {name: evaluate(model, plan)}
+    if name == PRIOR:
+        with_early_exit(model, Confidence(plan.confidence))
+        found[CONFIDENCE] = evaluate(model, plan)
+        with_early_exit(model, Taught(head))
+        found[TAUGHT] = evaluate(model, plan)
+    return found
+
+
+def verdict(results: dict[str, list[Outcome]]) -> list[str]:
+    """Which adaptive models reach the best fixed depth's accuracy with at most 0.7 of its steps."""
+    accuracy = {name: statistics.fmean(o.accuracy for o in runs) for name, runs in results.items()}
+    best = max((name for name in results if name in FIXED), key=lambda name: accuracy[name])
+    lowest, depth = min(outcome.accuracy for outcome in results[best]), FIXED.index(best) + 1
+    told = [f"best fixed depth: {best}, accuracy {accuracy[best]:.3f} (lowest seed {lowest:.3f})"]
+    for name, runs in results.items():
+        if name in FIXED or name == PRIOR:
+            continue
+        share = statistics.fmean(o.mean_depth for o in runs) / depth
+        asked = statistics.fmean(o.question_depth for o in runs) / depth
+        rises = all(a < b for o in runs for a, b in pairwise(o.depth_by_hops))
+        reaches = accuracy[name] >= lowest
+        told.append(
+            f"{name}: accuracy {accuracy[name]:.3f} ({'reaches' if reaches else 'does not reach'} it), "
+            f"{share:.2f} of the steps ({asked:.2f} of those of questions), depth "
+            f"{'rises' if rises else 'does not rise'} with the number of hops in every seed"
+        )
+    return told
+
+
+def markdown(results: dict[str, list[Outcome]]) -> str:
+    """The table of results: mean ± standard deviation over the seeds."""
+    lines = ["| model | accuracy | 1 / 2 / 3 hops | steps per token | per question | by hops |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name, runs in results.items():
+        columns = zip(*(o.by_hops for o in runs), strict=True)
+        right = " / ".join(f"{statistics.fmean(column):.2f}" for column in columns)
+        columns = zip(*(o.depth_by_hops for o in runs), strict=True)
+        depth = " / ".join(f"{statistics.fmean(column):.2f}" for column in columns)
+        lines.append(
+            f"| {name} | {_spread([o.accuracy for o in runs])} | {right} | "
+            f"{statistics.fmean(o.mean_depth for o in runs):.2f} | "
+            f"{statistics.fmean(o.question_depth for o in runs):.2f} | {depth} |"
+        )
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.fmean(values):.3f} ± {deviation:.3f}"
+
+
+def draw(results: dict[str, list[Outcome]], path: Path) -> None:
+    """Accuracy against depth with every seed, and depth and accuracy by the number of hops."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (spent, given, right) = plt.subplots(1, 3, figsize=(17, 5), layout="constrained")
+    colors = plt.get_cmap("tab20")
+    hops = range(1, HOPS + 1)
+    for index, (name, runs) in enumerate(results.items()):
+        if name == PRIOR:
+            continue  # the same model as with exits, at full depth
+        color, marker = colors(index), "s" if name in FIXED else "o"
+        x, y = [o.mean_depth for o in runs], [o.accuracy for o in runs]
+        spent.plot(x, y, marker, color=color, label=name)
+        if name not in FIXED:
+            depths = zip(*(o.depth_by_hops for o in runs), strict=True)
+            given.plot(hops, list(map(statistics.fmean, depths)), "o-", color=color, label=name)
+        accuracy = zip(*(o.by_hops for o in runs), strict=True)
+        style = "s--" if name in FIXED else "o-"
+        right.plot(hops, list(map(statistics.fmean, accuracy)), style, color=color)
+    spent.set_xlabel("steps per token")
+    spent.set_ylabel("accuracy (every seed)")
+    spent.legend(fontsize=7)
+    given.set_xlabel("hops that are asked for")
+    given.set_ylabel("steps per question (mean over the seeds)")
+    right.set_xlabel("hops that are asked for")
+    right.set_ylabel("accuracy (mean over the seeds)")
+    for axes in (given, right):
+        axes.set_xticks(list(hops))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, list[Outcome]]:
+    """Train everything that is not done, print a table, write results.json and results.png."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path("runs/depth_must_help"))
+    parser.add_argument("--steps", type=int, help="optimizer steps")
+    parser.add_argument("--seeds", type=int, help="how many seeds")
+    parser.add_argument("--processes", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--quick", action="store_true", help="a tiny run that shows it works")
+    given = parser.parse_args(arguments)
+    plan = QUICK if given.quick else Plan()
+    plan = replace(plan, **{n: getattr(given, n) for n in ("steps", "seeds") if getattr(given, n)})
+    given.output.mkdir(parents=True, exist_ok=True)
+    file, configs = given.output / "results.json", models(plan)
+    fixed = {key: value for key, value in asdict(plan).items() if key != "seeds"}
+    stored: dict[str, Any] = {"plan": fixed, "runs": {}, "seconds": 0.0}
+    if file.exists():
+        stored = json.loads(file.read_text())
+        if stored["plan"] != fixed:
+            parser.error(f"{file} has runs of another plan. Choose another --output.")
+    wanted = [(name, seed, plan) for seed in range(plan.seeds) for name in configs]
+    missing = [run for run in wanted if f"{run[0]}, seed {run[1]}" not in stored["runs"]]
+    with _mapped(given.processes) as mapped:
+        for name, seed, found, seconds in mapped(_run, missing):
+            stored["runs"][f"{name}, seed {seed}"] = {n: asdict(o) for n, o in found.items()}
+            stored["seconds"] += seconds
+            file.write_text(json.dumps(stored, indent=1))
+            shown = "; ".join(
+                f"{n}: accuracy {o.accuracy:.3f}, {o.mean_depth:.2f} steps" for n, o in found.items()
+            )
+            print(f"seed {seed}: {shown} ({seconds:.0f} s)", flush=True)
+    results = _by_model(stored["runs"], configs, plan.seeds)
+    print(markdown(results), *verdict(results), sep="\n")
+    print(f"{stored['seconds']:.0f} seconds of processor time")
+    draw(results, given.output / "results.png")
+    return results
+
+
+@contextmanager
+def _mapped(processes: int) -> Iterator[Callable[..., Iterable[Any]]]:
+    """A `map` that works in this process or in several, and yields results as they come."""
+    if processes == 1:
+        yield map
+        return
+    with get_context("spawn").Pool(processes) as pool:
+        yield pool.imap_unordered
+
+
+def _run(run: tuple[str, int, Plan]) -> tuple[str, int, dict[str, Outcome], float]:
+    """One model from one seed: its outcomes, and seconds of processor time."""
+    name, seed, plan = run
+    torch.set_num_threads(1)
+    start = time.process_time()
+    found = outcomes(name, models(plan)[name], seed, plan)
+    return name, seed, found, time.process_time() - start
+
+
+def _by_model(
+    runs: dict[str, Any], configs: dict[str, DecoderConfig], seeds: int
+) -> dict[str, list[Outcome]]:
+    """The outcomes of all seeds by model and way to exit."""
+    results: dict[str, list[Outcome]] = {}
+    for name in configs:
+        for seed in range(seeds):
+            for way, values in runs[f"{name}, seed {seed}"].items():
+                results.setdefault(way, []).append(Outcome(**values))
+    return results
+
+
+if __name__ == "__main__":
+    main()

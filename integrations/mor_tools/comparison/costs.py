@@ -1,0 +1,102 @@
+"""What a configuration costs, counted from its settings alone (`mor_layers.costs`)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from mor_layers.costs import account
+from mor_tools.planner import Workload
+from mor_tools.pretraining.models.workload import workload
+from mor_tools.pretraining.settings import Settings
+
+QUANTITIES = ("flops", "tokens", "parameters", "kv")
+"""What can be made equal, by its name on the command line."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The cost of the runs of one configuration.
+
+    Raises:
+        ValueError: the cost of the settings cannot be counted, because a teacher runs along.
+    """
+
+    settings: Settings
+
+    @cached_property
+    def parameters(self) -> int:
+        """Parameters of the whole model, each shared weight once."""
+        return int(self._work.cost.parameters.total)
+
+    @cached_property
+    def embeddings(self) -> int:
+        """Parameters of the embedding and the output matrix."""
+        parts = self._work.cost.parameters
+        return int(parts.embedding + parts.output)
+
+    @cached_property
+    def kv_bytes(self) -> float:
+        """Bytes that the key-value cache stores for a token, averaged over a sequence, in bf16."""
+        return self._work.cost.kv_bytes() / self.settings.data.sequence_length
+
+    @cached_property
+    def flops_per_token(self) -> float:
+        """Training FLOPs per token once the router's warm-up is over.
+
+        For a router whose settings do not determine how many tokens run each step, equally many exit
+        at each step, which is the target of its balancing.
+        """
+        return self._work.cost.flops_per_token()
+
+    @cached_property
+    def forward_flops_per_token(self) -> float:
+        """The same of the forward pass alone."""
+        return self._work.cost.flops_per_token(training=False)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimizer step."""
+        return self.settings.training.global_batch_size * self.settings.data.sequence_length
+
+    def flops_with(self, shares: Sequence[float] | None) -> float:
+        """Training FLOPs per token where `shares` of the tokens run each recursion step."""
+        routed = any(stack.router for stack in self._work.shape.stacks)
+        if shares is None or not routed:
+            return self.flops_per_token
+        length = self.settings.data.sequence_length
+        tokens = [share * length for share in shares]
+        return account(self._work.shape, length, tokens).flops_per_token()
+
+    def flops(self, steps: int) -> float:
+        """Training FLOPs of a run of this many optimizer steps, the router's warm-up included."""
+        warm = min(steps, self._warmup_steps)
+        return self._warmup_flops(warm) + (steps - warm) * self.flops_per_token * self.tokens_per_step
+
+    def steps_for(self, flops: float) -> int:
+        """The number of optimizer steps, at least 1, whose FLOPs are nearest to `flops`."""
+        per_step = self.flops_per_token * self.tokens_per_step
+        # Steps of the warm-up cost more than later ones, so this many are never too few.
+        most = max(1, round(flops / per_step))
+        least = max(1, most - self._warmup_steps)
+        if self._warmup_flops(self._warmup_steps) <= flops:
+            beyond = (flops - self._warmup_flops(self._warmup_steps)) / per_step
+            return max(1, self._warmup_steps + round(beyond))
+        return min(range(least, most + 1), key=lambda steps: abs(self.flops(steps) - flops))
+
+    @cached_property
+    def _work(self) -> Workload:
+        return workload(self.settings)
+
+    @property
+    def _warmup_steps(self) -> int:
+        """Steps in which the router still lets more tokens through than its settings plan."""
+        recursion = self.settings.recursion
+        return 0 if recursion is None else getattr(recursion.router, "warmup_steps", 0)
+
+    def _warmup_flops(self, steps: int) -> float:
+        recursion, total = self.settings.recursion, 0.0
+        for step in range(steps):
+            assert recursion is not None
+            shares = recursion.router.capacity_factors_at(recursion.num_recursions, step)
+            total += self.flops_with(shares) * self.tokens_per_step
+        return total

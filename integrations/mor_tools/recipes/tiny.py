@@ -1,0 +1,91 @@
+"""Tiny twins: a recipe's settings with small sizes, to try it on a laptop."""
+
+from dataclasses import replace
+from typing import Any
+
+from mor_layers import RecursionConfig
+from mor_tools.pretraining.settings import ModelSettings, MoESettings, Settings
+
+HIDDEN_SIZE, HEADS, STEPS = 32, 4, 2
+MOST_LOOPS, MOST_LAYERS = 3, 2
+"""Largest numbers of recursions, and of layers in prelude, block and coda."""
+MOST_PLAIN_LAYERS = 8
+"""Largest number of layers without recursion; that of a prelude, 2 × 3 layers, and a coda."""
+
+
+def tiny_twin(settings: Settings) -> Settings:
+    """The same model with small sizes, and a run of two steps on short sequences.
+
+    All choices stay: sharing, router, KV policy, experts, norms and injections. Sizes, numbers of layers
+    and of recursions, and lengths of schedules shrink.
+    """
+    recursion = None if settings.recursion is None else _tiny_recursion(settings)
+    training = replace(
+        settings.training,
+        steps=STEPS,
+        global_batch_size=2,
+        micro_batch_size=2,
+        warmup_steps=0,
+        decay_steps=1,
+        precision="fp32",
+        checkpoint_every=STEPS,
+    )
+    data = replace(settings.data, vocabulary_size=300, sequence_length=32, workers=0)
+    evaluation = replace(settings.evaluation, every=STEPS, batches=1, sample_tokens=8)
+    return replace(
+        settings,
+        output=f"{settings.output}_tiny",
+        model=_tiny_model(settings, recursion),
+        recursion=recursion,
+        data=data,
+        training=training,
+        evaluation=evaluation,
+        log_every=1,
+    )
+
+
+def _tiny_recursion(settings: Settings) -> RecursionConfig:
+    recursion, schedule = settings.recursion, settings.schedule
+    assert recursion is not None and schedule is not None
+    loops = min(recursion.num_recursions, MOST_LOOPS)
+    changes: dict[str, Any] = {"num_recursions": loops}
+    for name in ("prelude_layers", "coda_layers"):
+        if getattr(recursion, name) is not None:
+            changes[name] = min(getattr(recursion, name), MOST_LAYERS)
+    if recursion.relaxation is not None:
+        changes["relaxation"] = replace(recursion.relaxation, rank=min(recursion.relaxation.rank, 4))
+    router = {}
+    if getattr(recursion.router, "warmup_steps", 0):
+        router["warmup_steps"] = STEPS
+    for name in ("capacity_factors", "continue_shares"):
+        shares = getattr(recursion.router, name, None)
+        if shares is not None:
+            router[name] = shares[: len(shares) - recursion.num_recursions + loops]
+    return replace(recursion, router=replace(recursion.router, **router), **changes)
+
+
+def _tiny_model(settings: Settings, recursion: RecursionConfig | None) -> ModelSettings:
+    model, schedule = settings.model, settings.schedule
+    layers = min(model.num_unrolled_layers, MOST_PLAIN_LAYERS)
+    if recursion is not None:
+        assert schedule is not None
+        ends = min(schedule.prelude, MOST_LAYERS) + min(schedule.coda, MOST_LAYERS)
+        layers = ends + min(schedule.block_size, MOST_LAYERS) * recursion.num_recursions
+    return replace(
+        model,
+        hidden_size=HIDDEN_SIZE,
+        ffn_hidden_size=2 * HIDDEN_SIZE,
+        num_unrolled_layers=layers,
+        num_heads=HEADS,
+        num_kv_heads=max(1, HEADS * model.num_kv_heads // model.num_heads),
+        head_dim=None if model.head_dim is None else HIDDEN_SIZE // HEADS,
+        moe=None if model.moe is None else _tiny_experts(model.moe),
+    )
+
+
+def _tiny_experts(moe: MoESettings) -> MoESettings:
+    experts = min(moe.num_experts, 4)
+    per_token = min(moe.experts_per_token, 2)
+    return replace(
+        moe, num_experts=experts, experts_per_token=per_token, ffn_hidden_size=HIDDEN_SIZE
+    )
