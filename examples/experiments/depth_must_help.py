@@ -413,7 +413,8 @@ def main(arguments: list[str] | None = None) -> dict[str, list[Outcome]]:
             stored["seconds"] += seconds
             file.write_text(json.dumps(stored, indent=1))
             shown = "; ".join(
-                f"{n}: accuracy {o.accuracy:.3f}, {o.mean_depth:.2f} steps" for n, o in found.items()
+                f"{n}: accuracy {o.accuracy:.3f}, {o.mean_depth:.2f} steps"
+                for n, o in found.items()
             )
             print(f"seed {seed}: {shown} ({seconds:.0f} s)", flush=True)
     results = _by_model(stored["runs"], configs, plan.seeds)

@@ -249,6 +249,4 @@ def looped_names(config: DecoderConfig, family: Family) -> dict[str, str]:
 
 def _recursion(family: Family, loops: int, threshold: float, epsilon: float) -> RecursionConfig:
     router: RouterConfig = ExitGate(threshold, epsilon) if family.is_ouro else FixedDepth()
-    return RecursionConfig(
-        loops, "cycle", router, loop_norm=True, sandwich_norms=family.is_ouro
-    )
+    return RecursionConfig(loops, "cycle", router, loop_norm=True, sandwich_norms=family.is_ouro)

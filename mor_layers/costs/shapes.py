@@ -6,7 +6,7 @@ from typing import Self
 
 import torch
 
-from mor_layers.layers import Relaxation
+from mor_layers.layers import Relaxation, Sublayer
 from mor_layers.models import DecoderConfig, RecursionConfig
 from mor_layers.recursion import KVPolicy
 from mor_layers.routers import ScorerMatrix
@@ -102,6 +102,8 @@ class StackShape:
     """Which keys and values attention sees at later steps."""
     shares_norms: bool = True
     """Whether all steps use the same norm weights."""
+    own_per_step: tuple[Sublayer, ...] = ()
+    """The sublayers of which each step has weights of its own."""
     relaxation: Relaxation | None = None
     """The low-rank deltas of each step."""
     step_embeddings: bool = False
@@ -120,6 +122,10 @@ class StackShape:
                 raise ValueError(
                     f"{entries} must have {self.num_recursions} entries, one per step."
                 )
+
+    def copies(self, sublayer: Sublayer) -> int:
+        """How many times the weights of a sublayer exist in each layer."""
+        return self.num_recursions if sublayer in self.own_per_step else 1
 
     @property
     def input_vectors(self) -> int:
@@ -148,6 +154,9 @@ class ModelShape:
     """Whether queries, keys and values have biases. Other biases are not counted."""
     qk_norm_size: int = 0
     """Number of weights in each of the two norms, of queries and of keys, in a layer. 0: none."""
+    num_losses: int = 1
+    """How often states are read out in training: once, or after every loop. Each time the layers after
+    the last recursion and the output run."""
 
     @classmethod
     def from_decoder(cls, config: DecoderConfig, router: RouterShape | None = None) -> Self:
@@ -166,6 +175,7 @@ class ModelShape:
             router=router,
             kv_policy=recursion.kv_policy,
             shares_norms=recursion.share_norms,
+            own_per_step=recursion.own_per_step,
             relaxation=recursion.relaxation,
             step_embeddings=recursion.step_embeddings,
             input_injection=recursion.input_injection,
@@ -188,9 +198,10 @@ class ModelShape:
             config.tie_embeddings,
             config.qkv_bias,
             config.head_size if config.qk_norm else 0,
+            recursion.num_recursions if recursion.loop_loss is not None else 1,
         )
 
     def plain(self) -> Self:
         """The plain model of the same depth, in which each repeat has weights of its own."""
         stacks = (StackShape(s.name, s.num_layers * s.num_recursions, s.mlp) for s in self.stacks)
-        return replace(self, stacks=tuple(stacks))
+        return replace(self, stacks=tuple(stacks), num_losses=1)

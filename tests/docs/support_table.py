@@ -66,12 +66,16 @@ ROWS: dict[str, list[str]] = {
         *DENSE,
     ],
     "norms per step": ["recursion.share_norms=false", *DENSE],
+    "attention per step": ["recursion.own_per_step=[attention]", *DENSE],
+    "an MLP per step": ["recursion.own_per_step=[mlp]", *DENSE],
+    "attention per step, shared experts": ["recursion.own_per_step=[attention]", *MOE],
     "low-rank deltas": ["recursion.relaxation.rank=4", *DENSE],
     "`step_embeddings`": ["recursion.step_embeddings=true", *DENSE],
     "`input_injection`": ["recursion.input_injection=true", *DENSE],
     "`loop_norm`": ["recursion.loop_norm=true", *DENSE],
     "`sandwich_norms`": ["recursion.sandwich_norms=true", *DENSE],
     "`residual_scale`": ["recursion.residual_scale=1.0", *DENSE],
+    "`loop_loss`": ["recursion.loop_loss.scale_penalty=0.1", *DENSE],
     "a teacher (`uptrain`)": ["uptrain.teacher=folder", *DENSE],
 }
 

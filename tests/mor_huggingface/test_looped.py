@@ -196,7 +196,12 @@ def test_a_nanbeige_computes_what_a_looped_llama_does(nanbeige, tmp_path, loops)
 
 def test_other_kinds_of_nanbeige_are_refused_by_name(nanbeige):
     values = json.loads((nanbeige / "config.json").read_text())
-    for name in ("skip_loop_final_norm", "enable_hyper_connection", "loop_share_kv", "qk_layernorm"):
+    for name in (
+        "skip_loop_final_norm",
+        "enable_hyper_connection",
+        "loop_share_kv",
+        "qk_layernorm",
+    ):
         with pytest.raises(ValueError, match=f"{name}=True is not supported, only False"):
             config_from_looped(values | {name: True})
     with pytest.raises(ValueError, match="num_loops=1 must be"):

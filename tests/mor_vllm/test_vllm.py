@@ -29,7 +29,12 @@ from tests.mor_layers.small_models import ROUTERS, plain_config, small_config, s
 from tests.mor_vllm.vllm_emulation import Runner, emulated, place, vllm_config
 
 SHARING = "recursive_sharing"
-EVERYTHING = {"step_embeddings": True, "input_injection": True, "sandwich_norms": True, "loop_norm": True}
+EVERYTHING = {
+    "step_embeddings": True,
+    "input_injection": True,
+    "sandwich_norms": True,
+    "loop_norm": True,
+}
 EXPERTS = MoEConfig(3, 2, bias_update_rate=0.01)
 SKIPS_STEP_1 = ROUTERS["expert_choice_first_step_too"]
 
@@ -156,6 +161,10 @@ def test_later_steps_share_the_cache_of_the_first(tmp_path, runner, name):
         (
             replace(small_config(), recursion=RecursionConfig(3, residual_scale=1.0)),
             "residual_scale=1.0 cannot be served",
+        ),
+        (
+            replace(small_config(), recursion=RecursionConfig(3, own_per_step=("mlp",))),
+            "unrolls a model where nothing routes",
         ),
     ],
 )

@@ -18,7 +18,10 @@ from tests.mor_tools.serving.test_serve import Running, running
 
 PERSON = {
     "type": "object",
-    "properties": {"name": {"enum": ["Ada", "Bo"]}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "properties": {
+        "name": {"enum": ["Ada", "Bo"]},
+        "age": {"type": "integer", "minimum": 0, "maximum": 99},
+    },
     "required": ["name", "age"],
     "additionalProperties": False,
 }
