@@ -47,12 +47,16 @@ PLAUSIBLE: dict[str, list[Any]] = {
 
 @st.composite
 def settings_of(draw: st.DrawFn, kind: type, wrong: float = 0.01, **given: Any) -> dict[str, Any]:
-    """Arguments of the dataclass `kind`: `given`, what it needs, and some of the others."""
+    """Arguments of the dataclass `kind`: `given`, what it needs, and about three of the others.
+
+    More would rarely fit together, however many fields there are.
+    """
     hints = typing.get_type_hints(kind)
     values = dict(given)
+    rarity = max(3, len(hints) // 3)
     for field in dataclasses.fields(kind):
         has_default = field.default is not field.default_factory
-        if field.name not in values and (not has_default or draw(st.integers(0, 3)) == 0):
+        if field.name not in values and (not has_default or draw(st.integers(0, rarity)) == 0):
             values[field.name] = draw(_values(hints[field.name], field.name, wrong))
     for name in values:
         if draw(_chance(wrong)):

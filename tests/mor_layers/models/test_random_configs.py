@@ -18,6 +18,7 @@ from mor_layers import (
     from_mapping,
     to_mapping,
 )
+from mor_layers.recursion import LoopLoss
 from tests.mor_layers.random_configs import OURS, decoders
 
 INSTRUCTION = re.compile(
@@ -31,6 +32,7 @@ NAMES = {
         RecursionConfig,
         MoEConfig,
         Relaxation,
+        LoopLoss,
         *OURS.values(),
     )
     for field in dataclasses.fields(kind)
@@ -43,8 +45,9 @@ def built(values: Any) -> DecoderConfig:
     if isinstance(recursion, dict) and "num_recursions" in recursion:
         recursion = dict(recursion)
         recursion["router"] = built_router(recursion["router"])
-        if isinstance(recursion.get("relaxation"), dict) and recursion["relaxation"]:
-            recursion["relaxation"] = Relaxation(**recursion["relaxation"])
+        for name, kind in (("relaxation", Relaxation), ("loop_loss", LoopLoss)):
+            if isinstance(recursion.get(name), dict) and recursion[name]:
+                recursion[name] = kind(**recursion[name])
         recursion = RecursionConfig(**recursion)
     if isinstance(moe, dict) and moe:
         moe = MoEConfig(**moe)
