@@ -135,8 +135,8 @@ FAULTS = [
     Fault(
         "warm-up ends a step late",
         CORE + "routers/expert_choice.py",
-        "progress = min(1.0, self._training_steps / warmup)",
-        "progress = min(1.0, max(0, self._training_steps - 1) / warmup)",
+        "progress = min(1.0, training_step / self.warmup_steps)",
+        "progress = min(1.0, max(0, training_step - 1) / self.warmup_steps)",
         ROUTERS,
     ),
     Fault(
@@ -419,15 +419,15 @@ FAULTS = [
     Fault(
         "keys are not turned",
         CORE + "models/layers.py",
-        "key = rotary.turn(self._heads(project(self.key, projected, context), self.key_norm))",
-        "key = self._heads(project(self.key, projected, context), self.key_norm)",
+        "            key = rotary.turn(key)\n",
+        "",
         MODEL,
     ),
     Fault(
         "the norm of the query is that of the key",
         CORE + "models/layers.py",
-        "project(self.query, running, context), self.query_norm)",
-        "project(self.query, running, context), self.key_norm)",
+        "project(self.query, running, context), context.step, self.query_norm)",
+        "project(self.query, running, context), context.step, self.key_norm)",
         MODEL,
     ),
     Fault(
