@@ -8,10 +8,10 @@ ARGUMENTS ?=
 export PYTHONPATH := $(CURDIR):$(CURDIR)/integrations
 use_python = python=$(or $(PYTHON),$$(.ci/setup)) &&
 
-.PHONY: help env pretrain test test-full test-gpu test-vllm faults campaign lint docs wheel bench
+.PHONY: help env pretrain test test-full test-gpu test-vllm test-megatron-lm faults campaign lint docs wheel bench
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*  ## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*  ## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 env:  ## what puts the environment's python and `mor` into a shell: eval "$(make -s env)"
 	@$(use_python) echo "export PATH='$$(dirname "$$python")':\"\$$PATH\" PYTHONPATH='$(PYTHONPATH)'" && \
@@ -37,6 +37,10 @@ test-gpu:  ## what needs GPUs, with a verdict (ARGUMENTS="--list", "--rehearse" 
 test-vllm:  ## run vLLM itself on our folders, in an environment of its own (.ci/setup-vllm)
 	@python=$(or $(PYTHON),$$(.ci/setup-vllm)) && OMP_NUM_THREADS=1 \
 	    $$python -m pytest tests/mor_vllm/real $(ARGUMENTS)
+
+test-megatron-lm:  ## run Megatron-LM's own pretrain_gpt.py with our --spec (.ci/setup-megatron-lm)
+	@$(use_python) scripts=$$(.ci/setup-megatron-lm) && MEGATRON_LM_SCRIPTS=$$scripts OMP_NUM_THREADS=1 \
+	    $$python -m pytest tests/megatron_lm $(ARGUMENTS)
 
 faults:  ## plant a hundred small faults and see that the tests notice (half an hour)
 	@$(use_python) $$python -m tests.campaigns.planted_faults $(ARGUMENTS)

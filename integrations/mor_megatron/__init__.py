@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mor_megatron.pipeline.spec import carried_length
     from mor_megatron.training import (
         causal_routing,
+        log_routing,
         recursion_layers,
         routing_reports,
         token_depths,
@@ -44,6 +45,7 @@ __all__ = [
     "causal_routing",
     "connect_stages",
     "default_layer_spec",
+    "log_routing",
     "recursion_block_spec",
     "recursion_forward_backward",
     "recursion_layer_spec",
@@ -65,6 +67,7 @@ _PLACES = {
     "causal_routing": "training",
     "connect_stages": "pipeline",
     "default_layer_spec": "models",
+    "log_routing": "training",
     "recursion_block_spec": "models",
     "recursion_forward_backward": "pipeline",
     "recursion_layer_spec": "models.gpt",

@@ -12,6 +12,7 @@ from mor_megatron.layers.recursion import (
     refuse_inputs,
 )
 from mor_megatron.layers.routing.counts import RoutingReport
+from mor_megatron.layers.routing.training_log import log_routing
 from mor_megatron.layers.routing.updates import (
     recursion_layers,
     update_routers,
@@ -30,6 +31,7 @@ __all__ = [
     "StepTopKRouter",
     "document_attention",
     "local_norm",
+    "log_routing",
     "recursion_layers",
     "refuse_inputs",
     "update_routers",

@@ -109,6 +109,24 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             "out.",
         ),
         (
+            config.delay_wgrad_compute or config.overlap_dispatch_backward_with_experts_wgrad,
+            "delay_wgrad_compute or overlap_dispatch_backward_with_experts_wgrad",
+            "a layer that runs several times has several of them in a batch, and nothing guarantees "
+            "that they are computed in the right order. Leave both out.",
+        ),
+        (
+            config.fused_single_qkv_rope,
+            "fused_single_qkv_rope=True",
+            "its kernel takes the row number as the position, but selected tokens keep their positions "
+            "in the sequence. Use apply_rope_fusion.",
+        ),
+        (
+            config.moe_paged_stash,
+            "moe_paged_stash=True",
+            "it records a schedule of layers in the first batch, which has not been verified with "
+            "layers that run several times. Use recompute_granularity instead.",
+        ),
+        (
             config.quant_recipe is not None,
             "quant_recipe",
             "it selects layers by name and number, which shared layers do not have in common with "

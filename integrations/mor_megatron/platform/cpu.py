@@ -151,8 +151,13 @@ def _rewrite_literals() -> None:
         exchange_utils,  # :97-109, :329
         state_dict_saver,  # :204
     ):
-        for function in _functions_of(owner):
-            function.__code__ = _without_cuda(function.__code__)
+        rewrite_literals(owner)
+
+
+def rewrite_literals(owner: Any) -> None:
+    """Name the CPU where the functions of a module or class, or one function, name a CUDA device."""
+    for function in _functions_of(owner):
+        function.__code__ = _without_cuda(function.__code__)
 
 
 def _functions_of(owner: Any) -> Iterator[FunctionType]:

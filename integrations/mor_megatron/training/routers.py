@@ -3,14 +3,13 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from mor_megatron.layers import RecursionLayer, RoutingReport, StepTopKRouter, recursion_layers
-from mor_megatron.layers.routing.updates import data_group, tokens_per_step
+from mor_megatron.layers import RecursionLayer, RoutingReport, recursion_layers
+from mor_megatron.layers.routing.global_batch import global_experts, global_routing
 
 
 @contextmanager
@@ -67,21 +66,18 @@ def token_depths(model: nn.Module | Iterable[nn.Module]) -> Tensor:
 
 
 def _report(layer: RecursionLayer) -> RoutingReport:
-    statistics, group = layer.statistics, data_group()
-    counts = tokens_per_step(layer)
-    positions = statistics.last_step_positions
-    positions = counts.new_zeros(1) if positions is None else positions.float()
-    names = sorted(statistics.metrics)
-    means = [statistics.metrics[n].float() / statistics.metric_counts[n] for n in names]
-    metrics = torch.stack(means) if means else counts.new_zeros(0)
-    for values in (counts, positions, metrics):
-        torch.distributed.all_reduce(values, group=group)
-    statistics.clear()
+    routing, experts = global_routing(layer), global_experts(layer)
+    layer.statistics.clear()
+    for router in layer.expert_routers:
+        router.cells.clear()
     return RoutingReport(
-        shares=tuple((counts[1:] / counts[0].clamp(min=1)).tolist()),
-        dead_positions=(positions == 0).float().mean().item(),
-        metrics=dict(zip(names, (metrics / group.size()).tolist(), strict=True)),
-        **_expert_report(layer.expert_routers),
+        shares=tuple(routing.shares.tolist()),
+        dead_positions=routing.dead_positions.item(),
+        metrics={name: value.item() for name, value in routing.metrics.items()},
+        expert_load=None if experts is None else experts.load.cpu(),
+        expert_drops=None if experts is None else experts.drops.cpu(),
+        expert_balance=None if experts is None else experts.balance.cpu(),
+        expert_z_loss=None if experts is None else experts.z_loss.cpu(),
     )
 
 
@@ -89,26 +85,3 @@ def _with_layers(report: RoutingReport, further: RoutingReport) -> RoutingReport
     names = ("expert_load", "expert_drops", "expert_balance", "expert_z_loss")
     parts = {name: (getattr(report, name), getattr(further, name)) for name in names}
     return replace(report, **{n: torch.cat(p, dim=1) for n, p in parts.items() if p[0] is not None})
-
-
-def _expert_report(routers: list[StepTopKRouter]) -> dict[str, Any]:
-    if not routers:
-        return {"expert_load": None}
-    reports = []
-    for router in routers:
-        cells = {name: buffer.clone() for name, buffer in router.cells.named_buffers()}
-        for value in cells.values():
-            torch.distributed.all_reduce(value, group=router.tp_dp_cp_group)
-        router.cells.clear()
-        wanted, tokens = cells["load"] + cells["drops"], cells["tokens"].clamp(min=1)
-        share = wanted / wanted.sum(dim=-1, keepdim=True).clamp(min=1)
-        mean = cells["scores"] / tokens[:, None]
-        reports.append(
-            {
-                "expert_load": cells["load"],
-                "expert_drops": cells["drops"],
-                "expert_balance": wanted.shape[-1] * share * mean,
-                "expert_z_loss": cells["squares"] / tokens,
-            }
-        )
-    return {n: torch.stack([r[n] for r in reports], dim=1).cpu() for n in reports[0]}

@@ -1,20 +1,22 @@
 """A recursion of fixed depth against Megatron's own layers, unrolled, under one configuration.
 
-Both are unmodified GPTModels on one rank with the same weights: eight plain layers, of which six are
-three copies of two, and a prelude, two layers that run three times, and a coda. Whatever a field of
-TransformerConfig means for plain layers, it must mean for the recursion.
+Both are unmodified GPTModels with the same weights in the same layout of ranks: eight plain layers, of
+which six are three copies of two, and a prelude, two layers that run three times, and a coda. Whatever a
+field of TransformerConfig means for plain layers, it must mean for the recursion.
 
 Legend: `b` batch, `s` sequence.
 """
 
 import copy
+import math
 import os
 import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
     get_transformer_block_with_experimental_attention_variant_spec,
@@ -28,14 +30,16 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
 from mor_layers import RecursionConfig
 from mor_megatron import recursion_block_spec
+from mor_megatron.layers import validate
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pool import forget_losses
 
-NUM_LAYERS, STEPS, BLOCK = 8, 3, 2
+NUM_LAYERS, STEPS = 8, 3
 SEQUENCE_LENGTH, NUM_SEQUENCES = 12, 4
 
 DENSE: dict[str, Any] = {"num_layers": NUM_LAYERS, "transformer_impl": "local"}
@@ -58,7 +62,8 @@ class Outcome:
     gradient_difference: float = 0.0
     """Largest difference of a gradient, over the largest gradient of that parameter."""
     effect: float = 0.0
-    """Largest difference that the fields make to plain layers: in a loss, or relative in a gradient."""
+    """Largest difference that the fields make to plain layers: in a loss, or relative in a gradient.
+    Infinite where the layers are spread over ranks, which is an effect too."""
     refused: str | None = None
     """What the recursion said, where it did not take the configuration."""
     refused_by_megatron: str | None = None
@@ -78,6 +83,7 @@ def compare(
     fields: dict[str, Any],
     model: dict[str, Any] | None = None,
     is_initial: bool = False,
+    is_spread: bool = False,
 ) -> Outcome:
     """Both models under `base | fields`, and the plain ones under `base` alone.
 
@@ -86,6 +92,7 @@ def compare(
         fields: of TransformerConfig.
         model: arguments of GPTModel.
         is_initial: leave weights as the models are made.
+        is_spread: whether several ranks compare, each what it holds.
     """
     model = model or {}
     try:
@@ -96,20 +103,39 @@ def compare(
         ours = _train(_recursive(base, fields, model), False, is_initial)
     except Exception as error:
         return Outcome(refused=_said(error))
-    without = _train(_plain(base, {}, {}), True, is_initial)
-    return Outcome(
+    difference = Outcome(
         loss_difference=_largest(ours.losses - plain.losses),
         gradient_difference=_relative(ours.gradients, plain.gradients),
-        effect=max(
-            _largest(plain.losses - without.losses), _relative(plain.gradients, without.gradients)
-        ),
+        effect=math.inf,
     )
+    if is_spread:
+        return difference
+    without = _train(_plain(base, {}, {}), True, is_initial)
+    effects = (
+        _largest(plain.losses - without.losses),
+        _relative(plain.gradients, without.gradients),
+    )
+    return replace(difference, effect=max(effects))
+
+
+def said_later(base: dict[str, Any], fields: dict[str, Any]) -> Outcome:
+    """What the recursion says of fields that are put into a finished configuration."""
+    config = setup.tiny_config(**base)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    try:
+        validate(config, RecursionConfig(STEPS))
+    except Exception as error:
+        return Outcome(refused=_said(error))
+    return Outcome()
 
 
 def _plain(base: dict[str, Any], fields: dict[str, Any], model: dict[str, Any]) -> GPTModel:
     config = setup.tiny_config(**(base | fields))
     if config.experimental_attention_variant is not None:
         block = get_transformer_block_with_experimental_attention_variant_spec(config)
+    elif config.sequence_parallel:  # which Megatron's local norm refuses
+        block = setup.local_block(config, None)
     else:
         block = get_gpt_decoder_block_spec(
             config,
@@ -118,9 +144,9 @@ def _plain(base: dict[str, Any], fields: dict[str, Any], model: dict[str, Any]) 
             qk_l2_norm=config.qk_l2_norm,
         )
     built = _gpt(config, block, model)
-    for number, layer in enumerate(built.decoder.layers, start=1):
+    for layer in built.decoder.layers:
         router = getattr(layer.mlp, "router", None)
-        if router is not None and 1 < number < NUM_LAYERS:
+        if router is not None and 1 < layer.layer_number < config.num_layers:
             # The losses of experts that run three times count once.
             router.config = _with_shares(router.config)
     return built
@@ -151,7 +177,13 @@ def _gpt(
             config, use_transformer_engine=False, normalization=config.normalization
         )
         further = get_gpt_mtp_block_spec(config, last, use_transformer_engine=False)
-    arguments = {"position_embedding_type": "rope", "mtp_block_spec": further} | model
+    arguments = {
+        "position_embedding_type": "rope",
+        "mtp_block_spec": further,
+        "pre_process": parallel_state.is_pipeline_first_stage(),
+        "post_process": parallel_state.is_pipeline_last_stage(),
+    }
+    arguments |= model
     return GPTModel(
         config,
         block,
@@ -161,22 +193,31 @@ def _gpt(
     )
 
 
-def _shared_name(name: str) -> str:
-    """A plain model's parameter as the recursion names the one that it is a copy of."""
-    found = re.fullmatch(r"decoder\.layers\.([1-6])\.(.*)", name)
-    if found is None:
+def _shared_name(name: str, config: TransformerConfig) -> str:
+    """A plain model's parameter as the recursion names the one that it is a copy of.
+
+    Layers are numbered from 0 within their stage, and the recursion has the place of its first.
+    """
+    offset = get_transformer_layer_offset(config)
+    found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name)
+    number = -1 if found is None else int(found[1]) + offset
+    if found is None or not 1 <= number < config.num_layers - 1:
         return name
-    index = (int(found[1]) - 1) % BLOCK
-    return f"decoder.layers.1.recursion.layers.{index}.{found[2]}"
+    index = (number - 1) % _block_size(config)
+    return f"decoder.layers.{1 - offset}.recursion.layers.{index}.{found[2]}"
 
 
-def _own_buffer(name: str) -> str:
+def _own_buffer(name: str, config: TransformerConfig) -> str:
     """A plain router's bias as the recursion names it, which has one for each step."""
-    found = re.fullmatch(r"decoder\.layers\.([1-6])\.(.*)\.expert_bias", name)
-    if found is None:
+    found = re.fullmatch(r"(decoder\.layers\.(\d+)\..*)\.expert_bias", name)
+    if found is None or (shared := _shared_name(found[1], config)) == found[1]:
         return name
-    step = (int(found[1]) - 1) // BLOCK
-    return _shared_name(f"decoder.layers.{found[1]}.{found[2]}.biases.{step}.expert_bias")
+    step = (int(found[2]) - 1) // _block_size(config)
+    return f"{shared}.biases.{step}.expert_bias"
+
+
+def _block_size(config: TransformerConfig) -> int:
+    return (config.num_layers - 2) // STEPS
 
 
 def _values(name: str, like: Tensor) -> Tensor:
@@ -188,11 +229,12 @@ def _values(name: str, like: Tensor) -> Tensor:
 @torch.no_grad()
 def _fill(model: GPTModel, is_plain: bool) -> None:
     for name, parameter in model.named_parameters():
-        shared = _shared_name(name) if is_plain else name
+        shared = _shared_name(name, model.config) if is_plain else name
         parameter.copy_(_values(shared, parameter))
     for name, buffer in model.named_buffers():
         if name.endswith("expert_bias"):
-            buffer.copy_(_values(_own_buffer(name) if is_plain else name, buffer))
+            own = _own_buffer(name, model.config) if is_plain else name
+            buffer.copy_(_values(own, buffer))
 
 
 def _train(model: GPTModel, is_plain: bool, is_initial: bool = False) -> Trained:
@@ -235,10 +277,11 @@ def _train(model: GPTModel, is_plain: bool, is_initial: bool = False) -> Trained
     )
     gradients: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        name = _shared_name(name) if is_plain else name
+        name = _shared_name(name, model.config) if is_plain else name
         gradient = parameter.main_grad.float()
         gradients[name] = gradients[name] + gradient if name in gradients else gradient.clone()
-    return Trained(torch.cat(kept), gradients)
+    # Only the last stage has losses.
+    return Trained(torch.cat([torch.zeros(0, SEQUENCE_LENGTH), *kept]), gradients)
 
 
 def _refusal(base: dict[str, Any], fields: dict[str, Any], model: dict[str, Any]) -> str | None:
@@ -264,4 +307,6 @@ def _relative(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 def _largest(difference: Tensor) -> float:
     """Of the absolute values; nan counts as infinite."""
+    if not difference.numel():
+        return 0.0
     return difference.abs().nan_to_num(nan=float("inf")).max().item()

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
-from torch import Tensor, nn
+from torch import nn
 
 from mor_megatron.layers.recursion import RecursionLayer
+from mor_megatron.layers.routing.global_batch import data_group, tokens_per_step
 
 
 def recursion_layers(model: nn.Module | Iterable[nn.Module]) -> Iterator[RecursionLayer]:
@@ -68,12 +68,16 @@ class _UpdatesAfterBatch:
 
     def __init__(self, earlier: Callable[..., Any]) -> None:
         self.earlier = earlier
+        self.listeners: list[Callable[[list[nn.Module]], None]] = []
+        """Called last, while the counts of the batch are still there."""
 
     def __call__(self, model: list[nn.Module], *args: Any, **kwargs: Any) -> None:
         self.earlier(model, *args, **kwargs)
         for layer in recursion_layers(model):
             _update(layer)
             layer.statistics.close()
+        for listener in self.listeners:
+            listener(model)
 
 
 @torch.no_grad()
@@ -88,19 +92,3 @@ def _update(layer: RecursionLayer) -> None:
     layer.recursion.router.adjust(observations)
     for router in layer.expert_routers:
         router.advance()
-
-
-def tokens_per_step(layer: RecursionLayer) -> Tensor:
-    """Tokens of this rank that entered the recursion, followed by those that ran each step,
-    `[1 + r]`.
-    """
-    counts = layer.statistics.tokens_per_step
-    if counts is None:
-        device = next(layer.parameters()).device
-        return torch.zeros(1 + layer.statistics.num_recursions, device=device)
-    return counts.clone()
-
-
-def data_group() -> torch.distributed.ProcessGroup:
-    """The ranks that process other sequences of the global batch."""
-    return parallel_state.get_data_parallel_group()  # type: ignore[return-value]

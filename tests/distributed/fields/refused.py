@@ -1,0 +1,60 @@
+"""Values that a recursion does not take, with a part of what it says."""
+
+from tests.distributed.fields.trial import FULL, Trial, refused, refused_later, refused_moe
+
+REFUSED: dict[str, Trial] = {
+    "apply_query_key_layer_scaling": refused(
+        True, "does not implement apply_query_key_layer_scaling=True"
+    ),
+    "attention_output_gate": refused(
+        True, "gated attention is not implemented for selected tokens"
+    ),
+    "distribute_saved_activations": refused(True, "the empty ones return their input", **FULL),
+    "experimental_attention_variant": refused(
+        "dsa", "layers that default_layer_spec does not build"
+    ),
+    "external_cuda_graph": refused(True, "the number of selected tokens varies"),
+    "fine_grained_activation_offloading": refused(
+        True, "would overwrite what it offloaded", offload_modules=["core_attn"]
+    ),
+    "fp8_recipe": refused(
+        "delayed", "overwrites the maxima from which its next scale is computed", fp8="hybrid"
+    ),
+    "heterogeneous_block_specs": refused(True, "layers that default_layer_spec does not build"),
+    "hybrid_context_parallel": refused(True, "its groups change from sequence to sequence"),
+    "layernorm_zero_centered_gamma": refused(True, "needs a norm from Transformer Engine or Apex"),
+    "log_max_attention_logit": refused(True, "steps would overwrite one another's"),
+    "memory_efficient_layer_norm": refused(True, "needs a norm from Transformer Engine or Apex"),
+    "moe_grouped_gemm": refused_moe(True, "needs Transformer Engine and CUDA"),
+    "moe_pad_expert_input_to_capacity": refused_moe(
+        True, "steps and ranks run different numbers of tokens", moe_expert_capacity_factor=1.0
+    ),
+    "multi_latent_attention": refused(True, "it computes the positions of tokens itself"),
+    "no_rope_freq": refused(2, "the steps of a shared layer are at several depths"),
+    "qk_clip": refused(True, "steps would overwrite one another's"),
+    "quant_recipe": refused(object(), "it selects layers by name and number"),
+    "rotary_interleaved": refused(
+        True, "selected tokens are rotated with the non-interleaved layout"
+    ),
+    "softmax_type": refused("learnable", "does not implement softmax_type=learnable"),
+    "tp_comm_overlap": refused(True, "its buffers hold a fixed number of rows"),
+    "use_grouped_gemm_for_dense_mlp": refused(
+        True, "layers that default_layer_spec does not build"
+    ),
+    "use_kitchen": refused(True, "layers that default_layer_spec does not build"),
+    "use_transformer_engine_op_fuser": refused(
+        True, "layers that default_layer_spec does not build"
+    ),
+    "window_size": refused((3, 0), "does not implement window_size=(3, 0)"),
+    "cpu_offloading": refused_later(True, "would overwrite what it offloaded"),
+    "cuda_graph_impl": refused_later("local", "the number of selected tokens varies"),
+    "delay_wgrad_compute": refused_later(True, "computed in the right order"),
+    "fused_single_qkv_rope": refused_later(True, "takes the row number as the position"),
+    "moe_paged_stash": refused_later(
+        True, "layers that run several times. Use recompute_granularity instead"
+    ),
+    "overlap_dispatch_backward_with_experts_wgrad": refused_later(
+        True, "computed in the right order"
+    ),
+    "overlap_moe_expert_parallel_comm": refused_later(True, "splits plain layers into parts"),
+}
