@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mor_layers.profiling import named, named_range
 from mor_layers.recursion.expert_use import ExpertUse
 from mor_layers.recursion.kv_policies import Exited, KVPolicy, StepContext, begin_step
 from mor_layers.recursion.observer import RoutedStep, RoutingObserver
@@ -162,24 +163,27 @@ class RecursionBlock(nn.Module):
         expert_use = []
         for step in range(self.router.num_recursions):
             previous = decision
-            decision = self.route(candidates, step, previous, causal_routing)
-            selected = self.select(candidates, decision)
-            if self.needs_origin:
-                origin = self.select(origin, decision)
-            exited = self._exited(candidates, previous, decision)
-            context = begin_step(self.kv_policy, step, decision.tokens, context, exited)
-            output = self.run_layers(self.enter(step, selected, origin), context, **arguments)
-            updated = self.combine(step, selected, output, decision, origin)
+            with named_range(f"mor/step {step + 1}"):
+                decision = self.route(candidates, step, previous, causal_routing)
+                selected = self.select(candidates, decision)
+                if self.needs_origin:
+                    origin = self.select(origin, decision)
+                exited = self._exited(candidates, previous, decision)
+                context = begin_step(self.kv_policy, step, decision.tokens, context, exited)
+                output = self.run_layers(self.enter(step, selected, origin), context, **arguments)
+                updated = self.combine(step, selected, output, decision, origin)
             steps.append((candidates, decision))
             expert_use.append(context.expert_use)
             candidates = updated
         # Selections nest: each step chose among the tokens of the step before. So the deepest states
         # are written back first.
         hidden = candidates
-        for outer, nested in reversed(steps):
-            hidden = self.placement.write_back(outer, hidden, nested)
+        with named_range("mor/write back"):
+            for outer, nested in reversed(steps):
+                hidden = self.placement.write_back(outer, hidden, nested)
         return RecursionOutput(hidden, tuple(taken for _, taken in steps), tuple(expert_use))
 
+    @named("mor/route")
     def route(
         self,
         candidates: Float[Tensor, "n b h"],
@@ -209,6 +213,7 @@ class RecursionBlock(nn.Module):
             observe(RoutedStep(step, logits, previous, decision, causal))
         return decision
 
+    @named("mor/select")
     def select(
         self, candidates: Float[Tensor, "n b h"], decision: RoutingDecision
     ) -> Float[Tensor, "k b h"]:
@@ -225,6 +230,7 @@ class RecursionBlock(nn.Module):
         """The states of the selected tokens with what `step_input` adds: the input of the layers."""
         return selected if self.step_input is None else self.step_input(step, selected, origin)
 
+    @named("mor/block")
     def run_layers(
         self, entering: Float[Tensor, "k b h"], context: StepContext, **arguments: Any
     ) -> Float[Tensor, "k b h"]:
@@ -240,6 +246,7 @@ class RecursionBlock(nn.Module):
         run = partial(self.layers, **arguments)
         return cast(Tensor, checkpoint(run, entering, context, use_reentrant=False))
 
+    @named("mor/combine")
     def combine(
         self,
         step: int,
