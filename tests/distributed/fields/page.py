@@ -29,11 +29,11 @@ parameter.
   within 2e-6, gradients within 1e-5 of the largest of their parameter, where a row does not say more).
 * **no effect here**: compared too, and the value does not change what plain layers compute either.
 * **refused**: the recursion raises an error that says why; the row quotes it.
-* **not run**: one process on a CPU tells nothing about it; the row says why, or which test does.
+* **not run**: one process on a CPU cannot show it; the row says why, or names the test that does.
 
 Other routers than fixed depth choose tokens, which plain layers cannot do, so equality is shown for
-fixed depth. The page is made from `tests/distributed/fields/table.py`: `make test-full` runs every row,
-and `make test` checks that no field is missing.
+fixed depth. The page is generated from `tests/distributed/fields/table.py`: `make test-full` runs every
+row, and `make test` checks that no field is missing.
 
 | field | tried | with | result | |
 |---|---|---|---|---|
