@@ -18,10 +18,12 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import count
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -40,6 +42,9 @@ from mor_layers.generation import (
     calibrate,
 )
 from mor_layers.recursion import KVPolicy
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.machine import machine
 
 Budget = Literal["equal_batch", "equal_kv"]
 
@@ -60,7 +65,9 @@ class Row:
     kv_policy: str
     budget: Budget
     throughput_ratio: float
-    """Generated tokens per second over the plain model's."""
+    """Generated tokens per second over the plain model's, the median of the turns."""
+    turns: tuple[float, ...]
+    """The same ratio in each turn, in ascending order."""
     kv_bytes_ratio: float
     """Bytes that the routed layers keep of a token, over those of layers that keep everything."""
     mean_depth: float
@@ -252,7 +259,7 @@ def compare(
             calibrate(model, [loads[1].texts.to(options.device)])
             loads[1].run(loads[1].slots)
         rounds = [[load.run(options.tokens) for load in loads] for _ in range(options.turns)]
-        ratio = statistics.median(own[0] / base[0] for base, own in rounds)
+        ratios = tuple(sorted(own[0] / base[0] for base, own in rounds))
         base, own = ([statistics.median(r[i][j] for r in rounds) for j in range(4)] for i in (0, 1))
         flops = [generated_flops(m.config, options, r[2]) for m, r in ((plain, base), (model, own))]
         read = [
@@ -263,7 +270,8 @@ def compare(
             steps,
             policy,
             budget,
-            ratio,
+            statistics.median(ratios),
+            ratios,
             kv_bytes_ratio(model.config),
             mean_depth=own[2],
             flop_limit=flops[0] / flops[1],
@@ -368,6 +376,7 @@ def main() -> None:
     if options.json:
         settings = {k: v for k, v in vars(options).items() if k != "json"}
         report = {
+            "machine": machine(),
             "settings": settings,
             "rows": [asdict(row) for row in rows],
             "hugging_face_tokens_per_second": references,

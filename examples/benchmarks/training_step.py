@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from megatron.core import parallel_state
@@ -38,16 +38,19 @@ from mor_layers.recursion import KVPolicy
 from mor_megatron import RecursionLayer, recursion_block_spec, recursion_layers, token_depths
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.machine import machine
 from benchmarks.paired_timing import Estimate, Timing, measure
 
 PLAIN = RecursionConfig(1, sharing="cycle")
-CASES: tuple[tuple[str, RouterConfig, KVPolicy], ...] = (
-    ("expert_choice", ExpertChoice(), "recursion_wise"),
-    ("expert_choice", ExpertChoice(), "recursive_sharing"),
-    ("expert_choice", ExpertChoice(), "sharing_with_update"),
-    ("token_choice", TokenChoice(), "recursion_wise"),
-    ("token_choice", TokenChoice(), "recursive_sharing"),
-)
+ROUTERS: dict[str, tuple[RouterConfig, tuple[KVPolicy, ...]]] = {
+    "expert_choice": (
+        ExpertChoice(),
+        ("recursion_wise", "recursive_sharing", "sharing_with_update"),
+    ),
+    "token_choice": (TokenChoice(), ("recursion_wise", "recursive_sharing")),
+}
+Case = tuple[int, str, RouterConfig, KVPolicy]
+"""Recursions, name and settings of the router, KV policy."""
 
 
 @dataclass(frozen=True)
@@ -120,14 +123,13 @@ class Contender:
 
 
 def compare(
-    decoder: DecoderConfig, ids: Tensor, half_width: float, rounds: int, recursions: list[int]
+    decoder: DecoderConfig, ids: Tensor, half_width: float, rounds: int, cases: list[Case]
 ) -> Iterator[Row]:
     """A row for every case, each against the plain model in the same run."""
     plain = Contender(decoder, PLAIN, ids)
     plain.step()
     plain_memory, plain_flops = plain.memory(), plain.flops()
     console = Console(stderr=True)
-    cases = [(count, *case) for count in recursions for case in CASES]
     for count, name, router, policy in track(cases, "comparing", console=console):
         recursion = RecursionConfig(count, router=router, kv_policy=policy)
         ours = Contender(decoder, recursion, ids)
@@ -231,7 +233,18 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--recursions", type=int, nargs="+", default=[2, 3, 4], metavar="N", help="steps (2 3 4)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    parser.add_argument(
+        "--routers", nargs="+", choices=ROUTERS, default=list(ROUTERS), help="routers (all)"
+    )
+    parser.add_argument(
+        "--policies",
+        nargs="+",
+        choices=get_args(KVPolicy),
+        help="KV policies (all that a router has)",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write rows, settings and machine there"
+    )
     return parser.parse_args()
 
 
@@ -251,7 +264,14 @@ def main() -> None:
     shape = (arguments.micro_batch, arguments.sequence + 1)
     ids = torch.randint(arguments.vocab, shape, device=device)
     precision = (arguments.half_width, arguments.rounds)
-    rows = list(compare(decoder, ids, *precision, arguments.recursions))
+    cases = [
+        (count, name, ROUTERS[name][0], policy)
+        for count in arguments.recursions
+        for name in arguments.routers
+        for policy in ROUTERS[name][1]
+        if policy in (arguments.policies or ROUTERS[name][1])
+    ]
+    rows = list(compare(decoder, ids, *precision, cases))
     table = Table("router", "KV policy", "steps", "time", "95 %", "rounds", "processor", "verdict")
     table.add_column("FLOPs (limit)")
     table.add_column("memory")
@@ -271,7 +291,9 @@ def main() -> None:
         )
     Console().print(table)
     if arguments.json:
-        arguments.json.write_text(json.dumps(list(map(_plain, rows)), indent=2))
+        settings = {name: v for name, v in vars(arguments).items() if name != "json"}
+        record = {"machine": machine(), "settings": settings, "rows": list(map(_plain, rows))}
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
     torch.distributed.destroy_process_group()
 
 

@@ -19,6 +19,7 @@ from mor_layers.generation.cached_model import CachedModel
 from mor_layers.generation.in_flight import Pool, Rows
 from mor_layers.generation.scheduling import Span
 from mor_layers.models import MoRTransformer
+from mor_layers.profiling import named
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class ModelRunner:
         return self.cached.caches
 
     @torch.inference_mode()
+    @named("mor/tick")
     def tick(self, spans: list[Span], make_room: Callable[[], int]) -> Finished:
         """Add spans, and run every token in flight once through the block.
 

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mor_layers.profiling import named, named_range
 from mor_layers.recursion.expert_use import ExpertUse
 from mor_layers.recursion.kv_policies import Exited, KVPolicy, StepContext, begin_step
 from mor_layers.recursion.observer import RoutedStep, RoutingObserver
@@ -167,14 +168,15 @@ class RecursionBlock(nn.Module):
         expert_use, states = [], []
         for step in range(self.router.num_recursions):
             previous = decision
-            decision = self.route(candidates, step, previous, causal_routing)
-            selected = self.select(candidates, decision)
-            if self.needs_origin:
-                origin = self.select(origin, decision)
-            exited = self._exited(candidates, previous, decision)
-            context = begin_step(self.kv_policy, step, decision.tokens, context, exited)
-            output = self.run_layers(self.enter(step, selected, origin), context, **arguments)
-            updated = self.combine(step, selected, output, decision, origin)
+            with named_range(f"mor/step {step + 1}"):
+                decision = self.route(candidates, step, previous, causal_routing)
+                selected = self.select(candidates, decision)
+                if self.needs_origin:
+                    origin = self.select(origin, decision)
+                exited = self._exited(candidates, previous, decision)
+                context = begin_step(self.kv_policy, step, decision.tokens, context, exited)
+                output = self.run_layers(self.enter(step, selected, origin), context, **arguments)
+                updated = self.combine(step, selected, output, decision, origin)
             steps.append((candidates, decision))
             expert_use.append(context.expert_use)
             candidates = updated
@@ -184,6 +186,7 @@ class RecursionBlock(nn.Module):
         decisions = tuple(taken for _, taken in steps)
         return RecursionOutput(hidden, decisions, tuple(expert_use), tuple(states))
 
+    @named("mor/route")
     def route(
         self,
         candidates: Float[Tensor, "n b h"],
@@ -213,6 +216,7 @@ class RecursionBlock(nn.Module):
             observe(RoutedStep(step, logits, previous, decision, causal))
         return decision
 
+    @named("mor/select")
     def select(
         self, candidates: Float[Tensor, "n b h"], decision: RoutingDecision
     ) -> Float[Tensor, "k b h"]:
@@ -229,6 +233,7 @@ class RecursionBlock(nn.Module):
         """The states of the selected tokens with what `step_input` adds: the input of the layers."""
         return selected if self.step_input is None else self.step_input(step, selected, origin)
 
+    @named("mor/block")
     def run_layers(
         self, entering: Float[Tensor, "k b h"], context: StepContext, **arguments: Any
     ) -> Float[Tensor, "k b h"]:
@@ -244,6 +249,7 @@ class RecursionBlock(nn.Module):
         run = partial(self.layers, **arguments)
         return cast(Tensor, checkpoint(run, entering, context, use_reentrant=False))
 
+    @named("mor/combine")
     def combine(
         self,
         step: int,
@@ -281,6 +287,7 @@ class RecursionBlock(nn.Module):
             watching.remove(observer)
             self._observers = tuple(watching)
 
+    @named("mor/write back")
     def _of_all_tokens(
         self, updated: Tensor, steps: Sequence[tuple[Tensor, RoutingDecision]]
     ) -> Float[Tensor, "s b h"]:

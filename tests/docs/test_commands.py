@@ -12,13 +12,21 @@ import pytest
 import mor_tools.commands
 from mor_tools.pretraining.command_line import load_settings
 from tests.docs.test_pages import PAGES, ROOT
+from tests.docs.test_tutorials import TUTORIALS
 
 ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")
 PATH = re.compile(r"\b(?:examples|tests|docs|integrations|mor_[a-z]+)/[\w./-]*\w")
 MAKEFILE = (ROOT / "Makefile").read_text()
 TRAINERS = ("pretrain_gpt_mor.py", "nodes.sh", "slurm.sh", "two_nodes_on_one_machine.sh")
-OTHERS = {"git", "pip", "pre-commit", "vllm"}  # programs of others, which are not asked
-GUIDES = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
+OTHERS = {
+    "curl",
+    "git",
+    "kill",
+    "pip",
+    "pre-commit",
+    "vllm",
+}  # programs of others, which are not asked
+GUIDES = [*PAGES, *TUTORIALS, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
 
 
 def commands_of(page: Path) -> list[str]:

@@ -80,7 +80,31 @@ def test_nothing_is_loaded_from_elsewhere(site: Path, pages: dict[Path, Page]):
 
 
 def test_every_page_has_a_title_and_stands_in_the_navigation(site: Path, pages: dict[Path, Page]):
-    written = {path.stem for path in (ROOT / "docs" / "pages").glob("*.md")}
-    assert {path.stem for path in pages} == written
+    sources = ROOT / "docs" / "pages"
+    written = {
+        str(path.relative_to(sources).with_suffix(".html")) for path in sources.rglob("*.md")
+    }
+    assert {str(path.relative_to(site)) for path in pages} == written
     linked = {urlsplit(link).path for link in pages[site / "index.html"].links}
-    assert {f"{name}.html" for name in written} <= linked | {"index.html"}
+    assert written <= linked | {"index.html"}
+
+
+def test_search_needs_no_server(site: Path, pages: dict[Path, Page]):
+    """The index is a script, and the site brings what runs the search without a worker."""
+    assert (site / "search" / "search_index.js").read_text("utf-8").startswith("var __index = ")
+    shim = "javascripts/iframe-worker.js"
+    assert (site / shim).is_file()
+    for path, page in pages.items():
+        assert any(address.endswith(shim) for address in page.loaded), path
+
+
+def test_a_reader_can_choose_light_or_dark_and_go_on(site: Path):
+    text = (site / "quickstart.html").read_text("utf-8")
+    for needed in (
+        'data-md-color-scheme="slate"',
+        "md-footer__link--next",
+        "md-footer__link--prev",
+    ):
+        assert needed in text
+    assert 'href="https://github.com/mor-layers/mor_layers"' in text
+    assert 'data-md-component="source"' not in text  # it would ask GitHub for stars

@@ -21,6 +21,7 @@ from megatron.core.utils import get_pg_rank, make_viewless_tensor
 from torch import Tensor
 
 from mor_layers import RecursionConfig, RecursionOutput, RoutingDecision
+from mor_layers.profiling import named_range
 from mor_layers.recursion import SharingContext, begin_step
 from mor_megatron.layers import BlockPart, RecursionLayer, RecursionSubmodules, refuse_inputs
 from mor_megatron.pipeline.state import CarriedLayout, CarriedState, Flight, GradientsOfLaterSteps
@@ -148,12 +149,13 @@ class RecursionStage(RecursionLayer):
         flight, is_last = self.flights[microbatch], step == self.num_recursions - 1
         if (is_again and step == 0) if recomputes else is_last:
             del self.flights[microbatch]  # autograd keeps what the backward pass needs
-        if not self.is_entry:
-            state = self.layout.unpack(hidden, step)
-        else:
-            state = self._arrive(step, hidden, attention_mask, padding_mask)
-            state = self._route(step, state, flight, is_again)
-        state = self._run_layers(step, state, flight, rotary_pos_emb)
+        with named_range(f"mor/step {step + 1}"):
+            if not self.is_entry:
+                state = self.layout.unpack(hidden, step)
+            else:
+                state = self._arrive(step, hidden, attention_mask, padding_mask)
+                state = self._route(step, state, flight, is_again)
+            state = self._run_layers(step, state, flight, rotary_pos_emb)
         if is_last and self.is_exit:
             return make_viewless_tensor(state.full, state.full.requires_grad, keep_graph=True)
         return self.layout.pack(state, step)

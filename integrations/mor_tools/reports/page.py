@@ -15,7 +15,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto
   color: var(--ink); background: var(--page) }
 h1 { font-size: 1.7rem; line-height: 1.2; overflow-wrap: anywhere }
 h2 { margin: 2.5rem 0 .5rem; font-size: 1.25rem } p { margin: .4rem 0; max-width: 46rem }
-figure { margin: 0; overflow-x: auto } figure svg { width: 100%%; height: auto; display: block }
+figure { margin: 0; display: flex; flex-wrap: wrap; gap: 1rem 0 }
+figure svg { width: 100%%; height: auto; display: block }
 .scroll { overflow-x: auto } table { border-collapse: collapse }
 td, th { padding: .15rem 1.2rem .15rem 0; vertical-align: top; text-align: left; font-weight: 400 }
 thead th { color: var(--muted); font-size: .9rem } .number { text-align: right }

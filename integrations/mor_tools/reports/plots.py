@@ -107,24 +107,45 @@ def heat_map(
 
 
 def svg(figure: Figure, description: str) -> str:
-    """The figure as an HTML element of the page."""
-    buffer = io.StringIO()
-    with rc_context({"svg.hashsalt": description}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    """The figure as an HTML element of the page: a drawing for each panel, side by side if they fit.
+
+    On a phone, the panels are one below the other.
+    """
+    figure.draw_without_rendering()
+    places = [axes.get_position() for axes in figure.axes]
+    figure.set_layout_engine("none")  # what is hidden below must not move the rest
+    for axes, place in zip(figure.axes, places, strict=True):
+        axes.set_position(place)
+    drawings = [_panel(figure, axes, description) for axes in figure.axes]
+    for axes in figure.axes:
+        axes.set_visible(True)
+    return f'<figure role="img" aria-label="{description}">{"".join(drawings)}</figure>'
+
+
+def _panel(figure: Figure, axes: Axes, description: str) -> str:
+    """One panel of a figure whose layout is fixed."""
+    for other in figure.axes:
+        other.set_visible(other is axes)
+    buffer, number = io.StringIO(), figure.axes.index(axes)
+    with rc_context({"svg.hashsalt": f"{description} {number}"}):
+        metadata = {"Date": None}
+        figure.savefig(
+            buffer, format="svg", metadata=metadata, bbox_inches="tight", pad_inches=0.06
+        )
     drawing = buffer.getvalue()
     drawing = drawing[drawing.index("<svg") :]
     # Make the ids of the drawing unique, because two drawings of a page must not share ids.
-    drawing = re.sub(r'(id="|xlink:href="#|url\(#)', rf"\g<1>{_slug(description)}-", drawing)
+    prefix = f"{_slug(description)}-{number}-"
+    drawing = re.sub(r'(id="|xlink:href="#|url\(#)', rf"\g<1>{prefix}", drawing)
     for color, name in _VARIABLES.items():
         drawing = drawing.replace(color, f"var(--{name})")
     drawing = re.sub(r"#0d00([0-9a-f]{2})", lambda found: f"var(--d{int(found[1], 16)})", drawing)
-    width = figure.get_size_inches()[0]
-    # The limits of the width keep the text legible.
-    size = f"min-width: {4.2 * width:.1f}rem; max-width: {5.6 * width:.1f}rem"
-    return (
-        f'<figure role="img" aria-label="{description}"><div style="{size}">'
-        f"{drawing}</div></figure>"
-    )
+    points = re.search(r'width="([\d.]+)pt"', drawing)
+    assert points is not None, "matplotlib writes the width of a drawing in points"
+    width = float(points[1]) / 72  # inches
+    # The limits of the width keep the text legible; a page that is narrower than them has all of it.
+    size = f"flex: 1 1 {4.2 * width:.1f}rem; max-width: min(100%, {5.6 * width:.1f}rem)"
+    return f'<div style="{size}">{drawing}</div>'
 
 
 def _slug(text: str) -> str:

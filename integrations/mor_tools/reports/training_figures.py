@@ -24,7 +24,7 @@ def loss_figure(rows: Sequence[Row], unigram_entropy: float | None = None) -> Fi
     Args:
         unigram_entropy: unigram entropy of the held-out text in nats per token, as a reference.
     """
-    figure, (axes,) = figure_of(1, width=8)
+    figure, (axes,) = figure_of(1, width=6.4)
     axes.plot(*_series(rows, lambda r: r.loss), color=MUTED, linewidth=1, label="training")
     held_out = _series(rows, lambda r: r.validation_loss)
     if held_out[0]:
@@ -50,7 +50,7 @@ def depth_figure(validation: Validation) -> Figure:
 def depth_bars(named: Sequence[tuple[str, Sequence[float]]]) -> Figure:
     """Bars of the share of tokens of each depth, side by side for each way of routing."""
     first = 0 if any(shares[0] > 1e-6 for _, shares in named) else 1
-    figure, (axes,) = figure_of(1, width=8)
+    figure, (axes,) = figure_of(1, width=6.4)
     for way, (_, shares) in enumerate(named):
         depths = range(first, len(shares))
         bars = axes.bar(
@@ -116,7 +116,7 @@ def load_figure(routing: Routing, rows: Sequence[Row] = ()) -> Figure:
     load = routing.expert_load
     assert load is not None
     has_rows = any(row.routing and row.routing.expert_load for row in rows)
-    figure, axes = figure_of(2 if has_rows else 1, width=4.6 if has_rows else 8)
+    figure, axes = figure_of(2 if has_rows else 1, width=4.6 if has_rows else 6.4)
     cells = axes[0]
     balanced = 1 / len(load[0])
     heat_map(cells, load, 2 * balanced, "recursion step", "expert")

@@ -91,7 +91,7 @@ def test_the_page_of_a_run_shows_each_token_and_the_training(run, page):
         "Training: routing",
         "Training: load, at the last logged step",
     ]
-    assert page.count("<svg") == len(heads) - 2
+    assert page.count("<figure") == len(heads) - 2
 
 
 def test_the_page_needs_nothing_beside_it(page):

@@ -53,7 +53,7 @@ def page() -> str:
 
 
 def test_the_report_holds_all_its_parts_and_needs_nothing_beside_it(page):
-    assert page.count("<svg") == 4
+    assert page.count("<figure") == 4
     for heading in ("Loss", "Depth", "Load per recursion step and expert", "A continuation"):
         assert f"<h2>{heading}" in page
     assert not re.search(r"<(script|link|img|iframe)|\bsrc=|url\((?!#)", page)
@@ -90,11 +90,22 @@ def test_tokens_of_unlike_depth_have_unlike_colours(page):
         assert len(colours) == len(set(colours)) == 4
 
 
+def test_each_panel_is_a_drawing_of_its_own_that_a_phone_has_room_for(page):
+    figures = re.findall(r"<figure.*?</figure>", page, re.DOTALL)
+    drawings = [re.findall(r"<svg.*?</svg>", figure, re.DOTALL) for figure in figures]
+    assert [len(panels) for panels in drawings] == [1, 1, 3, 2]
+    for panel in (panel for panels in drawings for panel in panels):
+        assert float(re.search(r'width="([\d.]+)pt"', panel)[1]) < 72 * 6.6
+    assert page.count("max-width: min(100%, ") == sum(map(len, drawings))
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
 def test_a_run_without_recursion_has_a_report_without_routing():
     rows = [replace(row, routing=None) for row in ROWS]
     plain = replace(REPORT, rows=rows, validation=Validation(5.6), passage=[])
     page = render(plain)
-    assert page.count("<svg") == 1
+    assert page.count("<figure") == 1
     assert "<h2>Depth" not in page
 
 
