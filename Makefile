@@ -18,9 +18,8 @@ env:  ## what puts the environment's python and `mor` into a shell: eval "$(make
 	    echo 'mor() { python -m mor_tools.commands "$$@"; }'
 
 pretrain:  ## pretrain a small model on text that ships with Python (ARGUMENTS="key=value ...")
-	@$(use_python) OMP_NUM_THREADS=1 $$python -m torch.distributed.run --standalone \
-	    --nproc-per-node $(PROCESSES) -m mor_tools.pretraining \
-	    --config examples/configs/tiny.yaml $(ARGUMENTS)
+	@$(use_python) OMP_NUM_THREADS=1 $$python -m mor_tools.commands pretrain \
+	    --processes $(PROCESSES) --config examples/configs/tiny.yaml $(ARGUMENTS)
 
 test:  ## run the tests (ARGUMENTS="options of pytest")
 	@$(use_python) OMP_NUM_THREADS=1 $$python -m tests.side_by_side $(ARGUMENTS)

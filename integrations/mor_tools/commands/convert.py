@@ -20,38 +20,14 @@ from rich.progress import Progress
 from mor_layers import RecursionConfig, from_mapping
 from mor_layers.recursion import SHARING_SCHEMES
 from mor_layers.weights import (
-    INITIALIZATIONS,
     MODEL_TYPE,
     StoredModel,
     recursive_weights,
     written_whole,
 )
 from mor_tools.commands import verification
-from mor_tools.commands.options import TRUST_REMOTE_CODE
+from mor_tools.commands.command_line import WITH_RECURSIONS, flag
 from mor_tools.formats import FORMATS, Format, detected, read_settings
-
-
-def add_arguments(options: argparse.ArgumentParser) -> None:
-    """The command line."""
-    add = options.add_argument
-    add("source", type=Path, help="a model: a folder, a training run, or NAME.json of a pair")
-    add("target", type=Path, help="folder to write; must not exist")
-    add("--to", choices=sorted(FORMATS), default=MODEL_TYPE, help="format to write (default: mor)")
-    add(
-        "--settings",
-        type=Path,
-        help="YAML of the DecoderConfig, for a Megatron checkpoint that does not hold it",
-    )
-    add(
-        "--verify",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="compare logits of both sides, one in memory at a time (default: yes)",
-    )
-    add("--trust-remote-code", action="store_true", help=TRUST_REMOTE_CODE)
-    add("--recursions", type=int, help="make a dense model recursive, with so many recursions")
-    for name, settings in _WITH_RECURSIONS.items():
-        add(_flag(name), **settings)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -64,10 +40,10 @@ def run(options: argparse.Namespace) -> None:
     """
     if options.target.exists():
         raise ValueError(f"{options.target} exists. Name a new folder, or remove it.")
-    given = [name for name in _WITH_RECURSIONS if getattr(options, name) is not None]
+    given = [name for name in WITH_RECURSIONS if getattr(options, name) is not None]
     if given and options.recursions is None:
         raise ValueError(
-            f"{_flag(given[0])} has no effect without --recursions. Leave it out, or give their "
+            f"{flag(given[0])} has no effect without --recursions. Leave it out, or give their "
             "number."
         )
     source, target = detected(options.source), FORMATS[options.to]
@@ -114,10 +90,6 @@ def _difference(
         # What was just written names no module but those that the source was trusted to name.
         found = verification.logits_of(target.open(written, None, True), ids)
     return verification.difference(expected, found)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _recursive(model: StoredModel, options: argparse.Namespace) -> StoredModel:
@@ -180,25 +152,3 @@ def _divides(
     except ValueError:
         return False
     return True
-
-
-_WITH_RECURSIONS: dict[str, dict[str, Any]] = {
-    "sharing": {"choices": SHARING_SCHEMES, "help": "sharing scheme (default: middle_cycle)"},
-    "prelude": {
-        "type": int,
-        "help": "layers before the recursion that are not shared (default: 1 or 0, by --sharing)",
-    },
-    "coda": {"type": int, "help": "layers after it that are not shared (default: likewise)"},
-    "init": {
-        "choices": INITIALIZATIONS,
-        "help": "where shared weights come from (default: average)",
-    },
-    "router": {"help": "type of the router (default: fixed_depth)"},
-    "seed": {"type": int, "help": "of random weights and of a router (default: 0)"},
-    "relax_rank": {
-        "type": int,
-        "help": "rank of low-rank deltas of each step, which then has norms of its own too",
-    },
-    "relax_kind": {"choices": ("lora", "dora"), "help": "kind of the deltas (default: lora)"},
-}
-"""Options that only a model made recursive has a use for."""

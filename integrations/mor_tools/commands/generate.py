@@ -25,29 +25,10 @@ from mor_layers.generation import (
     calibrate,
     deepened,
 )
-from mor_tools.commands.options import TRUST_REMOTE_CODE
 from mor_tools.serving.loading import ServedModel, load
 
 COLOURS = ("bright_black", "blue", "cyan", "green", "yellow", "red", "magenta")
 """By steps; deeper ones share the last."""
-
-
-def add_arguments(options: argparse.ArgumentParser) -> None:
-    """The command line."""
-    add = options.add_argument
-    add("prompt", nargs="?", default="Once upon a time", help="text to continue")
-    add("--model", help="folder that pretraining or `mor convert` wrote; default: random")
-    add("--trust-remote-code", action="store_true", help=TRUST_REMOTE_CODE)
-    add("--max-new-tokens", type=int, default=100, help="(default: 100)")
-    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    add("--top-k", type=int, default=0, help="sample among so many tokens; 0: all (default)")
-    add("--top-p", type=float, default=1.0, help="sample among this probability (default: 1)")
-    add("--seed", type=int, default=0, help="of the random numbers (default: 0)")
-    add("--stop", action="append", default=[], help="string that ends the text; may be repeated")
-    add("--int8-kv", action="store_true", help="keep keys and values in 8 bits; not exact")
-    add("--calibrate", metavar="FILE", help="held-out text to set thresholds from")
-    add("--dial", type=float, default=1.0, help="compute relative to training; with --calibrate")
-    add("--extra-steps", type=int, default=0, help="recursion steps beyond the trained ones")
 
 
 class GenerationError(Exception):

@@ -17,7 +17,6 @@ from rich.console import Console
 
 from mor_layers import load_model
 from mor_layers.inspection import Inspection, inspect_text
-from mor_tools.commands.options import TRUST_REMOTE_CODE
 from mor_tools.formats import model_folder, trained_length
 
 DEFAULT_WINDOW = 1024
@@ -32,19 +31,6 @@ class _Tokenized:
     """`[t]`"""
     texts: list[str]
     """Of each token."""
-
-
-def add_arguments(options: argparse.ArgumentParser) -> None:
-    """The command line."""
-    add = options.add_argument
-    add("checkpoint", type=Path, help="folder of a model of ours, or of a run that made one")
-    add("--text", type=Path, required=True, help="UTF-8 text to look at")
-    add("--output", type=Path, help="page to write (default: inspection.html in the folder)")
-    add("--trust-remote-code", action="store_true", help=TRUST_REMOTE_CODE)
-    add("--window", type=int, help="most tokens at once (default: as the model was trained)")
-    add("--tensorboard", type=Path, metavar="DIR", help="write figures for TensorBoard too")
-    add("--wandb", metavar="PROJECT", help="send figures to this project of Weights & Biases too")
-    add("--wandb-offline", action="store_true", help="keep them beside the page, for `wandb sync`")
 
 
 def run(options: argparse.Namespace) -> None:

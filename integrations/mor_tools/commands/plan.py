@@ -10,7 +10,6 @@ import argparse
 import json
 from collections import Counter
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -41,28 +40,6 @@ from mor_tools.pretraining.settings import Settings
 GIB = 2**30
 MOST_DEVICES = 10**9
 """Beyond this many devices, finding the layouts would take minutes."""
-
-
-def add_arguments(options: argparse.ArgumentParser) -> None:
-    """The command line."""
-    add = options.add_argument
-    add("config", type=Path, help="YAML file of a pretraining run")
-    add("--gpus", type=int, required=True, help="devices")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
-    add("--hardware", default="h100", help=f"one of {', '.join(HARDWARE)} (default: h100)")
-    add("--tflops", type=float, help="peak of a device at the training precision")
-    add("--memory-gib", type=float, help="memory of a device")
-    add("--intra-gbps", type=float, help="1e9 bytes/s that a device sends within its node")
-    add("--inter-gbps", type=float, help="1e9 bytes/s that a device sends to other nodes")
-    add("--per-node", type=int, help="devices of a node")
-    add("--efficiency", type=float, default=0.5, help="share of the peak reached (default: 0.5)")
-    add("--micro-batch-sizes", help="such as 1,2,4 (default: the file's, its half and its double)")
-    add("--recompute", help="such as none,full (default: the file's)")
-    add("--vocab-size", type=int, help="instead of the tokenizer's")
-    add("--top", type=int, default=10, help="layouts to show (default: 10)")
-    add("--inference", action="store_true", help="sequences that fit while generating, instead")
-    add("--json", type=Path, metavar="FILE", help="write every layout that fits")
-    add("--picture", type=Path, metavar="FILE", help="draw memory and time of the best")
 
 
 def run(options: argparse.Namespace) -> None:

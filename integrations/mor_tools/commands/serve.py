@@ -17,35 +17,10 @@ import sys
 import torch
 
 from mor_layers.generation import CacheSettings, DepthBatchingEngine
-from mor_tools.commands.options import TRUST_REMOTE_CODE
 from mor_tools.serving.access import Access, read_keys
 from mor_tools.serving.app import Limits, Service
 from mor_tools.serving.loading import ServedModel, load
 from mor_tools.serving.server import Server
-
-
-def add_arguments(options: argparse.ArgumentParser) -> None:
-    """The command line."""
-    add = options.add_argument
-    add("--model", help="folder that pretraining or `mor convert` wrote; default: random")
-    add("--trust-remote-code", action="store_true", help=TRUST_REMOTE_CODE)
-    add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
-    add("--port", type=int, default=8000, help="port to listen at (default: 8000)")
-    add("--device", default="cpu", help="device to run on, as PyTorch names it (default: cpu)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
-    add("--kv-mib", type=float, default=256, help="memory for keys and values (default: 256)")
-    add("--int8-kv", action="store_true", help="keep keys and values in 8 bits; not exact")
-    add("--slots", type=int, default=64, help="sequences in flight (default: 64)")
-    add("--max-length", type=int, default=2048, help="prompt and continuation (default: 2048)")
-    add("--chunk-size", type=int, default=64, help="prompt tokens at once (default: 64)")
-    add("--max-tokens", type=int, default=512, help="most that a call may ask for (default: 512)")
-    add("--max-waiting", type=int, default=256, help="calls beyond get 429 (default: 256)")
-    add("--max-per-client", type=int, default=64, help="a client's share of them (default: 64)")
-    add("--allowed-host", action="append", default=[], help="further name of it; may be repeated")
-    add("--api-key", action="append", default=[], help="that callers must send; may be repeated")
-    add("--api-key-file", help="file with API keys, one a line, which `ps` does not show")
-    add("--timeout", type=float, default=120, help="seconds for a call (default: 120)")
-    add("--grace", type=int, default=10, help="seconds to finish at shutdown (default: 10)")
 
 
 def build_engine(options: argparse.Namespace, served: ServedModel) -> DepthBatchingEngine:

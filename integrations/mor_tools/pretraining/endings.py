@@ -1,17 +1,24 @@
-"""How a process that cannot go on says why, so that it is the last thing on the terminal, once.
+"""How a process that cannot continue says why, so that the user reads it last, and once.
 
-torchrun answers the end of a process with a traceback of its own and a report of who failed, and
-would push a message that was printed before out of sight. It takes a message into the report from
-the file that TORCHELASTIC_ERROR_FILE names, where that is all that stands behind the traceback.
+When a process ends, torchrun prints a traceback of its own and a report of who failed, and would push
+a message that was printed before out of sight. A process therefore hands its message over, in the file
+that TORCHELASTIC_ERROR_FILE names. Our launcher (`torchrun.py`) prints it, and nothing else. A plain
+torchrun shows it at the end of its report.
 """
 
 import json
 import os
 import sys
 import time
+from collections.abc import Mapping
+from typing import Any
+
+from mor_tools import terminal
 
 PATIENCE = 10.0
 """Seconds in which torchrun ends the other processes of a machine once the first one has ended."""
+_KEY = "mor_tools"
+"""Marks the reports of this module; those of other programs lack it."""
 
 
 def tell(message: str, is_first_on_machine: bool) -> None:
@@ -24,20 +31,28 @@ def tell(message: str, is_first_on_machine: bool) -> None:
     if not is_first_on_machine:
         time.sleep(PATIENCE)
     if file is None:
-        print(f"{_coloured('error:')} {message}", file=sys.stderr)
+        print(terminal.error(message), file=sys.stderr)
         return
     told = {
-        # What torchrun shows is the call stack, which would say nothing to the user.
+        # What a plain torchrun shows is the call stack, which would say nothing to the user.
         "message": f"error: {message}",
         "extraInfo": {
-            "py_callstack": f"\n{_coloured('error:')} {message}",
+            "py_callstack": f"\n{terminal.error(message)}",
             "timestamp": str(int(time.time())),
+            _KEY: message,
         },
     }
     with open(file, "w", encoding="utf-8") as report:
         json.dump({"message": told}, report)
 
 
-def _coloured(word: str) -> str:
-    is_plain = "NO_COLOR" in os.environ or not sys.stderr.isatty()
-    return word if is_plain else f"\x1b[1;31m{word}\x1b[0m"
+def told(report: Mapping[str, Any]) -> str | None:
+    """The message that a process handed over with `tell`, or None.
+
+    Args:
+        report: the contents of its error file, as `ProcessFailure.error_file_data` has them.
+    """
+    details = report.get("message")
+    if not isinstance(details, dict):
+        return None
+    return details.get("extraInfo", {}).get(_KEY)

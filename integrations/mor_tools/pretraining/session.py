@@ -2,6 +2,7 @@
 
 import contextlib
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -38,15 +39,24 @@ from mor_tools.reports.health import NO_GRADIENT, Health, Plan
 from mor_tools.reports.rows import Routing, Row, Validation
 from mor_tools.reports.trackers import TensorBoard, Tracker, Wandb
 
+_INTERRUPTED = 130
+"""Exit status of a process that was told to stop before it took a step, as shells have it."""
+
 
 def main(arguments: Sequence[str]) -> None:
     """Train, or resume, the run that the arguments describe; exits with 2 where they are wrong."""
     try:
         settings = load_settings(arguments)
         settings.data_parallel_size(distributed.world_size())
+        distributed.stop_at_once()
         with distributed.process_groups(settings):
             pretrain(settings)
+    except distributed.Interrupted:
+        if distributed.is_first_rank():
+            print("stopped before a step was taken: there is nothing new to save.")
+        raise SystemExit(_INTERRUPTED) from None
     except (*distributed.ERRORS, FloatingPointError) as error:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun ends those that need not speak
         endings.tell(str(error), distributed.is_first_on_machine())
         raise SystemExit(2) from None
     except LauncherLost as error:  # perhaps on this machine alone
@@ -137,6 +147,7 @@ class Session:
         self.display = Display(
             settings.output, settings.training.steps, self.unigram_entropy, console
         )
+        self.display.follow(self.history.rows)
         self.is_stopping = distributed.StopRequest()
         self.validation: Validation | None = None
         self.train_seconds, self.train_tokens = 0.0, 0
@@ -150,6 +161,7 @@ class Session:
         while trainer.step < settings.last_step and not self.is_stopping():
             row = self.step(train_batches)
             self.history.add(row)
+            self.display.follow([row])
             for finding in self.health.add(row):
                 self.display.say(str(finding))
             if row.tokens_per_second is not None or row.validation_loss is not None:
@@ -160,7 +172,8 @@ class Session:
                 trainer.save()
         trainer.save()
         stopped = (
-            f"stopped after step {trainer.step} of {settings.training.steps}, with a checkpoint."
+            f"stopped after step {trainer.step} of {settings.training.steps}, saved in "
+            f"{trainer.saved_folder}."
         )
         if self.is_stopping.launcher_is_gone:
             raise LauncherLost(f"The run {stopped}")
@@ -301,8 +314,8 @@ def _run_again(settings: Settings) -> str:
     changes = ("training.stop_after=null",) if stops else ()
     command = launcher.command(*changes)
     if command is None:
-        return "Run again to go on."
-    return f"To go on, run again, e.g. with:\n  {command}"
+        return "Run the same command again to resume."
+    return f"Resume with:\n  {command}"
 
 
 def _what_next(settings: Settings) -> str:

@@ -176,6 +176,13 @@ class Trainer:
             )
             self.saved_step = self.step
 
+    @property
+    def saved_folder(self) -> Path | None:
+        """The newest checkpoint known to be good; None before there is one."""
+        return (
+            None if self.saved_step is None else runs.folder_of(self.checkpoints, self.saved_step)
+        )
+
     def resume(self) -> tuple[str, ...]:
         """Go on from the newest good checkpoint, if there is one; what to tell about it."""
         if runs.latest_step(self.checkpoints) is not None:
@@ -234,8 +241,7 @@ class Trainer:
         where = [f"rank {rank} ({found})" for rank, found in enumerate(gathered) if found]
         kept = "There is no checkpoint yet: another run starts over."
         if self.saved_step is not None:
-            name = runs.folder_of(self.checkpoints, self.saved_step)
-            kept = f"The last good checkpoint is {name}; run again to go on from it."
+            kept = f"The last good checkpoint is {self.saved_folder}; run again to go on from it."
         rate = self.settings.training.learning_rate
         return FloatingPointError(
             f"step {self.step + 1}: {what}, on {', '.join(where) or 'no rank alone'}. Nothing of "

@@ -112,7 +112,8 @@ def test_the_processes_of_a_killed_torchrun_stop_with_a_checkpoint(tmp_path, pro
     printed = log.read_text()
     steps = steps_noted(run)
     assert "torchrun, which started this run's processes, is gone on a machine" in printed
-    assert f"The run stopped after step {steps} of 100000, with a checkpoint. Run again" in printed
+    saved = run / "checkpoints" / f"step_{steps:08d}"
+    assert f"The run stopped after step {steps} of 100000, saved in {saved}. Run again" in printed
     assert (run / "checkpoints" / "latest").read_text() == f"step_{steps:08d}"
     assert names(run / "checkpoints") == ["latest", f"step_{steps:08d}"]
     assert not (run / "run.lock").exists()

@@ -1,0 +1,206 @@
+"""What `mor` accepts: the summary and the options of each subcommand.
+
+Help and the completion of a shell need these and nothing else, so this module imports no library that
+takes seconds to load. It repeats names of other packages, and a test checks that they are the same.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FORMATS = ("llama", "megatron", "mor", "published")
+HARDWARE = ("a100", "h100", "b200", "cpu")
+INITIALIZATIONS = ("stepwise", "average", "lower", "upper", "random")
+SHARING_SCHEMES = ("cycle", "sequence", "middle_cycle", "middle_sequence")
+_TRUST_REMOTE_CODE = (
+    "let the model name a router of its own, whose module is imported and so runs; only for models "
+    "whose origin you trust"
+)
+
+
+@dataclass(frozen=True)
+class Interface:
+    """How a subcommand is called."""
+
+    summary: str
+    """One sentence for `mor --help`."""
+    module: str
+    """The module of this package that does the work, in a function `run(options)`."""
+    add_options: Callable[[argparse.ArgumentParser], None]
+    """Define the options."""
+
+
+def _convert(options: argparse.ArgumentParser) -> None:
+    add = options.add_argument
+    add("source", type=Path, help="a model: a folder, a training run, or NAME.json of a pair")
+    add("target", type=Path, help="folder to write; must not exist")
+    add("--to", choices=FORMATS, default="mor", help="format to write (default: mor)")
+    add(
+        "--settings",
+        type=Path,
+        help="YAML of the DecoderConfig, for a Megatron checkpoint that does not hold it",
+    )
+    add(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare logits of both sides, one in memory at a time (default: yes)",
+    )
+    add("--trust-remote-code", action="store_true", help=_TRUST_REMOTE_CODE)
+    add("--recursions", type=int, help="make a dense model recursive, with so many recursions")
+    for name, settings in WITH_RECURSIONS.items():
+        add(flag(name), **settings)
+
+
+def _generate(options: argparse.ArgumentParser) -> None:
+    add = options.add_argument
+    add("prompt", nargs="?", default="Once upon a time", help="text to continue")
+    add("--model", help="folder that pretraining or `mor convert` wrote; default: random")
+    add("--trust-remote-code", action="store_true", help=_TRUST_REMOTE_CODE)
+    add("--max-new-tokens", type=int, default=100, help="(default: 100)")
+    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    add("--top-k", type=int, default=0, help="sample among so many tokens; 0: all (default)")
+    add("--top-p", type=float, default=1.0, help="sample among this probability (default: 1)")
+    add("--seed", type=int, default=0, help="of the random numbers (default: 0)")
+    add("--stop", action="append", default=[], help="string that ends the text; may be repeated")
+    add("--int8-kv", action="store_true", help="keep keys and values in 8 bits; not exact")
+    add("--calibrate", metavar="FILE", help="held-out text to set thresholds from")
+    add("--dial", type=float, default=1.0, help="compute relative to training; with --calibrate")
+    add("--extra-steps", type=int, default=0, help="recursion steps beyond the trained ones")
+
+
+def _inspect(options: argparse.ArgumentParser) -> None:
+    add = options.add_argument
+    add("checkpoint", type=Path, help="folder of a model of ours, or of a run that made one")
+    add("--text", type=Path, required=True, help="UTF-8 text to look at")
+    add("--output", type=Path, help="page to write (default: inspection.html in the folder)")
+    add("--trust-remote-code", action="store_true", help=_TRUST_REMOTE_CODE)
+    add("--window", type=int, help="most tokens at once (default: as the model was trained)")
+    add("--tensorboard", type=Path, metavar="DIR", help="write figures for TensorBoard too")
+    add("--wandb", metavar="PROJECT", help="send figures to this project of Weights & Biases too")
+    add("--wandb-offline", action="store_true", help="keep them beside the page, for `wandb sync`")
+
+
+def _pretrain(options: argparse.ArgumentParser) -> None:
+    add = options.add_argument
+    add("--processes", type=int, help="processes of this machine (default: one per GPU, or 1)")
+    add("--config", type=Path, metavar="FILE", help="YAML file of settings")
+    add("settings", nargs="*", metavar="key=value", help="settings that override the file's")
+    add("--list-settings", action="store_true", help="explain every setting and exit")
+
+
+def _plan(options: argparse.ArgumentParser) -> None:
+    add = options.add_argument
+    add("config", type=Path, help="YAML file of a pretraining run")
+    add("--gpus", type=int, required=True, help="devices")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
+    add("--hardware", default="h100", help=f"one of {', '.join(HARDWARE)} (default: h100)")
+    add("--tflops", type=float, help="peak of a device at the training precision")
+    add("--memory-gib", type=float, help="memory of a device")
+    add("--intra-gbps", type=float, help="1e9 bytes/s that a device sends within its node")
+    add("--inter-gbps", type=float, help="1e9 bytes/s that a device sends to other nodes")
+    add("--per-node", type=int, help="devices of a node")
+    add("--efficiency", type=float, default=0.5, help="share of the peak reached (default: 0.5)")
+    add("--micro-batch-sizes", help="such as 1,2,4 (default: the file's, its half and its double)")
+    add("--recompute", help="such as none,full (default: the file's)")
+    add("--vocab-size", type=int, help="instead of the tokenizer's")
+    add("--top", type=int, default=10, help="layouts to show (default: 10)")
+    add("--inference", action="store_true", help="sequences that fit while generating, instead")
+    add("--json", type=Path, metavar="FILE", help="write every layout that fits")
+    add("--picture", type=Path, metavar="FILE", help="draw memory and time of the best")
+
+
+def _report(options: argparse.ArgumentParser) -> None:
+    add = options.add_argument
+    add("runs", type=Path, nargs="+", metavar="RUN", help="folder of a pretraining run")
+    add("--output", type=Path, help="page to write (default: comparison.html)")
+
+
+def _serve(options: argparse.ArgumentParser) -> None:
+    add = options.add_argument
+    add("--model", help="folder that pretraining or `mor convert` wrote; default: random")
+    add("--trust-remote-code", action="store_true", help=_TRUST_REMOTE_CODE)
+    add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
+    add("--port", type=int, default=8000, help="port to listen at (default: 8000)")
+    add("--device", default="cpu", help="device to run on, as PyTorch names it (default: cpu)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
+    add("--kv-mib", type=float, default=256, help="memory for keys and values (default: 256)")
+    add("--int8-kv", action="store_true", help="keep keys and values in 8 bits; not exact")
+    add("--slots", type=int, default=64, help="sequences in flight (default: 64)")
+    add("--max-length", type=int, default=2048, help="prompt and continuation (default: 2048)")
+    add("--chunk-size", type=int, default=64, help="prompt tokens at once (default: 64)")
+    add("--max-tokens", type=int, default=512, help="most that a call may ask for (default: 512)")
+    add("--max-waiting", type=int, default=256, help="calls beyond get 429 (default: 256)")
+    add("--max-per-client", type=int, default=64, help="a client's share of them (default: 64)")
+    add("--allowed-host", action="append", default=[], help="further name of it; may be repeated")
+    add("--api-key", action="append", default=[], help="that callers must send; may be repeated")
+    add("--api-key-file", help="file with API keys, one a line, which `ps` does not show")
+    add("--timeout", type=float, default=120, help="seconds for a call (default: 120)")
+    add("--grace", type=int, default=10, help="seconds to finish at shutdown (default: 10)")
+
+
+def flag(name: str) -> str:
+    """The option of a name."""
+    return "--" + name.replace("_", "-")
+
+
+WITH_RECURSIONS: dict[str, dict[str, Any]] = {
+    "sharing": {"choices": SHARING_SCHEMES, "help": "sharing scheme (default: middle_cycle)"},
+    "prelude": {
+        "type": int,
+        "help": "layers before the recursion that are not shared (default: 1 or 0, by --sharing)",
+    },
+    "coda": {"type": int, "help": "layers after it that are not shared (default: likewise)"},
+    "init": {
+        "choices": INITIALIZATIONS,
+        "help": "where shared weights come from (default: average)",
+    },
+    "router": {"help": "type of the router (default: fixed_depth)"},
+    "seed": {"type": int, "help": "of random weights and of a router (default: 0)"},
+    "relax_rank": {
+        "type": int,
+        "help": "rank of low-rank deltas of each step, which then has norms of its own too",
+    },
+    "relax_kind": {"choices": ("lora", "dora"), "help": "kind of the deltas (default: lora)"},
+}
+"""Options that only a model made recursive has a use for."""
+
+COMMANDS = {
+    "convert": Interface(
+        "Convert models between Hugging Face, ours, published MoR and Megatron; make dense ones "
+        "recursive.",
+        "convert",
+        _convert,
+    ),
+    "generate": Interface(
+        "Continue a text and show how deep each token was computed, in colour.",
+        "generate",
+        _generate,
+    ),
+    "inspect": Interface(
+        "Show what a model does with a text, token by token, on one HTML page.",
+        "inspection",
+        _inspect,
+    ),
+    "plan": Interface(
+        "Plan a training run: which parallel layouts fit, and how long a step should take.",
+        "plan",
+        _plan,
+    ),
+    "pretrain": Interface(
+        "Pretrain a model on this machine, or resume its run, with Megatron-Core.",
+        "pretrain",
+        _pretrain,
+    ),
+    "report": Interface(
+        "Compare pretraining runs on one HTML page: losses, speed and settings that differ.",
+        "report",
+        _report,
+    ),
+    "serve": Interface(
+        "Serve a model over HTTP, in the OpenAI completions protocol.", "serve", _serve
+    ),
+}
+"""The subcommands by name. A summary repeats the first sentence of its module's docstring."""
