@@ -7,7 +7,7 @@ beside the number of steps that each patch took. The encoder sees all patches at
 expert-choice selects the same way in training and in use.
 """
 
-import sys
+import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,18 +120,21 @@ def draw(model: RecursiveClassifier, data: Digits, path: Path, count: int = 10) 
 
 
 def main() -> None:
+    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = options.add_argument
+    add("epochs", type=int, nargs="?", default=20, help="(default: 20)")
+    add("picture", type=Path, nargs="?", default="digit_depths.png", help="file to write")
+    chosen = options.parse_args()
     torch.manual_seed(0)
-    epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 20
-    path = Path(sys.argv[2] if len(sys.argv) > 2 else "digit_depths.png")
     train_data, test_data = load()
     model = RecursiveClassifier()
-    for epoch, loss in enumerate(train(model, train_data, epochs), start=1):
+    for epoch, loss in enumerate(train(model, train_data, chosen.epochs), start=1):
         if epoch == 1 or epoch % 5 == 0:
             print(
                 f"epoch {epoch:3}  loss {loss:.3f}  test accuracy {accuracy(model, test_data):.1%}"
             )
-    draw(model, test_data, path)
-    print(f"depths of ten test images in {path}")
+    draw(model, test_data, chosen.picture)
+    print(f"depths of ten test images in {chosen.picture}")
 
 
 if __name__ == "__main__":
