@@ -40,7 +40,7 @@ class Inspection:
     scores: Float[Tensor, "r t"]
     """Router score of each token at each step, routed as in generation. NaN if there is none."""
     thresholds: tuple[float | None, ...]
-    """The score that a token must exceed to run each step. None: no threshold decides."""
+    """The score that a token must exceed to run each step. None: the router uses no threshold."""
     agreement: tuple[float, ...]
     """For each step, the share of its candidates in training for which generation would make the
     same decision."""

@@ -1,7 +1,7 @@
-"""Import paths of version 0.1, which keep working and say where each name lives now.
+"""Import paths of version 0.1, which still work and tell where each name is now.
 
-A package hands its table of old modules to `keep_old_modules`; nothing of the new layout knows of the
-old one otherwise, so that the tables can be deleted in one piece.
+A package passes its table of old modules to `keep_old_modules`. Nothing else in the new layout
+refers to the old one, so that the tables can be deleted in one piece.
 """
 
 import sys
@@ -41,7 +41,7 @@ NAMES = {
     **dict.fromkeys(("LocalPlacement", "Placement"), "mor_layers.selection"),
     "DecoderStack": "mor_layers.models",
 }
-"""Where names that `mor_layers` itself handed on live now."""
+"""Where the names that `mor_layers` itself exported are now."""
 
 MODULES = {
     "accounting": ("costs.counting", "costs.shapes"),
@@ -80,14 +80,14 @@ MODULES = {
     "unrolling": ("weights.unrolling",),
     "uptraining": ("weights.uptraining", "weights.names"),
 }
-"""Modules of `mor_layers` as they were, and those that have their names now."""
+"""Old modules of `mor_layers`, and the modules that now have their names."""
 
 
 def name_of_old_face(name: str) -> Any:
-    """What `mor_layers` itself handed on as `name`.
+    """The object that `mor_layers` itself used to export as `name`.
 
     Raises:
-        AttributeError: it never did.
+        AttributeError: it never exported this name.
     """
     if name not in NAMES:
         raise AttributeError(f"module 'mor_layers' has no attribute {name!r}")
@@ -96,11 +96,11 @@ def name_of_old_face(name: str) -> Any:
 
 
 def keep_old_modules(package: str, modules: Mapping[str, Sequence[str]]) -> None:
-    """Let `package.old` be imported, for each old name, as the modules that took its place.
+    """Make `package.old` importable for each old name, as the modules that replaced it.
 
     Args:
         package: the package that had the modules.
-        modules: old names, and for each the modules that have its contents, within the package.
+        modules: for each old name, the modules in the package that now have its contents.
     """
     own = {
         f"{package}.{old}": [f"{package}.{new}" for new in places]
@@ -110,7 +110,7 @@ def keep_old_modules(package: str, modules: Mapping[str, Sequence[str]]) -> None
 
 
 class _OldModules(MetaPathFinder, Loader):
-    """Finds a module under its old name, after everything else failed to."""
+    """Finds a module under its old name after all other finders have failed."""
 
     def __init__(self, places: Mapping[str, Sequence[str]]) -> None:
         self.places = places
@@ -128,7 +128,7 @@ class _OldModules(MetaPathFinder, Loader):
 
 
 class _OldModule(ModuleType):
-    """Looks every name up where it lives now."""
+    """Looks up each name where it is now."""
 
     def __init__(self, name: str, places: Sequence[str]) -> None:
         super().__init__(name)
@@ -145,5 +145,5 @@ class _OldModule(ModuleType):
 
 
 def _say(old: str, new: str) -> None:
-    # The frames between are this file's and importlib's, which warnings leaves out by itself.
+    # The frames in between are those of this file and of importlib, which warnings skips by itself.
     warnings.warn(f"{old} is {new} now", DeprecationWarning, stacklevel=3)

@@ -96,20 +96,22 @@ def config_from_llama(values: Mapping[str, Any], where: str = CONFIG) -> Decoder
     kind = values.get("model_type")
     if kind not in MODEL_TYPES:
         raise ValueError(
-            f"{where}: model_type={kind!r} is not supported. Use one of {', '.join(MODEL_TYPES)}."
+            f"{where}: model_type={shown(kind)} is not supported. Use one of {', '.join(MODEL_TYPES)}."
         )
     values = _DEFAULTS.get(kind, {}) | dict(values)
     if kind in ("qwen2", "qwen3") and not values.get("use_sliding_window"):
         values["sliding_window"] = None  # without use_sliding_window, Qwen ignores sliding_window
     rope = values.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        raise ValueError(f"{where}: rope_parameters={rope!r}: expected a mapping.")
+        raise ValueError(f"{where}: rope_parameters={shown(rope)}: expected a mapping.")
     for name, only in _ONLY.items():
         if values.get(name, only) != only:
-            raise ValueError(f"{where}: {name}={values[name]!r} is not supported, only {only!r}.")
+            raise ValueError(
+                f"{where}: {name}={shown(values[name])} is not supported, only {only!r}."
+            )
     if rope.get("rope_type", "default") != "default":
         raise ValueError(
-            f"{where}: rope_type={rope['rope_type']!r} is not supported, only 'default'."
+            f"{where}: rope_type={shown(rope['rope_type'])} is not supported, only 'default'."
         )
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     for name in (*needed, "num_attention_heads"):

@@ -1,7 +1,7 @@
 """Mixture-of-Recursions inside Megatron-Core transformer stacks.
 
-The names below are looked up when they are first used: `mor_megatron.parallel`, which plans layouts,
-can then be imported where Megatron-Core is not installed.
+The names below are imported when they are first used, so that `mor_megatron.parallel`, which plans
+layouts, can be imported without Megatron-Core.
 """
 
 from importlib import import_module
@@ -93,7 +93,7 @@ def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
-    globals()[name] = value  # found without this function from now on
+    globals()[name] = value  # later accesses find it without this function
     return value
 
 

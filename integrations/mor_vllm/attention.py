@@ -1,15 +1,15 @@
-"""Attention of a layer that runs at several depths, through vLLM's `Attention`.
+"""Attention of a layer that runs at several depths, built on vLLM's `Attention`.
 
-The layer holds one `Attention` a step, each with a name, and a cache, of its own unrolled depth. Under
-`recursive_sharing` those of later steps name step 1's as the target of vLLM's cross-layer sharing, and
-have no cache.
+The layer has one `Attention` per step, each with the name and the cache of its own unrolled depth.
+Under `recursive_sharing`, those of later steps have no cache: they name step 1's as the target of
+vLLM's cross-layer sharing.
 
-vLLM attends to every row of a cache up to a token's own. A row that must not be seen, since its token
-had exited, is hidden by one more number in each head: `QUERY_MARK` in all queries, 0 in the keys that
-count and `HIDDEN_KEY` in those that do not. The scores of those lie so far below all others that the
-softmax gives them a weight of exactly 0.
+vLLM attends to all rows of a cache up to a token's own row. A row that must not be seen, because
+its token had exited, is hidden by one additional number in each head: `QUERY_MARK` in all queries,
+0 in visible keys and `HIDDEN_KEY` in hidden ones. The scores of hidden rows are so far below all
+others that the softmax gives them a weight of exactly 0.
 
-Legend: `t` tokens of a batch, whatever their requests; `h` hidden, `n` query heads and `g` key-value
+Legend: `t` tokens of a batch, from any requests; `h` hidden, `n` query heads and `g` key-value
 heads of this rank, `d` head size, `w` head size in the cache.
 """
 
@@ -34,22 +34,24 @@ from mor_layers import DecoderConfig, StepContext
 from mor_vllm.plugin import cached_head_size, hides_rows
 
 KeysAndValues = dict[int, tuple[Tensor, Tensor]]
-"""Of step 1, by layer of the block: what later steps share."""
+"""The keys and values of step 1 that later steps share, by layer of the block."""
 
-# Their product times the softmax scale is at least 1e4 for head sizes up to 512, while exp(-104) is 0
-# in fp32. Both are exact in bf16 and fp16.
+# Their product times the softmax scale is at least 1e4 for head sizes up to 512, whereas exp(-104)
+# is already 0 in fp32. Both are exact in bf16 and fp16.
 QUERY_MARK = 1024.0
 HIDDEN_KEY = -256.0
 
 
 @dataclass(frozen=True)
 class ServedStep(StepContext):
-    """A step on a batch of vLLM's, whose attention finds by itself which rows a token sees."""
+    """The context of a step on a batch of vLLM, whose attention determines by itself which rows a
+    token sees.
+    """
 
     first: KeysAndValues = field(default_factory=dict)
-    """Filled at step 1 and read by later steps of the same block."""
+    """Filled at step 1 and read at later steps of the same block."""
     kept: Float[Tensor, "t h"] | None = None
-    """Under `exit_state`, where some tokens may have exited: the states those keep."""
+    """Under `exit_state`, if some tokens may have exited: the states that those keep."""
 
     @property
     def positions(self) -> Int[Tensor, " t"]:
@@ -57,12 +59,12 @@ class ServedStep(StepContext):
 
     @property
     def has_exited(self) -> Bool[Tensor, "t 1"] | None:
-        """Tokens that do not run this step; None: all run it."""
+        """The tokens that do not run this step; None if all run it."""
         is_padding = self.tokens.is_padding
         return None if is_padding is None else is_padding[0, :, None]
 
     def with_kept(self, hidden: Float[Tensor, "t h"]) -> Float[Tensor, "t h"]:
-        """A layer's input, in which exited tokens are put back to the states they keep."""
+        """A layer's input, with the states of exited tokens replaced by those that they keep."""
         if self.kept is None or self.has_exited is None:
             return hidden
         return torch.where(self.has_exited, self.kept, hidden)
@@ -76,7 +78,8 @@ class StepAttention(nn.Module):
         size, ranks = config.head_size, get_tensor_model_parallel_world_size()
         policy = config.effective_recursion.kv_policy
         self.head_size = size
-        # Outside the recursion nothing is hidden, but vLLM gives memory to layers of one size best.
+        # Outside the recursion no row is hidden, but vLLM allocates memory best to layers of equal
+        # head size.
         self.hides = hides_rows(config)
         self.cached_size = cached_head_size(size + self.hides)
         self.shares, self.updates = policy == "recursive_sharing", policy == "sharing_with_update"
@@ -93,7 +96,8 @@ class StepAttention(nn.Module):
             max_position=vllm_config.model_config.max_model_len,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
         )
-        # The one number in each name is the place in the unrolled model, as vLLM reads it.
+        # vLLM reads a layer's number from the only number in its name: the index in the unrolled
+        # model.
         names = [f"model.layers.{depth}.self_attn.attn" for depth in depths]
         self.steps = nn.ModuleList(
             Attention(
@@ -114,7 +118,7 @@ class StepAttention(nn.Module):
         query = self._heads(self.query(hidden)[0], self.query_norm)
         if self.shares and context.step:
             query, _ = self.rotary(context.positions, query, None)
-            key, value = context.first[layer]  # for backends that take a prompt's rows from here
+            key, value = context.first[layer]  # for backends that read a prompt's rows from here
         else:
             key = self._heads(self.key(hidden)[0], self.key_norm)
             query, key = self.rotary(context.positions, query, key)
@@ -128,7 +132,9 @@ class StepAttention(nn.Module):
     def _exchanged(
         self, key: Tensor, value: Tensor, context: ServedStep, layer: int
     ) -> tuple[Tensor, Tensor]:
-        """What goes to the cache of the step; step 1's is kept for those that share it."""
+        """The keys and values to write to the cache of the step; those of step 1 are kept for steps
+        that share them.
+        """
         if context.step == 0:
             context.first[layer] = key, value
         elif self.updates and context.has_exited is not None:
@@ -149,7 +155,9 @@ class StepAttention(nn.Module):
     def _widened(
         self, values: Float[Tensor, "t nd"], mark: Tensor | float = 0.0
     ) -> Float[Tensor, "t nw"]:
-        """Heads of the size that the cache has, the first further number `mark`, others 0."""
+        """Heads padded to the head size of the cache: the first additional number is `mark`, the
+        others are 0.
+        """
         if self.cached_size == self.head_size:
             return values
         heads = values.unflatten(-1, (-1, self.head_size))
@@ -165,6 +173,6 @@ class StepAttention(nn.Module):
 
 
 def norms(config: DecoderConfig, count: int, size: int | None = None) -> nn.ModuleList:
-    """One RMSNorm, or one a step."""
+    """One RMSNorm for all steps, or one per step."""
     sizes = size or config.hidden_size, config.rms_norm_epsilon
     return nn.ModuleList(RMSNorm(*sizes) for _ in range(count))

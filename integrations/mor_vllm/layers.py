@@ -1,6 +1,6 @@
 """The layers that run at several depths: attention, and an MLP or a mixture of experts.
 
-Legend: `t` tokens of a batch, whatever their requests; `h` hidden, `e` experts, `f` width of an expert.
+Legend: `t` tokens of a batch, from any requests; `h` hidden, `e` experts, `f` width of an expert.
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,10 +42,11 @@ class SwiGLU(nn.Module):
 
 
 class ShardedMoE(MoE):
-    """A mixture of experts, every expert cut across the ranks by its width.
+    """A mixture of experts, with every expert split over the ranks along its width.
 
-    Not vLLM's fused layer: a number of experts that differs from token to token, a router for each
-    step and its loss-free bias are ours, and must choose here as they did in training.
+    It does not use vLLM's fused layer, which does not support a varying number of experts per
+    token, a router for each step or its loss-free bias. These must choose the same experts as in
+    training.
     """
 
     def __init__(self, config: DecoderConfig, num_steps: int) -> None:
@@ -68,7 +69,7 @@ class ShardedMoE(MoE):
 
 
 class StepLayer(nn.Module):
-    """Attention and MLP, as `mor_layers.models.layers.DecoderLayer`."""
+    """Attention and MLP, like `mor_layers.models.layers.DecoderLayer`."""
 
     def __init__(
         self, config: DecoderConfig, depths: Sequence[int], vllm_config: Any, has_experts: bool
@@ -103,7 +104,7 @@ class StepLayer(nn.Module):
 
 
 class StepLayers(nn.Module):
-    """Layers one after another, each at its own depths."""
+    """Layers that run one after another, each at its own depths."""
 
     def __init__(
         self,
@@ -125,7 +126,9 @@ class StepLayers(nn.Module):
 
 @contextmanager
 def in_fp32() -> Iterator[None]:
-    """Within it parameters and buffers are made in fp32: routers score in it."""
+    """A context in which parameters and buffers are created in fp32, the precision in which routers
+    score.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:

@@ -1,10 +1,10 @@
-"""A recursive decoder for vLLM's model runner. Loaded by vLLM alone, see `vllm_plugin`.
+"""A recursive decoder for vLLM's model runner. Only vLLM loads this module, see `plugin`.
 
 Every layer of the block is built once and attends at each of its depths, see `mor_vllm.attention`.
-Modules are named as those of a MoRTransformer, so a folder's weights find their places by their names
-(but for `gate` and `up`, which are one matrix here).
+Modules have the names of a MoRTransformer's, so that a folder's weights are found by name (except
+for `gate` and `up`, which are one matrix here).
 
-Legend: `t` tokens of a batch, whatever their requests; `h` hidden.
+Legend: `t` tokens of a batch, from any requests; `h` hidden.
 """
 
 import re
@@ -32,11 +32,11 @@ from mor_vllm.plugin import FIRST_STEP, hides_rows, require_servable
 
 
 class MaskedRecursion(RecursionBlock):
-    """Runs every token through every step; one that exited keeps its state.
+    """Runs every token through every step; a token that has exited keeps its state.
 
-    Each token counts as a sequence, of which a decision keeps its one row, if only as padding. So
-    nothing is selected, shapes are those of the batch whatever the router says, and nothing waits
-    for the device.
+    Each token counts as a sequence of its own, and a decision keeps its only row, if necessary as
+    padding. Therefore nothing is gathered, shapes are those of the batch whatever the router
+    decides, and nothing synchronises with the device.
     """
 
     def forward(  # type: ignore[override]
@@ -54,10 +54,11 @@ class MaskedRecursion(RecursionBlock):
         return rows[0]
 
 
-# Whole steps are one graph: no shape depends on a router. Experts are the exception, see MoRForCausalLM.
+# All steps together are one graph, because no shape depends on a router. Experts are the exception,
+# see MoRForCausalLM.
 @support_torch_compile(dynamic_arg_dims={"hidden": 0, "positions": 0})
 class MoRModel(nn.Module):
-    """The decoder, its output matrix included."""
+    """The decoder, including its output matrix."""
 
     def __init__(self, *, config: DecoderConfig, vllm_config: Any) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ class MoRModel(nn.Module):
         steps, size, before = recursion.num_recursions, schedule.block_size, schedule.prelude
 
         def block(depths: list[list[int]]) -> MaskedRecursion:
-            with in_fp32():  # routers score in it, and their buffers must not be rounded
+            with in_fp32():  # routers score in fp32, and their buffers must not be rounded
                 router = recursion.router.build(config.hidden_size, steps)
             added = recursion.build_step_input(config.hidden_size)
             layers = StepLayers(config, depths, vllm_config, config.moe is not None)
@@ -89,7 +90,7 @@ class MoRModel(nn.Module):
         self.output = head.tie_weights(self.embedding) if config.tie_embeddings else head
 
     def forward(self, hidden: Float[Tensor, "t h"], positions: Int[Tensor, " t"]) -> Tensor:
-        """The last norm's output, `[t h]`."""
+        """The output of the last norm, `[t h]`."""
         tokens = Tokens(positions[None], 1)
         hidden = self.prelude(hidden, ServedStep(0, tokens))
         for recursion in self.recursions:
@@ -98,22 +99,23 @@ class MoRModel(nn.Module):
 
 
 class MoRForCausalLM(nn.Module):
-    """What vLLM builds, loads and runs.
+    """The class that vLLM builds, loads and runs.
 
     Raises:
-        ValueError: a model, or a layout, that vLLM would compute otherwise; see `require_servable`.
+        ValueError: vLLM would compute something else for this model or layout; see
+            `require_servable`.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         if vllm_config.quant_config is not None:
-            raise ValueError("a quantized recursion was never tried. Leave out quantization=.")
+            raise ValueError("a quantized recursion has not been tested. Leave out quantization=.")
         self.decoder_config: DecoderConfig = vllm_config.model_config.hf_config.decoder_config
         require_servable(self.decoder_config, get_tensor_model_parallel_world_size())
         if self.decoder_config.moe is not None and not vllm_config.model_config.enforce_eager:
             raise ValueError(
-                "experts wait for the device, to learn how many tokens each of them has, which no "
-                "compiled graph does. Serve this model with --enforce-eager."
+                "experts synchronise with the device to learn how many tokens each of them has, "
+                "which is impossible in a compiled graph. Serve this model with --enforce-eager."
             )
         self.model = MoRModel(config=self.decoder_config, vllm_config=vllm_config)
         self.logits_processor = LogitsProcessor(self.decoder_config.vocab_size)
@@ -129,7 +131,7 @@ class MoRForCausalLM(nn.Module):
         inputs_embeds: Float[Tensor, "t h"] | None = None,
     ) -> Float[Tensor, "t h"]:
         assert intermediate_tensors is None, (
-            "vLLM refuses pipelines for models that say nothing of them"
+            "vLLM refuses pipeline parallelism for models that do not declare support for it"
         )
         hidden = inputs_embeds
         if hidden is None:
@@ -141,18 +143,22 @@ class MoRForCausalLM(nn.Module):
         return self.logits_processor(self.model.output, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Names of the parameters and buffers that the folder's tensors went to.
+        """Load a folder's tensors, and return the names of the parameters and buffers that were
+        set.
 
         Raises:
-            ValueError: a tensor has no place, one is missing, or the router is tuned to leave tokens
-                out of step 1.
+            ValueError: a tensor is not part of the model, one is missing, or the router is
+                calibrated to leave tokens out of step 1.
         """
         places = dict(self.named_parameters()) | dict(self.named_buffers())
         seen, loaded = set(), set()
         for name, tensor in weights:
             place, part = place_of(name)
             if place not in places:
-                raise ValueError(f"{name!r} has no place in this model. Is config.json its own?")
+                raise ValueError(
+                    f"the model has no tensor {name!r}. Check that config.json belongs to these "
+                    "weights."
+                )
             target = places[place]
             load = getattr(target, "weight_loader", default_weight_loader)
             load(target, tensor) if part is None else load(target, tensor, part)
@@ -176,7 +182,9 @@ class MoRForCausalLM(nn.Module):
 
     @torch.no_grad()
     def _settle_routers(self) -> None:
-        """Let routers read their buffers on the host now: a graph that is compiled cannot."""
+        """Let routers read their buffers on the host now, because a compiled graph cannot do it
+        later.
+        """
         positions = torch.zeros(1, 1, dtype=torch.long, device=self.model.norm[0].weight.device)
         rows = self.model.norm[0].weight.new_zeros(1, 1, self.decoder_config.hidden_size)
         for recursion in self.model.recursions:
@@ -186,7 +194,7 @@ class MoRForCausalLM(nn.Module):
 
 
 def place_of(name: str) -> tuple[str, int | None]:
-    """Where a folder's tensor belongs here, and which half of the matrix it is."""
+    """The name of a folder's tensor here, and which half of the fused matrix it is."""
     gated = re.fullmatch(r"(.*\.mlp\.)(gate|up)\.weight", name)
     if gated:
         return f"{gated[1]}gate_up.weight", ("gate", "up").index(gated[2])

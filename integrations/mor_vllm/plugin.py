@@ -1,37 +1,40 @@
-"""vLLM's plugin: `pip install ".[hf]"` beside vLLM, then `vllm serve model/`.
+"""vLLM's plugin: `pip install ".[hf]"` next to vLLM, then `vllm serve model/`.
 
-vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`). A folder of
-`mor_layers.weights.folder` is served as it is; what can be is said by `require_servable`.
+vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`). A folder
+of `mor_layers.weights.folder` is served unchanged; `require_servable` says which models are
+supported.
 """
 
 from mor_layers import DecoderConfig
 
 ARCHITECTURE = "MoRForCausalLM"
-"""Of a folder's config.json."""
+"""The entry of `architectures` in a folder's config.json."""
 FIRST_STEP = (
-    "step 1 leaves tokens out, whose keys later steps would see. Heads have room to hide them only "
-    "where the router's capacity_factors say so. Calibrate step 1 to all tokens, or use "
+    "step 1 leaves tokens out, whose keys later steps would see. Heads have room to hide them "
+    "only if the router's capacity_factors say so. Calibrate step 1 to all tokens, or use "
     "DepthBatchingEngine."
 )
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-"""Sizes of heads that vLLM's kernels for CPUs take; those for GPUs take most of them too."""
+"""Head sizes that vLLM's kernels for CPUs support; those for GPUs support most of them, too."""
 
 
 def register() -> None:
-    """Let vLLM load our folders: their configuration, and the model that reads their weights."""
+    """Register the configuration and the model class of our folders with vLLM."""
     from vllm import ModelRegistry  # type: ignore[import-not-found]
 
     import mor_huggingface  # noqa: F401 (AutoConfig then knows the folders)
 
-    # By name: the module initializes no device before vLLM has forked its workers.
+    # By name, because importing the module would initialise the device before vLLM forks its
+    # workers.
     ModelRegistry.register_model(ARCHITECTURE, f"mor_vllm.model:{ARCHITECTURE}")
 
 
 def hides_rows(config: DecoderConfig) -> bool:
-    """Whether caches of the recursion hold rows that must not be seen, those of exited tokens.
+    """Whether caches of the recursion have rows of exited tokens that must not be seen.
 
-    Under `exit_state` the rows of exited tokens are meant to be seen. Where step 1's rows serve all
-    steps, or stand in for those of exited tokens, there are rows to hide only if step 1 leaves some out.
+    Under `exit_state`, the rows of exited tokens are meant to be seen. If the rows of step 1 serve
+    all steps, or stand in for those of exited tokens, there are rows to hide only if step 1 leaves
+    tokens out.
     """
     recursion = config.effective_recursion
     router, policy = recursion.router, recursion.kv_policy
@@ -43,7 +46,7 @@ def hides_rows(config: DecoderConfig) -> bool:
 
 
 def cached_head_size(size: int) -> int:
-    """The smallest size of heads that vLLM's kernels take and `size` numbers fit in.
+    """The smallest head size that vLLM's kernels support and that has room for `size` numbers.
 
     Raises:
         ValueError: there is none.
@@ -52,20 +55,21 @@ def cached_head_size(size: int) -> int:
         if size <= allowed:
             return allowed
     raise ValueError(
-        f"heads of {size} numbers cannot be served by vLLM, whose kernels take {HEAD_SIZES[-1]} at "
-        "most. Use DepthBatchingEngine."
+        f"heads of {size} numbers cannot be served by vLLM, whose kernels support at most "
+        f"{HEAD_SIZES[-1]}. Use DepthBatchingEngine."
     )
 
 
 def require_servable(config: DecoderConfig, tensor_parallel: int = 1) -> None:
-    """Refuse what vLLM's model runner would compute otherwise than we do.
+    """Refuse models for which vLLM's model runner would compute something else than we do.
 
-    It runs all tokens of a batch through every layer, and each attention layer keeps a row of every
-    token. A token that exited goes along and keeps its state; its rows of later steps are not kept,
-    hidden, or those that the KV policy asks for. See `mor_vllm.attention`.
+    The runner passes all tokens of a batch through every layer, and each attention layer stores a
+    row for every token. A token that has exited is passed along and keeps its state. Its rows of
+    later steps are not stored, hidden, or those that the KV policy requires. See
+    `mor_vllm.attention`.
 
     Raises:
-        ValueError: for the first such setting: what it is, why not, and what to use.
+        ValueError: for the first such setting, with the reason and what to use instead.
     """
     recursion, moe = config.effective_recursion, config.moe
     cached_head_size(config.head_size + hides_rows(config))
@@ -79,19 +83,19 @@ def require_servable(config: DecoderConfig, tensor_parallel: int = 1) -> None:
         (
             moe is not None and moe.capacity_factor is not None,
             f"moe.capacity_factor={moe and moe.capacity_factor}",
-            "requests would push each other's tokens out. Set capacity_factor to null in config.json: "
-            "no token is then dropped.",
+            "requests would push each other's tokens out of the experts. Set capacity_factor to "
+            "null in config.json, so that no token is dropped.",
         ),
         (
             recursion.relaxation is not None,
             f"relaxation={recursion.relaxation}",
-            "its linear layers know no step. `mor convert --to llama` merges deltas where nothing "
-            "routes; else use DepthBatchingEngine.",
+            "its linear layers do not know the step. `mor convert --to llama` merges deltas into "
+            "a model without routing; otherwise use DepthBatchingEngine.",
         ),
         (
             recursion.residual_scale is not None,
             f"residual_scale={recursion.residual_scale}",
-            "its layers add every branch as it is. Use DepthBatchingEngine.",
+            "its layers add every branch unscaled. Use DepthBatchingEngine.",
         ),
         (
             any(size % tensor_parallel for size in sizes.values()),

@@ -13,8 +13,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from mor_layers.generation.cache import CacheSettings
-from mor_layers.generation.runner import Finished, ModelRunner
+from mor_layers.generation.logprobs import Logprobs, logprobs_of
+from mor_layers.generation.penalties import adjusted
+from mor_layers.generation.runner import Finished, FinishedSpan, ModelRunner
 from mor_layers.generation.sampling import Sampler, has_distribution, sample
 from mor_layers.generation.scheduling import FinishReason, Progress, Request, Scheduler
 from mor_layers.generation.text_stream import TextStream
@@ -38,6 +42,11 @@ class Event:
     """Number of steps that the preceding token took. The logits of `token` were computed from it."""
     prompt_depths: tuple[int, ...] = ()
     """Number of steps that each prompt token took. Only set in the event of the first token."""
+    logprobs: Logprobs | None = None
+    """Of `token`, if the request asks for it."""
+    prompt_logprobs: tuple[Logprobs, ...] = ()
+    """Of each prompt token but the first, if the request asks for them. Only set in the event of the
+    first token."""
     text: str = ""
     """Text that became final. Text that may turn out to begin a stop string is held back."""
     finish_reason: FinishReason | None = None
@@ -109,6 +118,7 @@ class DepthBatchingEngine:
         self._open: dict[int, Progress] = {}
         self._texts: dict[int, TextStream] = {}
         self._prompt_depths: dict[int, list[int]] = {}
+        self._prompt_logprobs: dict[int, list[Logprobs]] = {}
         self._pending: list[Event] = []
 
     @property
@@ -139,11 +149,20 @@ class DepthBatchingEngine:
             )
         if not all(0 <= i < self.vocab_size for i in request.ids):
             raise ValueError(f"ids must be in 0..{self.vocab_size - 1}, the model's vocabulary.")
+        if not all(0 <= i < self.vocab_size for i, _ in request.sampling.logit_bias):
+            raise ValueError(
+                f"logit_bias has token ids outside of 0..{self.vocab_size - 1}, the model's vocabulary."
+            )
+        if (request.num_logprobs or 0) > self.vocab_size:
+            raise ValueError(
+                f"num_logprobs={request.num_logprobs} exceeds the vocabulary of {self.vocab_size}."
+            )
         if request.stop and self.decode is None:
             raise ValueError("stop strings need an engine with `decode`. Pass it, or use stop_ids.")
         progress = self.scheduler.submit(request)
         self._open[progress.number] = progress
         self._prompt_depths[progress.number] = []
+        self._prompt_logprobs[progress.number] = []
         if self.decode is not None:
             self._texts[progress.number] = TextStream(self.decode, request.stop)
         return progress.number
@@ -234,39 +253,85 @@ class DepthBatchingEngine:
                 known[entry.span.start :] = entry.depths
             if entry.span.is_last:
                 done.append((progress, entry.depths[-1]))
-        if not done:
-            return []
-        settings = [progress.request.sampling for progress, _ in done]
-        numbers = [progress.num_generated for progress, _ in done]
+            if entry.logits is not None:
+                self._note_prompt_logprobs(progress, entry)
+        return self._sampled(done, finished.logits) if done else []
+
+    def _note_prompt_logprobs(self, progress: Progress, entry: FinishedSpan) -> None:
+        """Store the log-probabilities of the prompt tokens that follow those of a span."""
+        assert entry.logits is not None and progress.request.num_logprobs is not None
+        start, ids = entry.span.start, progress.request.ids
+        following = ids[start + 1 : start + 1 + len(entry.depths)]
+        counts = [progress.request.num_logprobs] * len(following)
+        found = logprobs_of(entry.logits[: len(following)], following, counts)
+        self._prompt_logprobs[progress.number][start:] = found
+
+    def _sampled(self, done: list[tuple[Progress, int]], logits: Tensor) -> list[Event]:
+        """Choose the next token of each sequence from its row of the logits.
+
+        Args:
+            done: the sequences, and the depth of the last token of each.
+        """
+        progresses = [progress for progress, _ in done]
+        settings = [progress.request.sampling for progress in progresses]
+        texts = [progress.tokens for progress in progresses]
+        prompt_lengths = [len(progress.request.ids) for progress in progresses]
+        scores = adjusted(logits, settings, texts, prompt_lengths)
         # Logits that do not define a distribution end their own request only. The sampler gets
         # zeros in their place, so that the other requests of the batch are not affected.
-        is_defined = has_distribution(finished.logits)
-        logits = finished.logits.where(is_defined[:, None], 0.0)
-        picked = self.sampler(logits, settings, numbers)
-        tokens = picked.where(is_defined, -1).tolist()  # the only synchronization with the device
-        return [self._advance(p, token, d) for (p, d), token in zip(done, tokens, strict=True)]
+        is_defined = has_distribution(scores)
+        scores = scores.where(is_defined[:, None], 0.0)
+        picked = self.sampler(scores, settings, [progress.num_generated for progress in progresses])
+        tokens = picked.where(
+            is_defined, -1
+        ).tolist()  # without logprobs, the only wait for the device
+        logprobs = self._logprobs(progresses, tokens, logits)
+        return [
+            self._advance(progress, tokens[row], depth, logprobs.get(row))
+            for row, (progress, depth) in enumerate(done)
+        ]
 
-    def _advance(self, progress: Progress, token: int, depth: int) -> Event:
+    @staticmethod
+    def _logprobs(
+        progresses: list[Progress], tokens: list[int], logits: Tensor
+    ) -> dict[int, Logprobs]:
+        """By row: the log-probabilities of the chosen tokens whose requests ask for them."""
+        counts = {
+            row: progress.request.num_logprobs
+            for row, progress in enumerate(progresses)
+            if progress.request.num_logprobs is not None and tokens[row] >= 0
+        }
+        rows = list(counts)
+        found = logprobs_of(logits[rows], [tokens[row] for row in rows], list(counts.values()))
+        return dict(zip(rows, found, strict=True))
+
+    def _advance(
+        self, progress: Progress, token: int, depth: int, logprobs: Logprobs | None
+    ) -> Event:
         """Add a token to a sequence. A token of -1 means that none could be chosen."""
         if token < 0:
             return self._finish(progress, "error", error=NOT_FINITE)
         progress.tokens.append(token)
         self.counters.generated_tokens += 1
-        is_first = progress.num_generated == 1
-        request = progress.request
-        prompt_depths = self._prompt_depths[progress.number][: len(request.ids)] if is_first else ()
+        request, number = progress.request, progress.number
         reason: FinishReason | None = None
         text, met_stop = "", False
-        if self.decode is not None:
+        if self.decode is not None and token not in request.stop_ids:
             try:
-                text, met_stop = self._texts[progress.number].push(token)
+                text, met_stop = self._texts[number].push(token)
             except Exception as raised:  # raised by the tokenizer for this text
                 return self._finish(progress, "error", error=_undecodable(raised))
         if met_stop or token in request.stop_ids:
             reason = "stop"
         elif progress.num_generated == request.max_new_tokens:
             reason = "length"
-        event = Event(progress.number, token, depth, tuple(prompt_depths), text)
+        event = Event(number, token, depth, text=text, logprobs=logprobs)
+        if progress.num_generated == 1:
+            event = replace(
+                event,
+                prompt_depths=tuple(self._prompt_depths[number][: len(request.ids)]),
+                prompt_logprobs=tuple(self._prompt_logprobs[number]),
+            )
         if reason is None:
             return event
         end = self._finish(progress, reason)
@@ -281,7 +346,8 @@ class DepthBatchingEngine:
         self.scheduler.leave(progress)
         if slot is not None and drop:
             self.runner.drop(slot)
-        del self._open[progress.number], self._prompt_depths[progress.number]
+        for known in (self._open, self._prompt_depths, self._prompt_logprobs):
+            del known[progress.number]
         stream = self._texts.pop(progress.number, None)
         self.counters.finished += 1
         text = ""

@@ -28,6 +28,8 @@ class FinishedSpan:
     span: Span
     depths: list[int]
     """Number of steps that each token of the span took."""
+    logits: Float[Tensor, "t v"] | None = None
+    """Logits after each token of the span, if it needs all of them."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,18 @@ class ModelRunner:
         slots, positions, places = self._places(spans)
         hidden = self.cached.end(self._final[slots, places], slots, positions)
         depths = iter(self._depths[slots, places].tolist())
-        finished = [FinishedSpan(span, list(islice(depths, len(span.ids)))) for span in spans]
-        ends = accumulate(len(span.ids) for span in spans if span.is_last)
-        index = torch.tensor([end - 1 for end in ends], dtype=torch.long).to(self.cached.device)
-        return Finished(finished, self.model.output(self.model.norm(hidden[index])))
+        ends = list(accumulate(len(span.ids) for span in spans))
+        finished = [
+            FinishedSpan(
+                span,
+                list(islice(depths, len(span.ids))),
+                self._logits(hidden[end - len(span.ids) : end]) if span.needs_all_logits else None,
+            )
+            for span, end in zip(spans, ends, strict=True)
+        ]
+        last = [end - 1 for span, end in zip(spans, ends, strict=True) if span.is_last]
+        index = torch.tensor(last, dtype=torch.long).to(self.cached.device)
+        return Finished(finished, self._logits(hidden[index]))
+
+    def _logits(self, hidden: Float[Tensor, "b h"]) -> Float[Tensor, "b v"]:
+        return self.model.output(self.model.norm(hidden))

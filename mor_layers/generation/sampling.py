@@ -30,8 +30,20 @@ class Sampling:
     top_p: float = 1.0
     """Sample among the smallest set of most likely tokens whose total probability reaches this
     value. In (0, 1]."""
+    min_p: float = 0.0
+    """Sample among the tokens whose probability is at least this share of the most likely token's,
+    before `top_k` and `top_p` apply. In [0, 1]. 0: no limit. (arXiv:2407.01082)"""
     seed: int = 0
     """Seed of the request's random numbers."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits, and multiplies negative ones, of all tokens that occur in the prompt or
+    in the generated text. In 0.01..100. 1: no penalty. (arXiv:1909.05858)"""
+    presence_penalty: float = 0.0
+    """Is subtracted from the logits of tokens that were generated. In -2..2."""
+    frequency_penalty: float = 0.0
+    """Is subtracted from the logit of a token for each time that it was generated. In -2..2."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids, and what is added to their logits. In -100..100."""
 
     def __post_init__(self) -> None:
         # Integers have no largest value, but tensors must be able to hold the number.
@@ -41,6 +53,23 @@ class Sampling:
             raise ValueError(f"top_k={self.top_k} must be 0 (no limit) or more.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be in (0, 1].")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p} must be in [0, 1].")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise ValueError(
+                f"repetition_penalty={self.repetition_penalty} must be in 0.01..100; 1 is no penalty."
+            )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise ValueError(f"{name}={getattr(self, name)} must be in -2..2; 0 is no penalty.")
+        if not all(-100 <= bias <= 100 for _, bias in self.logit_bias):
+            raise ValueError(f"logit_bias={self.logit_bias} must have values in -100..100.")
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether the logits change before they are sampled, see `penalties`."""
+        penalties = self.presence_penalty, self.frequency_penalty
+        return bool(self.logit_bias) or self.repetition_penalty != 1 or any(penalties)
 
     @property
     def is_limited(self) -> bool:
@@ -85,6 +114,8 @@ def sample(
             own_logits = logits[rows].double()
             largest = own_logits.amax(dim=-1, keepdim=True)
             scaled = (own_logits - largest) / temperature[:, None]
+            min_p = torch.tensor([own.min_p for own in some], dtype=torch.float64)
+            scaled = scaled.masked_fill(scaled < min_p.log().to(scaled)[:, None], -torch.inf)
             tokens[rows] = _limited(scaled, some, draw) if is_limited else _drawn(scaled, draw)
     return tokens
 

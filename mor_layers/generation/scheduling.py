@@ -22,6 +22,13 @@ PATIENCE = 1.0
 Preemption is the last resort, because the preempted request must be recomputed. Most slots become
 free sooner."""
 
+TURN = 128
+"""Tokens that a request of a named client may generate before it must give its slot to one that has
+waited for `PATIENCE` seconds. Long answers therefore cannot hold up a short one, whoever sent them.
+
+A turn is never shorter than what the slot's owner had to compute to begin it. Recomputation therefore
+at most doubles the number of tokens that are computed, and every turn makes progress."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -34,13 +41,21 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     """How to choose the next token."""
     stop_ids: tuple[int, ...] = ()
-    """Tokens that end the text. The token that ended it is reported."""
+    """Tokens that end the text. The token that ended it is reported, but is not part of `Event.text`."""
     stop: tuple[str, ...] = ()
     """Strings that end the text and are removed from it. They need an engine with `decode`."""
     timeout: float | None = None
     """Seconds after submission at which the request ends unfinished. None: no timeout."""
+    num_logprobs: int | None = None
+    """Report the log-probability of every generated token, and so many of the most likely tokens at its
+    place. None: report none."""
+    prompt_logprobs: bool = False
+    """Report the same for the tokens of the prompt. Needs `num_logprobs`."""
+    priority: int = 0
+    """Among the waiting requests of a client, the one with the lowest number comes next."""
     client: str = ""
-    """The sender. Clients share the engine equally, regardless of their number of requests."""
+    """The sender. Clients share the engine equally, regardless of their number of requests, and long
+    requests take turns. If empty, requests are served in order, for the highest throughput."""
 
     def __post_init__(self) -> None:
         if not self.ids:
@@ -51,6 +66,12 @@ class Request:
             raise ValueError(f"timeout={self.timeout} must be above 0, or None for no timeout.")
         if not all(self.stop):
             raise ValueError(f"stop={self.stop} has an empty string, which would end every text.")
+        if self.num_logprobs is not None and self.num_logprobs < 0:
+            raise ValueError(
+                f"num_logprobs={self.num_logprobs} must be 0 or more, or None for none."
+            )
+        if self.prompt_logprobs and self.num_logprobs is None:
+            raise ValueError("prompt_logprobs=True needs num_logprobs. Set it, to 0 or more.")
 
     @property
     def max_length(self) -> int:
@@ -70,6 +91,12 @@ class Progress:
     submitted: float
     """Time of submission, in seconds of the scheduler's clock."""
     deadline: float | None
+    place: int
+    """Its place among the waiting requests of its client. The lowest comes next."""
+    queued: float
+    """When it was last put into the queue, in seconds of the scheduler's clock."""
+    num_known: int = 0
+    """Number of tokens that were known when it got its slot."""
     slot: int | None = None
     """The slot that it runs in, or None while it waits."""
     num_started: int = 0
@@ -86,6 +113,12 @@ class Progress:
         """Number of known tokens that have not entered the model yet."""
         return len(self.tokens) - self.num_started
 
+    @property
+    def has_had_its_turn(self) -> bool:
+        """Whether it has generated enough since it got its slot to give the slot to another one."""
+        turn = max(TURN, self.num_known)
+        return bool(self.request.client) and len(self.tokens) - self.num_known >= turn
+
 
 @dataclass(frozen=True)
 class Span:
@@ -97,10 +130,12 @@ class Span:
     ids: list[int]
     is_last: bool
     """Whether the span ends with the last known token, so that its logits give the next one."""
+    needs_all_logits: bool = False
+    """Whether the logits of all its tokens are needed, not only those of the last one."""
 
 
 class Scheduler:
-    """Assigns slots and pages to requests. Clients get equal shares; each is served in order.
+    """Assigns slots and pages to requests. Clients get equal shares of the slots.
 
     Args:
         num_slots: largest number of requests that run at the same time.
@@ -128,7 +163,7 @@ class Scheduler:
         self.running: dict[int, Progress] = {}
         self._free_slots = list(range(num_slots))[::-1]
         self._promised = [0] * len(budgets)
-        self._submitted = 0
+        self._submitted = self._queued = 0
 
     def submit(self, request: Request) -> Progress:
         """Queue a request.
@@ -145,7 +180,8 @@ class Scheduler:
             )
         now = self.clock()
         deadline = None if request.timeout is None else now + request.timeout
-        progress = Progress(self._submitted, request, list(request.ids), now, deadline)
+        number, tokens = self._submitted, list(request.ids)
+        progress = Progress(number, request, tokens, now, deadline, self._next_place(), now)
         self._submitted += 1
         self.waiting.append(progress)
         return progress
@@ -159,7 +195,7 @@ class Scheduler:
     def admit(self, free: tuple[int, ...]) -> None:
         """Admit waiting requests to slots, as long as their expected demand of pages fits.
 
-        The next request is the oldest one of the client with the fewest running requests. No
+        The next request is the first one of the client with the fewest running requests. No
         request overtakes one that does not fit, or a long request might wait forever. If nothing
         runs, the next request is admitted regardless of its expected demand.
 
@@ -179,6 +215,7 @@ class Scheduler:
             self.waiting.remove(progress)
             progress.slot = self._free_slots.pop()
             progress.num_started = progress.in_flight = 0
+            progress.num_known = len(progress.tokens)
             self.running[progress.slot] = progress
             self._promised = wanted
 
@@ -195,8 +232,13 @@ class Scheduler:
             progress.num_started += length
             progress.in_flight = length
             assert progress.slot is not None
-            ids = progress.tokens[start : start + length]
-            spans.append(Span(progress.slot, start, ids, not progress.num_left))
+            ids, request = progress.tokens[start : start + length], progress.request
+            needs_all = (
+                request.prompt_logprobs
+                and not progress.num_generated
+                and start < len(request.ids) - 1
+            )
+            spans.append(Span(progress.slot, start, ids, not progress.num_left, needs_all))
         return spans
 
     def last(self) -> Progress | None:
@@ -211,18 +253,26 @@ class Scheduler:
         return max(self.running.values(), key=lambda p: (running[p.request.client], p.number))
 
     def unfair(self) -> Progress | None:
-        """The request to preempt for a client that has waited longer than `PATIENCE`, or None.
+        """The request to preempt for one that has waited longer than `PATIENCE`, or None.
 
-        Call this after `admit`. A client loses a request only if it still runs at least as many as
-        the waiting client afterwards. Otherwise the two could preempt each other in turn.
+        Call this after `admit`. The slot comes from the client that runs the most requests, if it
+        still runs at least as many as the waiting client afterwards. Otherwise it comes from a
+        request that has had its turn, of a client that runs no less than the waiting one. These
+        conditions keep two requests from preempting each other without making progress.
         """
         progress, waiting = self.last(), self._next() if self.waiting else None
-        if progress is None or waiting is None:
+        if progress is None or waiting is None or self.clock() - waiting.queued < PATIENCE:
             return None
-        running = self._running_by_client()
-        surplus = running[progress.request.client] - running[waiting.request.client]
-        has_waited = self.clock() - waiting.submitted >= PATIENCE
-        return progress if surplus >= 2 and has_waited else None
+        running, client = self._running_by_client(), waiting.request.client
+        if running[progress.request.client] - running[client] >= 2:
+            return progress
+        finished_turns = [
+            p
+            for p in self.running.values()
+            if p.has_had_its_turn
+            and running[p.request.client] >= running[client] + (p.request.client != client)
+        ]
+        return min(finished_turns, key=lambda p: p.place, default=None)
 
     def leave(self, progress: Progress) -> None:
         """Remove a finished or cancelled request. The caller must free its pages."""
@@ -238,14 +288,24 @@ class Scheduler:
     def preempt(self, progress: Progress) -> None:
         """Put a request back into the queue, to be recomputed from its known tokens.
 
-        It keeps its number, so it runs before all requests that its client sent later.
+        If it has had its turn, it goes to the end of its client's queue. Otherwise it keeps its
+        place, so it runs before all requests that its client sent later.
         """
         self.leave(progress)
+        progress.queued = self.clock()
+        if progress.has_had_its_turn:
+            progress.place = self._next_place()
         self.waiting.append(progress)
 
     def _next(self) -> Progress:
         running = self._running_by_client()
-        return min(self.waiting, key=lambda p: (running[p.request.client], p.number))
+        return min(
+            self.waiting, key=lambda p: (running[p.request.client], p.request.priority, p.place)
+        )
+
+    def _next_place(self) -> int:
+        self._queued += 1
+        return self._queued
 
     def _running_by_client(self) -> Counter[str]:
         return Counter(progress.request.client for progress in self.running.values())

@@ -28,7 +28,8 @@ DropPolicy = Literal["probability", "position"]
 
 
 MOST_EXPERTS = 4096
-"""Of a layer. Each is a module: a file that asks for more is damaged, and is refused at once."""
+"""Largest number of experts of a layer. Each is a module, so a larger number in a damaged file is
+refused before they are built."""
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ from mor_layers.routers import FixedDepth, RouterConfig
 from mor_layers.settings import check_types, require_choice
 
 MOST_LAYERS = 4096
-"""Most layers, and most recursions, that a model may have. Each is made of modules, which takes
-time before a tensor is made: settings that ask for more are a mistake, and are refused at once."""
+"""Largest number of layers, and of recursions, of a model. Layers are modules, which take time to
+build even without tensors, so larger numbers are taken for a mistake and refused at once."""
 MOST_NUMBERS = 2**24
-"""Largest width of a layer. With it no tensor has more numbers than fit into 64 bits."""
+"""Largest width of a layer. Up to it, the number of elements of any tensor fits into 64 bits."""
 MOST_TOKENS = 2**31 - 1
-"""Largest vocabulary: ids are kept in 32 bits."""
+"""Largest vocabulary: ids are stored in 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class RecursionConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.router, RouterConfig):
             raise ValueError(
-                f"router={self.router!r} is no RouterConfig. Give one, such as ExpertChoice() or "
-                "FixedDepth(); a name and settings are for YAML."
+                f"router={self.router!r} is not a RouterConfig. Use one such as ExpertChoice() or "
+                "FixedDepth(); a name with settings is for YAML."
             )
         check_types(self)
         if self.num_recursions < 1:
@@ -242,14 +242,14 @@ class DecoderConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0, and finite.")
         if self.head_dim is not None and (self.head_dim < 2 or self.head_dim % 2):
             raise ValueError(
-                f"head_dim={self.head_dim} must be even and at least 2, since RoPE turns pairs of "
-                "a head's numbers."
+                f"head_dim={self.head_dim} must be even and at least 2, because RoPE rotates the "
+                "numbers of a head in pairs."
             )
         if self.head_dim is None and (self.hidden_size % self.num_heads or self.head_size % 2):
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be an even multiple of "
-                f"num_heads={self.num_heads}, since RoPE turns pairs of a head's numbers. Or give "
-                "head_dim."
+                f"num_heads={self.num_heads}, because RoPE rotates the numbers of a head in pairs. "
+                "Or set head_dim."
             )
         if self.kv_heads < 1 or self.num_heads % self.kv_heads:
             raise ValueError(

@@ -101,7 +101,7 @@ def summed(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class RecursionBlock(nn.Module):
-    """Runs `layers` `router.num_recursions` times, each time on fewer tokens.
+    """Runs `layers` `router.num_recursions` times, each time on the tokens that still continue.
 
     Source: Bae et al. 2025 (arXiv 2507.10524), section 2.2.
 
@@ -111,9 +111,9 @@ class RecursionBlock(nn.Module):
 
     Args:
         layers: the shared stack, see `RecursionLayers`. There is one copy of it.
-        router: decides which tokens go on to the next step.
+        router: decides which tokens continue to the next step.
         kv_policy: which keys and values attention sees at later steps.
-        placement: where the rows of hidden states live. By default they are all on this rank.
+        placement: where the rows of hidden states are stored. By default they are all on this rank.
         recompute: recompute the layers step by step in the backward pass instead of keeping
             their activations.
         step_input: what is added to the states that enter the layers.
@@ -191,7 +191,8 @@ class RecursionBlock(nn.Module):
         """Decide which of a step's candidates run it.
 
         Args:
-            candidates: states of the previous decision's tokens, as far as they live on this rank.
+            candidates: states of those of the previous decision's tokens that are stored on this
+                rank.
             step: 0-based recursion step.
             previous: the candidates, and what was planned for them.
             causal: do not let a token's depth depend on later tokens. Generation needs this.

@@ -7,8 +7,8 @@ With 6 unrolled layers and 3 recursions (capital letters are distinct weights):
     middle_cycle     first | A B | A B | A B | last      (8 unrolled layers)
     middle_sequence  first | A A A | B B B | last        (8 unrolled layers)
 
-How many layers come before and after the recursion can also be said outright, under any scheme. With
-`prelude_layers=2` and `coda_layers=1`, `cycle` and `middle_cycle` both run
+The number of layers before and after the recursion can also be set explicitly, under any scheme.
+With `prelude_layers=2` and `coda_layers=1`, `cycle` and `middle_cycle` both run
 
     first second | A B | A B | A B | last                (9 unrolled layers)
 
@@ -29,8 +29,8 @@ class SharingSchedule:
     """How `num_unrolled_layers` layers of computation share fewer layers of weights.
 
     Raises:
-        ValueError: an unknown scheme, a count below 1, or layers that do not divide into equal
-            recursions; the message names the nearest counts that do.
+        ValueError: the scheme is unknown, a number is below 1, or the layers cannot be divided into
+            equal recursions; the message names the nearest numbers that can.
     """
 
     num_unrolled_layers: int
@@ -74,7 +74,7 @@ class SharingSchedule:
 
     @property
     def has_published_ends(self) -> bool:
-        """Whether prelude and coda are as long as the paper's scheme of this name has them."""
+        """Whether prelude and coda are as long as in the paper's scheme of this name."""
         return self.prelude == self.coda == self._of_scheme
 
     @property
@@ -89,7 +89,7 @@ class SharingSchedule:
 
     @property
     def is_cyclic(self) -> bool:
-        """Whether a step runs the whole block, which is what token routing needs."""
+        """Whether a step runs the whole block, which token routing requires."""
         return self.sharing in ("cycle", "middle_cycle")
 
     @property
@@ -122,7 +122,7 @@ class SharingSchedule:
 
 
 def require_lengths(prelude_layers: int | None, coda_layers: int | None) -> None:
-    """Raise ValueError unless prelude and coda are given 0 or more layers, or none are given."""
+    """Raise ValueError if the prelude or coda is given a negative number of layers."""
     for name, value in (("prelude_layers", prelude_layers), ("coda_layers", coda_layers)):
         if value is not None and value < 0:
             raise ValueError(

@@ -25,18 +25,19 @@ from mor_layers.selection import RoutingDecision
 
 @dataclass(frozen=True)
 class StepScores:
-    """How a router scores tokens for one step, for display."""
+    """How a router scores tokens for one step, for display only."""
 
     step: int
     """The 0-based step that the scores refer to."""
     values: Float[Tensor, "n b"]
     """One score per candidate of that step."""
     threshold: float | None = None
-    """In generation, a token runs the step if its score exceeds this. None: no threshold decides."""
+    """In generation, a token runs the step if its score exceeds this. None: the router uses no
+    threshold."""
 
 
 class Router(PreciseBuffers, ABC):
-    """Decides, step by step, which tokens go on. Subclass it to write your own router.
+    """Decides, step by step, which tokens continue. Subclass it to write your own router.
 
     The work is split into parts, so that the same router works on one process and on many. `logits`
     scores each token by itself, on the rank that has its hidden state. `decide` sees the logits of
@@ -210,7 +211,7 @@ class RouterConfig(ABC):
         The default measures which matrices `Router.logits` uses, and assumes that all logits reach
         a loss.
         """
-        # Parameters made in inference mode would take part in no backward pass.
+        # Parameters made in inference mode could not take part in a backward pass.
         with torch.inference_mode(False), torch.device("meta"):
             router = self.build(hidden_size, num_recursions)
         if type(router).logits is Router.logits:  # not overridden, so there are no logits
@@ -218,7 +219,8 @@ class RouterConfig(ABC):
         return measured_scorers(router, hidden_size)
 
     def notes_for(self, num_recursions: int) -> tuple[StepNotes, ...]:
-        """For each step, what decisions note about each token and pipeline stages must send on.
+        """For each step, what decisions record about each token, which pipeline stages must send
+        on.
 
         The default runs the router once on a few tokens and looks at its decisions.
         """
@@ -231,7 +233,7 @@ class RouterConfig(ABC):
             ValueError: they cannot, which is the default.
         """
         raise ValueError(
-            f"router={type(self).__name__!r} has no place in a published checkpoint. Keep the model "
+            f"published checkpoints cannot describe router={type(self).__name__!r}. Keep the model "
             "in our format."
         )
 

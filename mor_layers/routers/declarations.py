@@ -50,10 +50,11 @@ class StepNotes:
 
 @dataclass(frozen=True)
 class PublishedRouter:
-    """A router's place in checkpoints of the published Mixture-of-Recursions code."""
+    """How checkpoints of the published Mixture-of-Recursions code describe a router."""
 
     settings: Mapping[str, Any]
-    """Entries of the section `mor` of the settings. The other sections are as without a router."""
+    """Entries of the section `mor` of the settings. The other sections are as for a model without a
+    router."""
     layers: PublishedLayers
     """How the model's list of layers holds the shared ones. `every_pass`: one entry for each layer of
     each pass, as in a plain model. `every_step`: one entry for each step. `one_entry`: one entry for

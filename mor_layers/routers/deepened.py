@@ -79,7 +79,9 @@ class Deepened(RouterConfig):
         return DeepenedRouter(trained, self.extra_steps)
 
     def _continued[T](self, values: tuple[T, ...]) -> tuple[T, ...]:
-        """What was declared of the trained steps, the last one's for the further steps too."""
+        """Values declared for the trained steps, with the last one repeated for the additional
+        steps.
+        """
         return values + values[-1:] * self.extra_steps
 
 

@@ -1,4 +1,4 @@
-"""The small network that scores tokens, and how scores become a choice.
+"""The small network that scores tokens.
 
 Legend: `b` batch, `n` candidates of a step, `h` hidden, `c` logits per token.
 """
@@ -45,7 +45,7 @@ class Scorer(nn.Module):
     def forward(
         self, hidden: Float[Tensor, "n b h"], temperature: float = 1.0
     ) -> Float[Tensor, "n b c"]:
-        """Logits of the states after these are divided by a temperature."""
+        """Logits of the states, which are divided by a temperature first."""
         values = hidden.float() if temperature == 1.0 else (hidden / temperature).float()
         for i in range(len(self.weights)):
             if i:
@@ -55,7 +55,9 @@ class Scorer(nn.Module):
 
 
 def bar_above(values: Float[Tensor, " t"], count: float) -> float:
-    """A number that `count` (rounded) of the values exceed, halfway between two neighbours."""
+    """A number that `count` (rounded) of the values exceed, halfway between two neighbouring
+    values.
+    """
     kept = min(len(values), max(0, round(count)))
     if kept == 0:
         return torch.finfo(torch.float32).max
@@ -68,7 +70,7 @@ def bar_above(values: Float[Tensor, " t"], count: float) -> float:
 def scorer_matrices(
     architecture: str, hidden_size: int, num_logits: int
 ) -> tuple[ScorerMatrix, ...]:
-    """What a `Scorer` multiplies a token with."""
+    """The matrices by which a `Scorer` multiplies a token."""
     if architecture == "linear":
         return (ScorerMatrix(hidden_size * num_logits),)
     inner = 2 * hidden_size
@@ -78,13 +80,13 @@ def scorer_matrices(
 def published_scorer(
     ours: str, entry: int, theirs: str, architecture: str
 ) -> dict[str, tuple[int, str]]:
-    """Where the published code keeps a `Scorer`'s matrices: see `PublishedRouter.names`.
+    """The names of a `Scorer`'s matrices in published checkpoints (see `PublishedRouter.names`).
 
     Args:
         ours: name of the scorer in our router.
-        entry: its entry among the model's layers, counted from the recursion's first.
+        entry: index of its entry in the list of layers, counted from the recursion's first entry.
         theirs: name of the published router in that entry.
-        architecture: of the scorer.
+        architecture: architecture of the scorer.
     """
     layers = ("router",) if architecture == "linear" else ("router.0", "router.2")
     return {

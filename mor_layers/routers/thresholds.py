@@ -18,7 +18,8 @@ Dial = Literal["depth", "width"]
 
 NUM_BINS = 1024
 _FINEST = 1e-4
-"""Distance from the threshold below which bins are evenly wide; beyond, they widen in proportion."""
+"""Distance from the threshold up to which bins have equal width; beyond it, widths grow in
+proportion."""
 _REACH = 15.0
 """asinh(distance / _FINEST) of the outermost bin: a distance of about 160."""
 

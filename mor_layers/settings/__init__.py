@@ -9,6 +9,7 @@ from mor_layers.settings.mapping import (
     plain_fields,
     to_mapping,
 )
+from mor_layers.settings.yaml_files import read_yaml, require_shallow
 
 __all__ = [
     "check_types",
@@ -16,8 +17,10 @@ __all__ = [
     "has_own_form",
     "load_config",
     "plain_fields",
+    "read_yaml",
     "require_choice",
     "require_not_negative",
     "require_positive",
+    "require_shallow",
     "to_mapping",
 ]

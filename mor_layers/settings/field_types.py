@@ -17,7 +17,7 @@ _SHORTENED = reprlib.Repr(
 
 
 def shown(value: object) -> str:
-    """What was given, for errors: as `repr` has it, but for what nobody would read to its end."""
+    """A value as error messages show it: its `repr`, shortened if nobody would read it to the end."""
     return _SHORTENED.repr(value)
 
 

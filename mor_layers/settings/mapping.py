@@ -1,7 +1,7 @@
 """Converts YAML and plain mappings to frozen dataclasses of settings, and back.
 
-Settings of an abstract class, such as `RouterConfig`, name their concrete class in the file. Whoever
-knows these classes says how they are read and written, see `has_own_form`; nothing here does.
+Settings of an abstract class, such as `RouterConfig`, name their concrete class in the file. The
+module that knows these classes registers how they are read and written, see `has_own_form`.
 """
 
 import dataclasses
@@ -12,17 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from mor_layers.settings.field_types import shown
+from mor_layers.settings.yaml_files import read_yaml
 
 Read = Callable[[object, str, bool], Any]
-"""Makes settings of a value, the place in the file, and whether the value may name modules."""
+"""Makes settings from a value, given its place in the file and whether it may name modules to
+import."""
 Write = Callable[[Any], dict[str, Any]]
-"""Makes plain mappings of settings."""
+"""Converts settings to plain mappings."""
 
 _FORMS: dict[type, tuple[Read, Write]] = {}
 
 
 def has_own_form(kind: type, read: Read, write: Write) -> None:
-    """Let fields of type `kind` be read by `read`, and its subclasses be written by `write`."""
+    """Let fields of type `kind` be read by `read`, and settings of its subclasses be written by
+    `write`.
+    """
     _FORMS[kind] = read, write
 
 
@@ -33,11 +37,11 @@ def load_config[T](kind: type[T], path: str | Path) -> T:
 
     Raises:
         ValueError: a setting is unknown, missing, of the wrong type, or not allowed.
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
     """
     from omegaconf import OmegaConf
 
-    values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    values = OmegaConf.to_container(read_yaml(path), resolve=True)
     return from_mapping(kind, values, may_import=True)
 
 

@@ -198,7 +198,7 @@ class Distiller:
             for pair in settings.hidden_depths:
                 if not 1 <= pair[place] <= config.num_unrolled_layers:
                     raise ValueError(
-                        f"hidden_depths has {pair}, and the {who}'s depths are 1 to "
+                        f"hidden_depths has {pair}, but the depths of the {who} are 1 to "
                         f"{config.num_unrolled_layers}."
                     )
         self.teacher = teacher.requires_grad_(False).eval()

@@ -1,4 +1,5 @@
-"""Healing: training a model that was made from another one's weights, with or without a teacher.
+"""Healing: training a model that was made from the weights of another one, with or without a
+teacher.
 
     for step in heal(student, batches, Healing(steps=300), distiller):
         print(step.number, step.lm_loss)
@@ -113,7 +114,8 @@ def heal(
         batch = next(batches, None)
         if batch is None:
             raise ValueError(
-                f"the batches end after {step} of steps={settings.steps}. Give more, or take fewer."
+                f"the batches end after {step} of steps={settings.steps}. Give more batches, or "
+                "lower steps."
             )
         rate = settings.learning_rate_at(step)
         for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""Model folders, names of tensors, and weights that are made from those of other models."""
+"""Model folders, names of tensors, and weights derived from those of other models."""
 
 from mor_layers.weights.folder import (
     CONFIG,

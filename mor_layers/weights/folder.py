@@ -1,7 +1,8 @@
-"""A model in a folder: `config.json`, `model.safetensors` and a tokenizer's files.
+"""A model in a folder: `config.json`, `model.safetensors` and the files of a tokenizer.
 
-The folder follows Hugging Face's layout: after `import mor_huggingface`, AutoModelForCausalLM can load
-it too. The DecoderConfig is in config.json under `mor`. Tied weights are stored once.
+The folder follows Hugging Face's layout, so that AutoModelForCausalLM can load it too (after
+`import mor_huggingface`). The DecoderConfig is stored in config.json under `mor`. Tied weights are
+stored once.
 """
 
 import json
@@ -17,14 +18,17 @@ from torch import Tensor
 
 from mor_layers.models import DecoderConfig, MoRTransformer
 from mor_layers.settings import from_mapping, to_mapping
+from mor_layers.settings.field_types import shown
 from mor_layers.weights.tensor_files import SAFETENSORS, LazyTensors, open_tensors, write_tensors
 
 MODEL_TYPE = "mor"
 CONFIG = "config.json"
 SETTINGS = "mor"
-"""The key of the DecoderConfig. It is not `decoder`, which transformers treats as its own config."""
+"""Key of the DecoderConfig in config.json. `decoder` is taken: transformers treats it as its own
+config."""
 _PREFIX = "model."
-"""Prefix of each name in the file: the attribute under which transformers' class holds the model."""
+"""Prefix of every name in the file: the attribute in which the transformers class holds the model.
+"""
 _CARRIED = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 _SIDE_FILES = (
     "tokenizer.json",
@@ -35,48 +39,58 @@ _SIDE_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "generation_config.json",
 )
 
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model in files, whose tensors are read on demand."""
+    """A model in files whose tensors are read on demand."""
 
     config: DecoderConfig
     weights: Mapping[str, Tensor]
-    """Tensors by the names of a MoRTransformer's state dict, read on demand. Tied ones occur once."""
+    """Tensors under the names of a MoRTransformer's state dict, read on demand; tied tensors occur
+    once."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """Other entries of config.json that every format keeps: special tokens, longest text."""
+    """Entries of config.json that every format keeps, such as special tokens and the maximum
+    length."""
     side_files: tuple[Path, ...] = ()
     """The tokenizer's files."""
 
 
-def save_model(model: MoRTransformer, folder: Path, tokenizer: Path | None = None) -> None:
-    """Write a folder. An existing folder is replaced once the new one is complete.
+def save_model(
+    model: MoRTransformer,
+    folder: Path,
+    tokenizer: Path | None = None,
+    eos_token_id: int | None = None,
+) -> None:
+    """Save a model in a folder. An existing folder is replaced once the new one is complete.
 
     Args:
-        tokenizer: a tokenizer.json to copy.
+        tokenizer: a tokenizer.json to copy into the folder.
+        eos_token_id: the token that ends a text. Servers and `generate` stop at it.
     """
+    facts = {} if eos_token_id is None else {"eos_token_id": eos_token_id}
     side_files = () if tokenizer is None else (tokenizer,)
     state = model.state_dict()
     weights = LazyTensors(weight_names(model.config), state.__getitem__)
     with written_whole(folder) as partial:
-        write_model(StoredModel(model.config, weights, side_files=side_files), partial)
+        write_model(StoredModel(model.config, weights, facts, side_files), partial)
         if tokenizer is not None and tokenizer.name != "tokenizer.json":
             (partial / tokenizer.name).rename(partial / "tokenizer.json")
 
 
 def load_model(folder: str | Path, trust_remote_code: bool = False) -> MoRTransformer:
-    """Load the model of a folder.
+    """Load a model from a folder.
 
     Args:
-        folder: a folder that `save_model` or `mor convert` wrote.
-        trust_remote_code: whether the folder may name a router whose module is imported, which runs
-            that module's code. Without it only registered routers are built.
+        folder: a folder written by `save_model` or `mor convert`.
+        trust_remote_code: whether the folder may name a router whose module is then imported, which
+            runs that module's code. Otherwise only registered routers are built.
 
     Raises:
-        ValueError: a file is missing or damaged, or its parts do not fit.
-        FileNotFoundError: there is no such folder.
+        ValueError: a file is missing or damaged, or the files contradict one another.
+        FileNotFoundError: the folder does not exist.
     """
     stored = open_model(Path(folder), trust_remote_code)
     model = MoRTransformer(stored.config)
@@ -88,22 +102,22 @@ def load_model(folder: str | Path, trust_remote_code: bool = False) -> MoRTransf
 
 
 def open_model(folder: Path, trust_remote_code: bool = False) -> StoredModel:
-    """Open the model of a folder without reading its tensors.
+    """Open a model in a folder without reading its tensors.
 
     Args:
-        trust_remote_code: whether the folder may name a router whose module is imported, which runs
-            that module's code. Without it only registered routers are built.
+        trust_remote_code: whether the folder may name a router whose module is then imported, which
+            runs that module's code. Otherwise only registered routers are built.
 
     Raises:
-        ValueError: a file is missing or damaged, or its parts do not fit. Shapes are checked when a
-            tensor is read.
-        FileNotFoundError: there is no such folder.
+        ValueError: a file is missing or damaged, or the files contradict one another. The shape of
+            a tensor is checked when it is read.
+        FileNotFoundError: the folder does not exist.
     """
     values = read_config(folder)
     if values.get("model_type") != MODEL_TYPE:
         raise ValueError(
-            f"{folder / CONFIG}: model_type={values.get('model_type')!r} must be {MODEL_TYPE!r}. "
-            "`mor convert` makes such a folder from other models."
+            f"{folder / CONFIG}: model_type={shown(values.get('model_type'))} must be {MODEL_TYPE!r}. "
+            "Convert other models with `mor convert`."
         )
     config = from_mapping(DecoderConfig, values.get(SETTINGS), SETTINGS, trust_remote_code)
     tensors = open_tensors(folder)
@@ -116,7 +130,7 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> StoredModel:
 def write_model(
     model: StoredModel, folder: Path, written: Callable[[str], None] | None = None
 ) -> None:
-    """Write a model's files into an existing folder, tensor by tensor."""
+    """Write the files of a model into an existing folder, one tensor at a time."""
     names = {f"{_PREFIX}{name}": name for name in model.weights}
     tensors = LazyTensors(list(names), lambda name: model.weights[names[name]])
     write_tensors(folder / SAFETENSORS, tensors, written)
@@ -133,7 +147,7 @@ def write_model(
 
 
 def dtype_name(model: StoredModel) -> str:
-    """The dtype of the weights, as config.json names it."""
+    """The dtype of the weights as config.json names it."""
     return str(model.weights["embedding.weight"].dtype).removeprefix("torch.")
 
 
@@ -145,7 +159,9 @@ def copy_side_files(model: StoredModel, folder: Path) -> None:
 
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """An empty folder that is renamed to `folder` once it is complete, and removed after an error."""
+    """Yield an empty folder that replaces `folder` once it is complete, and is removed after an
+    error.
+    """
     partial, earlier = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "earlier"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -156,7 +172,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
         raise
     shutil.rmtree(earlier, ignore_errors=True)
     if folder.exists():
-        folder.rename(earlier)  # kept until the new one has its name
+        folder.rename(earlier)  # kept until the new folder is in place
     partial.rename(folder)
     shutil.rmtree(earlier, ignore_errors=True)
 
@@ -180,21 +196,22 @@ def _meta_tensors(config: DecoderConfig) -> dict[str, Tensor]:
 
 
 def _check_size(numbers: int, where: Path) -> None:
-    """Raise ValueError where a folder's files are too small for so many numbers of one byte.
+    """Raise ValueError if a folder's files are too small for its parameters, even at one byte each.
 
-    Settings that ask for more than the files hold would otherwise take memory for it first.
+    Otherwise settings that ask for far more than the files hold would first allocate memory for it.
     """
     if where.is_dir():
         held = sum(path.stat().st_size for path in where.iterdir() if path.is_file())
         if held < numbers:
             raise ValueError(
-                f"{where}: its settings ask for {numbers:,} numbers, and its files have {held:,} "
-                "bytes. Either belongs to another model, or the files are cut short."
+                f"{where}: its settings describe {numbers:,} parameters, but its files have only "
+                f"{held:,} bytes. Either the settings belong to another model, or a file is "
+                "truncated."
             )
 
 
 def state_of(config: DecoderConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A whole state dict from a model's weights, in which tied ones stand once."""
+    """A complete state dict from a model's weights, in which tied tensors occur only once."""
     state = dict(weights)
     if config.tie_embeddings:
         state["output.weight"] = state["embedding.weight"]
@@ -204,7 +221,7 @@ def state_of(config: DecoderConfig, weights: Mapping[str, Tensor]) -> dict[str, 
 def fitting(
     config: DecoderConfig, names: Mapping[str, str], tensors: Mapping[str, Tensor], where: Path
 ) -> LazyTensors:
-    """Rename a model's tensors from other names to ours, and check their shapes when they are read.
+    """Rename a model's tensors to our names; shapes are checked when a tensor is read.
 
     Args:
         names: the other name for each of our names.
@@ -215,11 +232,11 @@ def fitting(
     """
     missing = [name for name in names.values() if name not in tensors]
     if missing:
-        raise ValueError(f"{where} has no tensor {missing[0]!r}, nor {len(missing) - 1} others.")
+        raise ValueError(f"{where} has no tensor {shown(missing[0])} ({len(missing)} are missing).")
     known = set(names.values())
     unknown = [name for name in tensors if name not in known]
     if unknown:
-        raise ValueError(f"{where}: its settings leave no place for the tensor {unknown[0]!r}.")
+        raise ValueError(f"{where}: a model with its settings has no tensor {shown(unknown[0])}.")
     wanted = _meta_tensors(config)
     shapes = {name: tensor.shape for name, tensor in wanted.items()}
     _check_size(sum(map(torch.Size.numel, shapes.values())), where)
@@ -228,14 +245,14 @@ def fitting(
         tensor = tensors[names[name]]
         if tensor.is_floating_point() != wanted[name].is_floating_point():
             raise ValueError(
-                f"{where}: {names[name]!r} holds {tensor.dtype} numbers; {wanted[name].dtype} or "
-                "another kind of the same sort is expected. Quantized weights cannot be read: use "
-                "those they were made from."
+                f"{where}: {names[name]!r} has dtype {tensor.dtype}, but {wanted[name].dtype} or a "
+                "similar one is expected. Quantized weights cannot be read: use the original "
+                "weights."
             )
         if tensor.shape != shapes[name]:
             raise ValueError(
-                f"{where}: {names[name]!r} has shape {tuple(tensor.shape)}; its settings ask for "
-                f"{tuple(shapes[name])}."
+                f"{where}: {names[name]!r} has shape {tuple(tensor.shape)}, but its settings "
+                f"require {tuple(shapes[name])}."
             )
         return tensor
 
@@ -243,8 +260,11 @@ def fitting(
 
 
 def require_layers(config: DecoderConfig, number: int, where: Path) -> None:
-    """Raise ValueError where there are fewer tensors than layers, before layers are made to name
-    them: that takes long where settings name thousands."""
+    """Raise ValueError if there are fewer tensors than layers.
+
+    It is checked before layers are built in order to name their tensors, because that takes long if
+    the settings ask for thousands of layers.
+    """
     schedule = config.schedule
     layers = schedule.prelude + schedule.block_size + schedule.coda
     if number < layers:
@@ -254,30 +274,30 @@ def require_layers(config: DecoderConfig, number: int, where: Path) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A folder's config.json.
+    """Read a folder's config.json.
 
     Raises:
-        ValueError: it is no JSON mapping.
-        FileNotFoundError: it is not there.
+        ValueError: it is not a JSON object.
+        FileNotFoundError: it does not exist.
     """
     return read_json(folder / CONFIG)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A mapping of settings in a file.
+    """Read a JSON file of settings.
 
     Raises:
-        ValueError: it is no JSON mapping.
-        FileNotFoundError: it is not there.
+        ValueError: it is not a JSON object.
+        FileNotFoundError: it does not exist.
     """
     try:
         values = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}.") from error
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
     except RecursionError as error:
-        raise ValueError(f"{path} is nested too deeply to be settings.") from error
+        raise ValueError(f"{path} is nested too deeply for a file of settings.") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a mapping of settings, got {values!r}.")
+        raise ValueError(f"{path}: expected a mapping of settings, got {shown(values)}.")
     return values
 
 
@@ -287,5 +307,5 @@ def carried(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def side_files(folder: Path) -> tuple[Path, ...]:
-    """A tokenizer's files."""
+    """The files of a tokenizer."""
     return tuple(folder / name for name in _SIDE_FILES if (folder / name).is_file())

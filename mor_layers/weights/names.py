@@ -1,4 +1,4 @@
-"""Names of the tensors of a recursive model's layers, in our layout and in Llama's."""
+"""Names of the tensors in a recursive model's layers, in our layout and in Llama's."""
 
 from mor_layers.models import DecoderConfig
 
@@ -21,13 +21,15 @@ _HEAD_NORMS = {
 
 
 def layer_names(config: DecoderConfig, ours: str, theirs: str, norm: int = 0) -> dict[str, str]:
-    """The name in Llama (or Qwen) of each tensor of a dense layer, with the norms of one step."""
+    """Map our names to those of Llama (or Qwen) for the tensors of a dense layer, with one step's
+    norms.
+    """
     names = _LAYER | (_BIASES if config.qkv_bias else {}) | (_HEAD_NORMS if config.qk_norm else {})
     return {f"{ours}.{o.format(norm=norm)}": f"{theirs}.{t}" for o, t in names.items()}
 
 
 def unrolled_layers(config: DecoderConfig) -> list[tuple[str, int]]:
-    """Name of the layer that runs at each depth, and the index of its norms at that depth."""
+    """The name of the layer that runs at each depth, and the index of its norms at that depth."""
     recursion, schedule = config.effective_recursion, config.schedule
     steps, size = range(recursion.num_recursions), range(schedule.block_size)
     if schedule.is_cyclic:

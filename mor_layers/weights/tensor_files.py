@@ -1,6 +1,7 @@
-"""Tensors in files, read one at a time: safetensors and PyTorch's `.bin`, in one file or several.
+"""Tensors in files, read one at a time: safetensors and PyTorch's `.bin`, in one or several files.
 
-Tensors are checked against the headers and indices of their files. An error names file and tensor.
+Tensors are checked against the headers and index of their files. Errors name the file and the
+tensor.
 """
 
 import json
@@ -15,7 +16,7 @@ from torch import Tensor
 SAFETENSORS = "model.safetensors"
 _PICKLED = "pytorch_model.bin"
 _LONGEST_NAME = 255
-"""Characters in a file's name: no common file system takes more."""
+"""Longest file name in characters; no common file system allows more."""
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -31,11 +32,11 @@ _DTYPES = {
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by name, made on demand and not kept.
+    """A mapping that produces each tensor on demand and does not keep it.
 
     Args:
         names: all names, in order.
-        make: returns the tensor of a name.
+        make: returns the tensor with a given name.
     """
 
     def __init__(self, names: list[str], make: Callable[[str], Tensor]) -> None:
@@ -57,10 +58,12 @@ class LazyTensors(Mapping[str, Tensor]):
 
 
 def open_tensors(folder: Path) -> LazyTensors:
-    """The tensors of a folder's model.safetensors or pytorch_model.bin, or of the files in their index.
+    """The tensors of a folder: of its model.safetensors or pytorch_model.bin, or of the files in
+    its index.
 
     Raises:
-        ValueError: there are none, or a file is damaged. Damage may show only when a tensor is read.
+        ValueError: there are none, or a file is damaged. Damage may only be found when a tensor is
+            read.
     """
     for name in (SAFETENSORS, _PICKLED):
         index = folder / f"{name}.index.json"
@@ -68,14 +71,14 @@ def open_tensors(folder: Path) -> LazyTensors:
             return open_tensor_file(folder / name)
         if index.is_file():
             return _indexed(index)
-    raise ValueError(f"{folder} has neither {SAFETENSORS} nor {_PICKLED}, nor the index of either.")
+    raise ValueError(f"{folder} has neither {SAFETENSORS} nor {_PICKLED}, and no index of either.")
 
 
 def open_tensor_file(path: Path) -> LazyTensors:
     """The tensors of one file.
 
     Raises:
-        ValueError: the file is damaged, which may show only when a tensor is read.
+        ValueError: the file is damaged, which may only be found when a tensor is read.
     """
     return LazyTensors(_names(path), lambda name: _read(path, name))
 
@@ -83,17 +86,17 @@ def open_tensor_file(path: Path) -> LazyTensors:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], written: Callable[[str], None] | None = None
 ) -> None:
-    """Write a safetensors file, holding one tensor at a time.
+    """Write a safetensors file, holding one tensor in memory at a time.
 
     Args:
         written: called with the name of each tensor after it has been written.
 
     Raises:
-        ValueError: a tensor's dtype has no name in the format.
+        ValueError: the format has no name for a tensor's dtype.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    # The header comes first but is known last, so space is reserved for it. The format allows to fill
-    # the rest with spaces.
+    # The header comes first in the file but is only known at the end, so space is reserved for it.
+    # The format allows the rest to be filled with spaces.
     room = 64 + sum(len(json.dumps(name)) + 256 for name in tensors)
     room += -room % 8
     with path.open("wb") as file:
@@ -102,7 +105,7 @@ def write_tensors(
         for name, tensor in tensors.items():
             if tensor.dtype not in _DTYPES:
                 raise ValueError(
-                    f"{name!r} is {tensor.dtype}; {path.name} can hold no such numbers."
+                    f"{name!r} has dtype {tensor.dtype}, which {path.name} cannot hold."
                 )
             data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
             begin, end = end, end + data.nbytes
@@ -124,19 +127,19 @@ def _indexed(index: Path) -> LazyTensors:
     try:
         files: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{index} is no index of tensors: {error}.") from error
-    # A name with folders in it could lead to files that are no part of the model.
+        raise ValueError(f"{index} is not a valid index of tensors: {error}.") from error
+    # A name with folders in it could lead to files that do not belong to the model.
     if not isinstance(files, dict) or not all(
         isinstance(name, str) and Path(name).name == name and len(name) <= _LONGEST_NAME
         for name in files.values()
     ):
         raise ValueError(
-            f"{index} is no index of tensors: expected a mapping from tensors to names of files "
-            f"beside it under 'weight_map', got {reprlib.repr(files)}."
+            f"{index} is not a valid index of tensors: expected a mapping from tensors to names of "
+            f"files beside it under 'weight_map', got {reprlib.repr(files)}."
         )
     for name in sorted(set(files.values())):
         if not (index.parent / name).is_file():
-            raise ValueError(f"{index} lists {name}, which is not there.")
+            raise ValueError(f"{index} lists {name}, which does not exist.")
     return LazyTensors(list(files), lambda tensor: _read(index.parent / files[tensor], tensor))
 
 
@@ -149,14 +152,14 @@ def _names(path: Path) -> list[str]:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or cut short: {error}.") from error
+        raise ValueError(f"{path} is damaged or truncated: {error}.") from error
 
 
 def _read(path: Path, name: str) -> Tensor:
     if path.suffix == ".bin":
         tensors = _unpickled(path)
         if name not in tensors:
-            raise ValueError(f"{path} has no tensor {name!r}, which its index lists there.")
+            raise ValueError(f"{path} has no tensor {name!r}, although its index lists it there.")
         return tensors[name]
     from safetensors import SafetensorError, safe_open
 
@@ -172,8 +175,8 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is damaged, or holds more than tensors: {first}") from error
+        raise ValueError(f"{path} is damaged, or contains more than tensors: {first}") from error
     is_mapping = isinstance(found, dict) and all(isinstance(name, str) for name in found)
     if not is_mapping or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ValueError(f"{path} holds something else than tensors by name.")
+        raise ValueError(f"{path} is not a mapping from names to tensors.")
     return found

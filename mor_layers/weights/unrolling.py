@@ -1,4 +1,4 @@
-"""Turns a recursion without routing into the plain decoder that computes the same, deltas merged.
+"""Turns a recursion without routing into the equivalent plain decoder, with its deltas merged.
 
 config, weights = unrolled_weights(model.state_dict(), model.config)
 plain = MoRTransformer(config)
@@ -19,19 +19,19 @@ from mor_layers.weights.tensor_files import LazyTensors
 
 
 def require_unrollable(config: DecoderConfig) -> None:
-    """Raise ValueError if no plain decoder computes the same."""
+    """Raise ValueError if no plain decoder computes the same as this model."""
     recursion = config.effective_recursion
     if config.moe is not None:
-        raise ValueError("moe is set, and a plain decoder has no experts. Keep the model as it is.")
+        raise ValueError("moe is set, but a plain decoder has no experts. Keep the model as it is.")
     beyond = [name for name in recursion.beyond_published if name != "relaxation"]
     if beyond:
         raise ValueError(
-            f"{beyond[0]} is set, and a plain decoder has no such thing. Keep the model as it is."
+            f"{beyond[0]} is set, which a plain decoder does not support. Keep the model as it is."
         )
     if not isinstance(recursion.router, FixedDepth) or recursion.kv_policy != "recursion_wise":
         raise ValueError(
             f"router={type(recursion.router).__name__} with kv_policy={recursion.kv_policy!r} has "
-            "no equal among plain decoders, only FixedDepth with 'recursion_wise'. Keep the model "
+            "no equivalent plain decoder, only FixedDepth with 'recursion_wise'. Keep the model "
             "as it is."
         )
 
@@ -39,10 +39,10 @@ def require_unrollable(config: DecoderConfig) -> None:
 def unrolled_weights(
     weights: Mapping[str, Tensor], config: DecoderConfig
 ) -> tuple[DecoderConfig, LazyTensors]:
-    """Settings and weights of the plain decoder, made tensor by tensor.
+    """The settings and weights of the equivalent plain decoder, made one tensor at a time.
 
     Args:
-        weights: tensors by the names of a MoRTransformer's state dict.
+        weights: tensors under the names of a MoRTransformer's state dict.
         config: the model's settings; a model without recursion is returned unchanged.
 
     Raises:

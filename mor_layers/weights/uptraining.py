@@ -1,7 +1,7 @@
-"""Weights of a recursive model from those of a dense one.
+"""Weights of a recursive model, initialised from those of a dense one.
 
 Sources: Bae et al. 2024 (Relaxed Recursive Transformers, arXiv 2410.20672), section 2.2, and Bae
-et al. 2025 (arXiv 2507.10524). With 6 shared layers in 3 recursions a block of two gets:
+et al. 2025 (arXiv 2507.10524). With 6 shared layers in 3 recursions, a block of two layers gets:
 
     stepwise  1 6          evenly spaced layers, including the first and the last
     average   for each layer, the mean of the layers that it replaces under the sharing scheme
@@ -9,13 +9,13 @@ et al. 2025 (arXiv 2507.10524). With 6 shared layers in 3 recursions a block of 
     upper     5 6
     random    new random weights
 
-Layers outside the block, embeddings and the last norm are those of the dense model. With `stepwise`, a
-block of one layer takes the first layer.
+The layers outside the block, the embeddings and the last norm are those of the dense model. With
+`stepwise`, a block of one layer gets the first layer.
 
 If the recursion is relaxed (`mor_layers.layers.relaxation`), each step's delta is the truncated
 singular value decomposition of the difference between the layer at its depth and the shared weight:
-`B = U S / scale`, `A = Vᵀ`. At full rank and with norms per step, the recursive model then equals the
-dense one (except for biases and norms of queries and keys, which steps share).
+`B = U S / scale`, `A = Vᵀ`. At full rank and with norms per step, the recursive model then equals
+the dense one (except for biases and norms of queries and keys, which the steps share).
 """
 
 import re
@@ -46,13 +46,14 @@ def recursive_weights(
     initialization: Initialization,
     seed: int = 0,
 ) -> tuple[DecoderConfig, LazyTensors]:
-    """Settings and weights of a recursive model that starts from a dense one.
+    """The settings and weights of a recursive model that is initialised from a dense one.
 
-    Norms per step (`share_norms=False`) are those of the layers at their depths under every
-    initialization but `random`, and the same applies to deltas. A router is new, drawn from `seed`.
+    Norms per step (`share_norms=False`) are those of the layers at their depths, and deltas are
+    computed from these layers, under every initialization but `random`. The router is new,
+    initialised from `seed`.
 
     Args:
-        weights: tensors of the dense model, by the names of a MoRTransformer's state dict.
+        weights: tensors of the dense model, under the names of a MoRTransformer's state dict.
         dense: the settings of the dense model.
 
     Raises:
@@ -62,18 +63,18 @@ def recursive_weights(
     require_choice("recursive_weights", "initialization", initialization, INITIALIZATIONS)
     if dense.recursion is not None or dense.moe is not None:
         raise ValueError(
-            "a recursive model begins from a dense one, and this one has a recursion or experts. "
-            "Give settings with recursion=None and moe=None."
+            "a recursive model must start from a dense one, but this one has a recursion or "
+            "experts. Use a model with recursion=None and moe=None."
         )
     if recursion.sandwich_norms:
         raise ValueError(
-            "sandwich_norms=True norms what no layer of the dense model does: nothing it learnt "
-            "would be left. Leave it out, or train from scratch."
+            "sandwich_norms=True normalises outputs that the dense model does not normalise, so "
+            "nothing of what it learnt would be left. Leave it out, or train from scratch."
         )
     if recursion.residual_scale is not None:
         raise ValueError(
-            f"residual_scale={recursion.residual_scale} makes every branch smaller than the dense "
-            "model learnt it. Leave it out, or train from scratch."
+            f"residual_scale={recursion.residual_scale} makes the output of every branch smaller "
+            "than in the dense model. Leave it out, or train from scratch."
         )
     config = replace(dense, recursion=recursion)
     sources = _sources(dense, config, initialization)
@@ -87,7 +88,7 @@ def recursive_weights(
 
     originals = _originals(dense, config)
 
-    @lru_cache(maxsize=1)  # the tensors of one delta are read in succession
+    @lru_cache(maxsize=1)  # a delta's tensors are read in succession
     def delta(place: str) -> dict[str, Tensor]:
         assert recursion.relaxation is not None
         shared_weight = make(f"{place.rpartition('.deltas.')[0]}.weight")
@@ -114,7 +115,9 @@ def recursive_weights(
 def _sources(
     dense: DecoderConfig, config: DecoderConfig, initialization: Initialization
 ) -> dict[str, list[str]]:
-    """For each tensor of the recursive model's layers, the dense model's tensors it is made from."""
+    """For each tensor of the recursive model's layers, the tensors of the dense model it is made
+    from.
+    """
     schedule = config.schedule
     theirs = [name for name, _ in unrolled_layers(dense)]
     depths: dict[str, list[int]] = {}
@@ -143,7 +146,7 @@ def _sources(
 
 
 def _originals(dense: DecoderConfig, config: DecoderConfig) -> dict[str, str]:
-    """For each delta, the weight of the dense model's layer at the depth of its step."""
+    """For each delta, the weight in the dense model's layer at the depth of its step."""
     relaxation = config.effective_recursion.relaxation
     theirs, steps = [name for name, _ in unrolled_layers(dense)], Counter[str]()
     names: dict[str, str] = {}
@@ -163,8 +166,9 @@ def start_of_delta(
 ) -> dict[str, Tensor]:
     """The tensors of the `StepDelta` that brings `shared` closest to `original`.
 
-    No delta of this rank leaves a smaller sum of squared differences (Eckart and Young 1936). The
-    magnitudes of `dora` are the norms of the resulting rows, so that both kinds start as the same model.
+    No delta of the same rank leaves a smaller sum of squared differences (Eckart and Young 1936).
+    The magnitudes of `dora` are the norms of the resulting rows, so that both kinds start from the
+    same model.
     """
     rank = relaxation.rank_of(*shared.shape)
     u, s, v = torch.linalg.svd(original.double() - shared.double(), full_matrices=False)
@@ -189,7 +193,7 @@ _WITHOUT_STEP = re.compile(r"\.weights\.\d+$")
 
 
 def _routers(config: DecoderConfig, seed: int) -> dict[str, Tensor]:
-    """New routers, and their buffers."""
+    """New routers and their buffers."""
     recursion, schedule = config.effective_recursion, config.schedule
     blocks = 1 if schedule.is_cyclic else schedule.block_size
     with torch.random.fork_rng(devices=[]):
@@ -213,7 +217,7 @@ def _mean(parts: list[Tensor]) -> Tensor:
 
 
 def _random(like: Tensor, seed: int) -> Tensor:
-    """Initial values as in a new MoRTransformer: normally distributed matrices, norms of one."""
+    """Initial values as in a new MoRTransformer: normally distributed matrices, norms equal to one."""
     if like.dim() == 1:
         return torch.ones_like(like)
     generator = torch.Generator().manual_seed(seed)

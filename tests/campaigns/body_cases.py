@@ -1,12 +1,16 @@
 """Bodies of requests to the server."""
 
+import functools
 import json
 import random
 from pathlib import Path
 from typing import Any
 
-from mor_tools.serving.loading import ByteTokenizer
-from mor_tools.serving.protocol import MAX_CHOICES, BadRequestError, parse
+from mor_tools.serving import chat, completions
+from mor_tools.serving.chat_template import ChatTemplate
+from mor_tools.serving.fields import BadRequestError
+from mor_tools.serving.loading import ByteTokenizer, ServedModel, random_model
+from mor_tools.serving.protocol import MAX_CHOICES, Bounds
 from tests.campaigns import hostile
 
 MOST = 100
@@ -15,8 +19,20 @@ VALID: list[dict[str, Any]] = [
     {"prompt": ["one", "two"], "n": 2, "stop": ["a", "b"], "stream": True},
     {"prompt": [1, 2, 3], "top_p": 0.9, "top_k": 5, "stream_options": None, "user": "me"},
     {"prompt": [[1], [2, 3]], "timeout": 3, "stream": True, "stream_options": {}},
-    {"prompt": "x", "logit_bias": {}, "echo": False, "best_of": 1, "suffix": ""},
+    {"prompt": "x", "logit_bias": {"3": 1}, "echo": True, "logprobs": 2, "best_of": 1},
+    {"prompt": "x", "min_p": 0.1, "repetition_penalty": 1.1, "priority": -3, "ignore_eos": True},
+    {"messages": [{"role": "user", "content": "x"}], "max_completion_tokens": 3, "n": 2},
+    {"messages": [{"role": "system", "content": [{"type": "text", "text": "a"}], "name": "b"}]},
+    {"messages": [{"role": "user", "content": ""}], "logprobs": True, "top_logprobs": 3},
 ]
+TEMPLATE = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", {})
+BOUNDS = Bounds(MOST, max_length=1000, timeout=60.0)
+
+
+@functools.cache
+def served() -> ServedModel:
+    """A model with a chat template."""
+    return ServedModel("m", random_model().model, ByteTokenizer(), (0,), TEMPLATE)
 
 
 def body(source: random.Random, folder: Path) -> str | None:
@@ -30,11 +46,21 @@ def body(source: random.Random, folder: Path) -> str | None:
     content = hostile.as_json(wanted)
     if source.random() < 0.3:
         content = hostile.damaged(source, content)
+    model = served()
+    is_chat = "messages" in wanted
     try:
-        call = parse(content, "m", ByteTokenizer(), MOST, timeout=60.0)
+        call = (chat if is_chat else completions).parse(content, model, BOUNDS, "")
     except BadRequestError as error:
         return str(error)
     said = json.loads(content)
+    json.dumps(call.response([], is_part=True)).encode()
+    assert 1 <= len(call.requests) <= MAX_CHOICES
+    assert all(1 <= request.max_new_tokens <= MOST for request in call.requests)
+    assert call.stream == bool(said.get("stream"))
+    if is_chat:
+        (text,) = {bytes(request.ids).decode() for request in call.requests}
+        assert text.count("\n") >= len(said["messages"])
+        return None
     prompt, number = said["prompt"], said.get("n") or 1
     is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
     prompts = [prompt] if is_one else prompt
@@ -42,8 +68,4 @@ def body(source: random.Random, folder: Path) -> str | None:
         tuple(p.encode() if isinstance(p, str) else p) for p in prompts for _ in range(number)
     ]
     assert [request.ids for request in call.requests] == expected
-    assert 1 <= len(call.requests) <= MAX_CHOICES
-    assert all(1 <= request.max_new_tokens <= MOST for request in call.requests)
-    assert call.stream == bool(said.get("stream"))
-    json.dumps(call.chunk([])).encode()
     return None

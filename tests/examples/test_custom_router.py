@@ -208,5 +208,5 @@ def test_the_published_format_has_no_place_for_it(tmp_path):
     from mor_layers.weights import open_model
     from mor_tools.formats.published_files import write_published
 
-    with pytest.raises(ValueError, match="router='Halting' has no place in a published checkpoint"):
+    with pytest.raises(ValueError, match="published checkpoints cannot describe router='Halting'"):
         write_published(open_model(folder), tmp_path)

@@ -215,7 +215,7 @@ def test_a_tensor_too_few_or_too_many_is_an_error(tmp_path, runner):
     save_model(small_model(small_config()), tmp_path / "model")
     model = loaded(tmp_path / "model", runner)
     weights = load_file(tmp_path / "model" / "model.safetensors")
-    with pytest.raises(ValueError, match=r"'model.other' has no place"):
+    with pytest.raises(ValueError, match=r"the model has no tensor 'model\.other'"):
         model.load_weights([*weights.items(), ("model.other", torch.zeros(1))])
     del weights["model.prelude.layers.0.mlp.up.weight"]
     with pytest.raises(ValueError, match=r"lacks model.prelude.layers.0.mlp.up.weight"):

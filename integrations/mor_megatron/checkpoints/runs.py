@@ -170,29 +170,29 @@ def steps(directory: str | Path) -> list[int]:
 
 
 def rewind(directory: str | Path, step: int, aside: str) -> Path | None:
-    """Makes the checkpoint of a step the newest one; later ones are moved aside, and none removed.
+    """Make the checkpoint of a step the newest one; later ones are moved aside, not removed.
 
-    Call it on one rank, at a moment when no other process uses the directory. If it is interrupted,
-    the checkpoints that are left are in order, and it can be called again.
+    Call it on one rank, when no other process uses the directory. If it is interrupted, the
+    remaining checkpoints are still usable, and it can be called again.
 
     Args:
         directory: as for `save`.
-        step: of a complete checkpoint.
-        aside: name of the folder in `directory` that the later checkpoints are moved to.
+        step: the step of a complete checkpoint.
+        aside: name of the folder in `directory` to which the later checkpoints are moved.
 
     Returns:
-        That folder; None where there were no later checkpoints.
+        That folder, or None if there were no later checkpoints.
 
     Raises:
-        OSError: something cannot be moved.
+        OSError: a checkpoint cannot be moved.
     """
     place = Path(directory)
     later = [folder for folder in _newest_first(place) if _step(folder) > step]
     _point_to(folder_of(place, step))
-    for folder in later:  # the newest first, so that what is left never has a gap
+    for folder in later:  # newest first, so that an interruption leaves no gap
         target = place / aside / folder.name
         target.parent.mkdir(exist_ok=True)
-        shutil.rmtree(target, ignore_errors=True)  # of an earlier rewind to the same place
+        shutil.rmtree(target, ignore_errors=True)  # left by an earlier rewind to the same step
         folder.rename(target)
     return place / aside if later else None
 

@@ -1,4 +1,4 @@
-"""Megatron layers that know the recursion step they run, and the recursion as one of them."""
+"""Megatron layers that know which recursion step they run, and the recursion itself as one layer."""
 
 from mor_megatron.layers.attention import SDPACoreAttention
 from mor_megatron.layers.block_part import BlockPart

@@ -1,11 +1,13 @@
-"""Attention of Megatron layers over selected tokens, for every KV policy.
+"""Attention inside Megatron layers over the selected tokens, for every KV policy.
 
-`SDPACoreAttention` goes into any layer spec, `RecursiveSelfAttention` replaces `SelfAttention`
-inside a recursion. Both rest on `torch.nn.functional.scaled_dot_product_attention`, which runs on
-a CPU and picks a fused kernel on a GPU; Megatron's local core materialises all scores.
+`SDPACoreAttention` can be used in any layer spec; `RecursiveSelfAttention` replaces `SelfAttention`
+inside a recursion. Both are built on `torch.nn.functional.scaled_dot_product_attention`, which runs
+on a CPU and selects a fused kernel on a GPU, whereas Megatron's local core attention materialises
+the full score matrix.
 
-Legend: `b` batch, `k` tokens that run a step, `m` tokens whose keys they see, `n` query heads and
-`g` key-value heads of this rank, `d` head size, `h` hidden, `p` `k` filled up for the ranks.
+Legend: `b` batch, `k` tokens that run a step, `m` tokens they attend to, `n` query heads and `g`
+key-value heads of this rank, `d` head size, `h` hidden, `p` is `k` padded so that the
+tensor-parallel ranks can share it evenly.
 """
 
 from contextlib import nullcontext
@@ -40,15 +42,16 @@ from mor_megatron.step import (
 
 
 class SDPACoreAttention(MegatronModule):
-    """A `core_attention` on `scaled_dot_product_attention`.
+    """Core attention computed by `scaled_dot_product_attention`.
 
     Args:
-        config: `attention_dropout` and `sequence_parallel` are read.
-        attn_mask_type: `causal` or `padding` (with a mask given) or `no_mask`.
-        softmax_scale: default 1 / sqrt(head size).
+        config: only `attention_dropout`, `sequence_parallel` and `context_parallel_size` change the
+            result.
+        attn_mask_type: `causal`, `padding` (requires a mask) or `no_mask`.
+        softmax_scale: defaults to 1 / sqrt(head size).
 
     Raises:
-        ValueError: for an option it does not implement.
+        ValueError: the configuration asks for an option that is not implemented here.
     """
 
     def __init__(
@@ -91,7 +94,9 @@ class SDPACoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """`[k b n d], [m b g d] -> [k b nd]`; `attention_mask` is True where barred."""
+        """`[k b n d], [m b g d] -> [k b nd]`; `attention_mask` is True where attention is not
+        allowed.
+        """
         if attention_bias is not None or packed_seq_params is not None:
             raise ValueError(
                 "SDPACoreAttention takes neither attention_bias nor packed_seq_params. Use "
@@ -112,7 +117,10 @@ class SDPACoreAttention(MegatronModule):
     def _attend_over_ranks(
         self, query: Tensor, key: Tensor, value: Tensor, is_visible: Tensor | None, is_causal: bool
     ) -> Tensor:
-        """Of the rows that this context-parallel rank holds; a mask has their rows, or all."""
+        """Attend from the rows of this context-parallel rank to the keys of all ranks.
+
+        A mask may have this rank's query rows or those of the whole sequence.
+        """
         assert self.cp_group is not None
         key, value = (in_sequence_order(rows, self.cp_group) for rows in (key, value))
         dealt = zigzag_positions(len(key), self.cp_group.size(), key.device)
@@ -130,7 +138,7 @@ class SDPACoreAttention(MegatronModule):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, is_visible: Tensor | None
     ) -> Tensor:
-        """`[k b n d], [m b g d] -> [k b nd]`; None for plain causal attention."""
+        """`[k b n d], [m b g d] -> [k b nd]`; `is_visible=None` means plain causal attention."""
         dropout = self.dropout if self.training else 0.0
         forked = dropout > 0 and not self.config.sequence_parallel
         with get_cuda_rng_tracker().fork() if forked else nullcontext():
@@ -139,24 +147,26 @@ class SDPACoreAttention(MegatronModule):
 
 
 class RecursiveSelfAttention(SelfAttention):
-    """`SelfAttention` on the tokens of a recursion step.
+    """`SelfAttention` over the tokens of one recursion step.
 
-    The step's context arrives where a layer hands on its attention mask, and a `StepRotation`
-    where it hands on the rotary table. Same parameters as `SelfAttention`, same checkpoint keys.
+    Parameters and checkpoint keys are those of `SelfAttention`. The `StepContext` arrives in the
+    argument for the attention mask and the `StepRotation` in the argument for the rotary table,
+    because Megatron's layers pass both through untouched (see `StepStack.forward`).
     """
 
     index_in_block: int
-    """0-based place in the recursion block."""
+    """0-based index of the layer in the recursion block."""
     masked_attention: SDPACoreAttention | None
-    """Attends where there is a mask, in the place of Transformer Engine's core: that has for masks only
-    the implementation that materialises all scores, PyTorch a memory-efficient kernel."""
+    """Replaces Transformer Engine's core attention for steps with a mask. With an arbitrary mask,
+    Transformer Engine only has the implementation that materialises the full score matrix; PyTorch
+    has a memory-efficient kernel."""
     deltas: StepDeltas | None
-    """What single steps add to projections, see `relaxation`."""
+    """What each step adds to the projections (see `relaxation`); None without relaxation."""
 
     def join_block(self, index: int, input_norm: nn.Module) -> None:
-        """Learn one's place in the block, and the norm that the layer applies before attention."""
+        """Store the index in the block and the norm that the layer applies before attention."""
         self.index_in_block, self.deltas = index, None
-        self.__dict__["input_norm"] = input_norm  # it is the layer's: not registered here
+        self.__dict__["input_norm"] = input_norm  # registered by the layer, not here
         self.masked_attention = None
         if takes_packed(self.core_attention) and not self._options_of_the_core:
             self.masked_attention = SDPACoreAttention(
@@ -182,7 +192,7 @@ class RecursiveSelfAttention(SelfAttention):
         """
         context, count = attention_mask, len(attention_mask.tokens.positions)
         query, key, value = self._project(hidden_states, context)
-        extra = len(query) - count  # rows that only fill up the ranks
+        extra = len(query) - count  # padding rows
         query = self._turn(query[:count], rotary_pos_emb)
         if key is not None and value is not None:
             key, value = key[:count], value[:count]
@@ -209,7 +219,7 @@ class RecursiveSelfAttention(SelfAttention):
         return query if self.q_layernorm is None else self.q_layernorm(query), None, None
 
     def _project_exited(self, exited: Exited) -> tuple[Tensor, Tensor]:
-        """Keys and values of tokens that just exited, `[x b g d]`."""
+        """Keys and values of tokens that have just exited, `[x b g d]`."""
         rows = filled(exited.hidden, row_alignment(self.config))
         count, hidden = len(exited.tokens.positions), self.input_norm(rows)
         if not self._can_project_parts:
@@ -221,14 +231,17 @@ class RecursiveSelfAttention(SelfAttention):
         return key if self.k_layernorm is None else self.k_layernorm(key), value
 
     def parts_of(self, fused: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
-        """Of queries, keys and values; `dim` becomes three, `[g (q.. k v) d] -> [g q|1|1 d]`."""
+        """Split a fused QKV tensor into queries, keys and values.
+
+        Dimension `dim` becomes three: `[g (q.. k v) d] -> [g q|1|1 d]`.
+        """
         groups, size = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         heads = fused.unflatten(dim, (groups, -1, size))
-        place = dim + 1 if dim >= 0 else dim - 1  # one of the three is the place of the heads
+        place = dim + 1 if dim >= 0 else dim - 1  # index of the heads dimension
         return heads.split([heads.shape[place] - 2, 1, 1], dim=place)
 
     def relax_qkv(self, linear: Any, inputs: tuple[Tensor, ...], output: Any) -> Any:
-        """A hook on `linear_qkv`: its output with the current step's deltas."""
+        """Forward hook on `linear_qkv` that adds the current step's deltas to its output."""
         assert self.deltas is not None
         parts = []
         for name, part, weight in zip(
@@ -242,13 +255,13 @@ class RecursiveSelfAttention(SelfAttention):
         return (torch.cat(parts, dim=-2).flatten(-3), *output[1:])
 
     def relax_output(self, linear: Any, inputs: tuple[Tensor, ...], output: Any) -> Any:
-        """A hook on `linear_proj`."""
+        """Forward hook on `linear_proj` that adds the current step's delta to its output."""
         assert self.deltas is not None
         return self.deltas.relax("output", inputs[0], output[0], linear.weight), *output[1:]
 
     @property
     def _options_of_the_core(self) -> bool:
-        """Whether Transformer Engine's core is asked for what SDPA does not compute."""
+        """Whether the configuration asks for something that SDPA does not compute."""
         config = self.config
         return (
             config.softmax_type != "vanilla"
@@ -260,8 +273,9 @@ class RecursiveSelfAttention(SelfAttention):
 
     @property
     def _can_project_parts(self) -> bool:
-        # Fused gradient accumulation writes into the whole weight's buffer; a rank with less than
-        # a group of queries has no weight of its own; other classes compute with the whole weight.
+        # Not possible in three cases: fused gradient accumulation writes into the buffer of the
+        # whole weight; a rank with less than one query group holds no complete group; and
+        # subclasses (Transformer Engine's) always compute with the whole weight.
         return (
             type(self.linear_qkv) is ColumnParallelLinear
             and not self.config.gradient_accumulation_fusion
@@ -269,7 +283,7 @@ class RecursiveSelfAttention(SelfAttention):
         )
 
     def _project_part(self, hidden: Tensor, part: slice) -> Tensor:
-        """`[p/tp b h] -> [p b n d]`, of each group's heads (q.. k v) the named ones."""
+        """`[p/tp b h] -> [p b n d]`, using only the heads `part` of each group's `(q.. k v)`."""
         linear = self.linear_qkv
         groups, size = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
 
@@ -311,7 +325,7 @@ class RecursiveSelfAttention(SelfAttention):
                 return core.attend(query, key, value, mask)
             if sequences is not None:
                 return attend_packed(core, query, key, value, sequences)
-            # Megatron and Transformer Engine bar attention where their mask is True.
+            # Megatron and Transformer Engine mask out the positions where their mask is True.
             kind = AttnMaskType.causal if mask is None else AttnMaskType.arbitrary
             barred = None if mask is None else ~mask
             return core(query, key, value, barred, attn_mask_type=kind, attention_bias=None,

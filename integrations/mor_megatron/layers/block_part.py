@@ -1,4 +1,4 @@
-"""What a rank has of a recursion block that is spread over the pipeline.
+"""The part of a recursion block that one rank holds when the block is spread over the pipeline.
 
 Legend: `k` tokens that run a step, `b` batch, `h` hidden.
 """
@@ -12,29 +12,30 @@ from mor_layers import Router, RoutingDecision
 
 @dataclass(frozen=True)
 class BlockPart:
-    """The layers of a block that are here, and what is done here beside running them."""
+    """Which layers of the block this rank holds, and whether it also routes."""
 
     block_size: int
-    """Layers of the whole block (K)."""
+    """Number of layers in the whole block (K)."""
     first: int = 0
-    """Layers of the block on earlier ranks."""
+    """Number of the block's layers on earlier ranks."""
     routes: bool = True
-    """Whether every step begins here: tokens are routed, and their states enter the layers."""
+    """Whether every step starts on this rank: tokens are routed here before the first layer."""
 
 
 class CombiningRouter(Router):
-    """Stands for a router that lives on another rank, and combines as that one does.
+    """Stand-in for a router on another rank: it combines as that router does, but cannot route.
 
     Args:
-        router: a router with the same settings. It must combine without parameters and buffers,
-            and none of it is kept.
+        router: a router with the same settings. Its `combine` must use no parameters or buffers,
+            because none of them is kept.
     """
 
     def __init__(self, router: Router) -> None:
         super().__init__(router.num_recursions)
         self.combines_with_origin = router.combines_with_origin  # type: ignore[misc]
-        # On the meta device it takes no memory. A bound method, unlike the module, registers
-        # nothing, so that no optimizer and no checkpoint finds the router here too.
+        # A copy on the meta device takes no memory. Only its bound method is stored: unlike a
+        # module, a method is not registered, so neither the optimizer nor a checkpoint finds a
+        # second router here.
         self._combine = router.to("meta").combine
 
     def decide(

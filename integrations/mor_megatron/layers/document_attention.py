@@ -1,4 +1,5 @@
-"""Transformer Engine's core attention for layers that see several documents.
+"""Transformer Engine's core attention for layers outside a recursion, with several documents per
+sequence.
 
 Legend: `s` sequence, `b` batch, `n` heads, `d` head size.
 """
@@ -16,11 +17,11 @@ from mor_megatron.step import attend_packed, documents_of, packed
 
 @cache
 def document_attention() -> type:
-    """`TEDotProductAttention` that does not lose a mask.
+    """Return a `TEDotProductAttention` subclass that respects document boundaries.
 
-    Under causal attention Transformer Engine reads no mask, so Megatron's ordinary layers would see
-    across documents without a word. Here they become packed sequences, as in a recursion
-    (`packing`); a mask that is only causal costs one look at it.
+    Under causal attention Transformer Engine ignores the mask, so that Megatron's ordinary layers
+    would silently attend across documents. This class converts such a mask into packed sequences,
+    as a recursion does (see `packing`). A mask that is merely causal is recognised and dropped.
     """
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
@@ -41,17 +42,17 @@ def document_attention() -> type:
             """`[s b n d] -> [s b nd]`.
 
             Raises:
-                ValueError: a mask that is not causal attention within documents, or any under
-                    context parallelism.
+                ValueError: the mask is not causal attention within documents, or a mask is given
+                    under context parallelism.
             """
             given = (attention_bias, packed_seq_params)
             is_lost = attention_mask is not None and attn_mask_type == AttnMaskType.causal
             if is_lost and given == (None, None) and len(query) == len(key):
                 if self.config.context_parallel_size > 1:
                     raise ValueError(
-                        "Transformer Engine reads no attention_mask under context parallelism. Pass "
-                        "None if each sequence is one document (create_attention_mask=False in "
-                        "GPTDatasetConfig), else use transformer_impl='local'."
+                        "Transformer Engine ignores attention_mask under context parallelism. "
+                        "Pass None if each sequence is one document (create_attention_mask=False "
+                        "in GPTDatasetConfig), else use transformer_impl='local'."
                     )
                 length, batch = query.shape[:2]
                 documents, count = documents_of(attention_mask)

@@ -17,19 +17,20 @@ _NORMALIZATIONS = ("RMSNorm", "LayerNorm")
 class Norm(nn.Module):
     """RMSNorm or LayerNorm over the last dimension, as `config.normalization` says.
 
-    The input is normalised in fp32 and cast back *before* the weight is applied, as in Hugging
-    Face's Llama. Usable wherever a spec takes a norm: `input_layernorm`, `pre_mlp_layernorm`,
-    `q_layernorm`, `layer_norm`, ... With `config.sequence_parallel` a rank sees a part of the
-    sequence, so the parameters are marked `sequence_parallel` and `finalize_model_grads` sums their
-    gradients. `config.persist_layer_norm` chooses between kernels of Apex and means nothing here.
+    The input is normalised in fp32 and cast back *before* it is multiplied by the weight, as in
+    Hugging Face's Llama. It can be used wherever a spec takes a norm: `input_layernorm`,
+    `pre_mlp_layernorm`, `q_layernorm`, `layer_norm`, ... With `config.sequence_parallel`, a rank
+    sees only its part of the sequence, so the parameters are marked `sequence_parallel` and
+    `finalize_model_grads` sums their gradients. `config.persist_layer_norm` selects among Apex
+    kernels and has no effect here.
 
     Args:
-        config: gives `normalization` and `sequence_parallel`.
+        config: `normalization`, `sequence_parallel` and `params_dtype` are used.
         hidden_size: size of the last dimension.
         eps: added to the variance.
 
     Raises:
-        ValueError: for another normalization, or an option that needs other kernels.
+        ValueError: the normalization is unknown, or an option needs the kernels of another library.
     """
 
     _refused = ("layernorm_zero_centered_gamma", "memory_efficient_layer_norm")
@@ -38,12 +39,12 @@ class Norm(nn.Module):
         super().__init__()
         if config.normalization not in _NORMALIZATIONS:
             raise ValueError(
-                f"normalization={config.normalization!r} is not one of {_NORMALIZATIONS}"
+                f"normalization={config.normalization!r} must be one of {_NORMALIZATIONS}."
             )
         for option in self._refused:
             if getattr(config, option):
                 raise ValueError(
-                    f"{option}=True needs a norm of Transformer Engine or Apex. Set it to False."
+                    f"{option}=True needs a norm from Transformer Engine or Apex. Set it to False."
                 )
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
@@ -62,9 +63,10 @@ class Norm(nn.Module):
 
 
 class FusedNorm(Norm):
-    """`Norm` in one kernel of NVIDIA's apex, which multiplies by the weight before it casts back.
+    """`Norm` in one kernel of NVIDIA's Apex, which multiplies by the weight before casting back.
 
-    With `config.memory_efficient_layer_norm` its backward pass starts from outputs, not from inputs.
+    With `config.memory_efficient_layer_norm`, the backward pass uses the saved outputs instead of
+    the inputs.
     """
 
     _refused = ("layernorm_zero_centered_gamma",)
@@ -83,5 +85,5 @@ class FusedNorm(Norm):
 
 
 def local_norm() -> type[Norm]:
-    """The norm of layers without Transformer Engine: apex's on a GPU where it is installed."""
+    """The norm for layers without Transformer Engine: Apex's on a GPU with Apex installed."""
     return FusedNorm if torch.cuda.is_available() and has_apex() else Norm

@@ -1,8 +1,9 @@
-"""What FP8 and FP4 ask of a recursion: rows that divide, and one precision for shared weights.
+"""FP8 and FP4 in a recursion: divisible numbers of rows, and one precision for shared weights.
 
-Read against Transformer Engine 2.20 and Megatron-Core 0.19.2; no GPU has run it. `TransformerBlock`
-enters Megatron's quantization context around a RecursionLayer as around any layer, with the number of
-its first unrolled layer, so the recipe reaches the shared layers as it is.
+Written against the sources of Transformer Engine 2.20 and Megatron-Core 0.19.2; it has not been run
+on a GPU. `TransformerBlock` enters Megatron's quantization context around a RecursionLayer as it
+does around any layer, with the number of its first unrolled layer, so the quantization recipe
+applies to the shared layers unchanged.
 
 Legend: `k` rows of a step, `b` batch, `h` hidden.
 """
@@ -17,10 +18,10 @@ from torch import Tensor
 
 
 def row_alignment(config: TransformerConfig) -> int:
-    """Rows (`k · b`) of a quantized matrix product come in multiples of this.
+    """Number that the rows (`k · b`) of a quantized matrix product must be a multiple of.
 
-    Of a sequence any number of tokens may be selected, of which Transformer Engine refuses those
-    that its kernels cannot cut into blocks.
+    A step may select any number of tokens, but Transformer Engine refuses numbers that its kernels
+    cannot divide into blocks.
     """
     if config.fp4 or (config.fp8 and config.fp8_recipe == Fp8Recipe.mxfp8):
         return 32
@@ -28,20 +29,21 @@ def row_alignment(config: TransformerConfig) -> int:
 
 
 def filled(rows: Tensor, alignment: int) -> Tensor:
-    """`[k b h]` with the fewest rows of zeros at the end that make `k · b` a multiple."""
+    """`[k b h]` with as few zero rows appended as make `k · b` a multiple of `alignment`."""
     missing = -len(rows) % (alignment // math.gcd(alignment, rows.shape[1]))
     return F.pad(rows, (0, 0, 0, 0, 0, missing)) if missing else rows
 
 
 def require_one_precision(config: TransformerConfig, first: int, count: int) -> None:
-    """Raise ValueError where some of the unrolled layers `first .. first + count - 1` (0-based) are
-    kept in bf16 by `first_last_layers_bf16` and would stand for weights that others quantize.
+    """Raise ValueError if only some layers of a recursion are kept in bf16 by
+    `first_last_layers_bf16`; their weights are shared with layers that are quantized.
 
-    Megatron enters one quantization context around a whole recursion, chosen by its first layer: the
-    others would silently get that layer's precision.
+    The recursion covers the unrolled layers `first` to `first + count - 1` (0-based). Megatron
+    enters one quantization context around all of them, chosen by the first: the others would
+    silently get that layer's precision.
     """
     if not (config.fp8 or config.fp4) or (config.fp8 and config.fp8_recipe == Fp8Recipe.delayed):
-        return  # which covers every layer, and is refused (`validation`)
+        return  # delayed scaling is refused in `validation`
     kept = [n for n in range(first, first + count) if is_first_last_bf16_layer(config, n)]
     if kept:
         raise ValueError(

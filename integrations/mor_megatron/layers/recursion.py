@@ -47,14 +47,14 @@ from mor_megatron.step import (
 
 @dataclass
 class RecursionSubmodules:
-    """Specs of what a RecursionLayer builds."""
+    """The specs from which a RecursionLayer builds its layers."""
 
     layer_specs: Sequence[ModuleSpec]
-    """The K layers of the shared block, in order: ordinary Megatron layer specs."""
+    """The K layers of the shared block in order, as ordinary Megatron layer specs."""
 
 
 class _Recursion(RecursionBlock):
-    """A RecursionBlock whose routers draw alike on all tensor-parallel ranks."""
+    """A RecursionBlock whose routers draw the same random numbers on all tensor-parallel ranks."""
 
     def route(
         self,
@@ -71,31 +71,34 @@ class _Recursion(RecursionBlock):
 
 
 class RecursionLayer(TransformerLayer):
-    """Stands where a TransformerLayer stands and runs a recursion block.
+    """A recursion block in the place of a TransformerLayer.
 
-    Its K layers are built once from ordinary Megatron layer specs and run `num_recursions` times:
-    weights are tied because there is one copy. Name it in a `TransformerBlockSubmodules`, beside
-    ordinary layers, once or several times (`recursion_layer_spec`, `recursion_block_spec`).
+    The K layers are built once from ordinary Megatron layer specs and run `num_recursions` times;
+    their weights are tied because there is only one copy. Put it into a
+    `TransformerBlockSubmodules` next to ordinary layers, once or several times (see
+    `recursion_layer_spec` and `recursion_block_spec`).
 
     Args:
-        config: the model's configuration. Two of its fields are set: checkpoints of unlike layers
-            (`hetereogenous_dist_checkpoint`), and the function by which schedules announce the loss
-            scale, which routers' losses need.
+        config: the model's configuration. The constructor changes two of its fields:
+            `hetereogenous_dist_checkpoint`, because the layers differ in their checkpoint keys, and
+            the function through which the schedules announce the loss scale, which the routers'
+            losses need.
         submodules: specs of the shared layers.
-        layer_number: 1-based place among this stage's layers.
-        recursion: steps, router, KV policy, norms; `sharing` is not read, a step runs all K.
-        part: where these layers are a part of a block that is spread over the pipeline. Default:
-            they are the whole block.
+        layer_number: 1-based index among the layers of this pipeline stage.
+        recursion: steps, router, KV policy and norms. `sharing` is not used, because every step
+            runs all K layers.
+        part: the layers of the block that are on this rank, if the block is spread over the
+            pipeline. By default the rank holds the whole block.
 
     Raises:
-        ValueError: settings that cannot run, see `validation`.
+        ValueError: the settings cannot run in a recursion (see `validation`).
     """
 
     is_entry: bool
-    """Whether tokens are routed here; not on later stages of a block spread over the pipeline."""
+    """Whether tokens are routed here: False on later stages of a block spread over the pipeline."""
     causal_routing = False
-    """Whether no token's depth may depend on later tokens: as generation needs, see
-    `training.causal_routing`."""
+    """Whether no token's depth may depend on later tokens, as generation requires (see
+    `training.causal_routing`)."""
 
     def __init__(
         self,
@@ -112,7 +115,7 @@ class RecursionLayer(TransformerLayer):
         validate(config, recursion)
         config.hetereogenous_dist_checkpoint = True
         listen_for_loss_scale(config)
-        # Not TransformerLayer's: that would build one layer's parts.
+        # Not TransformerLayer.__init__, which would build the parts of a single layer.
         GraphableMegatronModule.__init__(self, config=config, vp_stage=vp_stage)
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups()
@@ -137,7 +140,8 @@ class RecursionLayer(TransformerLayer):
             pg_collection,
             vp_stage,
         )
-        # Built on every rank, so that what is drawn for the modules after it depends on no role.
+        # Built on every rank, so that the random numbers drawn for later modules do not depend on
+        # what this rank does.
         router = recursion.router.build(config.hidden_size, recursion.num_recursions)
         if not part.routes:
             router = CombiningRouter(router)
@@ -148,7 +152,8 @@ class RecursionLayer(TransformerLayer):
                 continue
             module.to(device, config.params_dtype)
             for parameter in module.parameters():
-                # Ranks see the tokens they hold: finalize_model_grads sums what they learn.
+                # Each rank sees only its own tokens, so finalize_model_grads must sum these
+                # gradients.
                 setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010
         self.recursion = _Recursion(
             stack, router, recursion.kv_policy, placement, step_input=step_input
@@ -157,7 +162,7 @@ class RecursionLayer(TransformerLayer):
 
     @property
     def expert_routers(self) -> list[StepTopKRouter]:
-        """The routers over experts of the shared layers, in order."""
+        """The expert routers of the shared layers, in order."""
         return [m for m in self.recursion.layers.modules() if isinstance(m, StepTopKRouter)]
 
     def forward(  # type: ignore[override]
@@ -175,19 +180,20 @@ class RecursionLayer(TransformerLayer):
     ) -> tuple[Tensor, Tensor | None]:
         """`[s b h] -> [s b h]`, or `[s/tp b h]` under sequence parallelism.
 
+        Under context parallelism `s` is this rank's share for the hidden states and the rotary
+        table; masks may have that many rows, as Megatron cuts them, or all rows of the sequence.
+
         Args:
-            attention_mask: None for one document a sequence. Else Megatron's causal mask
-                `[b 1 s s]`, True where attention is barred; where a token cannot see the one
-                before it a document begins.
-            rotary_pos_emb: `[s 1 1 r]`, or None without rotary positions.
-            padding_mask: `[b s]`, True where there is no token.
-                Under context parallelism `s` is this rank's share in hidden states and rotary
-                positions; masks may have that many rows, as Megatron cuts them, or all.
-            inference_context: Megatron's static one. The input is then the tokens that come next,
-                routing is causal, and the masks are not read.
+            attention_mask: None if each sequence is one document. Otherwise Megatron's causal mask
+                `[b 1 s s]`, True where attention is not allowed; a document begins at every token
+                that cannot attend to the token before it.
+            rotary_pos_emb: `[s 1 1 r]`, or None for a model without rotary positions.
+            padding_mask: `[b s]`, True at padding.
+            inference_context: Megatron's static context. The input is then the next tokens of each
+                sequence, routing is causal, and the attention mask is not used.
 
         Raises:
-            ValueError: an input the recursion does not implement.
+            ValueError: an input is given that the recursion does not support.
         """
         refuse_inputs(packed_seq_params=packed_seq_params, attention_bias=attention_bias)
         rotation = self._rotation(rotary_pos_emb, hidden_states)
@@ -198,7 +204,8 @@ class RecursionLayer(TransformerLayer):
         relayout = self._relayout(hidden_states, tokens.sequence_length)
         if relayout is not None:
             hidden_states = relayout.to_sequence(hidden_states)
-        # Recomputation runs the forward pass twice, the first time without gradients.
+        # Recomputation runs the forward pass twice, the first time without gradients. It is counted
+        # once.
         is_counted = torch.is_grad_enabled() or not self.training
         if is_counted:
             self._begin_counting()
@@ -225,7 +232,7 @@ class RecursionLayer(TransformerLayer):
     ) -> dict[str, Any]:
         """Each shared weight once.
 
-        Keys begin with `recursion.layers`, `recursion.router` and `recursion.step_input`.
+        Keys begin with `recursion.layers`, `recursion.router` or `recursion.step_input`.
         """
         assert not sharded_offsets, "layers of a recursion have keys of their own"
         parts = {f"layers.{index}.": layer for index, layer in enumerate(self.recursion.layers)}  # type: ignore[arg-type]
@@ -240,7 +247,9 @@ class RecursionLayer(TransformerLayer):
         return state
 
     def _placement(self) -> SequenceParallelPlacement | None:
-        """Where rows of a step live: over the ranks that share a sequence, in its order."""
+        """How the rows of a step are placed: in sequence order over the ranks that share a
+        sequence.
+        """
         if self.config.context_parallel_size == 1:
             is_spread = self.config.sequence_parallel
             return SequenceParallelPlacement(self.tp_group) if is_spread else None
@@ -287,7 +296,7 @@ class RecursionLayer(TransformerLayer):
             return None
         attention: Any = self.recursion.layers[0].self_attention  # type: ignore[index,union-attr]
         scale = attention._yarn_concentration_factor
-        if self.config.context_parallel_size > 1:  # Megatron gives a rank the rows of its tokens
+        if self.config.context_parallel_size > 1:  # Megatron passes this rank's rows only
             rotary_pos_emb = in_sequence_order(rotary_pos_emb, self.pg_collection.cp)
         fused = self.config.apply_rope_fusion
         return StepRotation.table(rotary_pos_emb, scale, hidden.dtype, fused)
@@ -295,13 +304,13 @@ class RecursionLayer(TransformerLayer):
     def _generate(
         self, hidden: Tensor, memory: StaticInferenceContext, rotation: StepRotation | None
     ) -> Tensor:
-        """`[n b h] -> [n b h]` for the tokens that come next, or first, in each sequence."""
+        """`[n b h] -> [n b h]` for the prompt, or for the next tokens of each sequence."""
         if self.config.sequence_parallel or not memory.is_static_batching():
             raise ValueError(
-                f"a recursion generates with a StaticInferenceContext and sequence_parallel=False, "
+                "a recursion generates with a StaticInferenceContext and sequence_parallel=False, "
                 f"not with {type(memory).__name__} and "
                 f"sequence_parallel={self.config.sequence_parallel}. For continuous batching use "
-                "mor_layers.DepthBatchingEngine, see mor_megatron.checkpoints.torch_model."
+                "mor_layers.DepthBatchingEngine (see mor_megatron.checkpoints.torch_model)."
             )
         stack = cast(StepStack, self.recursion.layers)
         length, batch = hidden.shape[:2]
@@ -324,16 +333,16 @@ class RecursionLayer(TransformerLayer):
             return output.hidden
         loss = torch.stack(list(output.losses.values())).sum()
         if self.config.calculate_per_token_loss:
-            # Gradients are divided by the global number of tokens in the end.
+            # Megatron divides the gradients by the global number of tokens at the end of the batch.
             loss = loss * output.decisions[0].tokens.count
         return RouterLossScaler.apply(output.hidden, loss)  # type: ignore[return-value]
 
 
 class AbsorbedLayer(TransformerLayer):
-    """A place in the layer list whose work the RecursionLayer before it does.
+    """An entry in the list of layers whose work is done by the RecursionLayer before it.
 
-    Megatron counts layers, and numbers stages and checkpoint keys by them: with one entry for each
-    unrolled layer, all of that holds as it is.
+    Megatron counts the layers, and derives stages and checkpoint keys from their numbers. With one
+    entry per unrolled layer, all of these numbers are right without further changes.
     """
 
     def __init__(
@@ -356,15 +365,15 @@ class AbsorbedLayer(TransformerLayer):
         return hidden_states, context
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Nothing."""
+        """Empty: this layer has no parameters."""
         return {}
 
 
 def refuse_inputs(**inputs: Any) -> None:
-    """Raise ValueError for the first of these inputs that is given."""
+    """Raise ValueError for the first of these inputs that is not None."""
     for name, given in inputs.items():
         if given is not None:
             raise ValueError(
-                f"RecursionLayer does not take {name}. Several documents in a sequence go "
-                "through attention_mask (reset_attention_mask=True in GPTDatasetConfig)."
+                f"RecursionLayer does not take {name}. Describe several documents in a sequence by "
+                "attention_mask (reset_attention_mask=True in GPTDatasetConfig)."
             )

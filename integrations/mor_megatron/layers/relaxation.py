@@ -1,16 +1,16 @@
-"""Per-step deltas on the linear layers of Megatron's attention and MLP, cut like their weights.
+"""Per-step deltas on the linear layers of Megatron's attention and MLP, sharded like their weights.
 
-    column-parallel (query, key, value, gate, up)   y = W_t x + scale · B_t (A x)      B by rows
+    column-parallel (query, key, value, gate, up)   y = W_t x + scale · B_t (A x)         B by rows
     row-parallel (output, down)                     y = Σ W_t x_t + scale · B Σ A_t x_t   A by columns
 
-What crosses ranks is `A x`: as many numbers a token as the rank of the delta. Under sequence
-parallelism the whole matrices see a part of the tokens only and are marked, so that
-`finalize_model_grads` sums what ranks learn. Fused weights keep their layout: `linear_qkv` is
-`[q.., k, v]` per query group, `linear_fc1` is `[gate, up]`; their deltas are kept apart, whole
-tensors being those of a `MoRTransformer`.
+Only `A x` is communicated between ranks: per token as many numbers as the rank of the delta. Under
+sequence parallelism the matrices that are not sharded see only a part of the tokens and are marked,
+so that `finalize_model_grads` sums their gradients. Fused weights keep Megatron's layout
+(`linear_qkv` is `[q.., k, v]` per query group, `linear_fc1` is `[gate, up]`), whereas each
+projection has a delta of its own: the gathered tensors are those of a `MoRTransformer`.
 
-Legend: `p` tokens that the linear layers see, `b` batch, `g` key-value heads and `d` head size of this
-rank, `i` inputs, `o` outputs, `q` rank.
+Legend: `p` tokens that the linear layers see, `b` batch, `g` key-value heads and `d` head size of
+this rank, `i` inputs, `o` outputs, `q` rank of the delta.
 """
 
 from typing import Any, ClassVar, cast
@@ -42,10 +42,10 @@ _ATTENTION: tuple[Projection, ...] = ("query", "key", "value", "output")
 
 
 class ParallelDelta(StepDelta):
-    """This rank's part of a `StepDelta`."""
+    """This rank's shard of a `StepDelta`."""
 
     axes: ClassVar[dict[str, int]]
-    """Dimension along which each parameter that has one is cut over the ranks."""
+    """The dimension along which each sharded parameter is split over the ranks."""
 
     def __init__(
         self, into: int, out: int, relaxation: Relaxation, group: ProcessGroup, config: Any
@@ -55,7 +55,10 @@ class ParallelDelta(StepDelta):
         self.dtype = config.params_dtype
 
     def cut(self, weight: Tensor) -> None:
-        """Keep this rank's part, and start as the projection of `weight`, this rank's, is."""
+        """Keep this rank's shard, initialised so that the projection by `weight` is unchanged.
+
+        `weight` is this rank's shard of the shared weight.
+        """
         size, rank = self.group.size(), self.group.rank()
         nn.init.normal_(self.a, std=0.02)
         for name, parameter in list(self.named_parameters()):
@@ -74,7 +77,7 @@ class ParallelDelta(StepDelta):
 
 
 class ColumnParallelDelta(ParallelDelta):
-    """Of a projection whose outputs are spread over the ranks."""
+    """The delta of a column-parallel projection, whose outputs are split over the ranks."""
 
     axes: ClassVar = {"b": 0, "magnitude": 0}
 
@@ -87,7 +90,7 @@ class ColumnParallelDelta(ParallelDelta):
 
 
 class RowParallelDelta(ParallelDelta):
-    """Of a projection whose inputs are spread over the ranks."""
+    """The delta of a row-parallel projection, whose inputs are split over the ranks."""
 
     axes: ClassVar = {"a": 1}
 
@@ -104,16 +107,17 @@ class RowParallelDelta(ParallelDelta):
 
 
 class StepDeltas(StepAware, nn.ModuleDict):
-    """The deltas of one layer's attention, or of its MLP: by projection, one for each step.
+    """The deltas of one layer's attention or MLP: for each projection, one per step.
 
-    They hang on the outputs of Megatron's linear layers as hooks, which no context reaches.
+    They are forward hooks on Megatron's linear layers, which receive no step context; hence
+    `StepAware`.
     """
 
     def relax(self, name: str, hidden: Tensor, projected: Tensor, weight: Tensor) -> Tensor:
-        """`projected` with the delta of the current step, where `name` has any.
+        """Add the current step's delta to `projected`, if projection `name` has deltas.
 
         Args:
-            weight: this rank's shared weight, in any shape that flattens to `[o i]`.
+            weight: this rank's shard of the shared weight, in any shape that flattens to `[o i]`.
         """
         if name not in self:
             return projected
@@ -129,7 +133,7 @@ class StepDeltas(StepAware, nn.ModuleDict):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Every delta's tensors, cut as the ranks hold them."""
+        """The tensors of all deltas, sharded over the ranks."""
         groups = ensure_metadata_has_dp_cp_group(metadata)
         state: dict[str, Any] = {}
         for name, delta in self.named_modules():
@@ -148,10 +152,10 @@ class StepDeltas(StepAware, nn.ModuleDict):
 def attach_deltas(
     layer: Any, relaxation: Relaxation, num_steps: int, config: TransformerConfig
 ) -> None:
-    """Give a built layer's attention and MLP deltas, on its linear layers' outputs.
+    """Add deltas to the attention and MLP of a layer, as hooks on their linear layers.
 
     Raises:
-        ValueError: a linear layer has its norm inside.
+        ValueError: a linear layer includes its norm, so that the delta would see another input.
     """
     names, attention, mlp = relaxation.projections, layer.self_attention, layer.mlp
     fused = (
@@ -161,7 +165,7 @@ def attach_deltas(
     for norm, place, fed in fused:
         if isinstance(norm, IdentityOp) and set(fed) & set(names):
             raise ValueError(
-                f"deltas of {', '.join(n for n in fed if n in names)} need a norm of its own at "
+                f"deltas of {', '.join(n for n in fed if n in names)} need a separate norm at "
                 f"{place}; this layer spec fuses it into the next linear layer. Use a local layer "
                 "spec, or other Relaxation.projections."
             )

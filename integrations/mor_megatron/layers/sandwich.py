@@ -1,4 +1,4 @@
-"""Norms and factors of what attention and MLP give, before the residual adds it.
+"""Norms and scaling of the outputs of attention and MLP, before they are added to the residual.
 
 Legend: `p` rows of a step on this rank, `b` batch, `h` hidden.
 """
@@ -18,20 +18,24 @@ Build = Callable[[], nn.Module]
 
 
 def attach_output_norms(layer: Any, build: Build) -> None:
-    """Give a built layer norms of its attention's and its MLP's outputs, `[p b h]`.
+    """Add norms of the attention's and the MLP's outputs, `[p b h]`, to a layer that is already
+    built.
 
-    They are the layer's and not theirs: what an MLP holds has no tensor-parallel group in checkpoints.
-    Biases that Megatron would add with the residual are added before the norm.
+    The norms are registered in the layer itself, because an MLP passes no tensor-parallel group on
+    to its submodules when it is saved. Biases that Megatron would add together with the residual
+    are added before the norm.
     """
     for name, module in (("attention", layer.self_attention), ("mlp", layer.mlp)):
-        if not isinstance(module, IdentityOp):  # a hybrid layer may have one of both
+        if not isinstance(module, IdentityOp):  # a hybrid layer may have only one of them
             norm = build()
             setattr(layer, f"{name}_output_norm", norm)
             module.register_forward_hook(partial(_normed, norm))
 
 
 def scale_branches(layer: Any, factor: float) -> None:
-    """Let a built layer multiply its attention's and its MLP's outputs; after norms, if it has any."""
+    """Multiply the outputs of a layer's attention and MLP by `factor`, after their norms if there
+    are any.
+    """
     for module in (layer.self_attention, layer.mlp):
         if not isinstance(module, IdentityOp):
             module.register_forward_hook(partial(_scaled, factor))
@@ -48,9 +52,10 @@ def _normed(norm: nn.Module, module: Any, inputs: Any, output: tuple[Tensor, Ten
 
 
 def like_norms_of(spec: ModuleSpec, config: TransformerConfig) -> Build:
-    """Builds a norm as the layer has before attention or MLP.
+    """Return a function that builds a norm of the kind the layer has before attention or MLP.
 
-    Where both are fused into the next linear layer, it is one of the same library that stands alone.
+    If the layer spec fuses both norms into the next linear layer, it is the same library's separate
+    norm.
     """
     parts = cast(Any, spec.submodules)
     own = (n for n in (parts.input_layernorm, parts.pre_mlp_layernorm) if n is not IdentityOp)

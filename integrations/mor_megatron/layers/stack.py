@@ -1,7 +1,7 @@
-"""The layers of a recursion block: ordinary Megatron layers from the user's own spec, built once.
+"""The layers of a recursion block: ordinary Megatron layers, built once from the user's own spec.
 
 Legend: `k` tokens that run a step, `b` batch, `h` hidden; under sequence parallelism a rank holds
-`k / tp` rows of them.
+`k / tp` of the rows.
 """
 
 import copy
@@ -42,26 +42,26 @@ from mor_megatron.step import (
 
 
 class StepNorms(StepAware, nn.ModuleList):
-    """A norm of its own for each step."""
+    """A separate norm for each step."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self[self.step](hidden)
 
 
 class StepStack(nn.ModuleList):
-    """`K` Megatron layers that run as one step of a recursion.
+    """The `K` Megatron layers that run as one step of a recursion.
 
     Args:
         config: the model's configuration.
-        layer_specs: the user's specs of the K layers.
-        recursion: for the number of steps and whether they share norms.
+        layer_specs: the user's specs of the layers on this rank.
+        recursion: number of steps, shared or separate norms, relaxation.
         part: which layers of the block these are.
-        first_layer: layers of the unrolled model before the block.
+        first_layer: number of layers of the unrolled model before the block.
         pg_collection: the model's process groups.
-        vp_stage: virtual pipeline stage the block lives in.
+        vp_stage: virtual pipeline stage of the block.
 
     Raises:
-        ValueError: a spec that cannot run inside a recursion.
+        ValueError: a spec cannot run inside a recursion.
     """
 
     def __init__(
@@ -117,9 +117,9 @@ class StepStack(nn.ModuleList):
         """`[k b h] -> [k b h]`.
 
         Args:
-            rotation: rotary table of the whole sequence, if any.
-            cache: where the rows of earlier tokens are, in generation.
-            num_documents: the most that a sequence has, where that is known to be more than one.
+            rotation: rotary table of the whole sequence, if the model has rotary positions.
+            cache: the keys and values of earlier tokens, in generation.
+            num_documents: upper bound on the documents of a sequence, if known to be more than one.
         """
         sequences = packed(context, num_documents)
         if cache is not None:
@@ -142,11 +142,11 @@ class StepStack(nn.ModuleList):
             layer_number = self.first_layer + context.step * self.layers_per_step + index + 1
             for module in self._step_aware[index]:
                 module.begin_step(context.step, layer_number)
-            # The arguments of a Megatron layer are fixed, and what a recursion's attention must
-            # know has none of its own. Two of them reach self-attention as they are given, without
-            # the layer looking inside: the context takes the place of the mask that it stands for,
-            # and the rotation of these rows that of the rotary table.
-            # `RecursiveSelfAttention.forward` takes both out again.
+            # Megatron fixes the arguments of a layer, and none of them is meant for what a
+            # recursion's attention must know. Two of them are passed on to self-attention without
+            # being looked at: the context travels in the place of the attention mask that it stands
+            # for, and the rotation of these rows in that of the rotary table.
+            # `RecursiveSelfAttention.forward` unpacks both.
             hidden, _ = layer(
                 hidden_states=hidden,
                 attention_mask=context,
@@ -158,17 +158,20 @@ class StepStack(nn.ModuleList):
 
 
 def inner_config(config: TransformerConfig, num_recursions: int) -> TransformerConfig:
-    """The configuration of a layer that runs `num_recursions` times.
+    """The configuration of layers that run `num_recursions` times.
 
-    Expert routers take the weight of their auxiliary losses from it, and divide by the same weight
-    for the log: with a share of it per step, a layer's losses count once in the graph and each
-    step's is logged as it is. How many rows a step sends to experts is known only then, which
-    dispatchers expect where there is a capacity: without one, it is set so high that it never binds.
+    Expert routers read the coefficients of their auxiliary losses from it, and divide by the same
+    coefficients for the log. The coefficients are divided by the number of steps, so that a layer's
+    losses count once in total and each step's loss is logged at full size.
 
-    Linear layers of Transformer Engine keep a quantized weight from a batch's first pass, and where
-    they add to `main_grad` themselves, write that pass's gradient **over** what is there: of a layer
-    that runs several times the first pass is the last to come back, and would wipe the others out.
-    Without their cache they do neither.
+    Padding goes to no expert, so the number of rows that experts receive is only known at run time.
+    Megatron's dispatchers count them only if a capacity is configured, and otherwise expect `topk`
+    per row. Where the user sets no capacity, it is therefore set so high that no token is dropped.
+
+    The linear layers of Transformer Engine cache the quantized weight of a batch's first forward
+    pass. If they also accumulate into `main_grad` themselves, that pass **overwrites** the
+    gradient. In a layer that runs several times, the first pass is the last in the backward pass
+    and would erase the gradients of the others. Without the cache they do neither.
     """
     inner = copy.copy(config)
     inner.disable_parameter_transpose_cache = True
@@ -187,17 +190,18 @@ def inner_config(config: TransformerConfig, num_recursions: int) -> TransformerC
 def recursive_layer_spec(
     spec: ModuleSpec, recursion: RecursionConfig, gathers_keys: bool = False
 ) -> ModuleSpec:
-    """The user's layer spec with the parts that must know of the recursion exchanged.
+    """The user's layer spec with those parts replaced that must know about the recursion.
 
-    Attention becomes `RecursiveSelfAttention` (on `SDPACoreAttention` where it was the local core),
-    a mixture of experts `RecursiveMoELayer`; parameters and their names stay.
+    Attention becomes `RecursiveSelfAttention` (using `SDPACoreAttention` instead of Megatron's
+    local core attention) and a mixture of experts becomes `RecursiveMoELayer`. Parameters and their
+    names stay.
 
     Args:
-        gathers_keys: whether keys come from other ranks too; a core attention with context
-            parallelism of its own would take them for its rank's share.
+        gathers_keys: whether keys come from other ranks too. The user's core attention is then
+            replaced, because it would do context parallelism itself, taking them for its own shard.
 
     Raises:
-        ValueError: a layer without plain self-attention, or one with cross-attention.
+        ValueError: the layer has no plain self-attention, or it has cross-attention.
     """
     if not (isinstance(spec.module, type) and issubclass(spec.module, TransformerLayer)):
         raise ValueError(
@@ -209,12 +213,13 @@ def recursive_layer_spec(
     if not isinstance(attention, ModuleSpec) or attention.module is not SelfAttention:
         raise ValueError(
             f"a recursion runs layers with SelfAttention, not {attention!r}. Multi-latent and "
-            "other attentions compute positions of their own."
+            "other attentions compute the positions of tokens themselves, which is wrong for "
+            "selected tokens."
         )
     if parts.cross_attention is not IdentityOp:
         raise ValueError(
-            "a recursion has no cross-attention: its queries would lose their places. Put such "
-            "layers before or after it."
+            "a recursion cannot contain cross-attention, which does not know the positions of "
+            "selected tokens. Put such layers before or after the recursion."
         )
     attention_parts = cast(Any, attention.submodules)
     if gathers_keys or attention_parts.core_attention is DotProductAttention:
@@ -253,7 +258,7 @@ def _recursive_mlp(builder: Any, recursion: RecursionConfig) -> Any:
 
 
 def _of_every_step(norm: Callable[[], nn.Module], recursion: RecursionConfig) -> Any:
-    """Builds a norm for all steps, or one for each."""
+    """Builds one norm for all steps, or one for each."""
     if recursion.share_norms:
         return norm
     return lambda: StepNorms(norm() for _ in range(recursion.num_recursions))
@@ -262,7 +267,7 @@ def _of_every_step(norm: Callable[[], nn.Module], recursion: RecursionConfig) ->
 def _step_norms(builder: Any, num_recursions: int, place: str, **arguments: Any) -> StepNorms:
     if builder is IdentityOp:
         raise ValueError(
-            f"share_norms=False needs a norm of its own at {place}; this layer spec fuses it into "
+            f"share_norms=False needs a separate norm at {place}; this layer spec fuses it into "
             "the next linear layer. Use a local layer spec, or share_norms=True."
         )
     return StepNorms(builder(**arguments) for _ in range(num_recursions))

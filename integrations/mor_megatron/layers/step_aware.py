@@ -2,22 +2,24 @@
 
 
 class StepAware:
-    """Mix-in for a module that must know the step, and is called by code that cannot say it.
+    """Mix-in for a module that needs the recursion step but is called by code that cannot pass it.
 
-    Wherever a `StepContext` arrives, `context.step` says which step runs. Megatron's layers hand a
-    context to attention only, in the place of its mask: norms, linear layers and the MLP are called
-    with arguments that Megatron has fixed. These modules are told beforehand, through this one
-    other channel: `StepStack` calls `begin_step` on every one of a layer's before it runs the layer.
+    Wherever a `StepContext` is available, `context.step` is the step. Megatron's layers pass the
+    context to attention only (in the place of its mask); norms, linear layers and the MLP are
+    called with arguments that Megatron has fixed. `StepStack` therefore calls `begin_step` on each
+    of these modules before it runs their layer.
 
-    The numbers are not state: they are set anew before each forward pass. A module that recomputes
-    itself in the backward pass must take them along, see `RecursiveMoELayer`.
+    These numbers are not state: they are set again before every forward pass. A module that
+    recomputes itself in the backward pass must remember them, as `RecursiveMoELayer` does.
     """
 
     step: int = 0
-    """0-based recursion step that runs."""
+    """0-based recursion step that is running."""
     unrolled_layer_number: int = 0
-    """1-based number of the layer in the unrolled model, which Megatron's logs go by."""
+    """1-based number of the layer in the unrolled model, under which Megatron logs it."""
 
     def begin_step(self, step: int, layer_number: int) -> None:
-        """The next forward pass runs `step` as unrolled layer `layer_number` (1-based)."""
+        """Announce that the next forward pass is `step`, as unrolled layer `layer_number`
+        (1-based).
+        """
         self.step, self.unrolled_layer_number = step, layer_number

@@ -1,4 +1,4 @@
-"""What cannot run, said before anything is built."""
+"""Megatron settings that cannot run with a recursion, refused before anything is built."""
 
 from megatron.core.enums import Fp8Recipe
 from megatron.core.transformer import TransformerConfig
@@ -9,10 +9,10 @@ from mor_megatron.platform import has_transformer_engine
 
 
 def validate(config: TransformerConfig, recursion: RecursionConfig) -> None:
-    """Refuse settings under which a recursion would compute something else than it should.
+    """Refuse settings with which a recursion would compute a wrong result or fail.
 
     Raises:
-        ValueError: for the first such setting: what it is, why not, and what to use.
+        ValueError: for the first such setting, with the reason and what to use instead.
     """
     for is_wrong, given, reason in _rules(config, recursion):
         if is_wrong:
@@ -20,7 +20,7 @@ def validate(config: TransformerConfig, recursion: RecursionConfig) -> None:
 
 
 def _num_ranks(config: TransformerConfig) -> int:
-    """Ranks that one replica of the model is spread over."""
+    """Number of ranks that one replica of the model is spread over."""
     return max(
         config.tensor_model_parallel_size
         * config.pipeline_model_parallel_size
@@ -49,23 +49,24 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             config.context_parallel_size > 1 and config.moe_expert_capacity_factor is not None,
             f"context_parallel_size={config.context_parallel_size} with "
             f"moe_expert_capacity_factor={config.moe_expert_capacity_factor}",
-            "a full expert is decided over the tokens of a tensor-parallel group, not of the whole "
-            "sequence. Leave the capacity out.",
+            "Megatron fills an expert over the tokens of one tensor-parallel group, not of the "
+            "whole sequence. Leave the capacity out.",
         ),
         (
             config.multi_latent_attention,
             "multi_latent_attention=True",
-            "it computes positions of its own. Use grouped-query attention.",
+            "it computes the positions of tokens itself. Use grouped-query attention.",
         ),
         (
             config.rotary_interleaved,
             "rotary_interleaved=True",
-            "selected tokens are turned in halves. Use rotary_interleaved=False.",
+            "selected tokens are rotated with the non-interleaved layout. Use "
+            "rotary_interleaved=False.",
         ),
         (
             bool(config.no_rope_freq),
             f"no_rope_freq={config.no_rope_freq}",
-            "a shared layer has no depth of its own. Leave it out.",
+            "the steps of a shared layer are at several depths. Leave it out.",
         ),
         (
             config.attention_output_gate,
@@ -76,41 +77,43 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             config.mtp_num_layers is not None and _num_ranks(config) > 1,
             f"mtp_num_layers={config.mtp_num_layers} with tensor, pipeline, context or expert "
             "parallelism",
-            "multi-token prediction is only verified where each rank holds the whole model. Leave "
-            "it out, or use data parallelism.",
+            "multi-token prediction is only verified if each rank holds the whole model. Leave it "
+            "out, or use data parallelism.",
         ),
         (
             config.qk_clip or config.log_max_attention_logit,
             f"qk_clip={config.qk_clip}, log_max_attention_logit={config.log_max_attention_logit}",
-            "Megatron looks for the largest logits in one attention of each unrolled layer, and "
+            "Megatron looks for the largest logits in one attention per unrolled layer, and the "
             "steps would overwrite one another's. Leave both out.",
         ),
         (
             config.tp_comm_overlap,
             "tp_comm_overlap=True",
-            "its buffers hold a fixed number of rows, and steps run different numbers. Leave it out.",
+            "its buffers hold a fixed number of rows, but the steps run different numbers. Leave "
+            "it out.",
         ),
         (
             config.overlap_moe_expert_parallel_comm,
             "overlap_moe_expert_parallel_comm=True",
-            "its schedule takes plain layers apart and would not see the steps. Leave it out.",
+            "its schedule splits plain layers into parts and would not see the steps. Leave it "
+            "out.",
         ),
         (
             config.quant_recipe is not None,
             "quant_recipe",
-            "it finds layers by name and number, and a shared layer has neither of an unrolled one. "
-            "Leave it out.",
+            "it selects layers by name and number, which shared layers do not have in common with "
+            "unrolled ones. Leave it out.",
         ),
         (
             bool(config.distribute_saved_activations),
             "distribute_saved_activations=True",
-            "a recursion stands for several layers, and those without work hand on their input, "
-            "which Megatron would cut up in place. Use sequence_parallel=True.",
+            "a recursion occupies several entries in the list of layers, and the empty ones "
+            "return their input, which Megatron would split in place. Use sequence_parallel=True.",
         ),
         (
             has_moe and config.mlp_chunks_for_training > 1,
             f"mlp_chunks_for_training={config.mlp_chunks_for_training} with a mixture of experts",
-            "Megatron hands chunks to the experts without the mask of padding. Use 1.",
+            "Megatron passes chunks to the experts without the padding mask. Use 1.",
         ),
         (
             config.cuda_graph_impl != "none",
@@ -120,15 +123,15 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
         (
             bool(config.fp8) and config.fp8_recipe == Fp8Recipe.delayed,
             f"fp8={config.fp8!r} with fp8_recipe='delayed'",
-            "a layer that runs twice within one context overwrites the maxima that set its next "
-            "scale. Use fp8_recipe='tensorwise', 'blockwise' or 'mxfp8'.",
+            "a layer that runs twice within one context overwrites the maxima from which its next "
+            "scale is computed. Use fp8_recipe='tensorwise', 'blockwise' or 'mxfp8'.",
         ),
         (
             bool(config.fp8 or config.fp4)
             and (config.sequence_parallel or config.context_parallel_size > 1),
             f"fp8={config.fp8!r}, fp4={config.fp4!r} with sequence or context parallelism",
-            "selected rows are not spread over ranks in multiples of its blocks yet. Use "
-            "sequence_parallel=False and context_parallel_size=1, or bf16.",
+            "selected rows are not yet spread over ranks in multiples of the quantization block. "
+            "Use sequence_parallel=False and context_parallel_size=1, or bf16.",
         ),
         (
             config.fine_grained_activation_offloading or config.cpu_offloading,
@@ -144,24 +147,24 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
         (
             "layernorm" in selective and not recursion.share_norms,
             "recompute_modules with 'layernorm' and share_norms=False",
-            "a recomputed norm would be the last step's. Leave 'layernorm' out.",
+            "a recomputed norm would be that of the last step. Leave 'layernorm' out.",
         ),
         (
             "mlp" in selective and bool(set(relaxed) & set(MLP_PROJECTIONS)),
             f"recompute_modules with 'mlp' and Relaxation.projections={relaxed}",
-            "a recomputed MLP would be the last step's. Use recompute_granularity='full', or leave "
-            "'mlp' out.",
+            "a recomputed MLP would be that of the last step. Use recompute_granularity='full', "
+            "or leave 'mlp' out.",
         ),
         (
             "mlp" in selective and recursion.sandwich_norms and not recursion.share_norms,
             "recompute_modules with 'mlp', sandwich_norms=True and share_norms=False",
-            "a recomputed norm would be the last step's. Use recompute_granularity='full', or leave "
-            "'mlp' out.",
+            "a recomputed norm would be that of the last step. Use recompute_granularity='full', "
+            "or leave 'mlp' out.",
         ),
         (
             "gate" in relaxed and not config.gated_linear_unit,
             "Relaxation.projections with 'gate' and gated_linear_unit=False",
-            "there is no gate. Leave it out of projections.",
+            "the MLP has no gate. Leave 'gate' out of projections.",
         ),
         (
             bool(relaxed_qkv)
@@ -169,33 +172,35 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             and config.num_query_groups < config.tensor_model_parallel_size,
             f"num_query_groups={config.num_query_groups} with tensor_model_parallel_size="
             f"{config.tensor_model_parallel_size} and deltas of {', '.join(sorted(relaxed_qkv))}",
-            "a rank has no projections of its own to add to. Use at least as many groups as ranks, "
-            "or other Relaxation.projections.",
+            "a rank has no complete projection to add a delta to. Use at least as many groups as "
+            "ranks, or other Relaxation.projections.",
         ),
         (
             bool(relaxed_qkv) and is_dora and (config.add_bias_linear or config.add_qkv_bias),
             "Relaxation.kind='dora' of query, key or value with biases",
-            "Megatron adds the bias before a magnitude could be applied. Use kind='lora', or other "
-            "Relaxation.projections.",
+            "Megatron adds the bias before the magnitude can be applied. Use kind='lora', or "
+            "other Relaxation.projections.",
         ),
         (
             interleaved and config.batch_p2p_comm,
             f"virtual_pipeline_model_parallel_size={config.virtual_pipeline_model_parallel_size} "
             "with batch_p2p_comm=True",
-            "with two stages the previous and the next rank are the same and batched sends cross, "
-            "which gives wrong losses silently. Set overlap_p2p_comm=True, batch_p2p_comm=False.",
+            "with two stages the previous and the next rank are the same, and batched sends are "
+            "mixed up, which silently gives wrong losses. Set overlap_p2p_comm=True, "
+            "batch_p2p_comm=False.",
         ),
         (
             config.variable_seq_lengths and config.moe_token_dispatcher_type != "alltoall",
             f"variable_seq_lengths=True with moe_token_dispatcher_type="
             f"{config.moe_token_dispatcher_type!r}",
-            "Megatron needs moe_token_dispatcher_type='alltoall' there, even for a dense model.",
+            "Megatron requires moe_token_dispatcher_type='alltoall' with it, even for a dense "
+            "model.",
         ),
         (
             has_moe and "global_aux_loss" in balancing,
             "moe_router_load_balancing_type='global_aux_loss'",
-            "it averages counts of steps that run different numbers of tokens. Use 'aux_loss' or "
-            "'seq_aux_loss'.",
+            "it averages the counts of steps that run different numbers of tokens. Use 'aux_loss' "
+            "or 'seq_aux_loss'.",
         ),
         (
             has_moe and "quantile_balancing" in balancing,
@@ -212,14 +217,15 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             and (config.moe_router_score_function != "softmax" or "seq_aux_loss" in balancing),
             f"mean_experts with moe_router_score_function={config.moe_router_score_function!r} and "
             f"moe_router_load_balancing_type={config.moe_router_load_balancing_type!r}",
-            "the threshold is one on softmax probabilities. Use 'softmax', and 'aux_loss' or "
+            "the threshold applies to softmax probabilities. Use 'softmax', and 'aux_loss' or "
             "'none'.",
         ),
         (
             recursion.mean_experts is not None
             and not 1 <= max(recursion.mean_experts) <= config.moe_router_topk > 1,
             f"mean_experts={recursion.mean_experts} with moe_router_topk={config.moe_router_topk}",
-            "moe_router_topk is the most that a token may take. Use at least the mean, and 2.",
+            "moe_router_topk is the maximum for a token. It must be at least 2 and at least the "
+            "largest mean.",
         ),
         (
             has_moe and config.calculate_per_token_loss,

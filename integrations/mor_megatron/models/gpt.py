@@ -4,7 +4,7 @@
     block = recursion_block_spec(config, RecursionConfig(3, router=ExpertChoice()))
     model = GPTModel(config, transformer_layer_spec=block, ...)
 
-`num_layers` counts the unrolled depth: with 3 recursions and middle-cycle sharing, 8 layers are a
+`num_layers` is the unrolled depth: with 3 recursions and middle-cycle sharing, 8 layers are a
 prelude layer, a block of 2 layers that runs 3 times, and a coda layer.
 """
 
@@ -44,18 +44,18 @@ from mor_megatron.platform import has_transformer_engine
 
 
 def default_layer_spec(config: TransformerConfig, is_moe: bool | None = None) -> ModuleSpec:
-    """The layer that Megatron would build for `config`.
+    """The spec of the layer that Megatron would build for `config`.
 
-    This is Transformer Engine's layer if that is installed and CUDA is available. Otherwise it is the
-    local layer, with SDPA and a norm that supports sequence parallelism.
+    This is Transformer Engine's layer if that is installed and CUDA is available. Otherwise it is
+    the local layer, with SDPA and a norm that supports sequence parallelism.
 
     Args:
         is_moe: whether the MLP is a mixture of experts; by default, if `config` has experts.
 
     Raises:
-        ValueError: grouped expert matrix products without Transformer Engine, because Megatron would
-            silently run the experts one by one; or an attention that Megatron builds from specs of its
-            own.
+        ValueError: grouped expert matrix products are requested without Transformer Engine, where
+            Megatron would silently run the experts one by one; or an attention for which Megatron
+            has specs of its own.
     """
     _refuse_other_specs(config)
     num_experts = None if is_moe is False else config.num_moe_experts
@@ -88,10 +88,10 @@ def default_layer_spec(config: TransformerConfig, is_moe: bool | None = None) ->
     attention_parts = cast(Any, attention.submodules)
     if attention_parts.core_attention is DotProductAttention:
         changes["core_attention"] = SDPACoreAttention
-    if config.qk_layernorm and not config.qk_l2_norm:  # the latter goes first, as in Megatron
+    if config.qk_layernorm and not config.qk_l2_norm:  # the latter takes precedence, as in Megatron
         changes |= {"q_layernorm": norm, "k_layernorm": norm}
     keys = dict(parts.sharded_state_dict_keys_map)
-    if num_experts:  # as Transformer Engine's layers, which fuse this norm into dense MLPs only
+    if num_experts:  # like Transformer Engine's layers, which fuse this norm into dense MLPs only
         keys.pop("pre_mlp_layernorm.", None)
     parts = replace(
         parts,
@@ -104,7 +104,7 @@ def default_layer_spec(config: TransformerConfig, is_moe: bool | None = None) ->
 
 
 def _refuse_other_specs(config: TransformerConfig) -> None:
-    """Raise ValueError where Megatron has a layer for `config` that is not built here."""
+    """Raise ValueError if Megatron has a layer for `config` that is not built here."""
     rules = {
         "experimental_attention_variant": config.experimental_attention_variant,
         "use_kitchen": config.use_kitchen,
@@ -116,8 +116,9 @@ def _refuse_other_specs(config: TransformerConfig) -> None:
     for option, is_given in rules.items():
         if is_given:
             raise ValueError(
-                f"{option}={getattr(config, option)!r} takes layers that default_layer_spec does not "
-                "build: you would silently get plain ones. Leave it out, or pass your own layer_spec."
+                f"{option}={getattr(config, option)!r} needs layers that default_layer_spec does "
+                "not build: you would silently get plain ones. Leave it out, or pass your own "
+                "layer_spec."
             )
 
 
@@ -128,7 +129,8 @@ def recursion_layer_spec(
 
     Args:
         layer_specs: the K layers of the shared block.
-        recursion: steps, router, KV policy and norms. `sharing` is ignored, as a step runs all K layers.
+        recursion: steps, router, KV policy and norms. `sharing` is ignored, because a step runs all
+            K layers.
 
     Raises:
         ValueError: `layer_specs` is empty, or `recursion` has settings for the layers around it.
@@ -137,9 +139,9 @@ def recursion_layer_spec(
         raise ValueError("a recursion needs at least one layer. Pass the specs of its layers.")
     if recursion.prelude_layers is not None or recursion.coda_layers is not None:
         raise ValueError(
-            f"prelude_layers={recursion.prelude_layers} and coda_layers={recursion.coda_layers} have "
-            "no effect where you list the layers before and after the recursion yourself. Leave them "
-            "out, or use recursion_block_spec."
+            f"prelude_layers={recursion.prelude_layers} and coda_layers={recursion.coda_layers} "
+            "have no effect if you list the layers before and after the recursion yourself. Leave "
+            "them out, or use recursion_block_spec."
         )
     return ModuleSpec(
         module=RecursionLayer,
@@ -155,24 +157,24 @@ def recursion_block_spec(
     vp_stage: int | None = None,
     dense_layer_spec: ModuleSpec | None = None,
 ) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage: `transformer_layer_spec` of an unmodified GPTModel.
+    """The layers of this pipeline stage, as `transformer_layer_spec` of an unmodified GPTModel.
 
-    There is one entry for each unrolled layer, so that stages, checkpoint keys and logs are numbered
-    as Megatron expects. Each recursion lies within one stage, so `config.pipeline_model_parallel_layout`
-    must not split it. If the config does not say how to divide the layers, the layout is set here, as
-    evenly as the recursion allows.
+    There is one entry for each unrolled layer, so that stages, checkpoint keys and logs are
+    numbered as Megatron expects. Each recursion lies within one stage, so
+    `config.pipeline_model_parallel_layout` must not split it. If the config does not say how to
+    divide the layers, the layout is set here, as evenly as the recursion allows.
 
     Args:
-        config: `num_layers` counts the unrolled depth.
+        config: `num_layers` is the unrolled depth.
         recursion: sharing, steps, router, KV policy, norms.
-        layer_spec: spec of the shared layers; default: `default_layer_spec(config)`, with experts
-            where `config.moe_layer_freq` has them.
+        layer_spec: spec of the shared layers. Default: `default_layer_spec(config)`, with experts
+            in the layers that `config.moe_layer_freq` selects.
         vp_stage: must be None; virtual stages are not used here.
-        dense_layer_spec: spec of prelude and coda layers; default: `layer_spec`.
+        dense_layer_spec: spec of prelude and coda layers. Default: `layer_spec`.
 
     Raises:
-        ValueError: the layers cannot be divided into recursions, a stage would split a recursion, or
-            `moe_layer_freq` asks for experts in some steps of a shared layer and not in others.
+        ValueError: the layers cannot be divided into recursions, a stage would split a recursion,
+            or `moe_layer_freq` asks for experts in some steps of a shared layer and not in others.
     """
     if vp_stage is not None:
         raise ValueError(
@@ -193,10 +195,11 @@ def recursion_block_spec(
 
 
 def unrolled_layer_specs(config: TransformerConfig) -> list[ModuleSpec]:
-    """`default_layer_spec` of each unrolled layer, with experts where `config.moe_layer_freq` says.
+    """`default_layer_spec` of each unrolled layer, with experts in those that
+    `config.moe_layer_freq` selects.
 
     Raises:
-        ValueError: a list that is not of one entry for each unrolled layer.
+        ValueError: `moe_layer_freq` is a list, but does not have one entry for each unrolled layer.
     """
     count, frequency = config.num_layers, config.moe_layer_freq
     if config.num_moe_experts is None:
@@ -207,8 +210,8 @@ def unrolled_layer_specs(config: TransformerConfig) -> list[ModuleSpec]:
         has_experts = [bool(entry) for entry in frequency]
     else:
         raise ValueError(
-            f"moe_layer_freq has {len(frequency)} entries and num_layers={count}. Give one entry for "
-            "each unrolled layer."
+            f"moe_layer_freq has {len(frequency)} entries, but num_layers={count}. Give one entry "
+            "for each unrolled layer."
         )
     kinds = {kind: default_layer_spec(config, is_moe=kind) for kind in set(has_experts)}
     return [kinds[kind] for kind in has_experts]
@@ -220,14 +223,14 @@ def recursion_parts(
     layer_specs: Sequence[ModuleSpec],
     dense_layer_spec: ModuleSpec | None = None,
 ) -> list[list[ModuleSpec]]:
-    """The model's layers in parts that no stage may cut, one entry for each unrolled layer.
+    """Specs of all unrolled layers, grouped into parts that no pipeline stage may split.
 
     Args:
         layer_specs: one for each unrolled layer.
-        dense_layer_spec: of prelude and coda, in the place of theirs.
+        dense_layer_spec: replaces the specs of prelude and coda.
 
     Raises:
-        ValueError: a shared layer whose specs differ from step to step.
+        ValueError: a shared layer has different specs at different steps.
     """
     schedule = recursion.schedule(config.num_layers)
     prelude, steps = schedule.prelude, recursion.num_recursions
@@ -243,10 +246,10 @@ def recursion_parts(
         for index, spec in enumerate(unrolled):
             if spec is not shared[index % size]:
                 raise ValueError(
-                    f"moe_layer_freq={config.moe_layer_freq} has unrolled layers "
-                    f"{first + index % size} and {first + index} (0-based) differ, which are one "
-                    "shared layer: it cannot be dense in one step and have experts in another. Give "
-                    f"all {steps} steps the same."
+                    f"moe_layer_freq={config.moe_layer_freq} makes unrolled layers "
+                    f"{first + index % size} and {first + index} (0-based) different, but they are "
+                    "the same shared layer, which cannot be dense in one step and have experts in "
+                    f"another. Use the same value for all {steps} steps."
                 )
         blocks.append([recursion_layer_spec(shared, block)] + [absorbed] * (len(unrolled) - 1))
     ends = [dense_layer_spec or spec for spec in layer_specs]
@@ -254,7 +257,8 @@ def recursion_parts(
 
 
 def set_pipeline_layout(config: TransformerConfig, depths: Sequence[int]) -> None:
-    """Divide parts with the given unrolled depths into stages, unless `config` has a layout.
+    """Divide parts with the given unrolled depths into stages, unless `config` has a layout
+    already.
 
     Raises:
         ValueError: there are more stages than parts.
@@ -274,16 +278,19 @@ def set_pipeline_layout(config: TransformerConfig, depths: Sequence[int]) -> Non
 
 
 def file_keys_alike(config: TransformerConfig) -> None:
-    """Let every stage name its checkpoint keys as those with a RecursionLayer do.
+    """Make every stage name its checkpoint keys as a stage with a RecursionLayer does.
 
-    Megatron files layers that are all alike as slices of one tensor, which they are not where one of
-    them is a recursion: a stage without one must know, or keys of several stages do not fit together.
+    Megatron saves layers as slices of one tensor if they are all alike, which they are not if one
+    of them is a recursion. A stage without a recursion does not know that by itself, and the keys
+    of different stages would not match.
     """
     config.hetereogenous_dist_checkpoint = True
 
 
 def check_whole(config: TransformerConfig, depths: Sequence[int], first: int, count: int) -> None:
-    """Raise ValueError if a stage of `count` layers from `first` would split one of the parts."""
+    """Raise ValueError if a stage with the `count` layers from `first` on would split one of the
+    parts.
+    """
     borders = {0, *accumulate(depths)}
     if first in borders and first + count in borders:
         return
@@ -296,14 +303,16 @@ def check_whole(config: TransformerConfig, depths: Sequence[int], first: int, co
     else:
         advice += f", for example {proposed_layout(depths, num_stages)!r}."
     raise ValueError(
-        f"a pipeline stage of layers {first + 1} to {first + count} (pipeline_model_parallel_size="
-        f"{config.pipeline_model_parallel_size}) cuts a recursion: the parts of the model have "
-        f"{', '.join(map(str, depths))} unrolled layers. {advice}"
+        f"a pipeline stage of layers {first + 1} to {first + count} "
+        f"(pipeline_model_parallel_size={config.pipeline_model_parallel_size}) splits a recursion: "
+        f"the parts of the model have {', '.join(map(str, depths))} unrolled layers. {advice}"
     )
 
 
 def proposed_layout(depths: Sequence[int], num_stages: int) -> str:
-    """A `pipeline_model_parallel_layout` of whole parts: '|' between stages, ',' between parts."""
+    """A `pipeline_model_parallel_layout` that keeps parts whole: '|' between stages, ',' between
+    parts.
+    """
     stages = even_stages(depths, num_stages)
     written = [",".join("t" if d == 1 else f"t*{d}" for d in stage) for stage in stages]
     return f"E{'|'.join(written)}L"

@@ -11,8 +11,9 @@ Transformer Engine.
         ...
     )
 
-A hybrid model counts attention and MLP as one layer each. One step of `[*-*E]` is built as two ordinary
-transformer layers, each an attention followed by the MLP or the experts, which is the same arithmetic.
+A hybrid model counts attention and MLP as one layer each. One step of `[*-*E]` is built as two
+ordinary transformer layers, an attention with an MLP and an attention with experts, which computes
+the same.
 """
 
 from collections.abc import Sequence
@@ -37,28 +38,28 @@ from mor_megatron.models.hybrid_pattern import SYMBOLS, HybridPattern
 
 @dataclass(frozen=True)
 class RecursiveHybridSubmodules:
-    """What a RecursiveHybridStack builds."""
+    """The specs from which a RecursiveHybridStack builds its layers."""
 
     pattern: HybridPattern
-    """The whole model's layers."""
+    """The layers of the whole model."""
     layer_specs: tuple[ModuleSpec, ...]
-    """Specs of all stages, one for each symbol of the unrolled pattern."""
+    """Specs for all stages, one for each symbol of the unrolled pattern."""
     final_norm: type
     """The norm after the last layer."""
     mtp_block_spec: None = None
-    """Read by HybridModel: there is no multi-token prediction."""
+    """HybridModel reads this; None means no multi-token prediction."""
 
 
 class RecursiveHybridStack(HybridStack):
     """A HybridStack with recursions in it, for use as `hybrid_stack_spec` of a HybridModel.
 
-    Forward pass, recomputation and checkpoint keys are those of HybridStack.
+    Its forward pass, recomputation and checkpoint keys are those of HybridStack.
 
     Args:
         config: the model's configuration.
-        submodules: from `recursion_hybrid_spec`.
-        layer_type_list: symbols of this stage's layers, from HybridModel.
-        pp_layer_offset: layers of earlier stages.
+        submodules: the result of `recursion_hybrid_spec`.
+        layer_type_list: symbols of this stage's layers, set by HybridModel.
+        pp_layer_offset: number of layers on earlier stages.
 
     Raises:
         ValueError: the pattern of the model differs from that of the spec.
@@ -81,10 +82,12 @@ class RecursiveHybridStack(HybridStack):
         known = list(zip(_offsets(stages), stages, strict=True))
         if (pp_layer_offset, given) not in known:
             raise ValueError(
-                f"layers {given!r} from {pp_layer_offset + 1} on are no stage of {str(pattern)!r}. "
-                f"Give the HybridModel hybrid_layer_pattern={pattern.unrolled!r}."
+                f"layers {given!r} from {pp_layer_offset + 1} on are not a stage of "
+                f"{str(pattern)!r}. Build the HybridModel with "
+                f"hybrid_layer_pattern={pattern.unrolled!r}."
             )
-        # HybridStack is given no layers and no norm to build, because its own need Transformer Engine.
+        # HybridStack itself builds no layers and no norm here, because its own ones need
+        # Transformer Engine.
         super().__init__(
             config,
             HybridStackSubmodules(),
@@ -136,11 +139,12 @@ def recursion_hybrid_spec(
         pattern: the layers, with recursions in brackets.
         recursions: router, KV policy and norms, for all recursions or one per recursion.
             `num_recursions` must match the pattern; `sharing` is ignored.
-        layers: specs by symbol, such as those of Megatron's `hybrid_stack_spec`; default:
+        layers: specs by symbol, such as those of Megatron's `hybrid_stack_spec`. Default:
             `default_hybrid_layers(config)`.
 
     Raises:
-        ValueError: counts differ, a symbol has no spec, or settings cannot run.
+        ValueError: numbers contradict one another, a symbol has no spec, or the settings cannot
+            run.
     """
     configs = _matching(pattern, recursions)
     _check(config, pattern)
@@ -160,7 +164,7 @@ def recursion_hybrid_spec(
 
 
 def default_hybrid_layers(config: TransformerConfig) -> HybridStackSubmodules:
-    """Attention, MLP and experts from `default_layer_spec`, each as a layer of its own."""
+    """Attention, MLP and experts from `default_layer_spec`, each as a separate layer."""
     dense = default_layer_spec(config, is_moe=False)
     parts = cast(Any, dense.submodules)
     no_attention = {
@@ -183,21 +187,21 @@ def default_hybrid_layers(config: TransformerConfig) -> HybridStackSubmodules:
 def _matching(
     pattern: HybridPattern, recursions: RecursionConfig | Sequence[RecursionConfig]
 ) -> list[RecursionConfig]:
-    """One for each recursion of the pattern."""
+    """One RecursionConfig for each recursion of the pattern."""
     blocks = pattern.recursions
     is_one = isinstance(recursions, RecursionConfig)
     configs = [recursions] * len(blocks) if is_one else list(recursions)
     if not blocks or len(configs) != len(blocks):
         raise ValueError(
-            f"pattern {str(pattern)!r} has {len(blocks)} recursions, and {len(configs)} "
+            f"pattern {str(pattern)!r} has {len(blocks)} recursions, but {len(configs)} "
             "RecursionConfigs are given. Write recursions in brackets, [*-]x3, and give one "
             "RecursionConfig for all of them or one for each."
         )
     for block, config in zip(blocks, configs, strict=True):
         if block.num_recursions != config.num_recursions:
             raise ValueError(
-                f"{block} runs {block.num_recursions} times and its RecursionConfig says "
-                f"num_recursions={config.num_recursions}. Make them agree."
+                f"{block} runs {block.num_recursions} times, but its RecursionConfig has "
+                f"num_recursions={config.num_recursions}. They must agree."
             )
     return configs
 
@@ -205,22 +209,22 @@ def _matching(
 def _check(config: TransformerConfig, pattern: HybridPattern) -> None:
     if config.num_layers != pattern.num_layers:
         raise ValueError(
-            f"pattern {str(pattern)!r} unrolls to {pattern.num_layers} layers, a hybrid model "
-            f"counting attention and MLP as a layer each. Set num_layers={pattern.num_layers}, "
+            f"pattern {str(pattern)!r} unrolls to {pattern.num_layers} layers, because a hybrid "
+            f"model counts attention and MLP as a layer each. Set num_layers={pattern.num_layers}, "
             f"not {config.num_layers}."
         )
     if config.fp8 or config.fp4:
         raise ValueError(
-            f"fp8={config.fp8!r}, fp4={config.fp4!r}: a hybrid stack with recursions is not built "
-            "in them. Use bf16."
+            f"fp8={config.fp8!r}, fp4={config.fp4!r}: a hybrid stack with recursions supports "
+            "neither. Use bf16."
         )
     size = config.pipeline_model_parallel_size
     if config.virtual_pipeline_model_parallel_size is not None or size != len(pattern.stages):
         raise ValueError(
-            f"pattern {str(pattern)!r} has {len(pattern.stages)} stages; "
-            f"pipeline_model_parallel_size={size}, virtual_pipeline_model_parallel_size="
-            f"{config.virtual_pipeline_model_parallel_size}. Write '|' between the stages, as many "
-            "as there are ranks, and use no virtual ones."
+            f"pattern {str(pattern)!r} has {len(pattern.stages)} stages, but "
+            f"pipeline_model_parallel_size={size} and "
+            f"virtual_pipeline_model_parallel_size={config.virtual_pipeline_model_parallel_size}. "
+            "Write '|' between the stages, as many as there are ranks, and use no virtual stages."
         )
     if size > 1:
         rows = [["decoder"] * sum(len(p.unrolled) for p in stage) for stage in pattern.stages]
@@ -253,7 +257,7 @@ def _spec_of(layers: HybridStackSubmodules, symbol: str) -> ModuleSpec:
 
 
 def _whole_layer(layers: HybridStackSubmodules, symbols: str) -> ModuleSpec:
-    """`*-` as one TransformerLayer: the first symbol's attention, the second one's MLP."""
+    """`*-` as one TransformerLayer: the attention of the first symbol and the MLP of the second."""
     attention = _spec_of(layers, "*")
     if len(symbols) == 1:
         return attention

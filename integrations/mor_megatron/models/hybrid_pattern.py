@@ -1,8 +1,8 @@
 """Patterns of hybrid models with recursions in them: `*-[*-*E]x3*-`.
 
-Megatron writes a HybridModel's layers as a string of symbols, one for each sublayer, with `|`
-between pipeline stages. Here brackets are added. They enclose a recursion block, and `xN` after them
-says how many times it runs.
+Megatron writes the layers of a HybridModel as a string with one symbol for each sublayer, and `|`
+between pipeline stages. Here, brackets enclose a recursion block, and `xN` after them says how many
+times it runs.
 """
 
 import re
@@ -18,7 +18,7 @@ SYMBOLS = {
     "D": "sparse attention",
     "+": "latent attention",
 }
-"""Megatron's symbols of layers."""
+"""Megatron's symbols for layers."""
 _TOKEN = re.compile(r"(?P<space>\s+)|\[(?P<block>[^\[\]]*)\](?P<times>x[0-9]+)?|(?P<one>.)")
 
 
@@ -27,7 +27,7 @@ class PatternPart:
     """Consecutive layers that no pipeline stage may split."""
 
     symbols: str
-    """One symbol per layer; for a recursion, those of one step."""
+    """One symbol per layer; for a recursion, the symbols of one step."""
     num_recursions: int | None = None
     """How many times the layers run; None: not a recursion."""
 
@@ -38,7 +38,7 @@ class PatternPart:
 
     @property
     def layers(self) -> list[str]:
-        """A recursion's symbols, grouped into layers: an attention and what follows it."""
+        """The symbols of a recursion, grouped into layers: an attention and what follows it."""
         return re.findall(r"\*[-E]?", self.symbols)
 
     def __str__(self) -> str:
@@ -105,18 +105,20 @@ def _recursion(text: str, match: re.Match[str]) -> PatternPart:
     where = f"pattern {text!r}: the recursion {match[0]!r} at {match.start()}"
     symbols = re.sub(r"\s", "", match["block"])
     if match["times"] is None:
-        raise ValueError(f"{where} does not say how often it runs. Write [{symbols}]x3, or other.")
+        raise ValueError(
+            f"{where} does not say how often it runs. Write for example [{symbols}]x3."
+        )
     if int(match["times"][1:]) < 1:
         raise ValueError(f"{where} must run at least once. Write x1 or more.")
     if "|" in symbols:
-        raise ValueError(f"{where} would be cut by a stage. Write '|' before or after it.")
+        raise ValueError(f"{where} would be split by a stage. Write '|' before or after it.")
     if not re.fullmatch(r"(\*[-E]?)+", symbols):
         kinds = ", ".join(
             SYMBOLS.get(symbol, repr(symbol)) for symbol, _ in groupby(sorted(symbols))
         )
         raise ValueError(
-            f"{where} holds {kinds or 'nothing'}. A recursion runs layers of attention, each alone "
-            "or with an MLP or experts after it: '*', '*-' or '*E', as in [*-*E]x3."
+            f"{where} contains {kinds or 'nothing'}. A recursion runs layers of attention, each "
+            "alone or followed by an MLP or experts: '*', '*-' or '*E', as in [*-*E]x3."
         )
     return PatternPart(symbols, int(match["times"][1:]))
 
@@ -124,14 +126,17 @@ def _recursion(text: str, match: re.Match[str]) -> PatternPart:
 def _symbol(text: str, match: re.Match[str]) -> str:
     symbol, where = match["one"], f"pattern {text!r}: {match['one']!r} at {match.start()}"
     if symbol in "[]":
-        raise ValueError(f"{where} has no partner. Recursions are written [*-]x3, and not nested.")
+        raise ValueError(
+            f"{where} has no matching bracket. Recursions are written [*-]x3, and cannot be nested."
+        )
     if symbol == "/":
         raise ValueError(
-            f"{where} begins multi-token prediction, which a recursion does not take. Leave it out."
+            f"{where} begins multi-token prediction, which a recursion does not support. Leave it "
+            "out."
         )
     if symbol not in SYMBOLS:
         known = ", ".join(f"{symbol} ({name})" for symbol, name in SYMBOLS.items())
         raise ValueError(
-            f"{where} is no layer. Use {known}; '|' between stages; [...]xN for a recursion."
+            f"{where} is not a layer. Use {known}; '|' between stages; [...]xN for a recursion."
         )
     return symbol

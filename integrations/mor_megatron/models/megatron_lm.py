@@ -1,6 +1,6 @@
 """`--spec` for Megatron-LM's own pretrain_gpt.py.
 
-The script takes the name of an object without settings for it, so the settings must be in the module
+The script takes the name of an object and no settings for it, so the settings must be in the module
 that defines the object. Write such a module, for example `my_spec.py` on the PYTHONPATH:
 
     from mor_megatron.models.megatron_lm import recursion_builder
@@ -9,9 +9,9 @@ that defines the object. Write such a module, for example `my_spec.py` on the PY
 
 and name it: `pretrain_gpt.py --spec my_spec spec --num-layers 8 ...`.
 
-`recursion_builder` gives a function that the script calls with its configuration, as the script of
-Megatron-Core 0.19 does. Scripts that do not (those with a gpt_builders.py beside them) take
-`recursion_spec` instead.
+`recursion_builder` returns a function that the script calls with its configuration, as the script
+of Megatron-Core 0.19 does. For scripts that do not (those with a gpt_builders.py beside them), use
+`recursion_spec`.
 """
 
 from collections.abc import Callable
@@ -46,20 +46,20 @@ from mor_megatron.models.gpt import (
 def recursion_builder(
     recursion: RecursionConfig | str | Path, dense_ends: bool = False
 ) -> Callable[..., TransformerBlockSubmodules]:
-    """A function that makes the layers of a stage from the configuration of the script.
+    """Return a function that makes the layers of a stage from the script's configuration.
 
-    It divides the layers into pipeline stages where nothing says how, and the final norm is one
-    that knows sequence parallelism. Router updates come after each batch by themselves, see
-    `mor_megatron.update_routers_automatically`.
+    It divides the layers into pipeline stages unless the configuration does so, and uses a final
+    norm that supports sequence parallelism. Routers are updated after each batch without a call,
+    see `mor_megatron.update_routers_automatically`.
 
     Args:
         recursion: the settings, or a YAML file with them.
-        dense_ends: give prelude and coda dense MLPs where the model has experts.
+        dense_ends: whether prelude and coda have dense MLPs although the model has experts.
     """
     settings = _loaded(recursion)
 
     def spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-        # The script hands over its GPTModelConfig, which holds the TransformerConfig.
+        # The script passes its GPTModelConfig, which contains the TransformerConfig.
         config = getattr(config, "transformer", config)
         update_routers_automatically(config)
         dense = default_layer_spec(config, is_moe=False) if dense_ends else None
@@ -103,10 +103,10 @@ class UnrolledLayer(TransformerLayer):
         pg_collection: ProcessGroupCollection,
         vp_stage: int | None = None,
     ) -> Any:
-        """Returns the layer, which is not an UnrolledLayer and is therefore not initialised again.
+        """Return the layer, which is not an UnrolledLayer and is therefore not initialised again.
 
         Raises:
-            ValueError: sequence parallelism with a final norm that refuses it.
+            ValueError: sequence parallelism is used with a final norm that does not support it.
         """
         specs = unrolled_layer_specs(config)
         _require_final_norm(config, specs[-1])
@@ -128,10 +128,11 @@ class UnrolledLayer(TransformerLayer):
 
 
 def _require_final_norm(config: TransformerConfig, last: ModuleSpec) -> None:
-    """Raise ValueError where the block would take PyTorch's norm, which refuses to be spread.
+    """Raise ValueError if the block would use PyTorch's norm, which does not support sequence
+    parallelism.
 
-    Megatron chooses the final norm of a model that is built from one layer spec, and a spec cannot
-    name another.
+    Megatron itself chooses the final norm of a model that is built from one layer spec, and the
+    spec cannot name another.
     """
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
     from megatron.core.transformer.transformer_block import LayerNormImpl
@@ -139,7 +140,7 @@ def _require_final_norm(config: TransformerConfig, last: ModuleSpec) -> None:
     if config.sequence_parallel and LayerNormImpl is WrappedTorchNorm:
         raise ValueError(
             "sequence_parallel=True with recursion_spec needs Transformer Engine or apex: without "
-            "them Megatron takes PyTorch's norm after the last layer, which refuses sequence "
-            f"parallelism, and a layer spec cannot name {final_norm(last).__name__}. Put "
-            "recursion_builder in the place of recursion_spec."
+            "them Megatron uses PyTorch's norm after the last layer, which does not support "
+            f"sequence parallelism, and a layer spec cannot name {final_norm(last).__name__}. Use "
+            "recursion_builder instead of recursion_spec."
         )

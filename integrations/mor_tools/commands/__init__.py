@@ -26,7 +26,7 @@ _EXTRAS = {
     "uvicorn": "serve",
     "wandb": "wandb",
 }
-"""The extra of this distribution that brings each optional package."""
+"""The extra of this distribution that installs each optional package."""
 _INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
@@ -48,7 +48,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a subcommand; exits with 2 where its arguments or files are wrong, or a package is missing."""
+    """Run a subcommand; exits with code 2 if its arguments or files are wrong, or a package is
+    missing.
+    """
     options = parser()
     if "_ARGCOMPLETE" in os.environ:  # a shell asks what it could complete
         import argcomplete
@@ -76,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 class _Version(argparse.Action):
-    """argparse's `version` action, which imports the package only when it is asked."""
+    """argparse's `version` action, which looks up the version only if it is asked for."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **others: Any) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **others)

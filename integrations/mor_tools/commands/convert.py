@@ -31,26 +31,26 @@ from mor_tools.formats import FORMATS, Format, detected, read_settings
 
 
 def run(options: argparse.Namespace) -> None:
-    """Convert.
+    """Convert a model.
 
     Raises:
-        ValueError: a file is damaged or does not fit, the formats cannot say the same, or the
-            written model computes something else.
-        OSError: a folder is missing or cannot be written.
+        ValueError: a file is damaged or does not match the settings, the target format cannot
+            express the model, or the written model computes something else.
+        OSError: a folder does not exist or cannot be written.
     """
     if options.target.exists():
-        raise ValueError(f"{options.target} exists. Name a new folder, or remove it.")
+        raise ValueError(f"{options.target} already exists. Name a new folder, or remove it.")
     given = [name for name in WITH_RECURSIONS if getattr(options, name) is not None]
     if given and options.recursions is None:
         raise ValueError(
-            f"{flag(given[0])} has no effect without --recursions. Leave it out, or give their "
-            "number."
+            f"{flag(given[0])} has no effect without --recursions. Leave it out, or give the "
+            "number of recursions."
         )
     source, target = detected(options.source), FORMATS[options.to]
     if options.settings is not None and not source.takes_settings:
         raise ValueError(
-            f"--settings has no effect: {options.source} is in format {source.name!r}, which says "
-            "what it holds. Leave it out."
+            f"--settings has no effect: {options.source} is in format {source.name!r}, which "
+            "contains its settings. Leave it out."
         )
     model = original = source.open(
         options.source, read_settings(options.settings), options.trust_remote_code
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
         with Progress(console=console) as progress:
             task = progress.add_task(f"writing {options.target}", total=len(model.weights))
             target.write(model, partial, lambda _: progress.advance(task))
-            done = progress.tasks[0].completed  # formats fuse tensors, or repeat them
+            done = progress.tasks[0].completed  # formats may fuse or repeat tensors
             progress.update(task, total=done, completed=done)
         if options.verify:
             by_library = source if model is original else FORMATS[MODEL_TYPE]
@@ -74,10 +74,11 @@ def run(options: argparse.Namespace) -> None:
 def _difference(
     source: Format, folder: Path, model: StoredModel, target: Format, written: Path
 ) -> float:
-    """Of logits between what was read and what was written.
+    """Largest difference between the logits of the model that was read and of the one that was
+    written.
 
     Raises:
-        ValueError: it is more than rounding.
+        ValueError: it is larger than rounding errors.
     """
     ids = verification.probe(model.config.vocab_size)
     if source.name == "llama":
@@ -87,7 +88,8 @@ def _difference(
     if target.name == "llama":
         found = verification.logits_by_transformers(written, ids)
     else:
-        # What was just written names no module but those that the source was trusted to name.
+        # The written model names no other module than the source did, so it is trusted as the
+        # source is.
         found = verification.logits_of(target.open(written, None, True), ids)
     return verification.difference(expected, found)
 
@@ -107,9 +109,9 @@ def _recursive(model: StoredModel, options: argparse.Namespace) -> StoredModel:
     if options.relax_rank is not None:
         kind = options.relax_kind or "lora"
         values["relaxation"] = {"rank": options.relax_rank, "kind": kind}
-        values["share_norms"] = False  # each step begins with the norms of its own layers
+        values["share_norms"] = False  # each step starts with the norms of the layers at its depth
     recursion = from_mapping(RecursionConfig, values, "recursion", may_import=True)
-    if model.config.recursion is None:  # else there is more to say
+    if model.config.recursion is None:  # otherwise the check below names what would fit
         _require_division(recursion, model.config.num_unrolled_layers)
     config, weights = recursive_weights(
         model.weights, model.config, recursion, options.init or "average", options.seed or 0
@@ -118,9 +120,10 @@ def _recursive(model: StoredModel, options: argparse.Namespace) -> StoredModel:
 
 
 def _require_division(recursion: RecursionConfig, layers: int) -> None:
-    """Refuse recursions that the layers of the model do not divide into, with those that they do.
+    """Refuse a number of recursions that the model's layers cannot be divided into, and list those
+    they can.
 
-    The model is given, so that the advice to take other layers would not help.
+    The model is given, so the usual advice to change the number of layers would not help.
     """
     if _divides(recursion, layers):
         return
@@ -143,7 +146,9 @@ def _require_division(recursion: RecursionConfig, layers: int) -> None:
 def _divides(
     recursion: RecursionConfig, layers: int, number: int | None = None, sharing: str | None = None
 ) -> bool:
-    """Whether layers divide into the recursion, or into one of another number and scheme."""
+    """Whether the layers can be divided into this recursion, with another number or scheme if
+    given.
+    """
     changes: dict[str, Any] = {}
     if number is not None:
         changes = {"num_recursions": number, "sharing": sharing}

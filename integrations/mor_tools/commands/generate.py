@@ -2,9 +2,9 @@
 
     mor generate "Once upon a time" --model runs/exported --max-new-tokens 60
 
-Without --model a small model with random weights babbles. With --calibrate FILE the thresholds are set
-from the text of a file first; --dial then turns compute down or up without training, with --extra-steps
-beyond the depth that the model was trained with.
+Without --model, a small model with random weights generates noise. With --calibrate FILE,
+thresholds are first set from the text of a file; --dial then lowers or raises compute without
+training, and --extra-steps allows steps beyond the depth that the model was trained with.
 """
 
 import argparse
@@ -28,24 +28,24 @@ from mor_layers.generation import (
 from mor_tools.serving.loading import ServedModel, load
 
 COLOURS = ("bright_black", "blue", "cyan", "green", "yellow", "red", "magenta")
-"""By steps; deeper ones share the last."""
+"""Colours by step; deeper steps share the last one."""
 
 
 class GenerationError(Exception):
-    """The model cannot continue the text."""
+    """The model failed to continue the text."""
 
 
 def style(depth: int) -> str:
-    """Colour of a token that took so many steps."""
+    """Colour of a token that took `depth` steps."""
     return COLOURS[min(depth, len(COLOURS) - 1)]
 
 
 def generate(served: ServedModel, options: argparse.Namespace, console: Console) -> None:
-    """Prompt and continuation, token by token as they come, and a summary.
+    """Print the prompt and its continuation token by token as they are generated, and a summary.
 
     Raises:
         ValueError: the text cannot be continued with these options.
-        GenerationError: not with this model.
+        GenerationError: the model failed.
     """
     decode = served.tokenizer.decode
     ids = tuple(served.tokenizer.encode(options.prompt))
@@ -81,15 +81,17 @@ def generate(served: ServedModel, options: argparse.Namespace, console: Console)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Generate; exits with 1 where the model cannot continue the text.
+    """Generate; exits with code 1 if the model fails to continue the text.
 
     Raises:
-        ValueError: an option is not allowed, or the model folder lacks something.
-        OSError: a file is missing.
+        ValueError: an option is not allowed, or the model folder is incomplete.
+        OSError: a file does not exist.
     """
     console = Console(soft_wrap=True, highlight=False)
     if options.dial != 1.0 and options.calibrate is None:
-        raise ValueError("--dial needs held-out text to set thresholds from: --calibrate FILE.")
+        raise ValueError(
+            "--dial needs held-out text from which thresholds are set: --calibrate FILE."
+        )
     served = load(options.model, trust_remote_code=options.trust_remote_code)
     if options.extra_steps:
         served = replace(served, model=deepened(served.model, options.extra_steps))

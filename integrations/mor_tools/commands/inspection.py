@@ -20,25 +20,25 @@ from mor_layers.inspection import Inspection, inspect_text
 from mor_tools.formats import model_folder, trained_length
 
 DEFAULT_WINDOW = 1024
-"""Tokens in a window where nothing says what the model was trained for."""
+"""Tokens per window if the folder does not say with which length the model was trained."""
 
 
 @dataclass(frozen=True)
 class _Tokenized:
-    """A text as the model sees it."""
+    """A text and its tokens."""
 
     ids: torch.Tensor
-    """`[t]`"""
+    """Token ids, `[t]`."""
     texts: list[str]
-    """Of each token."""
+    """The text of each token."""
 
 
 def run(options: argparse.Namespace) -> None:
-    """Inspect.
+    """Inspect a model.
 
     Raises:
         ValueError: the folder has no model, the text does not fit it, or an option has no effect.
-        OSError: a file is missing or cannot be written.
+        OSError: a file does not exist or cannot be written.
     """
     from mor_tools.reports.inspection_page import render  # matplotlib takes a second to load
     from mor_tools.reports.rows import read_rows
@@ -50,7 +50,9 @@ def run(options: argparse.Namespace) -> None:
     model = load_model(folder, options.trust_remote_code)
     tokens = _tokenize(folder, text, model.config.vocab_size)
     if len(tokens.ids) < 2:
-        raise ValueError(f"{options.text} has {len(tokens.ids)} tokens. Give it 2 or more.")
+        raise ValueError(
+            f"{options.text} has {len(tokens.ids)} tokens. Use a text with at least 2."
+        )
     window = options.window or trained_length(folder) or DEFAULT_WINDOW
     seen = inspect_text(model, tokens.ids, window)
     rows = read_rows(options.checkpoint / "history.jsonl")
@@ -62,16 +64,16 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _tokenize(folder: Path, text: str, vocab_size: int) -> _Tokenized:
-    """By the folder's tokenizer.json; without one a token is a byte."""
+    """Tokenize with the folder's tokenizer.json; without one, each byte is a token."""
     path = folder / "tokenizer.json"
     if path.is_file():
         from tokenizers import Tokenizer
 
         try:
             tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises nothing more specific
             raise ValueError(
-                f"{path} is no tokenizer: {str(error)[:200]}. Put the model's own there."
+                f"{path} is not a tokenizer: {str(error)[:200]}. Replace it by the model's own."
             ) from error
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         texts = [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
@@ -79,7 +81,7 @@ def _tokenize(folder: Path, text: str, vocab_size: int) -> _Tokenized:
     if vocab_size < 256:
         raise ValueError(
             f"{folder} has no tokenizer.json, and vocab_size={vocab_size} is too small for bytes. "
-            "Put its tokenizer there."
+            "Put the model's tokenizer there."
         )
     raw = text.encode()
     texts = [bytes([byte]).decode("utf-8", "replace") for byte in raw]

@@ -39,15 +39,15 @@ from mor_tools.pretraining.settings import Settings
 
 GIB = 2**30
 MOST_DEVICES = 10**9
-"""Beyond this many devices, finding the layouts would take minutes."""
+"""With more devices, enumerating the layouts would take minutes."""
 
 
 def run(options: argparse.Namespace) -> None:
-    """Plan.
+    """Plan a training run.
 
     Raises:
-        ValueError: settings that do not fit together, or nothing fits.
-        OSError: the file is missing, or one cannot be written.
+        ValueError: settings contradict one another, or no layout fits.
+        OSError: a file does not exist or cannot be written.
     """
     if not 1 <= options.gpus <= MOST_DEVICES:
         raise ValueError(f"--gpus {options.gpus} must be at least 1 and at most {MOST_DEVICES}.")
@@ -55,13 +55,13 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--top {options.top} must be at least 1.")
     for change in options.set:
         if "=" not in change:
-            raise ValueError(f"--set {change} is no key=value setting.")
+            raise ValueError(f"--set {change} is not a key=value setting.")
     settings = read_settings(str(options.config), options.set)
     try:
         _plan(options, settings)
     except OverflowError as error:
         raise ValueError(
-            f"the sizes that are given are too large to be counted ({error}). Use smaller ones."
+            f"the given sizes are too large to be counted ({error}). Use smaller ones."
         ) from error
 
 
@@ -97,8 +97,8 @@ def _plan(options: argparse.Namespace, settings: Settings) -> None:
 def _hardware(options: argparse.Namespace, settings: Settings) -> Hardware:
     if options.hardware not in HARDWARE:
         raise ValueError(
-            f"--hardware {options.hardware} is unknown. Use one of {', '.join(HARDWARE)}, and "
-            "--tflops, --memory-gib, --intra-gbps, --inter-gbps for another."
+            f"--hardware {options.hardware} is unknown. Use one of {', '.join(HARDWARE)}, or "
+            "describe other hardware by --tflops, --memory-gib, --intra-gbps and --inter-gbps."
         )
     chosen = HARDWARE[options.hardware]
     if settings.training.precision == "fp32":
@@ -117,7 +117,7 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
 
 
 def _around(size: int) -> tuple[int, ...]:
-    """Micro-batch sizes to try where none are given."""
+    """Micro-batch sizes to try if none are given."""
     return tuple(sorted({max(1, size // 2), size, 2 * size}))
 
 
@@ -126,7 +126,7 @@ def _recompute(text: str | None) -> tuple[Recompute, ...] | None:
         return None
     unknown = set(text.split(",")) - set(RECOMPUTE)
     if unknown:
-        raise ValueError(f"--recompute {text}: use {', '.join(RECOMPUTE)}, with commas between.")
+        raise ValueError(f"--recompute {text}: use {', '.join(RECOMPUTE)}, separated by commas.")
     return tuple(how for how in RECOMPUTE if how in text.split(","))
 
 

@@ -1,11 +1,13 @@
-"""Serve a model over HTTP, in the OpenAI completions protocol.
+"""Serve a model over HTTP, in OpenAI's protocols for completions and for chat.
 
     mor serve --model runs/exported --port 8000
     curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
         -d '{"prompt": "Once", "max_tokens": 20, "stream": true}'
 
-Without --model a small model with random weights answers. Beside the protocol: `top_k`, `timeout`, and
-in answers `depths`, the recursion steps that each token cost. GET /metrics, /health and /v1/models.
+Without --model a small model with random weights answers. POST /v1/chat/completions needs a chat
+template in the model's folder. Beyond the protocol: `top_k`, `min_p`, `repetition_penalty`, `priority`,
+`ignore_eos`, `timeout`, and in answers `depths`, the recursion steps that each token cost. GET /metrics,
+/health and /v1/models.
 On SIGINT or SIGTERM the server takes no new calls, and ends the running ones within --grace seconds. An
 engine that fails ends it with exit status 1.
 """
@@ -24,7 +26,7 @@ from mor_tools.serving.server import Server
 
 
 def build_engine(options: argparse.Namespace, served: ServedModel) -> DepthBatchingEngine:
-    """The engine that the options describe."""
+    """Build the engine that the options describe."""
     model = served.model.to(options.device, getattr(torch, options.dtype))
     cache = CacheSettings(
         int(options.kv_mib * 2**20), options.slots, options.max_length, is_int8=options.int8_kv
@@ -33,26 +35,26 @@ def build_engine(options: argparse.Namespace, served: ServedModel) -> DepthBatch
 
 
 def build(options: argparse.Namespace) -> Service:
-    """The service that the options describe."""
+    """Build the service that the options describe."""
     keys = [*options.api_key, *(read_keys(options.api_key_file) if options.api_key_file else ())]
     access = Access.bound_to(options.host, options.allowed_host, keys)
     limits = Limits(
         options.max_tokens, options.max_waiting, options.max_per_client, timeout=options.timeout
     )
     served = load(options.model, trust_remote_code=options.trust_remote_code)
-    return Service(build_engine(options, served), served.name, served.tokenizer, limits, access)
+    return Service(build_engine(options, served), served, limits, access)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Serve until told to stop; exits with 1 where the engine fails.
+    """Serve until told to stop; exits with code 1 if the engine fails.
 
     Raises:
-        ValueError: an option is not allowed, or the model folder lacks something.
-        OSError: a file is missing.
+        ValueError: an option is not allowed, or the model folder is incomplete.
+        OSError: a file does not exist.
     """
     service = build(options)
     server = Server(service, options.grace, host=options.host, port=options.port)
-    with contextlib.suppress(KeyboardInterrupt):  # SIGINT, once the calls have ended
+    with contextlib.suppress(KeyboardInterrupt):  # SIGINT, after the calls have ended
         server.run()
     if service.worker.failure is not None:
         print(f"error: the engine has failed: {service.worker.failure!r}", file=sys.stderr)

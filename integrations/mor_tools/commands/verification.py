@@ -1,7 +1,7 @@
-"""Whether two stored models compute the same: logits on a few random tokens.
+"""Checks that two stored models compute the same logits on a few random tokens.
 
-Each side is opened from its files: Llamas and Qwens through transformers, all others as a
-MoRTransformer, routed as in generation. One side at a time is in memory, in fp32.
+Each model is opened from its files: Llamas and Qwens through transformers, all others as a
+MoRTransformer, routed as in generation. Only one of them is in memory at a time, in fp32.
 
 Legend: `b` batch, `s` sequence, `v` vocabulary.
 """
@@ -17,17 +17,17 @@ from mor_layers import MoRTransformer
 from mor_layers.weights import StoredModel, state_of
 
 TOLERANCE = 1e-4
-"""Largest difference, as a share of the largest logit."""
+"""Largest allowed difference, relative to the largest logit."""
 
 
 def probe(vocab_size: int) -> Int[Tensor, "b s"]:
-    """The tokens, always the same."""
+    """The token ids, which are always the same, `[b s]`."""
     return torch.randint(vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
 def logits_of(stored: StoredModel, ids: Int[Tensor, "b s"]) -> Float[Tensor, "b s v"]:
-    """Through our own layers."""
+    """Logits computed by our own layers, `[b s v]`."""
     with torch.device("meta"):
         model = MoRTransformer(stored.config)
     weights = {}
@@ -39,7 +39,7 @@ def logits_of(stored: StoredModel, ids: Int[Tensor, "b s"]) -> Float[Tensor, "b 
 
 @torch.no_grad()
 def logits_by_transformers(folder: Path, ids: Int[Tensor, "b s"]) -> Float[Tensor, "b s v"]:
-    """Through the transformers library."""
+    """Logits computed by the transformers library, `[b s v]`."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -49,21 +49,21 @@ def logits_by_transformers(folder: Path, ids: Int[Tensor, "b s"]) -> Float[Tenso
 
 
 def difference(expected: Tensor, found: Tensor) -> float:
-    """The largest.
+    """The largest absolute difference of two sets of logits.
 
     Raises:
-        ValueError: it is more than rounding.
+        ValueError: it is larger than rounding errors.
     """
     if expected.shape != found.shape:
         raise ValueError(
             f"logits of shape {tuple(found.shape)} instead of {tuple(expected.shape)}: the written "
-            "model is another. Nothing was kept."
+            "model is a different one. Nothing was kept."
         )
     largest = (expected - found).abs().max().item()
     allowed = TOLERANCE * max(1.0, expected.abs().max().item())
     if math.isnan(largest) or largest > allowed:
         raise ValueError(
-            f"the written model computes other logits: the largest difference is {largest:.2g}, and "
-            f"{allowed:.2g} is rounding. Nothing was kept."
+            f"the written model computes other logits: the largest difference is {largest:.2g}, "
+            f"but rounding explains at most {allowed:.2g}. Nothing was kept."
         )
     return largest

@@ -1,4 +1,4 @@
-"""From the settings of a pretraining run to what its plan counts."""
+"""Derives what a plan needs to know from the settings of a pretraining run."""
 
 import json
 from pathlib import Path
@@ -9,18 +9,18 @@ from mor_tools.pretraining.settings import DataSettings, Settings
 
 
 def workload(settings: Settings, vocab_size: int | None = None) -> Workload:
-    """What is trained, whatever the layout.
+    """The model and its training, independent of the layout.
 
     Args:
-        vocab_size: instead of the tokenizer's or the file's.
+        vocab_size: replaces the size of the tokenizer or of the file's vocabulary.
 
     Raises:
-        ValueError: a teacher runs beside the model, or the tokenizer cannot be read for its size.
+        ValueError: a teacher runs next to the model, or the tokenizer's size cannot be read.
     """
     if settings.is_distilled:
         raise ValueError(
-            "uptrain runs a teacher beside the model, which a plan does not count. Plan without it "
-            "(--set uptrain=null), and leave room for its weights and forward pass."
+            "uptrain runs a teacher next to the model, which a plan does not count. Plan without "
+            "it (--set uptrain=null), and leave room for its weights and forward pass."
         )
     if vocab_size is not None and vocab_size < 1:
         raise ValueError(f"--vocab-size {vocab_size} must be at least 1.")
@@ -31,7 +31,7 @@ def workload(settings: Settings, vocab_size: int | None = None) -> Workload:
         settings.training.global_batch_size,
         settings.training.precision == "bf16",
         settings.parallel.distributed_optimizer,
-        documents=True,  # as the script builds its stages
+        documents=True,  # as pretraining builds its stages
     )
 
 
@@ -43,7 +43,7 @@ def _vocabulary(data: DataSettings) -> int:
         ids = [*stored["model"]["vocab"].values(), *(t["id"] for t in stored["added_tokens"])]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"data.tokenizer={data.tokenizer} cannot be read for its size ({error!r}). "
-            "Give --vocab-size."
+            f"the size of data.tokenizer={data.tokenizer} cannot be read ({error!r}). Give "
+            "--vocab-size."
         ) from error
     return max(ids) + 1

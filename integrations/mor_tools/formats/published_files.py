@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mor_layers import DecoderConfig
+from mor_layers.settings import read_yaml
 from mor_layers.settings.field_types import shown
 from mor_layers.weights import (
     CONFIG,
@@ -159,8 +160,12 @@ def _pair(source: Path) -> tuple[Path, Path]:
 def _architecture(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
     for name, only in _WITHOUT_PLACE.items():
         if values.get(name, only) != only:
-            raise ValueError(f"{where}: {name}={values[name]!r} is not supported, only {only!r}.")
+            raise ValueError(
+                f"{where}: {name}={shown(values[name])} is not supported, only {only!r}."
+            )
     rope = values.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{where}: rope_parameters={shown(rope)}: expected a mapping.")
     return dict(values) | {
         "rope_theta": rope.get("rope_theta", values.get("rope_theta", 10000.0)),
         "num_key_value_heads": values.get("num_key_value_heads", values.get("num_attention_heads")),
@@ -170,14 +175,9 @@ def _architecture(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
 def _yaml_settings(folder: Path) -> dict[str, Any] | None:
     """The configuration of the released code in a YAML file of the folder, or None."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     for path in sorted(folder.glob("*.yaml")):
-        try:
-            values = OmegaConf.to_container(OmegaConf.load(path))
-        except (OmegaConfBaseException, YAMLError) as error:
-            raise ValueError(f"{path} is not valid YAML: {error}") from error
+        values = OmegaConf.to_container(read_yaml(path))
         if isinstance(values, dict) and _SETTINGS[0] in values:
             return {str(name): values[name] for name in _SETTINGS if name in values}
     return None

@@ -73,9 +73,9 @@ def require_published_ends(config: DecoderConfig) -> None:
         return
     recursion = config.effective_recursion
     raise ValueError(
-        f"prelude_layers={recursion.prelude_layers} and coda_layers={recursion.coda_layers} have no "
-        f"place in a published checkpoint, in which sharing={recursion.sharing!r} says how long they "
-        "are. Keep the model in our format."
+        f"published checkpoints cannot express prelude_layers={recursion.prelude_layers} and "
+        f"coda_layers={recursion.coda_layers}: their lengths follow from "
+        f"sharing={recursion.sharing!r}. Keep the model in our format."
     )
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 STARVED = 0.7
-"""Share of the MFU that could be had below which a batch starves the machine."""
+"""Fraction of the highest possible MFU below which the batch is reported as too small."""
 AXES = {"tensor": "TP", "context": "CP", "expert": "EP", "pipeline": "PP", "data": "DP"}
 
 
@@ -37,7 +37,7 @@ def describe(work: Workload, gpus: int, hardware: Hardware, efficiency: float) -
 
 
 def _parameters(work: Workload) -> str:
-    """What is stored and trained, and what the same depth would have without sharing."""
+    """The parameters that are stored and trained, and those of the same depth without sharing."""
     unique = f"{work.cost.parameters.total / 1e6:.1f} M"
     if work.model.recursion is None:
         return f"{unique} parameters"
@@ -51,18 +51,19 @@ def _parameters(work: Workload) -> str:
 def starvation(
     work: Workload, gpus: int, fitting: Sequence[Plan], efficiency: float, micro_batch_size: int
 ) -> list[str]:
-    """Where the batch leaves the machine idle, and what to change; best layouts first.
+    """Whether a larger batch or micro-batch would use the devices better, and what to change.
 
     Args:
-        micro_batch_size: that of the settings, whichever others were tried.
+        fitting: the layouts that fit, the fastest first.
+        micro_batch_size: that of the settings; others were tried as well.
     """
     best, found = fitting[0], []
     if best.utilization < STARVED * efficiency:
         found.append(
-            f"the batch starves the machine: the best layout has an MFU of {best.utilization:.1%}, "
-            f"where matrix products alone would have {efficiency:.0%}. Per device there are "
-            f"{work.global_batch_size * work.sequence_length / gpus:,.0f} tokens a step. Use a larger "
-            "training.global_batch_size, or fewer devices."
+            "the batch is too small for these devices: the best layout has an MFU of "
+            f"{best.utilization:.1%}, whereas matrix products alone would reach {efficiency:.0%}. "
+            f"There are {work.global_batch_size * work.sequence_length / gpus:,.0f} tokens per "
+            "device and step. Use a larger training.global_batch_size, or fewer devices."
         )
     same = next((p for p in fitting if p.layout.micro_batch_size == micro_batch_size), None)
     if same is None:
@@ -72,8 +73,9 @@ def starvation(
         )
     elif same.utilization < STARVED * best.utilization:
         found.append(
-            f"training.micro_batch_size={micro_batch_size} reaches an MFU of {same.utilization:.1%} at "
-            f"most, {best.layout.micro_batch_size} reaches {best.utilization:.1%}. Set it to that."
+            f"training.micro_batch_size={micro_batch_size} reaches an MFU of at most "
+            f"{same.utilization:.1%}, {best.layout.micro_batch_size} reaches "
+            f"{best.utilization:.1%}. Set it to {best.layout.micro_batch_size}."
         )
     return found
 

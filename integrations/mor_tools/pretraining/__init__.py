@@ -1,12 +1,12 @@
 """Pretraining through Megatron-Core: `torchrun -m mor_tools.pretraining --config FILE.yaml`.
 
-`session` is the main path: from text to a trained model. Everything else is one part of it.
+`session` is the main path, from text to a trained model. Every other module is one part of it.
 """
 
 import logging
 import warnings
 
-# Megatron-Core and torch say in every process which optional packages are missing, and which of
-# torch's functions Megatron-Core calls by their old names.
+# Every process that imports Megatron-Core and torch warns about missing optional packages and about
+# torch functions that Megatron-Core calls by their deprecated names.
 warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
 logging.getLogger("megatron").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""From the command line to `Settings`, and the printed schema."""
+"""Parses the command line into `Settings`, and prints the list of all settings."""
 
 import argparse
 import ast
@@ -17,6 +17,7 @@ from yaml import YAMLError
 
 from mor_layers import RouterConfig, from_mapping
 from mor_layers.routers import registered_routers
+from mor_layers.settings import read_yaml, require_shallow
 from mor_tools.pretraining.settings import Settings
 
 USAGE = """\
@@ -26,16 +27,13 @@ Pretrains a GPT with Mixture-of-Recursions and Mixture-of-Experts through Megatr
 Settings come from the file, then from key=value, e.g. training.steps=100 recursion=null.
 Run it again to resume from its last checkpoint."""
 
-_DEEPEST = 100
-"""Most levels of brackets; no setting has more than a few."""
-
 
 def load_settings(arguments: Sequence[str]) -> Settings:
-    """Settings from command line arguments; `--help` prints them all and ends the program.
+    """Read settings from command line arguments; `--help` lists all settings and ends the program.
 
     Raises:
         ValueError: an argument or a setting is unknown, of the wrong type, or not allowed.
-        FileNotFoundError: there is no such configuration file.
+        FileNotFoundError: the configuration file does not exist.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config")
@@ -49,18 +47,18 @@ def load_settings(arguments: Sequence[str]) -> Settings:
         raise SystemExit(0)
     for override in overrides:
         if override.startswith("-") or "=" not in override:
-            raise ValueError(f"{override!r} is no key=value setting. Usage:\n{USAGE}")
+            raise ValueError(f"{override!r} is not a key=value setting. Usage:\n{USAGE}")
     settings = read_settings(options.config, overrides)
     settings.require_installed()
     return settings
 
 
 def read_settings(path: str | None, overrides: Sequence[str]) -> Settings:
-    """Settings of a file, or the defaults, changed by `key=value` overrides.
+    """Read settings from a file, or the defaults, and apply `key=value` overrides.
 
     Raises:
         ValueError: a setting is unknown, of the wrong type, or not allowed.
-        FileNotFoundError: there is no such configuration file.
+        FileNotFoundError: the configuration file does not exist.
     """
     values = _merged(path, overrides)
     _require_text(values)
@@ -68,17 +66,17 @@ def read_settings(path: str | None, overrides: Sequence[str]) -> Settings:
 
 
 def _merged(path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
-    """Plain mappings: the file's, changed by the overrides."""
+    """The file's settings with the overrides applied, as plain mappings."""
     if path is not None and not (_is_text(path) and Path(path).is_file()):
         raise FileNotFoundError(
-            f"{path}: there is no such file. Name a YAML file of the pretraining script."
+            f"{path} does not exist. Name a YAML file with settings for pretraining."
         )
     try:
-        for text in (*overrides, *([] if path is None else [Path(path).read_text("utf-8")])):
-            _require_shallow(text)
-        file = OmegaConf.create() if path is None else OmegaConf.load(path)
+        file = OmegaConf.create() if path is None else read_yaml(path)
         if not isinstance(file, DictConfig):
             raise ValueError(f"{path}: expected a mapping of settings.")
+        for override in overrides:
+            require_shallow(override)
         changes = OmegaConf.from_dotlist(list(overrides))
         for given in (file, changes):
             _require_mappings(Settings, OmegaConf.to_container(given))
@@ -94,19 +92,8 @@ def _merged(path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
         raise ValueError(f"the settings cannot be read: {error}") from error
 
 
-def _require_shallow(text: str) -> None:
-    """Raise ValueError for brackets within brackets, with which the parser takes minutes."""
-    depth = 0
-    for character in text:
-        depth += (character in "[{") - (character in "]}")
-        if depth > _DEEPEST:
-            raise ValueError(
-                "the settings cannot be read: they are nested too deeply. Leave brackets out."
-            )
-
-
 def _require_mappings(kind: type, values: Any, where: str = "") -> None:
-    """Raise ValueError where a list stands for settings: merging it with them would fail."""
+    """Raise ValueError if there is a list where settings are expected: merging it would fail."""
     if isinstance(values, list):
         raise ValueError(f"{where}={values!r}: expected a mapping of settings, not a list.")
     if not isinstance(values, dict) or kind is RouterConfig:
@@ -119,12 +106,16 @@ def _require_mappings(kind: type, values: Any, where: str = "") -> None:
 
 
 def _require_text(values: Any, where: str = "") -> None:
-    """Raise ValueError for characters that neither names of files nor tokenizers can have."""
+    """Raise ValueError for characters that can occur neither in file names nor in text for
+    tokenizers.
+    """
     if isinstance(values, dict):
         for name, value in values.items():
             _require_text(value, f"{where}.{name}".lstrip("."))
     elif isinstance(values, str) and not _is_text(values):
-        raise ValueError(f"{where}={values!r} holds a character that is no text. Leave it out.")
+        raise ValueError(
+            f"{where}={values!r} contains a character that is not valid text. Leave it out."
+        )
 
 
 def _is_text(value: str) -> bool:
@@ -136,7 +127,9 @@ def _is_text(value: str) -> bool:
 
 
 def schema(kind: type = Settings, indent: str = "") -> str:
-    """Every setting below the dataclass `kind`: name, type, default and meaning."""
+    """List every setting of the dataclass `kind`, nested ones included: name, type, default and
+    meaning.
+    """
     return "\n".join(_describe(kind, indent))
 
 
@@ -150,7 +143,7 @@ def _describe(kind: type, indent: str) -> Iterator[str]:
         yield textwrap.indent(meaning, indent + " " * 8)
         if component is RouterConfig:
             if issubclass(kind, RouterConfig):
-                continue  # a router around another: any of those that are being listed
+                continue  # a router that wraps any of the routers being listed
             for name, router in sorted(registered_routers().items()):
                 yield f"{indent}    type: {name}"
                 yield from _describe(router, indent + " " * 8)
@@ -182,7 +175,7 @@ def _shown(field: dataclasses.Field[Any]) -> str:
 
 
 def _field_docstrings(kind: type) -> dict[str, str]:
-    """The string literal under each field of a dataclass."""
+    """The string literal below each field of a dataclass."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(definition, ast.ClassDef)
     found = {}

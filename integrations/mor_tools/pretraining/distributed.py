@@ -1,4 +1,4 @@
-"""The processes of a run: how they start, agree, and are asked to stop."""
+"""The processes of a run: how they connect, agree, and are asked to stop."""
 
 import contextlib
 import os
@@ -17,28 +17,30 @@ from mor_tools.pretraining import launcher, run_lock
 from mor_tools.pretraining.settings import Settings
 
 ERRORS = (OSError, ValueError)
-"""What settings and files can cause, as opposed to faults of the program."""
+"""Errors caused by settings and files, as opposed to bugs."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-"""By which a user, torchrun or a cluster asks a process to stop."""
+"""The signals by which a user, torchrun or a cluster asks a process to stop."""
 
 
 def world_size() -> int:
-    """Number of processes that torchrun started; 1 without it."""
+    """Number of processes that torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one that writes files and talks to the user."""
+    """Whether this process writes the files and talks to the user."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def is_first_on_machine() -> bool:
-    """Whether this process is the one that talks to the user where not all processes do the same."""
+    """Whether this process talks to the user when different machines may have different things to
+    say.
+    """
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def device() -> torch.device:
-    """Where this process computes."""
+    """The device that this process computes on."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return torch.device("cpu")
@@ -46,7 +48,7 @@ def device() -> torch.device:
 
 @contextlib.contextmanager
 def process_groups(settings: Settings) -> Iterator[None]:
-    """Connects the processes: NCCL where there is CUDA, else gloo on Megatron's CPU platform."""
+    """Connect the processes: by NCCL if there is CUDA, else by gloo on Megatron's CPU platform."""
     if "RANK" not in os.environ:
         raise ValueError(
             "start this script through torchrun, e.g. torchrun --nproc-per-node 1 "
@@ -57,7 +59,8 @@ def process_groups(settings: Settings) -> Iterator[None]:
         torch.cuda.set_device(device())
     else:
         cpu.enable()
-    # The watch over a run speaks before a collective gives up, which would not say whom it waits for.
+    # The watch over a run reports before a collective times out, because the timeout's error does
+    # not say which rank it waited for.
     timeout = _collective_timeout(settings)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, timeout=timeout)
@@ -70,7 +73,7 @@ def process_groups(settings: Settings) -> Iterator[None]:
 
 @contextlib.contextmanager
 def model_parallel(settings: Settings) -> Iterator[None]:
-    """Lays the connected processes out as the settings say."""
+    """Set up Megatron's process groups as the settings say."""
     parallel = settings.parallel
     timeout = _collective_timeout(settings)
     parallel_state.initialize_model_parallel(
@@ -95,7 +98,8 @@ def _collective_timeout(settings: Settings) -> timedelta:
 def seed(settings_seed: int, step: int) -> None:
     """Make every random number of a step a function of the seed and the step.
 
-    So there is no generator state to save, and a resumed run draws what it would have drawn.
+    No generator state needs to be saved, and a resumed run draws the same numbers as an
+    uninterrupted one.
     """
     value = (settings_seed * 1_000_003 + step) % 2**31
     torch.manual_seed(value)
@@ -104,11 +108,12 @@ def seed(settings_seed: int, step: int) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[str | None]:
-    """Keeps other runs out of a folder; says whom it was taken over from, if anybody.
+    """Keep other runs out of a folder; yields a sentence if the lock was taken over from a dead
+    run.
 
     Raises:
-        ValueError: another run is in it; on every rank.
-        OSError: it cannot be written; on every rank.
+        ValueError: another run uses the folder; raised on every rank.
+        OSError: the folder cannot be written; raised on every rank.
     """
     launchers: list[Any] = [None] * world_size()
     torch.distributed.all_gather_object(launchers, run_lock.launcher())
@@ -142,23 +147,24 @@ def ignore_signals() -> None:
 
 
 class StopRequest:
-    """Whether a process was interrupted (Ctrl-C, SIGTERM), or lost the torchrun that started it.
+    """Whether a process was interrupted (Ctrl-C, SIGTERM) or has lost the torchrun that started it.
 
-    Asked at a moment when all can stop.
+    It is called only between steps, when all processes can stop together.
     """
 
     def __init__(self) -> None:
         self.launcher_is_gone = False
-        """Whether a rank lost its torchrun, as of the last call; on every rank."""
+        """Whether any rank had lost its torchrun at the last call; the same on every rank."""
         self._received = False
         self._launcher = launcher.Launcher()
         for name in _SIGNALS:
             signal.signal(name, self._receive)
-        # That the parent ended shows in `Launcher.is_gone`; the signal must not end the step.
+        # `Launcher.is_gone` also reports that the parent has ended; the signal must not interrupt a
+        # step.
         signal.signal(launcher.SIGNAL, lambda number, frame: None)
 
     def __call__(self) -> bool:
-        """Whether any rank must stop; every rank gets the same answer."""
+        """Whether any rank must stop; the answer is the same on every rank."""
         flags = [float(self._received), float(self._launcher.is_gone)]
         together = torch.tensor(flags, device=device())
         torch.distributed.all_reduce(together, op=torch.distributed.ReduceOp.MAX)

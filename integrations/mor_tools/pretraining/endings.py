@@ -1,9 +1,9 @@
-"""How a process that cannot continue says why, so that the user reads it last, and once.
+"""How a process that cannot continue reports why, once, as the last message on the terminal.
 
-When a process ends, torchrun prints a traceback of its own and a report of who failed, and would push
-a message that was printed before out of sight. A process therefore hands its message over, in the file
-that TORCHELASTIC_ERROR_FILE names. Our launcher (`torchrun.py`) prints it, and nothing else. A plain
-torchrun shows it at the end of its report.
+When a process ends, torchrun prints a traceback of its own and a report of which process failed,
+which would push an earlier message out of sight. A process therefore writes its message to the file
+named by TORCHELASTIC_ERROR_FILE. Our launcher (`torchrun.py`) prints this message and nothing else; a
+plain torchrun shows it at the end of its report.
 """
 
 import json
@@ -16,16 +16,18 @@ from typing import Any
 from mor_tools import terminal
 
 PATIENCE = 10.0
-"""Seconds in which torchrun ends the other processes of a machine once the first one has ended."""
+"""Seconds within which torchrun ends the other processes of a machine after the first one has
+ended."""
 _KEY = "mor_tools"
 """Marks the reports of this module; those of other programs lack it."""
 
 
 def tell(message: str, is_first_on_machine: bool) -> None:
-    """Say why this process ends; call it right before it does.
+    """Report why this process ends; call it right before it does.
 
-    Where all processes fail alike, the first one of each machine speaks for them: the others wait
-    to be ended. One that fails alone is not ended, and speaks too.
+    If all processes fail in the same way, the first one on each machine reports for them and the
+    others wait to be ended. A process that fails alone is not ended by torchrun, and reports for
+    itself.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not is_first_on_machine:
@@ -34,7 +36,7 @@ def tell(message: str, is_first_on_machine: bool) -> None:
         print(terminal.error(message), file=sys.stderr)
         return
     told = {
-        # What a plain torchrun shows is the call stack, which would say nothing to the user.
+        # A plain torchrun shows the call stack, which tells the user nothing.
         "message": f"error: {message}",
         "extraInfo": {
             "py_callstack": f"\n{terminal.error(message)}",

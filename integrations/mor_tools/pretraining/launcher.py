@@ -1,7 +1,8 @@
-"""The torchrun that started this process: without it nobody would restart or end the process.
+"""The torchrun that started this process, without which nobody would restart or end the process.
 
-A process whose torchrun was killed would train on, out of sight. So it asks the kernel for a signal
-when its parent ends, where the kernel has such a thing (Linux), and compares its parent at each step.
+A process whose torchrun was killed would go on training unnoticed. Each process therefore asks the
+kernel for a signal when its parent ends, where the kernel supports that (Linux), and checks its
+parent at every step.
 """
 
 import contextlib
@@ -12,39 +13,41 @@ import signal
 import sys
 
 SIGNAL = signal.SIGUSR2
-"""Sent when the parent ends. Not SIGTERM, which also those send who want a checkpoint first."""
+"""Signal sent when the parent ends. Not SIGTERM, by which users and schedulers ask for a
+checkpoint."""
 _PR_SET_PDEATHSIG = 1
 
 
 class LauncherLost(RuntimeError):
-    """The torchrun that started a process of this run is gone."""
+    """The torchrun that started a process of this run has ended."""
 
     def __init__(self, what_happened: str) -> None:
         super().__init__(
-            f"torchrun, which started this run's processes, is gone on a machine. {what_happened} "
-            "Run again to go on."
+            "torchrun, which started this run's processes, has ended on one of the machines. "
+            f"{what_happened} Run the command again to continue."
         )
 
 
 class Launcher:
-    """The parent of this process, as of now."""
+    """The parent that this process has now."""
 
     def __init__(self) -> None:
         self._parent = os.getppid()
 
     @property
     def is_gone(self) -> bool:
-        """Whether another process has become the parent, which happens when the first one ends."""
+        """Whether the parent has changed, which happens when the first one ends."""
         return os.getppid() != self._parent
 
 
 def command(*changes: str) -> str | None:
     """The command line that starts this process's run again on one machine.
 
-    None without torchrun, and on several machines, whose launchers agree in ways not known here.
+    It is None without torchrun, and on several machines, because how their launchers find one
+    another is not known here.
 
     Args:
-        changes: settings as `key=value`, which go last and so count.
+        changes: settings as `key=value`, appended so that they take precedence.
     """
     is_on_one_machine = os.environ.get("GROUP_WORLD_SIZE") == "1"
     if "TORCHELASTIC_RUN_ID" not in os.environ or not is_on_one_machine:
@@ -59,7 +62,7 @@ def command(*changes: str) -> str | None:
         module = "mor_tools.pretraining.torchrun"
         start = ["-m", module, "--standalone", "--nproc-per-node", processes]
     line = shlex.join([python, *start, *own, *changes])
-    # What a checkout needs and an installation does not.
+    # Needed in a checkout, but not in an installation.
     path = os.environ.get("PYTHONPATH")
     return line if path is None else f"PYTHONPATH={shlex.quote(path)} {line}"
 
@@ -69,11 +72,13 @@ def follow() -> None:
     launcher = Launcher()
 
     def stop(number: int, frame: object) -> None:
-        raise LauncherLost("The run ends before a step was taken.")
+        raise LauncherLost("The run ends before its first step.")
 
     signal.signal(SIGNAL, stop)
     if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # then the comparison must do
+        with contextlib.suppress(
+            OSError, AttributeError
+        ):  # then only the check at every step remains
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, SIGNAL.value, 0, 0, 0)
-    if launcher.is_gone:  # before the kernel was asked
+    if launcher.is_gone:  # the parent ended before the kernel was asked
         stop(SIGNAL, None)

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and whether the run is complete."""
+"""The folder of a run: which run it belongs to, and whether that run is complete."""
 
 import json
 import os
@@ -29,18 +29,18 @@ FREE_TO_CHANGE = (
     "data.prepared_folder",
     "data.workers",
 )
-"""Settings that do not change what a run computes, beyond rounding."""
+"""Settings that do not change what a run computes, apart from rounding."""
 OF_THE_END = ("training.steps", "training.decay_steps")
-"""Settings that say when a run ends; they may change where the run is extended."""
+"""Settings that determine when a run ends; they may change when the run is extended."""
 
 
 def is_complete(settings: Settings) -> bool:
-    """Whether the run in this folder took all its steps and was summed up.
+    """Whether the run in this folder has taken all its steps and written its summary.
 
     A run that the settings extend is not complete.
 
     Raises:
-        ValueError: it is a run with other settings, or its run.json is damaged.
+        ValueError: the folder holds a run with other settings, or its run.json is damaged.
     """
     folder = Path(settings.output)
     earlier = _claimed(folder)
@@ -51,15 +51,15 @@ def is_complete(settings: Settings) -> bool:
 
 
 def has_checkpoint(settings: Settings) -> bool:
-    """Whether a run would go on from a checkpoint."""
+    """Whether a run would resume from a checkpoint."""
     return runs.latest_step(Path(settings.output) / RUN_CHECKPOINTS) is not None
 
 
 def claim(settings: Settings, text: PreparedText) -> None:
-    """Note in the folder which settings and which text its run has.
+    """Record the run's settings and text in the folder.
 
     Raises:
-        ValueError: the folder has a run on other text, or its run.json is damaged.
+        ValueError: the folder holds a run on other text, or its run.json is damaged.
     """
     folder = Path(settings.output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,31 +71,31 @@ def claim(settings: Settings, text: PreparedText) -> None:
     earlier = found["text"]
     if Path(earlier).parts[-2:] != text.prefix.parts[-2:]:
         raise ValueError(
-            f"{folder} has a run on other text ({earlier}, now {text.prefix}). Choose another "
+            f"{folder} holds a run on other text ({earlier}, now {text.prefix}). Choose another "
             "output=, or remove the folder."
         )
 
 
 @dataclass(frozen=True)
 class Extension:
-    """More steps for a run than it was planned for."""
+    """A run that gets more steps than were planned."""
 
     planned_steps: int
-    """Of the earlier plan."""
+    """Number of steps planned before."""
     told: str
-    """What was done, in sentences."""
+    """What was done, as sentences for the user."""
 
 
 def extend(settings: Settings) -> Extension | None:
-    """Prepare a run for more steps than it was planned for; None where nothing changed.
+    """Prepare a run for more steps than were planned; None if the number has not changed.
 
-    The stable phase of the schedule is the same however long it is. So a run whose learning rate
-    decays already returns to its last checkpoint from before the decay, and goes on as if it had been
-    planned longer from the start. The later checkpoints are kept aside. The run must hold the
-    folder's lock.
+    The stable phase of the schedule is the same whatever its length. A run whose learning rate
+    already decays can therefore return to its last checkpoint before the decay, and continue as if
+    the larger number of steps had been planned from the start. Later checkpoints are moved aside.
+    The caller must hold the folder's lock.
 
     Raises:
-        ValueError: the new decay would begin before the checkpoint that training goes on from.
+        ValueError: the new decay would begin before the checkpoint that training resumes from.
         OSError: checkpoints cannot be moved.
     """
     folder, training = Path(settings.output), settings.training
@@ -112,7 +112,7 @@ def extend(settings: Settings) -> Extension | None:
     if start > training.decay_start:
         raise ValueError(
             f"training.decay_steps={training.decay_steps} of training.steps={training.steps} would "
-            f"begin after step {training.decay_start}, but {folder} goes on from step {start}. Use "
+            f"begin after step {training.decay_start}, but {folder} resumes from step {start}. Use "
             f"at most decay_steps={training.steps - start}, or more steps."
         )
     told = f"extended from {planned} to {training.steps} steps: {_way_on(there, stable)}"
@@ -133,28 +133,26 @@ def extend(settings: Settings) -> Extension | None:
 
 
 def _way_on(there: list[int], stable: list[int]) -> str:
-    """How an extended run goes on from its checkpoints, those of before the decay among them."""
+    """How an extended run resumes, given its checkpoints and those of them from before the decay."""
     if not there:
-        return "there is no checkpoint yet, so that it starts from the beginning."
+        return "there is no checkpoint yet, so it starts from the beginning."
     if there == stable:
-        return (
-            f"the learning rate has not begun to decay, so that it goes on from step {there[-1]}."
-        )
+        return f"the learning rate has not begun to decay, so it resumes from step {there[-1]}."
     if stable:
         return (
-            f"it goes on from step {stable[-1]}, the last checkpoint before the learning rate decayed, "
-            "as a run planned longer would have."
+            f"it resumes from step {stable[-1]}, the last checkpoint before the learning rate "
+            "decayed, as a run planned longer would have."
         )
     return (
-        f"no checkpoint from before the decay is left, so that it goes on from step {there[-1]} with "
+        f"no checkpoint from before the decay is left, so it resumes from step {there[-1]} with "
         "the learning rate raised again. A run planned longer would have other losses."
     )
 
 
 def put_in_order(settings: Settings) -> tuple[str, ...]:
-    """Clear up after a session that was killed while it saved; what was done, in sentences.
+    """Clean up after a session that was killed while saving; returns what was done, in sentences.
 
-    The run must hold the folder's lock, so that no other one is saving.
+    The caller must hold the folder's lock, so that no other run is saving.
 
     Raises:
         OSError: the folder of checkpoints cannot be written.
@@ -168,20 +166,20 @@ def put_in_order(settings: Settings) -> tuple[str, ...]:
         return runs.put_in_order(checkpoints)
     except OSError as error:
         raise OSError(
-            f"{checkpoints} cannot be written: {error}. Choose another output=, or change who may "
-            "write there."
+            f"{checkpoints} cannot be written: {error}. Choose another output=, or change its "
+            "permissions."
         ) from error
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is either whole or not there."""
+    """Write a file in such a way that it is either complete or does not exist."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, "utf-8")
     os.replace(partial, path)
 
 
 def _claimed(folder: Path) -> dict[str, Any] | None:
-    """What run.json says of the folder's run; None where there is no such file."""
+    """What run.json records about the folder's run; None if there is no such file."""
     claimed = folder / RUN_CLAIM
     if not claimed.exists():
         return None
@@ -192,16 +190,17 @@ def _claimed(folder: Path) -> dict[str, Any] | None:
         is_whole = False
     if not is_whole:
         raise ValueError(
-            f"{claimed} is damaged: it does not say the settings and the text of the run in this "
-            "folder. Bring it back from a copy, or choose another output=. To go on without the check "
-            "that both are the same, remove the file."
+            f"{claimed} is damaged: it does not contain the settings and the text of the run in "
+            "this folder. Restore it from a copy, or choose another output=. To continue without "
+            "the check that both are unchanged, remove the file."
         )
     return found
 
 
 def _check_same(folder: Path, earlier: dict[str, Any], settings: Settings) -> None:
-    # Read like any other, so that settings newer than the run have their defaults. The folder may
-    # name the router that the user names too, whose module is imported already, and no other.
+    # Read like any other settings, so that those added to the code since have their defaults. The
+    # folder may name the router that the user names too, whose module is imported already, and no
+    # other.
     where, recursion = str(folder / RUN_CLAIM), settings.recursion
     own = None if recursion is None else registry.router_name(recursion.router)
     names_own = _flat(earlier).get("recursion.router.type") == own
@@ -217,15 +216,15 @@ def _check_same(folder: Path, earlier: dict[str, Any], settings: Settings) -> No
     ]
     if differences:
         raise ValueError(
-            f"{folder} has a run with other settings: {'; '.join(differences)}. Choose another "
-            f"output=, or remove the folder to start over. A branch, with other settings and the "
-            f"weights of this run, is output=ANOTHER training.initial_weights={folder}; a run becomes "
-            "longer by a larger training.steps."
+            f"{folder} holds a run with other settings: {'; '.join(differences)}. Choose another "
+            "output=, or remove the folder to start over. For a branch, with other settings and "
+            f"the weights of this run, use output=ANOTHER training.initial_weights={folder}; for a "
+            "longer run, use a larger training.steps."
         )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    """Turn `{"a": {"b": 1}}` into `{"a.b": 1}`."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):

@@ -1,10 +1,12 @@
-"""One run at a time in a folder: a lock that says who holds it, and that a crash does not leave shut.
+"""One run at a time in a folder: a lock that names its holder and does not stay closed after a
+crash.
 
 The lock is a file in the run's folder. It names the process that holds it, and that process touches
-it now and then. So another process can tell whether the holder lives: on the same machine by its
-process id and the time at which it started (ids are used again), on another one by the age of the
-last touch. Both ages are those of the file system, so that clocks need not agree. A run that torchrun
-restarts, perhaps with its first rank on another machine, is known by its torchruns, which lived on.
+the file regularly. Other processes can thus tell whether the holder is alive: on the same machine
+by its process id and start time (because ids are reused), on another machine by the age of the last
+touch. Both times come from the file system, so that clocks need not agree. A run that torchrun
+restarts, perhaps with its first rank on another machine, is recognised by its torchrun processes,
+which are the same as before.
 """
 
 import contextlib
@@ -21,35 +23,35 @@ from pathlib import Path
 
 NAME = "run.lock"
 LOST = 4
-"""Exit code of a process whose lock somebody else took."""
+"""Exit code of a process whose lock was taken by another process."""
 _TOUCH_EVERY = 20.0
-_STALE_AFTER = 180.0  # nine touches; a file server that is away for long stops the run as well
+_STALE_AFTER = 180.0  # nine touches; a file server that is away for longer also ends the run
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who has a folder, as the lock file says it."""
+    """The holder of a folder, as the lock file names it."""
 
     token: str
-    """Tells this lock from any other."""
+    """Distinguishes this lock from all others."""
     host: str
     machine: str
-    """Host, boot and space of process ids, within which `pid` means something."""
+    """Host, boot and namespace of process ids, within which `pid` is unique."""
     pid: int
     started: str
-    """When the process started, in ticks of its machine; empty where that cannot be told."""
+    """When the process started, in clock ticks of its machine; empty if unknown."""
     since: str
     launchers: tuple[str, ...]
-    """The torchruns of the run, see `launcher`."""
+    """The torchrun processes of the run (see `launcher`)."""
 
 
 class RunLock:
     """The lock of a run's folder.
 
     Args:
-        folder: of the run; made if it is not there.
-        launchers: of all ranks, see `launcher`.
-        lost: what to do with a message where the lock is gone; by default the process ends.
+        folder: of the run; created if it does not exist.
+        launchers: of all ranks (see `launcher`).
+        lost: called with a message if the lock is lost; by default the process ends.
         touch_every, stale_after: seconds.
     """
 
@@ -76,13 +78,14 @@ class RunLock:
         self._thread = threading.Thread(target=self._touch, name="run lock", daemon=True)
 
     def acquire(self) -> str | None:
-        """Take the folder; a sentence on whom it was taken over from, if anybody.
+        """Take the lock; returns a sentence if it was taken over from a dead run.
 
         Raises:
-            ValueError: another run has it.
+            ValueError: another run holds it.
             OSError: the folder cannot be written.
         """
-        # Whole under another name first: a link appears at once, and fails where there is one.
+        # Written completely under another name first: a hard link appears atomically, and fails if
+        # the lock exists.
         mine = self._folder / f".{NAME}.{self._holder.token}"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +93,7 @@ class RunLock:
         except OSError as error:
             raise OSError(
                 f"output={self._folder} cannot be written: {error}. Choose another output=, or "
-                "change who may write there."
+                "change its permissions."
             ) from error
         try:
             note = None
@@ -102,28 +105,29 @@ class RunLock:
         return note
 
     def release(self) -> None:
-        """Give the folder back, if it is ours."""
+        """Remove the lock, if it is still ours."""
         self._over.set()
         if self._thread.ident is not None:
-            self._thread.join(5.0)  # not for ever, where the file server does not answer
-        with contextlib.suppress(OSError):  # the next run sees that this process is gone
+            self._thread.join(5.0)  # not for ever: the file server may not answer
+        with contextlib.suppress(OSError):  # the next run sees that this process has ended
             if self._is_ours():
                 self._file.unlink()
 
     def _take_away(self, mine: Path) -> str | None:
-        """Remove the lock of a run that is over; raises ValueError where it is not."""
+        """Remove the lock of a run that has ended; raises ValueError if the run is alive."""
         try:
             found = self._file.read_bytes()
-            # Both times are the file server's.
+            # # Both times are the file server's.
             os.utime(mine)
             age = mine.stat().st_mtime - self._file.stat().st_mtime
         except FileNotFoundError:
-            return None  # it was given back just now
+            return None  # it was released just now
         holder = _parsed(found)
         if self._is_held(holder, age):
             raise ValueError(self._refusal(holder, age))
-        # Another process may do the same, and have put its own lock there meanwhile. Of all that try,
-        # one can rename a file; one that got hold of another's lock puts it back.
+        # Another process may be doing the same, and may have created its own lock meanwhile. Only
+        # one of them can rename a given file; one that finds it has renamed a newer lock puts it
+        # back.
         aside = mine.with_name(f"{mine.name}.aside")
         try:
             self._file.rename(aside)
@@ -137,15 +141,15 @@ class RunLock:
         if holder is None or set(holder.launchers) & set(self._holder.launchers):
             return None
         return (
-            f"{self._folder} was left by a run on {holder.host} (process {holder.pid}, since "
-            f"{holder.since}) that ended without giving it back; it is taken over."
+            f"{self._folder} was left locked by a run on {holder.host} (process {holder.pid}, "
+            f"since {holder.since}) that has ended without releasing it; it is taken over."
         )
 
     def _is_held(self, holder: Holder | None, age: float) -> bool:
         if holder is not None and holder.machine == self._holder.machine:
             return _started(holder.pid) == holder.started
         if holder is not None and set(holder.launchers) & set(self._holder.launchers):
-            # torchrun starts processes only after those before them are gone, on all machines.
+            # torchrun restarts processes only after all earlier ones have ended, on all machines.
             return False
         return age < self._stale_after
 
@@ -154,23 +158,23 @@ class RunLock:
         if holder is not None:
             who = f"a run on {holder.host} (process {holder.pid}, since {holder.since})"
         return (
-            f"{self._folder} is in use by {who}, which last gave a sign {max(age, 0):.0f} seconds ago. "
-            "Two runs in one folder would spoil each other's checkpoints. Wait until it ends, or "
-            f"choose another output=. If that run is certainly over, remove {self._file} and start "
-            f"again; on another machine it counts as over {self._stale_after:.0f} seconds after its "
-            "last sign."
+            f"{self._folder} is in use by {who}, which last touched its lock {max(age, 0):.0f} "
+            "seconds ago. Two runs in one folder would damage each other's checkpoints. Wait "
+            "until it ends, or choose another output=. If that run has certainly ended, remove "
+            f"{self._file} and start again; on another machine it counts as ended "
+            f"{self._stale_after:.0f} seconds after it last touched its lock."
         )
 
     def _touch(self) -> None:
         while not self._over.wait(self._touch_every):
-            with contextlib.suppress(OSError):  # of a file server; the next touch may succeed
+            with contextlib.suppress(OSError):  # of the file server; the next touch may succeed
                 if self._is_ours():
                     os.utime(self._file)
                     continue
                 self._lost(
-                    f"error: {self._file} is gone, or another run's: somebody broke the lock of this "
-                    "run. It ends at once, so that two runs do not write into one folder. What it did "
-                    "since its last checkpoint is lost."
+                    f"error: {self._file} was removed, or replaced by another run's lock. This run "
+                    "ends at once, so that two runs do not write into one folder. Its work since "
+                    "its last checkpoint is lost."
                 )
                 return
 
@@ -183,13 +187,15 @@ class RunLock:
 
 
 def launcher() -> str:
-    """What started this process: the same for all that it starts, and for no other's."""
+    """Identifies the torchrun that started this process: equal for all its processes, and for no
+    others.
+    """
     parent = os.getppid()
     return f"{_machine()}/{parent}/{_started(parent)}"
 
 
 def _linked(source: Path, target: Path) -> bool:
-    """Give the file another name, unless that is taken."""
+    """Whether the file could be given another name, which fails if that name is taken."""
     try:
         os.link(source, target)
     except FileExistsError:
@@ -204,7 +210,9 @@ def _linked(source: Path, target: Path) -> bool:
 
 
 def _parsed(content: bytes) -> Holder | None:
-    """The holder; None where the content is no lock, as of one that is being written."""
+    """The holder named in a lock file; None if the content is not valid, for instance still being
+    written.
+    """
     try:
         values = json.loads(content)
         return Holder(**values | {"launchers": tuple(values["launchers"])})
@@ -213,7 +221,7 @@ def _parsed(content: bytes) -> Holder | None:
 
 
 def _machine() -> str:
-    """Where a process id means one process: containers may share a host's name, or its boot."""
+    """Where a process id is unique: containers may share a host name or a boot with their host."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -222,7 +230,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process started; None where it does not run, empty where that is all that is known."""
+    """When a process started; None if it is not running, empty if its start time is unknown."""
     if not Path("/proc/self/stat").exists():
         try:
             os.kill(pid, 0)
@@ -232,7 +240,7 @@ def _started(pid: int) -> str | None:
             pass
         return ""
     try:
-        # The name, in parentheses, may contain anything.
+        # # The name, in parentheses, may contain anything.
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
         return None

@@ -44,7 +44,7 @@ _INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Train, or resume, the run that the arguments describe; exits with 2 where they are wrong."""
+    """Train or resume the run that the arguments describe; exits with code 2 if they are wrong."""
     try:
         settings = load_settings(arguments)
         settings.data_parallel_size(distributed.world_size())
@@ -59,14 +59,14 @@ def main(arguments: Sequence[str]) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun ends those that need not speak
         endings.tell(str(error), distributed.is_first_on_machine())
         raise SystemExit(2) from None
-    except LauncherLost as error:  # perhaps on this machine alone
+    except LauncherLost as error:  # possibly on this machine only
         if distributed.is_first_on_machine():
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
 def pretrain(settings: Settings) -> None:
-    """From text to a trained model, its checkpoint, report.html and summary.json."""
+    """Train from text to a model, its checkpoint, report.html and summary.json."""
     build.check(settings)
     sizes.require_room(settings)
     console = Console() if distributed.is_first_rank() else None
@@ -74,19 +74,21 @@ def pretrain(settings: Settings) -> None:
         if console is not None:
             console.print(
                 f"{settings.output} is complete: all {settings.training.steps} steps are done. See "
-                f"{settings.output}/report.html. A larger training.steps= extends it; for another run "
-                "choose another output=.",
+                f"{settings.output}/report.html. A larger training.steps= extends the run; for a "
+                "new run, choose another output=.",
                 soft_wrap=True,
             )
         return
-    # Before any work: a folder that is in use, or cannot be written, shows at once.
+    # Before any work, so that a folder that is in use or cannot be written is reported at once.
     with distributed.locked(Path(settings.output)) as taken_over:
         left_behind = on_first_rank(lambda: run_folder.put_in_order(settings))
         _pretrain(settings, console, [taken_over, *left_behind])
 
 
 def _pretrain(settings: Settings, console: Console | None, notes: list[str | None]) -> None:
-    """The work of a process of the run that has the folder; `notes` are what to tell before."""
+    """The work of one process of the run that holds the folder; `notes` are messages to print
+    first.
+    """
     text = on_first_rank(lambda: prepare(settings.data))
     on_first_rank(lambda: run_folder.claim(settings, text))
     extension = on_first_rank(lambda: run_folder.extend(settings))
@@ -123,7 +125,7 @@ def _pretrain(settings: Settings, console: Console | None, notes: list[str | Non
 
 
 class Session:
-    """One process's work from a start or a resume to the next stop."""
+    """The work of one process, from a start or resume to the next stop."""
 
     def __init__(
         self,
@@ -142,7 +144,7 @@ class Session:
         on_first_rank(lambda: trackers.extend(_trackers(settings, trainer.step)))
         self.history = History(self.folder, trainer.step, trackers, is_writer)
         self.health = Health(_plan(settings))
-        for row in self.history.rows:  # of earlier sessions, which told what they found
+        for row in self.history.rows:  # earlier sessions reported what they found
             self.health.add(row)
         self.display = Display(
             settings.output, settings.training.steps, self.unigram_entropy, console
@@ -153,7 +155,7 @@ class Session:
         self.train_seconds, self.train_tokens = 0.0, 0
 
     def train(self) -> None:
-        """Take steps until the run is done, or told to stop; leaves a checkpoint."""
+        """Take steps until the run is complete or asked to stop, and leave a checkpoint."""
         settings, trainer = self.settings, self.trainer
         if trainer.step > 0:
             self.display.say(f"resumed at step {trainer.step} of {settings.training.steps}")
@@ -166,7 +168,7 @@ class Session:
                 self.display.say(str(finding))
             if row.tokens_per_second is not None or row.validation_loss is not None:
                 self.display.show(row, self.costs(row))
-            # That of before the decay is what an extension of the run goes on from.
+            # An extension of the run resumes from the checkpoint before the decay.
             is_stable_end = trainer.step == settings.training.decay_start
             if is_stable_end or trainer.step % settings.training.checkpoint_every == 0:
                 trainer.save()
@@ -181,7 +183,7 @@ class Session:
             self.display.say(f"{stopped} {_run_again(settings)}")
 
     def step(self, train_batches: Batches) -> Row:
-        """One optimizer step, and what is due after it."""
+        """Take one optimizer step, and do what is due after it."""
         settings, trainer = self.settings, self.trainer
         started = time.monotonic()
         result = trainer.train_step(train_batches)
@@ -233,7 +235,7 @@ class Session:
         )
 
     def costs(self, row: Row) -> Costs:
-        """What the work of a step amounts to."""
+        """The computation of a step."""
         shares = row.routing.shares if row.routing else None
         flops = build.flops_per_token(self.shape, self.settings, shares)
         peak = self.settings.peak_tflops
@@ -243,7 +245,7 @@ class Session:
         return Costs(flops, utilization)
 
     def finish(self) -> None:
-        """Show the trained model at work, and write report.html and summary.json."""
+        """Demonstrate the trained model, and write report.html and summary.json."""
         validation = self.validation or self.validate()
         losses = {"Held-out loss": validation.loss, "Unigram entropy": self.unigram_entropy}
         if validation.causal_loss is not None:
@@ -259,7 +261,7 @@ class Session:
         if trained is not None:
             sample = demonstration.continuation(trained, self.settings, self.tokenizer)
             passage = demonstration.depths(trained, self.data.held_out[0], self.tokenizer)
-            save_model(trained, self.folder / RUN_MODEL, self.tokenizer.path)
+            save_model(trained, self.folder / RUN_MODEL, self.tokenizer.path, self.tokenizer.eod)
             self.display.say(f"a continuation:\n{sample}\n")
             self.display.say(f"wrote {self.folder}/{RUN_MODEL}, for `mor generate` and `mor serve`")
         parameters = build.parameters(self.shape)
@@ -296,7 +298,7 @@ class Session:
 
 
 def _plan(settings: Settings) -> Plan:
-    """What the settings promise of the run."""
+    """The facts about the run that follow from its settings."""
     sequences, recursion = settings.training.global_batch_size, settings.recursion
     if recursion is None:
         return Plan(sequences)
@@ -309,17 +311,17 @@ def _plan(settings: Settings) -> Plan:
 
 
 def _run_again(settings: Settings) -> str:
-    """How the user goes on with a run that stopped."""
+    """How the user resumes a run that stopped."""
     stops = settings.training.stop_after is not None
     changes = ("training.stop_after=null",) if stops else ()
     command = launcher.command(*changes)
     if command is None:
-        return "Run the same command again to resume."
+        return "Run the command again to resume."
     return f"Resume with:\n  {command}"
 
 
 def _what_next(settings: Settings) -> str:
-    """What a user can do with a finished run, as commands."""
+    """What a user can do with a completed run, as commands."""
     model, temperature = f"{settings.output}/{RUN_MODEL}", settings.evaluation.temperature
     given = f"{shlex.quote(settings.evaluation.prompt)} --temperature {temperature}"
     text = "README.md" if Path("README.md").is_file() else "TEXT_FILE"
@@ -327,7 +329,7 @@ def _what_next(settings: Settings) -> str:
     lines = {
         "train longer": launcher.command(longer) or f"the same command with {longer}",
     }
-    if settings.evaluation.sample_tokens > 0:  # else no model was written
+    if settings.evaluation.sample_tokens > 0:  # otherwise no model was written
         lines = {
             "continue a text": f"mor generate --model {model} {given}",
             "see each token's depth": f"mor inspect {settings.output} --text {text}",

@@ -1,4 +1,4 @@
-"""Optimizer steps, validation losses and the state between them, with Megatron-Core's parts."""
+"""Optimizer steps, validation losses and the state between them, built on Megatron-Core."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -47,29 +47,29 @@ Batches = Iterator[dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did, over the global batch."""
+    """The results of one optimizer step over the global batch."""
 
     loss: float
     """Language-model loss in nats per token, before the step."""
     divergence: float | None
-    """From the teacher's distributions, in nats per token, before the step; None without one."""
+    """Divergence from the teacher in nats per token, before the step; None without a teacher."""
     learning_rate: float
-    """Of this step."""
+    """Learning rate of this step."""
     gradient_norm: float
-    """Before clipping."""
+    """Norm of the gradient before clipping."""
     routing: list[RoutingReport]
     """What each recursion did."""
 
 
 class Trainer:
-    """Model, optimizer and schedule of a run.
+    """The model, optimizer and schedule of a run.
 
     Args:
         settings: the run's settings.
-        chunks: this process's part of the model, see `build_model`.
-        decoder: what the model is, for its checkpoints to say.
-        watch: is told of every micro-batch, so that it can tell who hangs.
-        teacher: what the model learns from beside the text, on last stages.
+        chunks: this process's part of the model (see `build_model`).
+        decoder: the model's configuration, saved in its checkpoints.
+        watch: notified of every micro-batch, so that it can report which rank hangs.
+        teacher: what the model learns from besides the text; only on last pipeline stages.
     """
 
     def __init__(
@@ -82,9 +82,9 @@ class Trainer:
     ) -> None:
         self.settings, self.decoder, self.teacher = settings, decoder, teacher
         self.step = 0
-        """Optimizer steps taken."""
+        """Number of optimizer steps taken."""
         self.saved_step: int | None = None
-        """That of the newest checkpoint known to be good; None before there is one."""
+        """Step of the newest checkpoint known to be valid; None if there is none."""
         self.watch = watch
         self._losses_not_finite: str | None = None
         self.chunks = _data_parallel(settings, chunks)
@@ -105,7 +105,7 @@ class Trainer:
         """Take one optimizer step.
 
         Raises:
-            FloatingPointError: the loss or the gradient is not finite; on every rank.
+            FloatingPointError: the loss or the gradient is not finite; raised on every rank.
         """
         distributed.seed(self.settings.training.seed, self.step)
         for chunk in self.chunks:
@@ -117,7 +117,7 @@ class Trainer:
             if not math.isfinite(value):
                 raise self._not_finite(f"{what} is {value}", self._losses_not_finite)
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        # Megatron declares no result for it.
+        # # Megatron declares no result for it.
         succeeded, norm, _ = cast(tuple[bool, float | None, int | None], self.optimizer.step())
         if not (succeeded and math.isfinite(norm or 0.0)):
             raise self._not_finite(
@@ -136,9 +136,10 @@ class Trainer:
         )
 
     def router_has_gradient(self) -> bool | None:
-        """Whether a parameter of a router got a gradient in the last step; None without any.
+        """Whether any router parameter got a gradient in the last step; None if there are none.
 
-        A router whose scores enter neither the output nor a loss never learns. All ranks call it.
+        A router whose scores enter neither the output nor a loss never learns. Every rank must call
+        it.
         """
         routers = [m for chunk in self.chunks for m in chunk.modules() if isinstance(m, Router)]
         parameters = [p for router in routers for p in router.parameters() if p.requires_grad]
@@ -150,7 +151,7 @@ class Trainer:
         return bool(has_gradient) if number else None
 
     def evaluate(self, held_out: Any, causal: bool = False) -> tuple[float, list[RoutingReport]]:
-        """Mean loss over the held-out split in nats per token, and what the recursions did.
+        """Mean loss on the held-out split in nats per token, and what the recursions did.
 
         Args:
             causal: route as in generation, where no token's depth may depend on later tokens.
@@ -163,7 +164,7 @@ class Trainer:
         return loss, routing_reports(self.chunks)
 
     def save(self) -> None:
-        """Write a checkpoint of this moment, if there is none."""
+        """Write a checkpoint of the current step, unless there is one already."""
         if self.saved_step != self.step:
             self.watch.beat(f"step {self.step}: writing a checkpoint")
             runs.save(
@@ -184,22 +185,22 @@ class Trainer:
         )
 
     def resume(self) -> tuple[str, ...]:
-        """Go on from the newest good checkpoint, if there is one; what to tell about it."""
+        """Resume from the newest valid checkpoint, if there is one; returns messages about it."""
         if runs.latest_step(self.checkpoints) is not None:
             restored = runs.load(self.checkpoints, self.chunks, self.optimizer, self.scheduler)
             self.step = self.saved_step = restored.step
-            notes = [f"{damaged}. It is left out." for damaged in restored.refused]
+            notes = [f"{damaged}. It is skipped." for damaged in restored.refused]
             if restored.unsealed is not None:
                 notes.append(
-                    f"warning: {restored.unsealed} has no manifest.json with checksums, which every "
-                    "checkpoint of this script has. Whether its tensors are what was written cannot "
-                    "be told."
+                    f"warning: {restored.unsealed} has no manifest.json with checksums, which "
+                    "every checkpoint of this program has. It is unknown whether its tensors are "
+                    "what was written."
                 )
             return tuple(notes)
         return ()
 
     def _run(self, data: Batches, microbatches: int, forward_only: bool) -> tuple[float, float]:
-        """Mean loss, and mean divergence from the teacher, over the micro-batches of all ranks."""
+        """Mean loss and mean divergence from the teacher over the micro-batches of all ranks."""
         is_virtual = self.settings.virtual_stages is not None
         run = recursion_forward_backward if is_virtual else get_forward_backward_func()
         teacher = None if forward_only else self.teacher
@@ -212,7 +213,7 @@ class Trainer:
             seq_length=self.settings.data.sequence_length,
             forward_only=forward_only,
         )
-        # Only last pipeline stages report; the others add nothing to any sum.
+        # Only last pipeline stages have losses; the others add zero.
         total = torch.zeros(3, device=distributed.device())
         self._losses_not_finite = None
         if reports:
@@ -220,12 +221,12 @@ class Trainer:
             if not total.isfinite().all():
                 self._losses_not_finite = "a micro-batch's loss"
         torch.distributed.all_reduce(total)
-        # Context-parallel ranks report parts of a mean.
+        # Each context-parallel rank has its part of a mean.
         loss, divergence = (total[:2] / total[2] * self.settings.parallel.context).tolist()
         return loss, divergence
 
     def _watched(self, data: Batches) -> Batches:
-        """The same micro-batches; the watch learns when one is read."""
+        """Yield the micro-batches unchanged, notifying the watch of each."""
         while True:
             self.watch.beat(f"step {self.step + 1}: reading text")
             batch = next(data, None)
@@ -235,23 +236,23 @@ class Trainer:
             yield batch
 
     def _not_finite(self, what: str, here: str | None) -> FloatingPointError:
-        """The error that says where it began. All ranks call it."""
+        """An error that says where non-finite values first appeared. Every rank must call it."""
         gathered: list[str | None] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(gathered, here)
         where = [f"rank {rank} ({found})" for rank, found in enumerate(gathered) if found]
-        kept = "There is no checkpoint yet: another run starts over."
+        kept = "There is no checkpoint yet, so running again starts over."
         if self.saved_step is not None:
-            kept = f"The last good checkpoint is {self.saved_folder}; run again to go on from it."
+            kept = f"The last valid checkpoint is {self.saved_folder}; run again to resume from it."
         rate = self.settings.training.learning_rate
         return FloatingPointError(
-            f"step {self.step + 1}: {what}, on {', '.join(where) or 'no rank alone'}. Nothing of "
-            f"this step was written. Lower training.learning_rate={rate}, or look at the text of this "
-            f"step. {kept}"
+            f"step {self.step + 1}: {what}, on {', '.join(where) or 'no single rank'}. Nothing of "
+            f"this step was written. Lower training.learning_rate={rate}, or look at the text of "
+            f"this step. {kept}"
         )
 
 
 def _gradients_not_finite(chunks: list[DistributedDataParallel]) -> str | None:
-    """The first parameter of this rank whose gradient is not finite."""
+    """The first parameter on this rank whose gradient is not finite."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             gradient = getattr(parameter, "main_grad", None)
@@ -263,7 +264,9 @@ def _gradients_not_finite(chunks: list[DistributedDataParallel]) -> str | None:
 def _forward_step(
     data: Batches, model: nn.Module, teacher: Teacher | None = None
 ) -> tuple[Tensor, Callable[..., Any]]:
-    """One micro-batch through this stage; this context-parallel rank's part of its mean loss."""
+    """Run one micro-batch through this stage; the loss is this context-parallel rank's part of the
+    mean.
+    """
     batch = {
         name: value.to(distributed.device(), non_blocking=True)
         for name, value in next(data).items()
@@ -275,7 +278,7 @@ def _forward_step(
     group = parallel_state.get_context_parallel_group()
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
     given = batch["tokens"], batch["positions"], attention_mask
-    # With labels the output is the loss of each token, without them its logits.
+    # With labels the model returns the loss of each token, without labels its logits.
     output = model(*given, labels=batch["labels"] if teacher is None else None)
 
     def mean_loss(output: Tensor) -> tuple[Tensor, Tensor]:
@@ -294,7 +297,11 @@ def _forward_step(
 
 
 def _attention_mask(documents: Tensor | None) -> Tensor | None:
-    """Megatron's `[b 1 s s]`, True where attention is barred, from `[b s]`; None: plain causal."""
+    """Megatron's mask `[b 1 s s]`, True where attention is not allowed, from document numbers
+    `[b s]`.
+
+    None means plain causal attention.
+    """
     if documents is None:
         return None
     is_same = documents[:, None, :, None] == documents[:, None, None, :]
@@ -312,7 +319,7 @@ def _data_parallel(settings: Settings, chunks: list[GPTModel]) -> list[Distribut
             chunk.config,
             config,
             Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk,
-            disable_bucketing=index > 0,  # other chunks compute while these are reduced
+            disable_bucketing=index > 0,  # other chunks compute meanwhile
         )
         for index, chunk in enumerate(chunks)
     ]
@@ -335,7 +342,7 @@ def _optimizer(settings: Settings, chunks: list[DistributedDataParallel]) -> Meg
 
 
 def _scheduler(settings: Settings, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Linear warmup, a constant learning rate, linear decay; in steps."""
+    """Linear warmup, constant learning rate, linear decay; all in steps."""
     training = settings.training
     scheduler = OptimizerParamScheduler(
         optimizer,
@@ -351,8 +358,8 @@ def _scheduler(settings: Settings, optimizer: MegatronOptimizer) -> OptimizerPar
         end_wd=training.weight_decay,
         wd_incr_steps=training.steps,
         wd_incr_style="constant",
-        # The settings of the run are checked already, and an extended run has a later decay than its
-        # checkpoints say.
+        # The run's settings take precedence over the checkpoint's: they were checked already, and
+        # an extended run decays later than its checkpoints say.
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )

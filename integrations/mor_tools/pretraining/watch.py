@@ -1,10 +1,11 @@
-"""Who hangs: a process that stops making progress is named, and the run ends instead of waiting.
+"""Finds out which process hangs: it is named and the run ends, instead of waiting for ever.
 
-A rank that hangs makes all others wait in a collective, for ever or until a timeout that does not say
-whom they waited for. So each process tells a thread of its own what it does, and where that thread
-sees no progress for too long, it notes what its process is at in the store that all ranks share. A
-rank that waits in `torch.distributed` waits for another; one that is elsewhere, or says nothing, is
-the one waited for. A stopped process cannot say since when: so each notes now and then what it does.
+A rank that hangs makes all others wait in a collective, for ever or until a timeout whose error
+does not say which rank they waited for. Each process therefore reports its progress to a thread of
+its own. If that thread sees no progress for too long, it writes what its process is doing into the
+store that all ranks share. A rank inside `torch.distributed` waits for another one; a rank that is
+elsewhere, or does not report, is the one that hangs. A stopped process (SIGSTOP) cannot report
+anything, so each process also regularly notes what it is doing.
 """
 
 import contextlib
@@ -25,11 +26,11 @@ HUNG = 3
 _LONGEST_GRACE = 10.0
 _NOTES_PER_TIMEOUT = 5
 _COMMUNICATION = ("/torch/distributed/", "/megatron/core/pipeline_parallel/p2p_communication.py")
-"""Code that waits for other ranks; besides, a line that waits for a device or a handle."""
+"""Code that waits for other ranks. A line that waits for a device or a work handle counts too."""
 
 
 class Store(Protocol):
-    """What the ranks share, as torch.distributed's stores do."""
+    """The part of torch.distributed's store interface that is used here."""
 
     def set(self, key: str, value: str) -> None: ...
 
@@ -39,14 +40,14 @@ class Store(Protocol):
 
 
 class Watch:
-    """Ends this process with a message where it makes no progress; use it as a context manager.
+    """Ends this process with a message if it makes no progress; use it as a context manager.
 
     Args:
         store: shared by all ranks.
         rank: of this process.
         world_size: number of ranks.
-        timeout: seconds without a beat that count as hung.
-        end: what to do with the message; by default the process ends with code `HUNG`.
+        timeout: seconds without a beat after which a process counts as hung.
+        end: called with the message; by default the process ends with code `HUNG`.
     """
 
     def __init__(
@@ -64,7 +65,8 @@ class Watch:
         self._stopped = threading.Event()
         self._watched = threading.main_thread().ident
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-        # Of its own: the process that keeps the store may stop, and then a note never returns.
+        # A thread of its own, because the process that keeps the store may stop, and then writing a
+        # note never returns.
         self._noting = threading.Thread(target=self._note, name="watch notes", daemon=True)
 
     def __enter__(self) -> Self:
@@ -82,10 +84,12 @@ class Watch:
     ) -> None:
         self._stopped.set()
         self._thread.join()
-        self._noting.join(1.0)  # not for ever, where the store is stopped
+        self._noting.join(1.0)  # not for ever: the store may be stopped
 
     def beat(self, doing: str) -> None:
-        """This process goes on, with something that takes less than the timeout."""
+        """Report that this process makes progress, starting something that takes less than the
+        timeout.
+        """
         self._beat = (time.monotonic(), doing)
 
     def _run(self) -> None:
@@ -100,7 +104,7 @@ class Watch:
         self._end(self._message(doing, where))
 
     def _note(self) -> None:
-        """Tells the other ranks now and then that this process runs, and at what."""
+        """Note regularly for the other ranks that this process runs, and what it is doing."""
         while True:
             with contextlib.suppress(Exception):  # a lost note is no reason to end a run
                 self._store.set(f"runs/{self._rank}", f"{_now()}\n{self._beat[1]}")
@@ -110,21 +114,22 @@ class Watch:
 
     def _message(self, doing: str, where: str) -> str:
         found = _Found()
-        # The process that keeps the store may be the one that hangs: then nobody answers.
+        # The process that keeps the store may be the one that hangs, and then nobody answers.
         asking = threading.Thread(target=self._ask, args=(f"{doing}\n{where}", found), daemon=True)
         asking.start()
         asking.join(2 * self._grace)
-        # Without an end, but with others' answers: rank 0 told what it found, and ended before.
+        # If the store stopped answering after it had returned notes of other ranks, rank 0 has
+        # reported what it found and ended first.
         is_told = found.is_whole or len(found.stuck) > 1
         named, lines = self._named(found) if is_told else self._without_store(doing, where)
         return (
             f"error: no progress for {self._timeout:g} seconds (training.timeout_seconds): {named}.\n"
             + "\n".join(f"  {line}" for line in lines)
-            + "\nThe run ends; run again to go on from its last checkpoint."
+            + "\nThe run ends; run again to resume from its last checkpoint."
         )
 
     def _named(self, found: "_Found") -> tuple[str, list[str]]:
-        """Who hangs, and a line on each rank."""
+        """Which rank hangs, and a line about each rank."""
         lines, hung = [], []
         for rank in range(self._world_size):
             if rank in found.stuck:
@@ -135,7 +140,7 @@ class Watch:
                 if rank in found.running:
                     when, doing = found.running[rank].split("\n")
                     last = f" since {when} ({doing})"
-                lines.append(f"rank {rank} gives no sign{last}")
+                lines.append(f"rank {rank} has not responded{last}")
             if rank not in found.stuck or not where.startswith("waiting"):
                 hung.append(rank)
         if not hung:
@@ -143,16 +148,18 @@ class Watch:
         return f"rank {', '.join(map(str, hung))} hangs", lines
 
     def _without_store(self, doing: str, where: str) -> tuple[str, list[str]]:
-        """The same where nobody can be asked: the store is kept by rank 0, or started with it."""
+        """The same if the store does not answer: rank 0, or the torchrun that started it, keeps the
+        store.
+        """
         return "rank 0 hangs", [
-            f"rank 0, or the torchrun that started it, which keep what ranks tell each other, give no "
-            f"sign since {self._answered}",
+            "rank 0, or the torchrun that started it, which keeps what the ranks tell each other, "
+            f"has not responded since {self._answered}",
             f"rank {self._rank}: {doing}, {where}",
         ]
 
     @property
     def _grace(self) -> float:
-        """Seconds that ranks may notice later than one another."""
+        """Seconds by which ranks may notice a hang later than one another."""
         return min(_LONGEST_GRACE, self._timeout)
 
     def _ask(self, own: str, found: "_Found") -> None:
@@ -162,7 +169,7 @@ class Watch:
         while len(found.stuck) < self._world_size and time.monotonic() < deadline:
             self._look("hang", found.stuck)
             time.sleep(0.05)
-        if self._rank == 0:  # the store may end with this process: let the others read
+        if self._rank == 0:  # the store may end with this process, so let the others read it
             time.sleep(0.1 * self._grace)
         found.is_whole = True
 
@@ -174,23 +181,24 @@ class Watch:
 
 @dataclass
 class _Found:
-    """What the ranks told, by rank."""
+    """What the ranks wrote into the store, by rank."""
 
     stuck: dict[int, str] = field(default_factory=dict)
-    """Of those that see no progress: what they do, and where."""
+    """Ranks that see no progress: what they are doing, and where."""
     running: dict[int, str] = field(default_factory=dict)
-    """The last note of each: when, and what it did."""
+    """The last note of each rank: when it was written, and what the rank was doing."""
     is_whole: bool = False
     """Whether the store answered every question."""
 
 
 def shared_watch(timeout: float, end: Callable[[str], None] | None = None) -> Watch:
-    """A watch over this process, one of those that torch.distributed connects."""
+    """A watch over this process, sharing the store that torch.distributed uses."""
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-    # There is no public name for the store; a prefix keeps its keys apart from others'. A connection
-    # of its own, since a call waits while the process itself waits for an answer over the same one.
+    # There is no public name for the store; a prefix keeps our keys apart from others'. It needs a
+    # connection of its own, because a call blocks while the process itself waits for an answer over
+    # the same connection.
     store = PrefixStore("watch", _get_default_store()).clone()
     store.set_timeout(timedelta(seconds=min(timeout, _LONGEST_GRACE)))
     return Watch(store, dist.get_rank(), dist.get_world_size(), timeout, end)
@@ -201,7 +209,7 @@ def _now() -> str:
 
 
 def _where(thread: int | None) -> str:
-    """What a thread is at: `waiting for other ranks in ...`, or `in <function>, <file>:<line>`."""
+    """What a thread is doing: `waiting for other ranks in ...`, or `in <function>, <file>:<line>`."""
     frame = sys._current_frames().get(thread or -1)
     stack = traceback.extract_stack(frame)
     if not stack:
@@ -219,4 +227,4 @@ def _where(thread: int | None) -> str:
 
 def _end(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
-    os._exit(HUNG)  # the process itself sits in a call that nothing interrupts
+    os._exit(HUNG)  # the process itself is in a call that cannot be interrupted

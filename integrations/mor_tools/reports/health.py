@@ -1,7 +1,7 @@
-"""What goes wrong in a run, told from its rows, and what to do about it.
+"""Recognises what goes wrong in a run from its rows, and says what to do about it.
 
-Each rule reads what is logged anyway, so that a finished run can be judged from its history too. A rule
-speaks only after several rows in turn, because single batches vary.
+Each rule uses only what is logged anyway, so that a finished run can be judged from its history,
+too. A rule reports only after several rows in succession, because single batches vary.
 """
 
 from collections import deque
@@ -11,29 +11,30 @@ from dataclasses import dataclass
 from mor_tools.reports.rows import Routing, Row
 
 NO_GRADIENT = "router_without_gradient"
-"""Among the metrics of a row's routing, and only where no parameter of a router had a gradient."""
+"""Name of a metric in a row's routing, present only if no parameter of a router had a gradient."""
 ROWS_IN_TURN = 3
-"""Rows with routing that must show a fault before it is told."""
+"""Number of rows with routing that must show a problem before it is reported."""
 COLLAPSED = 0.01
-"""A step that this share of the tokens runs, or all but this share, has collapsed."""
+"""A step has collapsed if no more than this share of the tokens run it, or all but this share."""
 DEAD_BEYOND_CHANCE = 0.2
-"""Share of dead positions, beyond that of a random selection, from which it is told."""
+"""Share of dead positions that is reported, in excess of that of a random selection."""
 SMOOTHED_STEPS = 20
 """Steps over which the loss is averaged."""
 DIVERGED = 0.5
-"""Rise of the averaged loss above its lowest value, in nats per token, that counts as divergence."""
+"""Increase of the averaged loss over its lowest value, in nats per token, that counts as
+divergence."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that goes wrong."""
+    """A problem of a run."""
 
     subject: str
-    """What it is about; of each subject only the first finding is told."""
+    """What it is about; only the first finding about each subject is reported."""
     step: int
     """The optimizer step at which it was found."""
     message: str
-    """What was seen, and what to do about it."""
+    """What was observed, and what to do about it."""
 
     def __str__(self) -> str:
         return f"warning: step {self.step}: {self.message}"
@@ -41,29 +42,29 @@ class Finding:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the settings promise of a run."""
+    """The facts about a run that follow from its settings."""
 
     sequences: int
-    """Sequences in a global batch."""
+    """Sequences per global batch."""
     capacity_factors: Sequence[float] | None = None
-    """Share of the tokens that each step runs, where the router fixes it."""
+    """Share of the tokens that each step runs, if the router fixes it."""
     warmup_steps: int = 0
-    """Optimizer steps of the router's warm-up, during which shares are larger than planned."""
+    """Optimizer steps of the router's warm-up, during which more tokens run than planned."""
 
 
 class Health:
-    """Looks at the rows of a run one after the other."""
+    """Examines the rows of a run one after the other."""
 
     def __init__(self, plan: Plan) -> None:
         self.findings: list[Finding] = []
-        """All so far, the earliest first."""
+        """All findings so far, in order of time."""
         self._plan = plan
         self._in_turn: dict[str, int] = {}
         self._losses: deque[float] = deque(maxlen=SMOOTHED_STEPS)
         self._lowest = float("inf")
 
     def add(self, row: Row) -> list[Finding]:
-        """Look at the next row; what it shows for the first time."""
+        """Examine the next row; returns the findings that are new."""
         messages = self._loss(row)
         if row.routing is not None:
             messages |= self._lasting(self._routing(row.step, row.routing))
@@ -73,7 +74,7 @@ class Health:
         return found
 
     def _lasting(self, seen: dict[str, str]) -> dict[str, str]:
-        """Of the faults of a row, those that the rows before it show too."""
+        """The problems of a row that the rows before it show as well."""
         self._in_turn = {subject: self._in_turn.get(subject, 0) + 1 for subject in seen}
         return {s: m for s, m in seen.items() if self._in_turn[s] >= ROWS_IN_TURN}
 
@@ -130,7 +131,7 @@ class Health:
 
 
 def findings(rows: Iterable[Row], plan: Plan) -> list[Finding]:
-    """Everything that the rows of a run show, the earliest first."""
+    """All findings in the rows of a run, in order of time."""
     health = Health(plan)
     for row in rows:
         health.add(row)
@@ -138,7 +139,9 @@ def findings(rows: Iterable[Row], plan: Plan) -> list[Finding]:
 
 
 def _collapsed_freely(shares: Sequence[float]) -> dict[str, str]:
-    """Where tokens choose their depth, a step may run any share but none and all."""
+    """If tokens choose their depth, any share of them may run a step, except almost none and almost
+    all.
+    """
     remedy = (
         "the depth has collapsed. Use a larger recursion.router.balancing_coefficient, another "
         "recursion.router.balancing, or a smaller training.learning_rate."

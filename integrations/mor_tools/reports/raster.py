@@ -21,7 +21,7 @@ def pixels(figure: Figure, deepest: int) -> numpy.ndarray:
         depth_color(depth): color for depth, (color, _) in enumerate(palette(deepest, "light"))
     }
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # this creates the ticks, which must be recolored too
+    canvas.draw()  # this creates the ticks, which must be recolored, too
     for artist in figure.findobj():
         _recolor(artist, colors)
     figure.patch.set(facecolor="white", alpha=1.0)

@@ -44,7 +44,7 @@ class Routing:
     shares: list[float]
     """Share of all tokens that ran each step."""
     dead_positions: float
-    """Share of positions in the sequence whose tokens never ran the last step."""
+    """Share of the sequence's positions at which no token ran the last step."""
     metrics: dict[str, float]
     """Metrics of the router by `step_<r>/<name>`, for example sampling_accuracy and sampling_loss."""
     expert_load: list[list[float]] | None = None

@@ -1,4 +1,4 @@
-"""The HTTP application: completions, models, health and metrics."""
+"""The HTTP application: completions, chat, models, health and metrics."""
 
 import asyncio
 import json
@@ -19,14 +19,20 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from mor_layers.generation import DepthBatchingEngine, Event
+from mor_tools.serving import chat, completions
 from mor_tools.serving.access import Access, AccessControl
 from mor_tools.serving.errors import ServiceError
-from mor_tools.serving.loading import Tokenizer
-from mor_tools.serving.protocol import BadRequestError, Call, Usage, choice, failure, parse
+from mor_tools.serving.fields import BadRequestError
+from mor_tools.serving.loading import ServedModel
+from mor_tools.serving.protocol import Bounds, Call, Usage, failure
 from mor_tools.serving.worker import EngineWorker, OverloadedError, UnavailableError
 
 NUM_PARSERS = 2
 """Number of threads that parse bodies, so that a large body does not delay a small one."""
+
+
+Parse = Callable[[bytearray, ServedModel, Bounds, str], Call]
+"""Makes a call of a body, as `completions.parse` does."""
 
 
 @dataclass(frozen=True)
@@ -54,19 +60,18 @@ class Service:
 
     Args:
         engine: the engine. It must have `decode`.
-        name: name of the model.
+        model: the model that the engine runs.
         access: which requests are accepted.
     """
 
     def __init__(
         self,
         engine: DepthBatchingEngine,
-        name: str,
-        tokenizer: Tokenizer,
+        model: ServedModel,
         limits: Limits,
         access: Access | None = None,
     ) -> None:
-        self.name, self.tokenizer, self.limits = name, tokenizer, limits
+        self.model, self.limits = model, limits
         self.access = Access() if access is None else access
         self.worker = EngineWorker(engine, limits.max_waiting)
         self.answers: Counter[int] = Counter()
@@ -84,6 +89,7 @@ class Service:
 
         routes = [
             Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/models", self.models),
             Route("/health", self.health),
             Route("/metrics", self.metrics),
@@ -105,13 +111,19 @@ class Service:
         await asyncio.to_thread(self.worker.close)
 
     async def completions(self, http: HTTPRequest) -> Response:
+        return await self._answer(http, completions.parse)
+
+    async def chat(self, http: HTTPRequest) -> Response:
+        return await self._answer(http, chat.parse)
+
+    async def _answer(self, http: HTTPRequest, parse: Parse) -> Response:
         with ExitStack() as places:
             try:
                 if not self.worker.is_alive:
                     raise _refusal(self.worker.unavailable)
                 client = http.state.client
                 places.enter_context(self._places(client, 1))
-                call = await self._parse(await self._body(http), client)
+                call = await self._parse(parse, await self._body(http), client)
                 places.enter_context(self._places(client, len(call.requests) - 1))
                 streams = [self.worker.events(request) for request in call.requests]
                 if call.stream:
@@ -124,7 +136,7 @@ class Service:
         return response
 
     async def models(self, _: HTTPRequest) -> Response:
-        entry = {"id": self.name, "object": "model", "created": 0, "owned_by": "mor_layers"}
+        entry = {"id": self.model.name, "object": "model", "created": 0, "owned_by": "mor_layers"}
         return JSONResponse({"object": "list", "data": [entry]})
 
     async def health(self, _: HTTPRequest) -> Response:
@@ -212,19 +224,13 @@ class Service:
             raise ServiceError(499, "the client has disconnected.") from error
         return body
 
-    async def _parse(self, body: bytearray, client: str) -> Call:
-        limits = self.limits
+    async def _parse(self, parse: Parse, body: bytearray, client: str) -> Call:
+        limits, longest = self.limits, self.worker.engine.caches.settings.max_length
+        bounds = Bounds(limits.max_tokens, longest, limits.timeout)
         try:
             # Tokenizing a long prompt in the event loop would delay the events of all clients.
             return await asyncio.get_running_loop().run_in_executor(
-                self._parsers,
-                parse,
-                body,
-                self.name,
-                self.tokenizer,
-                limits.max_tokens,
-                limits.timeout,
-                client,
+                self._parsers, parse, body, self.model, bounds, client
             )
         except BadRequestError as error:
             raise ServiceError(400, str(error), error.parameter) from error
@@ -233,13 +239,17 @@ class Service:
         self, http: HTTPRequest, call: Call, streams: list[AsyncIterator[Event]]
     ) -> Response:
         usage = Usage(sum(len(request.ids) for request in call.requests))
-        answers = asyncio.gather(*(_collect(i, s, usage) for i, s in enumerate(streams)))
+        answers = asyncio.gather(*(_collected(stream) for stream in streams))
         left = asyncio.ensure_future(_disconnected(http))
         try:
             await asyncio.wait([answers, left], return_when=asyncio.FIRST_COMPLETED)
             if not answers.done():
                 raise ServiceError(499, "the client has disconnected.")
-            return JSONResponse(call.chunk(await answers) | {"usage": usage.as_dict()})
+            texts = await answers
+            usage.completion_tokens = sum(e.token is not None for events in texts for e in events)
+            pairs = zip(call.choices, texts, strict=True)
+            response = call.response([c.whole(events) for c, events in pairs], is_part=False)
+            return JSONResponse(response | {"usage": usage.as_dict()})
         finally:
             answers.cancel()
             left.cancel()
@@ -267,7 +277,7 @@ class Service:
             async for item in rest:
                 yield self._line(call, item, usage)
             if call.include_usage:
-                yield _data(call.chunk([]) | {"usage": usage.as_dict()})
+                yield _data(call.response([], is_part=True) | {"usage": usage.as_dict()})
             yield "data: [DONE]\n\n"
         except ServiceError as error:
             yield _data(error.body)
@@ -277,8 +287,7 @@ class Service:
     def _line(self, call: Call, item: tuple[int, Event], usage: Usage) -> str:
         index, event = item
         usage.completion_tokens += event.token is not None
-        depths = [] if event.depth is None else [event.depth]
-        return _data(call.chunk([choice(index, event.text, event.finish_reason, depths)]))
+        return _data(call.response([call.choices[index].part(event)], is_part=True))
 
 
 class _EventStream(StreamingResponse):
@@ -333,14 +342,8 @@ def _refusal(error: OverloadedError | UnavailableError) -> ServiceError:
     return ServiceError(status, f"{error}. Try again later.")
 
 
-async def _collect(index: int, events: AsyncIterator[Event], usage: Usage) -> dict[str, Any]:
-    text, reason, depths = "", None, []
-    async for event in _checked(events):
-        text, reason = text + event.text, event.finish_reason
-        if event.token is not None:
-            usage.completion_tokens += 1
-            depths.append(event.depth)
-    return choice(index, text, reason, depths)
+async def _collected(events: AsyncIterator[Event]) -> list[Event]:
+    return [event async for event in _checked(events)]
 
 
 async def _merged(streams: list[AsyncIterator[Event]]) -> AsyncIterator[tuple[int, Event]]:

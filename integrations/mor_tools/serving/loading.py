@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 
 from mor_layers import DecoderConfig, ExpertChoice, MoRTransformer, RecursionConfig, load_model
+from mor_layers.weights import read_json
+from mor_tools.serving.chat_template import ChatTemplate, read_chat_template
 
 
 class Tokenizer(Protocol):
@@ -42,9 +44,9 @@ class FileTokenizer:
 
         try:
             self._loaded = Loaded.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises nothing more specific
             raise ValueError(
-                f"{path} is no tokenizer: {str(error)[:200]}. Put its own there."
+                f"{path} is not a tokenizer: {str(error)[:200]}. Replace it by the model's own."
             ) from error
 
     def encode(self, text: str) -> list[int]:
@@ -63,6 +65,10 @@ class ServedModel:
     name: str
     model: MoRTransformer
     tokenizer: Tokenizer
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end a text."""
+    chat_template: ChatTemplate | None = None
+    """How conversations are written as text, if the folder says it."""
 
 
 def load(folder: str | None, seed: int = 0, trust_remote_code: bool = False) -> ServedModel:
@@ -81,15 +87,32 @@ def load(folder: str | None, seed: int = 0, trust_remote_code: bool = False) -> 
         return random_model(seed)
     path = Path(folder)
     model = load_model(path, trust_remote_code)
+    template, stop_ids = read_chat_template(path), _stop_ids(path, model.config.vocab_size)
     tokenizer = path / "tokenizer.json"
     if tokenizer.is_file():
-        return ServedModel(path.name, model, FileTokenizer(tokenizer))
+        return ServedModel(path.name, model, FileTokenizer(tokenizer), stop_ids, template)
     if model.config.vocab_size < ByteTokenizer.vocab_size:
         raise ValueError(
             f"{folder} has no tokenizer.json, and vocab_size={model.config.vocab_size} is too small "
             "for bytes. Copy the model's tokenizer.json into the folder."
         )
-    return ServedModel(path.name, model, ByteTokenizer())
+    return ServedModel(path.name, model, ByteTokenizer(), stop_ids, template)
+
+
+def _stop_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
+    """The tokens that end a text, from generation_config.json or else from config.json."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            value = read_json(folder / name).get("eos_token_id")
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+                raise ValueError(
+                    f"{folder / name}: eos_token_id={str(value)[:80]} must be a token id in "
+                    f"0..{vocab_size - 1}, or a list of them."
+                )
+            if ids:
+                return tuple(ids)
+    return ()
 
 
 def random_model(seed: int = 0) -> ServedModel:

@@ -1,59 +1,77 @@
-"""The OpenAI completions protocol: parses JSON bodies to requests, and formats responses."""
+"""What the completions and the chat protocol of OpenAI have in common."""
 
-import json
 import time
 import uuid
-from dataclasses import dataclass, field
-from reprlib import repr as shortened
-from typing import Any, NoReturn
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from mor_layers.generation import Event, Request, Sampling
-from mor_tools.serving.loading import Tokenizer
+from mor_tools.serving.fields import BadRequestError, Fields
+from mor_tools.serving.loading import ServedModel
 
 IGNORED = {"user", "metadata"}
 """Fields that are accepted and ignored, because they do not affect the response."""
-WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "frequency_penalty": (None, 0, 0.0),
-    "logit_bias": (None, {}),
-    "logprobs": (None,),
-    "presence_penalty": (None, 0, 0.0),
-    "suffix": (None, ""),
-}
-"""Fields of the protocol that are not supported, with the values that have no effect."""
 MAX_CHOICES = 16
 """Largest number of prompts times choices in one call."""
+MAX_LOGPROBS = 20
+"""Largest number of most likely tokens whose log-probabilities are reported."""
 UINT64 = 1 << 64
+INT64 = range(-(UINT64 // 2), UINT64 // 2)
 SEEDS = range(-(UINT64 // 2), UINT64)
 """All signed and unsigned 64-bit integers."""
 
 
-class BadRequestError(Exception):
-    """The body is invalid, or requests something that is not supported."""
+@dataclass(frozen=True)
+class Bounds:
+    """What a body may ask for."""
 
-    def __init__(self, message: str, parameter: str | None = None) -> None:
-        super().__init__(message)
-        self.parameter = parameter
+    max_tokens: int
+    """Largest number of tokens per choice."""
+    max_length: int
+    """Largest number of tokens of prompt and text together."""
+    timeout: float | None
+    """Seconds after which a request ends, unless the body sets a shorter time."""
+
+
+class Choice(ABC):
+    """Formats one choice of a response, whole or event by event."""
+
+    @abstractmethod
+    def part(self, event: Event) -> dict[str, Any]:
+        """What an event adds to a stream. Events must be given in order."""
+
+    @abstractmethod
+    def whole(self, events: Sequence[Event]) -> dict[str, Any]:
+        """The choice that all events of its request make."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of `POST /v1/completions`."""
+    """A call of one of the protocols."""
 
     model: str
     requests: list[Request]
     """One request for each choice of each prompt."""
+    choices: list[Choice]
+    """The choice that each request becomes."""
     stream: bool
     include_usage: bool
-    number: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
+    kind: str
+    """What the protocol calls a whole response."""
+    part_kind: str
+    """What the protocol calls a part of a stream."""
+    prefix: str
+    """With which the protocol begins the name of a call."""
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def response(self, choices: list[dict[str, Any]], is_part: bool) -> dict[str, Any]:
         """A response with these choices, or a part of a stream."""
         return {
-            "id": self.number,
-            "object": "text_completion",
+            "id": f"{self.prefix}-{self.name}",
+            "object": self.part_kind if is_part else self.kind,
             "created": self.created,
             "model": self.model,
             "choices": choices,
@@ -76,20 +94,87 @@ class Usage:
         }
 
 
-def choice(index: int, text: str, reason: str | None, depths: list[int]) -> dict[str, Any]:
-    """One choice of a response.
+@dataclass(frozen=True)
+class Options:
+    """What both protocols allow a body to set."""
 
-    Args:
-        depths: number of recursion steps that each generated token took. This is our extension of
-            the protocol.
+    count: int
+    """Number of choices per prompt."""
+    stream: bool
+    include_usage: bool
+    request: Request
+    """A request with these settings, whose prompt and length are still to be set."""
+
+    def requests(self, ids: tuple[int, ...], max_new_tokens: int) -> list[Request]:
+        """One request for each choice, each with random numbers of its own.
+
+        Raises:
+            BadRequestError: there can be no such request.
+        """
+        sampling = self.request.sampling
+        try:
+            return [
+                replace(
+                    self.request,
+                    ids=ids,
+                    max_new_tokens=max_new_tokens,
+                    sampling=replace(sampling, seed=sampling.seed + index),
+                )
+                for index in range(self.count)
+            ]
+        except ValueError as error:
+            raise BadRequestError(str(error)) from error
+
+
+def take_options(
+    given: Fields, model: ServedModel, bounds: Bounds, client: str, num_prompts: int = 1
+) -> Options:
+    """Take out the fields that both protocols have.
+
+    Raises:
+        BadRequestError: one of them is invalid.
     """
-    return {
-        "index": index,
-        "text": text,
-        "logprobs": None,
-        "finish_reason": reason,
-        "depths": depths,
-    }
+    name = given.take("model", str, model.name)
+    if name != model.name:
+        raise BadRequestError(f"model={name[:80]!r} is not served. Use {model.name!r}.", "model")
+    count = given.take("n", int, 1)
+    if count < 1 or count * num_prompts > MAX_CHOICES:
+        raise BadRequestError(
+            f"n={str(count)[:20]} for {num_prompts} prompt(s): request 1 to {MAX_CHOICES} choices "
+            "in total.",
+            "n",
+        )
+    stream = given.take("stream", bool, False)
+    seed = given.take_int("seed", SEEDS, None)
+    timeout = given.take("timeout", float, bounds.timeout)
+    if bounds.timeout is not None:
+        timeout = min(timeout, bounds.timeout)
+    try:
+        sampling = Sampling(
+            given.take("temperature", float, 1.0),
+            given.take("top_k", int, 0),
+            given.take("top_p", float, 1.0),
+            given.take("min_p", float, 0.0),
+            uuid.uuid4().int % UINT64 if seed is None else seed,
+            given.take("repetition_penalty", float, 1.0),
+            given.take("presence_penalty", float, 0.0),
+            given.take("frequency_penalty", float, 0.0),
+            _logit_bias(given.take("logit_bias", dict, {})),
+        )
+        request = Request(
+            (0,),
+            1,
+            sampling,
+            () if given.take("ignore_eos", bool, False) else model.stop_ids,
+            _stop(given.values.pop("stop", None)),
+            timeout,
+            priority=given.take_int("priority", INT64, 0),
+            client=client,
+        )
+    except ValueError as error:
+        raise BadRequestError(str(error)) from error
+    includes_usage = _includes_usage(given.take("stream_options", dict, {}), stream)
+    return Options(count, stream, includes_usage, request)
 
 
 def failure(event: Event) -> tuple[int, str] | None:
@@ -105,131 +190,22 @@ def failure(event: Event) -> tuple[int, str] | None:
     return None
 
 
-def parse(
-    body: bytes | bytearray,
-    served: str,
-    tokenizer: Tokenizer,
-    max_tokens: int,
-    timeout: float | None,
-    client: str = "",
-) -> Call:
-    """Parse a body. This can take seconds for a long prompt, so do not call it in an event loop.
-
-    Args:
-        served: name of the model that is served.
-        max_tokens: largest number of tokens per choice.
-        timeout: seconds after which a request ends, unless the body sets a shorter time.
-        client: the sender.
-
-    Raises:
-        BadRequestError: the body is invalid, or requests something that is not supported.
-    """
-    value = _json(body)
-    if not isinstance(value, dict):
-        raise BadRequestError("the body must be a JSON object.")
-    given = _Fields(value)
-    model = given.take("model", str, served)
-    if model != served:
-        raise BadRequestError(f"model={shortened(model)} is not served. Use {served!r}.", "model")
-    for name, allowed in WITHOUT_EFFECT.items():
-        value = given.values.pop(name, None)
-        if value not in allowed:
-            raise BadRequestError(
-                f"{name}={shortened(value)} is not supported. Leave it out.", name
-            )
-    prompts = _prompts(given.values.pop("prompt", None))
-    count = given.take("n", int, 1)
-    if count < 1 or count * len(prompts) > MAX_CHOICES:
-        raise BadRequestError(
-            f"n={shortened(count)} for {len(prompts)} prompt(s): request 1 to {MAX_CHOICES} choices "
-            "in total.",
-            "n",
-        )
-    wanted = given.take("max_tokens", int, 16)
-    if not 1 <= wanted <= max_tokens:
-        raise BadRequestError(
-            f"max_tokens={shortened(wanted)} must be in 1..{max_tokens}.", "max_tokens"
-        )
-    stop = given.values.pop("stop", None)
+def _stop(stop: object) -> tuple[str, ...]:
     stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > 4 or not all(isinstance(s, str) for s in stop):
         raise BadRequestError("stop must be a string or a list of up to 4 strings.", "stop")
-    own_timeout = given.take("timeout", float, timeout)
-    if timeout is not None and own_timeout is not None:
-        own_timeout = min(timeout, own_timeout)
-    stream = given.take("stream", bool, False)
-    include_usage = _includes_usage(given.take("stream_options", dict, {}), stream)
-    seed = given.take("seed", int, None)
-    seed = uuid.uuid4().int % UINT64 if seed is None else seed
-    if seed not in SEEDS:
-        raise BadRequestError(f"seed={shortened(seed)} has more than 64 bits.", "seed")
-    settings = {
-        "temperature": given.take("temperature", float, 1.0),
-        "top_p": given.take("top_p", float, 1.0),
-        "top_k": given.take("top_k", int, 0),
-    }
-    unknown = sorted(set(given.values) - IGNORED)
-    if unknown:
-        names = ", ".join(map(shortened, unknown[:4]))
-        raise BadRequestError(f"unknown parameter {names}.", unknown[0][:80])
-    try:
-        requests = [
-            Request(
-                ids,
-                wanted,
-                Sampling(seed=seed + index, **settings),
-                stop=tuple(stop),
-                timeout=own_timeout,
-                client=client,
+    return tuple(stop)
+
+
+def _logit_bias(values: dict[str, Any]) -> tuple[tuple[int, float], ...]:
+    for token, bias in values.items():
+        is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
+        # Token ids have a few digits; an id of thousands of digits would take long to parse.
+        if not (token.isdecimal() and len(token) < 10 and is_number and -100 <= bias <= 100):
+            raise BadRequestError(
+                "logit_bias must map token ids to numbers in -100..100.", "logit_bias"
             )
-            for ids in (_ids(prompt, tokenizer) for prompt in prompts)
-            for index in range(count)
-        ]
-    except ValueError as error:
-        raise BadRequestError(str(error)) from error
-    return Call(served, requests, stream, include_usage)
-
-
-def _json(body: bytes | bytearray) -> object:
-    """The JSON value of a body.
-
-    Raises:
-        BadRequestError: the body is not valid JSON, or has text that cannot be encoded.
-    """
-    try:
-        value = json.loads(body.decode(), parse_constant=_no_number)
-        # JSON can contain half of a surrogate pair as an escape sequence, which neither tokenizers
-        # nor responses can encode.
-        json.dumps(value, ensure_ascii=False).encode()
-    except RecursionError as error:
-        raise BadRequestError("the body is nested too deeply.") from error
-    except UnicodeError as error:
-        raise BadRequestError(f"the body is not valid Unicode: {error.reason}.") from error
-    except ValueError as error:
-        raise BadRequestError(f"the body is not valid JSON: {error}.") from error
-    return value
-
-
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number in JSON")
-
-
-class _Fields:
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.values = values
-
-    def take(self, name: str, kind: type, default: Any) -> Any:
-        value = self.values.pop(name, None)
-        if value is None:
-            return default
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            try:
-                return float(value)
-            except OverflowError as error:
-                raise BadRequestError(f"{name}={shortened(value)} is too large.", name) from error
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise BadRequestError(f"{name}={shortened(value)}: expected {kind.__name__}.", name)
-        return value
+    return tuple((int(token), float(bias)) for token, bias in values.items())
 
 
 def _includes_usage(options: dict[str, object], stream: bool) -> bool:
@@ -241,28 +217,3 @@ def _includes_usage(options: dict[str, object], stream: bool) -> bool:
             "stream_options may only contain include_usage, true or false.", "stream_options"
         )
     return include_usage
-
-
-def _ids(prompt: str | list[int], tokenizer: Tokenizer) -> tuple[int, ...]:
-    return tuple(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
-
-
-def _prompts(prompt: object) -> list[str | list[int]]:
-    """The prompts of a body: a string, a list of strings, a list of ids, or a list of such lists."""
-    if isinstance(prompt, str):
-        return [prompt]
-    if isinstance(prompt, list) and prompt:
-        if _are_ids(prompt):
-            return [prompt]
-        if all(isinstance(p, str) for p in prompt) or all(
-            isinstance(p, list) and _are_ids(p) for p in prompt
-        ):
-            return prompt
-    raise BadRequestError(
-        "prompt must be a string, a list of strings, a list of token ids, or a list of such lists.",
-        "prompt",
-    )
-
-
-def _are_ids(values: list[object]) -> bool:
-    return all(isinstance(v, int) and not isinstance(v, bool) for v in values)

@@ -245,7 +245,7 @@ REFUSED: dict[str, Trial] = {
     "attention_output_gate": refused(
         True, "gated attention is not implemented for selected tokens"
     ),
-    "distribute_saved_activations": refused(True, "those without work hand on their input", **FULL),
+    "distribute_saved_activations": refused(True, "the empty ones return their input", **FULL),
     "experimental_attention_variant": refused(
         "dsa", "layers that default_layer_spec does not build"
     ),
@@ -253,21 +253,25 @@ REFUSED: dict[str, Trial] = {
     "fine_grained_activation_offloading": refused(
         True, "would overwrite what it offloaded", offload_modules=["core_attn"]
     ),
-    "fp8_recipe": refused("delayed", "overwrites the maxima that set its next scale", fp8="hybrid"),
+    "fp8_recipe": refused(
+        "delayed", "overwrites the maxima from which its next scale is computed", fp8="hybrid"
+    ),
     "heterogeneous_block_specs": refused(True, "layers that default_layer_spec does not build"),
     "hybrid_context_parallel": refused(True, "its groups change from sequence to sequence"),
-    "layernorm_zero_centered_gamma": refused(True, "needs a norm of Transformer Engine or Apex"),
+    "layernorm_zero_centered_gamma": refused(True, "needs a norm from Transformer Engine or Apex"),
     "log_max_attention_logit": refused(True, "steps would overwrite one another's"),
-    "memory_efficient_layer_norm": refused(True, "needs a norm of Transformer Engine or Apex"),
+    "memory_efficient_layer_norm": refused(True, "needs a norm from Transformer Engine or Apex"),
     "moe_grouped_gemm": refused_moe(True, "needs Transformer Engine and CUDA"),
     "moe_pad_expert_input_to_capacity": refused_moe(
         True, "steps and ranks run different numbers of tokens", moe_expert_capacity_factor=1.0
     ),
-    "multi_latent_attention": refused(True, "it computes positions of its own"),
-    "no_rope_freq": refused(2, "a shared layer has no depth of its own"),
+    "multi_latent_attention": refused(True, "it computes the positions of tokens itself"),
+    "no_rope_freq": refused(2, "the steps of a shared layer are at several depths"),
     "qk_clip": refused(True, "steps would overwrite one another's"),
-    "quant_recipe": refused(object(), "it finds layers by name and number"),
-    "rotary_interleaved": refused(True, "selected tokens are turned in halves"),
+    "quant_recipe": refused(object(), "it selects layers by name and number"),
+    "rotary_interleaved": refused(
+        True, "selected tokens are rotated with the non-interleaved layout"
+    ),
     "softmax_type": refused("learnable", "does not implement softmax_type=learnable"),
     "tp_comm_overlap": refused(True, "its buffers hold a fixed number of rows"),
     "use_grouped_gemm_for_dense_mlp": refused(
@@ -294,7 +298,7 @@ FURTHER: tuple[tuple[str, Trial], ...] = (
     ("num_query_groups", dense(None)),
     ("softmax_type", refused("off-by-one", "does not implement softmax_type=off-by-one")),
     ("calculate_per_token_loss", refused_moe(True, "by the tokens of a step")),
-    ("mlp_chunks_for_training", refused_moe(2, "without the mask of padding")),
+    ("mlp_chunks_for_training", refused_moe(2, "without the padding mask")),
 )
 """Other values of fields above, which move plain layers or are refused too."""
 

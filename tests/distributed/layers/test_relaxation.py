@@ -103,7 +103,7 @@ def test_what_cannot_have_deltas_is_refused_with_the_way_out(pool: WorkerPool) -
     (messages,) = pool.run(refusals, 1)
     ways_out = [
         "granularity='full'",
-        "Leave it out of projections",
+        "Leave 'gate' out of projections",
         "as many groups",
         "kind='lora'",
     ]

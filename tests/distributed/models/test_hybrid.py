@@ -209,14 +209,14 @@ def test_a_pattern_unrolls_to_the_one_megatron_reads() -> None:
         ("*-||*-", "stage without layers"),
         ("*-[*-*E]*-", r"does not say how often it runs. Write \[\*-\*E\]x3"),
         ("*-[*-]x0", "at least once"),
-        ("[*-|*-]x2", "cut by a stage"),
+        ("[*-|*-]x2", "split by a stage"),
         ("[]x2", "holds nothing"),
         ("[M*-]x2", "Mamba"),
         ("[-*]x2", "'\\*', '\\*-' or '\\*E'"),
-        ("[*--]x2", "or with an MLP or experts after it"),
+        ("[*--]x2", "or followed by an MLP or experts"),
         ("[*-[*-]x2]x3", "'\\[' at 0 has no partner"),
         ("*-]x3", "']' at 2 has no partner"),
-        ("*-x3", "'x' at 2 is no layer. Use \\* \\(attention\\), - \\(MLP\\)"),
+        ("*-x3", "'x' at 2 is not a layer. Use \\* \\(attention\\), - \\(MLP\\)"),
         ("*-[*-]x2/*-", "multi-token prediction"),
     ],
 )
@@ -263,7 +263,7 @@ def refusals() -> dict[str, str]:
 def test_a_model_that_cannot_be_built_is_refused(pool: WorkerPool) -> None:
     said = pool.run(refusals)[0]
     for name, part in {
-        "steps": "[*-]x3 runs 3 times and its RecursionConfig says num_recursions=2",
+        "steps": "[*-]x3 runs 3 times, but its RecursionConfig has num_recursions=2",
         "none": "'*-*-' has 0 recursions, and 0 RecursionConfigs",
         "number": "2 recursions, and 1 RecursionConfigs",
         "depth": "Set num_layers=4, not 8",
@@ -271,6 +271,6 @@ def test_a_model_that_cannot_be_built_is_refused(pool: WorkerPool) -> None:
         "experts": "Set num_moe_experts",
         "mamba": "no spec for 'M' (Mamba)",
         "fp8": "Use bf16",
-        "other": "Give the HybridModel hybrid_layer_pattern='*-*-*-'",
+        "other": "Build the HybridModel with hybrid_layer_pattern='*-*-*-'",
     }.items():
         assert part in said[name], said[name]

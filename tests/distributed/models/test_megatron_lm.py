@@ -169,4 +169,4 @@ def test_a_builder_makes_the_model_of_recursion_block_spec(
 
 def test_a_spec_object_that_would_spread_pytorchs_norm_names_the_builder(pool: WorkerPool) -> None:
     for message in pool.run(gradients, 2, kind="spec", **SPREAD):
-        assert "Put recursion_builder in the place of recursion_spec" in str(message)
+        assert "Use recursion_builder instead of recursion_spec" in str(message)

@@ -485,7 +485,7 @@ def pipeline_refusal(layout: str | None) -> str:
 
 def test_a_stage_that_would_cut_a_recursion_is_refused(pool: WorkerPool) -> None:
     for message in pool.run(pipeline_refusal, 2, layout="Et*4|t*4L"):
-        assert "cuts a recursion" in message
+        assert "splits a recursion" in message
         assert "1, 6, 1 unrolled layers" in message
         assert "'Et|t*6,tL'" in message
     assert pool.run(pipeline_refusal, 2, layout="Et|t*6,tL") == ["accepted"] * 2
@@ -494,9 +494,7 @@ def test_a_stage_that_would_cut_a_recursion_is_refused(pool: WorkerPool) -> None
 
 
 def test_lengths_of_prelude_and_coda_are_refused_where_layers_are_listed() -> None:
-    with pytest.raises(
-        ValueError, match=r"prelude_layers=2 .* no effect where you list the layers"
-    ):
+    with pytest.raises(ValueError, match=r"prelude_layers=2 .* no effect if you list the layers"):
         recursion_layer_spec([ModuleSpec(module=object)], RecursionConfig(3, prelude_layers=2))
 
 

@@ -413,6 +413,8 @@ def test_what_can_never_be_served_is_refused_with_a_reason() -> None:
         (Request(prompt(60), 10), "exceed max_length=64"),
         (Request(prompt(30), 30), "larger kv_bytes"),
         (Request((1,), 3, stop=("x",)), "decode"),
+        (Request((1,), 3, Sampling(logit_bias=((VOCAB_SIZE, 1.0),))), "logit_bias has token ids"),
+        (Request((1,), 3, num_logprobs=VOCAB_SIZE + 1), "exceeds the vocabulary"),
     ):
         with pytest.raises(ValueError, match=reason):
             engine.submit(request)
@@ -421,6 +423,8 @@ def test_what_can_never_be_served_is_refused_with_a_reason() -> None:
         ({"max_new_tokens": 0}, "must be at least 1"),
         ({"timeout": 0.0}, "above 0"),
         ({"stop": ("",)}, "empty string"),
+        ({"num_logprobs": -1}, "0 or more"),
+        ({"prompt_logprobs": True}, "needs num_logprobs"),
     ):
         with pytest.raises(ValueError, match=reason):
             Request(**{"ids": (1,), "max_new_tokens": 1} | arguments)
@@ -442,6 +446,64 @@ def test_stop_ids_and_stop_strings_end_a_text() -> None:
     (by_text,) = serve(model, [Request(prompt(4), 12, stop=("#", stop))], decode=decode)
     assert by_text.text == free.text[: free.text.index(stop)]
     assert by_text.finish_reason == "stop"
+
+
+def give_way(engine: DepthBatchingEngine) -> None:
+    """Take a sequence out in the middle of its computation."""
+    progress = engine.scheduler.last()
+    assert progress is not None
+    engine.runner.drop(engine._preempt(progress))
+
+
+@pytest.mark.parametrize("preempts", [False, True])
+def test_logprobs_are_those_of_the_full_forward_pass(preempts: bool) -> None:
+    """Of prompts in chunks and of generated tokens, also for sequences that were preempted."""
+    model = model_for("expert_choice", "recursion_wise")
+    sampling = Sampling(1.0, repetition_penalty=1.5)  # which changes the text, not its logprobs
+    requests = [
+        Request(prompt(length, length), 9, sampling, num_logprobs=count, prompt_logprobs=True)
+        for length, count in ((11, 3), (1, 0), (6, 1), (8, VOCAB_SIZE))
+    ]
+    engine = DepthBatchingEngine(
+        model, CacheSettings(1 << 20, 4, max_length=64, page_size=4), chunk_size=4
+    )
+    numbers = [engine.submit(request) for request in requests]
+    events = []
+    while not engine.is_idle:
+        events += engine.step()
+        if preempts and engine.counters.ticks in (2, 5, 9):  # in a prompt, and in a text
+            give_way(engine)
+    for number, request in zip(numbers, requests, strict=True):
+        own = [event for event in events if event.number == number]
+        text = [*request.ids, *(event.token for event in own if event.token is not None)]
+        assert len(own) == 9 and all(not event.prompt_logprobs for event in own[1:])
+        logprobs = [*own[0].prompt_logprobs, *(event.logprobs for event in own)]
+        assert [found.token for found in logprobs] == text[1:]
+        with torch.no_grad():
+            logits = model(torch.tensor([text]), causal_routing=True).logits[0]
+        expected = logits.log_softmax(dim=-1).tolist()
+        for found, row in zip(logprobs, expected[:-1], strict=True):
+            assert found.logprob == pytest.approx(row[found.token], abs=1e-5)
+            best = sorted(row, reverse=True)[: request.num_logprobs]
+            assert [p for _, p in found.best] == pytest.approx(best, abs=1e-5)
+            assert all(row[i] == pytest.approx(p, abs=1e-5) for i, p in found.best)
+
+
+def test_a_penalty_follows_the_text_of_its_own_request_through_preemptions() -> None:
+    model = model_for("expert_choice", "sharing_with_update", "middle_cycle")
+    never_twice = Sampling(repetition_penalty=100.0, presence_penalty=2.0)
+    requests = [Request(prompt(5, seed), 10, never_twice) for seed in range(4)]
+    alone = [serve(model, [request])[0].tokens for request in requests]
+    together = Recorder(model)
+    for request in requests:
+        together.submit(request)
+    for _ in range(3):
+        for _ in range(5):
+            together.step()
+        give_way(together.engine)
+    assert [served.tokens for served in together.finish()] == alone
+    free = [serve(model, [replace(request, sampling=Sampling())])[0].tokens for request in requests]
+    assert alone != free
 
 
 def test_a_stream_that_is_left_early_gives_its_pages_back() -> None:

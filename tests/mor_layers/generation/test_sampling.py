@@ -1,11 +1,15 @@
 """Picking tokens, and the text they make."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mor_layers.generation import Sampling, sampling
+from mor_layers.generation.logprobs import logprobs_of
+from mor_layers.generation.penalties import adjusted
 from mor_layers.generation.sampling import has_distribution, sample
 from mor_layers.generation.text_stream import TextStream
 
@@ -14,6 +18,8 @@ def likely_tokens(logits: torch.Tensor, settings: Sampling) -> dict[int, float]:
     """Probability of each token that may be drawn, token by token."""
     scaled = (logits.double() / settings.temperature).tolist()
     order = sorted(range(len(scaled)), key=lambda i: -scaled[i])
+    likely = math.exp(scaled[order[0]]) * settings.min_p
+    order = [i for i in order if math.exp(scaled[i]) >= likely]
     order = order[: settings.top_k or len(order)]
     weights = {i: torch.tensor(scaled[i]).exp().item() for i in order}
     total, kept, below = sum(weights.values()), {}, 0.0
@@ -34,6 +40,9 @@ def likely_tokens(logits: torch.Tensor, settings: Sampling) -> dict[int, float]:
         Sampling(1.0, top_p=0.6),
         Sampling(2.0, top_k=9, top_p=0.9),
         Sampling(1.0, top_p=1e-9),
+        Sampling(0.7, min_p=0.2),
+        Sampling(1.5, min_p=0.1, top_k=7, top_p=0.8),
+        Sampling(1.0, min_p=1.0),
     ],
     ids=str,
 )
@@ -178,3 +187,53 @@ def test_text_ends_before_the_first_stop_string(text: str, stop: list[str]) -> N
         return
     seen = text[: min(ends)]  # the first moment at which one is complete
     assert is_stopped and out == seen[: min(seen.find(s) for s in stop if s in seen)]
+
+
+def test_bias_and_penalties_by_hand() -> None:
+    logits = torch.tensor([[2.0, -1.0, 0.5, 3.0, 0.0]] * 5)
+    settings = [
+        Sampling(),
+        Sampling(logit_bias=((0, -100.0), (4, 1.5))),
+        Sampling(repetition_penalty=2.0),
+        Sampling(presence_penalty=0.5, frequency_penalty=0.25),
+        Sampling(logit_bias=((1, 2.0),), repetition_penalty=2.0, frequency_penalty=1.0),
+    ]
+    text = [0, 1, 1, 3, 3]  # of which the last three are generated
+    changed = adjusted(logits, settings, [text] * 5, [2] * 5)
+    assert changed.tolist() == [
+        [2.0, -1.0, 0.5, 3.0, 0.0],
+        [-98.0, -1.0, 0.5, 3.0, 1.5],
+        [1.0, -2.0, 0.5, 1.5, 0.0],  # halved if positive, doubled if negative; 2 and 4 are new
+        [2.0, -1.75, 0.5, 2.0, 0.0],  # 1 came once, and 3 twice; 0 is of the prompt
+        [1.0, -0.5, 0.5, -0.5, 0.0],  # 1: (-1 + 2) / 2 - 1, and 3: 3 / 2 - 2
+    ]
+    assert logits[1].tolist() == [2.0, -1.0, 0.5, 3.0, 0.0]
+    assert adjusted(logits, settings[:1] * 5, [text] * 5, [2] * 5) is logits
+    (first,) = adjusted(logits[:1], [Sampling(presence_penalty=2.0)], [[3]], [1]).tolist()
+    assert first == [2.0, -1.0, 0.5, 3.0, 0.0]  # nothing is generated yet
+
+
+def test_logprobs_by_hand() -> None:
+    logits = torch.tensor([[1.0, 2.0, 4.0], [8.0, 8.0, 8.0]]).log()
+    first, second = logprobs_of(logits, [0, 2], [2, 0])
+    assert first.token == 0 and first.logprob == pytest.approx(math.log(1 / 7))
+    assert [token for token, _ in first.best] == [2, 1]
+    assert [p for _, p in first.best] == pytest.approx([math.log(4 / 7), math.log(2 / 7)])
+    assert second.logprob == pytest.approx(math.log(1 / 3)) and second.best == ()
+    assert logprobs_of(logits[:0], [], []) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"min_p": 1.1}, "min_p=1.1 must be in"),
+        ({"min_p": float("nan")}, "min_p"),
+        ({"repetition_penalty": 0.0}, "1 is no penalty"),
+        ({"presence_penalty": 2.5}, "presence_penalty=2.5 must be in -2..2"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty"),
+        ({"logit_bias": ((3, 101.0),)}, "logit_bias"),
+    ],
+)
+def test_settings_out_of_range_are_refused(arguments, reason) -> None:
+    with pytest.raises(ValueError, match=reason):
+        Sampling(**arguments)

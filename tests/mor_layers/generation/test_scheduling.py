@@ -2,7 +2,7 @@
 
 import pytest
 
-from mor_layers.generation import Request
+from mor_layers.generation import Request, scheduling
 from mor_layers.generation.scheduling import Progress, Scheduler
 
 PAGE = 4
@@ -254,3 +254,101 @@ def test_pages_are_taken_from_the_client_that_runs_most() -> None:
     assert running(own) == [0, 1, 2, 3]
     last = own.last()
     assert last is not None and last.number == 2
+
+
+def generate(scheduler: Scheduler, tokens: int) -> None:
+    """Every running request generates so many tokens."""
+    for _ in range(tokens):
+        scheduler.plan()
+        finish_spans(scheduler)
+
+
+def test_long_requests_of_one_client_take_turns_with_a_short_one(monkeypatch) -> None:
+    monkeypatch.setattr(scheduling, "TURN", 6)
+    clock = Time()
+    own = scheduler(slots=2, budgets=(100, 100), clock=clock)
+    for prompt in (2, 7, 1):
+        submit(own, prompt=prompt, new=30, client="one")
+    short = submit(own, prompt=1, new=1, client="one")
+    own.admit((100, 100))
+    generate(own, 5)
+    clock.now = 1.0
+    assert running(own) == [0, 1] and own.unfair() is None  # 5 tokens are no turn
+    generate(own, 1)
+    first = own.unfair()
+    assert first is not None and first.number == 0  # the turn of 1 has 7 tokens, like its prompt
+    own.preempt(first)
+    own.admit((100, 100))
+    assert running(own) == [1, 2] and own.unfair() is None
+    generate(own, 1)
+    second = own.unfair()
+    assert second is not None and second.number == 1
+    own.preempt(second)
+    own.admit((100, 100))
+    assert running(own) == [2, 3] and short.slot is not None
+    # Those that gave way have waited for no time yet, and come in the order in which they did.
+    generate(own, 8)
+    assert own.unfair() is None
+    clock.now = 2.0
+    third = own.unfair()
+    assert third is not None and third.number == 2
+    own.preempt(third)
+    own.admit((100, 100))
+    assert running(own) == [0, 3] and first.num_known == 8
+
+
+def test_turns_pass_between_clients_with_one_request_each(monkeypatch) -> None:
+    monkeypatch.setattr(scheduling, "TURN", 6)
+    clock = Time()
+    own = scheduler(slots=2, budgets=(100, 100), clock=clock)
+    for client in ("a", "b", "c"):
+        submit(own, prompt=1, new=30, client=client)
+    own.admit((100, 100))
+    generate(own, 6)
+    clock.now = 1.0
+    gave_way = own.unfair()
+    assert gave_way is not None and gave_way.number == 0
+    own.preempt(gave_way)
+    own.admit((100, 100))
+    assert running(own) == [1, 2]
+
+
+def test_requests_without_a_client_are_served_in_order(monkeypatch) -> None:
+    monkeypatch.setattr(scheduling, "TURN", 6)
+    clock = Time()
+    own = scheduler(slots=2, budgets=(100, 100), clock=clock)
+    for _ in range(3):
+        submit(own, prompt=1, new=30)
+    own.admit((100, 100))
+    generate(own, 20)
+    clock.now = 100.0
+    assert own.unfair() is None
+    last = own.last()
+    assert last is not None
+    own.preempt(last)
+    own.admit((100, 100))
+    assert running(own) == [0, 1]
+
+
+def test_a_client_orders_its_own_requests_by_priority() -> None:
+    own = scheduler(slots=2)
+    for client, priority in (("a", 1), ("a", 0), ("b", 5), ("a", -1)):
+        submit(own, prompt=1, client=client, priority=priority)
+    own.admit((10, 10))
+    # The best of "a", then "b", which runs nothing yet, whatever its priority.
+    assert running(own) == [2, 3]
+
+
+def test_only_prompts_that_are_scored_need_all_logits() -> None:
+    own = scheduler(slots=2)
+    scored = submit(own, prompt=10, new=4, num_logprobs=0, prompt_logprobs=True)
+    submit(own, prompt=3, new=4, num_logprobs=0)
+    own.admit((10, 10))
+    assert [span.needs_all_logits for span in own.plan()] == [True, False]
+    finish_spans(own)
+    assert [span.needs_all_logits for span in own.plan()] == [False, True]
+    finish_spans(own)
+    assert scored.num_generated == 1
+    own.preempt(scored)  # its prompt is computed again, but has been scored
+    own.admit((10, 10))
+    assert not any(span.needs_all_logits for span in own.plan())

@@ -275,7 +275,7 @@ def test_gates_begin_where_their_bias_says(router: RouterConfig):
 @pytest.mark.parametrize(("mistake", "message"), [
     (lambda: RecursionConfig(1, step_embeddings=True), "step_embeddings needs several steps"),
     (lambda: RecursionConfig(1, sandwich_norms=True), "sandwich_norms needs several steps"),
-    (lambda: unrolled_weights({}, config_with({"sandwich_norms": True})), "no such thing"),
+    (lambda: unrolled_weights({}, config_with({"sandwich_norms": True})), "does not support"),
     (lambda: published_names(config_with({"relaxation": Relaxation(1)})), "relaxation is set"),
     (
         lambda: recursive_weights(
@@ -286,13 +286,13 @@ def test_gates_begin_where_their_bias_says(router: RouterConfig):
     (lambda: RecursionConfig(2, residual_scale=0.0), "residual_scale=0.0 must be above 0"),
     (lambda: RecursionConfig(1, residual_scale=1.0), "residual_scale needs several steps"),
     (lambda: RecursionConfig(2, "sequence", residual_scale=1.0), "needs cycle or middle_cycle"),
-    (lambda: unrolled_weights({}, config_with({"residual_scale": 1.0})), "no such thing"),
+    (lambda: unrolled_weights({}, config_with({"residual_scale": 1.0})), "does not support"),
     (lambda: published_names(config_with({"residual_scale": 1.0})), "residual_scale is set"),
     (
         lambda: recursive_weights(
             {}, plain_config(8), RecursionConfig(3, residual_scale=1.0), "lower"
         ),
-        "smaller than the dense model learnt it",
+        "smaller than in the dense model",
     ),
     (lambda: RecursionConfig(2, router=RandomLoops(2)), "below num_recursions=2"),
     (lambda: RecursionConfig(2, router=RandomLoops(0)), "must be at least 1"),

@@ -274,7 +274,7 @@ def test_a_teacher_that_does_not_fit_is_answered():
     teacher = small_model(plain_config(3))
     with pytest.raises(ValueError, match="They must share a tokenizer"):
         Distiller(teacher, replace(small_config(), vocab_size=18), Distillation())
-    with pytest.raises(ValueError, match="the teacher's depths are 1 to 3"):
+    with pytest.raises(ValueError, match="the depths of the teacher are 1 to 3"):
         Distiller(teacher, small_config(), SETTINGS)
 
 

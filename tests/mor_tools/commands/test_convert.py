@@ -120,7 +120,7 @@ def test_errors_are_told_in_a_line_and_leave_nothing(folder, monkeypatch, capsys
         (["llama", "new", "--recursions", "2", "--coda", "-1"], "coda_layers=-1 must be at least"),
         (
             ["llama", "new", "--recursions", "2", "--prelude", "3", "--to", "published"],
-            "prelude_layers=3 and coda_layers=None have no place in a published checkpoint",
+            "published checkpoints cannot express prelude_layers=3 and coda_layers=None",
         ),
         (["llama", "new", "--settings", "any.yaml"], "--settings has no effect"),
         (["llama", "new", "--relax-rank", "2"], "--relax-rank has no effect without"),

@@ -194,7 +194,7 @@ def test_what_cannot_be_shown_is_answered(run, capsys):
         ([str(checkpoint), "--text", text], "Convert it with `mor convert`"),
         ([str(nothing), "--text", text], "is not a model: it has no config.json"),
         ([str(run / "nowhere"), "--text", text], "does not exist"),
-        ([str(run), "--text", str(run.parent / "empty.txt")], "has 0 tokens. Give it 2"),
+        ([str(run), "--text", str(run.parent / "empty.txt")], "has 0 tokens. Use a text"),
         ([str(run), "--text", text, "--window", "-1"], "window=-1 must be at least 1"),
         ([str(run), "--text", text, "--wandb-offline"], "no effect without --wandb"),
     ):

@@ -72,8 +72,8 @@ def test_a_plan_tries_several_batches_and_warns_of_those_that_starve_the_machine
     assert "unique" not in plan(8, "recursion=null")[1]
 
     _, shown = plan(512, "training.global_batch_size=512", "training.micro_batch_size=1")
-    assert "warning: the batch starves the machine" in shown
-    assert "Per device there are 2,048 tokens a step" in shown
+    assert "warning: the batch is too small for these devices" in shown
+    assert "There are 2,048 tokens per device and step" in shown
 
 
 def test_a_micro_batch_size_far_below_the_best_is_told():
@@ -93,7 +93,9 @@ def test_a_micro_batch_size_far_below_the_best_is_told():
     (message,) = told(2, best, slow)
     assert message.startswith("no layout with training.micro_batch_size=2 fits. Set it to 4")
     (message,) = told(1, slow)
-    assert message.startswith("the batch starves the machine: the best layout has an MFU")
+    assert message.startswith(
+        "the batch is too small for these devices: the best layout has an MFU"
+    )
 
 
 def test_what_keeps_training_stable_has_its_price():
@@ -116,7 +118,7 @@ def test_what_keeps_training_stable_has_its_price():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere.yaml", "--gpus", "1"], "there is no such file"),
+        (["nowhere.yaml", "--gpus", "1"], "does not exist"),
         ([str(TINY), "--gpus", "0"], "--gpus 0 must be at least 1"),
         ([str(TINY), "--gpus", "2", "--hardware", "v100"], "Use one of a100, h100, b200, cpu"),
         ([str(TINY), "--gpus", "9" * 400], "and at most 1000000000"),
@@ -133,7 +135,7 @@ def test_what_keeps_training_stable_has_its_price():
             [str(CLUSTER), "--gpus", "2", "--set", "model.num_unrolled_layers=3000002"],
             "num_unrolled_layers=3000002 must be at most 4096",
         ),
-        ([str(TINY), "--gpus", "2", "--set", "steps"], "--set steps is no key=value setting"),
+        ([str(TINY), "--gpus", "2", "--set", "steps"], "--set steps is not a key=value setting"),
         ([str(TINY), "--gpus", "2", "--efficiency", "2"], "must be in (0, 1]"),
         ([str(TINY), "--gpus", "2", "--recompute", "some"], "use none, selective, full"),
         ([str(TINY), "--gpus", "2", "--set", "training.stepz=3"], "unknown setting 'stepz'"),

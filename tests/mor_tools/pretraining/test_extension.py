@@ -44,7 +44,7 @@ def test_an_extended_run_equals_one_that_was_planned_longer(
     folder = tmp_path / "extended"
     settings = [*text, *LONGER, continued(finished, folder)]
     (printed,) = pool.run(pretrain_on_rank, settings=settings)
-    assert "extended from 4 to 7 steps: it goes on from step 2, the last checkpoint" in printed
+    assert "extended from 4 to 7 steps: it resumes from step 2, the last checkpoint" in printed
     assert history(folder) == history(planned_longer)
     assert checkpoints(folder) == [
         "of_4_steps/step_00000004",
@@ -66,7 +66,7 @@ def test_a_run_whose_decay_has_not_begun_just_goes_on(
     output = f"output={tmp_path / 'run'}"
     pool.run(pretrain_on_rank, settings=[*text, *PLAN, output, "training.stop_after=1"])
     (printed,) = pool.run(pretrain_on_rank, settings=[*text, *LONGER, output])
-    assert "the learning rate has not begun to decay, so that it goes on from step 1" in printed
+    assert "the learning rate has not begun to decay, so it resumes from step 1" in printed
     assert history(tmp_path / "run") == history(planned_longer)
 
 
@@ -77,7 +77,7 @@ def test_without_a_checkpoint_from_before_the_decay_the_rate_is_raised_again(
     output = continued(finished, folder)
     shutil.rmtree(folder / "checkpoints" / "step_00000002")
     (printed,) = pool.run(pretrain_on_rank, settings=[*text, *LONGER, output])
-    assert "no checkpoint from before the decay is left, so that it goes on from step 4" in printed
+    assert "no checkpoint from before the decay is left, so it resumes from step 4" in printed
     rates = [row["learning_rate"] for row in history(folder)]
     planned = [row["learning_rate"] for row in history(planned_longer)]
     assert rates[2] < planned[2]  # the earlier decay
@@ -92,7 +92,7 @@ def test_an_extension_whose_decay_began_already_is_refused(
     with pytest.raises(AssertionError, match="Use at most decay_steps=3, or more steps"):
         pool.run(pretrain_on_rank, settings=settings)
     for change in ("training.steps=3", "training.decay_steps=1"):  # these change what it was
-        with pytest.raises(AssertionError, match="has a run with other settings"):
+        with pytest.raises(AssertionError, match="holds a run with other settings"):
             pool.run(pretrain_on_rank, settings=[*text, *PLAN, output, change])
 
 
@@ -108,7 +108,7 @@ def test_a_branch_starts_from_the_weights_of_a_run_and_keeps_its_tokenizer(
     settings = [*PLAN, f"output={tmp_path / 'branch'}", f"training.initial_weights={finished}"]
     settings += ["training.learning_rate=1e-3", "training.stop_after=1"]
     (printed,) = pool.run(pretrain_on_rank, settings=[*text, *settings])
-    assert f"a branch of {finished}: its weights after step 4, a new optimizer" in printed
+    assert f"a branch of {finished}: its weights after step 4, with a new optimizer" in printed
     first, *_ = history(tmp_path / "branch")
     assert first["loss"] < history(finished)[0]["loss"]
     (printed,) = pool.run(pretrain_on_rank, settings=[*text, *settings])

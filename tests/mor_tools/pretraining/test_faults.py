@@ -41,7 +41,9 @@ def test_a_damaged_checkpoint_is_left_out_and_the_run_goes_on_from_the_one_befor
     (shard,) = (damaged / "checkpoints" / "step_00000004").glob("*.distcp")
     shard.write_bytes(shard.read_bytes()[:-1])
     (printed,) = pool.run(pretrain_on_rank, settings=[*text, *RUN, output])
-    assert re.search(r"step_00000004 is damaged: __0_0.distcp has .* bytes\. It is left", printed)
+    assert re.search(
+        r"step_00000004 is damaged: __0_0.distcp has .* bytes\. It is skipped", printed
+    )
     assert "resumed at step 2 of 6" in printed
     assert history(damaged) == history(whole)
     (printed,) = pool.run(pretrain_on_rank, settings=[*text, *RUN, output])
@@ -129,7 +131,7 @@ def test_numbers_that_are_not_finite_end_the_run(
     before = {p: p.read_bytes() for p in (folder / "checkpoints").rglob("*") if p.is_file()}
     for message in pool.run(spoil_a_step, 2, settings=settings, what=what):
         assert re.search(expected, message), message
-        assert f"last good checkpoint is {folder}/checkpoints/step_00000004; run again" in message
+        assert f"last valid checkpoint is {folder}/checkpoints/step_00000004; run again" in message
     after = {p: p.read_bytes() for p in (folder / "checkpoints").rglob("*") if p.is_file()}
     assert before == after
     assert len(history(folder)) == 4
@@ -158,7 +160,7 @@ def test_sigterm_ends_a_run_after_the_step_with_a_checkpoint(pool: WorkerPool, t
     settings = [*text, *RUN, f"output={folder}", "training.checkpoint_every=6"]
     (printed,) = pool.run(stop_at_a_step, settings=settings)
     saved = folder / "checkpoints" / "step_00000002"
-    assert f"stopped after step 2 of 6, saved in {saved}. Run the same command again" in printed
+    assert f"stopped after step 2 of 6, saved in {saved}. Run the command again" in printed
     assert [p.name for p in (folder / "checkpoints").glob("step_*")] == ["step_00000002"]
 
 
@@ -179,10 +181,10 @@ def test_a_stopped_rank_is_named_and_the_run_ends_and_goes_on(
         assert node.process.returncode != 0
         assert f"rank {stopped} hangs" in node.printed
         # nodes.sh has rank 0 keep what the ranks tell each other.
-        silent = ", or the torchrun .* give no" if stopped == 0 else " gives no"
-        assert re.search(rf"rank {stopped}{silent} sign since \d\d:\d\d:\d\d UTC", node.printed), (
-            node.printed
-        )
+        silent = ", or the torchrun .* has not" if stopped == 0 else " has not"
+        assert re.search(
+            rf"rank {stopped}{silent} responded since \d\d:\d\d:\d\d UTC", node.printed
+        ), node.printed
         assert re.search(
             rf"rank {1 - stopped}: step \d+: .*, waiting for other ranks", node.printed
         )

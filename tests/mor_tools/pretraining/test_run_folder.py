@@ -24,7 +24,9 @@ def test_a_damaged_run_json_is_named(tmp_path: Path, content: bytes):
         lambda: run_folder.is_complete(settings),
         lambda: run_folder.claim(settings, text),
     ):
-        with pytest.raises(ValueError, match=r"run\.json is damaged: it does not say the settings"):
+        with pytest.raises(
+            ValueError, match=r"run\.json is damaged: it does not contain the settings"
+        ):
             read()
     (tmp_path / "run.json").unlink()
     run_folder.claim(settings, text)

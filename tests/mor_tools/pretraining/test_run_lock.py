@@ -44,7 +44,7 @@ def test_a_second_run_is_told_who_holds_the_folder_and_how_to_break_it(tmp_path)
         RunLock(folder, [launcher()]).acquire()
     who = f"a run on {socket.gethostname()} (process {os.getpid()}, since 20"
     assert who in str(caught.value)
-    assert "last gave a sign 0 seconds ago" in str(caught.value)
+    assert "last touched its lock 0 seconds ago" in str(caught.value)
     assert f"remove {folder / NAME} and start again" in str(caught.value)
     first.release()
     assert names(folder) == []
@@ -66,7 +66,7 @@ def test_a_process_that_was_killed_holds_nothing(tmp_path):
     lock = RunLock(tmp_path)
     note = lock.acquire()
     assert note is not None
-    assert f"(process {pid}, since" in note and "ended without giving it back" in note
+    assert f"(process {pid}, since" in note and "ended without releasing it" in note
     assert held_by(tmp_path)["pid"] == os.getpid()
     assert names(tmp_path) == [NAME]
     lock.release()
@@ -95,6 +95,37 @@ def test_a_run_on_another_machine_holds_the_folder_while_it_gives_signs(tmp_path
     lock.release()
 
 
+def test_a_host_and_process_ids_of_another_machine_say_nothing_here(tmp_path):
+    """A real process with a host name and a space of process ids of its own, in a shared folder."""
+    machine = ["unshare", "--user", "--map-root-user", "--uts", "--pid", "--fork", "--kill-child"]
+    if subprocess.run([*machine, "true"], capture_output=True).returncode:
+        pytest.skip("needs a system on which unshare can make namespaces")
+    program = (
+        "import socket, sys, time; from pathlib import Path\n"
+        "from mor_tools.pretraining.run_lock import RunLock\n"
+        "socket.sethostname('node-9')\n"
+        "RunLock(Path(sys.argv[1]), touch_every=0.1).acquire(); print('has it', flush=True)\n"
+        "time.sleep(100)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [*machine, sys.executable, "-c", program, str(tmp_path)]
+    run = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None and run.stdout.readline() == "has it\n"
+    holder = held_by(tmp_path)
+    assert holder["host"] == "node-9" and holder["pid"] < 10
+    time.sleep(2)  # more than one of its signs, and than what counts as abandoned here
+    with pytest.raises(ValueError, match="in use by a run on node-9"):
+        RunLock(tmp_path, stale_after=1.5).acquire()
+    run.kill()
+    run.wait()
+    with pytest.raises(ValueError, match="in use by a run on node-9"):  # its last sign is fresh
+        RunLock(tmp_path, stale_after=1.5).acquire()
+    time.sleep(1.6)
+    lock = RunLock(tmp_path, stale_after=1.5)
+    assert "node-9" in (lock.acquire() or "")
+    lock.release()
+
+
 def test_a_restarted_run_takes_its_folder_at_once_from_another_machine(tmp_path):
     write_lock(tmp_path, ELSEWHERE)
     with pytest.raises(ValueError, match="in use"):
@@ -107,7 +138,7 @@ def test_a_restarted_run_takes_its_folder_at_once_from_another_machine(tmp_path)
 def test_a_lock_that_cannot_be_read_counts_by_its_age(tmp_path):
     for content in (b"", b"\xff", b"[1]", b'{"token": 1}'):
         (tmp_path / NAME).write_bytes(content)
-        with pytest.raises(ValueError, match="in use by another run, which last gave a sign"):
+        with pytest.raises(ValueError, match="in use by another run, which last touched its lock"):
             RunLock(tmp_path).acquire()
         os.utime(tmp_path / NAME, (1, 1))
         lock = RunLock(tmp_path)
@@ -177,7 +208,7 @@ def test_the_holder_gives_signs_and_ends_where_its_lock_is_broken(tmp_path):
     assert not told
     write_lock(tmp_path, ELSEWHERE)
     wait_until(lambda: bool(told))
-    assert "somebody broke the lock of this run" in told[0]
+    assert "replaced by another run's lock" in told[0]
     lock.release()
     assert held_by(tmp_path)["token"] == "elsewhere"
 

@@ -93,12 +93,12 @@ WRONG = {
     "evaluation.temperature=1e-40": "temperature=1e-40 must lie in 0.001..1000, or be 0",
     "evaluation.temperature=.inf": "temperature=inf must lie in",
     "evaluation.temperature=.nan": "temperature=nan must lie in",
-    'output="a\\0b"': "holds a character that is no text",
+    'output="a\\0b"': "contains a character that is not valid text",
     'evaluation.prompt="\\ud800"': "invalid Unicode character",
     "peak_tflops=.inf": "peak_tflops=inf must be above 0 and finite",
     "training.steps=${missing}": "Interpolation key 'missing' not found",
-    "steps": "no key=value setting",
-    "--steps=3": "no key=value setting",
+    "steps": "is not a key=value setting",
+    "--steps=3": "is not a key=value setting",
 }
 
 
@@ -137,9 +137,9 @@ def test_steps_that_cannot_be_stages_are_answered(overrides, answer):
 @pytest.mark.parametrize(
     ("override", "answer"),
     [
-        ("training.steps=1000000000000000000", "Use fewer"),
+        ("training.steps=1000000000000000000", "Lower one of these settings"),
         ("evaluation.batches=100000000000", "evaluation.batches=100000000000 asks for"),
-        ("training.global_batch_size=80000000000", "samples, whose order alone takes"),
+        ("training.global_batch_size=80000000000", "Their order alone takes"),
         ("model.hidden_size=1200000", "Lower the sizes under model."),
         ("model.ffn_hidden_size=16777216", "Lower the sizes under model."),
         ("model.num_unrolled_layers=4088", ""),  # a deep one of this width has room

@@ -105,7 +105,7 @@ def test_python_brings_its_own_text():
         ("a.jsonl", b"[1]\n", "line 1"),
         ("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "line 1"),
         ("a.txt", b"caf\xe9", "is not UTF-8"),
-        ("a.txt", b"  \n", r"holds 0 document\(s\)"),
+        ("a.txt", b"  \n", r"contains 0 document\(s\)"),
     ],
 )
 def test_text_that_is_not_what_it_says_is_answered(name, content, answer, tmp_path, stories):
@@ -116,7 +116,9 @@ def test_text_that_is_not_what_it_says_is_answered(name, content, answer, tmp_pa
 
 
 def test_missing_files_are_named(stories, tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no such file or folder"):
+    with pytest.raises(
+        FileNotFoundError, match="does not exist, neither as a file or folder nor as"
+    ):
         prepare(replace(stories, path=str(tmp_path / "nothing")))
     with pytest.raises(FileNotFoundError, match=r"data\.tokenizer"):
         prepare(replace(stories, tokenizer=str(tmp_path / "nothing.json")))
@@ -128,25 +130,29 @@ def test_an_existing_pair_needs_its_tokenizer(stories):
     with pytest.raises(ValueError, match=r"Set data\.tokenizer"):
         prepare(pair)
     assert prepare(replace(pair, tokenizer=str(prepared.tokenizer))) == prepared
-    with pytest.raises(ValueError, match="is no token of"):
+    with pytest.raises(ValueError, match="is not a token of"):
         TextTokenizer(prepared.tokenizer, "<eos>")
     prepared.prefix.with_suffix(".bin").unlink()
-    with pytest.raises(FileNotFoundError, match=r"\.bin is not"):
+    with pytest.raises(FileNotFoundError, match=r"\.bin does not"):
         prepare(replace(pair, tokenizer=str(prepared.tokenizer)))
 
 
 @pytest.mark.parametrize(
     ("suffix", "damage", "answer"),
     [
-        (".idx", lambda content: b"", "is empty, damaged or no index"),
-        (".idx", lambda content: b"no index" * 10, "does not begin like one"),
-        (".idx", lambda content: content[:40], "has 40 bytes and needs"),
-        (".idx", lambda content: content[:17] + b"\x07" + content[18:], "numbers of kind 7"),
-        (".idx", lambda content: content[:18] + b"\xff" * 8 + content[26:], "and needs 2"),
+        (".idx", lambda content: b"", "is empty, damaged or not an index"),
+        (".idx", lambda content: b"no index" * 10, "its header is not that of an index"),
+        (".idx", lambda content: content[:40], "has 40 bytes but needs"),
+        (".idx", lambda content: content[:17] + b"\x07" + content[18:], "type code 7 is unknown"),
+        (".idx", lambda content: content[:18] + b"\xff" * 8 + content[26:], "but needs 2"),
         (".idx", lambda content: content[:18] + bytes(8) + content[26:], "lists no documents"),
-        (".idx", lambda content: content[:34] + b"\xff" * 4 + content[38:], "make no sense"),
+        (
+            ".idx",
+            lambda content: content[:34] + b"\xff" * 4 + content[38:],
+            "lengths and offsets are inconsistent",
+        ),
         (".bin", lambda content: b"", "bin has 0 bytes"),
-        (".bin", lambda content: content[:-2], "it was cut, or belongs to another index"),
+        (".bin", lambda content: content[:-2], "it was truncated, or belongs to another index"),
     ],
 )
 def test_a_pair_that_is_damaged_is_named(stories, suffix, damage, answer):
@@ -195,14 +201,14 @@ def test_unigram_entropy_is_that_of_the_held_out_documents(stories, tmp_path):
         ids.count(i) / len(ids) * math.log(ids.count(i) / len(ids)) for i in sorted(set(ids))
     )
     assert unigram_entropy(held_out, tokenizer.vocab_size) == pytest.approx(expected)
-    with pytest.raises(ValueError, match="beyond the tokenizer's 10 tokens"):
+    with pytest.raises(ValueError, match="outside the tokenizer's vocabulary of 10 tokens"):
         unigram_entropy(held_out, 10)
 
 
 def test_a_split_too_short_for_one_sample_is_answered(stories, tmp_path):
     with pytest.raises(ValueError, match="the held-out split has"):
         _datasets(replace(stories, held_out_share=0.001), tmp_path)
-    with pytest.raises(ValueError, match="fewer than the 100001 of one sample"):
+    with pytest.raises(ValueError, match="but one sample needs 100001"):
         _datasets(replace(stories, sequence_length=100_000), tmp_path)
 
 

@@ -194,7 +194,7 @@ def test_a_dense_model_that_does_not_fit_is_answered_with_the_fix(pool, dense, t
     vocabulary = content["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (renumbered / "tokenizer.json").write_text(json.dumps(content))
-    assert "numbers its tokens otherwise" in refusal(
+    assert "assigns other ids to its tokens" in refusal(
         pool, *text, *uptrain(renumbered), f"output={tmp_path / 'third'}"
     )
 
@@ -231,7 +231,7 @@ WRONG = {
     "uptrain.distillation_coefficient=-1": "must be at least 0",
     "uptrain.distillation_coefficient=0": "temperature=2.0 has no effect",
     "recursion=null": "Set recursion, or uptrain=null",
-    "training.initial_weights=folder": "both say where the weights come from",
+    "training.initial_weights=folder": "both set the initial weights",
     "uptrain.top_k=3": "unknown setting 'top_k'",
 }
 

@@ -93,7 +93,7 @@ def test_a_rank_that_hangs_outside_of_communication_is_named_by_all():
         )
         assert lines[0].startswith("  rank 0: step 5: wait_for_others, waiting for other ranks in ")
         assert lines[1].startswith("  rank 1: step 5: read_slowly, in ")
-        assert "run again to go on from its last checkpoint" in lines[-1]
+        assert "run again to resume from its last checkpoint" in lines[-1]
 
 
 def test_a_rank_that_gives_no_sign_is_named():
@@ -101,7 +101,7 @@ def test_a_rank_that_gives_no_sign_is_named():
     store.set("runs/1", "10:20:30 UTC\nstep 5: computing")  # the last that was heard of it
     told = run(store, {0: wait_for_others, 2: wait_for_others}, size=3)
     assert "): rank 1 hangs.\n" in told[0]
-    assert "  rank 1 gives no sign since 10:20:30 UTC (step 5: computing)\n" in told[2]
+    assert "  rank 1 has not responded since 10:20:30 UTC (step 5: computing)\n" in told[2]
 
 
 def test_a_store_whose_keeper_is_stopped_holds_nobody_up():
@@ -136,7 +136,8 @@ def test_a_stopped_process_is_named_with_since_when(pool: WorkerPool, stopped):
     told = pool.run(stop_a_rank, 2, stopped=stopped)[1 - stopped]
     assert f"): rank {stopped} hangs.\n" in told
     assert re.search(
-        rf"  rank {stopped} gives no sign since \d\d:\d\d:\d\d UTC \(step 1: computing\)\n", told
+        rf"  rank {stopped} has not responded since \d\d:\d\d:\d\d UTC \(step 1: computing\)\n",
+        told,
     )
     assert (
         f"  rank {1 - stopped}: step 1: computing, waiting for other ranks in stop_a_rank" in told

@@ -38,7 +38,7 @@ def test_a_saved_model_is_loaded_again(tmp_path: Path, tied: bool) -> None:
 def test_a_tokenizer_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
     save_model(MoRTransformer(DecoderConfig(256, 16, 16, 1, 2)), tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").write_text(content)
-    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer: "):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer: "):
         load(str(tmp_path / "model"))
 
 

@@ -154,6 +154,56 @@ def test_stop_strings_end_a_text(server: Running) -> None:
     assert answer.choices[0].finish_reason == "stop"
 
 
+def test_penalties_bias_and_limits_are_those_of_the_engine(server: Running) -> None:
+    given = {"presence_penalty": 1.5, "frequency_penalty": -0.5, "temperature": 0.9, "seed": 3}
+    beyond = {"min_p": 0.05, "repetition_penalty": 1.3}
+    answer = server.client.completions.create(
+        model="random",
+        prompt="Hello",
+        max_tokens=12,
+        logit_bias={"101": 4.5},
+        extra_body=beyond | {"priority": -1},
+        **given,
+    )
+    assert answer.choices[0].text == server.alone(
+        "Hello", 12, logit_bias=((101, 4.5),), **given, **beyond
+    )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_with_the_prompt(server: Running, stream: bool) -> None:
+    arguments = {"model": "random", "prompt": "Hello", "max_tokens": 3, "temperature": 0}
+    arguments |= {"logprobs": 2, "stream": stream}
+    text = server.alone("Hello", 3)
+    with torch.no_grad():
+        ids = torch.tensor([[*b"Hello", *text.encode()]])
+        model = server.service.model.model
+        expected = model(ids, causal_routing=True).logits[0, :-1].log_softmax(dim=-1)
+    for echo in (True, False):
+        answer = server.client.completions.create(**arguments, echo=echo)
+        parts = [part.choices[0] for part in (answer if stream else [answer])]
+        whole = {name: [] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")}
+        for part in parts:
+            for name, entries in whole.items():
+                entries += getattr(part.logprobs, name)
+        begin = 0 if echo else 5
+        assert "".join(part.text for part in parts) == ("Hello" + text)[begin:]
+        assert whole["tokens"] == list(("Hello" + text)[begin:])
+        assert whole["text_offset"] == list(range(8 - begin))
+        if echo:
+            assert whole["token_logprobs"].pop(0) is whole["top_logprobs"].pop(0) is None
+        own = expected[max(begin - 1, 0) :]
+        tokens = ids[0, max(begin, 1) :]
+        assert whole["token_logprobs"] == pytest.approx(
+            own.gather(1, tokens[:, None])[:, 0].tolist(), abs=1e-5
+        )
+        for found, row in zip(whole["top_logprobs"], own, strict=True):
+            # Bytes that are no character look alike, so that the protocol can report one of them.
+            assert 1 <= len(found) <= 2
+            best = row.topk(2).values.tolist()
+            assert all(any(p == pytest.approx(b, abs=1e-5) for b in best) for p in found.values())
+
+
 def test_many_callers_at_once_get_what_each_gets_alone(server: Running) -> None:
     def call(seed: int) -> str:
         answer = server.client.completions.create(
@@ -182,7 +232,14 @@ def test_many_callers_at_once_get_what_each_gets_alone(server: Running) -> None:
         ({"temperature": -1}, "temperature"),
         ({"top_p": 1.5}, "top_p"),
         ({"n": 40}, "choices in total"),
-        ({"logprobs": 3}, "not supported"),
+        ({"logprobs": 21}, "logprobs=21 must be in 0..20"),
+        ({"suffix": "y"}, "not supported"),
+        ({"logit_bias": {"x": 1}}, "token ids"),
+        ({"logit_bias": {"3": 101}}, "numbers in -100..100"),
+        ({"logit_bias": {"999": 1}}, "outside of 0..255"),
+        ({"presence_penalty": 3}, "must be in -2..2"),
+        ({"extra_body": {"min_p": 2}}, "min_p"),
+        ({"extra_body": {"priority": 1 << 63}}, "priority"),
         ({"stop": ["a"] * 5}, "up to 4"),
         ({"extra_body": {"depth": 3}}, "unknown parameter 'depth'"),
         ({"extra_body": {"max_tokens": "many"}}, "expected int"),
@@ -234,7 +291,7 @@ ODD_BODIES = {
     "large temperature": (f'{{"prompt": "x", "temperature": {LARGE}}}', "temperature.*too large"),
     "large top_p": (f'{{"prompt": "x", "top_p": {LARGE}}}', "top_p.*too large"),
     "large timeout": (f'{{"prompt": "x", "timeout": {LARGE}}}', "timeout.*too large"),
-    "large seed": (f'{{"prompt": "x", "seed": {LARGE}}}', "64 bits"),
+    "large seed": (f'{{"prompt": "x", "seed": {LARGE}}}', "must be in -9223372036854775808.."),
     "large n": (f'{{"prompt": "x", "n": {LARGE}}}', "choices in total"),
     "large max_tokens": (f'{{"prompt": "x", "max_tokens": {LARGE}}}', "must be in"),
     "large id": (f'{{"prompt": [{LARGE}]}}', "vocabulary"),
@@ -346,7 +403,7 @@ def test_logits_that_are_not_finite_end_one_call() -> None:
 
 def test_a_long_prompt_holds_nobody_up(server: Running, monkeypatch) -> None:
     is_parsing, may_end = threading.Event(), threading.Event()
-    encode = server.service.tokenizer.encode
+    encode = server.service.model.tokenizer.encode
 
     def slow_encode(text: str) -> list[int]:
         if text == "long":
@@ -354,7 +411,7 @@ def test_a_long_prompt_holds_nobody_up(server: Running, monkeypatch) -> None:
             assert may_end.wait(20)
         return encode(text)
 
-    monkeypatch.setattr(server.service.tokenizer, "encode", slow_encode)
+    monkeypatch.setattr(server.service.model.tokenizer, "encode", slow_encode)
     with ThreadPoolExecutor(1) as callers:
         long = callers.submit(server.post, {"prompt": "long", "max_tokens": 1})
         assert is_parsing.wait(10)
@@ -391,6 +448,23 @@ def test_a_client_with_many_streams_does_not_hold_up_another(monkeypatch) -> Non
         answer = one.completions.create(model="random", prompt="y", max_tokens=2)
         assert answer.usage.completion_tokens == 2
         assert own.engine.counters.finished == own.engine.counters.preemptions == 1
+        for stream in unread:
+            stream.close()
+        own.wait_until_idle()
+
+
+def test_many_unread_streams_do_not_hold_up_a_short_call_of_the_same_client(monkeypatch) -> None:
+    monkeypatch.setattr(scheduling, "PATIENCE", 0.05)
+    monkeypatch.setattr(scheduling, "TURN", 8)
+    with running() as own:
+        own.slow_down(0.002)
+        arguments = {"model": "random", "prompt": "x", "max_tokens": 100, "stream": True}
+        unread = [own.client.completions.create(**arguments, n=2) for _ in range(4)]
+        assert own.engine.num_running == own.engine.num_waiting == 4
+        answer = own.client.completions.create(model="random", prompt="y", max_tokens=2)
+        assert answer.usage.completion_tokens == 2
+        # Those that were sent before and have not been served yet get their turn before it, too.
+        assert own.engine.counters.finished == 1 and own.engine.counters.preemptions >= 5
         for stream in unread:
             stream.close()
         own.wait_until_idle()

@@ -1,1 +1,1 @@
-"""Mixtures of experts that know the recursion step they run."""
+"""Mixtures of experts that know which recursion step they run."""

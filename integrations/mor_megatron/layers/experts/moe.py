@@ -1,9 +1,9 @@
-"""Megatron's mixture of experts inside a recursion: one layer's weights, several steps' accounts.
+"""Megatron's mixture of experts inside a recursion: shared weights, separate statistics per step.
 
-A layer that runs `N_r` times has `N_r` (step, expert) rows of load and as many auxiliary losses.
-Only tokens that run the step are dispatched; padding goes to no expert. Each loss enters the graph
-divided by `N_r` (through the coefficients of the layer's own configuration, see
-`stack.inner_config`), so that a repeated layer weighs as much as any other, and is logged as it is
+A layer that runs `N_r` times has `N_r` rows of (step, expert) load and `N_r` auxiliary losses. Only
+tokens that run the step are dispatched; padding goes to no expert. Each step's loss enters the
+graph divided by `N_r`, so that a repeated layer has the same weight as any other (through the
+coefficients in the layer's own configuration, see `stack.inner_config`). It is logged undivided,
 under the number of the unrolled layer that ran.
 
 Legend: `s` sequence, `b` batch, `e` experts.
@@ -24,14 +24,14 @@ from mor_megatron.layers.step_aware import StepAware
 
 
 class RecursiveMoELayer(StepAware, MoELayer):
-    """`MoELayer` that knows which step it runs, in a recomputed forward pass too."""
+    """`MoELayer` that knows which step it runs, also when its forward pass is recomputed."""
 
     router: StepTopKRouter
 
     def __init__(self, *args: Any, recursion: RecursionConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._recomputes = self.moe_layer_recompute
-        self.moe_layer_recompute = False  # done here, where the step is known
+        self.moe_layer_recompute = False  # recomputed here, where the step is known
         self.router.join_recursion(recursion)
 
     def forward(  # type: ignore[override]
@@ -40,7 +40,8 @@ class RecursiveMoELayer(StepAware, MoELayer):
         intermediate_tensors: Any = None,
         padding_mask: Tensor | None = None,
     ) -> Any:
-        # By the time the backward pass recomputes this, another step will have begun.
+        # By the time the backward pass recomputes this, the layer is at another step, so the step
+        # is bound now.
         run = partial(self._run, self.step, self.unrolled_layer_number)
         if self._recomputes and self.training:
             return checkpoint(run, False, hidden_states, intermediate_tensors, padding_mask)
@@ -66,9 +67,10 @@ class RecursiveMoELayer(StepAware, MoELayer):
         return output[:count], bias
 
     def _rows_missing(self, hidden: Tensor) -> int:
-        """Rows to add so that all ranks of an all-gather dispatch have equally many.
+        """Number of rows to add so that all ranks of an all-gather dispatch have equally many.
 
-        Replicas may select different numbers of tokens; the all-to-all dispatcher does not mind.
+        Data-parallel replicas may select different numbers of tokens, which the all-to-all
+        dispatcher accepts and the all-gather dispatcher does not.
         """
         group = self.token_dispatcher.tp_ep_group
         if self.config.moe_token_dispatcher_type != "allgather" or group.size() == 1:

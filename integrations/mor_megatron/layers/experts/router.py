@@ -1,7 +1,8 @@
-"""Megatron's router over experts inside a recursion: one account for each (step, expert) cell.
+"""Megatron's router over experts inside a recursion, with statistics per (step, expert) cell.
 
-The steps share the router, or each has its own. Load, drops, balance, the loss-free bias and the
-threshold on the number of experts are kept per step, because a step runs other tokens than the next.
+The steps share the router's weights, or each step has its own. Load, dropped tokens, balance
+losses, the loss-free bias and the threshold on the number of experts are kept per step, because
+each step runs a different set of tokens.
 
 Legend: `t` tokens on this rank, `h` hidden, `e` experts, `r` recursion steps.
 """
@@ -28,18 +29,18 @@ from mor_megatron.layers.step_aware import StepAware
 
 
 class ExpertCells(PreciseBuffers):
-    """Sums over the tokens that a router saw since `clear`, by step; padding never counts."""
+    """Sums per step over the tokens that a router has seen since `clear`, without padding."""
 
     load: Tensor
-    """Tokens that each expert computes, `[r e]`."""
+    """Tokens computed by each expert, `[r e]`."""
     drops: Tensor
-    """Tokens that each expert turned away, `[r e]`."""
+    """Tokens dropped by each expert because it was full, `[r e]`."""
     scores: Tensor
-    """Probability that the router gave each expert, `[r e]`."""
+    """Sum of the probabilities that the router gave each expert, `[r e]`."""
     squares: Tensor
-    """logsumexp(logits)², whose mean is the z-loss, `[r]`."""
+    """Sum of logsumexp(logits)², whose mean is the z-loss, `[r]`."""
     tokens: Tensor
-    """How many, `[r]`."""
+    """Number of tokens routed, `[r]`."""
 
     def __init__(self, num_recursions: int, num_experts: int, device: torch.device) -> None:
         super().__init__()
@@ -57,10 +58,10 @@ class ExpertCells(PreciseBuffers):
         self, step: int, logits: Tensor, scores: Tensor, wanted: Tensor, taken: Tensor,
         is_padding: Tensor | None,
     ) -> None:  # fmt: skip
-        """Count one forward pass of `step`."""
+        """Add one forward pass of `step`."""
         squares = torch.logsumexp(logits.float(), dim=-1).square()
         count: int | Tensor = len(squares)
-        if is_padding is not None:  # taking rows out would wait for the device
+        if is_padding is not None:  # dropping rows would synchronise the device
             squares = squares.masked_fill(is_padding, 0)
             scores = scores.masked_fill(is_padding[:, None], 0)
             count = (~is_padding).sum()
@@ -71,13 +72,16 @@ class ExpertCells(PreciseBuffers):
         self.tokens[step] += count
 
     def clear(self) -> None:
-        """Start over."""
+        """Set all sums to zero."""
         for buffer in self.buffers():
             buffer.zero_()
 
 
 class StepExpertBias(PreciseBuffers):
-    """The loss-free bias of one step: `finalize_model_grads` finds it, and updates it, by name."""
+    """The loss-free bias of one step.
+
+    The names of its buffers are those by which `finalize_model_grads` finds and updates the bias.
+    """
 
     expert_bias: Tensor
     local_tokens_per_expert: Tensor
@@ -90,18 +94,19 @@ class StepExpertBias(PreciseBuffers):
 
 
 class StepTopKRouter(StepAware, TopKRouter):
-    """`TopKRouter` that knows the step it runs, and counts no padding.
+    """`TopKRouter` that knows which step it runs and does not count padding.
 
-    What it balances reaches the log by two routes. Megatron's own training loop prints the means
-    over layers that its metrics tracker holds, so losses are recorded there as Megatron's router
-    does it. `routing_reports` says more, each (step, expert) cell, which the tracker has no place
-    for, and takes it from `cells`; the pretraining of `mor_tools` logs these, and empties the tracker.
+    Its balance losses are logged in two places. They are recorded in Megatron's metrics tracker, as
+    Megatron's own router does, because Megatron's training loop prints the tracker's means over
+    layers. The tracker has no room for values per (step, expert) cell; `routing_reports` reads
+    those from `cells`. The pretraining command of `mor_tools` logs the reports and discards the
+    tracker's values.
     """
 
     width_histograms: Tensor
 
     def join_recursion(self, recursion: RecursionConfig) -> None:
-        """Prepare for several steps: weights, biases and thresholds of each, where it has them."""
+        """Create what each step has of its own: weights, biases and thresholds, as configured."""
         steps, num_experts = recursion.num_recursions, self.config.num_moe_experts
         assert num_experts is not None
         device = self.weight.device
@@ -111,7 +116,8 @@ class StepTopKRouter(StepAware, TopKRouter):
             self.bias = None if self.bias is None else self._per_step(self.bias, steps)
         self.cells = ExpertCells(steps, num_experts, device)
         if self.enable_expert_bias:
-            # Megatron would stack a bias of shape [r e] with those of other layers.
+            # Not one buffer of shape [r e]: Megatron stacks the biases of all layers, which must
+            # have the same shape.
             del self.expert_bias, self.local_tokens_per_expert
             self.biases = nn.ModuleList(StepExpertBias(num_experts, device) for _ in range(steps))
         self.mean_experts = recursion.mean_experts
@@ -139,7 +145,9 @@ class StepTopKRouter(StepAware, TopKRouter):
     def routing(  # type: ignore[override]
         self, logits: Tensor, padding_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Probabilities and a map of who goes where, `[t e]` each; padding goes nowhere."""
+        """Gating probabilities and the boolean routing map, `[t e]` each; padding goes to no
+        expert.
+        """
         batch = logits.shape[1]
         logits = logits.view(-1, self.num_experts)
         is_padding = None if padding_mask is None else padding_mask.reshape(-1)
@@ -157,7 +165,8 @@ class StepTopKRouter(StepAware, TopKRouter):
         if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
             chosen = even if self.mean_experts is None else wanted
             probs = self._balance(probs, scores, chosen, is_padding, batch)
-        # Recomputation runs the forward pass twice, the first time without gradients.
+        # Recomputation runs the forward pass twice, the first time without gradients. It is counted
+        # once.
         if torch.is_grad_enabled() or not self.training:
             self.cells.add(self.step, logits, scores, wanted, taken, is_padding)
         if self.enable_expert_bias and torch.is_grad_enabled():
@@ -165,10 +174,11 @@ class StepTopKRouter(StepAware, TopKRouter):
         return probs, taken
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """As Megatron's, with the mean taken over all ranks' valid tokens.
+        """Like Megatron's z-loss, but averaged over the valid tokens of all ranks.
 
-        Megatron averages the ranks' own means, which is off where their numbers of valid tokens
-        differ, as they do when a selection does not divide by the number of ranks.
+        Megatron averages the means of the ranks, which is biased if the ranks have different
+        numbers of valid tokens. That happens when a selection is not divisible by the number of
+        ranks.
         """
         coefficient = self.config.moe_z_loss_coeff
         if padding_mask is None or not coefficient:
@@ -191,7 +201,7 @@ class StepTopKRouter(StepAware, TopKRouter):
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Move the width thresholds by what the global batch showed since the last call."""
+        """Update the width thresholds from the global batches seen since the last call."""
         if self.mean_experts is None:
             return
         torch.distributed.all_reduce(self.width_histograms, group=self.tp_dp_cp_group)
@@ -217,7 +227,7 @@ class StepTopKRouter(StepAware, TopKRouter):
         )
 
     def _narrow(self, logits: Tensor, probs: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """The best expert, and any of the next whose probability exceeds the threshold."""
+        """Keep the best expert, and those of the others whose probability exceeds the threshold."""
         all_probs = logits.softmax(dim=-1, dtype=torch.float32).detach()
         best = torch.zeros_like(wanted).scatter(1, probs.argmax(dim=1, keepdim=True), True)
         further = wanted & ~best
@@ -231,7 +241,11 @@ class StepTopKRouter(StepAware, TopKRouter):
 
     @torch.no_grad()
     def _within_capacity(self, probs: Tensor, wanted: Tensor, is_padding: Tensor | None) -> Tensor:
-        """Who finds a place, decided over all tokens of the step whatever the number of ranks."""
+        """Which of the wanted (token, expert) pairs fit into the experts' capacity, `[t e]`.
+
+        Ranks that share a sequence decide over all its tokens together, so that the result does not
+        depend on the number of ranks.
+        """
         factor, num_experts = self.config.moe_expert_capacity_factor, self.num_experts
         if factor is None or factor * self.topk >= num_experts:
             return wanted
@@ -256,15 +270,15 @@ class StepTopKRouter(StepAware, TopKRouter):
     def _balance(
         self, probs: Tensor, scores: Tensor, chosen: Tensor, is_padding: Tensor | None, batch: int
     ) -> Tensor:
-        """Megatron's balance losses, for any number of experts a token, and 0 without a token.
+        """Attach Megatron's balance losses; tokens may have different numbers of experts.
 
-        Megatron's own divide by the number of tokens: a step that none of a rank's tokens run
-        would give nan.
+        The loss is 0 for a rank on which no token runs the step. Megatron's own functions divide by
+        the number of tokens and would return nan.
         """
         count = torch.full((), float(len(chosen)), device=chosen.device)
         if is_padding is not None:
             count = (~is_padding).sum().float()
-        # One account for all tokens, or one a sequence (rows are sequence first).
+        # One sum over all tokens, or one per sequence (rows are in sequence-first order).
         for name, log, groups in (
             ("aux_loss", "load_balancing_loss", 1),
             ("seq_aux_loss", "seq_load_balancing_loss", batch),

@@ -1,1 +1,1 @@
-"""What routing leaves behind: losses that join the graph, counts, and updates of routers."""
+"""What follows from routing: losses that join the graph, statistics, and updates of the routers."""

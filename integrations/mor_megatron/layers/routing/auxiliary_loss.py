@@ -1,8 +1,8 @@
-"""How routers' losses reach their parameters when the loss is computed on another stage.
+"""How the routers' losses reach their parameters although the loss is computed on another stage.
 
-As for Megatron's MoE, a loss is hung onto hidden states that pass by: the backward pass through
-them sets off its own. Its scale must be the one of the language-model loss (number of microbatches,
-loss scaling), which Megatron's schedules announce once per microbatch to
+As in Megatron's MoE, an auxiliary loss is attached to the hidden states: their backward pass also
+starts the backward pass of the loss. It must be scaled like the language-model loss (by the number
+of microbatches and the loss scale). Megatron's schedules announce that scale once per microbatch to
 `config.experimental_attention_variant_loss_scale_func`.
 """
 
@@ -15,10 +15,10 @@ from torch import Tensor
 
 
 class RouterLossScaler(torch.autograd.Function):
-    """Identity on hidden states; its backward pass adds the gradient of a loss."""
+    """Identity on the hidden states whose backward pass adds the gradient of a loss."""
 
     scale: Tensor | None = None
-    """What the language-model loss of the current microbatch is multiplied by."""
+    """Factor by which the language-model loss of the current microbatch is multiplied."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, loss: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class RouterLossScaler(torch.autograd.Function):
 
 
 class _LossScaleFunctions:
-    """What the schedule calls: the function that was there, then ours."""
+    """Calls the function that was configured before, then ours."""
 
     def __init__(self, earlier: Callable[[Tensor], None] | None) -> None:
         self.earlier = earlier
@@ -52,12 +52,13 @@ class _LossScaleFunctions:
 
 
 def listen_for_loss_scale(config: TransformerConfig) -> None:
-    """Let the schedules tell `RouterLossScaler` the loss scale. Once is enough."""
+    """Make the schedules pass the loss scale to `RouterLossScaler`; a second call changes nothing."""
     earlier = config.experimental_attention_variant_loss_scale_func
     if isinstance(earlier, _LossScaleFunctions):
         return
     if earlier is None and config.experimental_attention_variant == "dsa":
-        # Without a function of the user's, schedules.py:280 falls back to this one.
+        # Megatron falls back to this function where the user has set none
+        # (pipeline_parallel/schedules.py), so it must still be called.
         from megatron.core.transformer.experimental_attention_variant.dsa import (
             DSAIndexerLossAutoScaler,
         )

@@ -1,4 +1,4 @@
-"""What routing did: counts kept while a model runs, and the report made of them."""
+"""Routing statistics: sums kept while a model runs, and the report made from them."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -11,31 +11,32 @@ from mor_layers import RecursionOutput, Tokens
 
 @dataclass
 class RoutingStatistics:
-    """Sums over the forward passes since `clear`; detached, on the model's device."""
+    """Sums over the forward passes since `clear`, detached and on the model's device."""
 
     num_recursions: int
     tokens_per_step: Tensor | None = None
-    """Tokens that entered the recursion, then those that ran each step, `[1 + r]`."""
+    """Tokens that entered the recursion, followed by those that ran each step, `[1 + r]`."""
     last_step_positions: Tensor | None = None
     """How often the token at each position ran the last step, `[s]`."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
-    """Sums of what the decisions measured, by `step_<r>/<name>` (1-based)."""
+    """Sums of the decisions' metrics, by `step_<r>/<name>` (1-based)."""
     metric_counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    """Forward passes behind each of them."""
+    """The number of forward passes in each of these sums."""
     observations: dict[str, Tensor] = field(default_factory=dict)
-    """Sums of what the decisions observed for `Router.adjust`, by name."""
+    """Sums of the decisions' observations for `Router.adjust`, by name."""
     depths: Tensor | None = None
-    """Steps each token of the last forward pass took, `[b s]`."""
+    """Number of steps of each token in the last forward pass, `[b s]`."""
     is_closed: bool = False
-    """Whether routers were updated by these sums, so that the next pass begins new ones."""
+    """Whether routers were already updated from these sums; the next pass then starts new ones."""
     of_training: bool = True
-    """Whether the last pass was training and not evaluation."""
+    """Whether the last pass was training rather than evaluation."""
 
     def begin(self, is_training: bool, forgets_evaluation: bool) -> bool:
-        """Make ready for a forward pass; whether it begins new sums.
+        """Prepare for a forward pass, and return whether new sums were started.
 
-        It does after an update that closed them, and with `forgets_evaluation` where training
-        begins again after an evaluation, whose tokens no router should follow.
+        New sums start after an update has closed the old ones. With `forgets_evaluation` they also
+        start when training resumes after an evaluation, because routers must not be updated from
+        its tokens.
         """
         is_resumed = is_training and not self.of_training
         is_new = self.is_closed or (is_resumed and forgets_evaluation)
@@ -46,7 +47,7 @@ class RoutingStatistics:
         return is_new
 
     def close(self) -> None:
-        """Keep the sums for a report, until the next pass."""
+        """Keep the sums for a report; the next pass starts new ones."""
         self.is_closed = True
 
     @torch.no_grad()
@@ -62,7 +63,7 @@ class RoutingStatistics:
         positions = positions.index_add(0, last.positions.flatten(), ran.flatten())
         self.tokens_per_step = _sum(self.tokens_per_step, counts)
         if self.last_step_positions is not None and len(positions) != len(self.last_step_positions):
-            self.last_step_positions = None  # another sequence length: start over
+            self.last_step_positions = None  # the sequence length has changed
         self.last_step_positions = _sum(self.last_step_positions, positions)
         for step, decision in enumerate(decisions, start=1):
             for name, value in decision.metrics.items():
@@ -74,7 +75,7 @@ class RoutingStatistics:
         self.depths = output.depths.T
 
     def clear(self) -> None:
-        """Forget everything but the depths of the last forward pass."""
+        """Reset everything except the depths of the last forward pass."""
         self.tokens_per_step = self.last_step_positions = None
         self.observations.clear()
         self.metrics.clear()
@@ -83,21 +84,21 @@ class RoutingStatistics:
 
 @dataclass(frozen=True)
 class RoutingReport:
-    """What one recursion did with the global batch."""
+    """What one recursion did with the tokens of the global batch."""
 
     shares: tuple[float, ...]
-    """Tokens that ran each step over tokens that entered the recursion."""
+    """For each step, the fraction of the tokens entering the recursion that ran it."""
     dead_positions: float
-    """Share of positions in the sequence whose tokens never ran the last step."""
+    """Fraction of the sequence's positions at which no token ran the last step."""
     metrics: dict[str, float]
     """Means over forward passes by `step_<r>/<name>`: sampling_loss, sampling_accuracy, ..."""
     expert_load: Tensor | None
-    """Tokens that each expert got, `[step layer expert]`; None without a mixture of experts."""
+    """Tokens computed by each expert, `[step layer expert]`; None without a mixture of experts."""
     expert_drops: Tensor | None = None
-    """Tokens that each expert turned away, `[step layer expert]`."""
+    """Tokens dropped by each expert because it was full, `[step layer expert]`."""
     expert_balance: Tensor | None = None
-    """Each cell's term of the balance loss, `[step layer expert]`; over experts they sum to it, and
-    to 1 where load is even."""
+    """Each cell's term of the balance loss, `[step layer expert]`. The terms of a step and layer
+    sum to its loss, which is 1 if the load is even."""
     expert_z_loss: Tensor | None = None
     """The z-loss of each step and layer, `[step layer]`."""
 

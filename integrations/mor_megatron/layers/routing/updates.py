@@ -1,9 +1,9 @@
-"""What routers change after each batch, by a call or by themselves.
+"""Updates of the routers after each batch, by an explicit call or automatically.
 
-Capacity warm-up, the loss-free bias over depth and thresholds follow what the global batch showed.
-Megatron calls `config.finalize_model_grads_func` once a batch, after all microbatches and before the
-optimizer's step, in every schedule, and keeps a function that is there already: a place for updates
-without a line in the training loop.
+Capacity warm-up, the loss-free bias over depth and the thresholds depend on the tokens of the
+global batch. In every schedule, Megatron calls `config.finalize_model_grads_func` once per batch,
+after all microbatches and before the optimizer step, and it keeps a function that is already set.
+Updates can therefore run there without a change to the training loop.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,19 +18,20 @@ from mor_megatron.layers.recursion import RecursionLayer
 
 
 def recursion_layers(model: nn.Module | Iterable[nn.Module]) -> Iterator[RecursionLayer]:
-    """The RecursionLayers of a model or of its chunks, in order."""
+    """Yield the RecursionLayers of a model, or of its chunks, in order."""
     for chunk in [model] if isinstance(model, nn.Module) else model:
         yield from (m for m in chunk.modules() if isinstance(m, RecursionLayer))
 
 
 def update_routers(model: nn.Module | Iterable[nn.Module]) -> None:
-    """Let routers change their state: capacity warm-up, loss-free bias over depth, thresholds.
+    """Update the routers' state: capacity warm-up, loss-free bias over depth, thresholds.
 
     (The loss-free bias over experts is updated by `finalize_model_grads`.)
 
     Call it on every rank once after each optimizer step, outside recomputation, and before
-    `routing_reports`, which forgets the counts. Counts are those of the global batch, so replicas
-    stay alike. It does nothing for a batch after which `update_routers_automatically` did it.
+    `routing_reports`, which resets the statistics. The counts are summed over the global batch, so
+    that replicas stay identical. It does nothing for a batch that `update_routers_automatically`
+    has handled.
     """
     for layer in recursion_layers(model):
         if not layer.statistics.is_closed:
@@ -38,16 +39,16 @@ def update_routers(model: nn.Module | Iterable[nn.Module]) -> None:
 
 
 def update_routers_automatically(config: TransformerConfig) -> None:
-    """Let Megatron's schedules call `update_routers` after each batch that they train on.
+    """Let Megatron's schedules call `update_routers` after each training batch.
 
-    `config.finalize_model_grads_func` becomes what it was, or Megatron's own, followed by the
-    updates. Call it before training, and after anything else that sets this function; a second
-    call changes nothing. `routing_reports` then reports on the last batch, not on all since the
-    report before, and evaluation does not count. A batch whose step the optimizer skips (fp16 with
-    dynamic loss scaling) counts.
+    `config.finalize_model_grads_func` is replaced by a function that calls the previous one (or
+    Megatron's default) and then updates the routers. Call it before training, and after any other
+    code that sets this function; a second call changes nothing. `routing_reports` then covers the
+    last batch instead of all batches since the previous report, and evaluation is not counted. A
+    batch whose optimizer step is skipped (fp16 with dynamic loss scaling) still counts.
 
     Args:
-        config: the one that the model is built with.
+        config: the configuration that the model is built with.
     """
     earlier = config.finalize_model_grads_func
     if isinstance(earlier, _UpdatesAfterBatch):
@@ -60,10 +61,10 @@ def update_routers_automatically(config: TransformerConfig) -> None:
 
 
 class _UpdatesAfterBatch:
-    """What the schedule calls: the function that was there, then the updates."""
+    """Calls the function that was configured before, then updates the routers."""
 
     updates_routers = True
-    """What RecursionLayer asks for, to leave evaluation out of the counts."""
+    """Read by RecursionLayer, to exclude evaluation from the statistics."""
 
     def __init__(self, earlier: Callable[..., Any]) -> None:
         self.earlier = earlier
@@ -90,7 +91,9 @@ def _update(layer: RecursionLayer) -> None:
 
 
 def tokens_per_step(layer: RecursionLayer) -> Tensor:
-    """Tokens of this rank that entered the recursion, then those that ran each step, `[1 + r]`."""
+    """Tokens of this rank that entered the recursion, followed by those that ran each step,
+    `[1 + r]`.
+    """
     counts = layer.statistics.tokens_per_step
     if counts is None:
         device = next(layer.parameters()).device
@@ -99,5 +102,5 @@ def tokens_per_step(layer: RecursionLayer) -> Tensor:
 
 
 def data_group() -> torch.distributed.ProcessGroup:
-    """The ranks that see other sequences of the global batch."""
+    """The ranks that process other sequences of the global batch."""
     return parallel_state.get_data_parallel_group()  # type: ignore[return-value]

@@ -1,1 +1,1 @@
-"""Text and the sequences of a run made from it."""
+"""The text of a run, and the training sequences made from it."""

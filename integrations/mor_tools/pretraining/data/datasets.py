@@ -1,7 +1,7 @@
-"""Training and held-out samples through Megatron-Core's datasets, in an order that survives stops.
+"""Training and held-out samples from Megatron-Core's datasets, in an order that survives restarts.
 
-Which text a step sees depends on its number, the seed and the settings of the data alone: not on
-the number of processes, and not on how often the run was stopped.
+The text of a step depends only on the step's number, the seed and the settings of the data: neither
+on the number of processes nor on how often the run was stopped.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from mor_tools.pretraining.data.text import PreparedText, TextTokenizer
 from mor_tools.pretraining.settings import Settings
 
 ENTROPY_SAMPLE = 20_000_000
-"""Tokens of held-out text that the unigram entropy is computed from, at most."""
+"""Largest number of held-out tokens from which the unigram entropy is computed."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,17 @@ class Datasets:
     """The two splits of the text."""
 
     train: GPTDataset
-    """Samples for every step of the whole run, `PackedDocuments` where they are kept apart."""
+    """Samples for every step of the whole run; `PackedDocuments` if attention is reset between
+    documents."""
     held_out: GPTDataset
-    """Samples of the documents kept back: the global batches of one validation loss."""
+    """Samples of the held-out documents: the global batches of one validation loss."""
 
 
 class PackedDocuments(GPTDataset):
-    """A GPTDataset whose samples number their documents: `documents` `[s]`, from 0.
+    """A GPTDataset whose samples also number their documents: `documents` `[s]`, from 0.
 
-    An end of document belongs to the document that it ends, as in Megatron. Positions go on from
-    document to document: rotary positions are relative.
+    The end-of-document token belongs to the document that it ends, as in Megatron. Positions
+    continue from document to document, which changes nothing because rotary positions are relative.
     """
 
     def __getitem__(self, idx: int | None) -> dict[str, Tensor]:
@@ -49,7 +50,7 @@ class PackedDocuments(GPTDataset):
 
 
 def build_datasets(settings: Settings, text: PreparedText, tokenizer: TextTokenizer) -> Datasets:
-    """Both splits; every process calls it.
+    """Build both splits. Every process must call it.
 
     Raises:
         ValueError: a split is too short for one sample.
@@ -64,7 +65,7 @@ def build_datasets(settings: Settings, text: PreparedText, tokenizer: TextTokeni
         path_to_cache=str(Path(settings.output) / "sample-order"),
         tokenizer=tokenizer,  # type: ignore[arg-type]
         reset_position_ids=False,
-        reset_attention_mask=False,  # its masks would be made and sent with `s` numbers per token
+        reset_attention_mask=False,  # masks would cost `s` numbers per token to build and send
         eod_mask_loss=False,
         create_attention_mask=False,
     )
@@ -75,9 +76,9 @@ def build_datasets(settings: Settings, text: PreparedText, tokenizer: TextTokeni
 
 
 def order_after_extension(train: GPTDataset, settings: Settings, planned_steps: int) -> str | None:
-    """What to tell where a run with more steps than planned reads its text in another order.
+    """A warning if a run with more steps than planned reads its text in another order, else None.
 
-    Megatron shuffles all epochs of a run together, so their number changes the order.
+    Megatron shuffles all epochs of a run together, so the order depends on the number of epochs.
     """
     lengths = train.dataset.sequence_lengths  # type: ignore[union-attr]
     tokens = int(lengths[train.indices].sum())
@@ -86,16 +87,16 @@ def order_after_extension(train: GPTDataset, settings: Settings, planned_steps: 
     if planned == now:
         return None
     return (
-        f"warning: {settings.training.steps} steps read the text {now} times, the {planned_steps} "
-        f"planned before {planned}, which changes its order: some of it is read again earlier than in "
-        "a run that was planned longer from the start."
+        f"warning: {settings.training.steps} steps read the text {now} times instead of the "
+        f"{planned_steps} planned before, which changes its order: some of it is read again "
+        "earlier than in a run that was planned longer from the start."
     )
 
 
 def batches(
     dataset: GPTDataset, settings: Settings, first_step: int = 0
 ) -> Iterator[dict[str, Tensor]]:
-    """This process's micro-batches, from the first one of `first_step` (0-based) on."""
+    """Yield this process's micro-batches, starting with the first one of `first_step` (0-based)."""
     order = BatchOrder(
         end=len(dataset),
         size=settings.training.micro_batch_size,
@@ -130,8 +131,9 @@ def unigram_entropy(dataset: GPTDataset, vocab_size: int) -> float:
         ids = dataset.dataset[int(document)]
         if ids.max(initial=0) >= vocab_size:
             raise ValueError(
-                f"token id {ids.max()} in the data is beyond the tokenizer's {vocab_size} tokens. "
-                "Set data.tokenizer to the one the data was written with."
+                f"token id {ids.max()} in the data is outside the tokenizer's vocabulary of "
+                f"{vocab_size} tokens. Set data.tokenizer to the one that the data was written "
+                "with."
             )
         counts += numpy.bincount(ids, minlength=vocab_size)
         if counts.sum() >= ENTROPY_SAMPLE:
@@ -156,8 +158,8 @@ def _check_lengths(settings: Settings, text: PreparedText) -> None:
     for name, tokens in (("training", lengths[:split]), ("held-out", lengths[split:])):
         if tokens.sum() < needed:
             raise ValueError(
-                f"the {name} split has {tokens.sum()} tokens in {len(tokens)} documents, fewer "
-                f"than the {needed} of one sample. Give more text, or change "
+                f"the {name} split has {tokens.sum()} tokens in {len(tokens)} documents, but one "
+                f"sample needs {needed}. Use more text, or change "
                 f"data.held_out_share={settings.data.held_out_share} or "
                 f"data.sequence_length={settings.data.sequence_length}."
             )

@@ -1,9 +1,9 @@
-"""From text to token ids: collect documents, train a tokenizer, write Megatron's .bin/.idx pair.
+"""From text to token ids: collects documents, trains a tokenizer, writes Megatron's .bin/.idx pair.
 
-Nothing is downloaded: without a path the text is the documentation that ships with the Python
-running this, and those of its source files that explain themselves. Everything is read into memory;
-for corpora beyond that, write .bin/.idx with Megatron-LM's tools/preprocess_data.py and give its
-prefix.
+Nothing is downloaded: without a path, the text is the documentation of the Python installation that
+runs this, together with those of its source files that contain much explanation. All text is read
+into memory; for larger corpora, write .bin/.idx with Megatron-LM's tools/preprocess_data.py and
+give its prefix.
 """
 
 import ast
@@ -25,11 +25,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from mor_tools.pretraining.settings import DataSettings
 
 FORMAT = "1"
-"""Changed whenever the same text would be prepared differently."""
+"""To be increased whenever the same text would be prepared differently, so that old files are not
+reused."""
 TOKENIZER_SAMPLE = 6_000_000
-"""Characters the tokenizer is trained on."""
+"""Number of characters on which the tokenizer is trained."""
 EXPLAINED_SHARE = 1 / 2
-"""Share of comments and docstrings from which a source file of Python comes in whole."""
+"""Minimum share of comments and docstrings in a Python source file that is included as a whole."""
 NOT_PROSE = {
     "site-packages",
     "dist-packages",
@@ -42,58 +43,58 @@ NOT_PROSE = {
     "turtledemo",
     "ensurepip",
 }
-"""Folders of Python's library without text for people: what is installed beside it, the source of
-pydoc's topics, tests and their data, tables of encodings, and grammars."""
+"""Folders of Python's library without text for people: installed packages, the source of pydoc's
+topics, tests and their data, tables of encodings, and grammars."""
 PIECE = 20_000
-"""Plain text is cut, at ends of lines, into documents of about this many characters."""
+"""Plain text is split at line ends into documents of about this many characters."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """A piece of text that training never mixes with the held-out split."""
+    """A piece of text that belongs to one split as a whole."""
 
     name: str
-    """Unique; decides where in the order the document comes."""
+    """Unique name, which determines the position of the document in the order."""
     text: str
     """Its content."""
 
 
 @dataclass(frozen=True)
 class PreparedText:
-    """Text that Megatron's datasets can read."""
+    """Text in the form that Megatron's datasets read."""
 
     prefix: Path
-    """Of the .bin and .idx files."""
+    """Path prefix of the .bin and .idx files."""
     tokenizer: Path
-    """Of the tokenizer.json they were written with."""
+    """Path of the tokenizer.json that they were written with."""
 
 
 class TextTokenizer:
-    """A tokenizer of the `tokenizers` library with the attributes that GPTDataset looks for.
+    """A tokenizer of the `tokenizers` library with the attributes that GPTDataset requires.
 
     Args:
         path: of a tokenizer.json.
         end_of_document: the token between documents.
 
     Raises:
-        ValueError: the file cannot be read, or lacks the token.
+        ValueError: the file cannot be read, or does not contain the token.
     """
 
     pad = -1
-    """No id stands for padding."""
+    """There is no padding token."""
 
     def __init__(self, path: Path, end_of_document: str) -> None:
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises nothing more specific
             raise ValueError(
                 f"data.tokenizer={path} cannot be read: {str(error)[:200]}."
             ) from error
         eod = self.tokenizer.token_to_id(end_of_document)
         if eod is None:
             raise ValueError(
-                f"data.end_of_document={end_of_document!r} is no token of {path}. Name the token "
-                "that stands between documents there."
+                f"data.end_of_document={end_of_document!r} is not a token of {path}. Name the "
+                "token that it uses between documents."
             )
         self.path = path
         self.eod: int = eod
@@ -101,30 +102,31 @@ class TextTokenizer:
         self.unique_identifiers = {"content": _hash([path.read_text("utf-8"), end_of_document])}
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without an end of document."""
+        """Token ids of a text, without an end-of-document token."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        """Text of token ids."""
+        """The text of token ids."""
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def prepare(settings: DataSettings) -> PreparedText:
-    """Writes the text as .bin/.idx, once: later calls with the same text and settings find it.
+    """Write the text as .bin/.idx, unless the same text was already prepared with the same
+    settings.
 
     Raises:
-        ValueError: there is no text, or it is not what its name says.
+        ValueError: there is no text, or a file does not have the format that its name says.
         FileNotFoundError: `path` or `tokenizer` does not exist.
     """
     if settings.tokenizer is not None and not Path(settings.tokenizer).is_file():
-        raise FileNotFoundError(f"data.tokenizer={settings.tokenizer}: there is no such file.")
+        raise FileNotFoundError(f"data.tokenizer={settings.tokenizer} does not exist.")
     if settings.path is not None and Path(f"{settings.path}.idx").is_file():
         return _existing(settings)
     documents = _in_order(collect(settings.path))
     if len(documents) < 2:
         raise ValueError(
-            f"data.path={settings.path} holds {len(documents)} document(s) with text, too few to "
-            "hold one back for validation. Give more text."
+            f"data.path={settings.path} contains {len(documents)} document(s) with text, too few "
+            "to hold one back for validation. Use more text."
         )
     given = Path(settings.tokenizer).read_text("utf-8") if settings.tokenizer else None
     recipe = [FORMAT, settings.end_of_document, given or str(settings.vocabulary_size)]
@@ -136,11 +138,11 @@ def prepare(settings: DataSettings) -> PreparedText:
 
 
 def collect(path: str | None) -> list[Document]:
-    """The documents of a file or folder; None: those that ship with Python.
+    """The documents of a file or folder, or with None those that ship with Python.
 
     Raises:
-        ValueError: the file is not UTF-8, or a line of a .jsonl file has no `text`.
-        FileNotFoundError: there is nothing at `path`.
+        ValueError: a file is not UTF-8, or a line of a .jsonl file has no `text`.
+        FileNotFoundError: `path` does not exist.
     """
     if path is None:
         return list(_python_documents())
@@ -150,18 +152,19 @@ def collect(path: str | None) -> list[Document]:
         return [d for f in files for d in _pieces(f, f.relative_to(place).as_posix())]
     if not place.is_file():
         raise FileNotFoundError(
-            f"data.path={path}: there is no such file or folder, nor {path}.bin and {path}.idx."
+            f"data.path={path} does not exist, neither as a file or folder nor as {path}.bin and "
+            f"{path}.idx."
         )
     is_jsonl = place.suffix == ".jsonl"
     return list(_jsonl_documents(place) if is_jsonl else _pieces(place, place.name))
 
 
 def _python_documents() -> Iterator[Document]:
-    """What a person would read of what ships with Python, about 2 MB.
+    """The readable text that ships with Python, about 2 MB.
 
-    pydoc's topics, text files, the source files that explain themselves, and the docstrings of all
-    others. The library's other files teach a small model little that it can show: tests are twice as
-    long as all the rest, and tables of encodings are numbers.
+    It consists of pydoc's topics, text files, the source files with much explanation, and the
+    docstrings of all others. The other files of the library teach a small model little that it
+    could show: the tests are twice as long as everything else, and tables of encodings are numbers.
     """
     from pydoc_data.topics import topics
 
@@ -180,7 +183,9 @@ def _python_documents() -> Iterator[Document]:
 
 
 def _prose(source: str) -> str:
-    """A source file that explains itself, whole; of any other the docstrings, which may be none."""
+    """The whole file if much of it is explanation, otherwise its docstrings, of which there may be
+    none.
+    """
     docstrings = _docstrings(source)
     comments = (line for line in map(str.strip, source.splitlines()) if line.startswith("#"))
     explanation = sum(map(len, docstrings)) + sum(map(len, comments))
@@ -190,7 +195,7 @@ def _prose(source: str) -> str:
 
 
 def _docstrings(source: str) -> list[str]:
-    with warnings.catch_warnings():  # of escape sequences that Python will no longer read
+    with warnings.catch_warnings():  # about deprecated escape sequences
         warnings.simplefilter("ignore")
         tree = ast.parse(source)
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -228,7 +233,7 @@ def _jsonl_documents(file: Path) -> Iterator[Document]:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether there is no lone surrogate, which JSON can escape and tokenizers refuse."""
+    """Whether a string has no lone surrogate, which JSON can express but tokenizers refuse."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -240,13 +245,13 @@ def _read(file: Path) -> str:
     try:
         return file.read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}. Convert it first.") from error
+        raise ValueError(f"{file} is not UTF-8 text: {error}. Convert it to UTF-8.") from error
 
 
 def _in_order(documents: list[Document]) -> list[Document]:
-    """Documents with text, in an order unrelated to their content.
+    """Documents that contain text, in an order unrelated to their content.
 
-    The held-out split is the last share of them, so each kind of document is in both splits.
+    The held-out split is the end of this order, so each kind of document occurs in both splits.
     """
     return sorted((d for d in documents if d.text.strip()), key=lambda d: _hash([d.name]))
 
@@ -262,11 +267,11 @@ def _hash(parts: list[str]) -> str:
 def _existing(settings: DataSettings) -> PreparedText:
     if settings.tokenizer is None:
         raise ValueError(
-            f"data.path={settings.path} names token ids, whose tokenizer is not known. "
-            "Set data.tokenizer to its tokenizer.json."
+            f"data.path={settings.path} names token ids whose tokenizer is unknown. Set "
+            "data.tokenizer to its tokenizer.json."
         )
     if not Path(f"{settings.path}.bin").is_file():
-        raise FileNotFoundError(f"{settings.path}.idx is there, but {settings.path}.bin is not.")
+        raise FileNotFoundError(f"{settings.path}.idx exists, but {settings.path}.bin does not.")
     assert settings.path is not None
     _check_pair(Path(f"{settings.path}.idx"), Path(f"{settings.path}.bin"))
     return PreparedText(Path(settings.path), Path(settings.tokenizer))
@@ -274,26 +279,27 @@ def _existing(settings: DataSettings) -> PreparedText:
 
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _ID_CODES = {kind.value for kind in DType if "int" in kind.name}
-"""Of the kinds of numbers that ids can be."""
+"""Codes in an .idx file for the types that token ids may have."""
 
 
 def _check_pair(index: Path, ids: Path) -> None:
-    """Raise ValueError where an .idx is no index, or asks for more than it or the .bin holds.
+    """Raise ValueError if an .idx file is not a valid index, or refers to data beyond its own or
+    the .bin's end.
 
-    Megatron maps both files into memory and would follow whatever the index says.
+    Megatron maps both files into memory and would follow any offset in the index.
     """
-    wrong = f"{index} is empty, damaged or no index of Megatron-Core's datasets"
-    fix = "Write the pair again with Megatron-LM's tools/preprocess_data.py, or name other text."
+    wrong = f"{index} is empty, damaged or not an index of Megatron-Core's datasets"
+    fix = "Write the pair again with Megatron-LM's tools/preprocess_data.py, or use other text."
     with index.open("rb") as file:
         head = file.read(34)
         if len(head) < 34 or head[:9] != _INDEX_MAGIC:
-            raise ValueError(f"{wrong}: it does not begin like one. {fix}")
+            raise ValueError(f"{wrong}: its header is not that of an index. {fix}")
     version, code, sequences, documents = struct.unpack("<QBQQ", head[9:])
     if version != 1 or code not in _ID_CODES:
-        raise ValueError(f"{wrong}: version {version}, numbers of kind {code}. {fix}")
+        raise ValueError(f"{wrong}: version {version} or type code {code} is unknown. {fix}")
     needed, size = 34 + 12 * sequences + 8 * documents, index.stat().st_size
     if size < needed:
-        raise ValueError(f"{wrong}: it has {size:,} bytes and needs {needed:,}. {fix}")
+        raise ValueError(f"{wrong}: it has {size:,} bytes but needs {needed:,}. {fix}")
     if sequences < 1 or documents < 2:
         raise ValueError(f"{index} lists no documents. {fix}")
     lengths = numpy.memmap(index, numpy.int32, "r", 34, (sequences,))
@@ -301,19 +307,19 @@ def _check_pair(index: Path, ids: Path) -> None:
     bounds = numpy.memmap(index, numpy.int64, "r", 34 + 12 * sequences, (documents,))
     is_ordered = bounds[0] == 0 and bounds[-1] == sequences and (numpy.diff(bounds) >= 0).all()
     if lengths.min() < 0 or starts.min() < 0 or not is_ordered:
-        raise ValueError(f"{wrong}: its lengths and places make no sense. {fix}")
+        raise ValueError(f"{wrong}: its lengths and offsets are inconsistent. {fix}")
     ends = starts + lengths.astype(numpy.int64) * DType.size(code)
     if ends.max() > ids.stat().st_size:
         raise ValueError(
-            f"{ids} has {ids.stat().st_size:,} bytes, and {index.name} lists {ends.max():,}: it was "
-            f"cut, or belongs to another index. {fix}"
+            f"{ids} has {ids.stat().st_size:,} bytes, but {index.name} lists {ends.max():,}: it "
+            f"was truncated, or belongs to another index. {fix}"
         )
 
 
 def _write(
     documents: list[Document], tokenizer: str | None, settings: DataSettings, folder: Path
 ) -> None:
-    """Fills a folder under another name first, so that a half-written one is never read."""
+    """Write into a temporary folder and rename it, so that an incomplete one is never read."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=folder.parent))
     try:
@@ -328,7 +334,9 @@ def _write(
 
 
 def train_tokenizer(documents: list[Document], settings: DataSettings) -> str:
-    """A byte-level BPE, as the content of a tokenizer.json, from a sample of the training split."""
+    """Train a byte-level BPE on a sample of the training split; returns the content of a
+    tokenizer.json.
+    """
     training = documents[: max(1, round(len(documents) * (1 - settings.held_out_share)))]
     size = sum(len(document.text) for document in training)
     sample = training[:: max(1, size // TOKENIZER_SAMPLE)]

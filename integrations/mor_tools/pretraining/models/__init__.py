@@ -1,1 +1,1 @@
-"""The models of a run: the one that is trained, its teacher, and weights to begin with."""
+"""The models of a run: the one that is trained, its teacher, and its initial weights."""

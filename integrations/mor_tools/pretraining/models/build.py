@@ -1,4 +1,4 @@
-"""The model: unmodified GPTModels whose layers come from `mor_megatron`'s specs."""
+"""Builds the model: an unmodified GPTModel whose layers come from `mor_megatron`'s specs."""
 
 import copy
 from collections.abc import Sequence
@@ -41,12 +41,12 @@ from mor_tools.pretraining.settings import Settings
 
 
 def check(settings: Settings) -> None:
-    """Refuse what Megatron's layers cannot do, before anything is written.
+    """Refuse what Megatron's layers do not support, before anything is written.
 
     Raises:
-        ValueError: what it is, why not, and what to use.
+        ValueError: for the first such setting, with the reason and what to use instead.
     """
-    config = transformer_config(settings)  # where Megatron refuses what it can without a model
+    config = transformer_config(settings)  # Megatron's own checks run in the constructor
     recursion, schedule = settings.recursion, settings.schedule
     if recursion is None or schedule is None:
         return
@@ -56,7 +56,7 @@ def check(settings: Settings) -> None:
 
 
 def build_model(settings: Settings, vocab_size: int) -> list[GPTModel]:
-    """This process's part of the model, on its device: a chunk for each of its virtual stages."""
+    """This process's part of the model on its device: one chunk per virtual pipeline stage."""
     config = transformer_config(settings)
     stages = [None] if settings.virtual_stages is None else range(settings.virtual_stages)
     chunks = [
@@ -76,7 +76,9 @@ def build_model(settings: Settings, vocab_size: int) -> list[GPTModel]:
 
 
 def build_teacher(settings: Settings, vocab_size: int) -> GPTModel:
-    """The dense model of these sizes, whole on this pipeline stage, over its tensor-parallel ranks."""
+    """A dense model of these sizes, complete on this pipeline stage and sharded over its
+    tensor-parallel ranks.
+    """
     parallel = replace(settings.parallel, pipeline=1, pipeline_layout="one_stage")
     training = replace(settings.training, recompute="none")
     dense = replace(settings, recursion=None, uptrain=None, parallel=parallel, training=training)
@@ -134,7 +136,8 @@ def transformer_config(settings: Settings) -> TransformerConfig:
         "sequence_parallel": parallel.sequence_parallel,
         "pipeline_model_parallel_size": parallel.pipeline,
         "virtual_pipeline_model_parallel_size": settings.virtual_stages,
-        # Batched sends cross between two stages where each is the other's next.
+        # With two stages, each is the other's previous and next one, and batched sends get mixed
+        # up.
         "overlap_p2p_comm": settings.virtual_stages is not None,
         "batch_p2p_comm": settings.virtual_stages is None,
         "context_parallel_size": parallel.context,
@@ -143,7 +146,7 @@ def transformer_config(settings: Settings) -> TransformerConfig:
         "bf16": training.precision == "bf16",
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
-        # Without CUDA there are no fused kernels, and weights are drawn on the host.
+        # Without CUDA there are no fused kernels, and weights are initialised on the host.
         "use_cpu_initialization": not has_cuda,
         "masked_softmax_fusion": False,
         "bias_dropout_fusion": False,
@@ -180,7 +183,7 @@ def torch_model(
 ) -> MoRTransformer | None:
     """The model in plain PyTorch, without padding of the vocabulary, on the first rank's device.
 
-    Every rank calls it; the others get None.
+    Every rank must call it; all but the first get None.
     """
     tensors = whole_tensors(chunks)
     if tensors is None:
@@ -195,19 +198,19 @@ def torch_model(
 
 
 def shape(settings: Settings, vocab_size: int) -> ModelShape:
-    """What the cost of the model depends on."""
+    """The quantities that determine the model's cost."""
     return ModelShape.from_decoder(
         decoder_config(settings, padded_vocabulary(settings, vocab_size))
     )
 
 
 def parameters(model: ModelShape) -> int:
-    """Parameters of the whole model, each shared weight once."""
+    """Number of parameters of the whole model, counting each shared weight once."""
     return int(count_parameters(model).total)
 
 
 def flops_per_token(model: ModelShape, settings: Settings, shares: Sequence[float] | None) -> float:
-    """Training FLOPs per token where `shares` of the tokens run each recursion step."""
+    """Training FLOPs per token if the fractions `shares` of the tokens run each recursion step."""
     sequence = settings.data.sequence_length
     tokens = None
     if shares is not None and any(stack.router for stack in model.stacks):
@@ -227,7 +230,7 @@ def _block(
         without_experts.moe_grouped_gemm = False
         ends = _layer_spec(settings, without_experts)
     if settings.virtual_stages is not None:
-        # Routed as in generation, how many tokens run a step is not fixed.
+        # With causal routing, as in generation, the number of tokens that run a step varies.
         return recursion_pipeline_spec(
             config, settings.recursion, inner, vp_stage, ends, documents=True
         )
@@ -241,7 +244,7 @@ def _block(
 
 
 def _layer_spec(settings: Settings, config: TransformerConfig) -> ModuleSpec:
-    """Megatron's layer; its attention follows a mask where documents are kept apart."""
+    """Megatron's layer spec, with attention that respects masks if documents are kept apart."""
     spec = default_layer_spec(config)
     if not settings.data.reset_attention_mask:
         return spec

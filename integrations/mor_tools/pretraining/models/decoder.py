@@ -1,4 +1,4 @@
-"""The model of a run in plain PyTorch's terms; no Megatron-Core is needed to describe it."""
+"""A run's model described as a plain PyTorch decoder; Megatron-Core is not needed for that."""
 
 import math
 
@@ -6,18 +6,18 @@ from mor_layers import DecoderConfig, MoEConfig
 from mor_tools.pretraining.settings import Settings
 
 VOCABULARY_MULTIPLE = 128
-"""The embedding is filled up to a multiple of this, so that it is the same for every usual
-tensor-parallel size."""
+"""The vocabulary is padded to a multiple of this, so that it has the same size for all usual
+tensor-parallel sizes."""
 
 
 def padded_vocabulary(settings: Settings, vocab_size: int) -> int:
-    """Rows of the embedding."""
+    """Number of rows of the embedding, padding included."""
     multiple = math.lcm(VOCABULARY_MULTIPLE, settings.parallel.tensor)
     return -(-vocab_size // multiple) * multiple
 
 
 def decoder_config(settings: Settings, vocab_size: int) -> DecoderConfig:
-    """The same model in plain PyTorch."""
+    """The configuration of the same model in plain PyTorch."""
     model, experts = settings.model, None
     if model.moe is not None:
         experts = MoEConfig(
@@ -47,7 +47,7 @@ def decoder_config(settings: Settings, vocab_size: int) -> DecoderConfig:
 
 
 def dense_ends(settings: Settings) -> tuple[int, int]:
-    """In a model with experts, the first layers and the last ones that have none."""
+    """In a model with experts: how many of the first and of the last layers have none."""
     moe, schedule = settings.model.moe, settings.schedule
     if moe is None or not moe.dense_ends:
         return 0, 0

@@ -1,4 +1,4 @@
-"""Weights to start from: a model in any format, such as a Megatron checkpoint of any layout."""
+"""Initial weights from a model in any format, such as a Megatron checkpoint in any layout."""
 
 import json
 from pathlib import Path
@@ -22,45 +22,47 @@ _SAME = (
     "rope_base",
     "tie_embeddings",
 )
-"""What must be equal; other sizes show in shapes, and how tokens are routed may change."""
+"""Fields that must be equal. Other sizes show up in the shapes of tensors, and the routing may
+change."""
 
 
 def branch(folder: Path, tokenizer: Path) -> str | None:
-    """What to tell about a run that starts from another run's weights; None for any other model.
+    """A note for a run that starts from another run's weights; None for any other model.
 
     Raises:
-        ValueError: the other run read its text with another tokenizer.
+        ValueError: the other run used another tokenizer.
     """
     if not (folder / RUN_CLAIM).is_file():
         return None
     theirs = _tokenizer_of(folder)
     if theirs is not None and theirs.read_bytes() != tokenizer.read_bytes():
         raise ValueError(
-            f"training.initial_weights={folder} is a run with another tokenizer, whose token ids mean "
-            f"other pieces of text. Add data.tokenizer={theirs}."
+            f"training.initial_weights={folder} is a run with another tokenizer, whose token ids "
+            f"stand for other pieces of text. Add data.tokenizer={theirs}."
         )
     step = runs.latest_step(folder / RUN_CHECKPOINTS)
     return (
-        f"a branch of {folder}: its weights after step {step}, a new optimizer and the schedule from "
-        "its start"
+        f"a branch of {folder}: its weights after step {step}, with a new optimizer and the "
+        "schedule from the beginning"
     )
 
 
 def _tokenizer_of(folder: Path) -> Path | None:
-    """That of a run, where it is still there."""
+    """The tokenizer of a run, if its file still exists."""
     text = Path(json.loads((folder / RUN_CLAIM).read_text("utf-8"))["text"])
     places = (folder / RUN_MODEL / "tokenizer.json", text.with_name("tokenizer.json"))
     return next((place for place in places if place.is_file()), None)
 
 
 def load(folder: Path, chunks: list[nn.Module], decoder: DecoderConfig) -> None:
-    """Put a folder's weights into this process's part of the model. Every process calls it.
+    """Load a folder's weights into this process's part of the model. Every process must call it.
 
-    One tensor at a time is in memory beside the model.
+    Only one tensor at a time is held in memory beside the model.
 
     Raises:
-        ValueError: there is no model in the folder, it is damaged, or it is another one.
-        FileNotFoundError: there is no such folder, or a part is missing.
+        ValueError: the folder contains no model, or the model is damaged or does not match the
+            settings.
+        FileNotFoundError: the folder or a part of the model does not exist.
     """
     stored = opened(folder)
     differences = [
@@ -71,6 +73,6 @@ def load(folder: Path, chunks: list[nn.Module], decoder: DecoderConfig) -> None:
     if differences:
         raise ValueError(
             f"training.initial_weights={folder} holds another model: {'; '.join(differences)}. "
-            "Change the settings under model., or data.tokenizer where the vocabulary differs."
+            "Change the settings under model., or data.tokenizer if the vocabulary differs."
         )
     load_tensors(chunks, megatron_view(stored.weights, decoder))

@@ -1,7 +1,7 @@
-"""Whether a run has room, before it takes any.
+"""Checks whether a run fits into memory, before it allocates any.
 
-Counted is only what cannot be avoided, so that what is refused could not have run. What a run needs
-besides (activations, buffers of communication) shows when it starts.
+Only what cannot be avoided is counted, so a run that is refused could not have run. The rest of its
+memory (activations, communication buffers) shows once it starts.
 """
 
 import os
@@ -13,22 +13,24 @@ from mor_tools.pretraining.settings import Settings
 from mor_tools.pretraining.settings.rules import require
 
 SMALLEST_VOCABULARY = 257
-"""Tokens that every tokenizer trained here has; how many one has that is given shows later."""
+"""Smallest vocabulary of a tokenizer trained here; the size of a given tokenizer is only known
+later."""
 _BYTES_OF_SAMPLE = 20
-"""Of the order of the text that Megatron's datasets keep in memory: three numbers a sample."""
+"""Memory per sample for the order of the text that Megatron's datasets keep: three numbers."""
 
 
 def require_room(settings: Settings, vocab_size: int = SMALLEST_VOCABULARY) -> None:
-    """Raise ValueError where the model or the order of the text cannot be held in memory."""
+    """Raise ValueError if the model or the order of the text does not fit into memory."""
     parallel, training = settings.parallel, settings.training
     samples = training.global_batch_size * max(training.steps, settings.evaluation.batches)
     machine = _memory_of_machine()
     require(
         samples * _BYTES_OF_SAMPLE <= machine,
-        f"training.global_batch_size={training.global_batch_size} with training.steps="
-        f"{training.steps} and evaluation.batches={settings.evaluation.batches} asks for "
-        f"{samples:.3g} samples, whose order alone takes {_shown(samples * _BYTES_OF_SAMPLE)}; this "
-        f"machine has {_shown(machine)}. Use fewer.",
+        f"training.global_batch_size={training.global_batch_size} with "
+        f"training.steps={training.steps} and evaluation.batches={settings.evaluation.batches} "
+        f"asks for {samples:.3g} samples. Their order alone takes "
+        f"{_shown(samples * _BYTES_OF_SAMPLE)}, but this machine has {_shown(machine)}. Lower one "
+        "of these settings.",
     )
     number = parameters(shape(settings, vocab_size))
     least = number * _bytes_of_parameter(settings)
@@ -37,13 +39,13 @@ def require_room(settings: Settings, vocab_size: int = SMALLEST_VOCABULARY) -> N
     require(
         least <= own,
         f"the model has {number:,} parameters. With their gradients and the optimizer's state they "
-        f"take {_shown(least)} on each process, which has {_shown(own)} at most. Lower the sizes "
+        f"take {_shown(least)} on each process, which has at most {_shown(own)}. Lower the sizes "
         "under model., or use more processes with parallel.tensor or parallel.pipeline.",
     )
 
 
 def _bytes_of_parameter(settings: Settings) -> int:
-    """Of weight and gradient, and, where it is not spread, of the optimizer's state."""
+    """Bytes for weight and gradient, and for the optimizer's state unless it is sharded."""
     is_half = settings.training.precision == "bf16"
     held, optimizer = (2 + 4, 4 + 8) if is_half else (4 + 4, 8)
     return held if settings.parallel.distributed_optimizer else held + optimizer

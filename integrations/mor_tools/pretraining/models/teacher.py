@@ -1,4 +1,4 @@
-"""The dense model that an uptraining run begins with and learns from.
+"""The dense model that an uptraining run starts from and learns from.
 
 Legend: `b` batch, `s` sequence, `v` rows of the vocabulary on this rank, padding included.
 """
@@ -25,11 +25,11 @@ from mor_tools.pretraining.settings import Settings, UptrainSettings
 
 
 class Teacher:
-    """A frozen dense model, beside the last stage of the one that learns.
+    """A frozen dense model on the last pipeline stage, next to the end of the model being trained.
 
     Args:
-        model: over the same tensor-parallel ranks, so that logits line up.
-        settings: how much its lesson weighs.
+        model: sharded over the same tensor-parallel ranks, so that the logits line up.
+        settings: coefficients and temperature of the loss.
         vocab_size: tokens in the vocabulary, without padding.
     """
 
@@ -39,10 +39,10 @@ class Teacher:
     def compare(
         self, logits: Float[Tensor, "b s v"], labels: Int[Tensor, "b s"], *given: Tensor | None
     ) -> tuple[Float[Tensor, "b s"], Float[Tensor, "b s"]]:
-        """Language-model loss and divergence from the teacher of each token.
+        """Language-model loss and divergence from the teacher for each token.
 
         Args:
-            logits: of the model that learns; used up.
+            logits: of the model being trained; overwritten.
             given: token ids, positions and attention mask.
         """
         with torch.no_grad():
@@ -51,30 +51,30 @@ class Teacher:
         divergences = vocab_parallel_divergence(
             logits, targets, self.vocab_size, group, self.settings.temperature
         )
-        # Last, since Megatron's cross entropy computes in its argument's memory.
+        # Last, because Megatron's cross entropy works in place.
         return vocab_parallel_cross_entropy(logits, labels), divergences
 
     def combine(self, loss: Tensor, divergence: Tensor) -> Tensor:
-        """What is minimised."""
+        """The loss that is minimised."""
         settings = self.settings
         weighted = settings.language_model_coefficient * loss
         return weighted + settings.distillation_coefficient * divergence
 
 
 def open_dense(settings: Settings, tokenizer: TextTokenizer) -> StoredModel:
-    """The dense model's settings and weights; tensors are read when asked for.
+    """The settings and weights of the dense model; tensors are read on demand.
 
     Raises:
-        ValueError: it is not dense, has other sizes than the run, or another tokenizer.
-        FileNotFoundError: there is no such folder.
+        ValueError: it is not dense, or its sizes or tokenizer differ from those of the run.
+        FileNotFoundError: the folder does not exist.
     """
     assert settings.uptrain is not None
     folder = Path(settings.uptrain.teacher)
     dense = opened(folder)
     if dense.config.recursion is not None or dense.config.moe is not None:
         raise ValueError(
-            f"uptrain.teacher={folder} has a recursion or experts; only a dense model can be made "
-            "recursive. Name the folder of one."
+            f"uptrain.teacher={folder} has a recursion or experts, but only a dense model can be "
+            "made recursive. Use the folder of a dense model."
         )
     _check_tokenizer(folder, dense.config, tokenizer)
     _check_sizes(folder, dense.config, settings)
@@ -82,7 +82,7 @@ def open_dense(settings: Settings, tokenizer: TextTokenizer) -> StoredModel:
 
 
 def load_recursive(chunks: list[nn.Module], settings: Settings, dense: StoredModel) -> None:
-    """Give this process's part of the model the weights that the dense one's become."""
+    """Initialise this process's part of the model from the dense model's weights."""
     uptrain, recursion = settings.uptrain, settings.recursion
     assert uptrain is not None and recursion is not None
     config, weights = recursive_weights(
@@ -92,7 +92,7 @@ def load_recursive(chunks: list[nn.Module], settings: Settings, dense: StoredMod
 
 
 def build(settings: Settings, dense: StoredModel | None) -> Teacher | None:
-    """The teacher, on ranks of the last pipeline stage; None elsewhere."""
+    """The teacher on ranks of the last pipeline stage; None elsewhere."""
     assert settings.uptrain is not None and dense is not None
     vocab_size = dense.config.vocab_size
     if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
@@ -104,23 +104,23 @@ def build(settings: Settings, dense: StoredModel | None) -> Teacher | None:
 
 def _check_tokenizer(folder: Path, dense: DecoderConfig, tokenizer: TextTokenizer) -> None:
     own = folder / "tokenizer.json"
-    fix = f"Set data.tokenizer={own}." if own.is_file() else "Set data.tokenizer to the one it had."
+    fix = f"Set data.tokenizer={own}." if own.is_file() else "Set data.tokenizer to the teacher's."
     if dense.vocab_size != tokenizer.vocab_size:
         raise ValueError(
-            f"uptrain.teacher={folder} has a vocabulary of {dense.vocab_size} tokens, the data's "
-            f"tokenizer {tokenizer.path} one of {tokenizer.vocab_size}. {fix}"
+            f"uptrain.teacher={folder} has a vocabulary of {dense.vocab_size} tokens, but the "
+            f"data's tokenizer {tokenizer.path} has {tokenizer.vocab_size}. {fix}"
         )
     if own.is_file():
         try:
             ids = Tokenizer.from_file(str(own)).get_vocab()
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises nothing more specific
             raise ValueError(
-                f"{own} is no tokenizer: {str(error)[:200]}. Put the model's own there."
+                f"{own} is not a tokenizer: {str(error)[:200]}. Replace it by the model's own."
             ) from error
         if ids != tokenizer.tokenizer.get_vocab():
             raise ValueError(
-                f"uptrain.teacher={folder} numbers its tokens otherwise than the data's tokenizer "
-                f"{tokenizer.path}. {fix}"
+                f"uptrain.teacher={folder} assigns other ids to its tokens than the data's "
+                f"tokenizer {tokenizer.path}. {fix}"
             )
 
 
@@ -137,7 +137,7 @@ _SIZES = {
     "rope_base": "rope_base",
     "tie_embeddings": "tie_embeddings",
 }
-"""What the two models share, and the setting under `model.` that says it here."""
+"""What the two models must have in common, and the setting under `model.` for it."""
 
 
 def _check_sizes(folder: Path, dense: DecoderConfig, settings: Settings) -> None:
@@ -145,7 +145,9 @@ def _check_sizes(folder: Path, dense: DecoderConfig, settings: Settings) -> None
     other = [name for name in _SIZES if getattr(dense, name) != getattr(wanted, name)]
     if other:
         overrides = " ".join(f"model.{_SIZES[n]}={_plain(getattr(dense, n))}" for n in other)
-        raise ValueError(f"uptrain.teacher={folder} has other sizes than the run. Set {overrides}.")
+        raise ValueError(
+            f"uptrain.teacher={folder} has other sizes than the run's model. Set {overrides}."
+        )
 
 
 def _plain(value: object) -> object:

@@ -1,1 +1,1 @@
-"""What people see of a run: the display, its history, report.html, summary.json."""
+"""What users see of a run: the display, its history, report.html and summary.json."""

@@ -1,6 +1,7 @@
-"""The trained model at work: a continuation of a prompt, and the depth it gives to each token.
+"""The trained model at work: the continuation of a prompt, and the depth of each token of a
+passage.
 
-Both run where generation does: on one process, in the torch model, by the engine that serves it.
+Both run as generation does: in one process, in the torch model, by the engine that serves it.
 """
 
 from dataclasses import dataclass
@@ -16,16 +17,16 @@ from mor_tools.pretraining.settings import Settings
 
 @dataclass(frozen=True)
 class TokenDepth:
-    """A token of a passage."""
+    """A token of a passage and its depth."""
 
     text: str
-    """Its text."""
+    """The token's text."""
     depth: int
-    """Recursion steps it took."""
+    """Number of recursion steps that it took."""
 
 
 def continuation(model: MoRTransformer, settings: Settings, tokenizer: TextTokenizer) -> str:
-    """The prompt and what the model makes of it."""
+    """The prompt followed by the model's continuation."""
     evaluation = settings.evaluation
     prompt = tokenizer.encode(evaluation.prompt)[: settings.data.sequence_length // 2]
     request = Request(
@@ -44,10 +45,10 @@ def continuation(model: MoRTransformer, settings: Settings, tokenizer: TextToken
 def depths(
     model: MoRTransformer, sample: dict[str, Tensor], tokenizer: TextTokenizer
 ) -> list[TokenDepth]:
-    """A held-out passage with the depth of each token; empty without recursion.
+    """A held-out passage with the depth of each token; empty for a model without recursion.
 
     Args:
-        sample: `tokens` `[s]`, and `documents` where they are kept apart.
+        sample: `tokens` `[s]`, and `documents` if they are kept apart.
     """
     if model.config.recursion is None:
         return []

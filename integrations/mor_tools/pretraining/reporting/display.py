@@ -1,4 +1,4 @@
-"""What the user sees while a run goes on: a live panel on a terminal, else a line per log row."""
+"""What the user sees during a run: a live panel on a terminal, otherwise one line per log row."""
 
 import time
 from collections.abc import Iterable
@@ -25,22 +25,22 @@ CURVE_WIDTH, CURVE_HEIGHT = 36, 6
 
 @dataclass(frozen=True)
 class Costs:
-    """What the display derives from a row."""
+    """Computation that the display derives from a row."""
 
     flops_per_token: float
-    """Of training."""
+    """Training FLOPs per token."""
     utilization: float | None
-    """Share of the devices' peak (MFU); None where the peak is not known."""
+    """Fraction of the devices' peak (MFU); None if the peak is unknown."""
 
 
 class Display:
-    """Shows a run; use it as a context manager.
+    """Displays a run; use it as a context manager.
 
     Args:
-        title: names the run.
+        title: name of the run.
         steps: optimizer steps of the whole run.
         unigram_entropy: of the held-out text, in nats per token.
-        console: where to write; None: nowhere, as on all ranks but the first.
+        console: where to write; None writes nothing, as on all ranks but the first.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Display:
             self._live.stop()
 
     def say(self, message: str) -> None:
-        """Tell the user something."""
+        """Print a message for the user."""
         if self._console is not None:
             self._console.print(message, markup=False, highlight=False, soft_wrap=True)
 
@@ -79,7 +79,7 @@ class Display:
         self._losses += [row.loss for row in rows if isfinite(row.loss)]
 
     def show(self, row: Row, costs: Costs) -> None:
-        """Show a step."""
+        """Display a step."""
         self._start = self._start or (time.monotonic(), row.step)
         if row.validation_loss is not None:
             self._validated = row
@@ -161,7 +161,7 @@ class Display:
 
 
 def _routing_table(routing: Routing) -> Table:
-    """A line per recursion step: share of tokens, and the load of each expert."""
+    """A row per recursion step: the share of tokens that ran it, and the load of each expert."""
     table = Table(box=None, padding=(0, 2))
     table.add_column("recursion step")
     table.add_column("share of tokens")

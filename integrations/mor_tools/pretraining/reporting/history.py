@@ -1,4 +1,4 @@
-"""What is known of a run, step by step: in memory, in history.jsonl, TensorBoard and wandb."""
+"""The numbers of a run, step by step: in memory, history.jsonl, TensorBoard and wandb."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +9,14 @@ from mor_tools.reports.trackers import Tracker
 
 
 class History:
-    """All rows of a run, earlier sessions included; empty on ranks that do not keep the files.
+    """All rows of a run, including earlier sessions; empty on ranks that do not write the files.
 
     Args:
         folder: of the run.
-        step: steps taken; what an earlier session logged beyond its last checkpoint is dropped.
-        trackers: where each row's numbers go besides; closed with the history.
-        is_writer: whether this process keeps the files.
+        step: steps taken. Rows that an earlier session logged after its last checkpoint are
+            dropped.
+        trackers: further destinations of each row's numbers, closed together with the history.
+        is_writer: whether this process writes the files.
     """
 
     def __init__(
@@ -25,7 +26,7 @@ class History:
         self._trackers, self._is_writer = tuple(trackers), is_writer
         self.rows: list[Row] = []
         self.lost: str | None = None
-        """What to tell about rows of earlier steps that are not there, if any."""
+        """A message if rows of earlier steps are missing, else None."""
         if is_writer:
             self.rows = [row for row in read_rows(self._file) if row.step <= step]
             self.lost = _lost(self._file, {row.step for row in self.rows}, step)
@@ -42,7 +43,7 @@ class History:
             tracker.scalars(scalars(row), row.step)
 
     def close(self) -> None:
-        """Finish what the trackers write."""
+        """Finish writing."""
         for tracker in self._trackers:
             tracker.close()
 
@@ -53,6 +54,6 @@ def _lost(file: Path, found: set[int], step: int) -> str | None:
         return None
     return (
         f"{file} lacks {len(missing)} of the {step} steps taken so far, between steps {missing[0]} "
-        f"and {missing[-1]}: it was cut or damaged. The model is not affected; curves and report "
-        "will have a gap."
+        f"and {missing[-1]}: it was truncated or damaged. The model is not affected, but curves "
+        "and the report will have a gap."
     )

@@ -1,4 +1,4 @@
-"""report.html: what a run came to, for people. One file that needs nothing beside it."""
+"""report.html: the results of a run for people, as one self-contained file."""
 
 import html
 from collections.abc import Sequence
@@ -19,24 +19,24 @@ from mor_tools.reports.training_figures import (
 
 @dataclass(frozen=True)
 class Report:
-    """Everything the report shows."""
+    """The content of the report."""
 
     title: str
     """Name of the run."""
     facts: dict[str, str]
-    """Name and value of each line of the table at the top."""
+    """Name and value of each row of the table at the top."""
     rows: Sequence[Row]
     """The run, step by step."""
     unigram_entropy: float
     """Of the held-out text, in nats per token."""
     validation: Validation
-    """Of the trained model."""
+    """Validation of the trained model."""
     passage: Sequence[TokenDepth]
-    """A held-out passage; empty without recursion."""
+    """A held-out passage with depths; empty without recursion."""
     sample: str
     """Prompt and continuation; may be empty."""
     findings: Sequence[Finding] = ()
-    """What went wrong, if anything."""
+    """Problems that were found, if any."""
 
 
 def render(report: Report) -> str:

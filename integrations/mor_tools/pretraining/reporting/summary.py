@@ -1,4 +1,4 @@
-"""summary.json: what a run came to, for programs."""
+"""summary.json: the results of a run, for programs."""
 
 import json
 import platform
@@ -26,11 +26,11 @@ def write_summary(
     flops_per_token: float,
     sample: str,
 ) -> None:
-    """Write the summary of a complete run.
+    """Write the summary of a completed run.
 
-    Losses and entropy are in nats per token, FLOPs those of training; `tokens_per_second` is the
-    median over the run. `depth_shares[d]` is the share of held-out tokens that took `d` steps;
-    `causal_` figures are those of tokens routed as in generation.
+    Losses and entropy are in nats per token; FLOPs are those of training; `tokens_per_second` is
+    the median over the run. `depth_shares[d]` is the fraction of held-out tokens that took `d`
+    steps. Figures with the prefix `causal_` are measured with tokens routed as in generation.
     """
     speeds = [row.tokens_per_second for row in history.rows if row.tokens_per_second is not None]
     summary = {

@@ -1,7 +1,7 @@
 """Every setting of a pretraining run: what it means, and which values work together.
 
-A YAML file and `key=value` overrides become one frozen `Settings`. All errors in it are found here,
-before a process group, a file or a model exists.
+A YAML file and `key=value` overrides become one frozen `Settings`. All errors in them are found
+here, before a process group, a file or a model exists.
 """
 
 from mor_tools.pretraining.settings.data import DataSettings

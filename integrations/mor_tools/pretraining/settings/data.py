@@ -13,7 +13,7 @@ from mor_tools.pretraining.settings.rules import (
 
 Loader = Literal["megatron", "dali"]
 MOST_WORKERS = 256
-"""Each is a process beside every process that trains."""
+"""The upper limit of `workers`: each is a process beside every training process."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class DataSettings:
     """The text, and how it becomes token ids."""
 
     path: str | None = None
-    """A text file, a folder of .txt files, a .jsonl file with a `text` field per line, or the prefix
-    of an existing .bin/.idx pair. null: the documentation that ships with Python, and those of its
-    source files that explain themselves."""
+    """A text file, a folder of .txt files, a .jsonl file with a `text` field per line, or the
+    prefix of an existing .bin/.idx pair. null: the documentation that ships with Python, and those
+    of its source files that contain much explanation."""
     tokenizer: str | None = None
     """A tokenizer.json of the `tokenizers` library. null: a byte-level BPE is trained on the text; this
     is not possible with a .bin/.idx pair."""

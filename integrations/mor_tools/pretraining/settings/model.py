@@ -91,7 +91,7 @@ class ModelSettings:
         require(
             self.head_dim is not None or self.hidden_size % (2 * self.num_heads) == 0,
             f"{owner}.hidden_size={self.hidden_size} must be an even multiple of "
-            f"num_heads={self.num_heads}, since RoPE turns pairs of a head's numbers.",
+            f"num_heads={self.num_heads}, because RoPE rotates the numbers of a head in pairs.",
         )
         require(
             self.head_dim is None or (self.head_dim > 0 and self.head_dim % 2 == 0),

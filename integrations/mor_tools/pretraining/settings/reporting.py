@@ -28,11 +28,11 @@ class EvaluationSettings:
         owner = "evaluation"
         require_at_least(1, owner, every=self.every, batches=self.batches)
         require_at_least(0, owner, sample_tokens=self.sample_tokens)
-        # Beyond these, logits divided by it are all alike, or no number holds them.
+        # Outside this range, the logits divided by it become all equal or overflow.
         require(
             self.temperature == 0 or 1e-3 <= self.temperature <= 1e3,
-            f"{owner}.temperature={self.temperature} must lie in 0.001..1000, or be 0 for the "
-            "likeliest token each time.",
+            f"{owner}.temperature={self.temperature} must lie in 0.001..1000, or be 0 to take the "
+            "most likely token each time.",
         )
         require(self.prompt != "", f"{owner}.prompt is empty. Give it at least one character.")
 

@@ -19,7 +19,7 @@ def require_at_least(minimum: float, owner: str, **values: float | None) -> None
 
 
 def require_at_most(maximum: int, owner: str, **values: int | None) -> None:
-    """Raise ValueError where a value is above `maximum`; None is none."""
+    """Raise ValueError if a value is above `maximum`; None is allowed."""
     for name, value in values.items():
         if value is not None and value > maximum:
             raise ValueError(f"{owner}.{name}={value} must be at most {maximum}.")

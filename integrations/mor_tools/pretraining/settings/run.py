@@ -44,7 +44,7 @@ NAMES = Names(
     one_stage="parallel.pipeline_layout=one_stage",
     to_steps_as_stages="parallel.pipeline_layout=steps_as_stages",
 )
-"""What rules on layouts call the settings."""
+"""What the rules on layouts call each setting in their messages."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,13 @@ class Settings:
         require_at_least(1, "settings", log_every=self.log_every)
         require(
             self.peak_tflops is None or 0 < self.peak_tflops < math.inf,
-            f"peak_tflops={self.peak_tflops} must be above 0 and finite, or null where it is not "
+            f"peak_tflops={self.peak_tflops} must be above 0 and finite, or null if it is not "
             "known.",
         )
         require(
             self.recursion is not None or self.model.num_unrolled_layers >= 3,
             f"model.num_unrolled_layers={self.model.num_unrolled_layers} without recursion must be "
-            "at least 3: the first, the last, and something between.",
+            "at least 3: the first layer, the last, and at least one between them.",
         )
         require_rules(self.arrangement(), LAYOUT_RULES, NAMES)
         if self.recursion is not None:
@@ -94,7 +94,7 @@ class Settings:
 
     @property
     def last_step(self) -> int:
-        """The step after which this process ends."""
+        """The step after which this process stops."""
         return self.training.stop_after or self.training.steps
 
     @property
@@ -106,7 +106,9 @@ class Settings:
 
     @property
     def virtual_stages(self) -> int | None:
-        """Number of steps as virtual pipeline stages; None if a recursion lies within one stage."""
+        """Number of virtual pipeline stages per rank, one per step; None if a recursion is within
+        one stage.
+        """
         if self.recursion is None or self.parallel.pipeline_layout == "one_stage":
             return None
         return self.recursion.num_recursions
@@ -117,17 +119,18 @@ class Settings:
         return self.uptrain is not None and self.uptrain.distillation_coefficient > 0
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Copies of the model among `world_size` processes.
+        """Number of replicas of the model among `world_size` processes.
 
         Raises:
-            ValueError: the processes do not divide into the parallelism or the batch that is set.
+            ValueError: the number of processes is not divisible by the parallelism, or the batch
+                not by the number of replicas.
         """
         arrangement = self.arrangement(world_size)
         require_rules(arrangement, BATCH_RULES, NAMES)
         return arrangement.copies
 
     def arrangement(self, world_size: int = 1) -> Arrangement:
-        """The model on its parallel layout, as rules on layouts see it."""
+        """The model and its parallel layout, in the form that the rules on layouts expect."""
         model, parallel, moe = self.model, self.parallel, self.model.moe
         return Arrangement(
             num_unrolled_layers=model.num_unrolled_layers,
@@ -150,9 +153,10 @@ class Settings:
         )
 
     def require_installed(self) -> None:
-        """Raise ValueError where a run needs a package that is missing here.
+        """Raise ValueError if a package that the run needs is not installed.
 
-        It is not checked with the settings themselves, which a machine that only plans reads too.
+        This is not part of validating the settings, because machines that only plan a run read them
+        too.
         """
         require(
             self.data.loader != "dali" or mor_dali.is_installed(),
@@ -169,18 +173,18 @@ class Settings:
             return
         require(
             self.recursion is not None,
-            "uptrain makes a recursive model of a dense one, and recursion is null. Set recursion, "
-            "or uptrain=null.",
+            "uptrain turns a dense model into a recursive one, but recursion is null. Set "
+            "recursion, or uptrain=null.",
         )
         require(
             self.model.moe is None,
-            "uptrain begins with a dense model, which has no experts to give. Set model.moe=null, "
-            "or uptrain=null.",
+            "uptrain starts from a dense model, which has no experts. Set model.moe=null, or "
+            "uptrain=null.",
         )
         require(
             self.training.initial_weights is None,
-            "training.initial_weights and uptrain.teacher both say where the weights come from. "
-            "Set one of them to null.",
+            "training.initial_weights and uptrain.teacher both set the initial weights. Set one "
+            "of them to null.",
         )
         require(
             self.model.num_unrolled_layers >= 3,

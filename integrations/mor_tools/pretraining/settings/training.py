@@ -87,7 +87,7 @@ class TrainingSettings:
             gradient_clip=self.gradient_clip,
             seed=self.seed,
         )
-        require_at_most(2**32 - 1, owner, seed=self.seed)  # as NumPy's generators have it
+        require_at_most(2**32 - 1, owner, seed=self.seed)  # the range of NumPy's generators
         require(
             0 < self.timeout_seconds <= LONGEST_TIMEOUT,
             f"{owner}.timeout_seconds={self.timeout_seconds} must be above 0, and at most "
@@ -159,6 +159,7 @@ class UptrainSettings:
         )
         require(
             distillation > 0 or self.language_model_coefficient == 1.0,
-            f"{owner}.language_model_coefficient={self.language_model_coefficient} weighs nothing "
-            "against distillation_coefficient=0. Leave it out, or set that above 0.",
+            f"{owner}.language_model_coefficient={self.language_model_coefficient} has no effect "
+            "with distillation_coefficient=0, which leaves only one loss. Leave it out, or set "
+            "that coefficient above 0.",
         )
