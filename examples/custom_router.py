@@ -45,7 +45,9 @@ class Halting(RouterConfig):
     share: float = 0.5  # mean score that the loss holds at each step
     coefficient: float = 1.0  # weight of that loss
 
-    is_causal = True  # no choice reads later tokens: evaluate once, not as in generation too
+    @property
+    def is_causal(self) -> bool:  # no choice reads later tokens: evaluate once
+        return True
 
     def build(self, hidden_size: int, num_recursions: int) -> Router:
         return HaltingRouter(self, hidden_size, num_recursions)

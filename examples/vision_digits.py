@@ -109,12 +109,14 @@ def draw(model: RecursiveClassifier, data: Digits, path: Path, count: int = 10) 
     maps = model.depth_maps(model(data.images[:count])[1])
     figure = Figure(figsize=(count, 2.4), layout="constrained")
     axes = figure.subplots(2, count, squeeze=False)
+    shown = []
     for column in range(count):
         axes[0, column].imshow(data.images[column].numpy(), cmap="gray_r")
         depths = axes[1, column].imshow(maps[column].numpy(), cmap="viridis", vmin=1, vmax=STEPS)
+        shown.append(depths)
     for axis in axes.flat:
         axis.set_axis_off()
-    bar = figure.colorbar(depths, ax=axes, shrink=0.5, pad=0.01, ticks=range(1, STEPS + 1))
+    bar = figure.colorbar(shown[0], ax=axes, shrink=0.5, pad=0.01, ticks=range(1, STEPS + 1))
     bar.set_label("steps")
     figure.savefig(path, dpi=100)
 

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     options = parser()
     if "_ARGCOMPLETE" in os.environ:  # a shell asks what it could complete
-        import argcomplete
+        import argcomplete  # pyright: ignore[reportMissingImports]
 
         argcomplete.autocomplete(options)
     chosen = options.parse_args(arguments)

@@ -101,6 +101,14 @@ def _inspect(options: argparse.ArgumentParser) -> None:
     )
 
 
+def _pretrain(options: argparse.ArgumentParser) -> None:
+    add = options.add_argument
+    add("--processes", type=int, help="processes on this machine (default: one per GPU, or 1)")
+    add("--config", type=Path, metavar="FILE", help="YAML file of settings")
+    add("settings", nargs="*", metavar="key=value", help="settings that override the file's")
+    add("--list-settings", action="store_true", help="explain every setting and exit")
+
+
 def _plan(options: argparse.ArgumentParser) -> None:
     add = options.add_argument
     add("config", type=Path, help="YAML file of a pretraining run")

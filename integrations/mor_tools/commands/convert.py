@@ -25,6 +25,7 @@ from mor_layers.weights import (
     recursive_weights,
     written_whole,
 )
+from mor_tools import terminal
 from mor_tools.commands import verification
 from mor_tools.commands.command_line import WITH_RECURSIONS, flag
 from mor_tools.formats import FORMATS, Format, detected, read_settings
@@ -67,7 +68,8 @@ def run(options: argparse.Namespace) -> None:
             progress.update(task, total=done, completed=done)
         if options.verify:
             by_library = source if model is original else FORMATS[MODEL_TYPE]
-            largest = _difference(by_library, options.source, model, target, partial)
+            with terminal.working("comparing both sides"):
+                largest = _difference(by_library, options.source, model, target, partial)
             console.print(f"largest difference of logits: {largest:.2g}")
 
 

@@ -25,6 +25,7 @@ from mor_layers.generation import (
     calibrate,
     deepened,
 )
+from mor_tools import terminal
 from mor_tools.serving.loading import ServedModel, load
 
 COLOURS = ("bright_black", "blue", "cyan", "green", "yellow", "red", "magenta")
@@ -92,13 +93,15 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(
             "--dial needs held-out text from which thresholds are set: --calibrate FILE."
         )
-    served = load(options.model, trust_remote_code=options.trust_remote_code)
+    with terminal.working(f"loading {options.model or 'a random model'}"):
+        served = load(options.model, trust_remote_code=options.trust_remote_code)
     if options.extra_steps:
         served = replace(served, model=deepened(served.model, options.extra_steps))
     if options.calibrate is not None:
         ids = served.tokenizer.encode(Path(options.calibrate).read_text("utf-8"))
         pieces = [torch.tensor(p)[None] for p in _pieces(ids, 256)][:64]
-        reached = calibrate(served.model, pieces, options.dial)
+        with terminal.working(f"calibrating on {options.calibrate}"):
+            reached = calibrate(served.model, pieces, options.dial)
         console.print(f"mean depth on {options.calibrate}: {reached.mean_depth:.2f}")
     try:
         generate(served, options, console)

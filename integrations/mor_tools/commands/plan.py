@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from mor_tools import terminal
 from mor_tools.commands.workload import workload
 from mor_tools.planner import (
     FP32_TFLOPS,
@@ -75,7 +76,8 @@ def _plan(options: argparse.Namespace, settings: Settings) -> None:
     chosen = settings.training.micro_batch_size
     sizes = _numbers(options.micro_batch_sizes) or _around(chosen)
     recompute = _recompute(options.recompute) or (settings.training.recompute,)
-    found = search(work, options.gpus, hardware, sizes, recompute, options.efficiency)
+    with terminal.working(f"counting the layouts of {options.gpus:,} devices"):
+        found = search(work, options.gpus, hardware, sizes, recompute, options.efficiency)
     if not found.fitting:
         raise ValueError(_nothing_fits(work, options.gpus, hardware, found))
     best = found.fitting[: options.top]

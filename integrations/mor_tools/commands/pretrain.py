@@ -7,6 +7,7 @@ Settings are checked first. Then torchrun starts the processes, each of which ru
 """
 
 import argparse
+import sys
 from importlib.util import find_spec
 
 import torch
@@ -40,5 +41,7 @@ def run(options: argparse.Namespace) -> None:
     for package in _PACKAGES:
         if find_spec(package) is None:
             raise ModuleNotFoundError(f"{package} is not installed", name=package)
+    if sys.stderr.isatty():  # loading Megatron-Core takes seconds, in which nothing else is shown
+        print(f"starting {processes} process{'es' * (processes > 1)} ...", file=sys.stderr)
     start = ["--standalone", "--nproc-per-node", str(processes)]
     torchrun.main([*start, "-m", "mor_tools.pretraining", *arguments])

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mor_tools import terminal
 from mor_tools.formats import RUN_CLAIM
 from mor_tools.reports.comparison import ComparedRun, render
 from mor_tools.reports.rows import read_rows
@@ -34,7 +35,8 @@ def run(options: argparse.Namespace) -> None:
         read(folder, name) for folder, name in zip(options.runs, _names(options.runs), strict=True)
     ]
     output = options.output or Path("comparison.html")
-    output.write_text(render(compared), "utf-8")
+    with terminal.working(f"comparing {len(compared)} runs"):
+        output.write_text(render(compared), "utf-8")
     print(f"wrote {output}")
 
 

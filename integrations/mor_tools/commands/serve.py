@@ -19,6 +19,7 @@ import sys
 import torch
 
 from mor_layers.generation import CacheSettings, DepthBatchingEngine
+from mor_tools import terminal
 from mor_tools.serving.access import Access, read_keys
 from mor_tools.serving.app import Limits, Service
 from mor_tools.serving.loading import ServedModel, load
@@ -41,7 +42,8 @@ def build(options: argparse.Namespace) -> Service:
     limits = Limits(
         options.max_tokens, options.max_waiting, options.max_per_client, timeout=options.timeout
     )
-    served = load(options.model, trust_remote_code=options.trust_remote_code)
+    with terminal.working(f"loading {options.model or 'a random model'}"):
+        served = load(options.model, trust_remote_code=options.trust_remote_code)
     return Service(build_engine(options, served), served, limits, access)
 
 

@@ -89,7 +89,8 @@ def _pretrain(settings: Settings, console: Console | None, notes: list[str | Non
     """The work of one process of the run that holds the folder; `notes` are messages to print
     first.
     """
-    text = on_first_rank(lambda: prepare(settings.data))
+    with _working(console, "preparing the text"):
+        text = on_first_rank(lambda: prepare(settings.data))
     on_first_rank(lambda: run_folder.claim(settings, text))
     extension = on_first_rank(lambda: run_folder.extend(settings))
     tokenizer = TextTokenizer(text.tokenizer, settings.data.end_of_document)
@@ -122,6 +123,11 @@ def _pretrain(settings: Settings, console: Console | None, notes: list[str | Non
             session.train()
         if trainer.step == settings.training.steps:
             session.finish()
+
+
+def _working(console: Console | None, doing: str) -> contextlib.AbstractContextManager[object]:
+    """Show on the first rank's terminal what is being done."""
+    return contextlib.nullcontext() if console is None else console.status(f"{doing} ...")
 
 
 class Session:
