@@ -8,7 +8,7 @@ ARGUMENTS ?=
 export PYTHONPATH := $(CURDIR):$(CURDIR)/integrations
 use_python = python=$(or $(PYTHON),$$(.ci/setup)) &&
 
-.PHONY: help env pretrain test test-full test-gpu test-vllm test-megatron-lm faults campaign lint docs wheel bench
+.PHONY: help env pretrain test test-full test-gpu test-vllm test-megatron-lm faults campaign lint docs walk wheel bench
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -18,9 +18,8 @@ env:  ## what puts the environment's python and `mor` into a shell: eval "$(make
 	    echo 'mor() { python -m mor_tools.commands "$$@"; }'
 
 pretrain:  ## pretrain a small model on text that ships with Python (ARGUMENTS="key=value ...")
-	@$(use_python) OMP_NUM_THREADS=1 $$python -m torch.distributed.run --standalone \
-	    --nproc-per-node $(PROCESSES) -m mor_tools.pretraining \
-	    --config examples/configs/tiny.yaml $(ARGUMENTS)
+	@$(use_python) OMP_NUM_THREADS=1 $$python -m mor_tools.commands pretrain \
+	    --processes $(PROCESSES) --config examples/configs/tiny.yaml $(ARGUMENTS)
 
 test:  ## run the tests (ARGUMENTS="options of pytest")
 	@$(use_python) OMP_NUM_THREADS=1 $$python -m tests.side_by_side $(ARGUMENTS)
@@ -53,7 +52,10 @@ lint:  ## ruff, pyright and the import contracts
 docs:  ## build the documentation site
 	@$(use_python) $$python -m mkdocs build --quiet --strict --config-file docs/mkdocs.yml
 
-wheel:  ## build the wheel into dist/, and try it where only its dependencies are installed
+walk:  ## do first tasks by following the pages of the documentation (ARGUMENTS="--list", names)
+	@$(use_python) OMP_NUM_THREADS=1 $$python -m tests.docs.walk $(ARGUMENTS)
+
+wheel:  ## build the wheel into dist/, and try it with torch alone and with each extra (minutes)
 	@$(use_python) $$python .ci/wheel.py
 
 bench:  ## compare training steps with and without recursion

@@ -1,5 +1,8 @@
 """Builds the wheel and shows that it works where nothing but it and its dependencies is installed.
 
+First come the core and the command `mor` without any extra, that is with torch and three small packages.
+Then each extra is added to such an environment, in turn, and what it promises is imported.
+
     python .ci/wheel.py [FOLDER]
 
 FOLDER gets the wheel (default: dist). It is built from a copy of the sources, because setuptools
@@ -14,10 +17,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 import venv
 import zipfile
-from importlib.metadata import Distribution, PathDistribution, distribution
+from collections.abc import Sequence
+from importlib.metadata import (
+    Distribution,
+    PackageNotFoundError,
+    PathDistribution,
+    distribution,
+)
 from pathlib import Path
 
 from packaging.requirements import Requirement  # pytest brings it
@@ -28,18 +38,36 @@ NAME = PROJECT["project"]["name"]
 SOURCES = [ROOT / folder for folder in PROJECT["tool"]["setuptools"]["packages"]["find"]["where"]]
 PACKAGES = PROJECT["tool"]["importlinter"]["root_packages"]
 SECONDS_OF_HELP = 1.0
+PROMISES = {
+    "megatron": ["mor_megatron"],
+    "te": ["transformer_engine.pytorch"],
+    "dali": ["mor_dali"],
+    "hf": ["mor_huggingface", "mor_tools.commands.generate"],
+    "eval": ["mor_huggingface.lm_eval"],
+    "reports": ["mor_tools.reports", "mor_tools.commands.plan", "mor_tools.commands.report"],
+    "serve": ["mor_tools.serving", "mor_tools.commands.serve"],
+    "wandb": ["wandb"],
+    "completion": ["argcomplete"],
+    "megatron,examples": ["mor_tools.pretraining"],
+}
+"""Packages whose modules can all be imported with an extra, or with several together."""
+TOOLS = {"dev", "docs"}
+"""Extras for work on this project, which promise nothing to those who install the wheel."""
 
 
 def main(target: Path) -> None:
     """Build, look at, install and use the wheel; raises where something is wrong."""
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         wheel = build(Path(folder))
         check_contents(wheel)
         python = install(wheel, Path(folder) / "environment")
         use(python, Path(folder))
+        print(f"without extras: works ({time.monotonic() - began:.0f} s)", flush=True)
+        check_promises(python, Path(folder))
         target.mkdir(exist_ok=True)
         shutil.copy(wheel, target)
-    print(f"{target / wheel.name} is complete and works")
+    print(f"{target / wheel.name} is complete and works ({time.monotonic() - began:.0f} s)")
 
 
 def build(folder: Path) -> Path:
@@ -73,18 +101,62 @@ def install(wheel: Path, environment: Path) -> Path:
     venv.create(environment, with_pip=False)
     python = environment / "bin" / "python"
     pip("install", "--no-deps", "--no-index", str(wheel), python=python)
-    (site,) = environment.glob("lib/python*/site-packages")
-    (installed,) = site.glob("mor_layers-*.dist-info")
-    for dependency in closure(PathDistribution(installed)):
+    site = site_of(environment)
+    for dependency in closure(installed(site)):
         link(dependency, site)
     return python
 
 
-def closure(root: Distribution) -> list[Distribution]:
-    """What a distribution without extras depends on, and what that depends on in turn."""
+def check_promises(base: Path, folder: Path) -> None:
+    """With each extra in turn, import what it promises.
+
+    Args:
+        base: Python of the environment without extras, to which those of an extra are added.
+    """
+    declared = set(PROJECT["project"]["optional-dependencies"]) - TOOLS
+    promised = {extra for extras in PROMISES for extra in extras.split(",")}
+    assert promised == declared, f"promises of these extras: {sorted(promised ^ declared)}"
+    site = site_of(base.parents[1])
+    known = {dependency.name for dependency in closure(installed(site))}
+    for extras, packages in PROMISES.items():
+        began = time.monotonic()
+        try:
+            added = closure(installed(site), extras.split(","))
+        except PackageNotFoundError as missing:
+            print(f"with {extras}: left out, because {missing.name} is not installed here")
+            continue
+        environment = folder / f"with-{extras.replace(',', '-')}"
+        venv.create(environment, with_pip=False)
+        own = site_of(environment)
+        (own / "base.pth").write_text(str(site))
+        for dependency in added:
+            if dependency.name not in known:
+                link(dependency, own)
+        run(folder, environment / "bin" / "python", "-c", IMPORT, *packages)
+        print(f"with {extras}: works ({time.monotonic() - began:.0f} s)", flush=True)
+
+
+def site_of(environment: Path) -> Path:
+    """The folder of an environment's packages."""
+    (site,) = environment.glob("lib/python*/site-packages")
+    return site
+
+
+def installed(site: Path) -> Distribution:
+    """The wheel, installed."""
+    (place,) = site.glob("mor_layers-*.dist-info")
+    return PathDistribution(place)
+
+
+def closure(root: Distribution, extras: Sequence[str] = ()) -> list[Distribution]:
+    """What a distribution with these extras depends on, and what that depends on in turn.
+
+    Raises:
+        PackageNotFoundError: some of it is not installed in this environment.
+    """
     found: dict[str, Distribution] = {}
     seen = set()
-    waiting = [(root, "")]  # distributions, each with an extra that is asked for
+    waiting = [(root, extra) for extra in ("", *extras)]  # each with an extra that is asked for
     while waiting:
         asking, extra = waiting.pop()
         for requirement in map(Requirement, asking.requires or ()):
@@ -111,11 +183,21 @@ def link(dependency: Distribution, site: Path) -> None:
 def use(python: Path, folder: Path) -> None:
     """What a newcomer does first, outside the checkout."""
     run(folder, python, "-W", "error:::mor_layers", "-c", EVERY_MODULE)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-    for block in blocks:
-        if "megatron" not in block:
-            run(folder, python, "-W", "error:::mor_layers", "-c", block)
+    for page in ("README.md", "docs/pages/quickstart.md"):
+        text = (ROOT / page).read_text("utf-8")
+        blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        plain = [block for block in blocks if "megatron" not in block]
+        assert plain, f"{page} has no example in plain PyTorch"
+        # A page's blocks share names.
+        run(folder, python, "-W", "error:::mor_layers", "-c", "\n".join(plain))
     mor = python.parent / "mor"
+    for arguments, extra in LACKING.items():
+        refused = subprocess.run(
+            [mor, *arguments.split()], cwd=folder, env=hidden(), capture_output=True, text=True
+        )
+        assert refused.returncode == 2, refused.stderr
+        expected = f'pip install "mor-layers[{extra}]"'
+        assert expected in refused.stderr, f"mor {arguments}: {refused.stderr}"
     seconds = min(float(run(folder, python, "-c", TIMED, str(mor))) for _ in range(3))
     assert seconds < SECONDS_OF_HELP, f"mor --help takes {seconds:.1f} s"
     assert run(folder, mor, "--version").split() == ["mor", distribution_version(python)]
@@ -126,6 +208,25 @@ import importlib, mor_layers, pkgutil
 for module in pkgutil.walk_packages(mor_layers.__path__, "mor_layers."):
     importlib.import_module(module.name)
 """
+IMPORT = """
+import importlib, pkgutil, sys
+for name in sys.argv[1:]:
+    package = importlib.import_module(name)
+    for module in pkgutil.walk_packages(getattr(package, "__path__", ()), name + "."):
+        if name.startswith("mor_") and not module.name.endswith(("__main__", "lm_eval")):
+            importlib.import_module(module.name)
+"""
+"""Imports every module of our packages; other packages as a whole. The lm_eval one has its own extra."""
+LACKING = {
+    "inspect run --text file": "reports",
+    "generate": "reports",
+    "plan file --gpus 1": "reports",
+    "report run": "reports",
+    "serve": "serve",
+    "convert source target": "reports",
+    "pretrain": "megatron",
+}
+"""The first extra that each command asks for if there is none."""
 TIMED = """
 import subprocess, sys, time
 start = time.perf_counter()
@@ -152,10 +253,14 @@ def pip(*arguments: str, python: Path | None = None) -> None:
     run(ROOT, sys.executable, "-m", "pip", *other, "--disable-pip-version-check", "-q", *arguments)
 
 
+def hidden() -> dict[str, str]:
+    """Environment variables that do not lead to the checkout."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
 def run(folder: Path, *command: str | Path) -> str:
     """Output of a command that does not see the checkout."""
-    hidden = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=folder, env=hidden, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env=hidden(), capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stdout}{done.stderr}")
     return done.stdout

@@ -18,7 +18,7 @@ folder of this file in PYTHONPATH, or by its registered name where the module is
 What the library cannot see for itself, settings may declare; see the methods of `RouterConfig`.
 """
 
-import sys
+import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pydoc_data.topics import topics
@@ -45,7 +45,9 @@ class Halting(RouterConfig):
     share: float = 0.5  # mean score that the loss holds at each step
     coefficient: float = 1.0  # weight of that loss
 
-    is_causal = True  # no choice reads later tokens: evaluate once, not as in generation too
+    @property
+    def is_causal(self) -> bool:  # no choice reads later tokens: evaluate once
+        return True
 
     def build(self, hidden_size: int, num_recursions: int) -> Router:
         return HaltingRouter(self, hidden_size, num_recursions)
@@ -112,9 +114,10 @@ def shares(output: DecoderOutput) -> list[float]:
 
 
 def main() -> None:
+    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    options.add_argument("steps", type=int, nargs="?", default=200, help="(default: 200)")
     torch.manual_seed(0)
-    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-    for i, output in enumerate(train(steps), start=1):
+    for i, output in enumerate(train(options.parse_args().steps), start=1):
         if i == 1 or i % 20 == 0:
             per_step = "  ".join(f"{share:4.0%}" for share in shares(output))
             print(f"step {i:4}  loss {output.lm_loss:.3f}  tokens that ran each step {per_step}")

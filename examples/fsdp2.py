@@ -7,7 +7,7 @@ decides how often they travel: around the RecursionBlock they are gathered once,
 inside once a step. Prints both counts, then trains. gloo on a CPU, NCCL where every rank has a GPU.
 """
 
-import sys
+import argparse
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -138,7 +138,11 @@ def train(mesh: DeviceMesh, steps: int) -> Iterator[DecoderOutput]:
 def main() -> None:
     # Nothing here changes an output in place, which is what FSDP2 warns of.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 100
+    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    options.add_argument("steps", type=int, nargs="?", default=100, help="(default: 100)")
+    steps = options.parse_args().steps
+    if not dist.is_torchelastic_launched():
+        options.exit(2, "Start it with torchrun: torchrun --nproc-per-node 2 examples/fsdp2.py\n")
     dist.init_process_group()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mesh = init_device_mesh(device, (dist.get_world_size(),))

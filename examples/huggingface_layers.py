@@ -6,7 +6,7 @@ Wraps the middle of a small random Llama and trains it on text. `RecursiveLM` ta
 Mistral, Qwen2 or Qwen3 the same way: AutoModelForCausalLM.from_pretrained(...).
 """
 
-import sys
+import argparse
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
@@ -216,8 +216,10 @@ def train(model: RecursiveLM, steps: int) -> Iterator[tuple[float, RecursionOutp
 
 
 def main() -> None:
+    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    options.add_argument("steps", type=int, nargs="?", default=100, help="(default: 100)")
+    steps = options.parse_args().steps
     torch.manual_seed(0)
-    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 100
     model = RecursiveLM(small_llama(), ExpertChoice(), num_recursions=3)
     for i, (loss, output) in enumerate(train(model, steps), start=1):
         if i == 1 or i % 20 == 0:

@@ -7,7 +7,7 @@ beside the number of steps that each patch took. The encoder sees all patches at
 expert-choice selects the same way in training and in use.
 """
 
-import sys
+import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,29 +109,34 @@ def draw(model: RecursiveClassifier, data: Digits, path: Path, count: int = 10) 
     maps = model.depth_maps(model(data.images[:count])[1])
     figure = Figure(figsize=(count, 2.4), layout="constrained")
     axes = figure.subplots(2, count, squeeze=False)
+    shown = []
     for column in range(count):
         axes[0, column].imshow(data.images[column].numpy(), cmap="gray_r")
         depths = axes[1, column].imshow(maps[column].numpy(), cmap="viridis", vmin=1, vmax=STEPS)
+        shown.append(depths)
     for axis in axes.flat:
         axis.set_axis_off()
-    bar = figure.colorbar(depths, ax=axes, shrink=0.5, pad=0.01, ticks=range(1, STEPS + 1))
+    bar = figure.colorbar(shown[0], ax=axes, shrink=0.5, pad=0.01, ticks=range(1, STEPS + 1))
     bar.set_label("steps")
     figure.savefig(path, dpi=100)
 
 
 def main() -> None:
+    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = options.add_argument
+    add("epochs", type=int, nargs="?", default=20, help="(default: 20)")
+    add("picture", type=Path, nargs="?", default="digit_depths.png", help="file to write")
+    chosen = options.parse_args()
     torch.manual_seed(0)
-    epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 20
-    path = Path(sys.argv[2] if len(sys.argv) > 2 else "digit_depths.png")
     train_data, test_data = load()
     model = RecursiveClassifier()
-    for epoch, loss in enumerate(train(model, train_data, epochs), start=1):
+    for epoch, loss in enumerate(train(model, train_data, chosen.epochs), start=1):
         if epoch == 1 or epoch % 5 == 0:
             print(
                 f"epoch {epoch:3}  loss {loss:.3f}  test accuracy {accuracy(model, test_data):.1%}"
             )
-    draw(model, test_data, path)
-    print(f"depths of ten test images in {path}")
+    draw(model, test_data, chosen.picture)
+    print(f"depths of ten test images in {chosen.picture}")
 
 
 if __name__ == "__main__":

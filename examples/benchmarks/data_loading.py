@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -80,7 +80,8 @@ def dataset(folder: Path, length: int, samples: int, has_mask: bool) -> GPTDatas
         create_attention_mask=has_mask,
     )
     sizes = [samples, 0, 0]
-    return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()[0]
+    built = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
+    return cast(GPTDataset, built[0])
 
 
 def loaders(data: GPTDataset, size: int, ahead: int) -> list[Callable[[], Iterator[Any]]]:
@@ -101,7 +102,7 @@ def waiting(load: Callable[[], Iterator[Any]], batches: int, step: float) -> flo
     for _ in range(batches):
         until = time.perf_counter() + step
         while time.perf_counter() < until:
-            weight @ weight
+            _ = weight @ weight
         began = time.perf_counter()
         next(iterator)
         total += time.perf_counter() - began

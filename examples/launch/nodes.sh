@@ -46,7 +46,7 @@ errors=$(mktemp) || exit
 trap 'rm -f "$errors"' EXIT
 exec 3> >(tee "$errors" >&2)
 copying=$!
-"${PYTHON:-python}" -m torch.distributed.run \
+"${PYTHON:-python}" -m mor_tools.pretraining.torchrun \
     --nnodes "$NODES" \
     --nproc-per-node "${PROCESSES:-gpu}" \
     --rdzv-backend c10d \

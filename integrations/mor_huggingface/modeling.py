@@ -70,7 +70,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
     accepts_loss_kwargs = False
     """False: Trainer divides the loss by the number of micro-batches, and not by the number of labels.
     The losses of routers need the former."""
-    _tied_weights_keys: ClassVar = {"model.output.weight": "model.embedding.weight"}
+    _tied_weights_keys: ClassVar = {"model.output.weight": "model.embedding.weight"}  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, config: MoRConfig) -> None:
         super().__init__(config)
@@ -98,7 +98,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         """
         return all(recursion.recompute for recursion in self.model.recursions)
 
-    def _set_gradient_checkpointing(
+    def _set_gradient_checkpointing(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, enable: bool = True, every_n_layers: int = 1, **options: Any
     ) -> None:
         function = options.get("gradient_checkpointing_func")
@@ -181,7 +181,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
             return logits, None
         return logits, output.loss if self.training else output.lm_loss
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         input_ids: Int[Tensor, "b s"],
         next_sequence_length: int | None = None,
@@ -201,7 +201,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
             "logits_to_keep": logits_to_keep,
         }
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],

@@ -198,7 +198,7 @@ class UpdatingContext(SharingContext):
 class ExitStateContext(StepContext):
     """Exit state: the rows of the running tokens, then those of all tokens that exited earlier."""
 
-    exited: Exited | None = None
+    exited: Exited | None = None  # pyright: ignore[reportIncompatibleMethodOverride]
     """The tokens that ran the previous step (at step 1: all tokens) and do not run this one."""
     exited_tokens: tuple[Tokens, ...] = ()
     """All tokens that have exited, one entry per step at which some did; this step's is the last."""

@@ -8,7 +8,7 @@ comparison also checks that it is right.
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core import parallel_state
@@ -311,7 +311,7 @@ def _shards(entry: ShardedTensor | ShardedTensorFactory, data: Tensor) -> list[S
     """Where `data`, laid out like a parameter, lies in the global tensor, as views of `data`."""
     if isinstance(entry, ShardedTensorFactory):
         # A gated linear_fc1: the rank's two halves lie apart in the global tensor.
-        return replace(entry, data=data).build()
+        return cast(list[ShardedTensor], replace(entry, data=data).build())
     return [replace(entry, data=data, dtype=data.dtype)]
 
 

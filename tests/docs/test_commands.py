@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import mor_tools.commands
+from mor_tools import commands
 from mor_tools.pretraining.command_line import load_settings
 from tests.docs.test_pages import PAGES, ROOT
 from tests.docs.test_tutorials import TUTORIALS
@@ -53,9 +53,10 @@ def check(command: str) -> None:
     if program == "make":
         check_make(arguments)
     elif program == "mor":
-        own = argparse.ArgumentParser(exit_on_error=False)
-        mor_tools.commands.load(arguments[0]).add_arguments(own)
-        own.parse_args(arguments[1:])
+        chosen = commands.parser().parse_args(arguments)
+        if chosen.command == "pretrain":
+            config = [] if chosen.config is None else ["--config", str(chosen.config)]
+            load_settings([*config, *chosen.settings])
     elif program == "python":
         assert find_spec(arguments[1]) is not None, command
         if arguments[1] == "mor_tools.pretraining":

@@ -4,6 +4,7 @@ import importlib.util
 import pickle
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import numpy
 import pytest
@@ -61,7 +62,7 @@ def dataset(folder: Path, kind=GPTDataset, eod=3, held_out=False, **options) -> 
         **(given | options),
     )
     builder = BlendedMegatronDatasetBuilder(kind, [150, None, 0], lambda: True, config)
-    return builder.build()[held_out]
+    return cast(GPTDataset, builder.build()[held_out])
 
 
 def megatron_batches(data: GPTDataset, size: int, first=0, rank=0, ranks=1):

@@ -130,7 +130,7 @@ def test_a_local_task(folder, tmp_path) -> None:
         task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
         bootstrap_iters=0,
     )
-    accuracy = results["results"]["last_word"]["acc,none"]
+    accuracy = results["results"]["last_word"]["acc,none"]  # pyright: ignore[reportTypedDictNotRequiredAccess]
     assert accuracy == pytest.approx(expected_accuracy(folder))
 
 

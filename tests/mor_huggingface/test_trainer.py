@@ -33,7 +33,7 @@ def rows() -> list[dict[str, torch.Tensor]]:
 
 
 class InOrder(Trainer):
-    def _get_train_sampler(self, *arguments):
+    def _get_train_sampler(self, *arguments):  # pyright: ignore[reportIncompatibleMethodOverride]
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 

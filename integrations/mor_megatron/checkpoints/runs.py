@@ -336,7 +336,7 @@ def _good(candidates: list[Path]) -> tuple[Path, tuple[str, ...]]:
 
 def _read(source: Path, request: ShardedStateDict) -> Any:
     """Read the requested state. If a rank cannot read its part, all ranks raise."""
-    problem = None
+    state = problem = None
     try:
         with restricted_reading():
             state = dist_checkpointing.load(request, str(source))

@@ -25,16 +25,6 @@ SUMMARY = "summary.json"
 OTHER_TEXT = "the documentation that ships with Python"
 
 
-def add_arguments(options: argparse.ArgumentParser) -> None:
-    """The command line."""
-    add = options.add_argument
-    add("folder", type=Path, help="folder of a finished pretraining run")
-    add("--name", help="name of the model (default: that of the folder)")
-    add("--license", help="identifier of the licence, such as apache-2.0 (default: none is stated)")
-    add("--language", default="en", help="language of the text (default: en)")
-    add("--output", type=Path, help="folder to write README.md into (default: RUN/model)")
-
-
 def run(options: argparse.Namespace) -> None:
     """Write the card.
 
@@ -81,7 +71,7 @@ def _summary(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} is not a finished pretraining run: it has no {SUMMARY}.")
     try:
         summary = json.loads(file.read_text("utf-8"))
-        summary["settings"], summary["validation_loss"], summary["sample"]  # noqa: B018 (raises)
+        summary["settings"], summary["validation_loss"], summary["sample"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({error!r}).") from error
     return summary

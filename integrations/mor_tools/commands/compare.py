@@ -12,9 +12,7 @@ import sys
 
 from rich.console import Console
 
-from mor_tools.comparison.command_line import add_arguments, planned
-
-__all__ = ["add_arguments", "run"]
+from mor_tools.comparison.command_line import planned
 
 
 def run(options: argparse.Namespace) -> None:

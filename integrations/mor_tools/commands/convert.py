@@ -20,42 +20,15 @@ from rich.progress import Progress
 from mor_layers import RecursionConfig, from_mapping
 from mor_layers.recursion import SHARING_SCHEMES
 from mor_layers.weights import (
-    INITIALIZATIONS,
     MODEL_TYPE,
     StoredModel,
     recursive_weights,
     written_whole,
 )
+from mor_tools import terminal
 from mor_tools.commands import verification
-from mor_tools.commands.options import TRUST_REMOTE_CODE
+from mor_tools.commands.command_line import WITH_RECURSIONS, flag
 from mor_tools.formats import FORMATS, Format, detected, read_settings
-
-
-def add_arguments(options: argparse.ArgumentParser) -> None:
-    """Add the arguments."""
-    add = options.add_argument
-    add("source", type=Path, help="a model: a folder, a training run, or NAME.json of a pair")
-    add("target", type=Path, help="folder to write; must not exist")
-    add("--to", choices=sorted(FORMATS), default=MODEL_TYPE, help="format to write (default: mor)")
-    add(
-        "--settings",
-        type=Path,
-        help="YAML of the DecoderConfig, for a Megatron checkpoint that does not hold it",
-    )
-    add(
-        "--verify",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="compare logits of both sides, one in memory at a time (default: yes)",
-    )
-    add("--trust-remote-code", action="store_true", help=TRUST_REMOTE_CODE)
-    add(
-        "--recursions",
-        type=int,
-        help="make a dense model recursive, with this number of recursions",
-    )
-    for name, settings in _WITH_RECURSIONS.items():
-        add(_flag(name), **settings)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -68,10 +41,10 @@ def run(options: argparse.Namespace) -> None:
     """
     if options.target.exists():
         raise ValueError(f"{options.target} already exists. Name a new folder, or remove it.")
-    given = [name for name in _WITH_RECURSIONS if getattr(options, name) is not None]
+    given = [name for name in WITH_RECURSIONS if getattr(options, name) is not None]
     if given and options.recursions is None:
         raise ValueError(
-            f"{_flag(given[0])} has no effect without --recursions. Leave it out, or give the "
+            f"{flag(given[0])} has no effect without --recursions. Leave it out, or give the "
             "number of recursions."
         )
     source, target = detected(options.source), FORMATS[options.to]
@@ -95,7 +68,8 @@ def run(options: argparse.Namespace) -> None:
             progress.update(task, total=done, completed=done)
         if options.verify:
             by_library = source if model is original else FORMATS[MODEL_TYPE]
-            largest = _difference(by_library, options.source, model, target, partial)
+            with terminal.working("comparing both sides"):
+                largest = _difference(by_library, options.source, model, target, partial)
             console.print(f"largest difference of logits: {largest:.2g}")
 
 
@@ -120,10 +94,6 @@ def _difference(
         # source is.
         found = verification.logits_of(target.open(written, None, True), ids)
     return verification.difference(expected, found)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _recursive(model: StoredModel, options: argparse.Namespace) -> StoredModel:
@@ -189,25 +159,3 @@ def _divides(
     except ValueError:
         return False
     return True
-
-
-_WITH_RECURSIONS: dict[str, dict[str, Any]] = {
-    "sharing": {"choices": SHARING_SCHEMES, "help": "sharing scheme (default: middle_cycle)"},
-    "prelude": {
-        "type": int,
-        "help": "unshared layers before the recursion (default: 1 or 0, depending on --sharing)",
-    },
-    "coda": {"type": int, "help": "unshared layers after the recursion (default: likewise)"},
-    "init": {
-        "choices": INITIALIZATIONS,
-        "help": "how shared weights are initialised (default: average)",
-    },
-    "router": {"help": "type of the router (default: fixed_depth)"},
-    "seed": {"type": int, "help": "seed of random weights and of a router (default: 0)"},
-    "relax_rank": {
-        "type": int,
-        "help": "rank of low-rank deltas for each step, which then also has norms of its own",
-    },
-    "relax_kind": {"choices": ("lora", "dora"), "help": "kind of the deltas (default: lora)"},
-}
-"""Options that only apply to a model that is made recursive."""

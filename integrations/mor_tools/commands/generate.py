@@ -25,39 +25,11 @@ from mor_layers.generation import (
     calibrate,
     deepened,
 )
-from mor_tools.commands.options import TRUST_REMOTE_CODE
+from mor_tools import terminal
 from mor_tools.serving.loading import ServedModel, load
 
 COLOURS = ("bright_black", "blue", "cyan", "green", "yellow", "red", "magenta")
 """Colours by step; deeper steps share the last one."""
-
-
-def add_arguments(options: argparse.ArgumentParser) -> None:
-    """Add the arguments."""
-    add = options.add_argument
-    add("prompt", nargs="?", default="Once upon a time", help="text to continue")
-    add("--model", help="model folder written by pretraining or `mor convert`; default: random")
-    add("--trust-remote-code", action="store_true", help=TRUST_REMOTE_CODE)
-    add("--max-new-tokens", type=int, default=100, help="(default: 100)")
-    add("--temperature", type=float, default=0.0, help="0 takes the most likely token (default)")
-    add("--top-k", type=int, default=0, help="sample among this many tokens; 0: all (default)")
-    add(
-        "--top-p",
-        type=float,
-        default=1.0,
-        help="sample from the top tokens with this total probability (default: 1)",
-    )
-    add("--seed", type=int, default=0, help="seed of the random numbers (default: 0)")
-    add(
-        "--stop",
-        action="append",
-        default=[],
-        help="string at which generation stops; may be repeated",
-    )
-    add("--int8-kv", action="store_true", help="keep keys and values in 8 bits; not exact")
-    add("--calibrate", metavar="FILE", help="held-out text to set thresholds from")
-    add("--dial", type=float, default=1.0, help="compute relative to training; needs --calibrate")
-    add("--extra-steps", type=int, default=0, help="recursion steps beyond those of training")
 
 
 class GenerationError(Exception):
@@ -121,13 +93,15 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(
             "--dial needs held-out text from which thresholds are set: --calibrate FILE."
         )
-    served = load(options.model, trust_remote_code=options.trust_remote_code)
+    with terminal.working(f"loading {options.model or 'a random model'}"):
+        served = load(options.model, trust_remote_code=options.trust_remote_code)
     if options.extra_steps:
         served = replace(served, model=deepened(served.model, options.extra_steps))
     if options.calibrate is not None:
         ids = served.tokenizer.encode(Path(options.calibrate).read_text("utf-8"))
         pieces = [torch.tensor(p)[None] for p in _pieces(ids, 256)][:64]
-        reached = calibrate(served.model, pieces, options.dial)
+        with terminal.working(f"calibrating on {options.calibrate}"):
+            reached = calibrate(served.model, pieces, options.dial)
         console.print(f"mean depth on {options.calibrate}: {reached.mean_depth:.2f}")
     try:
         generate(served, options, console)

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from mor_layers import load_model
 from mor_layers.inspection import Inspection, inspect_text
-from mor_tools.commands.options import TRUST_REMOTE_CODE
+from mor_tools import terminal
 from mor_tools.formats import model_folder, trained_length
 
 DEFAULT_WINDOW = 1024
@@ -34,23 +34,6 @@ class _Tokenized:
     """The text of each token."""
 
 
-def add_arguments(options: argparse.ArgumentParser) -> None:
-    """Add the arguments."""
-    add = options.add_argument
-    add("checkpoint", type=Path, help="folder of a model, or of the run that trained it")
-    add("--text", type=Path, required=True, help="UTF-8 text to inspect")
-    add("--output", type=Path, help="page to write (default: inspection.html in the folder)")
-    add("--trust-remote-code", action="store_true", help=TRUST_REMOTE_CODE)
-    add("--window", type=int, help="largest number of tokens at once (default: as in training)")
-    add("--tensorboard", type=Path, metavar="DIR", help="also write figures for TensorBoard")
-    add("--wandb", metavar="PROJECT", help="also send figures to this project of Weights & Biases")
-    add(
-        "--wandb-offline",
-        action="store_true",
-        help="store the figures beside the page, for `wandb sync`",
-    )
-
-
 def run(options: argparse.Namespace) -> None:
     """Inspect a model.
 
@@ -65,16 +48,19 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--wandb-offline has no effect without --wandb PROJECT. Leave it out.")
     folder = model_folder(options.checkpoint)
     text = options.text.read_text("utf-8")
-    model = load_model(folder, options.trust_remote_code)
+    with terminal.working(f"loading {folder}"):
+        model = load_model(folder, options.trust_remote_code)
     tokens = _tokenize(folder, text, model.config.vocab_size)
     if len(tokens.ids) < 2:
         raise ValueError(
             f"{options.text} has {len(tokens.ids)} tokens. Use a text with at least 2."
         )
     window = options.window or trained_length(folder) or DEFAULT_WINDOW
-    seen = inspect_text(model, tokens.ids, window)
+    with terminal.working(f"reading {len(tokens.ids):,} tokens of {options.text}"):
+        seen = inspect_text(model, tokens.ids, window)
     rows = read_rows(options.checkpoint / "history.jsonl")
-    page = render(seen, tokens.texts, f"{options.checkpoint} reads {options.text.name}", rows)
+    with terminal.working("drawing the page"):
+        page = render(seen, tokens.texts, f"{options.checkpoint} reads {options.text.name}", rows)
     output = options.output or options.checkpoint / "inspection.html"
     output.write_text(page, "utf-8")
     _track(options, seen, output.parent, rows[-1].step if rows else 0)

@@ -10,12 +10,11 @@ import argparse
 import json
 from collections import Counter
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from mor_tools.pretraining.models.workload import workload
+from mor_tools import terminal
 from mor_tools.planner import (
     FP32_TFLOPS,
     HARDWARE,
@@ -36,38 +35,12 @@ from mor_tools.planner import (
     starvation,
 )
 from mor_tools.pretraining.command_line import read_settings
+from mor_tools.pretraining.models.workload import workload
 from mor_tools.pretraining.settings import Settings
 
 GIB = 2**30
 MOST_DEVICES = 10**9
 """With more devices, enumerating the layouts would take minutes."""
-
-
-def add_arguments(options: argparse.ArgumentParser) -> None:
-    """Add the arguments."""
-    add = options.add_argument
-    add("config", type=Path, help="YAML file of a pretraining run")
-    add("--gpus", type=int, required=True, help="devices")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
-    add("--hardware", default="h100", help=f"one of {', '.join(HARDWARE)} (default: h100)")
-    add("--tflops", type=float, help="peak of a device in TFLOP/s at the training precision")
-    add("--memory-gib", type=float, help="memory of a device in GiB")
-    add("--intra-gbps", type=float, help="bandwidth of a device within its node in 1e9 bytes/s")
-    add("--inter-gbps", type=float, help="bandwidth of a device to other nodes in 1e9 bytes/s")
-    add("--per-node", type=int, help="devices per node")
-    add(
-        "--efficiency",
-        type=float,
-        default=0.5,
-        help="fraction of the peak that is reached (default: 0.5)",
-    )
-    add("--micro-batch-sizes", help="e.g. 1,2,4 (default: the file's, half and double of it)")
-    add("--recompute", help="e.g. none,full (default: the file's)")
-    add("--vocab-size", type=int, help="vocabulary size, instead of the tokenizer's")
-    add("--top", type=int, default=10, help="number of layouts to show (default: 10)")
-    add("--inference", action="store_true", help="instead, how many sequences fit while generating")
-    add("--json", type=Path, metavar="FILE", help="write every layout that fits to a file")
-    add("--picture", type=Path, metavar="FILE", help="draw memory and time of the best layout")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -103,7 +76,8 @@ def _plan(options: argparse.Namespace, settings: Settings) -> None:
     chosen = settings.training.micro_batch_size
     sizes = _numbers(options.micro_batch_sizes) or _around(chosen)
     recompute = _recompute(options.recompute) or (settings.training.recompute,)
-    found = search(work, options.gpus, hardware, sizes, recompute, options.efficiency)
+    with terminal.working(f"counting the layouts of {options.gpus:,} devices"):
+        found = search(work, options.gpus, hardware, sizes, recompute, options.efficiency)
     if not found.fitting:
         raise ValueError(_nothing_fits(work, options.gpus, hardware, found))
     best = found.fitting[: options.top]

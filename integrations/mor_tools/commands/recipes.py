@@ -16,12 +16,6 @@ from mor_layers import to_mapping
 from mor_tools.recipes import recipe, recipes, tiny_twin
 
 
-def add_arguments(options: argparse.ArgumentParser) -> None:
-    """The command line."""
-    options.add_argument("name", nargs="?", help="the recipe to print (default: list them)")
-    options.add_argument("--tiny", action="store_true", help="print its tiny twin, for a first try")
-
-
 def run(options: argparse.Namespace) -> None:
     """List, or print.
 

@@ -19,54 +19,11 @@ import sys
 import torch
 
 from mor_layers.generation import CacheSettings, DepthBatchingEngine
-from mor_tools.commands.options import TRUST_REMOTE_CODE
+from mor_tools import terminal
 from mor_tools.serving.access import Access, read_keys
 from mor_tools.serving.app import Limits, Service
 from mor_tools.serving.loading import ServedModel, load
 from mor_tools.serving.server import Server
-
-
-def add_arguments(options: argparse.ArgumentParser) -> None:
-    """Add the arguments."""
-    add = options.add_argument
-    add("--model", help="model folder written by pretraining or `mor convert`; default: random")
-    add("--trust-remote-code", action="store_true", help=TRUST_REMOTE_CODE)
-    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    add("--port", type=int, default=8000, help="port to listen on (default: 8000)")
-    add("--device", default="cpu", help="device to run on, as PyTorch names it (default: cpu)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
-    add(
-        "--kv-mib", type=float, default=256, help="memory for keys and values in MiB (default: 256)"
-    )
-    add("--int8-kv", action="store_true", help="keep keys and values in 8 bits; not exact")
-    add("--slots", type=int, default=64, help="sequences in flight (default: 64)")
-    add(
-        "--max-length",
-        type=int,
-        default=2048,
-        help="longest prompt plus continuation in tokens (default: 2048)",
-    )
-    add("--chunk-size", type=int, default=64, help="prompt tokens processed at once (default: 64)")
-    add("--max-tokens", type=int, default=512, help="largest max_tokens of a call (default: 512)")
-    add(
-        "--max-waiting",
-        type=int,
-        default=256,
-        help="calls that may wait; more get 429 (default: 256)",
-    )
-    add("--max-per-client", type=int, default=64, help="waiting calls of one client (default: 64)")
-    add(
-        "--allowed-host",
-        action="append",
-        default=[],
-        help="further host name of the server; may be repeated",
-    )
-    add(
-        "--api-key", action="append", default=[], help="key that callers must send; may be repeated"
-    )
-    add("--api-key-file", help="file with one API key per line, which `ps` does not show")
-    add("--timeout", type=float, default=120, help="seconds that a call may take (default: 120)")
-    add("--grace", type=int, default=10, help="seconds to finish calls at shutdown (default: 10)")
 
 
 def build_engine(options: argparse.Namespace, served: ServedModel) -> DepthBatchingEngine:
@@ -85,7 +42,8 @@ def build(options: argparse.Namespace) -> Service:
     limits = Limits(
         options.max_tokens, options.max_waiting, options.max_per_client, timeout=options.timeout
     )
-    served = load(options.model, trust_remote_code=options.trust_remote_code)
+    with terminal.working(f"loading {options.model or 'a random model'}"):
+        served = load(options.model, trust_remote_code=options.trust_remote_code)
     return Service(build_engine(options, served), served, limits, access)
 
 

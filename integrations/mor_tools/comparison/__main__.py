@@ -5,7 +5,8 @@ import sys
 
 from rich.console import Console
 
-from mor_tools.comparison.command_line import add_arguments, planned
+from mor_tools.comparison.command_line import planned
+from mor_tools.comparison.options import add_arguments
 from mor_tools.comparison.runs import compare
 from mor_tools.pretraining import distributed, endings
 from mor_tools.pretraining.launcher import LauncherLost

@@ -9,9 +9,6 @@ from mor_tools.planner import Workload
 from mor_tools.pretraining.models.workload import workload
 from mor_tools.pretraining.settings import Settings
 
-QUANTITIES = ("flops", "tokens", "parameters", "kv")
-"""What can be made equal, by its name on the command line."""
-
 
 @dataclass(frozen=True)
 class Costs:

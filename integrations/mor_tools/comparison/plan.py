@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mor_tools.comparison.costs import QUANTITIES, Costs
+from mor_tools.comparison.costs import Costs
+from mor_tools.comparison.options import QUANTITIES
 from mor_tools.comparison.statistics import MOST_SEEDS
 from mor_tools.comparison.suggestions import to_match
 from mor_tools.pretraining.command_line import read_settings

@@ -18,6 +18,8 @@ from mor_tools.pretraining.settings import Settings
 
 ERRORS = (OSError, ValueError)
 """Errors caused by settings and files, as opposed to bugs."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""The signals by which a user, torchrun or a cluster asks a process to stop."""
 
 
 def world_size() -> int:
@@ -128,6 +130,28 @@ def locked(folder: Path) -> Iterator[str | None]:
         lock.release()
 
 
+class Interrupted(KeyboardInterrupt):
+    """A process was told to stop (Ctrl-C, SIGTERM) before it took a step."""
+
+
+def stop_at_once() -> None:
+    """Raise `Interrupted` in the main thread upon SIGINT or SIGTERM, until `StopRequest` listens."""
+
+    def stop(number: int, frame: object) -> None:
+        # A terminal tells every process, and torchrun tells its own once more.
+        ignore_signals()
+        raise Interrupted
+
+    for name in _SIGNALS:
+        signal.signal(name, stop)
+
+
+def ignore_signals() -> None:
+    """Let nothing interrupt what is left to do before this process ends."""
+    for name in _SIGNALS:
+        signal.signal(name, signal.SIG_IGN)
+
+
 class StopRequest:
     """Whether a process was interrupted (Ctrl-C, SIGTERM) or has lost the torchrun that started it.
 
@@ -139,7 +163,7 @@ class StopRequest:
         """Whether any rank had lost its torchrun at the last call; the same on every rank."""
         self._received = False
         self._launcher = launcher.Launcher()
-        for name in (signal.SIGINT, signal.SIGTERM):
+        for name in _SIGNALS:
             signal.signal(name, self._receive)
         # `Launcher.is_gone` also reports that the parent has ended; the signal must not interrupt a
         # step.

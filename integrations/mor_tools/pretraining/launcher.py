@@ -56,8 +56,12 @@ def command(*changes: str) -> str | None:
     names = {change.partition("=")[0] for change in changes}
     own = [a for a in rest if a != "-u" and a.partition("=")[0] not in names]  # torchrun adds -u
     processes = os.environ["LOCAL_WORLD_SIZE"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    line = shlex.join([python, *torchrun, *own, *changes])
+    if own[:2] == ["-m", "mor_tools.pretraining"]:
+        start, own = ["-m", "mor_tools.commands", "pretrain", "--processes", processes], own[2:]
+    else:  # a script of the user's
+        module = "mor_tools.pretraining.torchrun"
+        start = ["-m", module, "--standalone", "--nproc-per-node", processes]
+    line = shlex.join([python, *start, *own, *changes])
     # Needed in a checkout, but not in an installation.
     path = os.environ.get("PYTHONPATH")
     return line if path is None else f"PYTHONPATH={shlex.quote(path)} {line}"

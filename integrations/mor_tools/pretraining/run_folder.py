@@ -183,6 +183,7 @@ def _claimed(folder: Path) -> dict[str, Any] | None:
     claimed = folder / RUN_CLAIM
     if not claimed.exists():
         return None
+    found: Any = None
     try:
         found = json.loads(claimed.read_text("utf-8"))
         is_whole = isinstance(found["settings"], dict) and isinstance(found["text"], str)

@@ -2,6 +2,7 @@
 
 import contextlib
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -38,15 +39,24 @@ from mor_tools.reports.health import NO_GRADIENT, Health, Plan
 from mor_tools.reports.rows import Routing, Row, Validation
 from mor_tools.reports.trackers import TensorBoard, Tracker, Wandb
 
+_INTERRUPTED = 130
+"""Exit status of a process that was told to stop before it took a step, as shells have it."""
+
 
 def main(arguments: Sequence[str]) -> None:
     """Train or resume the run that the arguments describe; exits with code 2 if they are wrong."""
     try:
         settings = load_settings(arguments)
         settings.data_parallel_size(distributed.world_size())
+        distributed.stop_at_once()
         with distributed.process_groups(settings):
             pretrain(settings)
+    except distributed.Interrupted:
+        if distributed.is_first_rank():
+            print("stopped before a step was taken: there is nothing new to save.")
+        raise SystemExit(_INTERRUPTED) from None
     except (*distributed.ERRORS, FloatingPointError) as error:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun ends those that need not speak
         endings.tell(str(error), distributed.is_first_on_machine())
         raise SystemExit(2) from None
     except LauncherLost as error:  # possibly on this machine only
@@ -86,7 +96,8 @@ def _pretrain(
     """The work of one process of the run that holds the folder; `notes` are messages to print
     first.
     """
-    text = on_first_rank(lambda: prepare(settings.data))
+    with _working(console, "preparing the text"):
+        text = on_first_rank(lambda: prepare(settings.data))
     on_first_rank(lambda: run_folder.claim(settings, text))
     extension = on_first_rank(lambda: run_folder.extend(settings))
     tokenizer = TextTokenizer(text.tokenizer, settings.data.end_of_document)
@@ -123,6 +134,11 @@ def _pretrain(
                 session.display.say(_what_next(settings))
 
 
+def _working(console: Console | None, doing: str) -> contextlib.AbstractContextManager[object]:
+    """Show on the first rank's terminal what is being done."""
+    return contextlib.nullcontext() if console is None else console.status(f"{doing} ...")
+
+
 class Session:
     """The work of one process, from a start or resume to the next stop."""
 
@@ -148,6 +164,7 @@ class Session:
         self.display = Display(
             settings.output, settings.training.steps, self.unigram_entropy, console
         )
+        self.display.follow(self.history.rows)
         self.is_stopping = distributed.StopRequest()
         self.validation: Validation | None = None
         self.train_seconds, self.train_tokens = 0.0, 0
@@ -161,6 +178,7 @@ class Session:
         while trainer.step < settings.last_step and not self.is_stopping():
             row = self.step(train_batches)
             self.history.add(row)
+            self.display.follow([row])
             for finding in self.health.add(row):
                 self.display.say(str(finding))
             if row.tokens_per_second is not None or row.validation_loss is not None:
@@ -171,7 +189,8 @@ class Session:
                 trainer.save()
         trainer.save()
         stopped = (
-            f"stopped after step {trainer.step} of {settings.training.steps}, with a checkpoint."
+            f"stopped after step {trainer.step} of {settings.training.steps}, saved in "
+            f"{trainer.saved_folder}."
         )
         if self.is_stopping.launcher_is_gone:
             raise LauncherLost(f"The run {stopped}")
@@ -312,7 +331,7 @@ def _run_again(settings: Settings) -> str:
     command = launcher.command(*changes)
     if command is None:
         return "Run the command again to resume."
-    return f"To resume, run the command again, e.g. with:\n  {command}"
+    return f"Resume with:\n  {command}"
 
 
 def _what_next(settings: Settings) -> str:

@@ -177,6 +177,13 @@ class Trainer:
             )
             self.saved_step = self.step
 
+    @property
+    def saved_folder(self) -> Path | None:
+        """The newest checkpoint known to be good; None before there is one."""
+        return (
+            None if self.saved_step is None else runs.folder_of(self.checkpoints, self.saved_step)
+        )
+
     def resume(self) -> tuple[str, ...]:
         """Resume from the newest valid checkpoint, if there is one; returns messages about it."""
         if runs.latest_step(self.checkpoints) is not None:
@@ -235,8 +242,7 @@ class Trainer:
         where = [f"rank {rank} ({found})" for rank, found in enumerate(gathered) if found]
         kept = "There is no checkpoint yet, so running again starts over."
         if self.saved_step is not None:
-            name = runs.folder_of(self.checkpoints, self.saved_step)
-            kept = f"The last valid checkpoint is {name}; run again to resume from it."
+            kept = f"The last valid checkpoint is {self.saved_folder}; run again to resume from it."
         rate = self.settings.training.learning_rate
         return FloatingPointError(
             f"step {self.step + 1}: {what}, on {', '.join(where) or 'no single rank'}. Nothing of "

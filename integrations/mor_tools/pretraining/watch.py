@@ -134,14 +134,15 @@ class Watch:
         for rank in range(self._world_size):
             if rank in found.stuck:
                 doing, where = found.stuck[rank].split("\n")
+                is_waiting = where.startswith("waiting")
                 lines.append(f"rank {rank}: {doing}, {where}")
             else:
-                last = ""
+                last, is_waiting = "", False
                 if rank in found.running:
                     when, doing = found.running[rank].split("\n")
                     last = f" since {when} ({doing})"
                 lines.append(f"rank {rank} has not responded{last}")
-            if rank not in found.stuck or not where.startswith("waiting"):
+            if not is_waiting:
                 hung.append(rank)
         if not hung:
             return "all ranks wait for each other", lines

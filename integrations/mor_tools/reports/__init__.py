@@ -7,5 +7,6 @@
 | `page` | the HTML of a page, and text colored by depth |
 | `training_figures` | figures of a run: losses, depths, routing, load of experts |
 | `inspection_figures`, `inspection_page` | depths and scores of the tokens of a text |
+| `comparison` | several runs on one page |
 | `trackers` | TensorBoard and Weights & Biases |
 """

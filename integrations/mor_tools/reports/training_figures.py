@@ -50,9 +50,9 @@ def depth_figure(validation: Validation) -> Figure:
 def depth_bars(named: Sequence[tuple[str, Sequence[float]]]) -> Figure:
     """Bars of the share of tokens of each depth, side by side for each way of routing."""
     first = 0 if any(shares[0] > 1e-6 for _, shares in named) else 1
+    depths = range(first, len(named[0][1]))
     figure, (axes,) = figure_of(1, width=6.4)
     for way, (_, shares) in enumerate(named):
-        depths = range(first, len(shares))
         bars = axes.bar(
             [depth + 0.4 * way for depth in depths],
             shares[first:],

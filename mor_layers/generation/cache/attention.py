@@ -205,7 +205,7 @@ class CachedContext(StepContext):
     """Rows for the keys and values of the first tokens, then for those of `exited`."""
     attention: CachedAttention
     """Attention of the tokens to their rows."""
-    exited: Exited | None = None
+    exited: Exited | None = None  # pyright: ignore[reportIncompatibleMethodOverride]
     """Tokens that have exited since the last tick, if the policy stores them."""
     counts: tuple[int, ...] = ()
     """Number of tokens at each step, if there are several; tokens are ordered by step."""

@@ -49,7 +49,7 @@ def unsealed(spoil: Callable[[Path], None]) -> Callable[[Path], None]:
     return run
 
 
-DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a flipped bit": (flip, "__1_0.distcp differs from what was written"),
     "a shard cut short": (cut, "__1_0.distcp has "),
     "a missing shard": (lambda f: shard(f).unlink(), "__1_0.distcp is missing"),

@@ -36,7 +36,8 @@ def divergence_of_a_token(
 
 def distance_of_a_token(student: Tensor, teacher: Tensor, measure: str) -> Tensor:
     if measure == "mse":
-        return sum((s - t) ** 2 for s, t in zip(student, teacher, strict=True)) / len(student)
+        squares = [(s - t) ** 2 for s, t in zip(student, teacher, strict=True)]
+        return torch.stack(squares).sum() / len(student)
     product = sum(s * t for s, t in zip(student, teacher, strict=True))
     lengths = [sum(x * x for x in vector) ** 0.5 for vector in (student, teacher)]
     return 1 - product / (lengths[0] * lengths[1])

@@ -8,26 +8,33 @@ from pathlib import Path
 import pytest
 
 import mor_layers
-from mor_tools import commands
+from mor_layers.recursion import SHARING_SCHEMES
+from mor_layers.weights import INITIALIZATIONS
+from mor_tools import commands, terminal
+from mor_tools.commands import command_line
+from mor_tools.commands.command_line import COMMANDS
+from mor_tools.formats import FORMATS
+from mor_tools.planner import HARDWARE
 
 ROOT = Path(__file__).parents[3]
 HEAVY = ("torch", "transformers", "megatron", "mor_layers", "matplotlib", "rich", "omegaconf")
 
 
 def test_help_imports_no_library_that_takes_seconds_to_load():
+    requests = [["--help"], *([name, "--help"] for name in COMMANDS)]
     code = (
-        "import sys\n"
+        "import contextlib, sys\n"
         "from mor_tools.commands import main\n"
-        "try:\n"
-        "    main(['--help'])\n"
-        "finally:\n"
-        f"    print('imported', *(name for name in {HEAVY} if name in sys.modules), sep=' ')\n"
+        f"for arguments in {requests}:\n"
+        "    with contextlib.suppress(SystemExit):\n"
+        "        main(arguments)\n"
+        f"print('imported', *(name for name in {HEAVY} if name in sys.modules), sep=' ')\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     *_, last = run.stdout.splitlines()
     assert last.split() == ["imported"]
-    assert all(name in run.stdout for name in ("convert", "inspect", "plan"))
+    assert all(f"usage: mor {name}" in run.stdout for name in COMMANDS)
 
 
 def test_version_is_that_of_the_package(capsys):
@@ -37,10 +44,18 @@ def test_version_is_that_of_the_package(capsys):
     assert capsys.readouterr().out == f"mor {mor_layers.__version__}\n"
 
 
-@pytest.mark.parametrize("name", sorted(commands._COMMANDS))
+@pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_summaries_are_the_first_lines_of_the_modules(name):
-    _, summary = commands._COMMANDS[name]
-    assert " ".join((commands.load(name).__doc__ or "").split("\n\n")[0].split()) == summary
+    module = sys.modules[commands.load(name).__module__]
+    first = (module.__doc__ or "").split("\n\n")[0]
+    assert " ".join(first.split()) == COMMANDS[name].summary
+
+
+def test_names_that_options_repeat_are_those_of_the_packages():
+    assert set(command_line.FORMATS) == set(FORMATS)
+    assert tuple(HARDWARE) == command_line.HARDWARE
+    assert command_line.INITIALIZATIONS == INITIALIZATIONS
+    assert command_line.SHARING_SCHEMES == SHARING_SCHEMES
 
 
 @pytest.mark.parametrize("arguments", [[], ["coffee"], ["--coffee"], ["--coffee", "plan"]])
@@ -57,11 +72,11 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch, c
         sys.modules, "mor_tools.planner", None
     )  # what `import` makes of this: missing
     with pytest.raises(ModuleNotFoundError, match=r"mor_tools\.planner"):
-        commands.main(["plan", "x.yaml"])
+        commands.main(["plan", "x.yaml", "--gpus", "1"])
     monkeypatch.delitem(sys.modules, "mor_tools.planner")
     monkeypatch.setitem(sys.modules, "rich.console", None)
     with pytest.raises(SystemExit) as stopped:
-        commands.main(["plan", "x.yaml"])
+        commands.main(["plan", "x.yaml", "--gpus", "1"])
     assert stopped.value.code == 2
     assert 'rich, which is not installed. Install it with `pip install "mor-layers[reports]"`' in (
         capsys.readouterr().err
@@ -74,3 +89,23 @@ def test_extras_of_optional_packages_exist():
         brought = " ".join(project["optional-dependencies"][extra])
         # transformers depends on tokenizers
         assert package in brought or (package, extra) == ("tokenizers", "hf")
+
+
+def test_errors_are_red_on_a_terminal_and_plain_elsewhere(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert terminal.error("no.") == "error: no."
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert terminal.error("no.") == "\x1b[1;31merror:\x1b[0m no."
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert terminal.error("no.") == "error: no."
+
+
+def test_a_command_that_is_interrupted_ends_without_a_traceback(monkeypatch, capsys):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "load", lambda name: interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        commands.main(["plan", "x.yaml", "--gpus", "1"])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "\n"

@@ -12,7 +12,6 @@ import pytest
 
 from mor_layers import from_mapping
 from mor_tools.commands import main
-from mor_tools.pretraining.models.workload import workload
 from mor_tools.planner import (
     HARDWARE,
     Layout,
@@ -24,6 +23,7 @@ from mor_tools.planner import (
     starvation,
 )
 from mor_tools.pretraining.command_line import read_settings
+from mor_tools.pretraining.models.workload import workload
 from mor_tools.pretraining.settings import Settings
 
 CONFIGS = Path(__file__).parents[3] / "examples" / "configs"
@@ -167,17 +167,11 @@ import sys
 
 blocked = ["megatron", "nvidia", "wandb", "tokenizers", "transformers"]
 sys.modules.update(dict.fromkeys(blocked))  # importing one of them raises ModuleNotFoundError
-import argparse
 import mor_tools.planner, mor_tools.pretraining.command_line
+from mor_tools.commands import main
 
-for name in ("tokenizers", "transformers"):  # which other subcommands of `mor` import
-    del sys.modules[name]
-from mor_tools.commands import plan
-
-parser = argparse.ArgumentParser()
-plan.add_arguments(parser)
 settings = ["--set", "data.loader=dali", "--set", "wandb.project=mine"]
-plan.run(parser.parse_args([{str(CLUSTER)!r}, "--gpus", "32", *settings]))
+main(["plan", {str(CLUSTER)!r}, "--gpus", "32", *settings])
 """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr

@@ -159,9 +159,8 @@ def test_sigterm_ends_a_run_after_the_step_with_a_checkpoint(pool: WorkerPool, t
     folder = tmp_path / "run"
     settings = [*text, *RUN, f"output={folder}", "training.checkpoint_every=6"]
     (printed,) = pool.run(stop_at_a_step, settings=settings)
-    assert (
-        "stopped after step 2 of 6, with a checkpoint. Run the command again to resume." in printed
-    )
+    saved = folder / "checkpoints" / "step_00000002"
+    assert f"stopped after step 2 of 6, saved in {saved}. Run the command again" in printed
     assert [p.name for p in (folder / "checkpoints").glob("step_*")] == ["step_00000002"]
 
 

@@ -114,10 +114,8 @@ def test_the_processes_of_a_killed_torchrun_stop_with_a_checkpoint(tmp_path, pro
     assert (
         "torchrun, which started this run's processes, has ended on one of the machines" in printed
     )
-    assert (
-        f"The run stopped after step {steps} of 100000, with a checkpoint. Run the command again"
-        in printed
-    )
+    saved = run / "checkpoints" / f"step_{steps:08d}"
+    assert f"100000, saved in {saved}. Run the command again" in printed
     assert (run / "checkpoints" / "latest").read_text() == f"step_{steps:08d}"
     assert names(run / "checkpoints") == ["latest", f"step_{steps:08d}"]
     assert not (run / "run.lock").exists()

@@ -164,7 +164,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_saves_no_teacher(
 
 def saved(run: Path) -> list[str]:
     """Names of what the last checkpoint of a run holds."""
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     step = (run / "checkpoints" / "latest").read_text().strip()
     (folder,) = [p.parent for p in (run / "checkpoints").rglob(".metadata") if step in p.parts[-2]]

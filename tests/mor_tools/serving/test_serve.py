@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from mor_layers.generation import DepthBatchingEngine, Request, Sampling, scheduling
-from mor_tools.commands import generate, main, serve
+from mor_tools.commands import generate, main, parser, serve
 from mor_tools.serving.access import Access
 from mor_tools.serving.app import Limits, Service
 from mor_tools.serving.server import Server
@@ -30,9 +30,7 @@ SIZES = ["--slots", "4", "--max-length", "128", "--kv-mib", "1", "--max-tokens",
 
 def options_of(*arguments: str) -> argparse.Namespace:
     """What the command line means."""
-    options = argparse.ArgumentParser()
-    serve.add_arguments(options)
-    return options.parse_args(arguments)
+    return parser().parse_args(["serve", *arguments])
 
 
 class Running:

@@ -1,10 +1,13 @@
 """What the user sees during a run: a live panel on a terminal, otherwise one line per log row."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from math import isfinite
 from types import TracebackType
 from typing import Self
 
+from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -12,9 +15,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from mor_tools.pretraining.reporting.curve import curve
 from mor_tools.reports.rows import Routing, Row
 
 BAR_WIDTH = 24
+CURVE_WIDTH, CURVE_HEIGHT = 36, 6
+"""Of the curve of losses, in characters."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ class Display:
         self._title, self._steps, self._entropy = title, steps, unigram_entropy
         self._console = console
         self._validated: Row | None = None
+        self._losses: list[float] = []
         self._start: tuple[float, int] | None = None
         self._live = None
         if console is not None and console.is_terminal:
@@ -66,6 +73,10 @@ class Display:
         """Print a message for the user."""
         if self._console is not None:
             self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def follow(self, rows: Iterable[Row]) -> None:
+        """Add steps to the curve of losses; nothing is shown before `show`."""
+        self._losses += [row.loss for row in rows if isfinite(row.loss)]
 
     def show(self, row: Row, costs: Costs) -> None:
         """Display a step."""
@@ -112,6 +123,17 @@ class Display:
             found.append(("left", f"{int(seconds // 60)}:{int(seconds % 60):02}"))
         return found
 
+    def _curve(self) -> Table:
+        """The training losses of all steps, with the largest and the smallest beside it."""
+        lines = curve(self._losses, CURVE_WIDTH, CURVE_HEIGHT)
+        drawn = Table.grid(padding=(0, 1))
+        labels = [""] * CURVE_HEIGHT
+        labels[0], labels[-1] = (f"{end(self._losses):.3f}" for end in (max, min))
+        for label, line in zip(labels, lines, strict=True):
+            drawn.add_row(Text(label, style="dim"), Text(line, style="cyan"))
+        drawn.add_row("", Text("training loss", style="dim"))
+        return drawn
+
     def _panel(self, row: Row, costs: Costs) -> Panel:
         numbers = Table.grid(padding=(0, 2))
         held_out, causal = "–", None
@@ -130,6 +152,9 @@ class Display:
         progress = Table.grid(expand=True)
         progress.add_row(ProgressBar(total=self._steps, completed=row.step))
         parts: list[RenderableType] = [progress, numbers]
+        if len(self._losses) > 1:
+            # Beside the numbers where both fit, else below them.
+            parts[-1:] = [Columns([numbers, self._curve()], padding=(0, 4))]
         if row.routing is not None:
             parts.append(_routing_table(row.routing))
         return Panel(Group(*parts), title=self._title, title_align="left")
