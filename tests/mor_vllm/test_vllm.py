@@ -29,7 +29,12 @@ from tests.mor_layers.small_models import ROUTERS, plain_config, small_config, s
 from tests.mor_vllm.vllm_emulation import Runner, emulated, place, vllm_config
 
 SHARING = "recursive_sharing"
-EVERYTHING = {"step_embeddings": True, "input_injection": True, "sandwich_norms": True, "loop_norm": True}
+EVERYTHING = {
+    "step_embeddings": True,
+    "input_injection": True,
+    "sandwich_norms": True,
+    "loop_norm": True,
+}
 EXPERTS = MoEConfig(3, 2, bias_update_rate=0.01)
 SKIPS_STEP_1 = ROUTERS["expert_choice_first_step_too"]
 

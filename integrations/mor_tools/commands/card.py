@@ -51,9 +51,7 @@ def run(options: argparse.Namespace) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     name = options.name or options.folder.resolve().name
-    write_atomically(
-        folder / "README.md", card(summary, name, options.license, options.language)
-    )
+    write_atomically(folder / "README.md", card(summary, name, options.license, options.language))
     print(f"wrote {folder / 'README.md'}")
 
 
@@ -65,7 +63,12 @@ def card(summary: dict[str, Any], name: str, license: str | None, language: str)
     """
     settings = from_mapping(Settings, summary["settings"])
     front = _front_matter(summary, settings, name, license, language)
-    sections = [f"# {name}", _described(settings), "## Figures", _table(_figures(summary, settings))]
+    sections = [
+        f"# {name}",
+        _described(settings),
+        "## Figures",
+        _table(_figures(summary, settings)),
+    ]
     sections += ["## Training", _table(_training(summary, settings)), "## Use", _USE]
     if summary["sample"]:
         sections += ["A continuation:", _quoted(summary["sample"])]
@@ -78,7 +81,7 @@ def _summary(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} is not a finished pretraining run: it has no {SUMMARY}.")
     try:
         summary = json.loads(file.read_text("utf-8"))
-        summary["settings"], summary["validation_loss"], summary["sample"]  # noqa: B018 (raises)
+        summary["settings"], summary["validation_loss"], summary["sample"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({error!r}).") from error
     return summary

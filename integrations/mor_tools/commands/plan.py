@@ -15,7 +15,6 @@ from typing import Any
 
 from rich.console import Console
 
-from mor_tools.pretraining.models.workload import workload
 from mor_tools.planner import (
     FP32_TFLOPS,
     HARDWARE,
@@ -36,6 +35,7 @@ from mor_tools.planner import (
     starvation,
 )
 from mor_tools.pretraining.command_line import read_settings
+from mor_tools.pretraining.models.workload import workload
 from mor_tools.pretraining.settings import Settings
 
 GIB = 2**30

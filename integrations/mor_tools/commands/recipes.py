@@ -1,8 +1,8 @@
 """List recipes of models to start from, or print one.
 
-    mor recipes
-    mor recipes huginn_like > mine.yaml
-    mor recipes huginn_like --tiny > try.yaml
+mor recipes
+mor recipes huginn_like > mine.yaml
+mor recipes huginn_like --tiny > try.yaml
 """
 
 import argparse

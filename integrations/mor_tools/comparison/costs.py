@@ -70,7 +70,9 @@ class Costs:
     def flops(self, steps: int) -> float:
         """Training FLOPs of a run of this many optimizer steps, the router's warm-up included."""
         warm = min(steps, self._warmup_steps)
-        return self._warmup_flops(warm) + (steps - warm) * self.flops_per_token * self.tokens_per_step
+        return (
+            self._warmup_flops(warm) + (steps - warm) * self.flops_per_token * self.tokens_per_step
+        )
 
     def steps_for(self, flops: float) -> int:
         """The number of optimizer steps, at least 1, whose FLOPs are nearest to `flops`."""

@@ -50,7 +50,9 @@ def render(comparison: Comparison, found: Sequence[ModelResult], failed: Mapping
     sections += [f"<p>{html.escape(note)}</p>" for note in notes(comparison, found)]
     losses = loss_figure(found)
     sections += ["<h2>Held-out loss over FLOPs, tokens and time</h2>"]
-    sections += ["<p>Lines are means over the seeds; bands reach from the lowest to the highest.</p>"]
+    sections += [
+        "<p>Lines are means over the seeds; bands reach from the lowest to the highest.</p>"
+    ]
     sections.append(svg(losses, "held-out loss over FLOPs, tokens and seconds"))
     sections += ["<h2>Held-out loss of each seed</h2>", svg(seed_figure(found), "losses by seed")]
     if any(result.depth_shares for result in found):

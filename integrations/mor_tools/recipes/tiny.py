@@ -53,7 +53,9 @@ def _tiny_recursion(settings: Settings) -> RecursionConfig:
         if getattr(recursion, name) is not None:
             changes[name] = min(getattr(recursion, name), MOST_LAYERS)
     if recursion.relaxation is not None:
-        changes["relaxation"] = replace(recursion.relaxation, rank=min(recursion.relaxation.rank, 4))
+        changes["relaxation"] = replace(
+            recursion.relaxation, rank=min(recursion.relaxation.rank, 4)
+        )
     router = {}
     if getattr(recursion.router, "warmup_steps", 0):
         router["warmup_steps"] = STEPS

@@ -26,7 +26,9 @@ SMALL = [
 ]
 
 
-def compare_on_rank(*, files: list[Path], output: Path, changes: list[str], runs: int | None = None):
+def compare_on_rank(
+    *, files: list[Path], output: Path, changes: list[str], runs: int | None = None
+):
     """The work of `mor compare` on a rank of the pool, and what it printed.
 
     Args:

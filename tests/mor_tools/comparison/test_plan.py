@@ -15,11 +15,16 @@ data: {vocabulary_size: 300, sequence_length: 32}
 training: {steps: 100, warmup_steps: 10, decay_steps: 30, global_batch_size: 4, micro_batch_size: 4}
 evaluation: {sample_tokens: 0}
 """
-DENSE = COMMON + "model: {hidden_size: 32, ffn_hidden_size: 64, num_unrolled_layers: 6, num_heads: 4}"
+DENSE = (
+    COMMON + "model: {hidden_size: 32, ffn_hidden_size: 64, num_unrolled_layers: 6, num_heads: 4}"
+)
 DENSE = DENSE.replace("num_heads: 4", "num_heads: 4, num_kv_heads: 2")
-LOOPED = DENSE + """
+LOOPED = (
+    DENSE
+    + """
 recursion: {num_recursions: 2, router: {type: expert_choice, capacity_factors: [1.0, 0.5]}}
 """
+)
 
 
 def write(folder: Path, **texts: str) -> list[Path]:
@@ -59,8 +64,7 @@ def test_equal_flops_gives_the_steps_that_the_accounting_says(tmp_path):
 def test_the_warm_up_of_a_router_counts(tmp_path):
     warm = LOOPED.replace("type: expert_choice", "type: expert_choice, warmup_steps: 40")
     cold, costs = (
-        Costs(read_settings(str(file), []))
-        for file in write(tmp_path, cold=LOOPED, warm=warm)
+        Costs(read_settings(str(file), [])) for file in write(tmp_path, cold=LOOPED, warm=warm)
     )
     by_hand = 0.0
     for step in range(40):
@@ -94,7 +98,9 @@ def test_each_seed_has_runs_of_all_models_that_differ_in_nothing_else(tmp_path):
 
 def test_parameters_that_differ_are_told_with_what_to_change(tmp_path):
     files = write(tmp_path, dense=DENSE, looped=LOOPED)
-    with pytest.raises(ValueError, match=r"looped has \d+\.\d% fewer parameters than dense") as told:
+    with pytest.raises(
+        ValueError, match=r"looped has \d+\.\d% fewer parameters than dense"
+    ) as told:
         plan(files, ["parameters"])
     (width,) = (
         part.partition("=")[2]

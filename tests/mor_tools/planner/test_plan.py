@@ -12,7 +12,6 @@ import pytest
 
 from mor_layers import from_mapping
 from mor_tools.commands import main
-from mor_tools.pretraining.models.workload import workload
 from mor_tools.planner import (
     HARDWARE,
     Layout,
@@ -24,6 +23,7 @@ from mor_tools.planner import (
     starvation,
 )
 from mor_tools.pretraining.command_line import read_settings
+from mor_tools.pretraining.models.workload import workload
 from mor_tools.pretraining.settings import Settings
 
 CONFIGS = Path(__file__).parents[3] / "examples" / "configs"

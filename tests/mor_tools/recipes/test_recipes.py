@@ -31,7 +31,7 @@ def test_the_head_states_what_the_accounting_counts(found):
 
 
 def test_published_sizes_are_met():
-    """Parameters without embeddings of the 360M shape, and those of Huginn-3.5B, Ouro-1.4B and TinyLlama."""
+    """Parameters without embeddings of the 360M shape, and those of published looped models."""
     millions = {
         "mor_360m": 118, "plain_360m": 315, "early_exit_360m": 98,
     }  # fmt: skip
@@ -39,6 +39,7 @@ def test_published_sizes_are_met():
         costs = recipe(name).costs
         assert round((costs.parameters - costs.embeddings) / 1e6) == expected
     assert recipe("huginn_like").costs.parameters == pytest.approx(3.5e9, rel=0.01)
+    assert recipe("nanbeige_like").costs.parameters == pytest.approx(4.17e9, rel=0.01)
     assert recipe("ouro_like").costs.parameters == pytest.approx(1.43e9, rel=0.01)
 
 

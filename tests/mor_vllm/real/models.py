@@ -18,7 +18,12 @@ from mor_layers import (
 )
 from tests.mor_layers.small_models import small_model
 
-HELPED = {"step_embeddings": True, "input_injection": True, "sandwich_norms": True, "loop_norm": True}
+HELPED = {
+    "step_embeddings": True,
+    "input_injection": True,
+    "sandwich_norms": True,
+    "loop_norm": True,
+}
 SHARING = {"kv_policy": "recursive_sharing"}
 UPDATE = {"kv_policy": "sharing_with_update"}
 EXIT = {"kv_policy": "exit_state"}
