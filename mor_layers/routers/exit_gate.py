@@ -6,7 +6,8 @@ after the first step at which it reaches a threshold. Unlike in the published co
 all steps and then picks one, a token that exits does not run later steps, and what it stores there
 depends on the KV policy.
 
-The gate comes with a model that was trained with it; training here runs all steps and does not change it.
+The gate comes with a model that was trained with it. Training here runs all steps and does not change
+it.
 
 Legend: `b` batch, `n` candidates of a step, `h` hidden.
 """
