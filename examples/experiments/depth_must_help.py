@@ -3,17 +3,18 @@
     python examples/experiments/depth_must_help.py --output runs/depth_must_help
     python examples/experiments/depth_must_help.py --quick
 
-A sequence lists the edges of a cycle through six nodes (a permutation) in random order, and then asks
-questions "which node is k hops from node a?", with k from 1 to 3 drawn for each. A step of the recursion, which is one layer, can follow
-one edge, so a question needs k steps, and going round the other way is no shorter. An edge needs one step:
-later steps must only still see it. They
-do, because all models use `recursive_sharing`: keys and values of the first step serve all later ones.
+A sequence lists the edges of a random cycle through eight nodes in random order, and then asks
+questions "which node is k hops from node a?", with k from 1 to 3 drawn for each. A step of the
+recursion, which is one layer, can follow one edge, so a question needs k steps. An edge needs one
+step, and later steps must still see it. They do, because all models use `recursive_sharing`: keys
+and values of the first step serve all later ones. (With six nodes there are so few cycles that one
+layer learns all of them by heart.)
 
-All models have the same layer and are trained on the same sequences. Fixed depth 1 to 4 and random depth
-are the baselines. `fixed prior` has a loss after every step, all equally weighted (arXiv 2607.20519);
-its questions exit when the model is confident, or when a halting head says so that was taught, in the
-same run, at which steps the answer is right (arXiv 2609.03379). Finished runs are kept in results.json,
-so that an interrupted experiment resumes.
+All models have the same layer and are trained on the same sequences. Fixed depth 1 to 3 and random
+depth are the baselines. `fixed prior` has a loss after every step, all equally weighted (arXiv
+2607.20519); its questions exit when the model is confident, or when a halting head says so that was
+taught, in the same run, at which steps the answer is right (arXiv 2609.03379). Finished runs are
+kept in results.json, so that an interrupted experiment resumes.
 """
 
 import argparse
@@ -48,13 +49,11 @@ from mor_layers.routers import Confidence, Criterion
 
 HOPS = 3
 """Most hops that are asked for, and steps that adaptive models may take."""
-DEEPEST = 4
-"""Largest fixed depth."""
 EXPERT_CHOICE = "expert-choice"
 PRIOR = "fixed prior"
 CONFIDENCE = f"{PRIOR}, exit by confidence"
 TAUGHT = f"{PRIOR}, halting taught by an oracle"
-FIXED = tuple(f"fixed depth {depth}" for depth in range(1, DEEPEST + 1))
+FIXED = tuple(f"fixed depth {depth}" for depth in range(1, HOPS + 1))
 NO_ANSWER = -100
 
 
@@ -62,12 +61,11 @@ NO_ANSWER = -100
 class Plan:
     """How long and how large."""
 
-    steps: int = 1300
+    steps: int = 1100
     """Optimizer steps."""
     seeds: int = 3
     batch: int = 32
-    nodes: int = 6
-    """Twice the most hops, so that no way is shorter backwards."""
+    nodes: int = 8
     questions: int = 32
     """Questions per sequence."""
     hidden_size: int = 32
@@ -88,7 +86,7 @@ class Plan:
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Share of the tokens that need each step: all the first, then the questions not yet answered."""
+        """Share of the tokens that need each step: all the first, then questions not yet answered."""
         late = (self.questions * (HOPS - step) / HOPS / self.length for step in range(1, HOPS))
         return (1.0, *late)
 
@@ -223,13 +221,24 @@ def losses_of_prior(
     return total
 
 
-def initialize(model: MoRTransformer) -> None:
-    """Draw weights for a narrow model: with the deviation of 0.02 that suits wide ones, a width of 32
-    would need several times as many steps."""
+def initialize(model: MoRTransformer, plan: Plan) -> None:
+    """Draw weights for a narrow model, whose tokens begin as sums of what they consist of.
+
+    A deviation of 0.02, which suits wide models, would take a width of 32 several times as many
+    steps. An edge begins as its source plus its target, a question as its start, a source, plus its
+    hops.
+    """
+    n, h = plan.nodes, plan.hidden_size
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and ".router." not in name:
-            is_embedding = name == "embedding.weight"
-            nn.init.normal_(parameter, std=1.0 if is_embedding else parameter.shape[1] ** -0.5)
+            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    parts = nn.init.orthogonal_(torch.empty(2 * n + HOPS, h)) * h**0.5
+    sources, targets, hops = parts.split([n, n, HOPS])
+    edges = sources[:, None] + targets[None]
+    questions = sources[:, None] + hops[None]
+    tokens = torch.cat([edges.flatten(0, 1), questions.flatten(0, 1)])
+    with torch.no_grad():
+        model.embedding.weight.copy_(tokens)
 
 
 def train(
@@ -238,7 +247,7 @@ def train(
     """One model from one seed, with a halting head that only `fixed prior` teaches."""
     torch.manual_seed(seed)
     model, head = MoRTransformer(config), HaltingHead(plan.hidden_size)
-    initialize(model)
+    initialize(model, plan)
     parameters = [*model.parameters(), *(head.parameters() if name == PRIOR else ())]
     optimizer = torch.optim.AdamW(parameters, plan.learning_rate, (0.9, 0.98), weight_decay=0.01)
 

@@ -1,10 +1,11 @@
 """Reads published looped checkpoints as recursive models, and writes such models: Ouro and Nanbeige4.2.
 
-Both run their whole stack several times and apply the model's last norm after every loop, so that the later
-loops start from normalised states: that is our `loop_norm`. Ouro (Zhu et al. 2025, arXiv 2510.25741; config and
-tensors as in ByteDance/Ouro-1.4B) also has a norm on both sides of attention and MLP, and an exit gate, which
-reads the normalised state. Nanbeige4.2 (arXiv 2607.22083; Nanbeige/Nanbeige4.2-3B) has the layers of a Llama.
-One norm of theirs is up to three tensors of ours, which must be equal for a model to be written.
+Both run their whole stack several times and apply the model's last norm after every loop, so that
+the later loops start from normalised states: that is our `loop_norm`. Ouro (Zhu et al. 2025, arXiv
+2510.25741; config and tensors as in ByteDance/Ouro-1.4B) also has a norm on both sides of attention
+and MLP, and an exit gate, which reads the normalised state. Nanbeige4.2 (arXiv 2607.22083;
+Nanbeige/Nanbeige4.2-3B) has the layers of a Llama. One norm of theirs is up to three tensors of
+ours, which must be equal for a model to be written.
 """
 
 import json

@@ -7,9 +7,9 @@
 Embeddings and gains start at zero, where the model equals the one without them, bit for bit. None of
 them changes the residual that a router combines with, or the final state of a token that exits.
 
-Source: Geiping et al. 2025 (arXiv 2502.05171) for re-injecting the input of a loop. Here each channel
-has a gain, which needs no matrix product. Zhu et al. 2025 (arXiv 2510.25741, Ouro) for the norm, which is
-their model's last one; here it has a weight of its own.
+Source: Geiping et al. 2025 (arXiv 2502.05171) for re-injecting the input of a loop. Here each
+channel has a gain, which needs no matrix product. Zhu et al. 2025 (arXiv 2510.25741, Ouro) for the
+norm, which is their model's last one; here it has a weight of its own.
 
 Legend: `b` batch, `k` tokens that run a step, `h` hidden, `r` recursion step.
 """

@@ -1,11 +1,13 @@
 """The exit gate of Ouro: after every step, a gate on the state says how likely the token stops there.
 
-Source: Zhu et al. 2025 (arXiv 2510.25741). With `λ_r = σ(w · norm(H_r) + b)`, the probability of having
-exited after step r is `1 - Π (1 - λ_i)` over the steps up to r. In evaluation a token exits after the
-first step at which it reaches a threshold. Unlike in the published code, which computes all steps and then
-picks one, a token that exits does not run later steps, and what it stores there depends on the KV policy.
+Source: Zhu et al. 2025 (arXiv 2510.25741). With `λ_r = σ(w · norm(H_r) + b)`, the probability of
+having exited after step r is `1 - Π (1 - λ_i)` over the steps up to r. In evaluation a token exits
+after the first step at which it reaches a threshold. Unlike in the published code, which computes
+all steps and then picks one, a token that exits does not run later steps, and what it stores there
+depends on the KV policy.
 
-The gate comes with a model that was trained with it; training here runs all steps and does not change it.
+The gate comes with a model that was trained with it. Training here runs all steps and does not change
+it.
 
 Legend: `b` batch, `n` candidates of a step, `h` hidden.
 """

@@ -1,9 +1,10 @@
 """Published looped models in and out: equal logits, and the same tensors after the way back.
 
 `ouro_checkpoint` is a tiny model with random weights, saved by the public modelling code, and
-`ouro_recorded.safetensors` has what that code computes: `ids` `[b s]`, `logits.N` `[b s v]` with N loops,
-the states after every loop of four, `hidden` `[r b s h]`, and the logits of the exit gate on them, `gates`
-`[r b s]`. A Nanbeige is compared with transformers' Llama, whose stack and last norm run once per loop.
+`ouro_recorded.safetensors` has what that code computes: `ids` `[b s]`, `logits.N` `[b s v]` with N
+loops, the states after every loop of four, `hidden` `[r b s h]`, and the logits of the exit gate on
+them, `gates` `[r b s]`. A Nanbeige is compared with transformers' Llama, whose stack and last norm
+run once per loop.
 """
 
 import json
@@ -115,7 +116,7 @@ def test_in_training_all_tokens_run_all_steps(tmp_path):
 )
 def test_settings_that_cannot_be_expressed_are_refused_by_name(changes, told):
     values = json.loads((SOURCE / "config.json").read_text()) | changes
-    with pytest.raises(ValueError, match=f"config.json: {told}"):
+    with pytest.raises(ValueError, match=rf"config\.json: {told}"):
         config_from_looped(values)
 
 
@@ -134,7 +135,7 @@ def test_what_is_no_ouro_is_refused_by_name(tmp_path):
         assert told in str(refused.value)
     weights = {name: stored.weights[name] for name in stored.weights}
     weights["recursions.0.step_input.norms.0"] = weights["norm.weights.0"] + 1
-    with pytest.raises(ValueError, match="differs from norm.weights.0"):
+    with pytest.raises(ValueError, match="differs from norm"):
         write_looped(OURO, replace(stored, weights=weights), tmp_path)
     with pytest.raises(ValueError, match=r"ExitGate\.threshold=0\.0"):
         ExitGate(0.0)
@@ -206,9 +207,10 @@ def test_other_kinds_of_nanbeige_are_refused_by_name(nanbeige):
             config_from_looped(values | {name: True})
     with pytest.raises(ValueError, match="num_loops=1 must be"):
         config_from_looped(values | {"num_loops": 1})
+    recursion = RecursionConfig(3, "cycle", loop_norm=True, sandwich_norms=True)
+    sandwich = replace(config_from_looped(values), recursion=recursion)
     with pytest.raises(ValueError, match="sandwich_norms=True cannot be written as nanbeige"):
-        recursion = RecursionConfig(2, "cycle", loop_norm=True, sandwich_norms=True)
-        looped_config(NANBEIGE, replace(config_from_looped(values), recursion=recursion))
+        looped_config(NANBEIGE, sandwich)
 
 
 @pytest.mark.parametrize("kind", ["huginn_raven", "dory", "hrm_text"])

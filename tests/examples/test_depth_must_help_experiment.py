@@ -1,0 +1,70 @@
+"""The pointer-chasing experiment: its task, its targets, and that it runs and resumes."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from experiments import depth_must_help as experiment
+from experiments.depth_must_help import HOPS, NO_ANSWER, PRIOR, QUICK, TAUGHT, Outcome
+
+
+def test_answers_follow_the_edges_hop_by_hop():
+    batch = experiment.draw_batch(QUICK, torch.Generator().manual_seed(0))
+    n = QUICK.nodes
+    for ids, answers, hops in zip(batch.ids, batch.answers, batch.hops, strict=True):
+        following = {int(edge) // n: int(edge) % n for edge in ids[:n]}
+        assert sorted(following.values()) == list(range(n))
+        assert (answers[:n] == NO_ANSWER).all() and (hops[:n] == 0).all()
+        for token, answer, number in zip(ids[n:], answers[n:], hops[n:], strict=True):
+            node, asked = divmod(int(token) - n * n, HOPS)
+            assert asked + 1 == number
+            for _ in range(number):
+                node = following[node]
+            assert node == answer
+
+
+def test_shares_are_those_of_the_questions_that_need_a_step():
+    batch = experiment.draw_batch(
+        replace(QUICK, batch=500, questions=32), torch.Generator().manual_seed(1)
+    )
+    needed = batch.hops.clamp(min=1)  # an edge needs one step
+    found = [float((needed > step).float().mean()) for step in range(HOPS)]
+    assert found == pytest.approx(experiment.Plan().shares, abs=0.01)
+
+
+def test_the_verdict_asks_for_accuracy_steps_and_order_in_every_seed():
+    def outcome(accuracy: float, depth: float, by_hops: list[float]) -> Outcome:
+        return Outcome(accuracy, [], depth, depth, by_hops)
+
+    best = [outcome(0.9, 3, [3.0] * 3), outcome(0.8, 3, [3.0] * 3)]
+    results = {
+        "fixed depth 2": [outcome(0.5, 2, [2.0] * 3)] * 2,
+        "fixed depth 3": best,
+        "good": [outcome(0.85, 1.5, [1.0, 2.0, 3.0])] * 2,
+        "unordered": [outcome(0.85, 1.5, [1, 2, 3]), outcome(0.85, 1.5, [2, 1, 3])],
+        "wrong": [outcome(0.7, 1.5, [1.0, 2.0, 3.0])] * 2,
+    }
+    first, good, unordered, wrong = experiment.verdict(results)
+    assert first.startswith("best fixed depth: fixed depth 3")
+    assert "reaches it" in good and "0.50 of the steps" in good and "depth rises" in good
+    assert "depth does not rise" in unordered
+    assert "does not reach it" in wrong
+
+
+def test_it_runs_and_resumes(tmp_path, capsys):
+    arguments = ["--quick", "--seeds", "1", "--steps", "2", "--output", str(tmp_path)]
+    results = experiment.main(arguments)
+    assert {PRIOR, TAUGHT, "expert-choice"} <= set(results)
+    assert results["fixed depth 2"][0].mean_depth == 2
+    shares = experiment.Plan().shares
+    assert results["random depth"][0].mean_depth == pytest.approx(sum(shares), abs=0.3)
+    stored = json.loads((tmp_path / "results.json").read_text())
+    capsys.readouterr()
+    assert experiment.main(arguments) == results
+    assert "seed 0:" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "results.json").read_text()) == stored
+    assert (tmp_path / "results.png").stat().st_size > 1000
+    with pytest.raises(SystemExit):
+        experiment.main([*arguments, "--steps", "3"])
