@@ -14,7 +14,7 @@ def error(message: str) -> str:
 
 @contextlib.contextmanager
 def working(doing: str) -> Iterator[None]:
-    """Show what is being done, with a moving sign, while it lasts; nothing where there is no terminal."""
+    """Show what is being done while it lasts. Without a terminal nothing is shown."""
     from rich.console import Console  # an optional package
 
     with Console(stderr=True).status(f"{doing} ..."):

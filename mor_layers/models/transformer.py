@@ -105,7 +105,12 @@ class MoRTransformer(nn.Module):
             stack = DecoderStack(config, num_layers, num_norms, recursion.num_recursions)
             step_input = recursion.build_step_input(config.hidden_size, config.rms_norm_epsilon)
             return RecursionBlock(
-                stack, router, recursion.kv_policy, recompute=recompute, step_input=step_input
+                stack,
+                router,
+                recursion.kv_policy,
+                recompute=recompute,
+                step_input=step_input,
+                streams=recursion.build_streams(config.hidden_size),
             )
 
         # With cyclic sharing a step runs the whole block; with sequence sharing each layer repeats by
