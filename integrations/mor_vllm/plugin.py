@@ -98,6 +98,12 @@ def require_servable(config: DecoderConfig, tensor_parallel: int = 1) -> None:
             "its layers add every branch unscaled. Use DepthBatchingEngine.",
         ),
         (
+            bool(recursion.own_per_step),
+            f"own_per_step={recursion.own_per_step}",
+            "its layers have the same weights at every step. `mor convert --to llama` unrolls a model "
+            "where nothing routes; else use DepthBatchingEngine.",
+        ),
+        (
             any(size % tensor_parallel for size in sizes.values()),
             f"tensor_parallel_size={tensor_parallel}",
             f"it must divide {', '.join(f'{name}={size}' for name, size in sizes.items())}. Use a "

@@ -227,10 +227,12 @@ def count_parameters(shape: ModelShape) -> Parts:
             * h
             * (1 if stack.shares_norms else stack.num_recursions)
         )
+        attentions = stack.copies("attention")
+        projections = 2 * h * (shape.query_size + shape.kv_size) + biases
         count += Parts(
-            norms=layers * (norms + 2 * shape.qk_norm_size),
-            projections=layers * (2 * h * (shape.query_size + shape.kv_size) + biases),
-            mlp=layers * stack.mlp.weights(h, experts or 1),
+            norms=layers * (norms + 2 * attentions * shape.qk_norm_size),
+            projections=layers * attentions * projections,
+            mlp=layers * stack.copies("mlp") * stack.mlp.weights(h, experts or 1),
             expert_router=layers * h * (experts or 0) * stack.mlp.num_expert_routers,
             depth_router=stack.router.parameters if stack.router else 0,
             deltas=layers * stack.num_recursions * _delta_parameters(shape, stack)

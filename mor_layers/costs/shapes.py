@@ -6,7 +6,7 @@ from typing import Self
 
 import torch
 
-from mor_layers.layers import Relaxation
+from mor_layers.layers import Relaxation, Sublayer
 from mor_layers.models import DecoderConfig, RecursionConfig
 from mor_layers.recursion import KVPolicy
 from mor_layers.routers import ScorerMatrix
@@ -102,6 +102,8 @@ class StackShape:
     """Which keys and values attention sees at later steps."""
     shares_norms: bool = True
     """Whether all steps use the same norm weights."""
+    own_per_step: tuple[Sublayer, ...] = ()
+    """The sublayers of which each step has weights of its own."""
     relaxation: Relaxation | None = None
     """The low-rank deltas of each step."""
     step_embeddings: bool = False
@@ -118,6 +120,10 @@ class StackShape:
                 raise ValueError(
                     f"{entries} must have {self.num_recursions} entries, one per step."
                 )
+
+    def copies(self, sublayer: Sublayer) -> int:
+        """How many times the weights of a sublayer exist in each layer."""
+        return self.num_recursions if sublayer in self.own_per_step else 1
 
     @property
     def input_vectors(self) -> int:
@@ -164,6 +170,7 @@ class ModelShape:
             router=router,
             kv_policy=recursion.kv_policy,
             shares_norms=recursion.share_norms,
+            own_per_step=recursion.own_per_step,
             relaxation=recursion.relaxation,
             step_embeddings=recursion.step_embeddings,
             input_injection=recursion.input_injection,

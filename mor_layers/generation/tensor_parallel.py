@@ -17,7 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from mor_layers.layers import MoE, RelaxedLinear, StepDelta, norms_over_ranks
+from mor_layers.layers import (
+    MoE,
+    Projected,
+    RelaxedLinear,
+    StepDelta,
+    StepLinear,
+    norms_over_ranks,
+    weights_of,
+)
 from mor_layers.models import DecoderLayer, MoRTransformer
 
 
@@ -35,7 +43,7 @@ def shard(model: MoRTransformer, group: ProcessGroup) -> MoRTransformer:
     layers = [module for module in model.modules() if isinstance(module, DecoderLayer)]
     for layer in layers:
         is_moe = isinstance(layer.mlp, MoE)
-        width = layer.mlp.experts.gate.shape[1] if is_moe else layer.mlp.gate.out_features
+        width = layer.mlp.experts.gate.shape[1] if is_moe else len(weights_of(layer.mlp.gate)[0])
         sizes["width of an expert" if is_moe else "ffn_hidden_size"] = width
     for name, value in sizes.items():
         if value % size:
@@ -46,12 +54,8 @@ def shard(model: MoRTransformer, group: ProcessGroup) -> MoRTransformer:
     for layer in layers:
         attention, mlp = layer.attention, layer.mlp
         for linear in (attention.query, attention.key, attention.value):
-            _keep(linear, "weight", 0, group)  # [nd h], [gd h]
-            if linear.bias is not None:
-                _keep(linear, "bias", 0, group)
-            _keep_deltas(linear, 0, group)
-        _keep(attention.output, "weight", 1, group)  # [h nd]
-        _keep_deltas(attention.output, 1, group)
+            _keep_projection(linear, 0, group)  # [nd h], [gd h]
+        _keep_projection(attention.output, 1, group)  # [h nd]
         _sum_over_ranks(attention.output, group)
         if isinstance(mlp, MoE):
             _keep(mlp.experts, "gate", 1, group)  # [e f h]
@@ -59,13 +63,25 @@ def shard(model: MoRTransformer, group: ProcessGroup) -> MoRTransformer:
             _keep(mlp.experts, "down", 2, group)  # [e h f]
             _sum_over_ranks(mlp.experts, group)
         else:
-            _keep(mlp.gate, "weight", 0, group)  # [f h]
-            _keep(mlp.up, "weight", 0, group)
-            _keep(mlp.down, "weight", 1, group)  # [h f]
-            for linear, dim in ((mlp.gate, 0), (mlp.up, 0), (mlp.down, 1)):
-                _keep_deltas(linear, dim, group)
+            _keep_projection(mlp.gate, 0, group)  # [f h]
+            _keep_projection(mlp.up, 0, group)
+            _keep_projection(mlp.down, 1, group)  # [h f]
             _sum_over_ranks(mlp.down, group)
     return model
+
+
+def _keep_projection(linear: Projected, dim: int, group: ProcessGroup) -> None:
+    """Keep this rank's outputs (0) or inputs (1) of a projection, at every step."""
+    if isinstance(linear, StepLinear):
+        for step in range(len(linear.weights)):
+            _keep(linear.weights, str(step), dim, group)
+        for step in range(len(linear.biases)):
+            _keep(linear.biases, str(step), 0, group)
+        return
+    _keep(linear, "weight", dim, group)
+    if linear.bias is not None:
+        _keep(linear, "bias", 0, group)
+    _keep_deltas(linear, dim, group)
 
 
 def _keep(module: nn.Module, name: str, dim: int, group: ProcessGroup) -> None:

@@ -1,35 +1,51 @@
-"""Layers for use inside a recursion: a mixture of experts, per-step deltas, and adapters."""
+"""Layers for use inside a recursion: experts, projections and their deltas, and adapters."""
 
 from mor_layers.layers.adapters import EncoderLayers, PointwiseLayers
 from mor_layers.layers.moe import MOST_EXPERTS, ExpertRouters, MoE, MoEConfig
+from mor_layers.layers.projections import (
+    ATTENTION_PROJECTIONS,
+    PROJECTIONS_OF,
+    SUBLAYERS,
+    Projected,
+    StepLinear,
+    Sublayer,
+    make_projection,
+    project,
+    weights_of,
+)
 from mor_layers.layers.relaxation import (
     MLP_PROJECTIONS,
     Projection,
     Relaxation,
     RelaxedLinear,
     StepDelta,
-    make_projection,
     merged_weight,
     norms_over_ranks,
-    project,
     row_norms,
 )
 
 __all__ = [
+    "ATTENTION_PROJECTIONS",
     "MLP_PROJECTIONS",
     "MOST_EXPERTS",
+    "PROJECTIONS_OF",
+    "SUBLAYERS",
     "EncoderLayers",
     "ExpertRouters",
     "MoE",
     "MoEConfig",
     "PointwiseLayers",
+    "Projected",
     "Projection",
     "Relaxation",
     "RelaxedLinear",
     "StepDelta",
+    "StepLinear",
+    "Sublayer",
     "make_projection",
     "merged_weight",
     "norms_over_ranks",
     "project",
     "row_norms",
+    "weights_of",
 ]

@@ -183,22 +183,3 @@ class RelaxedLinear(nn.Linear):
         ]
         relaxed = parts[0] if len(parts) == 1 else torch.cat(parts)
         return relaxed if self.bias is None else relaxed + self.bias
-
-
-def make_projection(
-    name: Projection,
-    into: int,
-    out: int,
-    relaxation: Relaxation | None,
-    num_steps: int,
-    bias: bool = False,
-) -> nn.Linear:
-    """The projection `name` of a layer that runs in `num_steps` steps."""
-    if relaxation is None or name not in relaxation.projections:
-        return nn.Linear(into, out, bias=bias)
-    return RelaxedLinear(into, out, bias, relaxation, num_steps)
-
-
-def project(linear: nn.Linear, hidden: Tensor, context: StepContext) -> Tensor:
-    """Project `hidden`, and add to each row the delta of its step if the projection has deltas."""
-    return linear(hidden, context) if isinstance(linear, RelaxedLinear) else linear(hidden)

@@ -8,7 +8,16 @@ import math
 import typing
 from dataclasses import dataclass, field
 
-from mor_layers.layers import MLP_PROJECTIONS, ExpertRouters, MoEConfig, Relaxation
+from mor_layers.layers import (
+    MLP_PROJECTIONS,
+    PROJECTIONS_OF,
+    SUBLAYERS,
+    ExpertRouters,
+    MoEConfig,
+    Projection,
+    Relaxation,
+    Sublayer,
+)
 from mor_layers.recursion import (
     KV_POLICIES,
     SHARING_SCHEMES,
@@ -66,6 +75,10 @@ class RecursionConfig:
     residual_scale: float | None = None
     """λ of the factor λ / (num_recursions · √K) by which the block's K layers multiply what attention
     and MLP add to the residual (arXiv 2606.18524). Above 0; None: no factor."""
+    own_per_step: tuple[Sublayer, ...] = ()
+    """The sublayers, `attention` or `mlp`, of which each step has weights of its own. All steps share
+    the other one, and experts. For norms there is `share_norms`, for routers over experts
+    `expert_routers`."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.router, RouterConfig):
@@ -90,6 +103,7 @@ class RecursionConfig:
         self.router.validate(self.num_recursions)
         if self.relaxation is not None:
             self.relaxation.check(self.num_recursions, self.kv_policy)
+        self._check_own()
         if self.num_recursions < 2 and self.beyond_published:
             raise ValueError(
                 f"{self.beyond_published[0]} needs several steps, not num_recursions="
@@ -120,6 +134,35 @@ class RecursionConfig:
                 f"not {self.sharing!r}. Use kv_policy='recursion_wise'."
             )
 
+    def _check_own(self) -> None:
+        """Raise ValueError if weights of single steps would not be used, or are no sublayer's."""
+        own = self.own_per_step
+        if any(name not in SUBLAYERS for name in own) or len(set(own)) < len(own):
+            raise ValueError(
+                f"own_per_step={own} must name any of {', '.join(SUBLAYERS)}, each once; (): none."
+            )
+        why = {
+            "exit_state": "projects an exited token once for all later steps",
+            "recursive_sharing": "computes keys and values at the first step only",
+        }.get(self.kv_policy)
+        if "attention" in own and why is not None:
+            raise ValueError(
+                f"kv_policy={self.kv_policy!r} {why}, so own_per_step={own} cannot have attention. "
+                "Use kv_policy='recursion_wise' or 'sharing_with_update', or share attention."
+            )
+        relaxed = () if self.relaxation is None else self.relaxation.projections
+        if set(relaxed) & set(self.own_projections):
+            rest = tuple(name for name in relaxed if name not in self.own_projections)
+            raise ValueError(
+                f"Relaxation.projections={relaxed} cannot have those of own_per_step={own}, whose "
+                f"weights are not shared. Use projections={rest}, or no relaxation."
+            )
+
+    @property
+    def own_projections(self) -> tuple[Projection, ...]:
+        """The projections of which each step has its own."""
+        return tuple(name for sublayer in self.own_per_step for name in PROJECTIONS_OF[sublayer])
+
     @property
     def mean_experts(self) -> tuple[float, ...] | None:
         """Mean number of experts per token at each step; None: the layers' own number."""
@@ -129,7 +172,7 @@ class RecursionConfig:
     def beyond_published(self) -> tuple[str, ...]:
         """The settings in use that published checkpoints and plain decoders do not have."""
         names = ("relaxation", "step_embeddings", "input_injection", "sandwich_norms")
-        names += ("residual_scale",)
+        names += ("residual_scale", "own_per_step")
         return tuple(name for name in names if getattr(self, name))
 
     def residual_factor(self, block_size: int) -> float | None:
@@ -155,6 +198,12 @@ class RecursionConfig:
             raise ValueError(
                 f"expert_routers={self.expert_routers!r} needs layers with experts. Leave it out, "
                 "or give the model a mixture of experts."
+            )
+        if has_experts and "mlp" in self.own_per_step:
+            raise ValueError(
+                f"own_per_step={self.own_per_step} cannot have mlp where the MLP is a mixture of "
+                "experts, which all steps share. For experts that only some steps use, take more "
+                "experts and expert_routers='per_step'."
             )
         relaxed = () if self.relaxation is None else self.relaxation.projections
         if has_experts and set(relaxed) & set(MLP_PROJECTIONS):

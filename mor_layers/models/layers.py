@@ -3,6 +3,7 @@
 Legend: `b` batch, `k` tokens that run a step, `h` hidden, `n` heads, `d` head size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mor_layers.layers import MoE, Relaxation, make_projection, project
+from mor_layers.layers import MoE, Projected, make_projection, project, weights_of
 from mor_layers.models.config import DecoderConfig
 from mor_layers.recursion import ExpertUse, StepContext
 
@@ -45,22 +46,21 @@ class Attention(nn.Module):
         self.head_size = config.head_size
         width, kv_width = (n * config.head_size for n in (config.num_heads, config.kv_heads))
         size, bias = config.hidden_size, config.qkv_bias
-        make = partial(
-            make_projection, relaxation=_relaxation(config, num_steps), num_steps=num_steps
-        )
+        make = _projections(config, num_steps)
         self.query = make("query", size, width, bias=bias)
         self.key = make("key", size, kv_width, bias=bias)
         self.value = make("value", size, kv_width, bias=bias)
         self.output = make("output", width, size)
         self.query_norm = self.key_norm = None
         if config.qk_norm:
-            self.query_norm = StepNorm(config.head_size, config.rms_norm_epsilon)
-            self.key_norm = StepNorm(config.head_size, config.rms_norm_epsilon)
+            own = num_steps > 1 and "attention" in config.effective_recursion.own_per_step
+            sizes = config.head_size, config.rms_norm_epsilon, num_steps if own else 1
+            self.query_norm, self.key_norm = StepNorm(*sizes), StepNorm(*sizes)
 
     @property
     def num_heads(self) -> tuple[int, int]:
         """Query and key-value heads that this rank computes; see `tensor_parallel`."""
-        rows = len(self.query.weight), len(self.key.weight)
+        rows = [len(weights_of(linear)[0]) for linear in (self.query, self.key)]
         return rows[0] // self.head_size, rows[1] // self.head_size
 
     def forward(
@@ -68,18 +68,24 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "k b h"]:
         """`hidden` has the rows of `context.with_exited`, the result those that run the step."""
         running = hidden[: context.tokens.shape[0]]
-        query = rotary.turn(self._heads(project(self.query, running, context), self.query_norm))
+        query = self._heads(project(self.query, running, context), context.step, self.query_norm)
+        query = rotary.turn(query)
         key = value = None
         if context.projects_keys:
             projected = context.rows_to_project(hidden)
-            key = rotary.turn(self._heads(project(self.key, projected, context), self.key_norm))
-            value = self._heads(project(self.value, projected, context))
+            key = self._heads(project(self.key, projected, context), context.step, self.key_norm)
+            key = rotary.turn(key)
+            value = self._heads(project(self.value, projected, context), context.step)
         out = context.attend(self.layer, query, key, value)
         return project(self.output, out.flatten(2), context)  # [k b n d] -> [k b h]
 
-    def _heads(self, values: Tensor, norm: StepNorm | None = None) -> Tensor:
+    def _heads(
+        self, values: Tensor, step: int | Tensor, norm: StepNorm | None = None
+    ) -> Float[Tensor, "k b n d"]:
         heads = values.unflatten(-1, (-1, self.head_size))  # [k b nd] -> [k b n d]
-        return heads if norm is None else norm(heads)
+        if norm is None:
+            return heads
+        return norm(heads, step if isinstance(step, int) else step[: len(heads), :, None])
 
 
 class MLP(nn.Module):
@@ -88,9 +94,7 @@ class MLP(nn.Module):
     def __init__(self, config: DecoderConfig, num_steps: int = 1) -> None:
         super().__init__()
         size, width = config.hidden_size, config.ffn_hidden_size
-        make = partial(
-            make_projection, relaxation=_relaxation(config, num_steps), num_steps=num_steps
-        )
+        make = _projections(config, num_steps)
         self.gate = make("gate", size, width)
         self.up = make("up", size, width)
         self.down = make("down", width, size)
@@ -101,9 +105,17 @@ class MLP(nn.Module):
         return project(self.down, F.silu(gate) * up, context)
 
 
-def _relaxation(config: DecoderConfig, num_steps: int) -> Relaxation | None:
-    """Relaxation of layers that run in `num_steps` steps; layers outside the recursion run once."""
-    return config.effective_recursion.relaxation if num_steps > 1 else None
+def _projections(config: DecoderConfig, num_steps: int) -> Callable[..., Projected]:
+    """Makes projections of layers that run in `num_steps` steps, from a name and two sizes."""
+    recursion = config.effective_recursion
+    if num_steps == 1:  # layers outside the recursion: there are no steps to tell apart
+        return partial(make_projection, relaxation=None, num_steps=1)
+    return partial(
+        make_projection,
+        relaxation=recursion.relaxation,
+        num_steps=num_steps,
+        own=recursion.own_projections,
+    )
 
 
 class DecoderLayer(nn.Module):

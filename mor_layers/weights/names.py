@@ -15,29 +15,39 @@ _LAYER = {
 }
 _BIASES = {f"attention.{n}.bias": f"self_attn.{n[0]}_proj.bias" for n in ("query", "key", "value")}
 _HEAD_NORMS = {
-    "attention.query_norm.weights.0": "self_attn.q_norm.weight",
-    "attention.key_norm.weights.0": "self_attn.k_norm.weight",
+    "attention.query_norm.weights.{head_norm}": "self_attn.q_norm.weight",
+    "attention.key_norm.weights.{head_norm}": "self_attn.k_norm.weight",
 }
+_OF_STEPS = {"weight": "weights", "bias": "biases"}
 
 
-def layer_names(config: DecoderConfig, ours: str, theirs: str, norm: int = 0) -> dict[str, str]:
-    """Map our names to those of Llama (or Qwen) for the tensors of a dense layer, with one step's
-    norms.
-    """
-    names = _LAYER | (_BIASES if config.qkv_bias else {}) | (_HEAD_NORMS if config.qk_norm else {})
-    return {f"{ours}.{o.format(norm=norm)}": f"{theirs}.{t}" for o, t in names.items()}
+def layer_names(config: DecoderConfig, ours: str, theirs: str, step: int = 0) -> dict[str, str]:
+    """The name in Llama (or Qwen) of each tensor of a dense layer, as it runs at one step."""
+    recursion, own, norm, head_norm = config.effective_recursion, (), 0, 0
+    if ours.startswith("recursions."):
+        own = recursion.own_projections
+        norm = 0 if recursion.share_norms else step
+        head_norm = step if "query" in own else 0
+    names = {}
+    tensors = (
+        _LAYER | (_BIASES if config.qkv_bias else {}) | (_HEAD_NORMS if config.qk_norm else {})
+    )
+    for tensor, their_tensor in tensors.items():
+        module, _, kind = tensor.format(norm=norm, head_norm=head_norm).rpartition(".")
+        if module.rpartition(".")[2] in own:
+            kind = f"{_OF_STEPS[kind]}.{step}"
+        names[f"{ours}.{module}.{kind}"] = f"{theirs}.{their_tensor}"
+    return names
 
 
 def unrolled_layers(config: DecoderConfig) -> list[tuple[str, int]]:
-    """The name of the layer that runs at each depth, and the index of its norms at that depth."""
+    """Name of the layer that runs at each depth, and the step that it runs."""
     recursion, schedule = config.effective_recursion, config.schedule
     steps, size = range(recursion.num_recursions), range(schedule.block_size)
     if schedule.is_cyclic:
         shared = [(f"recursions.0.layers.layers.{layer}", step) for step in steps for layer in size]
     else:
         shared = [(f"recursions.{layer}.layers.layers.0", step) for layer in size for step in steps]
-    if recursion.share_norms:
-        shared = [(name, 0) for name, _ in shared]
     first = [(f"prelude.layers.{layer}", 0) for layer in range(schedule.prelude)]
     last = [(f"coda.layers.{layer}", 0) for layer in range(schedule.coda)]
     return first + shared + last

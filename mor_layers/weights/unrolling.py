@@ -5,7 +5,6 @@ plain = MoRTransformer(config)
 plain.load_state_dict(dict(weights))
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -23,7 +22,8 @@ def require_unrollable(config: DecoderConfig) -> None:
     recursion = config.effective_recursion
     if config.moe is not None:
         raise ValueError("moe is set, but a plain decoder has no experts. Keep the model as it is.")
-    beyond = [name for name in recursion.beyond_published if name != "relaxation"]
+    merges = ("relaxation", "own_per_step")
+    beyond = [name for name in recursion.beyond_published if name not in merges]
     if beyond:
         raise ValueError(
             f"{beyond[0]} is set, which a plain decoder does not support. Keep the model as it is."
@@ -50,20 +50,17 @@ def unrolled_weights(
     """
     require_unrollable(config)
     plain = replace(config, recursion=None)
-    relaxation, schedule = config.effective_recursion.relaxation, config.schedule
+    relaxation = config.effective_recursion.relaxation
     relaxed = () if relaxation is None else relaxation.projections
     theirs = [name for name, _ in unrolled_layers(plain)]
     sources = {"embedding.weight": ("embedding.weight", None)}
-    steps = Counter[str]()
-    for depth, (ours, norm) in enumerate(unrolled_layers(config)):
-        own = layer_names(config, ours, "", norm)
+    for depth, (ours, step) in enumerate(unrolled_layers(config)):
+        own = layer_names(config, ours, "", step)
         for name, source in zip(layer_names(plain, theirs[depth], ""), own, strict=True):
             module, _, kind = source.rpartition(".")
             is_shared = ours.startswith("recursions.") and kind == "weight"
             has_delta = is_shared and module.rpartition(".")[2] in relaxed
-            sources[name] = source, f"{module}.deltas.{steps[ours]}" if has_delta else None
-        steps[ours] += 1
-    assert sum(steps.values()) == schedule.num_unrolled_layers
+            sources[name] = source, f"{module}.deltas.{step}" if has_delta else None
     sources["norm.weights.0"] = "norm.weights.0", None
     if not config.tie_embeddings:
         sources["output.weight"] = "output.weight", None

@@ -18,8 +18,6 @@ singular value decomposition of the difference between the layer at its depth an
 the dense one (except for biases and norms of queries and keys, which the steps share).
 """
 
-import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -48,9 +46,9 @@ def recursive_weights(
 ) -> tuple[DecoderConfig, LazyTensors]:
     """The settings and weights of a recursive model that is initialised from a dense one.
 
-    Norms per step (`share_norms=False`) are those of the layers at their depths, and deltas are
-    computed from these layers, under every initialization but `random`. The router is new,
-    initialised from `seed`.
+    What each step has of its own (norms under `share_norms=False`, sublayers in `own_per_step`, deltas)
+    is that of the layer at its depth under every initialization but `random`. A router is new, drawn
+    from `seed`.
 
     Args:
         weights: tensors of the dense model, under the names of a MoRTransformer's state dict.
@@ -136,23 +134,22 @@ def _sources(
             }
             if initialization in offset:
                 chosen = [schedule.prelude + offset[initialization]]
+        of_all_steps = set(layer_names(config, ours, "", 0)) & set(layer_names(config, ours, "", 1))
         for step, depth in enumerate(own):
-            per_step = not config.effective_recursion.share_norms
-            for name, suffix in layer_names(config, ours, "", step if per_step else 0).items():
-                is_own = per_step and suffix.endswith("layernorm.weight")
-                original = _WITHOUT_STEP.sub(".weights.0", name.removeprefix(ours))
-                names[name] = [f"{theirs[d]}{original}" for d in ([depth] if is_own else chosen)]
+            for place_in_layer, name in enumerate(layer_names(config, ours, "", step)):
+                names[name] = [
+                    list(layer_names(dense, theirs[d], ""))[place_in_layer]
+                    for d in (chosen if name in of_all_steps else [depth])
+                ]
     return names
 
 
 def _originals(dense: DecoderConfig, config: DecoderConfig) -> dict[str, str]:
     """For each delta, the weight in the dense model's layer at the depth of its step."""
     relaxation = config.effective_recursion.relaxation
-    theirs, steps = [name for name, _ in unrolled_layers(dense)], Counter[str]()
+    theirs = [name for name, _ in unrolled_layers(dense)]
     names: dict[str, str] = {}
-    for depth, (ours, _) in enumerate(unrolled_layers(config)):
-        step = steps[ours]
-        steps[ours] += 1
+    for depth, (ours, step) in enumerate(unrolled_layers(config)):
         if relaxation is None or not ours.startswith("recursions."):
             continue
         for name in relaxation.projections:
@@ -187,9 +184,6 @@ def _delta(shared: Tensor, a: Tensor, b: Tensor, relaxation: Relaxation) -> dict
         return {"a": a, "b": b}
     norms = row_norms(shared, a, b, relaxation.scale)
     return {"a": a, "b": b, "magnitude": norms.to(shared.dtype)}
-
-
-_WITHOUT_STEP = re.compile(r"\.weights\.\d+$")
 
 
 def _routers(config: DecoderConfig, seed: int) -> dict[str, Tensor]:

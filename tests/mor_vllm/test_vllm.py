@@ -157,6 +157,10 @@ def test_later_steps_share_the_cache_of_the_first(tmp_path, runner, name):
             replace(small_config(), recursion=RecursionConfig(3, residual_scale=1.0)),
             "residual_scale=1.0 cannot be served",
         ),
+        (
+            replace(small_config(), recursion=RecursionConfig(3, own_per_step=("mlp",))),
+            "unrolls a model where nothing routes",
+        ),
     ],
 )
 def test_what_vllm_would_compute_otherwise_is_refused(tmp_path, runner, config, message):

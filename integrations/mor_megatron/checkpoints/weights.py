@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, is_ma
 from torch import Tensor, nn
 
 from mor_layers import DecoderConfig, MoEConfig, RecursionConfig
-from mor_layers.layers import MLP_PROJECTIONS
+from mor_layers.layers import MLP_PROJECTIONS, Sublayer
 from mor_layers.weights import LazyTensors, tensor_shapes
 
 
@@ -172,22 +172,22 @@ def _layer_names(
     recursion: RecursionConfig | None = None,
     num_norms: int = 1,
 ) -> dict[str, tuple[str, ...]]:
-    names = {
-        f"self_attention.{_QKV}": ("attention.query", "attention.key", "attention.value"),
-        "self_attention.linear_proj.weight": ("attention.output",),
-    }
-    if moe is None:
-        names |= {f"mlp.{_GATED}": ("mlp.gate", "mlp.up"), "mlp.linear_fc2.weight": ("mlp.down",)}
-    result = {
-        f"{theirs}.{t}": tuple(f"{ours}.{o}.weight" for o in parts) for t, parts in names.items()
-    }
-    if config.qkv_bias:
-        biases = (f"{ours}.attention.{name}.bias" for name in ("query", "key", "value"))
-        result[f"{theirs}.self_attention.{_QKV_BIAS}"] = tuple(biases)
-    if config.qk_norm:
-        for name in ("query", "key"):
-            their_norm = f"{theirs}.self_attention.{name[0]}_layernorm.weight"
-            result[their_norm] = (f"{ours}.attention.{name}_norm.weights.0",)
+    result: dict[str, tuple[str, ...]] = {}
+    for step, place in _places(f"{theirs}.self_attention", "attention", recursion):
+        weight, bias = ("weight", "bias") if step is None else (f"weights.{step}", f"biases.{step}")
+        qkv = [f"{ours}.attention.{name}" for name in ("query", "key", "value")]
+        result[f"{place}.{_QKV}"] = tuple(f"{name}.{weight}" for name in qkv)
+        result[f"{place}.linear_proj.weight"] = (f"{ours}.attention.output.{weight}",)
+        if config.qkv_bias:
+            result[f"{place}.{_QKV_BIAS}"] = tuple(f"{name}.{bias}" for name in qkv)
+        if config.qk_norm:
+            for name in ("query", "key"):
+                their_norm = f"{place}.{name[0]}_layernorm.weight"
+                result[their_norm] = (f"{ours}.attention.{name}_norm.weights.{step or 0}",)
+    for step, place in _places(f"{theirs}.mlp", "mlp", recursion) if moe is None else ():
+        weight = "weight" if step is None else f"weights.{step}"
+        result[f"{place}.{_GATED}"] = (f"{ours}.mlp.gate.{weight}", f"{ours}.mlp.up.{weight}")
+        result[f"{place}.linear_fc2.weight"] = (f"{ours}.mlp.down.{weight}",)
     if moe is not None:
         experts = _expert_names(moe, recursion)
         result |= {
@@ -205,6 +205,15 @@ def _layer_names(
                 own = f"{step}." if num_norms > 1 else ""
                 result[f"{theirs}.{norm}.{own}weight"] = (f"{ours}.{norm}.weights.{step}",)
     return result | _delta_names(theirs, ours, recursion)
+
+
+def _places(
+    module: str, sublayer: Sublayer, recursion: RecursionConfig | None
+) -> list[tuple[int | None, str]]:
+    """Where Megatron has a sublayer: at one place, or at one for each step."""
+    if recursion is None or sublayer not in recursion.own_per_step:
+        return [(None, module)]
+    return [(step, f"{module}.{step}") for step in range(recursion.num_recursions)]
 
 
 def _delta_names(

@@ -30,6 +30,7 @@ from torch import Tensor
 from mor_layers import RecursionBlock, RecursionConfig, RecursionOutput, RoutingDecision, Tokens
 from mor_megatron.layers.block_part import BlockPart, CombiningRouter
 from mor_megatron.layers.experts.router import StepTopKRouter
+from mor_megatron.layers.own_sublayers import attentions_of
 from mor_megatron.layers.quantization import require_one_precision
 from mor_megatron.layers.routing.auxiliary_loss import RouterLossScaler, listen_for_loss_scale
 from mor_megatron.layers.routing.counts import RoutingStatistics
@@ -294,7 +295,7 @@ class RecursionLayer(TransformerLayer):
     def _rotation(self, rotary_pos_emb: Tensor | None, hidden: Tensor) -> StepRotation | None:
         if rotary_pos_emb is None:
             return None
-        attention: Any = self.recursion.layers[0].self_attention  # type: ignore[index,union-attr]
+        attention = attentions_of(self.recursion.layers[0])[0]  # type: ignore[index]
         scale = attention._yarn_concentration_factor
         if self.config.context_parallel_size > 1:  # Megatron passes this rank's rows only
             rotary_pos_emb = in_sequence_order(rotary_pos_emb, self.pg_collection.cp)

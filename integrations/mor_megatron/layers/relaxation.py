@@ -36,6 +36,7 @@ from torch.nn import functional as F
 
 from mor_layers import Relaxation
 from mor_layers.layers import Projection, StepDelta, norms_over_ranks
+from mor_megatron.layers.own_sublayers import attentions_of
 from mor_megatron.layers.step_aware import StepAware
 
 _ATTENTION: tuple[Projection, ...] = ("query", "key", "value", "output")
@@ -157,7 +158,7 @@ def attach_deltas(
     Raises:
         ValueError: a linear layer includes its norm, so that the delta would see another input.
     """
-    names, attention, mlp = relaxation.projections, layer.self_attention, layer.mlp
+    names, attention, mlp = relaxation.projections, attentions_of(layer)[0], layer.mlp
     fused = (
         (layer.input_layernorm, "input_layernorm", ("query", "key", "value")),
         (layer.pre_mlp_layernorm, "pre_mlp_layernorm", ("gate", "up")),

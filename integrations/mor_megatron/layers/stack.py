@@ -27,6 +27,7 @@ from mor_megatron.layers.attention import RecursiveSelfAttention, SDPACoreAttent
 from mor_megatron.layers.block_part import BlockPart
 from mor_megatron.layers.experts.moe import RecursiveMoELayer
 from mor_megatron.layers.experts.router import StepTopKRouter
+from mor_megatron.layers.own_sublayers import StepModules, attentions_of, give_own_sublayers
 from mor_megatron.layers.quantization import filled, row_alignment
 from mor_megatron.layers.relaxation import attach_deltas
 from mor_megatron.layers.sandwich import attach_output_norms, like_norms_of, scale_branches
@@ -41,20 +42,13 @@ from mor_megatron.step import (
 )
 
 
-class StepNorms(StepAware, nn.ModuleList):
-    """A separate norm for each step."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self[self.step](hidden)
-
-
 class StepStack(nn.ModuleList):
     """The `K` Megatron layers that run as one step of a recursion.
 
     Args:
         config: the model's configuration.
         layer_specs: the user's specs of the layers on this rank.
-        recursion: number of steps, shared or separate norms, relaxation.
+        recursion: number of steps, what they share, relaxation.
         part: which layers of the block these are.
         first_layer: number of layers of the unrolled model before the block.
         pg_collection: the model's process groups.
@@ -74,30 +68,33 @@ class StepStack(nn.ModuleList):
         pg_collection: ProcessGroupCollection,
         vp_stage: int | None,
     ) -> None:
+        super().__init__()
         inner = inner_config(config, recursion.num_recursions)
         first_layer += part.first
-        super().__init__(
-            build_module(
-                recursive_layer_spec(spec, recursion, config.context_parallel_size > 1),
+        self.first_layer = first_layer
+        self.row_alignment = row_alignment(config)
+        self.layers_per_step = part.block_size
+        self.tp_group = pg_collection.tp if config.sequence_parallel else None
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
+        for index, user_spec in enumerate(layer_specs):
+            build = partial(
+                build_module,
                 config=inner,
                 layer_number=first_layer + index + 1,
                 pg_collection=pg_collection,
                 vp_stage=vp_stage,
                 add_layer_offset=False,
             )
-            for index, spec in enumerate(layer_specs)
-        )
-        self.first_layer = first_layer
-        self.row_alignment = row_alignment(config)
-        self.layers_per_step = part.block_size
-        self.tp_group = pg_collection.tp if config.sequence_parallel else None
-        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
-        for index, layer in enumerate(self):
-            cast(Any, layer).self_attention.join_block(index, layer.input_layernorm)
+            spec = recursive_layer_spec(user_spec, recursion, config.context_parallel_size > 1)
+            layer = build(spec)
+            self.append(layer)
+            give_own_sublayers(layer, spec, recursion, build)
+            for attention in attentions_of(layer):
+                attention.join_block(index, layer.input_layernorm)
             if recursion.relaxation is not None:
                 attach_deltas(layer, recursion.relaxation, recursion.num_recursions, config)
             if recursion.sandwich_norms:
-                norm = like_norms_of(layer_specs[index], config)
+                norm = like_norms_of(user_spec, config)
                 attach_output_norms(layer, _of_every_step(norm, recursion))
             factor = recursion.residual_factor(part.block_size)
             if factor is not None:
@@ -261,13 +258,13 @@ def _of_every_step(norm: Callable[[], nn.Module], recursion: RecursionConfig) ->
     """Builds one norm for all steps, or one for each."""
     if recursion.share_norms:
         return norm
-    return lambda: StepNorms(norm() for _ in range(recursion.num_recursions))
+    return lambda: StepModules(norm() for _ in range(recursion.num_recursions))
 
 
-def _step_norms(builder: Any, num_recursions: int, place: str, **arguments: Any) -> StepNorms:
+def _step_norms(builder: Any, num_recursions: int, place: str, **arguments: Any) -> StepModules:
     if builder is IdentityOp:
         raise ValueError(
             f"share_norms=False needs a separate norm at {place}; this layer spec fuses it into "
             "the next linear layer. Use a local layer spec, or share_norms=True."
         )
-    return StepNorms(builder(**arguments) for _ in range(num_recursions))
+    return StepModules(builder(**arguments) for _ in range(num_recursions))

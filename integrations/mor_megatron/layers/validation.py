@@ -162,6 +162,12 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             "or leave 'mlp' out.",
         ),
         (
+            "mlp" in selective and "mlp" in recursion.own_per_step,
+            f"recompute_modules with 'mlp' and own_per_step={recursion.own_per_step}",
+            "a recomputed MLP would be the last step's. Use recompute_granularity='full', or leave "
+            "'mlp' out.",
+        ),
+        (
             "gate" in relaxed and not config.gated_linear_unit,
             "Relaxation.projections with 'gate' and gated_linear_unit=False",
             "the MLP has no gate. Leave 'gate' out of projections.",

@@ -1,6 +1,6 @@
 """Generation by a Megatron model over tensor-parallel ranks: exact, and in step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -62,6 +62,9 @@ def decoder_config(router: str, policy: KVPolicy, with_experts: bool) -> Decoder
     kind = "lora" if policy == "exit_state" else "dora"  # Qwen has biases
     relaxation = Relaxation(3, kind, names) if router == "expert" else None
     recursion = RecursionConfig(3, router=ROUTERS[router], kv_policy=policy, relaxation=relaxation)
+    if router == "token" and keyed:
+        own = ("attention",) if with_experts else ("attention", "mlp")
+        recursion = replace(recursion, own_per_step=own)  # type: ignore[arg-type]
     moe = MoEConfig(4, 2, ffn_hidden_size=24) if with_experts else None
     qwen = {"head_dim": 12, "qkv_bias": True, "qk_norm": True} if policy == "exit_state" else {}
     return DecoderConfig(VOCAB_SIZE, 32, 64, 8, 4, 2, **qwen, recursion=recursion, moe=moe)

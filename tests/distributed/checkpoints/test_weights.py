@@ -63,6 +63,19 @@ MODELS: dict[str, dict[str, Any]] = {
             router=ExpertChoice(gate_bias=0.5),
         )
     },
+    "own attention": {
+        "recursion": replace(
+            WISE, own_per_step=("attention",), share_norms=False, expert_routers="per_step"
+        ),
+        "moe": EXPERTS,
+        "qkv_bias": True,
+        "qk_norm": True,
+    },
+    "own MLPs": {
+        "recursion": replace(
+            WISE, own_per_step=("mlp",), relaxation=Relaxation(2, projections=("query", "output"))
+        )
+    },
     "long ends": {"recursion": replace(WISE, prelude_layers=2, coda_layers=3)},
     "long dense ends": {
         "recursion": replace(WISE, sharing="cycle", prelude_layers=2, coda_layers=3),
@@ -83,6 +96,9 @@ SAMPLE = [
     ("deltas", "tp+sp"),
     ("all helps", "tp+sp"),
     ("dense ends", "ep"),
+    ("own attention", "ep"),
+    ("own attention", "tp+sp"),
+    ("own MLPs", "tp+sp"),
     ("long ends", "one rank"),
     ("long ends", "tp+sp"),
     ("long ends", "pp"),

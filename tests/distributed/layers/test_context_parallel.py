@@ -224,6 +224,16 @@ def test_a_layout_computes_what_one_rank_computes(
     assert_alike(outcomes, one_rank(recursion, config, None))
 
 
+@pytest.mark.full
+def test_attention_of_each_step_sees_the_other_ranks(pool: WorkerPool, one_rank) -> None:
+    world_size, parallel, config = LAYOUTS["cp x tp+sp"]
+    recursion = RecursionConfig(3, router=ROUTERS["token"], own_per_step=("attention",))
+    outcomes = pool.run(
+        loss_and_gradients, world_size, layout=parallel, recursion=recursion, config=config
+    )
+    assert_alike(outcomes, one_rank(recursion, config, None))
+
+
 @pytest.mark.parametrize("masks", ["cut", pytest.param("whole", marks=pytest.mark.full)])
 @pytest.mark.parametrize("layout", [pytest.param("cp", marks=pytest.mark.full), "cp x tp+sp"])
 def test_documents_and_padding_are_kept_apart(

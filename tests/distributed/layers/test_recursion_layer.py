@@ -100,6 +100,14 @@ RECURSIONS = {
         kv_policy="recursive_sharing",
         relaxation=Relaxation(3, "dora", ("query", "output", "gate", "up", "down")),
     ),
+    "token, update, own attention": RecursionConfig(
+        3,
+        router=TOKEN.router,
+        kv_policy="sharing_with_update",
+        share_norms=False,
+        own_per_step=("attention",),
+    ),
+    "expert, own MLPs": RecursionConfig(3, router=EXPERT.router, own_per_step=("mlp",)),
     "aux router": RecursionConfig(3, router=ExpertChoice("mlp", "tanh", predictor="aux_router")),
 }
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]] = {
@@ -131,7 +139,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], di
         {},
     ),
 }
-RARER = [name for name in RECURSIONS if re.search("deltas|helps|loops|ends", name)]
+RARER = [name for name in RECURSIONS if re.search("deltas|helps|loops|ends|own", name)]
 LAYOUTS["full recompute of dense layers"] = (1, {}, DENSE, LAYOUTS["full recompute"][3], {})
 # Replicas draw random depths side by side, one rank draws them one after the other.
 CASES = [
@@ -148,6 +156,8 @@ CASES += [
     ("expert, long ends", "tp+sp moe"),
     ("expert, all helps", "full recompute"),
     ("expert, all helps", "tp+sp moe"),
+    ("token, update, own attention", "tp+sp ep etp1"),
+    ("expert, own MLPs", "full recompute of dense layers"),
     ("random loops", "pp"),
     ("random loops", "dp overlap"),
     ("fixed, deltas", "pp"),
@@ -170,8 +180,12 @@ DAILY = {
     "full recompute": ["random", "expert", "token, sharing"],
     "selective recompute": ["sequence", "aux router"],
 }
+RARELY = [
+    ("token, update, own attention", layout)
+    for layout in ("pp", "selective recompute", "full recompute")
+]
 SAMPLED = sweep(
-    CASES,
+    [*CASES, *RARELY],
     [(name, layout) for name, layout in CASES if name in RARER or name in DAILY[layout]],
 )
 

@@ -55,6 +55,7 @@ HELPS: Options = {
     "sandwich_norms": True,
     "residual_scale": 2.0,
 }
+OWN: Options = {"own_per_step": ("attention",)}
 LOOPS = RecursionConfig(
     3, router=RandomLoops(seed=0), relaxation=Relaxation(2, projections=("query",))
 )
@@ -95,6 +96,11 @@ SAMPLE = {
         replace(recursion(2, "token"), prelude_layers=2, coda_layers=3), tp=2, config=SP
     ),
     "PP=2, no prelude, expert": Case(replace(recursion(2, "expert"), prelude_layers=0)),
+    "TP=2+SP x PP=2, own attention, token, MoE, full recompute": Case(
+        replace(recursion(2, "token"), own_per_step=("attention",), expert_routers="per_step"),
+        tp=2,
+        config=SP | MOE | FULL_RECOMPUTE,
+    ),
     "PP=2, random loops": Case(LOOPS),
     "PP=2, cycle, fixed depth, a norm a step": Case(
         RecursionConfig(3, sharing="cycle", router=FixedDepth(), share_norms=False)
@@ -136,6 +142,10 @@ MORE = {
     "PP=2, cycle, expert": Case(RecursionConfig(3, sharing="cycle", router=EXPERT)),
     "TP=2+SP x PP=2, random loops, MoE": Case(LOOPS, tp=2, config=SP | MOE),
     "PP=2, helps, fixed depth": Case(RecursionConfig(3, **HELPS)),
+    "PP=2, nothing shared, update, expert": Case(
+        replace(recursion(3, "expert", UPDATE), own_per_step=("attention", "mlp"))
+    ),
+    "PP=2, own attention, random loops": Case(replace(LOOPS, relaxation=None, **OWN)),
 }
 
 
