@@ -71,11 +71,13 @@ class Accounting:
     once: float = 0
     """FLOPs per forward pass that do not depend on the batch, for the row norms of weights with
     `dora` deltas. They are not part of `forward`."""
+    further_losses: tuple[Parts, Parts] = (Parts(), Parts())
+    """FLOPs, forward and backward, of losses after all loops but the last, which only training has."""
 
     @property
     def training(self) -> Parts:
         """FLOPs of the forward and backward pass."""
-        return self.forward + self.backward
+        return sum(self.further_losses, self.forward + self.backward)
 
     def flops_per_token(self, training: bool = True) -> float:
         """FLOPs per token of the forward and backward pass, or of the forward pass alone."""
@@ -145,7 +147,16 @@ def account(
     forward = sum((step.forward for step in steps), Parts(output=head))
     backward = sum((step.backward for step in steps), Parts(output=2 * head))
     parameters, once = count_parameters(shape), _norms_of_relaxed_weights(shape)
-    return Accounting(sequence_length, parameters, tuple(steps), forward, backward, once)
+    ends = [step for step in steps if step.stack == "coda"]
+    further = (
+        _times(shape.num_losses - 1, sum((step.forward for step in ends), Parts(output=head))),
+        _times(shape.num_losses - 1, sum((step.backward for step in ends), Parts(output=2 * head))),
+    )
+    return Accounting(sequence_length, parameters, tuple(steps), forward, backward, once, further)
+
+
+def _times(count: int, parts: Parts) -> Parts:
+    return sum([parts] * count, Parts())
 
 
 def relaxed_projections(shape: ModelShape, stack: StackShape) -> dict[Projection, tuple[int, int]]:

@@ -152,6 +152,9 @@ class ModelShape:
     """Whether queries, keys and values have biases. Other biases are not counted."""
     qk_norm_size: int = 0
     """Number of weights in each of the two norms, of queries and of keys, in a layer. 0: none."""
+    num_losses: int = 1
+    """How often states are read out in training: once, or after every loop. Each time the layers after
+    the last recursion and the output run."""
 
     @classmethod
     def from_decoder(cls, config: DecoderConfig, router: RouterShape | None = None) -> Self:
@@ -192,9 +195,10 @@ class ModelShape:
             config.tie_embeddings,
             config.qkv_bias,
             config.head_size if config.qk_norm else 0,
+            recursion.num_recursions if recursion.loop_loss is not None else 1,
         )
 
     def plain(self) -> Self:
         """The plain model of the same depth, in which each repeat has weights of its own."""
         stacks = (StackShape(s.name, s.num_layers * s.num_recursions, s.mlp) for s in self.stacks)
-        return replace(self, stacks=tuple(stacks))
+        return replace(self, stacks=tuple(stacks), num_losses=1)

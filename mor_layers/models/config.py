@@ -22,6 +22,7 @@ from mor_layers.recursion import (
     KV_POLICIES,
     SHARING_SCHEMES,
     KVPolicy,
+    LoopLoss,
     Sharing,
     SharingSchedule,
     StepInput,
@@ -79,6 +80,9 @@ class RecursionConfig:
     """The sublayers, `attention` or `mlp`, of which each step has weights of its own. All steps share
     the other one, and experts. For norms there is `share_norms`, for routers over experts
     `expert_routers`."""
+    loop_loss: LoopLoss | None = None
+    """In training, a loss after every step, weighted by a fixed prior over depths; None: a loss after
+    the last one."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.router, RouterConfig):
@@ -115,8 +119,17 @@ class RecursionConfig:
                 "share_norms=False would make different at each. Use share_norms=True, or another "
                 "kv_policy."
             )
+        if self.loop_loss is not None and self.num_recursions < 2:
+            raise ValueError(
+                f"loop_loss needs several steps, not num_recursions={self.num_recursions}. Leave it out."
+            )
         if self.sharing in ("cycle", "middle_cycle"):
             return
+        if self.loop_loss is not None:
+            raise ValueError(
+                f"loop_loss needs cycle or middle_cycle sharing, in which a block repeats as a whole, "
+                f"not {self.sharing!r}. Leave it out."
+            )
         if self.residual_scale is not None:
             raise ValueError(
                 f"residual_scale={self.residual_scale} needs cycle or middle_cycle sharing, in which "

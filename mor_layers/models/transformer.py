@@ -5,7 +5,7 @@ key-value heads, `d` head size, `v` vocabulary. Token ids are batch first, as to
 inside the model, states are sequence first.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from mor_layers.layers import RelaxedLinear
 from mor_layers.models.config import DecoderConfig
 from mor_layers.models.layers import DecoderStack, StepNorm
-from mor_layers.recursion import ExpertUse, RecursionBlock, RecursionOutput, StepContext, summed
+from mor_layers.recursion import (
+    ExpertUse,
+    RecursionBlock,
+    RecursionOutput,
+    StepContext,
+    expected_loss,
+    over_loops,
+    summed,
+)
 from mor_layers.selection import Tokens
 
 
@@ -29,17 +37,22 @@ class DecoderOutput:
     recursions: tuple[RecursionOutput, ...]
     """One per recursion block: decisions, depths, losses."""
     lm_loss: Float[Tensor, ""] | None = None
-    """Mean cross entropy in nats per token; None without labels."""
+    """Mean cross entropy in nats per token; with a `loop_loss` in training, that of all loops, weighted
+    by its prior. None without labels."""
     prelude_experts: dict[int, ExpertUse] = field(default_factory=dict)
     """Statistics and losses of the experts of each layer before the recursion."""
     coda_experts: dict[int, ExpertUse] = field(default_factory=dict)
     """Statistics and losses of the experts of each layer after the recursion."""
 
+    loop_losses: dict[str, Tensor] = field(default_factory=dict)
+    """Losses on the states after each loop, multiplied by their coefficients."""
+
     @property
     def losses(self) -> dict[str, Tensor]:
-        """Auxiliary losses of all routers by name, multiplied by their coefficients."""
+        """Auxiliary losses by name, multiplied by their coefficients."""
         ends = (*self.prelude_experts.values(), *self.coda_experts.values())
-        return summed([*(r.losses for r in self.recursions), *(use.losses for use in ends)])
+        parts = [*(r.losses for r in self.recursions), *(use.losses for use in ends)]
+        return summed([*parts, self.loop_losses])
 
     @property
     def loss(self) -> Float[Tensor, ""]:
@@ -56,6 +69,18 @@ class DecoderOutput:
     def depths(self) -> Int[Tensor, "b s"]:
         """Number of steps that each token took, summed over recursions."""
         return sum((r.depths for r in self.recursions[1:]), self.recursions[0].depths).T
+
+
+def _mean_loss(
+    logits: Float[Tensor, "rb s v"], labels: Int[Tensor, "b s"], weights: Sequence[float]
+) -> Float[Tensor, ""]:
+    """Mean over the tokens with a label, of the losses of all loops weighted by the prior."""
+    every = labels.repeat(len(weights), 1)
+    flat = logits.flatten(0, 1).float()
+    if len(weights) == 1:
+        return F.cross_entropy(flat, every.flatten(), ignore_index=-1)
+    losses = F.cross_entropy(flat, every.flatten(), ignore_index=-1, reduction="none")
+    return expected_loss(losses.view_as(every), weights).sum() / (labels >= 0).sum()
 
 
 class MoRTransformer(nn.Module):
@@ -139,21 +164,28 @@ class MoRTransformer(nn.Module):
         tokens = Tokens.whole_sequence(*ids.T.shape, ids.device, documents, is_padding)
         before, after = StepContext(0, tokens), StepContext(0, tokens)
         hidden = self.prelude(self.embedding(ids.T), before)
-        outputs = []
+        loop_loss = self.config.effective_recursion.loop_loss
+        every_loop = loop_loss is not None and self.training and labels is not None
+        outputs, losses = [], {}
         for recursion in self.recursions:
-            outputs.append(recursion(hidden, tokens, causal_routing))
+            outputs.append(recursion(hidden, tokens, causal_routing, every_loop))
             hidden = outputs[-1].hidden
+        weights = (1.0,)
+        if loop_loss is not None and every_loop:
+            states, weights = outputs[-1].states, loop_loss.weights(len(outputs[-1].states))
+            hidden, after = over_loops(states), StepContext(0, tokens.repeated(len(states)))
+            if loop_loss.scale_penalty:
+                losses["scale_penalty"] = loop_loss.penalty(states, is_padding, tokens.count)
         hidden = self.norm(self.coda(hidden, after))
-        logits = self.output(hidden).transpose(0, 1)  # [s b v] -> [b s v]
+        logits = self.output(hidden).transpose(0, 1)  # [s rb v] -> [rb s v]
         lm_loss = None
         if labels is not None:
             if is_padding is not None:
                 labels = labels.masked_fill(is_padding.T, -1)
-            labels = labels.clamp(min=-1)
-            lm_loss = F.cross_entropy(
-                logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-1
-            )
-        return DecoderOutput(logits, tuple(outputs), lm_loss, before.expert_use, after.expert_use)
+            lm_loss = _mean_loss(logits, labels.clamp(min=-1), weights)
+        logits = logits[-len(ids) :]  # of the last loop
+        experts = before.expert_use, after.expert_use
+        return DecoderOutput(logits, tuple(outputs), lm_loss, *experts, losses)
 
     def generate(
         self,

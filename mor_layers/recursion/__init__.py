@@ -11,6 +11,7 @@ from mor_layers.recursion.kv_policies import (
     StepContext,
     begin_step,
 )
+from mor_layers.recursion.loop_loss import LoopLoss, expected_loss, over_loops
 from mor_layers.recursion.observer import RoutedStep, RoutingObserver
 from mor_layers.recursion.sharing import (
     SHARING_SCHEMES,
@@ -27,6 +28,7 @@ __all__ = [
     "ExpertRecorder",
     "ExpertUse",
     "KVPolicy",
+    "LoopLoss",
     "RecursionBlock",
     "RecursionLayers",
     "RecursionOutput",
@@ -40,6 +42,8 @@ __all__ = [
     "attend",
     "begin_step",
     "causal_mask",
+    "expected_loss",
+    "over_loops",
     "require_lengths",
     "summed",
     "visible",

@@ -49,6 +49,9 @@ class RecursionOutput:
     """The routing decision of each step."""
     expert_use: tuple[dict[int, ExpertUse], ...] = ()
     """What the experts of each layer did at each step. Empty without a mixture of experts."""
+    states: tuple[Float[Tensor, "s b h"], ...] = ()
+    """Hidden states of all tokens after each step, the last of which is `hidden`. Empty unless asked
+    for."""
 
     @property
     def losses(self) -> dict[str, Tensor]:
@@ -143,6 +146,7 @@ class RecursionBlock(nn.Module):
         hidden: Float[Tensor, "s b h"],
         tokens: Tokens | None = None,
         causal_routing: bool = False,
+        keeps_states: bool = False,
         **arguments: Any,
     ) -> RecursionOutput:
         """Run the recursion.
@@ -152,6 +156,7 @@ class RecursionBlock(nn.Module):
             tokens: positions, documents and padding. By default each sequence is one document
                 without padding.
             causal_routing: do not let a token's depth depend on later tokens. Generation needs this.
+            keeps_states: return the states after every step, which a loss after every loop needs.
             arguments: passed on to the layers.
         """
         if tokens is None:
@@ -159,7 +164,7 @@ class RecursionBlock(nn.Module):
         candidates, origin = hidden, hidden
         decision, context = RoutingDecision.everything(tokens), None
         steps: list[tuple[Tensor, RoutingDecision]] = []
-        expert_use = []
+        expert_use, states = [], []
         for step in range(self.router.num_recursions):
             previous = decision
             decision = self.route(candidates, step, previous, causal_routing)
@@ -173,12 +178,11 @@ class RecursionBlock(nn.Module):
             steps.append((candidates, decision))
             expert_use.append(context.expert_use)
             candidates = updated
-        # Selections nest: each step chose among the tokens of the step before. So the deepest states
-        # are written back first.
-        hidden = candidates
-        for outer, nested in reversed(steps):
-            hidden = self.placement.write_back(outer, hidden, nested)
-        return RecursionOutput(hidden, tuple(taken for _, taken in steps), tuple(expert_use))
+            if keeps_states:
+                states.append(self._of_all_tokens(candidates, steps))
+        hidden = states[-1] if states else self._of_all_tokens(candidates, steps)
+        decisions = tuple(taken for _, taken in steps)
+        return RecursionOutput(hidden, decisions, tuple(expert_use), tuple(states))
 
     def route(
         self,
@@ -276,6 +280,15 @@ class RecursionBlock(nn.Module):
             watching = list(self._observers)
             watching.remove(observer)
             self._observers = tuple(watching)
+
+    def _of_all_tokens(
+        self, updated: Tensor, steps: Sequence[tuple[Tensor, RoutingDecision]]
+    ) -> Float[Tensor, "s b h"]:
+        # Selections nest: each step chose among the tokens of the step before. So the deepest states
+        # are written back first.
+        for candidates, decision in reversed(steps):
+            updated = self.placement.write_back(candidates, updated, decision)
+        return updated
 
     def _exited(
         self, candidates: Tensor, previous: RoutingDecision, decision: RoutingDecision

@@ -8,7 +8,7 @@ widest one is filled with padding slots at its end. A padding slot holds an unse
 never written back, and comes after every real token, so plain causal attention never sees it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -93,6 +93,12 @@ class Tokens:
         if self.counted is not None:
             return self.counted.sum()
         return torch.full((), float(self.positions.numel()), device=self.positions.device)
+
+    def repeated(self, times: int) -> "Tokens":
+        """The tokens of a batch that holds all sequences `times` times, one after another."""
+        named = ("positions", "documents", "is_padding", "document_lengths")
+        given = {name: getattr(self, name) for name in named}
+        return replace(self, **{n: v.repeat(1, times) for n, v in given.items() if v is not None})
 
     def take(self, rows: Int[Tensor, "k b"], is_padding: Bool[Tensor, "k b"] | None) -> "Tokens":
         """The tokens of the given rows; `is_padding` marks those that are padding slots."""

@@ -201,6 +201,11 @@ class Distiller:
                         f"hidden_depths has {pair}, but the depths of the {who} are 1 to "
                         f"{config.num_unrolled_layers}."
                     )
+        if settings.hidden_depths and student.effective_recursion.loop_loss is not None:
+            raise ValueError(
+                f"hidden_depths={settings.hidden_depths} cannot be matched with a loop_loss, under "
+                "which layers after the recursion run on the state of every loop. Leave one of them out."
+            )
         self.teacher = teacher.requires_grad_(False).eval()
         self.settings = settings
         widths = student.hidden_size, teacher.config.hidden_size

@@ -74,6 +74,7 @@ ROWS: dict[str, list[str]] = {
     "`input_injection`": ["recursion.input_injection=true", *DENSE],
     "`sandwich_norms`": ["recursion.sandwich_norms=true", *DENSE],
     "`residual_scale`": ["recursion.residual_scale=1.0", *DENSE],
+    "`loop_loss`": ["recursion.loop_loss.scale_penalty=0.1", *DENSE],
     "a teacher (`uptrain`)": ["uptrain.teacher=folder", *DENSE],
 }
 

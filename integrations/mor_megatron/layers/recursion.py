@@ -28,6 +28,7 @@ from megatron.core.utils import get_pg_rank, make_viewless_tensor
 from torch import Tensor
 
 from mor_layers import RecursionBlock, RecursionConfig, RecursionOutput, RoutingDecision, Tokens
+from mor_layers.recursion import over_loops
 from mor_megatron.layers.block_part import BlockPart, CombiningRouter
 from mor_megatron.layers.experts.router import StepTopKRouter
 from mor_megatron.layers.own_sublayers import attentions_of
@@ -100,6 +101,9 @@ class RecursionLayer(TransformerLayer):
     causal_routing = False
     """Whether no token's depth may depend on later tokens, as generation requires (see
     `training.causal_routing`)."""
+    returns_every_loop: bool | None = None
+    """Whether to return the states after all loops as one batch (`mor_layers.recursion.over_loops`).
+    `training.weigh_loops` sets it before each forward pass; None: it was not called."""
 
     def __init__(
         self,
@@ -160,6 +164,7 @@ class RecursionLayer(TransformerLayer):
             stack, router, recursion.kv_policy, placement, step_input=step_input
         )
         self.statistics = RoutingStatistics(recursion.num_recursions)
+        self.loop_loss = recursion.loop_loss
 
     @property
     def expert_routers(self) -> list[StepTopKRouter]:
@@ -179,7 +184,7 @@ class RecursionLayer(TransformerLayer):
         attention_bias: Tensor | None = None,
         **unused: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """`[s b h] -> [s b h]`, or `[s/tp b h]` under sequence parallelism.
+        """`[s b h] -> [s b h]`, or `[s/tp b h]` under sequence parallelism; `[s rb h]` for all loops.
 
         Under context parallelism `s` is this rank's share for the hidden states and the rotary
         table; masks may have that many rows, as Megatron cuts them, or all rows of the sequence.
@@ -214,12 +219,15 @@ class RecursionLayer(TransformerLayer):
             hidden_states,
             tokens,
             self.causal_routing,
+            self._returns_every_loop(),
             rotation=rotation,
             num_documents=num_documents,
         )
         if is_counted:
             self.statistics.record(tokens, output)
         hidden = self._attach_losses(output)
+        if output.states:
+            hidden = self._all_loops(hidden, output.states, tokens)
         if relayout is not None:
             hidden = relayout.to_zigzag(hidden)
         hidden = make_viewless_tensor(hidden, hidden.requires_grad, keep_graph=True)
@@ -328,6 +336,29 @@ class RecursionLayer(TransformerLayer):
         if self.statistics.begin(self.training, forgets_evaluation=updates):
             for router in self.expert_routers:
                 router.cells.clear()
+
+    def _returns_every_loop(self) -> bool:
+        if self.loop_loss is None or not self.training:
+            return False
+        if self.returns_every_loop is None:
+            raise ValueError(
+                "loop_loss needs the states of all loops at the output layer. Call "
+                "mor_megatron.training.weigh_loops(model) after building the model."
+            )
+        return self.returns_every_loop
+
+    def _all_loops(self, last: Tensor, states: tuple[Tensor, ...], tokens: Tokens) -> Tensor:
+        """`[s b h]` of each loop, the last one's with its losses attached, to `[s rb h]`."""
+        assert self.loop_loss is not None
+        hidden = over_loops([*states[:-1], last])
+        if not (self.loop_loss.scale_penalty and torch.is_grad_enabled()):
+            return hidden
+        own = self.recursion.placement.shard(RoutingDecision.everything(tokens)).tokens
+        # Ranks that share a sequence each have a part of the mean.
+        penalty = self.loop_loss.penalty(states, own.is_padding, tokens.count)
+        if self.config.calculate_per_token_loss:
+            penalty = penalty * tokens.count
+        return RouterLossScaler.apply(hidden, penalty)  # type: ignore[return-value]
 
     def _attach_losses(self, output: RecursionOutput) -> Tensor:
         if not (self.training and torch.is_grad_enabled() and output.losses):

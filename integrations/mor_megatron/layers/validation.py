@@ -5,6 +5,7 @@ from megatron.core.transformer import TransformerConfig
 
 from mor_layers import RecursionConfig
 from mor_layers.layers import MLP_PROJECTIONS
+from mor_megatron.parallel import LOOP_LOSS_RULES, Arrangement, Names, require_rules
 from mor_megatron.platform import has_transformer_engine
 
 
@@ -14,6 +15,10 @@ def validate(config: TransformerConfig, recursion: RecursionConfig) -> None:
     Raises:
         ValueError: for the first such setting, with the reason and what to use instead.
     """
+    arrangement = Arrangement(
+        config.num_layers, recursion, pipeline=config.pipeline_model_parallel_size
+    )
+    require_rules(arrangement, LOOP_LOSS_RULES, Names())
     for is_wrong, given, reason in _rules(config, recursion):
         if is_wrong:
             raise ValueError(f"{given} cannot be used with a recursion: {reason}")
@@ -79,6 +84,11 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             "parallelism",
             "multi-token prediction is only verified if each rank holds the whole model. Leave it "
             "out, or use data parallelism.",
+        ),
+        (
+            config.mtp_num_layers is not None and recursion.loop_loss is not None,
+            f"mtp_num_layers={config.mtp_num_layers} with loop_loss",
+            "its layers do not take the states of all loops as one batch. Leave one of them out.",
         ),
         (
             config.qk_clip or config.log_max_attention_logit,

@@ -236,6 +236,19 @@ STEPS_AS_STAGES_RULES = (
 )
 """Rules for recursion steps as virtual pipeline stages."""
 
+LOOP_LOSS_RULES = (
+    Rule(
+        "pipeline: a loss after every loop needs one stage",
+        lambda a: a.pipeline > 1 and a.recursion is not None and a.recursion.loop_loss is not None,
+        lambda a, n: (
+            f"{n.recursion}.loop_loss cannot be used with {n.pipeline}={a.pipeline}: the states of all "
+            f"loops would have to travel to the stage of the output layer. Use {n.pipeline}=1, or leave "
+            "it out."
+        ),
+    ),
+)
+"""Rules for a loss after every loop."""
+
 LAYOUT_RULES = (
     Rule(
         "tensor: heads or widths do not divide",
@@ -279,6 +292,7 @@ LAYOUT_RULES = (
             "Megatron-Core requires it to train experts with tensor parallelism."
         ),
     ),
+    *LOOP_LOSS_RULES,
     *STEPS_AS_STAGES_RULES,
     Rule(
         "pipeline: layers do not divide",

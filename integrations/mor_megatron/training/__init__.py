@@ -2,6 +2,7 @@
 
 from mor_megatron.layers import recursion_layers, update_routers, update_routers_automatically
 from mor_megatron.training.distillation import vocab_parallel_divergence
+from mor_megatron.training.loop_losses import weigh_loops
 from mor_megatron.training.routers import causal_routing, routing_reports, token_depths
 
 __all__ = [
@@ -12,4 +13,5 @@ __all__ = [
     "update_routers",
     "update_routers_automatically",
     "vocab_parallel_divergence",
+    "weigh_loops",
 ]

@@ -82,6 +82,11 @@ def _step(work: Workload, stack: int, step: int) -> StepAccount:
     return work.cost.steps[work.first_run[stack] + step]
 
 
+def _readings(work: Workload, part: Part) -> int:
+    """How many losses a part runs for: those of all loops, if it comes after the recursion."""
+    return work.shape.num_losses if part.stack.name == "coda" else 1
+
+
 def _flops(work: Workload, layout: Layout, parts: list[Part], at_end: bool) -> tuple[float, float]:
     """FLOPs per sequence on one rank: forward, and backward including recomputation."""
     ahead, behind = 0.0, 0.0
@@ -96,8 +101,8 @@ def _flops(work: Workload, layout: Layout, parts: list[Part], at_end: bool) -> t
         ahead += flops[0]
         behind += flops[1] + again[layout.recompute]
     if at_end:
-        ahead += work.cost.forward.output
-        behind += work.cost.backward.output
+        ahead += work.cost.forward.output + work.cost.further_losses[0].total
+        behind += work.cost.backward.output + work.cost.further_losses[1].total
     shards = layout.tensor * layout.context
     return ahead / shards, behind / shards
 
@@ -109,6 +114,7 @@ def _kept(work: Workload, layout: Layout, parts: list[Part], at_end: bool) -> tu
     entries: Counter[int] = Counter()  # bytes by stack, because a stack is recomputed as a whole
     for part in parts:
         tokens = _step(work, part.index, part.step).tokens / layout.context
+        tokens *= _readings(work, part)
         before = length
         if part.step:
             before = _step(work, part.index, part.step - 1).tokens / layout.context
@@ -120,7 +126,7 @@ def _kept(work: Workload, layout: Layout, parts: list[Part], at_end: bool) -> tu
         kept = len(entries) * kept_input(shape, length, how)
         for_a_moment = max(entries.values(), default=0.0)
     if at_end:
-        kept += kept_by_output(shape, length, how)
+        kept += kept_by_output(shape, length * shape.num_losses, how)
     return kept, for_a_moment
 
 
@@ -134,9 +140,10 @@ def _sent(
     )
     traffic = end_traffic(shape, at_start, at_end, s, spread)
     for part in parts:
-        run = _step(work, part.index, part.step)
-        projected = run.kv_numbers / (2 * shape.kv_size * part.stack.num_layers)
-        sources = [run_traffic(shape, part.stack, part.layers, run.tokens, projected, spread)]
+        run, again = _step(work, part.index, part.step), _readings(work, part)
+        projected = again * run.kv_numbers / (2 * shape.kv_size * part.stack.num_layers)
+        rows = again * run.tokens
+        sources = [run_traffic(shape, part.stack, part.layers, rows, projected, spread)]
         if part.step == 0 and part.stack.num_recursions > 1:
             steps = range(part.stack.num_recursions)
             tokens = tuple(_step(work, part.index, step).tokens for step in steps)

@@ -19,9 +19,10 @@ from mor_layers import (
     RecursionConfig,
     TokenChoice,
 )
-from mor_layers.recursion import KVPolicy
+from mor_layers.recursion import KVPolicy, LoopLoss
 from mor_megatron import causal_routing, recursion_block_spec, routing_reports
 from mor_megatron.step import Relayout, in_sequence_order, zigzag_positions
+from mor_megatron.training import weigh_loops
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pool import WorkerPool
 
@@ -98,6 +99,7 @@ def loss_and_gradients(
         setup.tiny_config(num_layers=8, **config),
         block=lambda c, vp_stage: recursion_block_spec(c, recursion, vp_stage=vp_stage),
     )
+    weigh_loops(chunks)
     wrapped = setup.data_parallel(chunks)
     loss = forward_backward(wrapped, setup.random_tokens(4, LENGTH), masks)
     gradients = setup.gather_gradients(wrapped)
@@ -222,6 +224,28 @@ def test_a_layout_computes_what_one_rank_computes(
         loss_and_gradients, world_size, layout=parallel, recursion=recursion, config=config
     )
     assert_alike(outcomes, one_rank(recursion, config, None))
+
+
+@pytest.mark.parametrize(
+    ("masks", "layout"),
+    [("cut", "cp x tp+sp"), pytest.param(None, "cp", marks=pytest.mark.full)],
+)
+def test_a_loss_after_every_loop_counts_each_rank_once(
+    pool: WorkerPool, one_rank, masks: str | None, layout: str
+) -> None:
+    world_size, parallel, config = LAYOUTS[layout]
+    recursion = RecursionConfig(
+        3, router=ROUTERS["token"], loop_loss=LoopLoss("poisson", 2.0, scale_penalty=0.2)
+    )
+    outcomes = pool.run(
+        loss_and_gradients,
+        world_size,
+        layout=parallel,
+        recursion=recursion,
+        config=config,
+        masks=masks,
+    )
+    assert_alike(outcomes, one_rank(recursion, config, masks))
 
 
 @pytest.mark.full

@@ -34,7 +34,7 @@ from mor_layers.costs import (
 from mor_layers.costs.counting import flop_ratio, table
 from mor_layers.costs.shapes import MLPShape, ScorerMatrix
 from mor_layers.layers.relaxation import PROJECTIONS
-from mor_layers.recursion import KV_POLICIES, SharingContext
+from mor_layers.recursion import KV_POLICIES, LoopLoss, SharingContext
 from tests.mor_layers.small_models import plain_config, random_ids, small_config, small_model
 from tests.pairs import pairwise_sweep
 
@@ -140,6 +140,17 @@ def test_flops_of_a_routed_model_are_what_flop_counter_sees(router, kv_policy, s
     cost = account_like(measured, config, length)
     assert BATCH * cost.forward.total == measured.forward
     assert BATCH * cost.training.total == measured.training
+
+
+@pytest.mark.parametrize("router", ["fixed_depth", "expert_choice"])
+def test_flops_of_a_loss_after_every_loop_are_what_flop_counter_sees(router):
+    config = small_config(ROUTERS.get(router), ends=(1, 2), block_size=2)
+    assert config.recursion is not None
+    every = replace(config, recursion=replace(config.recursion, loop_loss=LoopLoss()))
+    cost, measured = account(every, 11), measure(small_model(every), random_ids(BATCH, 11))
+    assert BATCH * cost.training.total == measured.training
+    assert cost.forward == account(config, 11).forward
+    assert cost.training.total > account(config, 11).training.total
 
 
 def test_exit_state_of_one_sequence_is_counted_for_token_choice_too():

@@ -32,6 +32,7 @@ from mor_megatron.checkpoints import decoder_tensors, whole_tensors
 from mor_megatron.layers import validate
 from mor_megatron.models import has_transformer_engine
 from mor_megatron.pipeline.rules import validate_pipeline
+from mor_megatron.training import weigh_loops
 from mor_tools.pretraining.models.decoder import (
     decoder_config,
     dense_ends,
@@ -72,6 +73,7 @@ def build_model(settings: Settings, vocab_size: int) -> list[GPTModel]:
     ]
     if settings.virtual_stages is not None:
         connect_stages(chunks)
+    weigh_loops(chunks)
     return [chunk.to(torch.cuda.current_device()) for chunk in chunks]
 
 

@@ -187,6 +187,11 @@ class Settings:
             "of them to null.",
         )
         require(
+            self.recursion is None or self.recursion.loop_loss is None or not self.is_distilled,
+            "recursion.loop_loss weighs losses of labels, and with a teacher they are compared with its "
+            "answers. Set uptrain.distillation_coefficient=0, or leave loop_loss out.",
+        )
+        require(
             self.model.num_unrolled_layers >= 3,
             f"uptrain with model.num_unrolled_layers={self.model.num_unrolled_layers}: the dense "
             "model must have at least 3 layers.",
