@@ -104,6 +104,11 @@ def require_servable(config: DecoderConfig, tensor_parallel: int = 1) -> None:
             "where nothing routes; else use DepthBatchingEngine.",
         ),
         (
+            recursion.hyper_connections is not None,
+            f"hyper_connections={recursion.hyper_connections}",
+            "its layers hand on a single stream. Use DepthBatchingEngine.",
+        ),
+        (
             any(size % tensor_parallel for size in sizes.values()),
             f"tensor_parallel_size={tensor_parallel}",
             f"it must divide {', '.join(f'{name}={size}' for name, size in sizes.items())}. Use a "

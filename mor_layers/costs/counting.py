@@ -32,7 +32,8 @@ class Parts:
     mlp: float = 0
     """Dense MLPs and experts: the parameters of all experts, the FLOPs of the activated ones."""
     deltas: float = 0
-    """Low-rank deltas and input vectors that each step adds to the shared weights."""
+    """What each step has beside the shared weights: low-rank deltas, input vectors, and the mixing of
+    residual streams."""
     expert_router: float = 0
     depth_router: float = 0
     output: float = 0
@@ -135,7 +136,8 @@ def account(
             mlp=layers * 2 * k * mlp.weights(h, mlp.experts_per_token),
             expert_router=layers * 2 * k * h * (mlp.num_experts or 0),
             depth_router=2 * n * sum(matrix.weights for matrix in scorer),
-            deltas=layers * 2 * _delta_products(shape, stack, k, projected),
+            deltas=layers * 2 * _delta_products(shape, stack, k, projected)
+            + 2 * k * stack.mixing_weights(h),
         )
         backward = replace(
             forward + forward,
@@ -247,7 +249,8 @@ def count_parameters(shape: ModelShape) -> Parts:
             expert_router=layers * h * (experts or 0) * stack.mlp.num_expert_routers,
             depth_router=stack.router.parameters if stack.router else 0,
             deltas=layers * stack.num_recursions * _delta_parameters(shape, stack)
-            + stack.input_vectors * h,
+            + stack.input_vectors * h
+            + stack.num_recursions * stack.mixing_parameters(h),
         )
     return count
 

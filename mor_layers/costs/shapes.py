@@ -8,7 +8,7 @@ import torch
 
 from mor_layers.layers import Relaxation, Sublayer
 from mor_layers.models import DecoderConfig, RecursionConfig
-from mor_layers.recursion import KVPolicy
+from mor_layers.recursion import HyperConnections, KVPolicy
 from mor_layers.routers import ScorerMatrix
 
 
@@ -113,6 +113,9 @@ class StackShape:
     sandwich_norms: bool = False
     """Whether attention and MLP are also followed by a norm."""
 
+    hyper_connections: HyperConnections | None = None
+    """The residual streams between steps."""
+
     def __post_init__(self) -> None:
         router = self.router or RouterShape(((),) * self.num_recursions)
         for entries in (router.scorers, router.capacity_factors):
@@ -124,6 +127,20 @@ class StackShape:
     def copies(self, sublayer: Sublayer) -> int:
         """How many times the weights of a sublayer exist in each layer."""
         return self.num_recursions if sublayer in self.own_per_step else 1
+
+    def mixing_weights(self, hidden_size: int) -> int:
+        """Number of weights by which one step multiplies a token's residual streams."""
+        given = self.hyper_connections
+        if given is None or given.mixing == "static":
+            return 0
+        return 3 * given.streams * given.streams * hidden_size
+
+    def mixing_parameters(self, hidden_size: int) -> int:
+        """Number of parameters by which one step mixes residual streams."""
+        if self.hyper_connections is None:
+            return 0
+        weights = self.mixing_weights(hidden_size)
+        return weights + 3 * self.hyper_connections.streams + (3 if weights else 0)
 
     @property
     def input_vectors(self) -> int:
@@ -178,6 +195,7 @@ class ModelShape:
             step_embeddings=recursion.step_embeddings,
             input_injection=recursion.input_injection,
             sandwich_norms=recursion.sandwich_norms,
+            hyper_connections=recursion.hyper_connections,
         )
         # A cyclic step runs the whole block; in a sequence each layer repeats on its own.
         sizes = (schedule.block_size,) if schedule.is_cyclic else (1,) * schedule.block_size

@@ -93,6 +93,7 @@ class CachedModel:
                 begun = begun if step else hidden
                 entering = block.enter(step, hidden, begun)
                 hidden = block.run_layers(entering[:, None], own)[:, 0]  # [t h] -> [t 1 h] -> [t h]
+        hidden = self.blocks[0].begin(hidden)
         origin = hidden if self.blocks[0].needs_origin else None
         steps = torch.full_like(slots, self.num_straight)
         rows = Rows.of(hidden, slots, steps, positions, places)
@@ -127,6 +128,7 @@ class CachedModel:
             return pool, None
         index = [i for i, exiting in enumerate(does_exit) if exiting]
         rows = pool.rows.take(torch.tensor(index).to(self.device))
+        rows = replace(rows, hidden=self.blocks[0].end(rows.hidden))
         self._note_unstored(rows)
         return pool.take([i for i, exiting in enumerate(does_exit) if not exiting]), rows
 
@@ -154,7 +156,7 @@ class CachedModel:
         )
         self.unstored = []
         entering = rows.hidden
-        if block.step_input is not None:
+        if block.enters_changed:
             entering = torch.cat(
                 [block.enter(step, rows.hidden[own], pool.origin_of(own)) for step, own in parts]
             )

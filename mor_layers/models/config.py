@@ -21,11 +21,13 @@ from mor_layers.layers import (
 from mor_layers.recursion import (
     KV_POLICIES,
     SHARING_SCHEMES,
+    HyperConnections,
     KVPolicy,
     LoopLoss,
     Sharing,
     SharingSchedule,
     StepInput,
+    Streams,
     require_lengths,
 )
 from mor_layers.routers import FixedDepth, RouterConfig
@@ -83,6 +85,8 @@ class RecursionConfig:
     loop_loss: LoopLoss | None = None
     """In training, a loss after every step, weighted by a fixed prior over depths; None: a loss after
     the last one."""
+    hyper_connections: HyperConnections | None = None
+    """Residual streams that each step reads and writes; None: a single stream."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.router, RouterConfig):
@@ -125,11 +129,12 @@ class RecursionConfig:
             )
         if self.sharing in ("cycle", "middle_cycle"):
             return
-        if self.loop_loss is not None:
-            raise ValueError(
-                f"loop_loss needs cycle or middle_cycle sharing, in which a block repeats as a whole, "
-                f"not {self.sharing!r}. Leave it out."
-            )
+        for name in ("loop_loss", "hyper_connections"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} needs cycle or middle_cycle sharing, in which a block repeats as a whole, "
+                    f"not {self.sharing!r}. Leave it out."
+                )
         if self.residual_scale is not None:
             raise ValueError(
                 f"residual_scale={self.residual_scale} needs cycle or middle_cycle sharing, in which "
@@ -185,7 +190,7 @@ class RecursionConfig:
     def beyond_published(self) -> tuple[str, ...]:
         """The settings in use that published checkpoints and plain decoders do not have."""
         names = ("relaxation", "step_embeddings", "input_injection", "sandwich_norms")
-        names += ("residual_scale", "own_per_step")
+        names += ("residual_scale", "own_per_step", "hyper_connections")
         return tuple(name for name in names if getattr(self, name))
 
     def residual_factor(self, block_size: int) -> float | None:
@@ -204,6 +209,12 @@ class RecursionConfig:
             embeds=self.step_embeddings,
             injects=self.input_injection,
         )
+
+    def build_streams(self, hidden_size: int) -> Streams | None:
+        """The residual streams of the block; None if there is a single one."""
+        if self.hyper_connections is None:
+            return None
+        return Streams(hidden_size, self.num_recursions, self.hyper_connections)
 
     def require_experts(self, has_experts: bool) -> None:
         """Raise ValueError if a setting for experts has no effect."""

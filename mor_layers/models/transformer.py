@@ -103,9 +103,13 @@ class MoRTransformer(nn.Module):
         def block(num_layers: int) -> RecursionBlock:
             router = recursion.router.build(config.hidden_size, recursion.num_recursions)
             stack = DecoderStack(config, num_layers, num_norms, recursion.num_recursions)
-            step_input = recursion.build_step_input(config.hidden_size)
             return RecursionBlock(
-                stack, router, recursion.kv_policy, recompute=recompute, step_input=step_input
+                stack,
+                router,
+                recursion.kv_policy,
+                recompute=recompute,
+                step_input=recursion.build_step_input(config.hidden_size),
+                streams=recursion.build_streams(config.hidden_size),
             )
 
         # With cyclic sharing a step runs the whole block; with sequence sharing each layer repeats by

@@ -20,6 +20,7 @@ from mor_layers.recursion.sharing import (
     require_lengths,
 )
 from mor_layers.recursion.step_input import StepInput
+from mor_layers.recursion.streams import HyperConnections, Streams
 
 __all__ = [
     "KV_POLICIES",
@@ -27,6 +28,7 @@ __all__ = [
     "Exited",
     "ExpertRecorder",
     "ExpertUse",
+    "HyperConnections",
     "KVPolicy",
     "LoopLoss",
     "RecursionBlock",
@@ -39,6 +41,7 @@ __all__ = [
     "SharingSchedule",
     "StepContext",
     "StepInput",
+    "Streams",
     "attend",
     "begin_step",
     "causal_mask",

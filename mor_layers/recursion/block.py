@@ -21,6 +21,7 @@ from mor_layers.recursion.expert_use import ExpertUse
 from mor_layers.recursion.kv_policies import Exited, KVPolicy, StepContext, begin_step
 from mor_layers.recursion.observer import RoutedStep, RoutingObserver
 from mor_layers.recursion.step_input import StepInput
+from mor_layers.recursion.streams import Streams
 from mor_layers.routers import Router
 from mor_layers.selection import LocalPlacement, Placement, RoutingDecision, Tokens
 
@@ -120,6 +121,7 @@ class RecursionBlock(nn.Module):
         recompute: recompute the layers step by step in the backward pass instead of keeping
             their activations.
         step_input: what is added to the states that enter the layers.
+        streams: the residual streams that states consist of between steps; None: a single one.
     """
 
     _observers: tuple[RoutingObserver, ...] = ()
@@ -132,6 +134,7 @@ class RecursionBlock(nn.Module):
         placement: Placement | None = None,
         recompute: bool = False,
         step_input: StepInput | None = None,
+        streams: Streams | None = None,
     ) -> None:
         super().__init__()
         self.layers = layers
@@ -140,6 +143,7 @@ class RecursionBlock(nn.Module):
         self.placement: Placement = placement or LocalPlacement()
         self.recompute = recompute
         self.step_input = step_input
+        self.streams = streams
 
     def forward(
         self,
@@ -161,7 +165,7 @@ class RecursionBlock(nn.Module):
         """
         if tokens is None:
             tokens = Tokens.whole_sequence(*hidden.shape[:2], device=hidden.device)
-        candidates, origin = hidden, hidden
+        candidates = origin = self.begin(hidden)
         decision, context = RoutingDecision.everything(tokens), None
         steps: list[tuple[Tensor, RoutingDecision]] = []
         expert_use, states = [], []
@@ -179,8 +183,8 @@ class RecursionBlock(nn.Module):
             expert_use.append(context.expert_use)
             candidates = updated
             if keeps_states:
-                states.append(self._of_all_tokens(candidates, steps))
-        hidden = states[-1] if states else self._of_all_tokens(candidates, steps)
+                states.append(self.end(self._of_all_tokens(candidates, steps)))
+        hidden = states[-1] if states else self.end(self._of_all_tokens(candidates, steps))
         decisions = tuple(taken for _, taken in steps)
         return RecursionOutput(hidden, decisions, tuple(expert_use), tuple(states))
 
@@ -203,7 +207,7 @@ class RecursionBlock(nn.Module):
             assess: add losses, metrics and observations to the decision. Generation does not need
                 them.
         """
-        logits = self.router.logits(candidates, step)
+        logits = self.router.logits(self.end(candidates), step)
         if logits is not None:
             logits = self.placement.gather(logits, previous.tokens.shape[0])
         decision = self.router.decide(logits, step, previous, causal)
@@ -225,9 +229,25 @@ class RecursionBlock(nn.Module):
         injects = self.step_input is not None and self.step_input.injects
         return self.router.combines_with_origin or injects
 
+    def begin(self, hidden: Float[Tensor, "s b h"]) -> Float[Tensor, "s b h"]:
+        """The states that enter the recursion, as steps hand them on: as `streams`, if there are any."""
+        return hidden if self.streams is None else self.streams.begin(hidden)
+
+    def end(self, states: Float[Tensor, "n b h"]) -> Float[Tensor, "n b h"]:
+        """The opposite of `begin`: the hidden states that steps' states stand for."""
+        return states if self.streams is None else self.streams.end(states)
+
+    @property
+    def enters_changed(self) -> bool:
+        """Whether `enter` gives the layers anything else than the selected tokens' states."""
+        return self.step_input is not None or self.streams is not None
+
     def enter(self, step: int, selected: Tensor, origin: Tensor | None) -> Tensor:
-        """The states of the selected tokens with what `step_input` adds: the input of the layers."""
-        return selected if self.step_input is None else self.step_input(step, selected, origin)
+        """The input of the layers: what `streams` read, and what `step_input` adds."""
+        entering = selected if self.streams is None else self.streams.read(step, selected)
+        if self.step_input is None:
+            return entering
+        return self.step_input(step, entering, None if origin is None else self.end(origin))
 
     def run_layers(
         self, entering: Float[Tensor, "k b h"], context: StepContext, **arguments: Any
@@ -260,6 +280,8 @@ class RecursionBlock(nn.Module):
             origin: the states with which the same rows entered the recursion, if `needs_origin`.
         """
         local = self.placement.shard(decision)
+        if self.streams is not None:
+            output = self.streams.write(step, selected, output)
         updated = self.router.combine(
             step, selected, output, local, origin if self.router.combines_with_origin else None
         )
@@ -296,4 +318,4 @@ class RecursionBlock(nn.Module):
         rest = previous.rest(decision) if self.kv_policy == "exit_state" else None
         if rest is None:
             return None
-        return Exited(rest.tokens, self.select(candidates, rest))
+        return Exited(rest.tokens, self.end(self.select(candidates, rest)))

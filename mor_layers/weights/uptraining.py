@@ -25,7 +25,7 @@ from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from mor_layers.layers import MLP_PROJECTIONS, Relaxation, row_norms
 from mor_layers.models import DecoderConfig, MoRTransformer, RecursionConfig
@@ -187,19 +187,23 @@ def _delta(shared: Tensor, a: Tensor, b: Tensor, relaxation: Relaxation) -> dict
 
 
 def _routers(config: DecoderConfig, seed: int) -> dict[str, Tensor]:
-    """New routers and their buffers."""
+    """New routers and residual streams, and their buffers."""
     recursion, schedule = config.effective_recursion, config.schedule
     blocks = 1 if schedule.is_cyclic else schedule.block_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        routers = [
-            recursion.router.build(config.hidden_size, recursion.num_recursions)
-            for _ in range(blocks)
-        ]
+        made: dict[str, nn.Module | None] = {
+            f"recursions.{block}.router": recursion.router.build(
+                config.hidden_size, recursion.num_recursions
+            )
+            for block in range(blocks)
+        }
+        made["recursions.0.streams"] = recursion.build_streams(config.hidden_size)
     return {
-        f"recursions.{block}.router.{name}": tensor
-        for block, router in enumerate(routers)
-        for name, tensor in router.state_dict().items()
+        f"{place}.{name}": tensor
+        for place, module in made.items()
+        if module is not None
+        for name, tensor in module.state_dict().items()
     }
 
 

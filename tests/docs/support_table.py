@@ -74,6 +74,8 @@ ROWS: dict[str, list[str]] = {
     "`input_injection`": ["recursion.input_injection=true", *DENSE],
     "`sandwich_norms`": ["recursion.sandwich_norms=true", *DENSE],
     "`residual_scale`": ["recursion.residual_scale=1.0", *DENSE],
+    "`hyper_connections`, static": ["recursion.hyper_connections.mixing=static", *DENSE],
+    "`hyper_connections`, dynamic": ["recursion.hyper_connections.mixing=dynamic", *DENSE],
     "`loop_loss`": ["recursion.loop_loss.scale_penalty=0.1", *DENSE],
     "a teacher (`uptrain`)": ["uptrain.teacher=folder", *DENSE],
 }

@@ -24,6 +24,7 @@ from mor_layers import (
     TokenChoice,
     save_model,
 )
+from mor_layers.recursion import HyperConnections
 from mor_vllm import plugin as vllm_plugin
 from tests.mor_layers.small_models import ROUTERS, plain_config, small_config, small_model
 from tests.mor_vllm.vllm_emulation import Runner, emulated, place, vllm_config
@@ -160,6 +161,12 @@ def test_later_steps_share_the_cache_of_the_first(tmp_path, runner, name):
         (
             replace(small_config(), recursion=RecursionConfig(3, own_per_step=("mlp",))),
             "unrolls a model where nothing routes",
+        ),
+        (
+            replace(
+                small_config(), recursion=RecursionConfig(3, hyper_connections=HyperConnections(2))
+            ),
+            "its layers hand on a single stream",
         ),
     ],
 )

@@ -155,8 +155,13 @@ def _names(config: DecoderConfig, routers: Iterable[str]) -> dict[str, tuple[str
         steps = recursion.num_recursions
         vectors = [f"embeddings.{step}" for step in range(steps * recursion.step_embeddings)]
         vectors += [f"gains.{step}" for step in range((steps - 1) * recursion.input_injection)]
-        for name in vectors:
-            names[f"{theirs}.step_input.{name}"] = (f"{ours}.step_input.{name}",)
+        beside = [f"step_input.{name}" for name in vectors]
+        if recursion.hyper_connections is not None:
+            is_static = recursion.hyper_connections.mixing == "static"
+            mixing = ("bias",) if is_static else ("bias", "weight", "scale")
+            beside += [f"streams.mixers.{step}.{name}" for step in range(steps) for name in mixing]
+        for name in beside:
+            names[f"{theirs}.{name}"] = (f"{ours}.{name}",)
         depth += size * steps
     for layer in range(schedule.coda):
         place = f"decoder.layers.{depth + layer}"

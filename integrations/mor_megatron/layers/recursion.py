@@ -151,8 +151,9 @@ class RecursionLayer(TransformerLayer):
         if not part.routes:
             router = CombiningRouter(router)
         step_input = recursion.build_step_input(config.hidden_size) if part.routes else None
+        streams = recursion.build_streams(config.hidden_size)
         device = next(stack.parameters()).device
-        for module in (router, step_input):
+        for module in (router, step_input, streams):
             if module is None:
                 continue
             module.to(device, config.params_dtype)
@@ -161,7 +162,12 @@ class RecursionLayer(TransformerLayer):
                 # gradients.
                 setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010
         self.recursion = _Recursion(
-            stack, router, recursion.kv_policy, placement, step_input=step_input
+            stack,
+            router,
+            recursion.kv_policy,
+            placement,
+            step_input=step_input,
+            streams=streams,
         )
         self.statistics = RoutingStatistics(recursion.num_recursions)
         self.loop_loss = recursion.loop_loss
@@ -241,7 +247,7 @@ class RecursionLayer(TransformerLayer):
     ) -> dict[str, Any]:
         """Each shared weight once.
 
-        Keys begin with `recursion.layers`, `recursion.router` or `recursion.step_input`.
+        Keys begin with `recursion.` and `layers`, `router`, `step_input` or `streams`.
         """
         assert not sharded_offsets, "layers of a recursion have keys of their own"
         parts = {f"layers.{index}.": layer for index, layer in enumerate(self.recursion.layers)}  # type: ignore[arg-type]
@@ -249,6 +255,8 @@ class RecursionLayer(TransformerLayer):
         parts["router."] = self.recursion.router
         if self.recursion.step_input is not None:
             parts["step_input."] = self.recursion.step_input
+        if self.recursion.streams is not None:
+            parts["streams."] = self.recursion.streams
         for name, module in parts.items():
             state |= sharded_state_dict_default(
                 module, f"{prefix}recursion.{name}", (), metadata, tp_group=self.tp_group

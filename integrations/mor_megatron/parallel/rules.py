@@ -229,6 +229,16 @@ STEPS_AS_STAGES_RULES = (
         ),
     ),
     Rule(
+        "pipeline: residual streams stay in one stage",
+        lambda a: (
+            a.is_spread and a.recursion is not None and a.recursion.hyper_connections is not None
+        ),
+        lambda a, n: (
+            f"{n.recursion}.hyper_connections cannot be used with {n.steps_as_stages}: stages would "
+            f"send every stream of every token from rank to rank. Use {n.one_stage}."
+        ),
+    ),
+    Rule(
         "pipeline: the block cannot be split evenly",
         lambda a: a.is_spread and _uneven_block(a),
         _uneven_block_message,

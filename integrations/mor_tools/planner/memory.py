@@ -69,14 +69,28 @@ def kept_by_routing(
 ) -> float:
     """Bytes that a step keeps in addition to its layers.
 
-    These are the fp32 states that the router scored, the block's output, and the recursion's input if
-    the step adds it.
+    These are the fp32 states that the router scored, the block's output, the recursion's input if the
+    step adds it, and the residual streams that the step mixes.
     """
     has_scorer = stack.router is not None and any(stack.router.scorers)
     scored = 4 * candidates if has_scorer and how.bytes_per_activation < 4 else 0
     combined = how.bytes_per_activation * tokens if stack.router is not None else 0
     injected = how.bytes_per_activation * tokens if stack.input_injection and step else 0
-    return (scored + combined + injected) * shape.hidden_size / how.shards
+    mixed = _kept_by_streams(stack, how.bytes_per_activation) * tokens
+    return (scored + combined + injected + mixed) * shape.hidden_size / how.shards
+
+
+def _kept_by_streams(stack: StackShape, item: int) -> float:
+    """Bytes per token and per number of a state.
+
+    These are the streams, the output that they take in, and, where mixing depends on them, twice the
+    streams in fp32 and normalised.
+    """
+    given = stack.hyper_connections
+    if given is None:
+        return 0
+    normed = 0 if given.mixing == "static" else 2 * (4 + (4 if item < 4 else 0))
+    return item * (given.streams + 1) + normed * given.streams
 
 
 def kept_by_output(shape: ModelShape, length: float, how: Kept) -> float:

@@ -70,7 +70,10 @@ def deepened(model: MoRTransformer, extra_steps: int) -> MoRTransformer:
     return deeper.train(model.training)
 
 
-_STEP = re.compile(r"\.(?:weights|biases|deltas|embeddings|gains)\.(\d+)(?=$|\.(?:a|b|magnitude)$)")
+_STEP = re.compile(
+    r"\.(?:weights|biases|deltas|embeddings|gains|mixers)\.(\d+)"
+    r"(?=$|\.(?:a|b|magnitude|weight|scale|bias)$)"
+)
 
 
 def _of_last_step(name: str, trained: dict[str, Tensor]) -> str:

@@ -24,6 +24,7 @@ from mor_layers import (
     RecursionConfig,
     Relaxation,
 )
+from mor_layers.recursion import HyperConnections
 from mor_megatron import Norm, causal_routing, default_layer_spec, recursion_block_spec
 from mor_megatron.checkpoints import decoder_tensors, load_tensors, whole_tensors
 from mor_megatron.checkpoints.weights import megatron_tensors
@@ -76,6 +77,11 @@ MODELS: dict[str, dict[str, Any]] = {
             WISE, own_per_step=("mlp",), relaxation=Relaxation(2, projections=("query", "output"))
         )
     },
+    "streams": {"recursion": replace(WISE, hyper_connections=HyperConnections(2))},
+    "static streams beside experts": {
+        "recursion": replace(WISE, hyper_connections=HyperConnections(3, "static")),
+        "moe": EXPERTS,
+    },
     "long ends": {"recursion": replace(WISE, prelude_layers=2, coda_layers=3)},
     "long dense ends": {
         "recursion": replace(WISE, sharing="cycle", prelude_layers=2, coda_layers=3),
@@ -99,6 +105,8 @@ SAMPLE = [
     ("own attention", "ep"),
     ("own attention", "tp+sp"),
     ("own MLPs", "tp+sp"),
+    ("streams", "tp+sp"),
+    ("static streams beside experts", "ep"),
     ("long ends", "one rank"),
     ("long ends", "tp+sp"),
     ("long ends", "pp"),

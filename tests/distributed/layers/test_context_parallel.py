@@ -19,7 +19,7 @@ from mor_layers import (
     RecursionConfig,
     TokenChoice,
 )
-from mor_layers.recursion import KVPolicy, LoopLoss
+from mor_layers.recursion import HyperConnections, KVPolicy, LoopLoss
 from mor_megatron import causal_routing, recursion_block_spec, routing_reports
 from mor_megatron.step import Relayout, in_sequence_order, zigzag_positions
 from mor_megatron.training import weigh_loops
@@ -249,9 +249,22 @@ def test_a_loss_after_every_loop_counts_each_rank_once(
 
 
 @pytest.mark.full
-def test_attention_of_each_step_sees_the_other_ranks(pool: WorkerPool, one_rank) -> None:
+@pytest.mark.parametrize(
+    "recursion",
+    [
+        RecursionConfig(3, router=ROUTERS["token"], own_per_step=("attention",)),
+        RecursionConfig(
+            3,
+            router=ROUTERS["token"],
+            kv_policy="exit_state",
+            hyper_connections=HyperConnections(2),
+        ),
+    ],
+)
+def test_what_makes_loops_pay_is_alike_on_every_rank(
+    pool: WorkerPool, one_rank, recursion: RecursionConfig
+) -> None:
     world_size, parallel, config = LAYOUTS["cp x tp+sp"]
-    recursion = RecursionConfig(3, router=ROUTERS["token"], own_per_step=("attention",))
     outcomes = pool.run(
         loss_and_gradients, world_size, layout=parallel, recursion=recursion, config=config
     )

@@ -18,6 +18,7 @@ from mor_layers import (
     Relaxation,
     TokenChoice,
 )
+from mor_layers.recursion import HyperConnections
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pool import WorkerPool
 from tests.pairs import sweep
@@ -107,6 +108,15 @@ RECURSIONS = {
         share_norms=False,
         own_per_step=("attention",),
     ),
+    "expert, streams": RecursionConfig(
+        3, router=EXPERT.router, hyper_connections=HyperConnections(2), input_injection=True
+    ),
+    "token, sharing, static streams": RecursionConfig(
+        3,
+        router=TOKEN.router,
+        kv_policy="recursive_sharing",
+        hyper_connections=HyperConnections(3, "static"),
+    ),
     "expert, own MLPs": RecursionConfig(3, router=EXPERT.router, own_per_step=("mlp",)),
     "aux router": RecursionConfig(3, router=ExpertChoice("mlp", "tanh", predictor="aux_router")),
 }
@@ -139,7 +149,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], di
         {},
     ),
 }
-RARER = [name for name in RECURSIONS if re.search("deltas|helps|loops|ends|own", name)]
+RARER = [name for name in RECURSIONS if re.search("deltas|helps|loops|ends|own|streams", name)]
 LAYOUTS["full recompute of dense layers"] = (1, {}, DENSE, LAYOUTS["full recompute"][3], {})
 # Replicas draw random depths side by side, one rank draws them one after the other.
 CASES = [
@@ -158,6 +168,7 @@ CASES += [
     ("expert, all helps", "tp+sp moe"),
     ("token, update, own attention", "tp+sp ep etp1"),
     ("expert, own MLPs", "full recompute of dense layers"),
+    ("expert, streams", "full recompute"),
     ("random loops", "pp"),
     ("random loops", "dp overlap"),
     ("fixed, deltas", "pp"),
@@ -184,6 +195,7 @@ RARELY = [
     ("token, update, own attention", layout)
     for layout in ("pp", "selective recompute", "full recompute")
 ]
+RARELY += [("expert, streams", layout) for layout in ("tp", "pp", "dp overlap", "tp+sp ep etp1")]
 SAMPLED = sweep(
     [*CASES, *RARELY],
     [(name, layout) for name, layout in CASES if name in RARER or name in DAILY[layout]],

@@ -7,7 +7,7 @@ import pytest
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 
-from mor_layers.recursion import KVPolicy
+from mor_layers.recursion import HyperConnections, KVPolicy
 from mor_megatron import causal_routing
 from mor_megatron.checkpoints import load_tensors
 from mor_megatron.checkpoints.weights import megatron_tensors
@@ -31,7 +31,7 @@ SAMPLE = {
 
 
 def differences(
-    router: str, policy: KVPolicy, tp: int, ends: dict[str, int] | None = None
+    router: str, policy: KVPolicy, tp: int, ends: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """A prompt at once, then token by token, twice with the same context."""
     setup.initialize(tp=tp)
@@ -81,8 +81,8 @@ def test_generation_equals_the_full_forward_pass(
         assert {key for key in found["keys"] if isinstance(key, int)} == rows
 
 
-def test_a_prelude_may_be_longer_than_one_layer(pool: WorkerPool) -> None:
-    ends = {"prelude_layers": 2, "coda_layers": 0}
+def test_a_long_prelude_and_residual_streams(pool: WorkerPool) -> None:
+    ends = {"prelude_layers": 2, "coda_layers": 0, "hyper_connections": HyperConnections(2)}
     settings = {"router": "token", "policy": "recursion_wise", "ends": ends}
     for found in pool.run(differences, 2, tp=2, **settings):
         assert found["logits"] < 1e-5
