@@ -14,8 +14,11 @@ def error(message: str) -> str:
 
 @contextlib.contextmanager
 def working(doing: str) -> Iterator[None]:
-    """Show what is being done while it lasts. Without a terminal nothing is shown."""
-    from rich.console import Console  # an optional package
-
+    """Show what is being done while it lasts, on a terminal that has the package rich."""
+    try:
+        from rich.console import Console
+    except ModuleNotFoundError:
+        yield
+        return
     with Console(stderr=True).status(f"{doing} ..."):
         yield

@@ -58,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         argcomplete.autocomplete(options)
     chosen = options.parse_args(arguments)
     try:
-        load(chosen.command)(chosen)
+        with terminal.working(f"starting mor {chosen.command}"):  # imports take seconds
+            run = load(chosen.command)
+        run(chosen)
     except (ValueError, OSError) as error:
         print(terminal.error(str(error)), file=sys.stderr)
         raise SystemExit(2) from None

@@ -15,6 +15,7 @@ from mor_tools.commands import command_line
 from mor_tools.commands.command_line import COMMANDS
 from mor_tools.formats import FORMATS
 from mor_tools.planner import HARDWARE
+from tests.mor_tools.terminals import on_a_terminal
 
 ROOT = Path(__file__).parents[3]
 HEAVY = ("torch", "transformers", "megatron", "mor_layers", "matplotlib", "rich", "omegaconf")
@@ -109,3 +110,20 @@ def test_a_command_that_is_interrupted_ends_without_a_traceback(monkeypatch, cap
         commands.main(["plan", "x.yaml", "--gpus", "1"])
     assert stopped.value.code == 130
     assert capsys.readouterr().err == "\n"
+
+
+def test_a_command_at_work_says_so_on_a_terminal():
+    config = str(ROOT / "examples" / "configs" / "tiny.yaml")
+    plan = ["-m", "mor_tools.commands", "plan", config, "--gpus", "2"]
+    status, shown = on_a_terminal([sys.executable, *plan])
+    assert status == 0
+    assert shown.index("starting mor plan ...") < shown.index(
+        "counting the layouts of 2 devices ..."
+    )
+
+
+def test_without_rich_nothing_is_shown(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    with terminal.working("loading"):
+        pass
+    assert capsys.readouterr() == ("", "")

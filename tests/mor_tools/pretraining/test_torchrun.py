@@ -1,7 +1,6 @@
 """Our torchrun: what a run says at its end is the last thing on the terminal, once."""
 
 import os
-import pty
 import signal
 import subprocess
 import sys
@@ -10,29 +9,13 @@ from pathlib import Path
 import pytest
 
 from mor_tools.commands import main
-from tests.mor_tools.pretraining.runs import ROOT, SMALL, TINY, write_text
+from tests.mor_tools.pretraining.runs import SMALL, TINY, write_text
 from tests.mor_tools.pretraining.test_launcher import wait_until
 from tests.mor_tools.pretraining.test_several_nodes import steps_noted
+from tests.mor_tools.terminals import ENVIRONMENT, on_a_terminal
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'integrations'}"}
 TORCHRUN = [sys.executable, "-m", "mor_tools.pretraining.torchrun", "--standalone"]
 MOR = [sys.executable, "-m", "mor_tools.commands"]
-
-
-def on_a_terminal(command: list[str]) -> tuple[int, str]:
-    """Exit status of a command, and what a terminal as its standard error shows."""
-    terminal, end = pty.openpty()
-    environment = {name: value for name, value in ENVIRONMENT.items() if name != "NO_COLOR"}
-    process = subprocess.Popen(command, env=environment, stderr=end)
-    os.close(end)
-    shown = b""
-    try:
-        while part := os.read(terminal, 4096):
-            shown += part
-    except OSError:  # how Linux reports that the other end is closed
-        pass
-    os.close(terminal)
-    return process.wait(), shown.decode().replace("\r\n", "\n")
 
 
 def script(folder: Path, last_line: str) -> str:
