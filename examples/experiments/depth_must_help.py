@@ -11,10 +11,12 @@ and values of the first step serve all later ones. (With six nodes there are so 
 layer learns all of them by heart.)
 
 All models have the same layer and are trained on the same sequences. Fixed depth 1 to 3 and random
-depth are the baselines. `fixed prior` has a loss after every step, all equally weighted (arXiv
-2607.20519); its questions exit when the model is confident, or when a halting head says so that was
-taught, in the same run, at which steps the answer is right (arXiv 2609.03379). Finished runs are
-kept in results.json, so that an interrupted experiment resumes.
+depth are the baselines. Two models are trained at full depth and exit only when they answer: `fixed
+prior` has a loss after every step, all equally weighted (arXiv 2607.20519), and `oracle depth` has
+one after the first step that is right, and after the last (after arXiv 2609.03379). Their questions
+exit when the model is confident, or when a halting head says so, which was taught in the same run at
+which steps the answer is right. Finished runs are kept in results.json, so that an interrupted
+experiment resumes.
 """
 
 import argparse
@@ -51,8 +53,10 @@ HOPS = 3
 """Most hops that are asked for, and steps that adaptive models may take."""
 EXPERT_CHOICE = "expert-choice"
 PRIOR = "fixed prior"
-CONFIDENCE = f"{PRIOR}, exit by confidence"
-TAUGHT = f"{PRIOR}, halting taught by an oracle"
+ORACLE = "oracle depth"
+FULL_DEPTH = (PRIOR, ORACLE)
+"""Models that are trained at full depth, and exit afterwards."""
+BY_CONFIDENCE, BY_HEAD = "exit by confidence", "exit by halting head"
 FIXED = tuple(f"fixed depth {depth}" for depth in range(1, HOPS + 1))
 NO_ANSWER = -100
 
@@ -72,7 +76,7 @@ class Plan:
     learning_rate: float = 1e-2
     evaluation_batches: int = 20
     confidence: float = 0.9
-    """Probability of the likeliest answer at which a question exits."""
+    """Probability, of the likeliest answer or of being right, at which a question exits."""
 
     @property
     def length(self) -> int:
@@ -159,8 +163,8 @@ def models(plan: Plan) -> dict[str, DecoderConfig]:
         EXPERT_CHOICE: looped(HOPS, ExpertChoice(capacity_factors=shares)),
         "token-choice": looped(HOPS, TokenChoice()),
         "depth and width": looped(HOPS, DepthAndWidth(continue_shares=kept)),
-        PRIOR: looped(HOPS, FixedDepth()),
     }
+    found |= {name: looped(HOPS, FixedDepth()) for name in FULL_DEPTH}
     return found
 
 
@@ -178,16 +182,17 @@ class HaltingHead(nn.Module):
 
 @dataclass(frozen=True)
 class Taught(Criterion):
-    """Stop once the halting head finds it likelier that the read-out is right than that it is not."""
+    """Stop once the read-out is right with this probability, according to the halting head."""
 
     head: HaltingHead
+    threshold: float
     numbers = 0
 
     def observe(self, hidden: Tensor, read_out: Callable[[Tensor], Tensor]) -> Tensor:
         return self.head(hidden.float())[..., None]
 
     def is_met(self, *observed: Tensor) -> Tensor:
-        return observed[-1][..., 0] > 0
+        return observed[-1][..., 0].sigmoid() >= self.threshold
 
 
 @contextmanager
@@ -202,23 +207,29 @@ def states_after_steps(model: MoRTransformer) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def losses_of_prior(
-    model: MoRTransformer, head: HaltingHead, states: list[Tensor], batch: Batch
+def losses_of_steps(
+    name: str, model: MoRTransformer, head: HaltingHead, states: list[Tensor], batch: Batch
 ) -> Tensor:
-    """A loss after every step, all equally weighted, and the loss of the halting head.
+    """The loss of a model of `FULL_DEPTH`, and that of its halting head.
 
-    The head's targets are whether the answer that the step gives is right; an edge, which has nothing to
-    answer, may always stop. Its states are detached, so that it changes nothing in the model.
+    The head's targets are whether the answer that the step gives is right; an edge, which has nothing
+    to answer, may always stop. Its states are detached, so that it changes nothing in the model.
     """
-    is_asked, total = batch.answers != NO_ANSWER, torch.zeros(())
-    for state in states:
-        logits = model.output(model.norm(state)).transpose(0, 1)  # [s b v] -> [b s v]
-        answering = F.cross_entropy(logits[is_asked], batch.answers[is_asked])
-        is_right = (logits.argmax(dim=-1) == batch.answers) | ~is_asked
-        halting = head(state.detach().transpose(0, 1))
-        taught = F.binary_cross_entropy_with_logits(halting, is_right.float())
-        total = total + (answering + taught) / len(states)
-    return total
+    is_asked = batch.answers != NO_ANSWER
+    after = torch.stack(states).transpose(1, 2)  # [r s b h] -> [r b s h]
+    logits = model.output(model.norm(after))
+    is_right = (logits.argmax(dim=-1) == batch.answers) | ~is_asked  # [r b s]
+    taught = F.binary_cross_entropy_with_logits(head(after.detach()), is_right.float())
+    answers = batch.answers.expand(len(states), -1, -1)
+    answering = F.cross_entropy(
+        logits.flatten(0, 2), answers.flatten(), ignore_index=NO_ANSWER, reduction="none"
+    ).view(is_right.shape)[:, is_asked]  # [r q], of the questions
+    if name == PRIOR:
+        return answering.mean() + taught
+    can_stop = is_right[:, is_asked].clone()
+    can_stop[-1] = True  # where no step is right
+    first = can_stop.byte().argmax(dim=0, keepdim=True)
+    return (answering.gather(0, first) + answering[-1]).mean() / 2 + taught
 
 
 def initialize(model: MoRTransformer, plan: Plan) -> None:
@@ -244,11 +255,11 @@ def initialize(model: MoRTransformer, plan: Plan) -> None:
 def train(
     name: str, config: DecoderConfig, seed: int, plan: Plan
 ) -> tuple[MoRTransformer, HaltingHead]:
-    """One model from one seed, with a halting head that only `fixed prior` teaches."""
+    """One model from one seed, with a halting head that only models of `FULL_DEPTH` teach."""
     torch.manual_seed(seed)
     model, head = MoRTransformer(config), HaltingHead(plan.hidden_size)
     initialize(model, plan)
-    parameters = [*model.parameters(), *(head.parameters() if name == PRIOR else ())]
+    parameters = [*model.parameters(), *(head.parameters() if name in FULL_DEPTH else ())]
     optimizer = torch.optim.AdamW(parameters, plan.learning_rate, (0.9, 0.98), weight_decay=0.01)
 
     def rate(step: int) -> float:  # warm-up over a tenth of the steps, decay over the last third
@@ -260,8 +271,8 @@ def train(
         batch = draw_batch(plan, generator)
         with states_after_steps(model) as states:
             output = model(batch.ids)
-        if name == PRIOR:
-            loss = losses_of_prior(model, head, states, batch)
+        if name in FULL_DEPTH:
+            loss = losses_of_steps(name, model, head, states, batch)
         else:
             is_asked = batch.answers != NO_ANSWER
             loss = F.cross_entropy(output.logits[is_asked], batch.answers[is_asked])
@@ -309,11 +320,14 @@ def outcomes(name: str, config: DecoderConfig, seed: int, plan: Plan) -> dict[st
         generator = torch.Generator().manual_seed(20_000)
         calibrate(model, (draw_batch(plan, generator).ids for _ in range(4)))
     found = {name: evaluate(model, plan)}
-    if name == PRIOR:
-        with_early_exit(model, Confidence(plan.confidence))
-        found[CONFIDENCE] = evaluate(model, plan)
-        with_early_exit(model, Taught(head))
-        found[TAUGHT] = evaluate(model, plan)
+    if name in FULL_DEPTH:
+        exits = {
+            BY_CONFIDENCE: Confidence(plan.confidence),
+            BY_HEAD: Taught(head, plan.confidence),
+        }
+        for way, criterion in exits.items():
+            with_early_exit(model, criterion)
+            found[f"{name}, {way}"] = evaluate(model, plan)
     return found
 
 
@@ -324,7 +338,7 @@ def verdict(results: dict[str, list[Outcome]]) -> list[str]:
     lowest, depth = min(outcome.accuracy for outcome in results[best]), FIXED.index(best) + 1
     told = [f"best fixed depth: {best}, accuracy {accuracy[best]:.3f} (lowest seed {lowest:.3f})"]
     for name, runs in results.items():
-        if name in FIXED or name == PRIOR:
+        if name in FIXED or name in FULL_DEPTH:
             continue
         share = statistics.fmean(o.mean_depth for o in runs) / depth
         asked = statistics.fmean(o.question_depth for o in runs) / depth
@@ -371,7 +385,7 @@ def draw(results: dict[str, list[Outcome]], path: Path) -> None:
     colors = plt.get_cmap("tab20")
     hops = range(1, HOPS + 1)
     for index, (name, runs) in enumerate(results.items()):
-        if name == PRIOR:
+        if name in FULL_DEPTH:
             continue  # the same model as with exits, at full depth
         color, marker = colors(index), "s" if name in FIXED else "o"
         x, y = [o.mean_depth for o in runs], [o.accuracy for o in runs]

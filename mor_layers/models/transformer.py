@@ -169,7 +169,7 @@ class MoRTransformer(nn.Module):
         tokens = Tokens.whole_sequence(*ids.T.shape, ids.device, documents, is_padding)
         before, after = StepContext(0, tokens), StepContext(0, tokens)
         hidden = self.prelude(self.embedding(ids.T), before)
-        loop_loss = self.config.effective_recursion.loop_loss
+        loop_loss = None if self.config.recursion is None else self.config.recursion.loop_loss
         every_loop = loop_loss is not None and self.training and labels is not None
         outputs, losses = [], {}
         for recursion in self.recursions:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from experiments import depth_must_help as experiment
-from experiments.depth_must_help import HOPS, NO_ANSWER, PRIOR, QUICK, TAUGHT, Outcome
+from experiments.depth_must_help import BY_HEAD, HOPS, NO_ANSWER, ORACLE, PRIOR, QUICK, Outcome
 
 
 def test_answers_follow_the_edges_hop_by_hop():
@@ -56,7 +56,7 @@ def test_the_verdict_asks_for_accuracy_steps_and_order_in_every_seed():
 def test_it_runs_and_resumes(tmp_path, capsys):
     arguments = ["--quick", "--seeds", "1", "--steps", "2", "--output", str(tmp_path)]
     results = experiment.main(arguments)
-    assert {PRIOR, TAUGHT, "expert-choice"} <= set(results)
+    assert {PRIOR, f"{ORACLE}, {BY_HEAD}", "expert-choice"} <= set(results)
     assert results["fixed depth 2"][0].mean_depth == 2
     shares = experiment.Plan().shares
     assert results["random depth"][0].mean_depth == pytest.approx(sum(shares), abs=0.3)

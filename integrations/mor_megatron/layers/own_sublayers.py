@@ -28,6 +28,14 @@ class StepModules(StepAware, nn.ModuleList):
     def forward(self, *inputs: Any, **named: Any) -> Any:
         return self[self.step](*inputs, **named)
 
+
+class StepSublayers(StepModules):
+    """A sublayer for each step, which knows itself how its tensors are sharded.
+
+    Norms do not: Megatron takes them for replicated over the tensor-parallel group of the layer that
+    contains them, which this class is not told.
+    """
+
     def sharded_state_dict(
         self,
         prefix: str = "",
@@ -70,7 +78,7 @@ def give_own_sublayers(
         others = {other: IdentityOp for other in _PLACES.values() if other != place}
         alone = replace(spec, submodules=replace(parts, **others))
         further = [getattr(build(alone), place) for _ in range(1, recursion.num_recursions)]
-        setattr(layer, place, StepModules([getattr(layer, place), *further]))
+        setattr(layer, place, StepSublayers([getattr(layer, place), *further]))
 
 
 def attentions_of(layer: Any) -> list[Any]:

@@ -71,9 +71,11 @@ def _summary(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} is not a finished pretraining run: it has no {SUMMARY}.")
     try:
         summary = json.loads(file.read_text("utf-8"))
-        summary["settings"], summary["validation_loss"], summary["sample"]
-    except (ValueError, KeyError, TypeError) as error:
+        missing = {"settings", "validation_loss", "sample", "versions"} - set(summary)
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({error!r}).") from error
+    if missing:
+        raise ValueError(f"{file} is damaged: it has no {', '.join(sorted(missing))}.")
     return summary
 
 

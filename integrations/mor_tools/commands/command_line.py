@@ -149,7 +149,8 @@ def _plan(options: argparse.ArgumentParser) -> None:
 def _recipes(options: argparse.ArgumentParser) -> None:
     add = options.add_argument
     add("name", nargs="?", help="the recipe to print (default: list them)")
-    add("--tiny", action="store_true", help="print its tiny twin, for a first try")
+    add("--tiny", action="store_true", help="its tiny twin, for a first try")
+    add("--output", type=Path, help="file to write it into, instead of printing")
 
 
 def _report(options: argparse.ArgumentParser) -> None:

@@ -1,8 +1,10 @@
 """List recipes of models to start from, or print one.
 
-mor recipes
-mor recipes huginn_like > mine.yaml
-mor recipes huginn_like --tiny > try.yaml
+    mor recipes
+    mor recipes huginn_like --output mine.yaml
+    mor recipes huginn_like --tiny --output try.yaml
+
+A recipe is a file of settings of the pretraining script.
 """
 
 import argparse
@@ -13,26 +15,32 @@ from rich.console import Console
 from rich.table import Table
 
 from mor_layers import to_mapping
-from mor_tools.recipes import recipe, recipes, tiny_twin
+from mor_tools.recipes import Recipe, recipe, recipes, tiny_twin
 
 
 def run(options: argparse.Namespace) -> None:
-    """List, or print.
+    """List, print or write.
 
     Raises:
         ValueError: there is no such recipe.
+        OSError: the file cannot be written.
     """
     if options.name is None:
-        if options.tiny:
-            raise ValueError("--tiny needs the name of a recipe.")
+        if options.tiny or options.output is not None:
+            raise ValueError("--tiny and --output need the name of a recipe.")
         Console().print(_listed())
         return
     found = recipe(options.name)
-    if not options.tiny:
-        sys.stdout.write(found.text)
-        return
-    sys.stdout.write(f"# The tiny twin of {found.name}.\n")
-    sys.stdout.write(OmegaConf.to_yaml(OmegaConf.create(to_mapping(tiny_twin(found.settings)))))
+    text = _tiny(found) if options.tiny else found.text
+    if options.output is None:
+        sys.stdout.write(text)
+    else:
+        options.output.write_text(text, "utf-8")
+
+
+def _tiny(found: Recipe) -> str:
+    values = OmegaConf.create(to_mapping(tiny_twin(found.settings)))
+    return f"# The tiny twin of {found.name}.\n{OmegaConf.to_yaml(values)}"
 
 
 def _listed() -> Table:

@@ -22,7 +22,7 @@ HEADS = (
     "depth shares",
 )
 _OVERSPENT = 0.02
-"""Relative deviation from the budget from which it is told."""
+"""Relative deviation from the planned FLOPs from which it is told."""
 
 
 def plan_table(comparison: Comparison) -> Table:
@@ -99,12 +99,12 @@ def notes(comparison: Comparison, found: Sequence[ModelResult]) -> list[str]:
     if comparison.budget_unit == "flops":
         for result in found:
             spent = Spread.of([run.end.flops for run in result.runs]).mean
-            deviation = spent / comparison.budget - 1
+            planned_flops = result.model.costs.flops(result.model.settings.training.steps)
+            deviation = spent / planned_flops - 1
             if abs(deviation) > _OVERSPENT:
                 told.append(
                     f"{result.model.name} spent {abs(deviation):.1%} "
-                    f"{'more' if deviation > 0 else 'less'} than the budget of "
-                    f"{comparison.budget:.4g} FLOPs, because other shares of the tokens ran its "
-                    "recursion steps than planned."
+                    f"{'more' if deviation > 0 else 'less'} than the {planned_flops:.4g} FLOPs that "
+                    "were planned, because other shares of the tokens ran its recursion steps."
                 )
     return told

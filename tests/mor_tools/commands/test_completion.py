@@ -16,7 +16,7 @@ REQUEST = 'exec "$0" -X importtime -m mor_tools.commands 8>&1 9>/dev/null 1>/dev
 @pytest.mark.parametrize(
     ("typed", "expected"),
     [
-        ("mor re", {"report"}),
+        ("mor rep", {"report"}),
         ("mor convert a b --sh", {"--sharing"}),
         ("mor convert a b --sharing mid", {"middle_cycle", "middle_sequence"}),
         ("mor pretrain --conf", {"--config"}),

@@ -138,7 +138,7 @@ def test_the_page_and_the_table_show_these_numbers(compared):
     folder, _, _ = compared
     values = json.loads((folder / "compare.json").read_text())
     page, markdown = ((folder / f"compare.{kind}").read_text() for kind in ("html", "md"))
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 5  # losses over three quantities, and two panels more
     assert not re.search(r"#0[de]00\d\d", page)
     for model in values["models"]:
         spread = model["held_out_loss"]
@@ -155,6 +155,6 @@ def test_another_comparison_in_the_folder_is_refused_before_any_run(compared, po
     before = (folder / "compare.json").read_text()
     changes = [*SMALL, *write_text(folder.parent), "training.learning_rate=1e-3"]
     files = [folder.parent / "dense.yaml", folder.parent / "looped.yaml"]
-    with pytest.raises(AssertionError, match="has a run with other settings"):
+    with pytest.raises(AssertionError, match="holds a run with other settings"):
         pool.run(compare_on_rank, files=files, output=folder, changes=changes)
     assert (folder / "compare.json").read_text() == before

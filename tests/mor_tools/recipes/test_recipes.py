@@ -115,7 +115,7 @@ def test_every_recipe_can_be_planned_for_up_to_1024_gpus(found, capsys):
     assert "error" not in capsys.readouterr().err
 
 
-def test_recipes_are_listed_and_printed(capsys):
+def test_recipes_are_listed_and_printed(capsys, tmp_path):
     commands.main(["recipes"])
     listed = capsys.readouterr().out
     assert all(name in listed for name in ids)
@@ -124,6 +124,9 @@ def test_recipes_are_listed_and_printed(capsys):
     commands.main(["recipes", "mor_360m", "--tiny"])
     printed = OmegaConf.to_container(OmegaConf.create(capsys.readouterr().out))
     assert from_mapping(Settings, printed) == tiny_twin(recipe("mor_360m").settings)
+    commands.main(["recipes", "mor_360m", "--output", str(tmp_path / "mine.yaml")])
+    assert (tmp_path / "mine.yaml").read_text() == recipe("mor_360m").text
+    assert capsys.readouterr().out == ""
     for wrong in (["recipes", "mor_36m"], ["recipes", "--tiny"]):
         with pytest.raises(SystemExit) as stopped:
             commands.main(wrong)
