@@ -45,7 +45,7 @@ def loss_figure(found: Sequence[ModelResult]) -> Figure:
 
 def seed_figure(found: Sequence[ModelResult]) -> Figure:
     """The loss of each run at its end, and the mean of each model."""
-    figure, (axes,) = figure_of(1, width=8, height=0.9 + 0.4 * len(found))
+    figure, (axes,) = figure_of(1, width=6.4, height=0.9 + 0.4 * len(found))
     for index, result in enumerate(found):
         color = depth_color(index)
         axes.plot(result.loss.values, [index] * len(result.runs), "o", color=color, alpha=0.7)
@@ -59,7 +59,7 @@ def seed_figure(found: Sequence[ModelResult]) -> Figure:
 def depth_figure(found: Sequence[ModelResult]) -> Figure:
     """For each model with a recursion, the share of tokens of each depth."""
     shown = [result for result in found if result.depth_shares is not None]
-    figure, (axes,) = figure_of(1, width=8, height=0.9 + 0.4 * len(shown))
+    figure, (axes,) = figure_of(1, width=6.4, height=0.9 + 0.4 * len(shown))
     known: set[int] = set()
     for row, result in enumerate(shown):
         left = 0.0
