@@ -132,8 +132,8 @@ class RecursionConfig:
         for name in ("loop_loss", "hyper_connections"):
             if getattr(self, name) is not None:
                 raise ValueError(
-                    f"{name} needs cycle or middle_cycle sharing, in which a block repeats as a whole, "
-                    f"not {self.sharing!r}. Leave it out."
+                    f"{name}={getattr(self, name)} needs cycle or middle_cycle sharing, in which a "
+                    f"block repeats as a whole, not sharing={self.sharing!r}. Leave it out."
                 )
         if self.residual_scale is not None:
             raise ValueError(

@@ -41,6 +41,7 @@ PLAUSIBLE: dict[str, list[Any]] = {
     "mean_experts": [1, 1.5, 2.0],
     "rope_base": [1, 100.0, 10000.0],
     "seed": [0, 7],
+    "streams": [2, 3, 4],
 }
 """Values of fields of which others say little."""
 
@@ -91,7 +92,12 @@ def recursions(draw: st.DrawFn, steps: int, wrong: float) -> dict[str, Any]:
         settings_of(RecursionConfig, wrong, num_recursions=steps, sharing=sharing, router=router)
     )
     if "sequence" in sharing and draw(st.integers(0, 4)):
-        values.pop("residual_scale", None)
+        for name in ("residual_scale", "loop_loss", "hyper_connections"):
+            values.pop(name, None)
+    loss = values.get("loop_loss")
+    if isinstance(loss, dict) and draw(st.integers(0, 4)):
+        is_uniform = loss.get("prior", "uniform") == "uniform"
+        loss["rate"] = None if is_uniform else draw(st.sampled_from([0.2, 0.7]))
     return values
 
 

@@ -18,6 +18,7 @@ from mor_layers import (
     from_mapping,
     to_mapping,
 )
+from mor_layers.recursion import HyperConnections, LoopLoss
 from tests.mor_layers.random_configs import OURS, decoders
 
 INSTRUCTION = re.compile(
@@ -31,10 +32,15 @@ NAMES = {
         RecursionConfig,
         MoEConfig,
         Relaxation,
+        LoopLoss,
+        HyperConnections,
         *OURS.values(),
     )
     for field in dataclasses.fields(kind)
 } | {"type"}
+
+
+NESTED = {"relaxation": Relaxation, "loop_loss": LoopLoss, "hyper_connections": HyperConnections}
 
 
 def built(values: Any) -> DecoderConfig:
@@ -43,8 +49,9 @@ def built(values: Any) -> DecoderConfig:
     if isinstance(recursion, dict) and "num_recursions" in recursion:
         recursion = dict(recursion)
         recursion["router"] = built_router(recursion["router"])
-        if isinstance(recursion.get("relaxation"), dict) and recursion["relaxation"]:
-            recursion["relaxation"] = Relaxation(**recursion["relaxation"])
+        for name, kind in NESTED.items():
+            if isinstance(recursion.get(name), dict):
+                recursion[name] = kind(**recursion[name])
         recursion = RecursionConfig(**recursion)
     if isinstance(moe, dict) and moe:
         moe = MoEConfig(**moe)

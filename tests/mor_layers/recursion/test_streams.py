@@ -146,6 +146,18 @@ def test_a_token_that_does_not_run_a_step_keeps_its_streams():
     assert output.recursions[0].states == ()
 
 
+def test_routers_score_the_mean_of_streams():
+    model = small_model(streamed(small_config(ROUTERS["expert_choice"]), DYNAMIC))
+    (block,) = model.recursions
+    routed = []
+    with block.observed(routed.append):
+        block(torch.randn(9, 2, 12), keeps_states=True)
+        states = torch.randn(9, 2, 36)
+        block.route(states, 1, routed[0].decision)
+    mean = states.unflatten(-1, (3, 12)).mean(dim=-2)
+    assert torch.equal(routed[-1].logits, block.router.logits(mean, 1))
+
+
 def test_a_loss_after_every_loop_reads_the_mean_of_streams():
     model = small_model(streamed(small_config(), DYNAMIC, loop_loss=LoopLoss()))
     output = model(random_ids(2, 9), labels=random_ids(2, 9))
@@ -198,7 +210,7 @@ def test_a_dense_model_becomes_one_with_streams():
     (lambda: RecursionConfig(1, hyper_connections=STATIC), "needs several steps"),
     (
         lambda: RecursionConfig(2, "sequence", hyper_connections=STATIC),
-        "hyper_connections needs cycle or middle_cycle sharing",
+        "needs cycle or middle_cycle sharing, in which a block repeats as a whole",
     ),
     (lambda: published_names(streamed(small_config(), STATIC)), "hyper_connections is set"),
     (lambda: unrolled_weights({}, streamed(small_config(), STATIC)), "a plain decoder does not support"),
