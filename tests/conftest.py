@@ -1,11 +1,23 @@
-"""The worker pool of distributed tests, and the options and summary of tests/test_reference.py."""
+"""The worker pool of distributed tests, how hypothesis looks for counterexamples, and the options and
+summary of tests/test_reference.py."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.distributed.pool import WorkerPool
+
+# Examples hold whole models: on a machine with other work, drawing them may take as long as it likes.
+settings.register_profile(
+    "core",
+    deadline=None,
+    derandomize=True,
+    max_examples=25,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("core")
 
 BACKENDS = ("core", "megatron")
 
