@@ -46,7 +46,7 @@ def profiled(hidden_size: int, length: int) -> profile:
 def picture(run: profile) -> Figure:
     """The ranges of the fastest forward pass on a line of time: the one that was least disturbed."""
     events = sorted(
-        (event for event in run.events() if event.name.startswith("mor/")),
+        (event for event in run.events() or () if event.name.startswith("mor/")),
         key=lambda event: event.time_range.start,
     )
     starts = [i for i, event in enumerate(events) if event.name == "mor/step 1"]

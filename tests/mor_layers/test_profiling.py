@@ -22,7 +22,7 @@ def model() -> MoRTransformer:
 
 def ranges(run: profile) -> list:
     """Our ranges of a trace, in the order in which they began."""
-    events = (event for event in run.events() if event.name.startswith("mor/"))
+    events = (event for event in run.events() or () if event.name.startswith("mor/"))
     return sorted(events, key=lambda event: event.time_range.start)
 
 

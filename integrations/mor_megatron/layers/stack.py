@@ -90,7 +90,7 @@ class StepStack(nn.ModuleList):
             self.append(layer)
             give_own_sublayers(layer, spec, recursion, build)
             for attention in attentions_of(layer):
-                attention.join_block(index, layer.input_layernorm)
+                attention.join_block(index, cast(Any, layer).input_layernorm)
             if recursion.relaxation is not None:
                 attach_deltas(layer, recursion.relaxation, recursion.num_recursions, config)
             if recursion.sandwich_norms:

@@ -153,7 +153,9 @@ class _Unpack(torch.autograd.Function):
         return full, rows, *words[:integers], *floats
 
     @staticmethod
-    def backward(ctx: Any, full: Tensor | None, rows: Tensor | None, *words: Any) -> Any:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, full: Tensor | None, rows: Tensor | None, *words: Any
+    ) -> Any:
         full_shape, rows_shape, dtype, device = ctx.like
         full = torch.zeros(full_shape, dtype=dtype, device=device) if full is None else full
         rows = torch.zeros(rows_shape, dtype=dtype, device=device) if rows is None else rows

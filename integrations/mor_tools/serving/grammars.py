@@ -58,7 +58,7 @@ class Grammars:
         return GrammarConstraint(matcher, self.vocab_size)
 
     @functools.cached_property
-    def _tokens(self) -> "llguidance.LLTokenizer":
+    def _tokens(self) -> Any:
         if isinstance(self.tokenizer, ByteTokenizer):
             wrapper = llguidance.TokenizerWrapper(_Bytes(self.vocab_size))
             return llguidance.LLTokenizer(wrapper, eos_token=list(self.stop_ids) or None)
@@ -75,7 +75,7 @@ class Grammars:
 class GrammarConstraint:
     """The state of one text; a `mor_layers.generation.constraints.Constraint`."""
 
-    def __init__(self, matcher: "llguidance.LLMatcher", vocab_size: int) -> None:
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
         self._matcher, self._vocab_size = matcher, vocab_size
 
     def copy(self) -> "GrammarConstraint":

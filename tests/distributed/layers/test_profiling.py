@@ -21,7 +21,7 @@ def names_of_a_trace(is_pipeline: bool) -> set[str]:
     chunks = build(CASE, is_pipeline)
     with profile(activities=[ProfilerActivity.CPU]) as run:
         forward_backward(chunks, setup.random_tokens(2, SEQUENCE_LENGTH))
-    return {event.name for event in run.events() if event.name.startswith("mor/")}
+    return {event.name for event in run.events() or () if event.name.startswith("mor/")}
 
 
 def test_a_recursion_layer_names_steps_and_parts(pool):

@@ -173,7 +173,7 @@ def test_tokens_of_a_file_follow_a_grammar(tmp_path) -> None:
     size = tokenizer.get_vocab_size() + 10  # padded, as models are
     constraint = Grammars(loaded, size, stop_ids=(0,)).constraint({"choice": ["hello", "hero"]})
 
-    def allowed() -> set[str]:
+    def allowed() -> set[str | None]:
         (ids,) = constraint.allowed().nonzero(as_tuple=True)
         assert len(constraint.allowed()) == size
         return {tokenizer.id_to_token(int(i)) for i in ids}
