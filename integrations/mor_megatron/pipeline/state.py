@@ -132,7 +132,7 @@ class _Pack(torch.autograd.Function):
         return frame.join(full, rows, words)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
         full, rows, words = ctx.frame.split(gradients[0], len(ctx.is_float))
         floats = [
             word.view(torch.float32) if is_float else None
@@ -153,7 +153,9 @@ class _Unpack(torch.autograd.Function):
         return full, rows, *words[:integers], *floats
 
     @staticmethod
-    def backward(ctx: Any, full: Tensor | None, rows: Tensor | None, *words: Any) -> Any:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, full: Tensor | None, rows: Tensor | None, *words: Any
+    ) -> Any:
         full_shape, rows_shape, dtype, device = ctx.like
         full = torch.zeros(full_shape, dtype=dtype, device=device) if full is None else full
         rows = torch.zeros(rows_shape, dtype=dtype, device=device) if rows is None else rows
