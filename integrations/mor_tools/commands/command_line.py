@@ -242,7 +242,9 @@ COMMANDS = {
         _report,
     ),
     "serve": Interface(
-        "Serve a model over HTTP, in the OpenAI completions protocol.", "serve", _serve
+        "Serve a model over HTTP, in OpenAI's protocols for completions and for chat.",
+        "serve",
+        _serve,
     ),
 }
 """The subcommands by name. A summary repeats the first sentence of its module's docstring."""

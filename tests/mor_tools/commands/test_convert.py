@@ -108,7 +108,7 @@ def test_a_prelude_and_a_coda_of_any_length_come_from_a_llama_and_go_back(folder
 def test_errors_are_told_in_a_line_and_leave_nothing(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     for arguments, message in (
-        (["llama", "unrolled"], "unrolled exists"),
+        (["llama", "unrolled"], "unrolled already exists"),
         (["nowhere", "new"], "nowhere does not exist"),
         (["recursive", "new", "--recursions", "3"], "has a recursion"),
         (
