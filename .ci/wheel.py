@@ -212,8 +212,9 @@ IMPORT = """
 import importlib, pkgutil, sys
 for name in sys.argv[1:]:
     package = importlib.import_module(name)
-    for module in pkgutil.walk_packages(getattr(package, "__path__", ()), name + "."):
-        if name.startswith("mor_") and not module.name.endswith(("__main__", "lm_eval")):
+    paths = getattr(package, "__path__", ()) if name.startswith("mor_") else ()
+    for module in pkgutil.walk_packages(paths, name + "."):
+        if not module.name.endswith(("__main__", "lm_eval")):
             importlib.import_module(module.name)
 """
 """Imports every module of our packages; other packages as a whole. The lm_eval one has its own extra."""

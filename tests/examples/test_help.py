@@ -42,12 +42,15 @@ def run(command):
 with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
     print(json.dumps(pool.map(run, json.load(sys.stdin), chunksize=1)))
 """
-Told = dict[str, tuple[int | None, str]]
-"""Exit code and output by the path of a script."""
+HELP = [[str(script), "--help"] for script in SCRIPTS]
+BARE = [[str(script)] for script in SCRIPTS if script.name in NEED_TORCHRUN]
 
 
-def run(commands: list[list[str]]) -> Told:
+@pytest.fixture(scope="module")
+def told() -> dict[tuple[str, ...], tuple[int | None, str]]:
+    """Exit code and output of each command."""
     environment = {name: v for name, v in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    commands = [*HELP, *BARE]
     done = subprocess.run(
         [sys.executable, "-c", RUNNER, str(EXAMPLES)],
         input=json.dumps(commands),
@@ -57,16 +60,16 @@ def run(commands: list[list[str]]) -> Told:
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    return {command[0]: tuple(one) for command, one in zip(commands, told, strict=True)}
+    outcomes = json.loads(done.stdout.splitlines()[-1])
+    return {tuple(command): tuple(one) for command, one in zip(commands, outcomes, strict=True)}
 
 
-def test_every_script_has_help():
-    told = run([[str(script), "--help"] for script in SCRIPTS])
-    assert len(told) >= 12
-    for script, (code, output) in told.items():
-        assert code == 0, (script, output)
-        assert "usage: " in output or "torchrun --nproc-per-node" in output, script
+def test_every_script_has_help(told):
+    assert len(HELP) >= 12
+    for command in HELP:
+        code, output = told[tuple(command)]
+        assert code == 0, (command, output)
+        assert "usage: " in output or "torchrun --nproc-per-node" in output, command
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda path: path.name)
@@ -77,11 +80,10 @@ def test_every_launcher_has_help(launcher):
     assert f"examples/launch/{launcher.name} \\" in done.stdout
 
 
-def test_scripts_that_need_torchrun_say_so_in_one_line():
-    scripts = [script for script in SCRIPTS if script.name in NEED_TORCHRUN]
-    told = run([[str(script)] for script in scripts])
-    assert {Path(script).name for script in told} == NEED_TORCHRUN
-    for script, (code, output) in told.items():
-        assert code == 2, (script, output)
+def test_scripts_that_need_torchrun_say_so_in_one_line(told):
+    assert len(BARE) == len(NEED_TORCHRUN)
+    for command in BARE:
+        code, output = told[tuple(command)]
+        assert code == 2, (command, output)
         assert output.count("\n") == 1, output
         assert "torchrun --nproc-per-node" in output

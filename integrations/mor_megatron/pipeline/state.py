@@ -132,7 +132,7 @@ class _Pack(torch.autograd.Function):
         return frame.join(full, rows, words)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
         full, rows, words = ctx.frame.split(gradients[0], len(ctx.is_float))
         floats = [
             word.view(torch.float32) if is_float else None
