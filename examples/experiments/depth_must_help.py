@@ -48,6 +48,7 @@ from mor_layers import (
 )
 from mor_layers.generation import calibrate, with_early_exit
 from mor_layers.routers import Confidence, Criterion
+from mor_tools.comparison.statistics import Difference
 
 HOPS = 3
 """Most hops that are asked for, and steps that adaptive models may take."""
@@ -332,22 +333,22 @@ def outcomes(name: str, config: DecoderConfig, seed: int, plan: Plan) -> dict[st
 
 
 def verdict(results: dict[str, list[Outcome]]) -> list[str]:
-    """Which adaptive models reach the best fixed depth's accuracy with at most 0.7 of its steps."""
+    """Which adaptive models reach the best fixed depth's accuracy, and with which share of its steps."""
     accuracy = {name: statistics.fmean(o.accuracy for o in runs) for name, runs in results.items()}
     best = max((name for name in results if name in FIXED), key=lambda name: accuracy[name])
-    lowest, depth = min(outcome.accuracy for outcome in results[best]), FIXED.index(best) + 1
-    told = [f"best fixed depth: {best}, accuracy {accuracy[best]:.3f} (lowest seed {lowest:.3f})"]
+    depth, reference = FIXED.index(best) + 1, [o.accuracy for o in results[best]]
+    told = [f"best fixed depth: {best}, accuracy {accuracy[best]:.3f}"]
     for name, runs in results.items():
         if name in FIXED or name in FULL_DEPTH:
             continue
+        difference = Difference.between([o.accuracy for o in runs], reference)
         share = statistics.fmean(o.mean_depth for o in runs) / depth
         asked = statistics.fmean(o.question_depth for o in runs) / depth
         rises = all(a < b for o in runs for a, b in pairwise(o.depth_by_hops))
-        reaches = accuracy[name] >= lowest
         told.append(
-            f"{name}: accuracy {accuracy[name]:.3f} ({'reaches' if reaches else 'does not reach'} it), "
-            f"{share:.2f} of the steps ({asked:.2f} of those of questions), depth "
-            f"{'rises' if rises else 'does not rise'} with the number of hops in every seed"
+            f"{name}: accuracy {difference.verdict()}; {share:.2f} of the steps ({asked:.2f} of those "
+            f"of questions); depth {'rises' if rises else 'does not rise'} with the number of hops in "
+            "every seed"
         )
     return told
 

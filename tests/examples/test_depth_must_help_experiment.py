@@ -8,6 +8,7 @@ import torch
 
 from experiments import depth_must_help as experiment
 from experiments.depth_must_help import BY_HEAD, HOPS, NO_ANSWER, ORACLE, PRIOR, QUICK, Outcome
+from mor_tools.comparison.statistics import NO_DIFFERENCE
 
 
 def test_answers_follow_the_edges_hop_by_hop():
@@ -38,19 +39,18 @@ def test_the_verdict_asks_for_accuracy_steps_and_order_in_every_seed():
     def outcome(accuracy: float, depth: float, by_hops: list[float]) -> Outcome:
         return Outcome(accuracy, [], depth, depth, by_hops)
 
-    best = [outcome(0.9, 3, [3.0] * 3), outcome(0.8, 3, [3.0] * 3)]
     results = {
-        "fixed depth 2": [outcome(0.5, 2, [2.0] * 3)] * 2,
-        "fixed depth 3": best,
-        "good": [outcome(0.85, 1.5, [1.0, 2.0, 3.0])] * 2,
-        "unordered": [outcome(0.85, 1.5, [1, 2, 3]), outcome(0.85, 1.5, [2, 1, 3])],
-        "wrong": [outcome(0.7, 1.5, [1.0, 2.0, 3.0])] * 2,
+        "fixed depth 2": [outcome(0.5, 2, [2.0] * 3)] * 3,
+        "fixed depth 3": [outcome(accuracy, 3, [3.0] * 3) for accuracy in (0.9, 0.88, 0.89)],
+        "good": [outcome(0.89, 1.5, [1.0, 2.0, 3.0])] * 3,
+        "unordered": [outcome(0.89, 1.5, [1, 2, 3])] * 2 + [outcome(0.89, 1.5, [2, 1, 3])],
+        "wrong": [outcome(0.7, 1.5, [1.0, 2.0, 3.0])] * 3,
     }
     first, good, unordered, wrong = experiment.verdict(results)
-    assert first.startswith("best fixed depth: fixed depth 3")
-    assert "reaches it" in good and "0.50 of the steps" in good and "depth rises" in good
+    assert first == "best fixed depth: fixed depth 3, accuracy 0.890"
+    assert NO_DIFFERENCE in good and "0.50 of the steps" in good and "depth rises" in good
     assert "depth does not rise" in unordered
-    assert "does not reach it" in wrong
+    assert "-0.190 ± 0.025: lower" in wrong
 
 
 def test_it_runs_and_resumes(tmp_path, capsys):
