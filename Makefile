@@ -53,7 +53,8 @@ docs:  ## build the documentation site
 	@$(use_python) $$python -m mkdocs build --quiet --strict --config-file docs/mkdocs.yml
 
 walk:  ## do first tasks by following the pages of the documentation (ARGUMENTS="--list", names)
-	@$(use_python) OMP_NUM_THREADS=1 $$python -m tests.docs.walk $(ARGUMENTS)
+	@$(use_python) export OMP_NUM_THREADS=1 && $$python -m tests.docs.walk $(ARGUMENTS) && \
+		{ [ -n "$(ARGUMENTS)" ] || $$python -m pytest -q -m full --durations=0 tests/docs/test_tutorials.py; }
 
 wheel:  ## build the wheel into dist/, and try it with torch alone and with each extra (minutes)
 	@$(use_python) $$python .ci/wheel.py

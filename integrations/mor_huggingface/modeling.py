@@ -122,7 +122,8 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         cache: MoRCache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
-        return_dict: bool = True,
+        return_dict: bool | None = True,
+        **unsupported: Any,
     ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
         """Compute logits, and the loss if there are `labels`.
 
@@ -134,11 +135,19 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
             cache: the cache of earlier calls. The new tokens are added to it.
             use_cache: create a cache if none is given. Default: False.
             logits_to_keep: compute logits only for this number of columns at the end. 0: for all.
+            unsupported: arguments of other models, such as `inputs_embeds`. Wrappers such as peft
+                pass them as None or False, which has no effect.
 
         Raises:
+            TypeError: an unsupported argument is set.
             ValueError: a cache is used in training mode, with gradients or with labels, or has
                 another class; or the mask has the wrong shape.
         """
+        given = [name for name, value in unsupported.items() if value not in (None, False)]
+        if given:
+            raise TypeError(f"{', '.join(given)} cannot be given to this model. Leave it out.")
+        if return_dict is None:
+            return_dict = True
         if cache is not None or use_cache:
             _check_cacheable(cache, labels, self.training)
             cache = MoRCache(self.model) if cache is None else cache
