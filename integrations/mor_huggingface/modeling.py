@@ -143,7 +143,9 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: a cache is used in training mode, with gradients or with labels, or has
                 another class; or the mask has the wrong shape.
         """
-        given = [name for name, value in unsupported.items() if value not in (None, False)]
+        given = [
+            name for name, value in unsupported.items() if value is not None and value is not False
+        ]
         if given:
             raise TypeError(f"{', '.join(given)} cannot be given to this model. Leave it out.")
         if return_dict is None:
