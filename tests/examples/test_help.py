@@ -64,6 +64,7 @@ def told() -> dict[tuple[str, ...], tuple[int | None, str]]:
     return {tuple(command): tuple(one) for command, one in zip(commands, outcomes, strict=True)}
 
 
+@pytest.mark.full
 def test_every_script_has_help(told):
     assert len(HELP) >= 12
     for command in HELP:
@@ -80,6 +81,7 @@ def test_every_launcher_has_help(launcher):
     assert f"examples/launch/{launcher.name} \\" in done.stdout
 
 
+@pytest.mark.full
 def test_scripts_that_need_torchrun_say_so_in_one_line(told):
     assert len(BARE) == len(NEED_TORCHRUN)
     for command in BARE:

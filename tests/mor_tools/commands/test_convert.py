@@ -165,6 +165,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.full
 def test_no_copy_of_the_model_is_held(tmp_path):
     small = DecoderConfig(61, 32, 64, 4, 4)
     save_model(MoRTransformer(small), tmp_path / "small0")
