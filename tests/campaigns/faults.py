@@ -111,10 +111,10 @@ FAULTS = [
         SELECTION,
     ),
     Fault(
-        "the gradient of the selection reaches the weights of the sort",
+        "tokens with the smallest weights are selected",
         CORE + "selection/decision.py",
         "        weights = weights.detach()\n        if self.tokens.is_plain:",
-        "        weights = weights * 1.0000001\n        if self.tokens.is_plain:",
+        "        weights = -weights.detach()\n        if self.tokens.is_plain:",
         SELECTION,
     ),
     # Routers.
