@@ -40,7 +40,7 @@ class Launcher:
         return os.getppid() != self._parent
 
 
-def command(*changes: str) -> str | None:
+def command(*changes: str, with_mor: bool = False) -> str | None:
     """The command line that starts this process's run again on one machine.
 
     It is None without torchrun, and on several machines, because how their launchers find one
@@ -48,6 +48,8 @@ def command(*changes: str) -> str | None:
 
     Args:
         changes: settings as `key=value`, appended so that they take precedence.
+        with_mor: whether the command `mor` may be taken for granted. Otherwise the line also works in
+            a shell that does not find it.
     """
     is_on_one_machine = os.environ.get("GROUP_WORLD_SIZE") == "1"
     if "TORCHELASTIC_RUN_ID" not in os.environ or not is_on_one_machine:
@@ -58,6 +60,8 @@ def command(*changes: str) -> str | None:
     processes = os.environ["LOCAL_WORLD_SIZE"]
     if own[:2] == ["-m", "mor_tools.pretraining"]:
         start, own = ["-m", "mor_tools.commands", "pretrain", "--processes", processes], own[2:]
+        if with_mor:
+            return shlex.join(["mor", *start[2:], *own, *changes])
     else:  # a script of the user's
         module = "mor_tools.pretraining.torchrun"
         start = ["-m", module, "--standalone", "--nproc-per-node", processes]

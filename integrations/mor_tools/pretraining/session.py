@@ -341,7 +341,8 @@ def _what_next(settings: Settings) -> str:
     text = "README.md" if Path("README.md").is_file() else "TEXT_FILE"
     longer = f"training.steps={2 * settings.training.steps}"
     lines = {
-        "train longer": launcher.command(longer) or f"the same command with {longer}",
+        "train longer": launcher.command(longer, with_mor=True)
+        or f"the same command with {longer}",
     }
     if settings.evaluation.sample_tokens > 0:  # otherwise no model was written
         lines = {

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mor_tools.pretraining.launcher import command
 from tests.mor_tools.pretraining.runs import ROOT, SMALL, TINY, write_text
 from tests.mor_tools.pretraining.test_several_nodes import lives, steps_noted
 
@@ -123,3 +124,20 @@ def test_the_processes_of_a_killed_torchrun_stop_with_a_checkpoint(tmp_path, pro
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_command_that_starts_a_run_again(monkeypatch):
+    monkeypatch.setattr(
+        sys,
+        "orig_argv",
+        ["py", "-u", "-m", "mor_tools.pretraining", "--config", "a b.yaml", "training.steps=3"],
+    )
+    monkeypatch.setenv("PYTHONPATH", "/here")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
+    rest = "pretrain --processes 2 --config 'a b.yaml' training.steps=6"
+    assert command("training.steps=6") == f"PYTHONPATH=/here py -m mor_tools.commands {rest}"
+    assert command("training.steps=6", with_mor=True) == f"mor {rest}"
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert command() is None
