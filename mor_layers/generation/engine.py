@@ -16,11 +16,16 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from mor_layers.generation.cache import CacheSettings
-from mor_layers.generation.constraints import constrained
-from mor_layers.generation.logprobs import Logprobs, logprobs_of
-from mor_layers.generation.penalties import adjusted
 from mor_layers.generation.runner import Finished, FinishedSpan, ModelRunner
-from mor_layers.generation.sampling import Sampler, has_distribution, sample
+from mor_layers.generation.sampling import (
+    Logprobs,
+    Sampler,
+    adjusted,
+    constrained,
+    has_distribution,
+    logprobs_of,
+    sample,
+)
 from mor_layers.generation.scheduling import FinishReason, Progress, Request, Scheduler
 from mor_layers.generation.text_stream import TextStream
 from mor_layers.models import MoRTransformer

@@ -12,8 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mor_layers.generation.constraints import Constraint
-from mor_layers.generation.sampling import Sampling
+from mor_layers.generation.sampling import Constraint, Sampling
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout", "memory", "error"]
 

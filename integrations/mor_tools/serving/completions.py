@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from mor_layers.generation import Event
-from mor_layers.generation.logprobs import Logprobs
+from mor_layers.generation.sampling import Logprobs
 from mor_tools.serving.fields import BadRequestError, Fields
 from mor_tools.serving.loading import ServedModel
 from mor_tools.serving.protocol import (

@@ -73,7 +73,7 @@ class Grammars:
 
 
 class GrammarConstraint:
-    """The state of one text; a `mor_layers.generation.constraints.Constraint`."""
+    """The state of one text; a `mor_layers.generation.sampling.Constraint`."""
 
     def __init__(self, matcher: Any, vocab_size: int) -> None:
         self._matcher, self._vocab_size = matcher, vocab_size

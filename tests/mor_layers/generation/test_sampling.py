@@ -7,10 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mor_layers.generation import Sampling, sampling
-from mor_layers.generation.logprobs import logprobs_of
-from mor_layers.generation.penalties import adjusted
-from mor_layers.generation.sampling import has_distribution, sample
+from mor_layers.generation.sampling import (
+    Sampling,
+    adjusted,
+    draws,
+    has_distribution,
+    logprobs_of,
+    sample,
+)
 from mor_layers.generation.text_stream import TextStream
 
 
@@ -47,7 +51,7 @@ def likely_tokens(logits: torch.Tensor, settings: Sampling) -> dict[int, float]:
     ids=str,
 )
 def test_tokens_come_as_often_as_they_should(settings, candidates, monkeypatch) -> None:
-    monkeypatch.setattr(sampling, "NUM_CANDIDATES", candidates)
+    monkeypatch.setattr(draws, "NUM_CANDIDATES", candidates)
     torch.manual_seed(0)
     logits = torch.randn(13)
     expected, count = likely_tokens(logits, settings), 4000
@@ -76,7 +80,7 @@ def test_a_draw_depends_on_its_own_request_only() -> None:
 
 
 def test_seeds_and_places_give_different_numbers() -> None:
-    numbers = {sampling._uniform(seed, number) for seed in range(-30, 30) for number in range(30)}
+    numbers = {draws._uniform(seed, number) for seed in range(-30, 30) for number in range(30)}
     assert len(numbers) == 1800 and all(0 <= n < 1 for n in numbers)
 
 

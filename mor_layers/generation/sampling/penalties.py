@@ -1,7 +1,7 @@
 """Changes the logits of a request by its own settings and text: logit bias, and penalties.
 
 The order is that of vLLM: the bias first, then the penalties, then temperature and limits
-(`sampling`).
+(`draws`).
 
 Legend: `b` requests, `v` vocabulary.
 """
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mor_layers.generation.sampling import Sampling
+from mor_layers.generation.sampling.draws import Sampling
 
 
 def adjusted(
