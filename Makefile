@@ -41,7 +41,7 @@ test-megatron-lm:  ## run Megatron-LM's own pretrain_gpt.py with our --spec (.ci
 	@$(use_python) scripts=$$(.ci/setup-megatron-lm) && MEGATRON_LM_SCRIPTS=$$scripts OMP_NUM_THREADS=1 \
 	    $$python -m pytest tests/megatron_lm $(ARGUMENTS)
 
-faults:  ## plant a hundred small faults and see that the tests notice (half an hour)
+faults:  ## plant a hundred small faults and see that the tests notice (ten minutes)
 	@$(use_python) $$python -m tests.campaigns.planted_faults $(ARGUMENTS)
 
 lint:  ## ruff, pyright and the import contracts
