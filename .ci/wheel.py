@@ -85,11 +85,11 @@ def build(folder: Path) -> Path:
 
 
 def check_contents(wheel: Path) -> None:
-    """Every module is in it and nothing else, typing markers and licence included."""
+    """Every module and recipe is in it and nothing else, typing markers and licence included."""
     expected = {"LICENSE", "METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt"}
     for package in PACKAGES:
         place = find(package)
-        files = [*place.rglob("*.py"), place / "py.typed"]
+        files = [*place.rglob("*.py"), *place.rglob("*.yaml"), place / "py.typed"]
         expected |= {str(file.relative_to(place.parent)) for file in files}
     with zipfile.ZipFile(wheel) as archive:
         found = {re.sub(r"^[^/]+\.dist-info/(licenses/)?", "", n) for n in archive.namelist()}
