@@ -1,0 +1,54 @@
+"""AutoBridge takes a model folder into Megatron and gives it back, in every layout."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mor_layers import DecoderConfig, ExpertChoice, MoRTransformer, RecursionConfig, TokenChoice
+from mor_layers.weights import save_model
+from tests.distributed.checkpoints.test_weights import LAYOUTS, MODELS, WISE
+from tests.distributed.pool import WorkerPool
+from tests.mor_bridge.bridges import there_and_back
+
+FURTHER: dict[str, dict[str, Any]] = {
+    "recursive sharing": {"recursion": replace(WISE, kv_policy="recursive_sharing")},
+    "sharing with update": {"recursion": replace(WISE, kv_policy="sharing_with_update")},
+    "exit state": {"recursion": replace(WISE, kv_policy="exit_state")},
+    "token choice": {"recursion": RecursionConfig(3, router=TokenChoice(balancing="loss_free"))},
+    "tied embeddings": {"recursion": WISE, "tie_embeddings": True, "num_kv_heads": 2},
+    "cycle": {"recursion": RecursionConfig(2, sharing="cycle", router=ExpertChoice())},
+    "another rope": {"recursion": WISE, "rope_base": 500000.0, "rms_norm_epsilon": 1e-3},
+}
+CASES = [
+    (model, layout)
+    for model, fields in (MODELS | FURTHER).items()
+    for layout in LAYOUTS
+    if (layout != "ep" or "moe" in fields) and (model, layout) != ("cycle", "pp")
+]
+
+
+def saved(model: str, folder: Path) -> Path:
+    """A folder of a model with weights, norms and buffers that matter."""
+    torch.manual_seed(0)
+    fields = (MODELS | FURTHER)[model]
+    made = MoRTransformer(DecoderConfig(64, 32, 64, num_unrolled_layers=8, num_heads=4, **fields))
+    with torch.no_grad():
+        for tensor in made.state_dict().values():
+            if tensor.is_floating_point() and tensor.isfinite().all():
+                tensor.add_(0.1 * torch.randn_like(tensor))
+    save_model(made, folder / "model")
+    return folder / "model"
+
+
+@pytest.mark.parametrize(("model", "layout"), CASES)
+def test_a_folder_goes_into_megatron_and_back(
+    pool: WorkerPool, tmp_path: Path, model: str, layout: str
+) -> None:
+    ranks, parallel, sp = LAYOUTS[layout]
+    folder = saved(model, tmp_path)
+    found = pool.run(there_and_back, ranks, folder=folder, layout=parallel, sp=sp)
+    assert [f.changed for f in found] == [[]] * ranks
+    assert max(f.logits for f in found) < 1e-5
