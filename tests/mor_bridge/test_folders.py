@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 from mor_layers import DecoderConfig, ExpertChoice, MoRTransformer, RecursionConfig, TokenChoice
 from mor_layers.weights import save_model
@@ -39,8 +42,17 @@ def saved(model: str, folder: Path) -> Path:
         for tensor in made.state_dict().values():
             if tensor.is_floating_point() and tensor.isfinite().all():
                 tensor.add_(0.1 * torch.randn_like(tensor))
-    save_model(made, folder / "model")
+    save_model(made, folder / "model", tokenizer(folder), eos_token_id=3)
     return folder / "model"
+
+
+def tokenizer(folder: Path) -> Path:
+    """The file of a tokenizer that has one token for each of 64 bytes."""
+    vocabulary = {byte: index for index, byte in enumerate(sorted(ByteLevel.alphabet())[:64])}
+    made = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    made.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    made.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
 
 
 @pytest.mark.parametrize(("model", "layout"), CASES)
