@@ -26,6 +26,7 @@ from mor_layers import RecursionConfig, StepContext
 from mor_megatron.layers.attention import RecursiveSelfAttention, SDPACoreAttention
 from mor_megatron.layers.block_part import BlockPart
 from mor_megatron.layers.experts.moe import RecursiveMoELayer
+from mor_megatron.layers.experts.padding import PaddedMoELayer, PaddedTopKRouter
 from mor_megatron.layers.experts.router import StepTopKRouter
 from mor_megatron.layers.own_sublayers import StepModules, attentions_of, give_own_sublayers
 from mor_megatron.layers.quantization import filled, row_alignment
@@ -236,12 +237,12 @@ def recursive_layer_spec(
 
 
 def _recursive_mlp(builder: Any, recursion: RecursionConfig) -> Any:
-    is_moe = isinstance(builder, partial) and builder.func is MoELayer
+    is_moe = isinstance(builder, partial) and builder.func in (MoELayer, PaddedMoELayer)
     recursion.require_experts(is_moe)
     if not is_moe:
         return builder
     parts = builder.keywords["submodules"]
-    if parts.router is not TopKRouter:
+    if parts.router not in (TopKRouter, PaddedTopKRouter):
         raise ValueError(
             f"a mixture of experts inside a recursion needs Megatron's TopKRouter, "
             f"not {parts.router!r}."
