@@ -20,7 +20,7 @@ from tests.sweep.train import refusal
 
 USUAL = {name: values[0] for name, values in factors.FACTORS.items()}
 MOST_RANKS = 8
-TIMEOUT = 180.0
+TIMEOUT = 90.0
 
 
 def main() -> None:

@@ -119,6 +119,7 @@ LAYOUTS = {
     "TP+SP × DP": Layout(tp=2, sp=True, dp=2),
     "TP+SP × CP": Layout(tp=2, sp=True, cp=2),
     "TP × PP": Layout(tp=2, pp=2),
+    "TP+SP × PP": Layout(tp=2, sp=True, pp=2),
     "TP+SP × steps as stages": Layout(tp=2, sp=True, pp=2, spreads_steps=True),
     "TP+SP × EP": Layout(tp=2, sp=True, ep=2),
     "CP × EP": Layout(cp=2, ep=2),

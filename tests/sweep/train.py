@@ -4,6 +4,7 @@ The functions that take a process group run on a rank (`tests.distributed.pool`)
 """
 
 import logging
+import resource
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,8 @@ from tests.sweep.draw import Case
 
 NUM_STEPS = 2
 NUM_PADDING = 5
+MOST_MEMORY = 10 << 30
+"""Bytes of addresses that a rank may take; a healthy one takes half."""
 DOCUMENT_LENGTH = 9
 
 
@@ -135,6 +138,7 @@ def train(case: Case, alone: bool) -> Outcome:
     Adam as it is would turn the rounding of a gradient that should be zero into a whole step.
     """
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    _limit_memory()
     layout = factors.Layout() if alone else factors.LAYOUTS[case["layout"]]
     setup.initialize(**layout.groups)
     recursion, fields = recursion_of(case), fields_of(case, layout)
@@ -167,6 +171,12 @@ def train(case: Case, alone: bool) -> Outcome:
         norms.append(_step(optimizer))
         update_routers(wrapped)
     return Outcome(losses, norms, gradients, setup.gather_parameters(wrapped))
+
+
+def _limit_memory() -> None:
+    """End a case that would take the machine's memory with an error."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, hard))
 
 
 def _step(optimizer: MegatronOptimizer) -> float:

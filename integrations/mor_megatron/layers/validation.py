@@ -178,6 +178,13 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             "a recomputed norm would be that of the last step. Leave 'layernorm' out.",
         ),
         (
+            "mlp" in selective and config.add_bias_linear and not has_moe,
+            "recompute_modules with 'mlp' and add_bias_linear=True",
+            "Megatron's recomputation of an MLP returns its bias, and the backward pass of that never "
+            "ends, also without a recursion. Use recompute_granularity='full', or "
+            "add_bias_linear=False.",
+        ),
+        (
             "mlp" in selective and bool(set(relaxed) & set(MLP_PROJECTIONS)),
             f"recompute_modules with 'mlp' and Relaxation.projections={relaxed}",
             "a recomputed MLP would be that of the last step. Use recompute_granularity='full', "
