@@ -30,6 +30,7 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
+from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -102,7 +103,8 @@ def tiny_config(**overrides: Any) -> TransformerConfig:
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
     }
-    return TransformerConfig(**(fields | overrides))
+    kind = MLATransformerConfig if overrides.get("multi_latent_attention") else TransformerConfig
+    return kind(**(fields | overrides))
 
 
 def local_layer(config: TransformerConfig) -> ModuleSpec:
