@@ -30,6 +30,7 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
+from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -107,7 +108,13 @@ def tiny_config(**overrides: Any) -> TransformerConfig:
         "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
         "overlap_p2p_comm": virtual_stages is not None,
     }
-    return TransformerConfig(**(LLAMA_LIKE | layout | overrides))
+    return make_config(**(LLAMA_LIKE | layout | overrides))
+
+
+def make_config(**fields: Any) -> TransformerConfig:
+    """Megatron's configuration of these fields, with latent attention where they ask for it."""
+    kind = MLATransformerConfig if fields.get("multi_latent_attention") else TransformerConfig
+    return kind(**fields)
 
 
 def local_layer(config: TransformerConfig) -> ModuleSpec:

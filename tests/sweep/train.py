@@ -116,7 +116,7 @@ def refusal(case: Case) -> str | None:
             LAYOUT_RULES,
             Names(),
         )
-        validate(TransformerConfig(**(setup.LLAMA_LIKE | sizes | fields)), recursion)
+        validate(setup.make_config(**(setup.LLAMA_LIKE | sizes | fields)), recursion)
     except (ValueError, AssertionError) as error:
         return str(error)
     return None
