@@ -41,6 +41,7 @@ SECONDS_OF_HELP = 1.0
 PROMISES = {
     "megatron": ["mor_megatron"],
     "te": ["transformer_engine.pytorch"],
+    "bridge": ["mor_bridge"],
     "dali": ["mor_dali"],
     "hf": ["mor_huggingface", "mor_tools.commands.generate"],
     "eval": ["mor_huggingface.lm_eval"],

@@ -2,11 +2,11 @@
 
 from typing import Any, ClassVar
 
-import mor_huggingface  # noqa: F401 registers MoRConfig, with which AutoBridge reads the folder
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
 from megatron.core.models.gpt import GPTModel
 
+import mor_huggingface  # noqa: F401 registers MoRConfig, with which AutoBridge reads the folder
 from mor_bridge.mappings import mappings
 from mor_bridge.numbering import number_outer_layers_only
 from mor_bridge.provider import MoRModelProvider

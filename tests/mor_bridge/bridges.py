@@ -30,7 +30,9 @@ def start(**layout: int) -> None:
     setup.initialize(**layout)
 
 
-def build(bridge: Any, *, sp: bool = False, tp: int = 1, pp: int = 1, ep: int = 1) -> list[nn.Module]:
+def build(
+    bridge: Any, *, sp: bool = False, tp: int = 1, pp: int = 1, ep: int = 1
+) -> list[nn.Module]:
     """This rank's part of the Megatron model of an AutoBridge, with its weights."""
     provider = bridge.to_megatron_provider()
     provider.tensor_model_parallel_size = tp
@@ -45,8 +47,9 @@ def build(bridge: Any, *, sp: bool = False, tp: int = 1, pp: int = 1, ep: int = 
 def there_and_back(folder: Path, layout: dict[str, int], sp: bool) -> Found:
     """Take a folder into Megatron and its tensors out of it again."""
     start(**layout)
-    import mor_bridge  # noqa: F401 registers the bridge
     from megatron.bridge import AutoBridge
+
+    import mor_bridge  # noqa: F401 registers the bridge
 
     bridge = AutoBridge.from_hf_pretrained(folder)
     return compared(bridge, build(bridge, sp=sp, **layout), folder)
@@ -55,7 +58,9 @@ def there_and_back(folder: Path, layout: dict[str, int], sp: bool) -> Found:
 def compared(bridge: Any, chunks: list[nn.Module], folder: Path) -> Found:
     """How a Megatron model, and what is exported from it, differ from the model in a folder."""
     ours = load_model(folder).eval()
-    ids = torch.randint(0, ours.config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(
+        0, ours.config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(3)
+    )
     chunks[0].eval()
     with torch.no_grad(), causal_routing(chunks):
         logits = logits_through_stages(chunks[0], ids)
@@ -63,6 +68,8 @@ def compared(bridge: Any, chunks: list[nn.Module], folder: Path) -> Found:
     exported = dict(bridge.export_hf_weights(chunks, cpu=True, show_progress=False))
     back = state_of(ours.config, {name.removeprefix("model."): t for name, t in exported.items()})
     state = ours.state_dict()
-    changed = [name for name in state if not torch.equal(back.pop(name, torch.empty(0)), state[name])]
+    changed = [
+        name for name in state if not torch.equal(back.pop(name, torch.empty(0)), state[name])
+    ]
     difference = 0.0 if logits is None else (logits - expected).abs().max().item()
     return Found(difference, [*changed, *back])

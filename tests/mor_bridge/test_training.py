@@ -25,10 +25,17 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def train(source: Path, target: Path, layout: str, is_dense: bool = False) -> list[dict[str, float]]:
+def train(
+    source: Path, target: Path, layout: str, is_dense: bool = False
+) -> list[dict[str, float]]:
     """The losses and figures of each step."""
     ranks, fields = LAYOUTS[layout]
-    settings = {"source": str(source), "target": str(target), "is_dense": is_dense, "fields": fields}
+    settings = {
+        "source": str(source),
+        "target": str(target),
+        "is_dense": is_dense,
+        "fields": fields,
+    }
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc-per-node", str(ranks), "-m", "tests.mor_bridge.train", json.dumps(settings)),
@@ -65,7 +72,9 @@ def on_one_rank(folder: Path) -> tuple[list[dict[str, float]], Path]:
     return train(folder, target, "one rank"), target
 
 
-def test_training_learns_and_reports_on_routing(on_one_rank: tuple[Any, Path], folder: Path) -> None:
+def test_training_learns_and_reports_on_routing(
+    on_one_rank: tuple[Any, Path], folder: Path
+) -> None:
     steps, target = on_one_rank
     assert len(steps) == STEPS
     assert steps[-1]["lm loss"] < steps[0]["lm loss"]
@@ -95,7 +104,9 @@ def test_two_ranks_train_as_one_does(
 def test_a_dense_llama_is_trained_as_a_recursive_model(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8}
-    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4)).save_pretrained(tmp_path / "dense")
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4)).save_pretrained(
+        tmp_path / "dense"
+    )
     tokenizer(tmp_path).rename(tmp_path / "dense" / "tokenizer.json")
     steps = train(tmp_path / "dense", tmp_path / "trained", "one rank", is_dense=True)
     assert steps[-1]["lm loss"] < steps[0]["lm loss"]

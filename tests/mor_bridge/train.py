@@ -24,10 +24,10 @@ def main(source: str, target: str, is_dense: bool, fields: dict[str, Any]) -> No
     from megatron.bridge.training.callbacks import Callback, CallbackContext
     from megatron.bridge.training.gpt_step import forward_step
     from megatron.bridge.training.pretrain import pretrain
+
     from mor_bridge import recursive_bridge
     from mor_bridge.recipes import pretrain_config
     from mor_bridge.training import RouterUpdates
-
     from mor_layers import ExpertChoice, RecursionConfig
 
     if is_dense:
