@@ -1,16 +1,20 @@
 """The bridge between a model folder and a Megatron GPTModel with recursions."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
 from megatron.core.models.gpt import GPTModel
+from torch import Tensor
 
 import mor_huggingface  # noqa: F401 registers MoRConfig, with which AutoBridge reads the folder
 from mor_bridge.mappings import mappings
 from mor_bridge.numbering import number_outer_layers_only
 from mor_bridge.provider import MoRModelProvider
 from mor_layers.weights import MODEL_TYPE
+
+_VOCABULARY = ("model.embedding.weight", "model.output.weight")
 
 
 @MegatronModelBridge.register_bridge(
@@ -48,6 +52,20 @@ class MoRBridge(MegatronModelBridge):
             params_dtype=self.dtype_from_hf(config),
             seq_length=getattr(config, "max_position_embeddings", None),
         )
+
+    def maybe_modify_converted_hf_weight(
+        self,
+        task: Any,
+        converted_weights_dict: dict[str, Tensor],
+        hf_state_dict: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Cut the rows that pad the vocabulary."""
+        assert self.hf_config is not None
+        rows = self.hf_config.vocab_size
+        return {
+            name: tensor[:rows] if name in _VOCABULARY else tensor
+            for name, tensor in converted_weights_dict.items()
+        }
 
     def mapping_registry(self) -> MegatronMappingRegistry:
         """A mapping for each of Megatron's parameters, by its name."""

@@ -85,6 +85,9 @@ class MoRModelProvider(GPTModelProvider):
             "rotary_base": decoder.rope_base,
             "share_embeddings_and_output_weights": decoder.tie_embeddings,
             "vocab_size": decoder.vocab_size,
+            # Padded to a multiple of the tensor-parallel ranks, and cut again on export.
+            "should_pad_vocab": True,
+            "make_vocab_size_divisible_by": 1,
             "bf16": params_dtype == torch.bfloat16,
             "fp16": params_dtype == torch.float16,
             "params_dtype": params_dtype,
@@ -124,6 +127,11 @@ class MoRModelProvider(GPTModelProvider):
 def _expert_fields(decoder: DecoderConfig, grouped: bool) -> dict[str, Any]:
     moe, schedule = decoder.moe, decoder.schedule
     assert moe is not None
+    if moe.bias_update_rate:
+        raise ValueError(
+            f"MoEConfig.bias_update_rate={moe.bias_update_rate} adds a bias to softmax scores, but "
+            "Megatron supports expert biases only with sigmoid scores. Use a balance loss instead."
+        )
     at_ends = 0 if decoder.dense_ends else 1
     between = decoder.num_unrolled_layers - schedule.prelude - schedule.coda
     return {
@@ -135,7 +143,7 @@ def _expert_fields(decoder: DecoderConfig, grouped: bool) -> dict[str, Any]:
         "moe_aux_loss_coeff": moe.balance_coefficient,
         "moe_z_loss_coeff": moe.z_loss_coefficient or None,
         "moe_expert_capacity_factor": moe.capacity_factor,
-        "moe_token_drop_policy": moe.drop_policy or "probs",
+        "moe_token_drop_policy": "position" if moe.drop_policy == "position" else "probs",
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": grouped,
     }

@@ -1,4 +1,4 @@
-"""Runs only with the Python of `.ci/setup-bridge`, which has Megatron-Bridge; else nothing is collected."""
+"""Runs only with the Python of `.ci/setup-bridge`; elsewhere nothing is collected."""
 
 import importlib.util
 

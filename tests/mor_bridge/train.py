@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node RANKS -m tests.mor_bridge.train SETTINGS
 
-SETTINGS is JSON: `source`, a model folder or a dense checkpoint; `target`, a folder for the trained model
-and losses.json; `recursion`, whether the source is dense; `fields` of the provider, such as its layout.
+SETTINGS is JSON: `source`, a model folder or a dense checkpoint; `target`, a folder for the trained
+model and losses.json; `is_dense`, which of both the source is; `fields` of the provider, such as its
+layout.
 """
 
 import json

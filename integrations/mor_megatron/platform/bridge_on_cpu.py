@@ -70,10 +70,10 @@ def enable_training() -> None:
 
 @functools.cache
 def _enable_training_once() -> None:
-    from megatron.bridge.data import loaders
-    from megatron.bridge.training import eval as evaluation
-    from megatron.bridge.training import initialize, setup, train
-    from megatron.bridge.training.utils import train_utils
+    from megatron.bridge.data import loaders  # type: ignore[import-not-found]
+    from megatron.bridge.training import eval as evaluation  # type: ignore[import-not-found]
+    from megatron.bridge.training import initialize, setup, train  # type: ignore[import-not-found]
+    from megatron.bridge.training.utils import train_utils  # type: ignore[import-not-found]
 
     for owner in (
         loaders,  # :406
