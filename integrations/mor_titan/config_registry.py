@@ -14,7 +14,6 @@ from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
 from mor_layers import DecoderConfig, ExpertChoice, RecursionConfig
-from mor_titan.folders import MoRStateDictAdapter
 from mor_titan.model import MoRLoss, MoRModel
 from mor_titan.parallelize import parallelize, update_routers_after_steps
 
@@ -47,7 +46,8 @@ def model_registry(flavor: str, decoder: DecoderConfig) -> ModelSpec:
         parallelize_fn=parallelize,
         pipelining_fn=None,
         post_optimizer_build_fn=update_routers_after_steps,
-        state_dict_adapter=MoRStateDictAdapter,
+        # Checkpoints become model folders through `mor_titan.folders.save_folder`.
+        state_dict_adapter=None,
     )
 
 

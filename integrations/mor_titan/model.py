@@ -17,6 +17,7 @@ from torchtitan.protocols.model import BaseModel
 
 from mor_layers import DecoderConfig, MoRTransformer, from_mapping, to_mapping
 from mor_layers.costs import ModelShape, account
+from mor_layers.weights import load_model
 
 
 class MoRModel(BaseModel):
@@ -34,6 +35,8 @@ class MoRModel(BaseModel):
         """`to_mapping` of a DecoderConfig."""
         seed: int = 0
         """Of the initial weights, which are the same for any number of ranks."""
+        initial_weights: str | None = None
+        """A model folder to take the weights from instead."""
 
         @classmethod
         def from_decoder(cls, decoder: DecoderConfig) -> "MoRModel.Config":
@@ -52,13 +55,26 @@ class MoRModel(BaseModel):
                 ValueError: for the first such setting.
             """
             self.seed = config.debug.seed or 0
+            recursion = self.decoder_config.recursion
+            if recursion is not None and recursion.loop_loss is not None:
+                raise ValueError(
+                    "loop_loss needs the labels inside the model, which torchtitan gives to the loss "
+                    "function only. Leave it out, or train with Megatron or the Trainer."
+                )
             require_supported(config)
 
         def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
-            """Parameters, and FLOPs of training per token if routers keep what they aim at."""
+            """Parameters, and FLOPs of training per token.
+
+            Where settings do not say how many tokens a router keeps, all of them count.
+            """
             count = sum(parameter.numel() for parameter in model.parameters())
             shape = ModelShape.from_decoder(self.decoder_config)
-            return count, int(account(shape, seq_len).flops_per_token())
+            routed = [stack for stack in shape.stacks if stack.router]
+            tokens = None
+            if any(stack.router.capacity_factors is None for stack in routed):
+                tokens = [seq_len] * sum(stack.num_recursions for stack in routed)
+            return count, int(account(shape, seq_len, tokens).flops_per_token())
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -72,7 +88,10 @@ class MoRModel(BaseModel):
         """Fill parameters and buffers, which are empty until now, also if they are sharded."""
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(self.config.seed)
-            made = MoRTransformer(self.config.decoder_config)
+            folder = self.config.initial_weights
+            made = (
+                MoRTransformer(self.config.decoder_config) if folder is None else load_model(folder)
+            )
         whole = StateDictOptions(full_state_dict=True)
         set_model_state_dict(self.model, made.state_dict(), options=whole)
         own = dict(self.model.named_buffers())
@@ -91,8 +110,7 @@ class MoRModel(BaseModel):
         """
         documents = None if positions is None else (positions == 0).cumsum(dim=1)
         output = self.model(ids, documents=documents)
-        loss = output.router_loss
-        return output.logits, output.logits.new_zeros(()) if loss is None else loss
+        return output.logits, sum(output.losses.values(), output.logits.new_zeros(()))
 
 
 class MoRLoss(BaseLoss):

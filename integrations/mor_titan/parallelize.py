@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed.fsdp import disable_fsdp_gradient_division
 
@@ -45,6 +45,9 @@ def parallelize(
         fully_shard(unit, **options)
     fully_shard(model, **options)
     disable_fsdp_gradient_division(model)  # the loss is divided by the tokens of all ranks
+    for module in (model, *units):
+        # Otherwise gradients are multiplied by 1 as they are summed, which only NCCL can do.
+        cast(FSDPModule, module).set_force_sum_reduction_for_comms(True)
     return model
 
 

@@ -48,8 +48,8 @@ def batches() -> Tensor:
 def accelerator() -> Iterator[Any]:
     """An Accelerator with FSDP2 on this rank's CPU.
 
-    accelerate only takes FSDP on GPUs and their like, so it is told on CPUs after it has found them. What
-    it does with the model is the same.
+    accelerate only offers FSDP on GPUs and their like, so it is switched on by hand. What it then does
+    with the model is the same.
     """
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState
