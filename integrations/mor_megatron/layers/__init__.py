@@ -3,6 +3,7 @@
 from mor_megatron.layers.block_part import BlockPart
 from mor_megatron.layers.core_attention import SDPACoreAttention
 from mor_megatron.layers.document_attention import document_attention
+from mor_megatron.layers.experts.padding import aware_of_padding
 from mor_megatron.layers.experts.router import StepTopKRouter
 from mor_megatron.layers.latent_attention import LatentAttention
 from mor_megatron.layers.norms import Norm, local_norm
@@ -31,6 +32,7 @@ __all__ = [
     "RoutingReport",
     "SDPACoreAttention",
     "StepTopKRouter",
+    "aware_of_padding",
     "document_attention",
     "local_norm",
     "log_routing",

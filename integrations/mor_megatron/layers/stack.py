@@ -28,6 +28,7 @@ from mor_megatron.layers.attention import RecursiveSelfAttention
 from mor_megatron.layers.block_part import BlockPart
 from mor_megatron.layers.core_attention import SDPACoreAttention
 from mor_megatron.layers.experts.moe import RecursiveMoELayer
+from mor_megatron.layers.experts.padding import PaddedMoELayer, PaddedTopKRouter
 from mor_megatron.layers.experts.router import StepTopKRouter
 from mor_megatron.layers.latent_attention import LatentAttention, RecursiveLatentAttention
 from mor_megatron.layers.own_sublayers import StepModules, attentions_of, give_own_sublayers
@@ -247,12 +248,12 @@ _ATTENTIONS: dict[Any, type] = {
 
 
 def _recursive_mlp(builder: Any, recursion: RecursionConfig) -> Any:
-    is_moe = isinstance(builder, partial) and builder.func is MoELayer
+    is_moe = isinstance(builder, partial) and builder.func in (MoELayer, PaddedMoELayer)
     recursion.require_experts(is_moe)
     if not is_moe:
         return builder
     parts = builder.keywords["submodules"]
-    if parts.router is not TopKRouter:
+    if parts.router not in (TopKRouter, PaddedTopKRouter):
         raise ValueError(
             f"a mixture of experts inside a recursion needs Megatron's TopKRouter, "
             f"not {parts.router!r}."

@@ -39,6 +39,7 @@ from mor_megatron.layers import (
     RecursionLayer,
     RecursionSubmodules,
     SDPACoreAttention,
+    aware_of_padding,
     document_attention,
     local_norm,
 )
@@ -83,7 +84,11 @@ def default_layer_spec(config: TransformerConfig, is_moe: bool | None = None) ->
         )
         attention = cast(Any, parts.self_attention)
         core = replace(attention.submodules, core_attention=document_attention())
-        parts = replace(parts, self_attention=replace(_latent(attention), submodules=core))
+        parts = replace(
+            parts,
+            self_attention=replace(_latent(attention), submodules=core),
+            mlp=aware_of_padding(parts.mlp),
+        )
         return ModuleSpec(module=TransformerLayer, submodules=parts)
     if config.moe_grouped_gemm:
         raise ValueError(
@@ -114,6 +119,7 @@ def default_layer_spec(config: TransformerConfig, is_moe: bool | None = None) ->
         parts,
         input_layernorm=norm,
         pre_mlp_layernorm=norm,
+        mlp=aware_of_padding(parts.mlp),
         sharded_state_dict_keys_map=keys,
         self_attention=replace(_latent(attention), submodules=replace(attention_parts, **changes)),
     )
