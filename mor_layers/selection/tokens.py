@@ -142,7 +142,7 @@ class _TakeRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (index,) = ctx.saved_tensors
-        return gradient.new_zeros(ctx.shape).index_copy(0, index, gradient), None
+        return gradient.new_zeros(ctx.shape).index_copy_(0, index, gradient), None
 
 
 def put_rows(
