@@ -64,6 +64,12 @@ class MoRModelProvider(GPTModelProvider):
         Raises:
             ValueError: Megatron does not support a setting.
         """
+        if decoder.latent_attention is not None:
+            raise ValueError(
+                "latent_attention is not converted by this bridge. Build the GPTModel with "
+                "mor_megatron.recursion_block_spec, and its weights with "
+                "mor_megatron.checkpoints.weights."
+            )
         has_gpu = torch.cuda.is_available()
         fields: dict[str, Any] = {
             "num_layers": decoder.num_unrolled_layers,
