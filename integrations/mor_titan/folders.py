@@ -3,7 +3,7 @@
 import warnings
 from pathlib import Path
 
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from mor_layers import DecoderConfig, MoRTransformer
 from mor_layers.weights import save_model
@@ -29,5 +29,5 @@ def save_folder(
     state = {f"{_PREFIX}{name}": tensor for name, tensor in model.state_dict().items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as intended
-        dcp.load(state, checkpoint_id=str(checkpoint), no_dist=True)
+        load(state, checkpoint_id=str(checkpoint), no_dist=True)
     save_model(model, folder, tokenizer)

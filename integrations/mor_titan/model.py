@@ -110,7 +110,10 @@ class MoRModel(BaseModel):
         """
         documents = None if positions is None else (positions == 0).cumsum(dim=1)
         output = self.model(ids, documents=documents)
-        return output.logits, sum(output.losses.values(), output.logits.new_zeros(()))
+        router_loss = output.logits.new_zeros(())
+        for loss in output.losses.values():
+            router_loss = router_loss + loss
+        return output.logits, router_loss
 
 
 class MoRLoss(BaseLoss):

@@ -25,6 +25,14 @@ DECODERS = {
         num_heads=4,
         tie_embeddings=True,
         recursion=RecursionConfig(3, router=TokenChoice(balancing="loss_free")),
-        moe=MoEConfig(4, 2, ffn_hidden_size=48, bias_update_rate=0.01),
+        # Losses of experts are means over a rank's own tokens of a step, which are not one rank's.
+        moe=MoEConfig(
+            4,
+            2,
+            ffn_hidden_size=48,
+            balance_coefficient=0.0,
+            z_loss_coefficient=0.0,
+            bias_update_rate=0.01,
+        ),
     ),
 }
