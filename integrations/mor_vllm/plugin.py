@@ -109,6 +109,16 @@ def require_servable(config: DecoderConfig, tensor_parallel: int = 1) -> None:
             "its layers hand on a single stream. Use DepthBatchingEngine.",
         ),
         (
+            recursion.history is not None,
+            f"history={recursion.history}",
+            "its layers hand on no earlier states. Use DepthBatchingEngine.",
+        ),
+        (
+            recursion.norm_modulation is not None,
+            f"norm_modulation={recursion.norm_modulation}",
+            "its norms do not know the step. Use DepthBatchingEngine.",
+        ),
+        (
             any(size % tensor_parallel for size in sizes.values()),
             f"tensor_parallel_size={tensor_parallel}",
             f"it must divide {', '.join(f'{name}={size}' for name, size in sizes.items())}. Use a "

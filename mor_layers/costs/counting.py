@@ -32,8 +32,8 @@ class Parts:
     mlp: float = 0
     """Dense MLPs and experts: the parameters of all experts, the FLOPs of the activated ones."""
     deltas: float = 0
-    """What each step has beside the shared weights: low-rank deltas, input vectors, and the mixing of
-    residual streams."""
+    """What makes steps differ: low-rank deltas, input vectors, modulated norms, history, and the mixing
+    of residual streams."""
     expert_router: float = 0
     depth_router: float = 0
     output: float = 0
@@ -137,7 +137,8 @@ def account(
             expert_router=layers * 2 * k * h * (mlp.num_experts or 0),
             depth_router=2 * n * sum(matrix.weights for matrix in scorer),
             deltas=layers * 2 * _delta_products(shape, stack, k, projected)
-            + 2 * k * stack.mixing_weights(h),
+            + 2 * k * stack.mixing_weights(h)
+            + layers * 2 * k * stack.modulation_weights(h),
         )
         backward = replace(
             forward + forward,
@@ -250,9 +251,17 @@ def count_parameters(shape: ModelShape) -> Parts:
             depth_router=stack.router.parameters if stack.router else 0,
             deltas=layers * stack.num_recursions * _delta_parameters(shape, stack)
             + stack.input_vectors * h
-            + stack.num_recursions * stack.mixing_parameters(h),
+            + stack.num_recursions * stack.mixing_parameters(h)
+            + _beside_steps(shape, stack),
         )
     return count
+
+
+def _beside_steps(shape: ModelShape, stack: StackShape) -> int:
+    """Parameters that all steps share and by which they differ: modulated norms and history."""
+    h, modulation, history = shape.hidden_size, stack.norm_modulation, stack.history
+    norms = 0 if modulation is None else 2 * stack.num_layers * modulation.parameters(h)
+    return norms + (0 if history is None else history.parameters(h))
 
 
 def _delta_parameters(shape: ModelShape, stack: StackShape) -> int:

@@ -6,9 +6,9 @@ from typing import Self
 
 import torch
 
-from mor_layers.layers import Relaxation, Sublayer
+from mor_layers.layers import NormModulation, Relaxation, Sublayer
 from mor_layers.models import DecoderConfig, RecursionConfig
-from mor_layers.recursion import HyperConnections, KVPolicy
+from mor_layers.recursion import HistoryInjection, HyperConnections, KVPolicy
 from mor_layers.routers import ScorerMatrix
 
 
@@ -117,6 +117,10 @@ class StackShape:
 
     hyper_connections: HyperConnections | None = None
     """The residual streams between steps."""
+    history: HistoryInjection | None = None
+    """The earlier states between steps."""
+    norm_modulation: NormModulation | None = None
+    """The modulation of the norms before attention and MLP."""
 
     def __post_init__(self) -> None:
         router = self.router or RouterShape(((),) * self.num_recursions)
@@ -143,6 +147,11 @@ class StackShape:
             return 0
         weights = self.mixing_weights(hidden_size)
         return weights + 3 * self.hyper_connections.streams + (3 if weights else 0)
+
+    def modulation_weights(self, hidden_size: int) -> int:
+        """Number of weights by which the norms of one layer multiply a token to be modulated."""
+        given = self.norm_modulation
+        return 0 if given is None else 2 * given.weights(hidden_size)
 
     @property
     def input_vectors(self) -> int:
@@ -199,6 +208,8 @@ class ModelShape:
             loop_norm=recursion.loop_norm,
             sandwich_norms=recursion.sandwich_norms,
             hyper_connections=recursion.hyper_connections,
+            history=recursion.history,
+            norm_modulation=recursion.norm_modulation if recursion.num_recursions > 1 else None,
         )
         # A cyclic step runs the whole block; in a sequence each layer repeats on its own.
         sizes = (schedule.block_size,) if schedule.is_cyclic else (1,) * schedule.block_size

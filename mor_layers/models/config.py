@@ -14,6 +14,7 @@ from mor_layers.layers import (
     SUBLAYERS,
     ExpertRouters,
     MoEConfig,
+    NormModulation,
     Projection,
     Relaxation,
     Sublayer,
@@ -21,6 +22,8 @@ from mor_layers.layers import (
 from mor_layers.recursion import (
     KV_POLICIES,
     SHARING_SCHEMES,
+    History,
+    HistoryInjection,
     HyperConnections,
     KVPolicy,
     LoopLoss,
@@ -89,6 +92,10 @@ class RecursionConfig:
     the last one."""
     hyper_connections: HyperConnections | None = None
     """Residual streams that each step reads and writes; None: a single stream."""
+    norm_modulation: NormModulation | None = None
+    """Modulation of the block's norms before attention and MLP by step and state; None: none."""
+    history: HistoryInjection | None = None
+    """Earlier states that each step sees, by channel, and a gate of each step; None: neither."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.router, RouterConfig):
@@ -125,13 +132,26 @@ class RecursionConfig:
                 "share_norms=False would make different at each. Use share_norms=True, or another "
                 "kv_policy."
             )
+        if self.kv_policy == "exit_state" and self.norm_modulation is not None:
+            raise ValueError(
+                "kv_policy='exit_state' projects an exited token once for all later steps, which "
+                f"norm_modulation={self.norm_modulation} would make different at each. Leave it out, or "
+                "use another kv_policy."
+            )
         if self.loop_loss is not None and self.num_recursions < 2:
             raise ValueError(
                 f"loop_loss needs several steps, not num_recursions={self.num_recursions}. Leave it out."
             )
+        if self.history is not None:
+            self.history.check(self.num_recursions)
+            if self.hyper_connections is not None:
+                raise ValueError(
+                    f"history={self.history} and hyper_connections={self.hyper_connections} both say "
+                    "what a token carries between steps. Leave one of them out."
+                )
         if self.sharing in ("cycle", "middle_cycle"):
             return
-        for name in ("loop_loss", "hyper_connections"):
+        for name in ("loop_loss", "hyper_connections", "history"):
             if getattr(self, name) is not None:
                 raise ValueError(
                     f"{name}={getattr(self, name)} needs cycle or middle_cycle sharing, in which a "
@@ -193,6 +213,7 @@ class RecursionConfig:
         """The settings in use that published checkpoints and plain decoders do not have."""
         names = ("relaxation", "step_embeddings", "input_injection", "sandwich_norms")
         names += ("residual_scale", "loop_norm", "own_per_step", "hyper_connections")
+        names += ("norm_modulation", "history")
         return tuple(name for name in names if getattr(self, name))
 
     def residual_factor(self, block_size: int) -> float | None:
@@ -218,6 +239,12 @@ class RecursionConfig:
         if self.hyper_connections is None:
             return None
         return Streams(hidden_size, self.num_recursions, self.hyper_connections)
+
+    def build_history(self, hidden_size: int) -> History | None:
+        """The earlier states that tokens carry; None if they carry none."""
+        if self.history is None:
+            return None
+        return History(hidden_size, self.num_recursions, self.history)
 
     def require_experts(self, has_experts: bool) -> None:
         """Raise ValueError if a setting for experts has no effect."""

@@ -111,6 +111,7 @@ class MoRTransformer(nn.Module):
                 recompute=recompute,
                 step_input=step_input,
                 streams=recursion.build_streams(config.hidden_size),
+                history=recursion.build_history(config.hidden_size),
             )
 
         # With cyclic sharing a step runs the whole block; with sequence sharing each layer repeats by

@@ -3,6 +3,7 @@
 from mor_layers.recursion.attention import attend, causal_mask, visible
 from mor_layers.recursion.block import RecursionBlock, RecursionLayers, RecursionOutput, summed
 from mor_layers.recursion.expert_use import ExpertRecorder, ExpertUse
+from mor_layers.recursion.history import History, HistoryInjection
 from mor_layers.recursion.kv_policies import (
     KV_POLICIES,
     Exited,
@@ -12,6 +13,7 @@ from mor_layers.recursion.kv_policies import (
     begin_step,
 )
 from mor_layers.recursion.loop_loss import LoopLoss, expected_loss, over_loops
+from mor_layers.recursion.loop_state import LoopState
 from mor_layers.recursion.observer import RoutedStep, RoutingObserver
 from mor_layers.recursion.sharing import (
     SHARING_SCHEMES,
@@ -28,9 +30,12 @@ __all__ = [
     "Exited",
     "ExpertRecorder",
     "ExpertUse",
+    "History",
+    "HistoryInjection",
     "HyperConnections",
     "KVPolicy",
     "LoopLoss",
+    "LoopState",
     "RecursionBlock",
     "RecursionLayers",
     "RecursionOutput",

@@ -77,6 +77,8 @@ ROWS: dict[str, list[str]] = {
     "`residual_scale`": ["recursion.residual_scale=1.0", *DENSE],
     "`hyper_connections`, static": ["recursion.hyper_connections.mixing=static", *DENSE],
     "`hyper_connections`, dynamic": ["recursion.hyper_connections.mixing=dynamic", *DENSE],
+    "`norm_modulation`": ["recursion.norm_modulation.rank=4", *DENSE],
+    "`history`": ["recursion.history.window=1", *DENSE],
     "`loop_loss`": ["recursion.loop_loss.scale_penalty=0.1", *DENSE],
     "a teacher (`uptrain`)": ["uptrain.teacher=folder", *DENSE],
 }

@@ -42,6 +42,7 @@ PLAUSIBLE: dict[str, list[Any]] = {
     "rope_base": [1, 100.0, 10000.0],
     "seed": [0, 7],
     "streams": [2, 3, 4],
+    "window": [1, 1, 2],
 }
 """Values of fields of which others say little."""
 
@@ -96,8 +97,10 @@ def recursions(draw: st.DrawFn, steps: int, wrong: float) -> dict[str, Any]:
         settings_of(RecursionConfig, wrong, num_recursions=steps, sharing=sharing, router=router)
     )
     if "sequence" in sharing and draw(st.integers(0, 4)):
-        for name in ("residual_scale", "loop_loss", "hyper_connections"):
+        for name in ("residual_scale", "loop_loss", "hyper_connections", "history"):
             values.pop(name, None)
+    if steps < 3 and draw(st.integers(0, 4)):
+        values.pop("history", None)
     loss = values.get("loop_loss")
     if isinstance(loss, dict) and draw(st.integers(0, 4)):
         is_uniform = loss.get("prior", "uniform") == "uniform"

@@ -178,6 +178,11 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             "a recomputed norm would be that of the last step. Leave 'layernorm' out.",
         ),
         (
+            "layernorm" in selective and recursion.norm_modulation is not None,
+            f"recompute_modules with 'layernorm' and norm_modulation={recursion.norm_modulation}",
+            "a recomputed norm would be modulated as at the last step. Leave 'layernorm' out.",
+        ),
+        (
             "mlp" in selective and bool(set(relaxed) & set(MLP_PROJECTIONS)),
             f"recompute_modules with 'mlp' and Relaxation.projections={relaxed}",
             "a recomputed MLP would be that of the last step. Use recompute_granularity='full', "

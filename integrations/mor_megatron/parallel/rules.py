@@ -239,6 +239,14 @@ STEPS_AS_STAGES_RULES = (
         ),
     ),
     Rule(
+        "pipeline: history stays in one stage",
+        lambda a: a.is_spread and a.recursion is not None and a.recursion.history is not None,
+        lambda a, n: (
+            f"{n.recursion}.history cannot be used with {n.steps_as_stages}: stages would send the "
+            f"earlier states of every token from rank to rank. Use {n.one_stage}."
+        ),
+    ),
+    Rule(
         "pipeline: the block cannot be split evenly",
         lambda a: a.is_spread and _uneven_block(a),
         _uneven_block_message,

@@ -56,6 +56,9 @@ def _tiny_recursion(settings: Settings) -> RecursionConfig:
         changes["relaxation"] = replace(
             recursion.relaxation, rank=min(recursion.relaxation.rank, 4)
         )
+    if recursion.history is not None:
+        window = max(1, min(recursion.history.window, loops - 2))
+        changes["history"] = replace(recursion.history, window=window)
     router = {}
     if getattr(recursion.router, "warmup_steps", 0):
         router["warmup_steps"] = STEPS

@@ -19,7 +19,8 @@ from mor_layers import (
     RecursionConfig,
     TokenChoice,
 )
-from mor_layers.recursion import HyperConnections, KVPolicy, LoopLoss
+from mor_layers.layers import NormModulation
+from mor_layers.recursion import HistoryInjection, HyperConnections, KVPolicy, LoopLoss
 from mor_megatron import causal_routing, recursion_block_spec, routing_reports
 from mor_megatron.step import Relayout, in_sequence_order, zigzag_positions
 from mor_megatron.training import weigh_loops
@@ -258,6 +259,12 @@ def test_a_loss_after_every_loop_counts_each_rank_once(
             router=ROUTERS["token"],
             kv_policy="exit_state",
             hyper_connections=HyperConnections(2),
+        ),
+        RecursionConfig(
+            3,
+            router=ROUTERS["expert"],
+            norm_modulation=NormModulation(3),
+            history=HistoryInjection(1),
         ),
     ],
 )

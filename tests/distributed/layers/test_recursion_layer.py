@@ -18,7 +18,8 @@ from mor_layers import (
     Relaxation,
     TokenChoice,
 )
-from mor_layers.recursion import HyperConnections
+from mor_layers.layers import NormModulation
+from mor_layers.recursion import HistoryInjection, HyperConnections
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pool import WorkerPool
 from tests.pairs import sweep
@@ -118,6 +119,14 @@ RECURSIONS = {
         kv_policy="recursive_sharing",
         hyper_connections=HyperConnections(3, "static"),
     ),
+    "token, modulated norms": RecursionConfig(
+        3,
+        router=TOKEN.router,
+        kv_policy="sharing_with_update",
+        share_norms=False,
+        norm_modulation=NormModulation(3),
+    ),
+    "expert, history": RecursionConfig(3, router=EXPERT.router, history=HistoryInjection(1)),
     "expert, own MLPs": RecursionConfig(3, router=EXPERT.router, own_per_step=("mlp",)),
     "aux router": RecursionConfig(3, router=ExpertChoice("mlp", "tanh", predictor="aux_router")),
 }
@@ -150,7 +159,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], di
         {},
     ),
 }
-RARER = [name for name in RECURSIONS if re.search("deltas|helps|loops|ends|own|streams", name)]
+_RARE = "deltas|helps|loops|ends|own|streams|norms|history"
+RARER = [name for name in RECURSIONS if re.search(_RARE, name)]
 LAYOUTS["full recompute of dense layers"] = (1, {}, DENSE, LAYOUTS["full recompute"][3], {})
 # Replicas draw random depths side by side, one rank draws them one after the other.
 CASES = [
@@ -170,6 +180,7 @@ CASES += [
     ("token, update, own attention", "tp+sp ep etp1"),
     ("expert, own MLPs", "full recompute of dense layers"),
     ("expert, streams", "full recompute"),
+    ("token, modulated norms", "full recompute"),
     ("random loops", "pp"),
     ("random loops", "dp overlap"),
     ("fixed, deltas", "pp"),
@@ -196,6 +207,8 @@ RARELY = [
     ("token, update, own attention", layout)
     for layout in ("pp", "selective recompute", "full recompute")
 ]
+RARELY += [("token, modulated norms", layout) for layout in ("tp", "pp", "dp overlap", "ep")]
+RARELY += [("expert, history", layout) for layout in ("tp", "pp", "full recompute")]
 RARELY += [("expert, streams", layout) for layout in ("tp", "pp", "dp overlap", "tp+sp ep etp1")]
 SAMPLED = sweep(
     [*CASES, *RARELY],
