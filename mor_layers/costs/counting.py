@@ -56,6 +56,8 @@ class StepAccount:
     forward: Parts
     backward: Parts
     kv_numbers: float
+    trained: float = 1.0
+    """Share of the runs in training that gradients go through; `backward` is the mean over all runs."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,11 @@ def account(
             attention=(5 if recomputes_scores else 4) * product,
             depth_router=2 * n * sum(x.weights * x.backward_products for x in scorer),
         )
-        steps.append(StepAccount(stack.name, k, forward, backward, kv_numbers))
+        shares = stack.router.trained_shares if stack.router else None
+        trained = 1.0 if shares is None else shares[step]
+        if trained < 1:
+            backward = _times(trained, backward)
+        steps.append(StepAccount(stack.name, k, forward, backward, kv_numbers, trained))
     head = 2 * sequence_length * h * shape.vocab_size
     forward = sum((step.forward for step in steps), Parts(output=head))
     backward = sum((step.backward for step in steps), Parts(output=2 * head))
@@ -158,8 +164,8 @@ def account(
     return Accounting(sequence_length, parameters, tuple(steps), forward, backward, once, further)
 
 
-def _times(count: int, parts: Parts) -> Parts:
-    return sum([parts] * count, Parts())
+def _times(factor: float, parts: Parts) -> Parts:
+    return Parts(*(factor * getattr(parts, f.name) for f in fields(parts)))
 
 
 def relaxed_projections(shape: ModelShape, stack: StackShape) -> dict[Projection, tuple[int, int]]:

@@ -62,6 +62,8 @@ class RouterShape:
     """Share of the sequence that runs each step, or None if the settings do not determine it."""
     num_parameters: int | None = None
     """Total number of parameters. None: the number of weights of the scorers."""
+    trained_shares: tuple[float, ...] | None = None
+    """For each step, the share of its runs that gradients go through in training. None: all."""
 
     @classmethod
     def from_recursion(cls, config: RecursionConfig, hidden_size: int) -> Self | None:
@@ -72,9 +74,10 @@ class RouterShape:
         count = sum(parameter.numel() for parameter in built.parameters())
         scorers = router.scorer_shapes(hidden_size, steps)
         factors = router.capacity_factors_for(steps)
-        if factors == (1.0,) * steps and not any(scorers) and not count:
+        trained = router.trained_shares_for(steps)
+        if factors == trained == (1.0,) * steps and not any(scorers) and not count:
             return None
-        return cls(scorers, factors, count)
+        return cls(scorers, factors, count, None if trained == (1.0,) * steps else trained)
 
     @property
     def parameters(self) -> int:

@@ -142,6 +142,7 @@ class RecursionConfig:
             raise ValueError(
                 f"loop_loss needs several steps, not num_recursions={self.num_recursions}. Leave it out."
             )
+        self._check_truncation()
         if self.history is not None:
             self.history.check(self.num_recursions)
             if self.hyper_connections is not None:
@@ -172,6 +173,26 @@ class RecursionConfig:
             raise ValueError(
                 f"kv_policy={self.kv_policy!r} needs cycle or middle_cycle sharing, "
                 f"not {self.sharing!r}. Use kv_policy='recursion_wise'."
+            )
+
+    def _check_truncation(self) -> None:
+        """Raise ValueError if something could not learn, where gradients go through the last steps only."""
+        if not self.router.truncates_gradients:
+            return
+        given = f"router={self.router}: gradients go through the last steps only, and "
+        if not self.input_injection:
+            raise ValueError(
+                f"{given}nothing before the recursion would learn. Use input_injection=True, by which "
+                "later steps see what enters the recursion."
+            )
+        if self.kv_policy == "recursive_sharing":
+            raise ValueError(
+                f"{given}kv_policy='recursive_sharing' computes keys and values at the first step only, "
+                "so they would not learn. Use another kv_policy."
+            )
+        if self.loop_loss is not None:
+            raise ValueError(
+                f"{given}loop_loss reads the states of all of them. Leave one of the two out."
             )
 
     def _check_own(self) -> None:

@@ -13,7 +13,6 @@ from mor_layers.recursion.kv_policies import (
     begin_step,
 )
 from mor_layers.recursion.loop_loss import LoopLoss, expected_loss, over_loops
-from mor_layers.recursion.loop_state import LoopState
 from mor_layers.recursion.observer import RoutedStep, RoutingObserver
 from mor_layers.recursion.sharing import (
     SHARING_SCHEMES,
@@ -35,7 +34,6 @@ __all__ = [
     "HyperConnections",
     "KVPolicy",
     "LoopLoss",
-    "LoopState",
     "RecursionBlock",
     "RecursionLayers",
     "RecursionOutput",

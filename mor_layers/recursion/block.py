@@ -21,11 +21,11 @@ from mor_layers.profiling import named, named_range
 from mor_layers.recursion.expert_use import ExpertUse
 from mor_layers.recursion.history import History
 from mor_layers.recursion.kv_policies import Exited, KVPolicy, StepContext, begin_step
-from mor_layers.recursion.loop_state import LoopState
 from mor_layers.recursion.observer import RoutedStep, RoutingObserver
 from mor_layers.recursion.step_input import StepInput
 from mor_layers.recursion.streams import Streams
-from mor_layers.routers import Router
+from mor_layers.recursion.truncation import cut
+from mor_layers.routers import LoopState, Router
 from mor_layers.selection import LocalPlacement, Placement, RoutingDecision, Tokens
 
 
@@ -172,16 +172,21 @@ class RecursionBlock(nn.Module):
         if tokens is None:
             tokens = Tokens.whole_sequence(*hidden.shape[:2], device=hidden.device)
         candidates = origin = self.begin(hidden)
+        first_trained, has_gradients = self.router.first_trained_step, torch.is_grad_enabled()
         decision, context = RoutingDecision.everything(tokens), None
         steps: list[tuple[Tensor, RoutingDecision]] = []
         expert_use, states = [], []
         for step in range(self.router.num_recursions):
             previous = decision
-            with named_range(f"mor/step {step + 1}"):
+            if step and step == first_trained:
+                candidates = cut(candidates, self)
+            trains = has_gradients and step >= first_trained
+            with named_range(f"mor/step {step + 1}"), torch.set_grad_enabled(trains):
                 decision = self.route(candidates, step, previous, causal_routing)
                 selected = self.select(candidates, decision)
                 if self.needs_origin:
-                    origin = self.select(origin, decision)
+                    with torch.set_grad_enabled(has_gradients):
+                        origin = self.select(origin, decision)
                 exited = self._exited(candidates, previous, decision)
                 context = begin_step(self.kv_policy, step, decision.tokens, context, exited)
                 output = self.run_layers(self.enter(step, selected, origin), context, **arguments)
@@ -241,7 +246,7 @@ class RecursionBlock(nn.Module):
     @property
     def loop_state(self) -> LoopState | None:
         """What tokens carry between steps, if it is more than their state."""
-        return self.history if self.streams is None else self.streams
+        return self.streams or self.history or self.router.loop_state
 
     def begin(self, hidden: Float[Tensor, "s b h"]) -> Float[Tensor, "s b h"]:
         """The states that enter the recursion, in the form of `loop_state`, if there is one."""

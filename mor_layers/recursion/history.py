@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mor_layers.modules import CalledParameters
-from mor_layers.recursion.loop_state import Combine, LoopState
+from mor_layers.routers.loop_state import Combine, LoopState
 from mor_layers.settings import check_types
 
 STEP_FEATURES = 8

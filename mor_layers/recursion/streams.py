@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mor_layers.recursion.loop_state import Combine, LoopState
+from mor_layers.routers.loop_state import Combine, LoopState
 from mor_layers.settings import check_types, require_choice
 
 Mixing = Literal["static", "dynamic"]

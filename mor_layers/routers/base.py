@@ -20,6 +20,7 @@ from mor_layers.routers.declarations import (
     measured_scorers,
     observed_notes,
 )
+from mor_layers.routers.loop_state import LoopState
 from mor_layers.selection import RoutingDecision
 
 
@@ -50,10 +51,17 @@ class Router(PreciseBuffers, ABC):
 
     combines_with_origin: ClassVar[bool] = False
     """Whether `combine` reads the states that entered the recursion."""
+    loop_state: LoopState | None = None
+    """What tokens carry between steps, if it is more than their state; `combine` then gets that."""
 
     def __init__(self, num_recursions: int) -> None:
         super().__init__()
         self.num_recursions = num_recursions
+
+    @property
+    def first_trained_step(self) -> int:
+        """The first step that gradients go through. Earlier ones run without gradients."""
+        return 0
 
     def logits(self, hidden: Float[Tensor, "n b h"], step: int) -> Float[Tensor, "n b c"] | None:
         """The logits of each candidate, from its own hidden state. None if the step needs no logits."""
@@ -192,6 +200,15 @@ class RouterConfig(ABC):
     ) -> tuple[float, ...] | None:
         """The same during the optimizer step `training_step` (0-based), which a warm-up may change."""
         return self.capacity_factors_for(num_recursions)
+
+    @property
+    def truncates_gradients(self) -> bool:
+        """Whether gradients go through the last steps only, see `Router.first_trained_step`."""
+        return False
+
+    def trained_shares_for(self, num_recursions: int) -> tuple[float, ...]:
+        """For each step, the share of its runs in training that gradients go through."""
+        return (1.0,) * num_recursions
 
     @property
     def has_fixed_capacities(self) -> bool:

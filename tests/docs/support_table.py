@@ -44,6 +44,12 @@ ROWS: dict[str, list[str]] = {
         f"`{name}`": [f"recursion.router.type={name}", *DENSE]
         for name in sorted(set(OURS) - {"deepened"})
     },
+    "`random_loops`, gradients through the last step": [
+        "recursion.router.type=random_loops",
+        "recursion.router.backward_steps=1",
+        "recursion.input_injection=true",
+        *DENSE,
+    ],
     **{
         f"KV policy `{name}`": [f"recursion.kv_policy={name}", *DENSE]
         for name in get_args(KVPolicy)[1:]

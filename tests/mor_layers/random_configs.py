@@ -99,6 +99,8 @@ def recursions(draw: st.DrawFn, steps: int, wrong: float) -> dict[str, Any]:
     if "sequence" in sharing and draw(st.integers(0, 4)):
         for name in ("residual_scale", "loop_loss", "hyper_connections", "history"):
             values.pop(name, None)
+    if router.get("backward_steps") is not None and draw(st.integers(0, 4)):
+        values |= {"input_injection": True, "loop_loss": None}
     if steps < 3 and draw(st.integers(0, 4)):
         values.pop("history", None)
     loss = values.get("loop_loss")
@@ -113,6 +115,9 @@ def routers(draw: st.DrawFn, steps: int, wrong: float) -> dict[str, Any]:
     """A router as YAML has it, for so many steps."""
     name = draw(st.sampled_from(sorted(OURS)))
     router = draw(settings_of(OURS[name], wrong))
+    if name == "random_loops" and draw(st.integers(0, 4)):
+        has_mean = router.get("draw") == "log_normal_poisson"
+        router["mean"] = draw(st.sampled_from([0.5, 2.0])) if has_mean else None
     for field, count in (("capacity_factors", steps), ("continue_shares", steps - 1)):
         if isinstance(router.get(field), tuple) and draw(st.integers(0, 4)):
             shares = draw(

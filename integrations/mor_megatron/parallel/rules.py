@@ -239,6 +239,17 @@ STEPS_AS_STAGES_RULES = (
         ),
     ),
     Rule(
+        "pipeline: gradients through some steps only",
+        lambda a: (
+            a.is_spread and a.recursion is not None and a.recursion.router.truncates_gradients
+        ),
+        lambda a, n: (
+            f"{n.recursion}.router={a.recursion and a.recursion.router} cannot be used with "
+            f"{n.steps_as_stages}: stages send the gradients of all steps back. Leave backward_steps out, "
+            f"or use {n.one_stage}."
+        ),
+    ),
+    Rule(
         "pipeline: history stays in one stage",
         lambda a: a.is_spread and a.recursion is not None and a.recursion.history is not None,
         lambda a, n: (

@@ -93,6 +93,13 @@ RECURSIONS = {
         router=RandomLoops(seed=0),  # two steps before the first call of `advance`
         relaxation=Relaxation(2, projections=("query", "output")),
     ),
+    "loops, last two steps": RecursionConfig(
+        3,
+        router=RandomLoops(draw="largest", backward_steps=2),
+        kv_policy="sharing_with_update",
+        input_injection=True,
+        share_norms=False,
+    ),
     "expert, deltas": RecursionConfig(
         3, router=EXPERT.router, relaxation=Relaxation(3, "dora", ATTENTION, 0.5)
     ),
@@ -183,6 +190,7 @@ CASES += [
     ("token, modulated norms", "full recompute"),
     ("random loops", "pp"),
     ("random loops", "dp overlap"),
+    ("loops, last two steps", "dp overlap"),
     ("fixed, deltas", "pp"),
     ("token, sharing, deltas", "dp overlap"),
     ("fixed, deltas", "full recompute of dense layers"),
@@ -208,6 +216,7 @@ RARELY = [
     for layout in ("pp", "selective recompute", "full recompute")
 ]
 RARELY += [("token, modulated norms", layout) for layout in ("tp", "pp", "dp overlap", "ep")]
+RARELY += [("loops, last two steps", layout) for layout in ("pp", "full recompute", "ep")]
 RARELY += [("expert, history", layout) for layout in ("tp", "pp", "full recompute")]
 RARELY += [("expert, streams", layout) for layout in ("tp", "pp", "dp overlap", "tp+sp ep etp1")]
 SAMPLED = sweep(
