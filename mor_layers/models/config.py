@@ -176,7 +176,7 @@ class RecursionConfig:
             )
 
     def _check_truncation(self) -> None:
-        """Raise ValueError if something could not learn, where gradients go through the last steps only."""
+        """Raise ValueError if gradients through the last steps only would leave something untrained."""
         if not self.router.truncates_gradients:
             return
         given = f"router={self.router}: gradients go through the last steps only, and "

@@ -64,8 +64,8 @@ class RandomLoops(RouterConfig):
         require_not_negative("RandomLoops", curriculum_steps=self.curriculum_steps)
         if (self.draw == "log_normal_poisson") != (self.mean is not None):
             raise ValueError(
-                f"RandomLoops.mean={self.mean} with draw={self.draw!r}: log_normal_poisson needs a mean, "
-                "and the others have none."
+                f"RandomLoops.mean={self.mean} with draw={self.draw!r}: log_normal_poisson needs a "
+                "mean, and the others have none."
             )
         if self.mean is not None and not 0 < self.mean <= 1000:
             raise ValueError(f"RandomLoops.mean={self.mean} must lie in (0, 1000].")

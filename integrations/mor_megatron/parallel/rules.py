@@ -245,8 +245,8 @@ STEPS_AS_STAGES_RULES = (
         ),
         lambda a, n: (
             f"{n.recursion}.router={a.recursion and a.recursion.router} cannot be used with "
-            f"{n.steps_as_stages}: stages send the gradients of all steps back. Leave backward_steps out, "
-            f"or use {n.one_stage}."
+            f"{n.steps_as_stages}: stages send the gradients of all steps back. Leave backward_steps "
+            f"out, or use {n.one_stage}."
         ),
     ),
     Rule(
