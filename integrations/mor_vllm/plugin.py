@@ -109,6 +109,11 @@ def require_servable(config: DecoderConfig, tensor_parallel: int = 1) -> None:
             "its layers hand on a single stream. Use DepthBatchingEngine.",
         ),
         (
+            recursion.routes_by_layer,
+            f"sharing={recursion.sharing!r} with router={recursion.router}",
+            "its layers do not route by themselves. Use MoRTransformer.generate.",
+        ),
+        (
             recursion.history is not None,
             f"history={recursion.history}",
             "its layers hand on no earlier states. Use DepthBatchingEngine.",

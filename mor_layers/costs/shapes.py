@@ -1,5 +1,6 @@
 """The sizes of a model's parts that determine its cost, derived from its settings alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Self
@@ -201,7 +202,6 @@ class ModelShape:
         repeated = partial(
             StackShape,
             num_recursions=recursion.num_recursions,
-            router=router,
             kv_policy=recursion.kv_policy,
             shares_norms=recursion.share_norms,
             own_per_step=recursion.own_per_step,
@@ -214,11 +214,18 @@ class ModelShape:
             history=recursion.history,
             norm_modulation=recursion.norm_modulation if recursion.num_recursions > 1 else None,
         )
+
+        def routes(block: int) -> bool:
+            return recursion.router_of(block) is recursion.router
+
         # A cyclic step runs the whole block; in a sequence each layer repeats on its own.
         sizes = (schedule.block_size,) if schedule.is_cyclic else (1,) * schedule.block_size
         stacks = (
             *(StackShape("prelude", 1, mlp),) * schedule.prelude,
-            *(repeated("block", n, block) for n in sizes),
+            *(
+                repeated("block", n, block, router=router if routes(index) else None)
+                for index, n in enumerate(sizes)
+            ),
             *(StackShape("coda", 1, mlp),) * schedule.coda,
         )
         return cls(
@@ -232,6 +239,16 @@ class ModelShape:
             config.head_size if config.qk_norm else 0,
             recursion.num_recursions if recursion.loop_loss is not None else 1,
         )
+
+    def tokens_per_step(self, shares: Sequence[float], length: int) -> list[float] | None:
+        """How many tokens of a sequence run each routed step, for `account`.
+
+        Args:
+            shares: of the tokens, for each step of a router. Where layers route by themselves, one for
+                all of those that do.
+        """
+        routed = sum(stack.num_recursions for stack in self.stacks if stack.router)
+        return [share * length for share in shares] * (routed // len(shares)) or None
 
     def plain(self) -> Self:
         """The plain model of the same depth, in which each repeat has weights of its own."""

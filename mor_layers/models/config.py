@@ -94,6 +94,10 @@ class RecursionConfig:
     """Residual streams that each step reads and writes; None: a single stream."""
     norm_modulation: NormModulation | None = None
     """Modulation of the block's norms before attention and MLP by step and state; None: none."""
+    anchor_every: int | None = None
+    """Under sequence or middle_sequence with a single recursion, where each layer of the block has a
+    router of its own (Mixture-of-Depths): every n-th of them has none and runs all tokens. At least 2;
+    None: all of them route."""
     history: HistoryInjection | None = None
     """Earlier states that each step sees, by channel, and a gate of each step; None: neither."""
 
@@ -121,6 +125,7 @@ class RecursionConfig:
         if self.relaxation is not None:
             self.relaxation.check(self.num_recursions, self.kv_policy)
         self._check_own()
+        self._check_anchors()
         if self.num_recursions < 2 and self.beyond_published:
             raise ValueError(
                 f"{self.beyond_published[0]} needs several steps, not num_recursions="
@@ -163,11 +168,12 @@ class RecursionConfig:
                 f"residual_scale={self.residual_scale} needs cycle or middle_cycle sharing, in which "
                 f"a block repeats as a whole, not {self.sharing!r}. Leave it out."
             )
-        if not isinstance(self.router, FixedDepth):
+        if not isinstance(self.router, FixedDepth) and self.num_recursions > 1:
             raise ValueError(
                 f"sharing={self.sharing!r} cannot route tokens with "
                 f"{type(self.router).__name__}: its layers repeat one by one, so no step runs the "
-                "whole block. Use cycle or middle_cycle, or router FixedDepth."
+                "whole block. Use cycle or middle_cycle, or router FixedDepth, or num_recursions=1, "
+                "with which each layer routes by itself."
             )
         if self.kv_policy != "recursion_wise":
             raise ValueError(
@@ -194,6 +200,34 @@ class RecursionConfig:
             raise ValueError(
                 f"{given}loop_loss reads the states of all of them. Leave one of the two out."
             )
+
+    def _check_anchors(self) -> None:
+        """Raise ValueError if anchors are among layers that do not route, or no token skips a layer."""
+        if self.anchor_every is not None:
+            if self.anchor_every < 2:
+                raise ValueError(f"anchor_every={self.anchor_every} must be at least 2, or None.")
+            if not self.routes_by_layer:
+                raise ValueError(
+                    f"anchor_every={self.anchor_every} needs layers that route by themselves: sequence "
+                    "or middle_sequence sharing, num_recursions=1, and a router that lets tokens skip "
+                    "them. Leave it out."
+                )
+        if self.routes_by_layer and self.router.capacity_factors_for(1) == (1.0,):
+            raise ValueError(
+                f"router={self.router} lets every token run every layer. Use capacity_factors=(0.125,), "
+                "for example, or FixedDepth."
+            )
+
+    @property
+    def routes_by_layer(self) -> bool:
+        """Whether each layer of the block has a router of its own, as in Mixture-of-Depths."""
+        is_single = self.num_recursions == 1 and self.sharing in ("sequence", "middle_sequence")
+        return is_single and not isinstance(self.router, FixedDepth)
+
+    def router_of(self, block: int) -> RouterConfig:
+        """The router of a recursion block, by its 0-based number; only sequence schemes have several."""
+        is_anchor = self.anchor_every is not None and (block + 1) % self.anchor_every == 0
+        return FixedDepth() if is_anchor else self.router
 
     def _check_own(self) -> None:
         """Raise ValueError if weights of single steps would not be used, or are no sublayer's."""

@@ -100,8 +100,8 @@ class MoRTransformer(nn.Module):
             ends = replace(config, moe=None, dense_ends=False, recursion=None)
         num_norms = 1 if recursion.share_norms else recursion.num_recursions
 
-        def block(num_layers: int) -> RecursionBlock:
-            router = recursion.router.build(config.hidden_size, recursion.num_recursions)
+        def block(index: int, num_layers: int) -> RecursionBlock:
+            router = recursion.router_of(index).build(config.hidden_size, recursion.num_recursions)
             stack = DecoderStack(config, num_layers, num_norms, recursion.num_recursions)
             step_input = recursion.build_step_input(config.hidden_size, config.rms_norm_epsilon)
             return RecursionBlock(
@@ -119,7 +119,7 @@ class MoRTransformer(nn.Module):
         sizes = [schedule.block_size] if schedule.is_cyclic else [1] * schedule.block_size
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.prelude = DecoderStack(ends, schedule.prelude)
-        self.recursions = nn.ModuleList(block(size) for size in sizes)
+        self.recursions = nn.ModuleList(block(*each) for each in enumerate(sizes))
         self.coda = DecoderStack(ends, schedule.coda)
         self.norm = StepNorm(config.hidden_size, config.rms_norm_epsilon)
         self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -198,7 +198,7 @@ def _routers(config: DecoderConfig, seed: int) -> dict[str, Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made: dict[str, nn.Module | None] = {
-            f"recursions.{block}.router": recursion.router.build(
+            f"recursions.{block}.router": recursion.router_of(block).build(
                 config.hidden_size, recursion.num_recursions
             )
             for block in range(blocks)

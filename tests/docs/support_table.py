@@ -65,6 +65,13 @@ ROWS: dict[str, list[str]] = {
         ]
         for name in get_args(Sharing)
     },
+    "Mixture-of-Depths (`anchor_every`)": [
+        "recursion.sharing=middle_sequence",
+        "recursion.num_recursions=1",
+        "recursion.router.capacity_factors=[0.25]",
+        "recursion.anchor_every=2",
+        *DENSE,
+    ],
     "a prelude of 2 layers, a coda of 3": [
         "recursion.prelude_layers=2",
         "recursion.coda_layers=3",

@@ -43,6 +43,7 @@ PLAUSIBLE: dict[str, list[Any]] = {
     "seed": [0, 7],
     "streams": [2, 3, 4],
     "window": [1, 1, 2],
+    "anchor_every": [2, 3],
 }
 """Values of fields of which others say little."""
 
@@ -99,6 +100,8 @@ def recursions(draw: st.DrawFn, steps: int, wrong: float) -> dict[str, Any]:
     if "sequence" in sharing and draw(st.integers(0, 4)):
         for name in ("residual_scale", "loop_loss", "hyper_connections", "history"):
             values.pop(name, None)
+    if (steps > 1 or "sequence" not in sharing) and draw(st.integers(0, 4)):
+        values.pop("anchor_every", None)
     if router.get("backward_steps") is not None and draw(st.integers(0, 4)):
         values |= {"input_injection": True, "loop_loss": None}
     if steps < 3 and draw(st.integers(0, 4)):

@@ -100,6 +100,12 @@ RECURSIONS = {
         input_injection=True,
         share_norms=False,
     ),
+    "layers that route by themselves": RecursionConfig(
+        1,
+        "middle_sequence",
+        ExpertChoice(capacity_factors=(0.5,), alpha=1.0, combine="residual"),
+        anchor_every=2,
+    ),
     "expert, deltas": RecursionConfig(
         3, router=EXPERT.router, relaxation=Relaxation(3, "dora", ATTENTION, 0.5)
     ),
@@ -166,7 +172,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], di
         {},
     ),
 }
-_RARE = "deltas|helps|loops|ends|own|streams|norms|history"
+_RARE = "deltas|helps|loops|ends|own|streams|norms|history|layers"
 RARER = [name for name in RECURSIONS if re.search(_RARE, name)]
 LAYOUTS["full recompute of dense layers"] = (1, {}, DENSE, LAYOUTS["full recompute"][3], {})
 # Replicas draw random depths side by side, one rank draws them one after the other.
@@ -191,6 +197,8 @@ CASES += [
     ("random loops", "pp"),
     ("random loops", "dp overlap"),
     ("loops, last two steps", "dp overlap"),
+    ("layers that route by themselves", "pp"),
+    ("layers that route by themselves", "full recompute"),
     ("fixed, deltas", "pp"),
     ("token, sharing, deltas", "dp overlap"),
     ("fixed, deltas", "full recompute of dense layers"),
@@ -217,6 +225,7 @@ RARELY = [
 ]
 RARELY += [("token, modulated norms", layout) for layout in ("tp", "pp", "dp overlap", "ep")]
 RARELY += [("loops, last two steps", layout) for layout in ("pp", "full recompute", "ep")]
+RARELY += [("layers that route by themselves", layout) for layout in ("tp", "dp overlap", "ep")]
 RARELY += [("expert, history", layout) for layout in ("tp", "pp", "full recompute")]
 RARELY += [("expert, streams", layout) for layout in ("tp", "pp", "dp overlap", "tp+sp ep etp1")]
 SAMPLED = sweep(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 
+from mor_layers import ExpertChoice
 from mor_layers.layers import NormModulation
 from mor_layers.recursion import HistoryInjection, HyperConnections, KVPolicy
 from mor_megatron import causal_routing
@@ -95,6 +96,21 @@ def test_history_and_modulated_norms(pool: WorkerPool) -> None:
     settings = {"router": "token", "policy": "recursive_sharing", "ends": helps}
     for found in pool.run(differences, 2, tp=2, **settings):
         assert found["logits"] < 1e-5
+
+
+def test_layers_that_route_by_themselves(pool: WorkerPool) -> None:
+    router = ExpertChoice(capacity_factors=(0.5,), alpha=1.0, combine="residual")
+    changes = {
+        "num_recursions": 1,
+        "sharing": "middle_sequence",
+        "kv_policy": "recursion_wise",
+        "router": router,
+        "anchor_every": 2,
+    }
+    settings = {"router": "token", "policy": "recursive_sharing", "ends": changes}
+    for found in pool.run(differences, 2, tp=2, **settings):
+        assert found["logits"] < 1e-5
+        assert len(found["depths"]) > 1
 
 
 def refusals() -> list[str]:
