@@ -58,15 +58,22 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             "whole sequence. Leave the capacity out.",
         ),
         (
-            config.multi_latent_attention,
-            "multi_latent_attention=True",
-            "it computes the positions of tokens itself. Use grouped-query attention.",
+            config.multi_latent_attention and bool(relaxed_qkv),
+            f"multi_latent_attention=True with Relaxation.projections={relaxed}",
+            "its queries, keys and values are projected in two stages, for which there are no "
+            "deltas. Use projections of 'output', 'gate', 'up' or 'down'.",
         ),
         (
-            config.rotary_interleaved,
-            "rotary_interleaved=True",
-            "selected tokens are rotated with the non-interleaved layout. Use "
-            "rotary_interleaved=False.",
+            config.multi_latent_attention and config.apply_rope_fusion,
+            "multi_latent_attention=True with apply_rope_fusion=True",
+            "the fused kernel takes the row number as the position, but selected tokens keep their "
+            "positions in the sequence. Use apply_rope_fusion=False.",
+        ),
+        (
+            getattr(config, "cache_mla_latents", False),
+            "cache_mla_latents=True",
+            "it is for Megatron's dynamic inference, which a recursion does not support. Leave it "
+            "out: Megatron's static inference context caches a recursion's latent rows anyway.",
         ),
         (
             bool(config.no_rope_freq),
@@ -181,6 +188,13 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             "layernorm" in selective and recursion.norm_modulation is not None,
             f"recompute_modules with 'layernorm' and norm_modulation={recursion.norm_modulation}",
             "a recomputed norm would be modulated as at the last step. Leave 'layernorm' out.",
+        ),
+        (
+            "mlp" in selective and config.add_bias_linear and not has_moe,
+            "recompute_modules with 'mlp' and add_bias_linear=True",
+            "Megatron's recomputation of an MLP returns its bias, and the backward pass of that never "
+            "ends, also without a recursion. Use recompute_granularity='full', or "
+            "add_bias_linear=False.",
         ),
         (
             "mlp" in selective and bool(set(relaxed) & set(MLP_PROJECTIONS)),

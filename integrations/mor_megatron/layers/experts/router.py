@@ -12,19 +12,17 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import (
-    MoEAuxLossAutoScaler,
     compute_routing_scores_for_aux_loss,
     router_gating_linear,
     topk_routing_with_score_function,
 )
-from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
 from mor_layers import RecursionConfig
 from mor_layers.modules import PreciseBuffers
 from mor_layers.routers import NUM_BINS, Thresholds
+from mor_megatron.layers.experts.padding import PaddedTopKRouter
 from mor_megatron.layers.step_aware import StepAware
 
 
@@ -93,7 +91,7 @@ class StepExpertBias(PreciseBuffers):
         self.register_buffer("expert_bias", zeros.clone())
 
 
-class StepTopKRouter(StepAware, TopKRouter):
+class StepTopKRouter(StepAware, PaddedTopKRouter):
     """`TopKRouter` that knows which step it runs and does not count padding.
 
     Its balance losses are logged in two places. They are recorded in Megatron's metrics tracker, as
@@ -172,32 +170,6 @@ class StepTopKRouter(StepAware, TopKRouter):
         if self.enable_expert_bias and torch.is_grad_enabled():
             self.biases[self.step].local_tokens_per_expert += taken.detach().sum(dim=0)
         return probs, taken
-
-    def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Like Megatron's z-loss, but averaged over the valid tokens of all ranks.
-
-        Megatron averages the means of the ranks, which is biased if the ranks have different
-        numbers of valid tokens. That happens when a selection is not divisible by the number of
-        ranks.
-        """
-        coefficient = self.config.moe_z_loss_coeff
-        if padding_mask is None or not coefficient:
-            return super().apply_z_loss(logits, padding_mask)
-        if not (self.training and torch.is_grad_enabled()):
-            return logits
-        is_valid = ~padding_mask
-        count = is_valid.sum()
-        torch.distributed.all_reduce(count, group=self.tp_cp_group)
-        squares = torch.logsumexp(logits, dim=-1).square().masked_fill(padding_mask, 0)
-        z_loss = squares.sum() / count.clamp(min=1)
-        get_moe_metrics_tracker().record(
-            "z_loss",
-            z_loss * self.tp_cp_group.size(),
-            self.layer_number,
-            self.config.num_layers,
-            avg_group=self.tp_dp_cp_group,
-        )
-        return MoEAuxLossAutoScaler.apply(logits, coefficient * z_loss)
 
     @torch.no_grad()
     def advance(self) -> None:
