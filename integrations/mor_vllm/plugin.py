@@ -109,6 +109,11 @@ def require_servable(config: DecoderConfig, tensor_parallel: int = 1) -> None:
             "its layers hand on a single stream. Use DepthBatchingEngine.",
         ),
         (
+            recursion.router.has_loop_state,
+            f"router={recursion.router}",
+            "its layers hand on a single state. Use DepthBatchingEngine.",
+        ),
+        (
             recursion.routes_by_layer,
             f"sharing={recursion.sharing!r} with router={recursion.router}",
             "its layers do not route by themselves. Use MoRTransformer.generate.",

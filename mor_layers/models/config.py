@@ -150,11 +150,17 @@ class RecursionConfig:
         self._check_truncation()
         if self.history is not None:
             self.history.check(self.num_recursions)
-            if self.hyper_connections is not None:
-                raise ValueError(
-                    f"history={self.history} and hyper_connections={self.hyper_connections} both say "
-                    "what a token carries between steps. Leave one of them out."
-                )
+        carrying = {
+            "history": self.history,
+            "hyper_connections": self.hyper_connections,
+            "router": self.router if self.router.has_loop_state else None,
+        }
+        given = [f"{name}={value}" for name, value in carrying.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"{' and '.join(given)} both say what a token carries between steps. Leave one of them "
+                "out."
+            )
         if self.sharing in ("cycle", "middle_cycle"):
             return
         for name in ("loop_loss", "hyper_connections", "history"):

@@ -1,5 +1,6 @@
 """Routers, which decide how many times each token runs the recursion block."""
 
+from mor_layers.routers.adaptive_halting import AdaptiveHalting
 from mor_layers.routers.base import Router, RouterConfig
 from mor_layers.routers.baselines import FixedDepth, FixedDepthRouter, RandomDepth
 from mor_layers.routers.declarations import PublishedRouter, ScorerMatrix, StepNotes
@@ -25,6 +26,7 @@ from mor_layers.routers.token_choice import TokenChoice
 __all__ = [
     "NUM_BINS",
     "Acceleration",
+    "AdaptiveHalting",
     "Confidence",
     "Criterion",
     "Deepened",

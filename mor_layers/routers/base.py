@@ -51,12 +51,13 @@ class Router(PreciseBuffers, ABC):
 
     combines_with_origin: ClassVar[bool] = False
     """Whether `combine` reads the states that entered the recursion."""
-    loop_state: LoopState | None = None
-    """What tokens carry between steps, if it is more than their state; `combine` then gets that."""
 
     def __init__(self, num_recursions: int) -> None:
         super().__init__()
         self.num_recursions = num_recursions
+        # Not a class attribute, which would hide a module of this name.
+        self.loop_state: LoopState | None = None
+        """What tokens carry between steps, if it is more than their state; `combine` then gets that."""
 
     @property
     def first_trained_step(self) -> int:
@@ -200,6 +201,11 @@ class RouterConfig(ABC):
     ) -> tuple[float, ...] | None:
         """The same during the optimizer step `training_step` (0-based), which a warm-up may change."""
         return self.capacity_factors_for(num_recursions)
+
+    @property
+    def has_loop_state(self) -> bool:
+        """Whether the router has a `Router.loop_state`."""
+        return False
 
     @property
     def truncates_gradients(self) -> bool:

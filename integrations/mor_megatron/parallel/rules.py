@@ -250,6 +250,15 @@ STEPS_AS_STAGES_RULES = (
         ),
     ),
     Rule(
+        "pipeline: what a router carries stays in one stage",
+        lambda a: a.is_spread and a.recursion is not None and a.recursion.router.has_loop_state,
+        lambda a, n: (
+            f"{n.recursion}.router={a.recursion and a.recursion.router} cannot be used with "
+            f"{n.steps_as_stages}: stages would send a second state of every token from rank to rank. "
+            f"Use {n.one_stage}."
+        ),
+    ),
+    Rule(
         "pipeline: history stays in one stage",
         lambda a: a.is_spread and a.recursion is not None and a.recursion.history is not None,
         lambda a, n: (

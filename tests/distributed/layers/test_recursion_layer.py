@@ -20,6 +20,7 @@ from mor_layers import (
 )
 from mor_layers.layers import NormModulation
 from mor_layers.recursion import HistoryInjection, HyperConnections
+from mor_layers.routers import AdaptiveHalting
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pool import WorkerPool
 from tests.pairs import sweep
@@ -106,6 +107,7 @@ RECURSIONS = {
         ExpertChoice(capacity_factors=(0.5,), alpha=1.0, combine="residual"),
         anchor_every=2,
     ),
+    "halting": RecursionConfig(3, router=AdaptiveHalting(bias=0.0), kv_policy="exit_state"),
     "expert, deltas": RecursionConfig(
         3, router=EXPERT.router, relaxation=Relaxation(3, "dora", ATTENTION, 0.5)
     ),
@@ -172,7 +174,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], di
         {},
     ),
 }
-_RARE = "deltas|helps|loops|ends|own|streams|norms|history|layers"
+_RARE = "deltas|helps|loops|ends|own|streams|norms|history|layers|halting"
 RARER = [name for name in RECURSIONS if re.search(_RARE, name)]
 LAYOUTS["full recompute of dense layers"] = (1, {}, DENSE, LAYOUTS["full recompute"][3], {})
 # Replicas draw random depths side by side, one rank draws them one after the other.
@@ -226,6 +228,7 @@ RARELY = [
 RARELY += [("token, modulated norms", layout) for layout in ("tp", "pp", "dp overlap", "ep")]
 RARELY += [("loops, last two steps", layout) for layout in ("pp", "full recompute", "ep")]
 RARELY += [("layers that route by themselves", layout) for layout in ("tp", "dp overlap", "ep")]
+RARELY += [("halting", layout) for layout in ("tp", "pp", "full recompute", "dp overlap")]
 RARELY += [("expert, history", layout) for layout in ("tp", "pp", "full recompute")]
 RARELY += [("expert, streams", layout) for layout in ("tp", "pp", "dp overlap", "tp+sp ep etp1")]
 SAMPLED = sweep(

@@ -10,6 +10,7 @@ import torch
 from mor_layers import MoRTransformer, RandomLoops, RecursionConfig, Relaxation, StepContext, Tokens
 from mor_layers.costs import account
 from mor_layers.recursion import HyperConnections, LoopLoss
+from mor_layers.routers.random_loops import RandomLoopsRouter
 from tests.mor_layers.costs.test_accounting import BATCH, measure
 from tests.mor_layers.small_models import gradients, random_ids, small_config, small_model
 
@@ -22,7 +23,9 @@ def looped(router: RandomLoops, steps: int = 5, **changes: object) -> MoRTransfo
 
 
 def loops(model: MoRTransformer) -> int:
-    return model.recursions[0].router.num_loops
+    router = model.recursions[0].router
+    assert isinstance(router, RandomLoopsRouter)
+    return router.num_loops
 
 
 @pytest.mark.parametrize("router", [POISSON, replace(POISSON, min_recursions=3), RandomLoops(2)])

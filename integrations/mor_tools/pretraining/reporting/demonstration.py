@@ -56,7 +56,7 @@ def _without_caches(
         evaluation.temperature,
         torch.Generator(device).manual_seed(settings.training.seed),
     )
-    return list(takewhile(lambda token: token != eod, (token.item() for token in generated)))
+    return list(takewhile(lambda token: token != eod, (int(token) for token in generated)))
 
 
 @torch.no_grad()
