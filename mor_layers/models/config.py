@@ -148,6 +148,11 @@ class RecursionConfig:
                 f"loop_loss needs several steps, not num_recursions={self.num_recursions}. Leave it out."
             )
         self._check_truncation()
+        if self.router.learns_exits and self.loop_loss is None:
+            raise ValueError(
+                f"router={self.router} learns from what is read out after every step. Give the "
+                "recursion a loop_loss, such as LoopLoss(), or leave teaching out."
+            )
         if self.history is not None:
             self.history.check(self.num_recursions)
         carrying = {

@@ -189,6 +189,11 @@ class MoRTransformer(nn.Module):
             if is_padding is not None:
                 labels = labels.masked_fill(is_padding.T, -1)
             lm_loss = _mean_loss(logits, labels.clamp(min=-1), weights)
+            if every_loop and self.config.effective_recursion.router.learns_exits:
+                right = logits.argmax(dim=-1) == labels.repeat(len(weights), 1)
+                right = right.unflatten(0, (len(weights), -1)).transpose(1, 2)  # -> [r s b]
+                router = self.recursions[-1].router
+                losses |= router.teach(outputs[-1].states, right, labels.T >= 0)
         logits = logits[-len(ids) :]  # of the last loop
         experts = before.expert_use, after.expert_use
         return DecoderOutput(logits, tuple(outputs), lm_loss, *experts, losses)

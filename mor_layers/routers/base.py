@@ -4,12 +4,12 @@ Legend: `b` batch, `n` candidates of a step, `k` tokens selected, `h` hidden, `c
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mor_layers.modules import PreciseBuffers
@@ -127,6 +127,21 @@ class Router(PreciseBuffers, ABC):
             return output
         return selected + decision.gates[..., None].to(output.dtype) * output
 
+    def teach(
+        self,
+        states: Sequence[Float[Tensor, "s b h"]],
+        is_right: Bool[Tensor, "r s b"],
+        is_counted: Bool[Tensor, "s b"],
+    ) -> dict[str, Tensor]:
+        """Losses by which the router learns where tokens should exit, if `RouterConfig.learns_exits`.
+
+        Args:
+            states: the states after each step.
+            is_right: whether the most likely token is the right one, read out after each step.
+            is_counted: which tokens have a label.
+        """
+        return {}
+
     def scores(self, logits: Float[Tensor, "n b c"], step: int) -> tuple[StepScores, ...]:
         """How the logits of a step rate each candidate. The default is the first logit.
 
@@ -201,6 +216,11 @@ class RouterConfig(ABC):
     ) -> tuple[float, ...] | None:
         """The same during the optimizer step `training_step` (0-based), which a warm-up may change."""
         return self.capacity_factors_for(num_recursions)
+
+    @property
+    def learns_exits(self) -> bool:
+        """Whether `Router.teach` has losses, for which training reads out the states of all steps."""
+        return False
 
     @property
     def has_loop_state(self) -> bool:

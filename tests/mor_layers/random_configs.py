@@ -118,6 +118,8 @@ def routers(draw: st.DrawFn, steps: int, wrong: float) -> dict[str, Any]:
     """A router as YAML has it, for so many steps."""
     name = draw(st.sampled_from(sorted(OURS)))
     router = draw(settings_of(OURS[name], wrong))
+    if router.get("teaching") and draw(st.integers(0, 4)):
+        router["teaching"] = 0.0
     if name == "random_loops" and draw(st.integers(0, 4)):
         has_mean = router.get("draw") == "log_normal_poisson"
         router["mean"] = draw(st.sampled_from([0.5, 2.0])) if has_mean else None

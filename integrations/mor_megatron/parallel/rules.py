@@ -276,6 +276,15 @@ STEPS_AS_STAGES_RULES = (
 
 LOOP_LOSS_RULES = (
     Rule(
+        "exit gate: taught in the torch model",
+        lambda a: a.recursion is not None and a.recursion.router.learns_exits,
+        lambda a, n: (
+            f"{n.recursion}.router={a.recursion and a.recursion.router} cannot be taught in Megatron: "
+            "which read-outs are right is known to the output layer only, on parts of the vocabulary. "
+            "Train the gate in the torch model, or leave teaching out."
+        ),
+    ),
+    Rule(
         "pipeline: a loss after every loop needs one stage",
         lambda a: a.pipeline > 1 and a.recursion is not None and a.recursion.loop_loss is not None,
         lambda a, n: (
