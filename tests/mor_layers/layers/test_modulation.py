@@ -66,7 +66,7 @@ def loops_by_hand(model: MoRTransformer, ids: Tensor) -> Tensor:
 
 
 def rotary_of(model: MoRTransformer, context: StepContext):
-    from mor_layers.models.layers import Rotary
+    from mor_layers.models.rotary import Rotary
 
     stack = model.recursions[0].layers
     return Rotary.at(context.projected_positions, stack.head_size, stack.rope_base, torch.float32)

@@ -19,6 +19,7 @@ from mor_layers import (
     to_mapping,
 )
 from mor_layers.layers import NormModulation
+from mor_layers.models import LatentAttentionConfig
 from mor_layers.recursion import HistoryInjection, HyperConnections, LoopLoss
 from tests.mor_layers.random_configs import OURS, decoders
 
@@ -35,6 +36,7 @@ NAMES = {
         Relaxation,
         LoopLoss,
         HyperConnections,
+        LatentAttentionConfig,
         *OURS.values(),
     )
     for field in dataclasses.fields(kind)
@@ -53,6 +55,9 @@ NESTED = {
 def built(values: Any) -> DecoderConfig:
     """The dataclasses from nested mappings, by their constructors, which YAML does not use so."""
     recursion, moe = values["recursion"], values.get("moe")
+    latent = values.get("latent_attention")
+    if isinstance(latent, dict) and latent:
+        latent = LatentAttentionConfig(**latent)
     if isinstance(recursion, dict) and "num_recursions" in recursion:
         recursion = dict(recursion)
         recursion["router"] = built_router(recursion["router"])
@@ -62,7 +67,9 @@ def built(values: Any) -> DecoderConfig:
         recursion = RecursionConfig(**recursion)
     if isinstance(moe, dict) and moe:
         moe = MoEConfig(**moe)
-    return DecoderConfig(**(values | {"recursion": recursion, "moe": moe}))
+    return DecoderConfig(
+        **(values | {"recursion": recursion, "moe": moe, "latent_attention": latent})
+    )
 
 
 def built_router(router: Any) -> Any:
