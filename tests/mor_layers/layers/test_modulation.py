@@ -69,7 +69,7 @@ def rotary_of(model: MoRTransformer, context: StepContext):
     from mor_layers.models.rotary import Rotary
 
     stack = model.recursions[0].layers
-    return Rotary.at(context.projected_positions, stack.head_size, stack.rope_base, torch.float32)
+    return Rotary.at(context.projected_positions, stack.rotary_size, stack.rope_base, torch.float32)
 
 
 @pytest.mark.parametrize("share_norms", [True, False])
