@@ -34,7 +34,7 @@ from mor_layers.recursion import (
     Streams,
     require_lengths,
 )
-from mor_layers.routers import FixedDepth, RouterConfig
+from mor_layers.routers import ExpertChoice, FixedDepth, RouterConfig
 from mor_layers.settings import check_types, require_choice
 
 MOST_LAYERS = 4096
@@ -99,6 +99,10 @@ class RecursionConfig:
     """Under sequence or middle_sequence with a single recursion, where each layer of the block has a
     router of its own (Mixture-of-Depths): every n-th of them has none and runs all tokens. At least 2;
     None: all of them route."""
+    depth_balance: float | None = None
+    """Where each layer routes by itself: how much a token's logit falls, when layers choose, for each
+    layer that it ran since the last anchor (X-MoD, arXiv 2609.34212). Above 0; needs ExpertChoice;
+    None: no balance."""
     history: HistoryInjection | None = None
     """Earlier states that each step sees, by channel, and a gate of each step; None: neither."""
 
@@ -223,6 +227,17 @@ class RecursionConfig:
                     f"anchor_every={self.anchor_every} needs layers that route by themselves: sequence "
                     "or middle_sequence sharing, num_recursions=1, and a router that lets tokens skip "
                     "them. Leave it out."
+                )
+        if self.depth_balance is not None:
+            if not 0 < self.depth_balance < math.inf:
+                raise ValueError(
+                    f"depth_balance={self.depth_balance} must be above 0 and finite, or None."
+                )
+            if not self.routes_by_layer or not isinstance(self.router, ExpertChoice):
+                raise ValueError(
+                    f"depth_balance={self.depth_balance} needs layers that route by themselves "
+                    "(sequence or middle_sequence sharing, num_recursions=1) with ExpertChoice. Leave "
+                    "it out."
                 )
         if self.routes_by_layer and self.router.capacity_factors_for(1) == (1.0,):
             raise ValueError(

@@ -173,9 +173,15 @@ class MoRTransformer(nn.Module):
         loop_loss = None if self.config.recursion is None else self.config.recursion.loop_loss
         every_loop = loop_loss is not None and self.training and labels is not None
         outputs, losses = [], {}
-        for recursion in self.recursions:
-            outputs.append(recursion(hidden, tokens, causal_routing, every_loop))
+        balance = self.config.effective_recursion.depth_balance
+        ran = torch.zeros_like(ids.T)  # how many layers each token ran since the last anchor
+        for index, recursion in enumerate(self.recursions):
+            is_anchor = self._is_anchor(index)
+            plan = None if balance is None or is_anchor else (balance * ran)[..., None]
+            outputs.append(recursion(hidden, tokens, causal_routing, every_loop, plan))
             hidden = outputs[-1].hidden
+            if balance is not None:
+                ran = torch.zeros_like(ran) if is_anchor else ran + outputs[-1].depths
         weights = (1.0,)
         if loop_loss is not None and every_loop:
             states, weights = outputs[-1].states, loop_loss.weights(len(outputs[-1].states))
@@ -197,6 +203,10 @@ class MoRTransformer(nn.Module):
         logits = logits[-len(ids) :]  # of the last loop
         experts = before.expert_use, after.expert_use
         return DecoderOutput(logits, tuple(outputs), lm_loss, *experts, losses)
+
+    def _is_anchor(self, block: int) -> bool:
+        recursion = self.config.effective_recursion
+        return recursion.routes_by_layer and recursion.router_of(block) is not recursion.router
 
     def generate(
         self,

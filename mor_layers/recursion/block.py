@@ -157,6 +157,7 @@ class RecursionBlock(nn.Module):
         tokens: Tokens | None = None,
         causal_routing: bool = False,
         keeps_states: bool = False,
+        plan: Float[Tensor, "s b p"] | None = None,
         **arguments: Any,
     ) -> RecursionOutput:
         """Run the recursion.
@@ -167,6 +168,7 @@ class RecursionBlock(nn.Module):
                 without padding.
             causal_routing: do not let a token's depth depend on later tokens. Generation needs this.
             keeps_states: return the states after every step, which a loss after every loop needs.
+            plan: what is planned for the tokens before the first step, which some routers read.
             arguments: passed on to the layers.
         """
         if tokens is None:
@@ -174,6 +176,8 @@ class RecursionBlock(nn.Module):
         candidates = origin = self.begin(hidden)
         first_trained, has_gradients = self.router.first_trained_step, torch.is_grad_enabled()
         decision, context = RoutingDecision.everything(tokens), None
+        if plan is not None:
+            decision = decision.with_plan(plan)
         steps: list[tuple[Tensor, RoutingDecision]] = []
         expert_use, states = [], []
         for step in range(self.router.num_recursions):

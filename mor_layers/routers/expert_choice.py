@@ -228,9 +228,12 @@ class ExpertChoiceRouter(Router):
         weights = self.config.alpha * self._activate(logits[..., 0])
         bar = self._bar(step) if causal else None
         if bar is not None:
-            decision = previous.keep_where(logits[..., -1] > bar)
-        else:
+            decision = previous.keep_where(self._handicapped(logits[..., -1], previous) > bar)
+        elif previous.plan is None:
             decision = previous.keep_top(weights, self.capacity_factor(step))
+        else:
+            ranked = self._handicapped(logits[..., 0], previous)
+            decision = previous.keep_top(ranked, self.capacity_factor(step))
         return decision.with_gates(decision.taken(weights))
 
     def assess(
@@ -241,7 +244,7 @@ class ExpertChoiceRouter(Router):
         decision: RoutingDecision,
     ) -> RoutingDecision:
         assert logits is not None
-        predicting = logits[..., -1]
+        predicting = self._handicapped(logits[..., -1], previous)
         is_selected = decision.is_selected(len(logits))
         counted = previous.tokens.counted
         sampling = losses.sampling_loss(predicting, is_selected, counted)
@@ -306,6 +309,11 @@ class ExpertChoiceRouter(Router):
         if self._training_steps is None:
             self._training_steps = int(self.training_steps)
         return self.config.warmed_up(final, self._training_steps)
+
+    @staticmethod
+    def _handicapped(logits: Tensor, previous: RoutingDecision) -> Tensor:
+        """The logits that choose. A plan is what they are lowered by, which leaves gates as they are."""
+        return logits if previous.plan is None else logits - previous.plan[..., 0]
 
     def _activate(self, logits: Tensor) -> Tensor:
         if self.config.activation == "sigmoid":

@@ -276,6 +276,15 @@ STEPS_AS_STAGES_RULES = (
 
 LOOP_LOSS_RULES = (
     Rule(
+        "depth balance: in the torch model",
+        lambda a: a.recursion is not None and a.recursion.depth_balance is not None,
+        lambda a, n: (
+            f"{n.recursion}.depth_balance={a.recursion and a.recursion.depth_balance} cannot be used in "
+            "Megatron: its layers do not tell the next one which tokens they ran. Leave it out, and put "
+            "anchors between the layers (anchor_every=2)."
+        ),
+    ),
+    Rule(
         "exit gate: taught in the torch model",
         lambda a: a.recursion is not None and a.recursion.router.learns_exits,
         lambda a, n: (

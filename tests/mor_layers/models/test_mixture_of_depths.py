@@ -20,6 +20,7 @@ from mor_layers.costs import account
 from mor_layers.generation import Request, calibrate
 from mor_layers.inspection import inspect_text
 from mor_layers.weights import load_model, recursive_weights, save_model, unrolled_weights
+from mor_megatron.parallel import LOOP_LOSS_RULES, Arrangement, Names, require_rules
 from mor_tools.formats import published_names
 from mor_vllm.plugin import require_servable
 from tests.mor_layers.costs.test_accounting import BATCH, measure
@@ -37,9 +38,13 @@ CHOICE = ExpertChoice(capacity_factors=(0.4,), alpha=1.0, combine="residual")
 
 
 def mixed(
-    anchor_every: int | None = 2, router: ExpertChoice | RandomDepth = CHOICE
+    anchor_every: int | None = 2,
+    router: ExpertChoice | RandomDepth = CHOICE,
+    balance: float | None = None,
 ) -> DecoderConfig:
-    recursion = RecursionConfig(1, "middle_sequence", router, anchor_every=anchor_every)
+    recursion = RecursionConfig(
+        1, "middle_sequence", router, anchor_every=anchor_every, depth_balance=balance
+    )
     return DecoderConfig(VOCAB_SIZE, HIDDEN_SIZE, 10, 7, num_heads=2, recursion=recursion)
 
 
@@ -50,14 +55,21 @@ def by_hand(model: MoRTransformer, ids: Tensor, share: float) -> Tensor:
     for sequence in ids:
         tokens = Tokens.whole_sequence(len(sequence), 1)
         state = model.prelude(model.embedding(sequence[:, None]), StepContext(0, tokens))
+        chosen_before = [0] * len(sequence)
         for index, block in enumerate(model.recursions):
             if config.anchor_every and (index + 1) % config.anchor_every == 0:
                 state = block.layers(state, StepContext(0, tokens))
+                chosen_before = [0] * len(sequence)
                 continue
-            weights = block.router.scorers[0](state)[:, 0, 0].sigmoid()
+            scores = block.router.scorers[0](state)[:, 0, 0]
+            weights = scores.sigmoid()
+            tau = config.depth_balance or 0.0
+            pairs = zip(scores.tolist(), chosen_before, strict=True)
+            ranked = [score - tau * before for score, before in pairs]
             count = max(1, int(share * len(sequence)))
-            best = sorted(range(len(sequence)), key=lambda i: -float(weights[i].detach()))
+            best = sorted(range(len(sequence)), key=lambda i: -ranked[i])
             chosen = sorted(best[:count])
+            chosen_before = [b + (i in chosen) for i, b in enumerate(chosen_before)]
             inner = tokens.take(torch.tensor(chosen)[:, None], None)
             output = block.layers(state[chosen], StepContext(0, inner))
             rows = list(state.unbind())
@@ -70,9 +82,11 @@ def by_hand(model: MoRTransformer, ids: Tensor, share: float) -> Tensor:
     return torch.stack(logits)
 
 
-@pytest.mark.parametrize("anchor_every", [None, 2, 3])
-def test_layers_by_hand_compute_the_same(anchor_every):
-    model, ids = small_model(mixed(anchor_every)), random_ids(2, 9)
+@pytest.mark.parametrize(
+    ("anchor_every", "balance"), [(None, None), (2, None), (3, None), (None, 0.7), (4, 5.0)]
+)
+def test_layers_by_hand_compute_the_same(anchor_every, balance):
+    model, ids = small_model(mixed(anchor_every, balance=balance)), random_ids(2, 9)
     expected = by_hand(model, ids, 0.4)
     expected.square().sum().backward()
     wanted = gradients(model)
@@ -117,6 +131,17 @@ def test_generation_sees_no_later_token_and_its_router_learns_the_choice():
     assert set(losses) == {"sampling_loss"} and losses["sampling_loss"] > 0
 
 
+def test_balance_over_depth_spreads_the_layers_over_tokens():
+    ids, ranges = random_ids(2, 9), []
+    for balance in (None, 1e-9, 50.0):
+        model = small_model(mixed(None, balance=balance))
+        depths = model(ids).depths
+        ranges.append((depths.max() - depths.min()).item())
+        short = model.eval()(ids[:, :5], causal_routing=True).logits
+        torch.testing.assert_close(short, model(ids, causal_routing=True).logits[:, :5])
+    assert ranges[0] == ranges[1] > 1 and ranges[2] <= 1
+
+
 def test_a_folder_keeps_it_and_a_dense_model_becomes_one(tmp_path):
     model, ids = small_model(mixed()), random_ids(1, 7)
     save_model(model, tmp_path / "model")
@@ -133,7 +158,16 @@ def test_a_folder_keeps_it_and_a_dense_model_becomes_one(tmp_path):
         assert torch.equal(ours, theirs)
 
 
+def refused_by_megatron() -> None:
+    arrangement = Arrangement(7, mixed(balance=0.1).recursion)
+    require_rules(arrangement, LOOP_LOSS_RULES, Names())
+
+
 @pytest.mark.parametrize(("mistake", "message"), [
+    (lambda: RecursionConfig(2, depth_balance=0.1), "needs layers that route by themselves"),
+    (lambda: mixed(balance=0.0), "must be above 0 and finite"),
+    (lambda: mixed(2, RandomDepth((0.4,)), 0.1), "with ExpertChoice"),
+    (refused_by_megatron, "do not tell the next one which tokens they ran"),
     (lambda: RecursionConfig(1, "sequence", CHOICE, anchor_every=1), "must be at least 2"),
     (lambda: RecursionConfig(1, "cycle", CHOICE, anchor_every=2), "needs layers that route"),
     (lambda: RecursionConfig(1, "sequence", FixedDepth(), anchor_every=2), "lets tokens skip"),
