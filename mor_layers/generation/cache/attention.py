@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mor_layers.generation.cache.memory import KVArena
 from mor_layers.generation.cache.policies import Visible
-from mor_layers.recursion import Exited, StepContext
+from mor_layers.recursion import Exited, Products, StepContext
 
 MIN_GATHERED_QUERIES = 4
 """From this number of tokens of one sequence on, copying its rows is faster than reading them again."""
@@ -209,6 +209,9 @@ class CachedContext(StepContext):
     """Tokens that have exited since the last tick, if the policy stores them."""
     counts: tuple[int, ...] = ()
     """Number of tokens at each step, if there are several; tokens are ordered by step."""
+    projects_alike: bool = True  # pyright: ignore[reportIncompatibleMethodOverride]
+    products: Products | None = None  # pyright: ignore[reportIncompatibleMethodOverride]
+    """What computes the layers' products, if they do not do it themselves."""
 
     @property
     def projects_keys(self) -> bool:
