@@ -107,7 +107,9 @@ def _announce_sparse() -> None:
     """Let PyTorch say, unheard, that sparse tensors are in beta, which it says once."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        torch.sparse_csr_tensor([0], [], torch.zeros(0), size=(0, 0))
+        bounds, nothing = torch.zeros(1, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+        values = torch.zeros(0)
+        torch.sparse_csr_tensor(bounds, nothing, values, size=(0, 0), check_invariants=False)
 
 
 class GatheredAttention:
