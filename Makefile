@@ -8,7 +8,7 @@ ARGUMENTS ?=
 export PYTHONPATH := $(CURDIR):$(CURDIR)/integrations
 use_python = python=$(or $(PYTHON),$$(.ci/setup)) &&
 
-.PHONY: help env pretrain test test-full test-gpu test-vllm test-megatron-lm faults campaign lint docs walk wheel bench
+.PHONY: help env pretrain test test-full test-gpu test-vllm test-bridge test-megatron-lm faults campaign sweep lint docs walk wheel bench
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -30,12 +30,19 @@ test-full:  ## run the tests and the exhaustive sweeps
 campaign:  ## hostile settings, files and requests, and kills (ARGUMENTS="--cases N --seed S")
 	@$(use_python) OMP_NUM_THREADS=1 $$python -m tests.campaigns $(ARGUMENTS)
 
+sweep:  ## every pair of settings that may meet, in some layout, against one rank (a quarter of an hour)
+	@$(use_python) OMP_NUM_THREADS=1 $$python -W ignore -m tests.sweep $(ARGUMENTS)
+
 test-gpu:  ## what needs GPUs, with a verdict (ARGUMENTS="--list", "--rehearse" on CPUs)
 	@$(use_python) $$python -m tests.gpu $(ARGUMENTS)
 
 test-vllm:  ## run vLLM itself on our folders, in an environment of its own (.ci/setup-vllm)
 	@python=$(or $(PYTHON),$$(.ci/setup-vllm)) && OMP_NUM_THREADS=1 \
 	    $$python -m pytest tests/mor_vllm/real $(ARGUMENTS)
+
+test-bridge:  ## run NVIDIA's Megatron-Bridge on our folders, in an environment of its own (.ci/setup-bridge)
+	@python=$(or $(PYTHON),$$(.ci/setup-bridge)) && OMP_NUM_THREADS=1 \
+	    $$python -m pytest tests/mor_bridge $(ARGUMENTS)
 
 test-megatron-lm:  ## run Megatron-LM's own pretrain_gpt.py with our --spec (.ci/setup-megatron-lm)
 	@$(use_python) scripts=$$(.ci/setup-megatron-lm) && MEGATRON_LM_SCRIPTS=$$scripts OMP_NUM_THREADS=1 \

@@ -40,7 +40,9 @@ PACKAGES = PROJECT["tool"]["importlinter"]["root_packages"]
 SECONDS_OF_HELP = 1.0
 PROMISES = {
     "megatron": ["mor_megatron"],
+    "muon": ["emerging_optimizers"],
     "te": ["transformer_engine.pytorch"],
+    "bridge": ["mor_bridge"],
     "dali": ["mor_dali"],
     "hf": ["mor_huggingface", "mor_tools.commands.generate"],
     "eval": ["mor_huggingface.lm_eval"],

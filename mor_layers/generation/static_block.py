@@ -8,7 +8,7 @@ recorded as a CUDA graph when it first occurs, and replayed afterwards.
 Routing, the layers outside of the recursion and sampling are not part of the graph.
 
 Legend: `t` tokens in flight, `w` of them that may write a row, `m` rows seen, `n` query heads, `g`
-key-value heads, `d` head size, `h` hidden.
+key-value heads, `d` head size, `p` vectors of a head in a row, `h` hidden.
 """
 
 from collections.abc import Callable
@@ -47,8 +47,8 @@ class StaticContext(StepContext):
     """What layers know about tokens in flight, `[t 1 h]`, in tensors of padded sizes."""
 
     step: Int[Tensor, "t 1"]  # type: ignore[assignment]
-    data: Float[Tensor, "l v 2 g d"]
-    """The memory of all layers' keys and values."""
+    data: Float[Tensor, "l v p g d"]
+    """The memory of all layers' keys and values, or of their latent rows."""
     rows: Int[Tensor, " w"]
     """Rows of the first tokens."""
     is_written: Bool[Tensor, " w"]
@@ -58,19 +58,24 @@ class StaticContext(StepContext):
     is_seen: Bool[Tensor, "t m"]
     projects_alike: bool = True  # pyright: ignore[reportIncompatibleMethodOverride]
 
+    @property
+    def keeps_latent_rows(self) -> bool:
+        return True
+
     def rows_to_project(self, hidden: Tensor) -> Tensor:
         return hidden[: self.rows.shape[0]]
 
     def attend(self, layer: int, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tensor:
-        assert key is not None and value is not None
-        data = self.data[layer]
-        new = torch.stack([key[:, 0], value[:, 0]], dim=1)  # [w 2 g d]
+        assert key is not None
+        data, vectors = self.data[layer], [key] if value is None else [key, value]
+        new = torch.cat(vectors, dim=1)  # [w 1 g d] -> [w p g d]
         new = torch.where(
             self.is_written[:, None, None, None], new, data.index_select(0, self.rows)
         )
         data.index_copy_(0, self.rows, new)
         seen = data.index_select(0, self.table.flatten()).view(*self.table.shape, *data.shape[1:])
-        keys, values = seen.permute(2, 0, 3, 1, 4)  # [t m 2 g d] -> 2 of [t g m d]
+        vectors = seen.permute(2, 0, 3, 1, 4)  # [t m p g d] -> [p t g m d]
+        keys, values = vectors[0], vectors[-1]  # the same where a row is both
         # Heads that share a key take the place of queries.
         grouped = query[:, 0].unflatten(1, (keys.shape[1], -1))  # [t n d] -> [t g n/g d]
         mask = self.is_seen[:, None, None]
