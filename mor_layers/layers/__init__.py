@@ -2,7 +2,7 @@
 
 from mor_layers.layers.adapters import EncoderLayers, PointwiseLayers
 from mor_layers.layers.modulation import Modulator, NormModulation
-from mor_layers.layers.moe import MOST_EXPERTS, ExpertRouters, MoE, MoEConfig
+from mor_layers.layers.moe import MOST_EXPERTS, ExpertRouters, Experts, MoE, MoEConfig
 from mor_layers.layers.projections import (
     ATTENTION_PROJECTIONS,
     PROJECTIONS_OF,
@@ -12,6 +12,7 @@ from mor_layers.layers.projections import (
     Sublayer,
     make_projection,
     project,
+    run_projection,
     weights_of,
 )
 from mor_layers.layers.relaxation import (
@@ -33,6 +34,7 @@ __all__ = [
     "SUBLAYERS",
     "EncoderLayers",
     "ExpertRouters",
+    "Experts",
     "MoE",
     "MoEConfig",
     "Modulator",
@@ -50,5 +52,6 @@ __all__ = [
     "norms_over_ranks",
     "project",
     "row_norms",
+    "run_projection",
     "weights_of",
 ]

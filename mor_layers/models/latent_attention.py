@@ -125,30 +125,36 @@ class LatentAttention(nn.Module):
         self, hidden: Float[Tensor, "kx b h"], context: StepContext, rotary: Rotary
     ) -> Float[Tensor, "k b h"]:
         """`hidden` has the rows of `context.with_exited`, the result those that run the step."""
-        query = self._query(hidden[: context.tokens.shape[0]], rotary)
+        query = self._query(hidden[: context.tokens.shape[0]], context, rotary)
         latent = position = None
         if context.projects_keys:
-            latent, position = self._rows(context.rows_to_project(hidden), rotary)
+            latent, position = self._rows(context.rows_to_project(hidden), context, rotary)
         if context.keeps_latent_rows:
             out = self._attend_absorbed(query, latent, position, context)
         else:
             latent, position = context.exchange(self.layer, latent, position)
             key, value = self._keys_and_values(latent, position)
             out = attend(query, key, value, context.causal_mask)
-        return project(self.output, out.flatten(2), context)  # [k b n v] -> [k b h]
+        (output,) = project((self.output,), out.flatten(2), context)  # [k b n v] -> [k b h]
+        return output
 
-    def _query(self, hidden: Float[Tensor, "k b h"], rotary: Rotary) -> Float[Tensor, "k b n d"]:
+    def _query(
+        self, hidden: Float[Tensor, "k b h"], context: StepContext, rotary: Rotary
+    ) -> Float[Tensor, "k b n d"]:
         if self.query_down is not None and self.query_norm is not None:
-            hidden = self.query_norm(self.query_down(hidden))
-        heads = self.query_up(hidden).unflatten(-1, (-1, self.sizes.head_size))
+            (latent,) = project((self.query_down,), hidden, context)
+            hidden = self.query_norm(latent)
+        (heads,) = project((self.query_up,), hidden, context)
+        heads = heads.unflatten(-1, (-1, self.sizes.head_size))
         content, position = heads.split(self._head_parts, dim=-1)
         return torch.cat([content, rotary.turn(_regrouped(position))], dim=-1)
 
     def _rows(
-        self, hidden: Float[Tensor, "w b h"], rotary: Rotary
+        self, hidden: Float[Tensor, "w b h"], context: StepContext, rotary: Rotary
     ) -> tuple[Float[Tensor, "w b 1 c"], Float[Tensor, "w b 1 r"]]:
         parts = [self.sizes.kv_lora_rank, self.sizes.qk_rope_head_dim]
-        latent, position = self.kv_down(hidden).split(parts, dim=-1)
+        (rows,) = project((self.kv_down,), hidden, context)
+        latent, position = rows.split(parts, dim=-1)
         turned = rotary.turn(_regrouped(position[:, :, None]))
         return self.kv_norm(latent)[:, :, None], turned
 
