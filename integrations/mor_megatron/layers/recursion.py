@@ -245,6 +245,7 @@ class RecursionLayer(TransformerLayer):
             hidden = self._all_loops(hidden, output.states, tokens)
         if relayout is not None:
             hidden = relayout.to_zigzag(hidden)
+        hidden = hidden.contiguous()  # as pipeline stages send it; a history ends in a slice
         hidden = make_viewless_tensor(hidden, hidden.requires_grad, keep_graph=True)
         return hidden, context
 
