@@ -1,7 +1,14 @@
 """Layers for use inside a recursion: experts, projections and their deltas, and adapters."""
 
 from mor_layers.layers.adapters import EncoderLayers, PointwiseLayers
-from mor_layers.layers.moe import MOST_EXPERTS, ExpertRouters, MoE, MoEConfig
+from mor_layers.layers.moe import (
+    MOST_EXPERTS,
+    Assignment,
+    ExpertRouter,
+    ExpertRouters,
+    MoE,
+    MoEConfig,
+)
 from mor_layers.layers.projections import (
     ATTENTION_PROJECTIONS,
     PROJECTIONS_OF,
@@ -30,7 +37,9 @@ __all__ = [
     "MOST_EXPERTS",
     "PROJECTIONS_OF",
     "SUBLAYERS",
+    "Assignment",
     "EncoderLayers",
+    "ExpertRouter",
     "ExpertRouters",
     "MoE",
     "MoEConfig",
