@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.request
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -109,12 +110,12 @@ def test_a_model_that_is_calibrated_anew_is_not_served_by_its_earlier_graph(tmp_
 
 
 @pytest.fixture
-def compiling(monkeypatch) -> Counter:
+def compiling() -> Iterator[Counter]:
     """Lets vLLM compile; what torch.compile counts."""
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)
     counters = torch._dynamo.utils.counters["stats"]
     counters.clear()
-    return counters
+    with torch._dynamo.config.patch(disable=False):
+        yield counters
 
 
 def test_vllm_serve_answers_the_openai_client(model, folder):

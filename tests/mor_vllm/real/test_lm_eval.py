@@ -110,4 +110,6 @@ def test_generated_texts_are_those_of_the_model(model, samples, tokenizer):
         ids = [
             int(t) for t in model.generate(torch.tensor([tokenizer.encode(row["text"]).ids]), 12)
         ]
-        assert sample["filtered_resps"] == [tokenizer.decode(ids).split("e")[0]]
+        (got,) = sample["filtered_resps"]
+        # vLLM leaves out the bytes of a character that is not complete.
+        assert got == tokenizer.decode(ids).split("e")[0].rstrip("\ufffd")
