@@ -146,7 +146,8 @@ def test_every_setting_is_served_or_refused(kind):
 def test_every_router_is_served():
     routers = [config.effective_recursion.router for config in SERVED.values()]
     routers += [router.router for router in routers if isinstance(router, Deepened)]
-    assert {type(router) for router in routers} == set(registered_routers().values())
+    ours = {kind for kind in registered_routers().values() if kind.__module__.startswith("mor_")}
+    assert {type(router) for router in routers} == ours
 
 
 def settings_in(part: Any) -> Iterator[Any]:
@@ -331,7 +332,7 @@ def test_compiled_graphs_are_kept_by_what_routers_read_on_the_host(tmp_path, run
     assert keys[0] == keys[1] != keys[2]
 
 
-@pytest.mark.parametrize("version", ["0.31.2", "0.33.0rc1", "1.0"])
+@pytest.mark.parametrize("version", ["0.9.2", "0.33.0rc1", "1.0"])
 def test_folders_of_ours_are_refused_by_a_vllm_that_was_not_run(
     tmp_path, runner, monkeypatch, version
 ):

@@ -96,17 +96,17 @@ def test_compiled_answers_are_those_of_the_model(tmp_path, compiling, name):
     assert compiling["unique_graphs"] >= 1
 
 
-def test_a_model_that_is_calibrated_anew_is_not_served_by_its_earlier_graph(tmp_path, compiling):
+def test_a_model_that_is_calibrated_anew_does_not_find_its_earlier_graph(tmp_path):
+    """Thresholds are constants of a graph, so they are part of the key under which vLLM keeps it."""
     model = served_model("expert choice, cycle")
     (recursion,) = model.recursions
+    keys = []
     for bar in (-0.5, 0.5):
         recursion.router.bars[1:] = bar
-        recursion.router._bars = None  # as `tune` leaves it
         save_model(model, tmp_path / "model")
-        with engine(tmp_path / "model", enforce_eager=False, **ROUGH) as llm:
-            result = compare(model, greedy(llm, mixed_prompts(8, 257), max_tokens=8))
-        print(f"bar={bar}, compiled: {result}")
-        assert result.other_choices == 0 and result.largest < 1e-5
+        with engine(tmp_path / "model", **ROUGH) as llm:
+            keys += llm.apply_model(lambda served: served.vllm_config.compute_hash())
+    assert len(set(keys)) == 2
 
 
 @pytest.fixture
