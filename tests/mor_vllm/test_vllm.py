@@ -30,7 +30,7 @@ from mor_layers import (
 from mor_layers.generation.depth import turn_dial
 from mor_layers.layers.moe import Assignment, Experts
 from mor_layers.recursion import HyperConnections
-from mor_layers.routers import Deepened, registered_routers
+from mor_layers.routers import Deepened, Router, registered_routers
 from mor_vllm import plugin as vllm_plugin
 from tests.mor_layers.small_models import ROUTERS, plain_config, small_config, small_model
 from tests.mor_vllm.models import EXPERTS, SERVED, is_routed, recursive, served_model
@@ -253,11 +253,11 @@ def test_a_tensor_too_few_or_too_many_is_an_error(tmp_path, runner):
 
 
 @dataclass(frozen=True)
-class Unknown(ExpertChoice):
+class Unknown(RouterConfig):
     """A router of somebody's own, of which it is not known whether all tokens run step 1."""
 
-    def capacity_factors_for(self, num_recursions: int) -> None:
-        return None
+    def build(self, hidden_size: int, num_recursions: int) -> Router:
+        return ExpertChoice().build(hidden_size, num_recursions)
 
 
 def test_rows_of_unknown_routers_can_be_hidden():

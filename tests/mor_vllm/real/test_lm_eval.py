@@ -63,7 +63,7 @@ def samples(folder) -> dict[str, list[dict[str, Any]]]:
     from lm_eval.tasks import TaskManager
 
     settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128}
-    results = simple_evaluate(
+    results: Any = simple_evaluate(
         "vllm",
         {"pretrained": str(folder / "model"), **settings, **ROUGH},
         list(TASKS),
