@@ -40,6 +40,7 @@ PACKAGES = PROJECT["tool"]["importlinter"]["root_packages"]
 SECONDS_OF_HELP = 1.0
 PROMISES = {
     "megatron": ["mor_megatron"],
+    "muon": ["emerging_optimizers"],
     "te": ["transformer_engine.pytorch"],
     "dali": ["mor_dali"],
     "hf": ["mor_huggingface", "mor_tools.commands.generate"],

@@ -109,7 +109,7 @@ keep_old_modules(
     __name__,
     {
         "apex": ("platform.apex",),
-        "attention": ("layers.attention",),
+        "attention": ("layers.attention", "layers.core_attention"),
         "checkpoint_models": ("checkpoints.models",),
         "checkpointing": ("checkpoints.runs",),
         "cpu": ("platform.cpu",),

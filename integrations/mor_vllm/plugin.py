@@ -145,7 +145,8 @@ def require_servable(
         ValueError: for the first such setting, with the reason and what to use instead.
     """
     moe = config.moe
-    cached_head_size(config.head_size + hides_rows(config))
+    if config.latent_attention is None:
+        cached_head_size(config.head_size + hides_rows(config))
     sizes = {"num_heads": config.num_heads, "num_kv_heads": config.kv_heads}
     if moe is None or config.dense_ends:
         sizes["ffn_hidden_size"] = config.ffn_hidden_size
@@ -162,6 +163,12 @@ def require_servable(
             f"moe.capacity_factor={moe and moe.capacity_factor}",
             "requests would push each other's tokens out of the experts. Set capacity_factor to "
             "null in config.json, so that no token is dropped.",
+        ),
+        (
+            config.latent_attention is not None,
+            f"latent_attention={config.latent_attention}",
+            "the plugin's layers cache keys and values, not latent rows. Use DepthBatchingEngine, "
+            "which caches latent rows.",
         ),
         (
             moe is not None and config.hidden_size % 8 > 0,

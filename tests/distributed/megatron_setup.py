@@ -30,6 +30,7 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
+from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -71,38 +72,49 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu")
 
 
+LLAMA_LIKE: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "ffn_hidden_size": 64,
+    "normalization": "RMSNorm",
+    "gated_linear_unit": True,
+    "activation_func": F.silu,
+    "add_bias_linear": False,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "pipeline_dtype": torch.float32,
+    # Batched sends cross at PP=2 with virtual stages, where the previous rank is also the next.
+    "batch_p2p_comm": False,
+    "use_cpu_initialization": True,
+    "gradient_accumulation_fusion": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "masked_softmax_fusion": False,
+}
+"""Fields of a configuration of two layers, whatever the layout."""
+
+
 def tiny_config(**overrides: Any) -> TransformerConfig:
     """A Llama-like configuration of two layers in the current layout, with `overrides`."""
     virtual_stages = parallel_state.get_virtual_pipeline_model_parallel_world_size()
-    fields: dict[str, Any] = {
-        "num_layers": 2,
-        "hidden_size": 32,
-        "num_attention_heads": 4,
-        "num_query_groups": 2,
-        "ffn_hidden_size": 64,
-        "normalization": "RMSNorm",
-        "gated_linear_unit": True,
-        "activation_func": F.silu,
-        "add_bias_linear": False,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
+    layout: dict[str, Any] = {
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
         "virtual_pipeline_model_parallel_size": virtual_stages,
         "context_parallel_size": parallel_state.get_context_parallel_world_size(),
         "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
         "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
-        "pipeline_dtype": torch.float32,
-        # Batched sends cross at PP=2 with virtual stages, where the previous rank is also the next.
-        "batch_p2p_comm": False,
         "overlap_p2p_comm": virtual_stages is not None,
-        "use_cpu_initialization": True,
-        "gradient_accumulation_fusion": False,
-        "bias_activation_fusion": False,
-        "bias_dropout_fusion": False,
-        "masked_softmax_fusion": False,
     }
-    return TransformerConfig(**(fields | overrides))
+    return make_config(**(LLAMA_LIKE | layout | overrides))
+
+
+def make_config(**fields: Any) -> TransformerConfig:
+    """Megatron's configuration of these fields, with latent attention where they ask for it."""
+    kind = MLATransformerConfig if fields.get("multi_latent_attention") else TransformerConfig
+    return kind(**fields)
 
 
 def local_layer(config: TransformerConfig) -> ModuleSpec:

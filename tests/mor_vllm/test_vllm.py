@@ -29,6 +29,7 @@ from mor_layers import (
 )
 from mor_layers.generation.depth import turn_dial
 from mor_layers.layers.moe import Assignment, Experts
+from mor_layers.models import LatentAttentionConfig
 from mor_layers.recursion import HyperConnections
 from mor_layers.routers import Deepened, Router, registered_routers
 from mor_vllm import plugin as vllm_plugin
@@ -36,6 +37,7 @@ from tests.mor_layers.small_models import ROUTERS, plain_config, small_config, s
 from tests.mor_vllm.models import EXPERTS, SERVED, is_routed, recursive, served_model
 from tests.mor_vllm.vllm_emulation import Runner, emulated, place, vllm_config
 
+LATENT = LatentAttentionConfig(8, 4, 2, 6)
 SHARING = "recursive_sharing"
 SKIPS_STEP_1 = ROUTERS["expert_choice_first_step_too"]
 
@@ -119,7 +121,10 @@ def test_later_steps_share_the_cache_of_the_first(tmp_path, runner, name):
 
 
 SETTINGS = (DecoderConfig, RecursionConfig, MoEConfig, Relaxation, HyperConnections)
-REFUSED = {MoEConfig: {"capacity_factor", "drop_policy"}}
+REFUSED = {
+    MoEConfig: {"capacity_factor", "drop_policy"},
+    DecoderConfig: {"latent_attention"},
+}
 """Settings that are refused by name, see below. `drop_policy` needs a `capacity_factor`."""
 IN_TRAINING = {
     MoEConfig: {"balance_coefficient", "z_loss_coefficient"},
@@ -172,6 +177,10 @@ def default_of(setting: Field) -> Any:
             "moe.capacity_factor=1.0 cannot be served",
         ),
         (replace(small_config(), head_dim=258), "heads of 258 numbers cannot be served"),
+        (
+            replace(small_config(), num_kv_heads=None, latent_attention=LATENT),
+            "latent_attention=.* cannot be served",
+        ),
         (
             replace(recursive(moe=EXPERTS), hidden_size=36),
             "hidden_size=36 cannot be served by vLLM: .* multiple of 8",

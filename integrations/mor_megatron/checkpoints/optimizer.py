@@ -1,7 +1,8 @@
 """The state of Megatron's optimizers in a checkpoint: tensors by parameter name, and a step count.
 
 This state does not depend on the parallel layout. The parameter groups of a rank and the number of
-chained optimizers (one more with expert parallelism) follow from the run and are not saved.
+chained optimizers (one more with expert parallelism, and one more for Muon's matrices) follow from the
+run and are not saved.
 
 The distributed optimizer needs corrections to load what it saved. They are only active inside
 `sharded_state` and `load_state`. Line numbers refer to megatron-core 0.19.2.
@@ -20,6 +21,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
+from megatron.core.optimizer.emerging_optimizers import TensorParallelMuon
 
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
@@ -30,7 +32,7 @@ def sharded_state(
     """The optimizer's tensors, sharded like their parameters.
 
     Args:
-        optimizer: an optimizer from `get_megatron_optimizer` that uses Adam.
+        optimizer: an optimizer from `get_megatron_optimizer` that uses Adam, or Muon beside it.
         model_state: sharded state of all chunks that it optimizes.
         is_loading: True if the result will be loaded into and passed to `load_state`, False if it
             will be saved.
@@ -40,7 +42,7 @@ def sharded_state(
         checkpoint.
 
     Raises:
-        ValueError: the optimizer is not Adam.
+        ValueError: it is another optimizer.
     """
     states = []
     for part in _parts(optimizer):
@@ -61,13 +63,15 @@ def load_state(
         shared: the saved result of `shared_state`.
     """
     for part, state in zip(_parts(optimizer), states, strict=True):
-        if not HAVE_APEX_OR_TE and not isinstance(part, DistributedOptimizer):
+        is_plain = not HAVE_APEX_OR_TE and not isinstance(part, DistributedOptimizer)
+        if is_plain and not _is_muon(part):
             # optimizer.py:1187 and :1376 omit a step of zero, but torch's Adam requires a step.
             inner = state.get("optimizer", state)
             inner["state"]["common_step"] = torch.tensor(float(shared["step"]))
         with _corrected(part):
             part.load_state_dict(state)
-        _set_step(part, shared["step"])
+        if not _is_muon(part):
+            _set_step(part, shared["step"])
         scaler = _grad_scaler(part)
         if scaler is not None and shared["grad_scaler"] is not None:
             scaler.load_state_dict(shared["grad_scaler"])
@@ -78,7 +82,7 @@ def shared_state(optimizer: MegatronOptimizer) -> dict[str, Any]:
     parts = _parts(optimizer)
     for part in parts:
         _allocate_state(part)
-    steps = {_get_step(part) for part in parts}
+    steps = {_get_step(part) for part in parts if not _is_muon(part)}
     assert len(steps) == 1, f"parameters have taken different numbers of steps: {sorted(steps)}"
     scaler = _grad_scaler(parts[0])
     return {"step": steps.pop(), "grad_scaler": None if scaler is None else scaler.state_dict()}
@@ -88,6 +92,11 @@ def _parts(optimizer: MegatronOptimizer) -> list[Any]:
     chained = isinstance(optimizer, ChainedOptimizer)
     parts: list[Any] = optimizer.chained_optimizers if chained else [optimizer]
     return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
+
+
+def _is_muon(part: Any) -> bool:
+    """Whether a part updates matrices by Muon, which counts no steps."""
+    return isinstance(part.optimizer, TensorParallelMuon)
 
 
 def _grad_scaler(part: Any) -> Any:
@@ -106,14 +115,14 @@ def _allocate_state(part: Any) -> None:
     Megatron asserts that the state exists (distrib_optimizer.py:839). Its own way to create it is a
     step with zero gradients (:1422), which would decay the weights.
     """
-    if HAVE_APEX_OR_TE:
+    if HAVE_APEX_OR_TE or _is_muon(part):
         if part.init_state_fn is not None:
             part.init_state_fn(part.optimizer, part.config)
         return
     adam = part.optimizer
     if not isinstance(adam, torch.optim.Adam):
         raise ValueError(
-            f"cannot save or load the state of {type(adam).__name__}. Use torch.optim.Adam."
+            f"cannot save or load the state of {type(adam).__name__}. Use torch.optim.Adam, or Muon."
         )
     for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
         if not adam.state[parameter]:

@@ -1,9 +1,11 @@
 """Megatron layers that know which recursion step they run, and the recursion itself as one layer."""
 
-from mor_megatron.layers.attention import SDPACoreAttention
 from mor_megatron.layers.block_part import BlockPart
+from mor_megatron.layers.core_attention import SDPACoreAttention
 from mor_megatron.layers.document_attention import document_attention
+from mor_megatron.layers.experts.padding import aware_of_padding
 from mor_megatron.layers.experts.router import StepTopKRouter
+from mor_megatron.layers.latent_attention import LatentAttention
 from mor_megatron.layers.norms import Norm, local_norm
 from mor_megatron.layers.recursion import (
     AbsorbedLayer,
@@ -23,12 +25,14 @@ from mor_megatron.layers.validation import validate
 __all__ = [
     "AbsorbedLayer",
     "BlockPart",
+    "LatentAttention",
     "Norm",
     "RecursionLayer",
     "RecursionSubmodules",
     "RoutingReport",
     "SDPACoreAttention",
     "StepTopKRouter",
+    "aware_of_padding",
     "document_attention",
     "local_norm",
     "log_routing",

@@ -1,181 +1,33 @@
-"""Attention inside Megatron layers over the selected tokens, for every KV policy.
-
-`SDPACoreAttention` can be used in any layer spec; `RecursiveSelfAttention` replaces `SelfAttention`
-inside a recursion. Both are built on `torch.nn.functional.scaled_dot_product_attention`, which runs
-on a CPU and selects a fused kernel on a GPU, whereas Megatron's local core attention materialises
-the full score matrix.
+"""Grouped-query attention inside Megatron layers over the selected tokens, for every KV policy.
 
 Legend: `b` batch, `k` tokens that run a step, `m` tokens they attend to, `n` query heads and `g`
 key-value heads of this rank, `d` head size, `h` hidden, `p` is `k` padded so that the
 tensor-parallel ranks can share it evenly.
 """
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import checkpoint, get_cuda_rng_tracker
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     linear_with_grad_accumulation_and_async_allreduce,
 )
-from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.module import MegatronModule
-from torch import Tensor, nn
+from torch import Tensor
 
 from mor_layers import StepContext
-from mor_layers.recursion import Exited, attend
-from mor_megatron.layers.quantization import filled, row_alignment
-from mor_megatron.layers.relaxation import StepDeltas
-from mor_megatron.step import (
-    StepRotation,
-    attend_packed,
-    in_sequence_order,
-    takes_packed,
-    zigzag_positions,
-)
+from mor_layers.recursion import Exited
+from mor_megatron.layers.step_attention import StepAttention
+from mor_megatron.step import StepRotation
 
 
-class SDPACoreAttention(MegatronModule):
-    """Core attention computed by `scaled_dot_product_attention`.
-
-    Args:
-        config: only `attention_dropout`, `sequence_parallel` and `context_parallel_size` change the
-            result.
-        attn_mask_type: `causal`, `padding` (requires a mask) or `no_mask`.
-        softmax_scale: defaults to 1 / sqrt(head size).
-
-    Raises:
-        ValueError: the configuration asks for an option that is not implemented here.
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        attention_dropout: float | None = None,
-        softmax_scale: float | None = None,
-        cp_comm_type: str | None = None,
-        pg_collection: Any = None,
-    ) -> None:
-        super().__init__(config=config)
-        refused = {
-            "apply_query_key_layer_scaling": config.apply_query_key_layer_scaling,
-            "window_size": config.window_size is not None,
-            "softmax_type": config.softmax_type != "vanilla",
-        }
-        for option in (name for name, is_set in refused.items() if is_set):
-            raise ValueError(
-                f"SDPACoreAttention does not implement {option}={getattr(config, option)}. "
-                "Use Megatron's own core attention, or leave the option out."
-            )
-        self.softmax_scale = softmax_scale
-        self.is_causal = attn_mask_type == AttnMaskType.causal
-        self.cp_group = None
-        if config.context_parallel_size > 1:
-            cp_group = None if pg_collection is None else pg_collection.cp
-            self.cp_group = cp_group or parallel_state.get_context_parallel_group()
-        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
-    ) -> Tensor:
-        """`[k b n d], [m b g d] -> [k b nd]`; `attention_mask` is True where attention is not
-        allowed.
-        """
-        if attention_bias is not None or packed_seq_params is not None:
-            raise ValueError(
-                "SDPACoreAttention takes neither attention_bias nor packed_seq_params. Use "
-                "Transformer Engine's core attention for them."
-            )
-        is_causal = (
-            self.is_causal if attn_mask_type is None else attn_mask_type == AttnMaskType.causal
-        )
-        is_visible = None if attention_mask is None else ~attention_mask
-        if self.cp_group is not None:
-            return self._attend_over_ranks(query, key, value, is_visible, is_causal)
-        if is_visible is None and not is_causal:
-            is_visible = query.new_ones((1, 1, len(query), len(key)), dtype=torch.bool)
-        elif is_visible is not None and is_causal:
-            is_visible = is_visible & torch.ones_like(is_visible).tril(len(key) - len(query))
-        return self.attend(query, key, value, is_visible)
-
-    def _attend_over_ranks(
-        self, query: Tensor, key: Tensor, value: Tensor, is_visible: Tensor | None, is_causal: bool
-    ) -> Tensor:
-        """Attend from the rows of this context-parallel rank to the keys of all ranks.
-
-        A mask may have this rank's query rows or those of the whole sequence.
-        """
-        assert self.cp_group is not None
-        key, value = (in_sequence_order(rows, self.cp_group) for rows in (key, value))
-        dealt = zigzag_positions(len(key), self.cp_group.size(), key.device)
-        positions = dealt[self.cp_group.rank()]
-        if is_visible is None:
-            is_visible = torch.ones((1, 1, 1, len(key)), dtype=torch.bool, device=key.device)
-        elif is_visible.shape[2] == len(key):
-            is_visible = is_visible[:, :, positions]
-        if is_causal:
-            is_visible = is_visible & (
-                torch.arange(len(key), device=key.device) <= positions[:, None]
-            )
-        return self.attend(query, key, value, is_visible.expand(-1, -1, len(query), -1))
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, is_visible: Tensor | None
-    ) -> Tensor:
-        """`[k b n d], [m b g d] -> [k b nd]`; `is_visible=None` means plain causal attention."""
-        dropout = self.dropout if self.training else 0.0
-        forked = dropout > 0 and not self.config.sequence_parallel
-        with get_cuda_rng_tracker().fork() if forked else nullcontext():
-            out = attend(query, key, value, is_visible, self.softmax_scale, dropout)
-        return out.flatten(2)
-
-
-class RecursiveSelfAttention(SelfAttention):
+class RecursiveSelfAttention(StepAttention, SelfAttention):
     """`SelfAttention` over the tokens of one recursion step.
 
-    Parameters and checkpoint keys are those of `SelfAttention`. The `StepContext` arrives in the
-    argument for the attention mask and the `StepRotation` in the argument for the rotary table,
-    because Megatron's layers pass both through untouched (see `StepStack.forward`).
+    Parameters and checkpoint keys are those of `SelfAttention`.
     """
-
-    index_in_block: int
-    """0-based index of the layer in the recursion block."""
-    masked_attention: SDPACoreAttention | None
-    """Replaces Transformer Engine's core attention for steps with a mask. With an arbitrary mask,
-    Transformer Engine only has the implementation that materialises the full score matrix; PyTorch
-    has a memory-efficient kernel."""
-    deltas: StepDeltas | None
-    """What each step adds to the projections (see `relaxation`); None without relaxation."""
-
-    def join_block(self, index: int, input_norm: nn.Module) -> None:
-        """Store the index in the block and the norm that the layer applies before attention."""
-        self.index_in_block, self.deltas = index, None
-        self.__dict__["input_norm"] = input_norm  # registered by the layer, not here
-        self.masked_attention = None
-        if takes_packed(self.core_attention) and not self._options_of_the_core:
-            self.masked_attention = SDPACoreAttention(
-                self.config,
-                self.layer_number,
-                AttnMaskType.causal,
-                "self",
-                softmax_scale=self.core_attention.softmax_scale,
-            )
 
     def forward(  # type: ignore[override]
         self,
@@ -220,8 +72,7 @@ class RecursiveSelfAttention(SelfAttention):
 
     def _project_exited(self, exited: Exited) -> tuple[Tensor, Tensor]:
         """Keys and values of tokens that have just exited, `[x b g d]`."""
-        rows = filled(exited.hidden, row_alignment(self.config))
-        count, hidden = len(exited.tokens.positions), self.input_norm(rows)
+        count, hidden = len(exited.tokens.positions), self._normed_rows(exited)
         if not self._can_project_parts:
             _, key, value = self.get_query_key_value_tensors(hidden)[:3]  # type: ignore[misc]
             return key[:count], value[:count]  # type: ignore[return-value]
@@ -254,23 +105,6 @@ class RecursiveSelfAttention(SelfAttention):
             parts.append(relaxed.view_as(part))
         return (torch.cat(parts, dim=-2).flatten(-3), *output[1:])
 
-    def relax_output(self, linear: Any, inputs: tuple[Tensor, ...], output: Any) -> Any:
-        """Forward hook on `linear_proj` that adds the current step's delta to its output."""
-        assert self.deltas is not None
-        return self.deltas.relax("output", inputs[0], output[0], linear.weight), *output[1:]
-
-    @property
-    def _options_of_the_core(self) -> bool:
-        """Whether the configuration asks for something that SDPA does not compute."""
-        config = self.config
-        return (
-            config.softmax_type != "vanilla"
-            or config.window_size is not None
-            or config.apply_query_key_layer_scaling
-            or config.qk_clip
-            or config.log_max_attention_logit
-        )
-
     @property
     def _can_project_parts(self) -> bool:
         # Not possible in three cases: fused gradient accumulation writes into the buffer of the
@@ -300,37 +134,3 @@ class RecursiveSelfAttention(SelfAttention):
             tp_group=linear.tp_group,
         )
         return out.unflatten(-1, (-1, size))
-
-    @staticmethod
-    def _turn(heads: Tensor, rotation: StepRotation | None) -> Tensor:
-        return heads if rotation is None else rotation.turn(heads)
-
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        context: StepContext,
-        sequences: PackedSeqParams | None,
-    ) -> Tensor:
-        core: Any = self.core_attention
-        if sequences is not None and not takes_packed(core):
-            sequences = None
-        mask = context.causal_mask if sequences is None else None
-        if mask is not None and self.masked_attention is not None:
-            core = self.masked_attention
-
-        def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            if isinstance(core, SDPACoreAttention):
-                return core.attend(query, key, value, mask)
-            if sequences is not None:
-                return attend_packed(core, query, key, value, sequences)
-            # Megatron and Transformer Engine mask out the positions where their mask is True.
-            kind = AttnMaskType.causal if mask is None else AttnMaskType.arbitrary
-            barred = None if mask is None else ~mask
-            return core(query, key, value, barred, attn_mask_type=kind, attention_bias=None,
-                        packed_seq_params=None)  # fmt: skip
-
-        if self.checkpoint_core_attention and self.training:
-            return checkpoint(run, False, query, key, value)
-        return run(query, key, value)

@@ -31,6 +31,7 @@ from mor_layers import RecursionBlock, RecursionConfig, RecursionOutput, Routing
 from mor_layers.recursion import over_loops
 from mor_megatron.layers.block_part import BlockPart, CombiningRouter
 from mor_megatron.layers.experts.router import StepTopKRouter
+from mor_megatron.layers.latent_attention import RecursiveLatentAttention
 from mor_megatron.layers.own_sublayers import attentions_of
 from mor_megatron.layers.quantization import require_one_precision
 from mor_megatron.layers.routing.auxiliary_loss import RouterLossScaler, listen_for_loss_scale
@@ -210,11 +211,13 @@ class RecursionLayer(TransformerLayer):
             ValueError: an input is given that the recursion does not support.
         """
         refuse_inputs(packed_seq_params=packed_seq_params, attention_bias=attention_bias)
-        rotation = self._rotation(rotary_pos_emb, hidden_states)
         if inference_context is not None:
             refuse_inputs(padding_mask=padding_mask)
+            length = inference_context.sequence_len_offset + len(hidden_states)
+            rotation = self._rotation(rotary_pos_emb, hidden_states, length)
             return self._generate(hidden_states, inference_context, rotation), context
         tokens, num_documents = self._tokens(hidden_states, attention_mask, padding_mask)
+        rotation = self._rotation(rotary_pos_emb, hidden_states, tokens.sequence_length)
         relayout = self._relayout(hidden_states, tokens.sequence_length)
         if relayout is not None:
             hidden_states = relayout.to_sequence(hidden_states)
@@ -223,6 +226,8 @@ class RecursionLayer(TransformerLayer):
         is_counted = torch.is_grad_enabled() or not self.training
         if is_counted:
             self._begin_counting()
+        for router in self.expert_routers:
+            router.batch_size = tokens.count
         output = self.recursion(
             hidden_states,
             tokens,
@@ -310,15 +315,22 @@ class RecursionLayer(TransformerLayer):
         tokens = Tokens.whole_sequence(length, batch, hidden.device, documents, is_padding)
         return tokens, num_documents
 
-    def _rotation(self, rotary_pos_emb: Tensor | None, hidden: Tensor) -> StepRotation | None:
+    def _rotation(
+        self, rotary_pos_emb: Tensor | None, hidden: Tensor, length: int
+    ) -> StepRotation | None:
+        """The rotary table of a sequence of `length` tokens."""
+        attention = attentions_of(self.recursion.layers[0])[0]  # type: ignore[index]
+        if isinstance(attention, RecursiveLatentAttention):  # which has a table of its own
+            return attention.rotation(length, hidden.dtype)
         if rotary_pos_emb is None:
             return None
-        attention = attentions_of(self.recursion.layers[0])[0]  # type: ignore[index]
         scale = attention._yarn_concentration_factor
         if self.config.context_parallel_size > 1:  # Megatron passes this rank's rows only
             rotary_pos_emb = in_sequence_order(rotary_pos_emb, self.pg_collection.cp)
         fused = self.config.apply_rope_fusion
-        return StepRotation.table(rotary_pos_emb, scale, hidden.dtype, fused)
+        return StepRotation.table(
+            rotary_pos_emb, scale, hidden.dtype, fused, self.config.rotary_interleaved
+        )
 
     def _generate(
         self, hidden: Tensor, memory: StaticInferenceContext, rotation: StepRotation | None

@@ -26,6 +26,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
     make_sharded_tensors_for_checkpoint,
@@ -174,11 +175,13 @@ def attach_deltas(
     assert size is not None and config.num_query_groups is not None
     h, width = config.hidden_size, config.ffn_hidden_size
     heads, groups = config.num_attention_heads * size, config.num_query_groups * size
+    is_latent = isinstance(attention, MLASelfAttention)
+    joined = attention.query_projection_size if is_latent else heads  # what attention returns
     sizes = {
         "query": (h, heads),
         "key": (h, groups),
         "value": (h, groups),
-        "output": (heads, h),
+        "output": (joined, h),
         "gate": (h, width),
         "up": (h, width),
         "down": (width, h),
@@ -196,10 +199,12 @@ def attach_deltas(
         return made
 
     if set(names) & set(_ATTENTION):
-        parts = attention.parts_of(attention.linear_qkv.weight)
-        weights = dict(zip(_ATTENTION, (*parts, attention.linear_proj.weight), strict=True))
+        weights = {"output": attention.linear_proj.weight}
+        if not is_latent:  # no others are relaxed there (`validation`)
+            parts = attention.parts_of(attention.linear_qkv.weight)
+            weights |= dict(zip(("query", "key", "value"), parts, strict=True))
+            attention.linear_qkv.register_forward_hook(attention.relax_qkv)
         attention.deltas = deltas(_ATTENTION, weights)
-        attention.linear_qkv.register_forward_hook(attention.relax_qkv)
         attention.linear_proj.register_forward_hook(attention.relax_output)
     if isinstance(mlp, MoELayer) or not set(names) - set(_ATTENTION):
         return

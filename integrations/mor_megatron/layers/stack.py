@@ -18,15 +18,19 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from mor_layers import RecursionConfig, StepContext
-from mor_megatron.layers.attention import RecursiveSelfAttention, SDPACoreAttention
+from mor_megatron.layers.attention import RecursiveSelfAttention
 from mor_megatron.layers.block_part import BlockPart
+from mor_megatron.layers.core_attention import SDPACoreAttention
 from mor_megatron.layers.experts.moe import RecursiveMoELayer
+from mor_megatron.layers.experts.padding import PaddedMoELayer, PaddedTopKRouter
 from mor_megatron.layers.experts.router import StepTopKRouter
+from mor_megatron.layers.latent_attention import LatentAttention, RecursiveLatentAttention
 from mor_megatron.layers.own_sublayers import StepModules, attentions_of, give_own_sublayers
 from mor_megatron.layers.quantization import filled, row_alignment
 from mor_megatron.layers.relaxation import attach_deltas
@@ -189,16 +193,16 @@ def recursive_layer_spec(
 ) -> ModuleSpec:
     """The user's layer spec with those parts replaced that must know about the recursion.
 
-    Attention becomes `RecursiveSelfAttention` (using `SDPACoreAttention` instead of Megatron's
-    local core attention) and a mixture of experts becomes `RecursiveMoELayer`. Parameters and their
-    names stay.
+    Attention becomes `RecursiveSelfAttention` or `RecursiveLatentAttention` (using
+    `SDPACoreAttention` instead of Megatron's local core attention) and a mixture of experts becomes
+    `RecursiveMoELayer`. Parameters and their names stay.
 
     Args:
         gathers_keys: whether keys come from other ranks too. The user's core attention is then
             replaced, because it would do context parallelism itself, taking them for its own shard.
 
     Raises:
-        ValueError: the layer has no plain self-attention, or it has cross-attention.
+        ValueError: the layer has another attention than these two, or it has cross-attention.
     """
     if not (isinstance(spec.module, type) and issubclass(spec.module, TransformerLayer)):
         raise ValueError(
@@ -207,11 +211,12 @@ def recursive_layer_spec(
         )
     parts = cast(Any, spec.submodules)
     attention = parts.self_attention
-    if not isinstance(attention, ModuleSpec) or attention.module is not SelfAttention:
+    if not isinstance(attention, ModuleSpec) or attention.module not in _ATTENTIONS:
         raise ValueError(
-            f"a recursion runs layers with SelfAttention, not {attention!r}. Multi-latent and "
-            "other attentions compute the positions of tokens themselves, which is wrong for "
-            "selected tokens."
+            f"a recursion runs layers with SelfAttention or MLASelfAttention, not {attention!r}. "
+            "Other attentions compute the positions of tokens themselves, which is wrong for "
+            "selected tokens. A FusedMLASelfAttention (mla_down_proj_fusion) computes the same as "
+            "MLASelfAttention, which also projects only what a step needs."
         )
     if parts.cross_attention is not IdentityOp:
         raise ValueError(
@@ -223,7 +228,7 @@ def recursive_layer_spec(
         attention_parts = replace(attention_parts, core_attention=SDPACoreAttention)
     changes: dict[str, Any] = {
         "self_attention": replace(
-            attention, module=RecursiveSelfAttention, submodules=attention_parts
+            attention, module=_ATTENTIONS[attention.module], submodules=attention_parts
         ),
         "mlp": _recursive_mlp(parts.mlp, recursion),
     }
@@ -235,13 +240,20 @@ def recursive_layer_spec(
     return replace(spec, submodules=replace(parts, **changes))
 
 
+_ATTENTIONS: dict[Any, type] = {
+    SelfAttention: RecursiveSelfAttention,
+    LatentAttention: RecursiveLatentAttention,
+    MLASelfAttention: RecursiveLatentAttention,
+}
+
+
 def _recursive_mlp(builder: Any, recursion: RecursionConfig) -> Any:
-    is_moe = isinstance(builder, partial) and builder.func is MoELayer
+    is_moe = isinstance(builder, partial) and builder.func in (MoELayer, PaddedMoELayer)
     recursion.require_experts(is_moe)
     if not is_moe:
         return builder
     parts = builder.keywords["submodules"]
-    if parts.router is not TopKRouter:
+    if parts.router not in (TopKRouter, PaddedTopKRouter):
         raise ValueError(
             f"a mixture of experts inside a recursion needs Megatron's TopKRouter, "
             f"not {parts.router!r}."

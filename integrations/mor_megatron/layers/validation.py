@@ -58,15 +58,22 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             "whole sequence. Leave the capacity out.",
         ),
         (
-            config.multi_latent_attention,
-            "multi_latent_attention=True",
-            "it computes the positions of tokens itself. Use grouped-query attention.",
+            config.multi_latent_attention and bool(relaxed_qkv),
+            f"multi_latent_attention=True with Relaxation.projections={relaxed}",
+            "its queries, keys and values are projected in two stages, for which there are no "
+            "deltas. Use projections of 'output', 'gate', 'up' or 'down'.",
         ),
         (
-            config.rotary_interleaved,
-            "rotary_interleaved=True",
-            "selected tokens are rotated with the non-interleaved layout. Use "
-            "rotary_interleaved=False.",
+            config.multi_latent_attention and config.apply_rope_fusion,
+            "multi_latent_attention=True with apply_rope_fusion=True",
+            "the fused kernel takes the row number as the position, but selected tokens keep their "
+            "positions in the sequence. Use apply_rope_fusion=False.",
+        ),
+        (
+            getattr(config, "cache_mla_latents", False),
+            "cache_mla_latents=True",
+            "it is for Megatron's dynamic inference, which a recursion does not support. Leave it "
+            "out: Megatron's static inference context caches a recursion's latent rows anyway.",
         ),
         (
             bool(config.no_rope_freq),
@@ -178,6 +185,13 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             "a recomputed norm would be that of the last step. Leave 'layernorm' out.",
         ),
         (
+            "mlp" in selective and config.add_bias_linear and not has_moe,
+            "recompute_modules with 'mlp' and add_bias_linear=True",
+            "Megatron's recomputation of an MLP returns its bias, and the backward pass of that never "
+            "ends, also without a recursion. Use recompute_granularity='full', or "
+            "add_bias_linear=False.",
+        ),
+        (
             "mlp" in selective and bool(set(relaxed) & set(MLP_PROJECTIONS)),
             f"recompute_modules with 'mlp' and Relaxation.projections={relaxed}",
             "a recomputed MLP would be that of the last step. Use recompute_granularity='full', "
@@ -231,12 +245,6 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             "model.",
         ),
         (
-            has_moe and "global_aux_loss" in balancing,
-            "moe_router_load_balancing_type='global_aux_loss'",
-            "it averages the counts of steps that run different numbers of tokens. Use 'aux_loss' "
-            "or 'seq_aux_loss'.",
-        ),
-        (
             has_moe and "quantile_balancing" in balancing,
             "moe_router_load_balancing_type='quantile_balancing'",
             "Megatron does not implement it with padding. Use 'aux_loss' or an expert bias.",
@@ -260,11 +268,5 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             f"mean_experts={recursion.mean_experts} with moe_router_topk={config.moe_router_topk}",
             "moe_router_topk is the maximum for a token. It must be at least 2 and at least the "
             "largest mean.",
-        ),
-        (
-            has_moe and config.calculate_per_token_loss,
-            "calculate_per_token_loss=True with a mixture of experts",
-            "Megatron scales the experts' losses by the tokens of a step, not of the sequence. "
-            "Use calculate_per_token_loss=False.",
         ),
     ]

@@ -20,6 +20,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -33,9 +35,11 @@ from megatron.core.transformer.transformer_layer import (
 from mor_layers import RecursionConfig
 from mor_megatron.layers import (
     AbsorbedLayer,
+    LatentAttention,
     RecursionLayer,
     RecursionSubmodules,
     SDPACoreAttention,
+    aware_of_padding,
     document_attention,
     local_norm,
 )
@@ -54,23 +58,37 @@ def default_layer_spec(config: TransformerConfig, is_moe: bool | None = None) ->
 
     Raises:
         ValueError: grouped expert matrix products are requested without Transformer Engine, where
-            Megatron would silently run the experts one by one; or an attention for which Megatron
-            has specs of its own.
+            Megatron would silently run the experts one by one; an attention for which Megatron has
+            specs of its own; or, with Transformer Engine, latent attention with a norm of queries
+            that have no latent row.
     """
     _refuse_other_specs(config)
     num_experts = None if is_moe is False else config.num_moe_experts
     uses_engine = config.transformer_impl == "transformer_engine" and torch.cuda.is_available()
+    # The norms of multi-latent attention.
+    norms_queries = not config.multi_latent_attention or config.q_lora_rank is not None  # type: ignore[attr-defined]
     if uses_engine and has_transformer_engine():
+        if config.qk_layernorm and not norms_queries:
+            raise ValueError(
+                "multi_latent_attention=True with qk_layernorm=True and Transformer Engine needs "
+                "q_lora_rank: without a latent row of queries, Megatron normalises the input of their "
+                "projection a second time. Set q_lora_rank, or transformer_impl='local'."
+            )
         parts = get_gpt_layer_with_transformer_engine_submodules(
             num_experts=num_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
+            multi_latent_attention=config.multi_latent_attention,
             qk_l2_norm=config.qk_l2_norm,
             use_te_activation_func=config.use_te_activation_func,
         )
         attention = cast(Any, parts.self_attention)
         core = replace(attention.submodules, core_attention=document_attention())
-        parts = replace(parts, self_attention=replace(attention, submodules=core))
+        parts = replace(
+            parts,
+            self_attention=replace(_latent(attention), submodules=core),
+            mlp=aware_of_padding(parts.mlp),
+        )
         return ModuleSpec(module=TransformerLayer, submodules=parts)
     if config.moe_grouped_gemm:
         raise ValueError(
@@ -80,6 +98,7 @@ def default_layer_spec(config: TransformerConfig, is_moe: bool | None = None) ->
     parts = get_gpt_layer_local_submodules(
         num_experts=num_experts,
         qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
         normalization=config.normalization,
         qk_l2_norm=config.qk_l2_norm,
     )
@@ -89,18 +108,36 @@ def default_layer_spec(config: TransformerConfig, is_moe: bool | None = None) ->
     if attention_parts.core_attention is DotProductAttention:
         changes["core_attention"] = SDPACoreAttention
     if config.qk_layernorm and not config.qk_l2_norm:  # the latter takes precedence, as in Megatron
-        changes |= {"q_layernorm": norm, "k_layernorm": norm}
+        keys_norm = "kv_layernorm" if config.multi_latent_attention else "k_layernorm"
+        changes |= {"q_layernorm": norm if norms_queries else IdentityOp, keys_norm: norm}
     keys = dict(parts.sharded_state_dict_keys_map)
+    if config.multi_latent_attention:
+        keys |= _ENGINE_KEYS  # Megatron has none for its local layers
     if num_experts:  # like Transformer Engine's layers, which fuse this norm into dense MLPs only
         keys.pop("pre_mlp_layernorm.", None)
     parts = replace(
         parts,
         input_layernorm=norm,
         pre_mlp_layernorm=norm,
+        mlp=aware_of_padding(parts.mlp),
         sharded_state_dict_keys_map=keys,
-        self_attention=replace(attention, submodules=replace(attention_parts, **changes)),
+        self_attention=replace(_latent(attention), submodules=replace(attention_parts, **changes)),
     )
     return ModuleSpec(module=TransformerLayer, submodules=parts)
+
+
+_ENGINE_KEYS = {
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+"""The norms of latent attention and MLP in checkpoints, as Transformer Engine's layers fuse them."""
+
+
+def _latent(attention: ModuleSpec) -> ModuleSpec:
+    """The spec, with `LatentAttention` in the place of Megatron's."""
+    is_latent = attention.module is MLASelfAttention
+    return replace(attention, module=LatentAttention) if is_latent else attention
 
 
 def _refuse_other_specs(config: TransformerConfig) -> None:

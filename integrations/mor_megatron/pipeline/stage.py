@@ -207,7 +207,7 @@ class RecursionStage(RecursionLayer):
         recursion, decision = self.recursion, state.decision
         earlier = flight.context if step else None
         context = begin_step(recursion.kv_policy, step, decision.tokens, earlier)
-        rotation = self._rotation(rotary_pos_emb, state.rows)
+        rotation = self._rotation(rotary_pos_emb, state.rows, decision.tokens.sequence_length)
         rows = recursion.enter(step, state.rows, self._injected(step, state, flight))
         output = recursion.run_layers(rows, context, rotation=rotation)
         origin = state.full if self.keeps_origin else None

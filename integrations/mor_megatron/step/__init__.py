@@ -8,7 +8,7 @@ from mor_megatron.step.context_parallel import (
 )
 from mor_megatron.step.documents import documents_of
 from mor_megatron.step.packing import attend_packed, packed, takes_packed
-from mor_megatron.step.placement import SequenceParallelPlacement, shard_of_padding
+from mor_megatron.step.placement import SequenceParallelPlacement, padded, shard_of_padding
 from mor_megatron.step.rotation import StepRotation
 from mor_megatron.step.static_cache import CachedStep, StaticCache
 
@@ -23,6 +23,7 @@ __all__ = [
     "documents_of",
     "in_sequence_order",
     "packed",
+    "padded",
     "shard_of_padding",
     "takes_packed",
     "zigzag_positions",

@@ -1,8 +1,9 @@
 """Keys and values of a recursion in Megatron's static inference context.
 
 The rows of each (step, layer) are stored under the number of its unrolled layer, in the same format as
-those of ordinary layers: `[S b g d]`, indexed by the position of the token. A mask is stored as well,
-because a token has no row at steps that it does not run. The tokens of a text can be passed all at
+those of ordinary layers: `[S b g d]`, indexed by the position of the token. Multi-latent attention keeps
+its latent rows and rotary parts in their place. A mask is stored as well, because a token has no row at
+steps that it does not run. The tokens of a text can be passed all at
 once or one by one. Routing is causal.
 
 Legend: `S` largest sequence length, `b` batch, `k` tokens that run a step now, `m` positions up to the
@@ -57,13 +58,17 @@ class StaticCache:
         positions = torch.arange(start, end, device=device)[:, None].expand(length, self.batch)
         return Tokens(positions, end)
 
-    def rows(self, step: int, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The memory for keys and for values of a step and layer, each `[S b g d]`."""
+    def rows(self, step: int, layer: int, like: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The memory for keys and for values of a step and layer, each `[S b g d]` as `like`'s are."""
         number = self.first_layer + step * self.layers_per_step + layer + 1
         store = self.memory.key_value_memory_dict
         if number not in store:
-            shape = (self.memory.max_sequence_length, self.memory.max_batch_size, *like.shape[2:])
-            store[number] = (like.new_zeros(shape), like.new_zeros(shape))
+            size = (self.memory.max_sequence_length, self.memory.max_batch_size)
+            key, value = like
+            store[number] = (
+                key.new_zeros((*size, *key.shape[2:])),
+                value.new_zeros((*size, *value.shape[2:])),
+            )
         key, value = store[number]
         return key[:, self.columns], value[:, self.columns]
 
@@ -120,17 +125,19 @@ class CachedStep(StepContext):
             number = cache.first_layer + layer + 1
             keys, values = (rows[:, cache.columns] for rows in stored[number])
             return keys[:end], values[:end]
-        own = cache.rows(self.step, layer, key)
+        own = cache.rows(self.step, layer, (key, value))
         if cache.policy == "sharing_with_update" and self.step > 0:
             start = cache.memory.sequence_len_offset
-            for rows, first in zip(own, cache.rows(0, layer, key), strict=True):
+            for rows, first in zip(own, cache.rows(0, layer, (key, value)), strict=True):
                 rows[start:end] = first[start:end]
         count = len(self.tokens.positions)
         for rows, new in zip(own, (key, value), strict=True):
             _put(rows, new[:count], self.tokens)
         if self.exited is not None:
             for step in range(self.step, cache.num_steps):
-                for rows, new in zip(cache.rows(step, layer, key), (key, value), strict=True):
+                for rows, new in zip(
+                    cache.rows(step, layer, (key, value)), (key, value), strict=True
+                ):
                     _put(rows, new[count:], self.exited.tokens)
         return own[0][:end], own[1][:end]
 

@@ -17,8 +17,6 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
@@ -39,6 +37,7 @@ from mor_tools.formats import RUN_CHECKPOINTS
 from mor_tools.pretraining import distributed
 from mor_tools.pretraining.data.datasets import batches
 from mor_tools.pretraining.models.teacher import Teacher
+from mor_tools.pretraining.optimizer import build_optimizer, build_scheduler
 from mor_tools.pretraining.settings import Settings
 from mor_tools.pretraining.watch import Watch
 
@@ -88,8 +87,8 @@ class Trainer:
         self.watch = watch
         self._losses_not_finite: str | None = None
         self.chunks = _data_parallel(settings, chunks)
-        self.optimizer = _optimizer(settings, self.chunks)
-        self.scheduler = _scheduler(settings, self.optimizer)
+        self.optimizer = build_optimizer(settings, self.chunks)
+        self.scheduler = build_scheduler(settings, self.optimizer)
         self.checkpoints = Path(settings.output) / RUN_CHECKPOINTS
         copies = parallel_state.get_data_parallel_world_size()
         training = settings.training
@@ -323,45 +322,3 @@ def _data_parallel(settings: Settings, chunks: list[GPTModel]) -> list[Distribut
         )
         for index, chunk in enumerate(chunks)
     ]
-
-
-def _optimizer(settings: Settings, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
-    training = settings.training
-    config = OptimizerConfig(
-        optimizer="adam",
-        lr=training.learning_rate,
-        min_lr=training.final_learning_rate,
-        weight_decay=training.weight_decay,
-        adam_beta2=training.adam_beta2,
-        clip_grad=training.gradient_clip,
-        bf16=training.precision == "bf16",
-        params_dtype=chunks[0].config.params_dtype,
-        use_distributed_optimizer=settings.parallel.distributed_optimizer,
-    )
-    return get_megatron_optimizer(config, chunks)
-
-
-def _scheduler(settings: Settings, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Linear warmup, constant learning rate, linear decay; all in steps."""
-    training = settings.training
-    scheduler = OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=training.learning_rate,
-        min_lr=training.final_learning_rate,
-        lr_warmup_steps=training.warmup_steps,
-        lr_decay_steps=training.steps,
-        lr_decay_style="WSD",
-        wsd_decay_steps=training.decay_steps,
-        lr_wsd_decay_style="linear",
-        start_wd=training.weight_decay,
-        end_wd=training.weight_decay,
-        wd_incr_steps=training.steps,
-        wd_incr_style="constant",
-        # The run's settings take precedence over the checkpoint's: they were checked already, and
-        # an extended run decays later than its checkpoints say.
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )
-    scheduler.step(increment=1)  # the first step is already part of the warmup
-    return scheduler

@@ -39,6 +39,7 @@ class IndexedAttention:
 
     def __init__(self, visible: Visible, arena: KVArena, num_heads: int) -> None:
         num_kv_heads, (t, n) = arena.data.shape[3], (len(visible.lists), num_heads)
+        per_row = arena.num_vectors * num_kv_heads
         counts, longest = visible.counts, int(visible.counts.max())
         is_seen = torch.arange(longest) < counts[:, None]  # [t m]
         place = is_seen.flatten().nonzero()[:, 0]  # of what one head sees, in [t m]
@@ -51,13 +52,13 @@ class IndexedAttention:
         # The vectors of a row are its g keys, then its g values. A group of query heads shares one.
         # Heads are the outer dimension: all read the same rows, and each its own vector in them.
         head = torch.arange(n)[:, None]
-        self.keys = (rows * (2 * num_kv_heads) + head // (n // num_kv_heads)).flatten()  # [z]
-        self.values = self.keys + num_kv_heads
+        self.keys = (rows * per_row + head // (n // num_kv_heads)).flatten()  # [z]
+        self.values = self.keys + (per_row - num_kv_heads)  # the same where a row is both
         ends = (counts.cumsum(0) + head * len(rows)).flatten()
         self.bounds = F.pad(ends, (1, 0))
         self.places = (place + head * is_seen.numel()).flatten()
         self.scores = torch.full((n, t, longest), -torch.inf, dtype=arena.dtype)
-        self.pattern = _pattern(self.bounds, self.keys, num_rows * 2 * num_kv_heads, arena.dtype)
+        self.pattern = _pattern(self.bounds, self.keys, num_rows * per_row, arena.dtype)
 
     def __call__(
         self, arena: KVArena, layer: int, query: Float[Tensor, "t n d"]
@@ -128,7 +129,8 @@ class GatheredAttention:
         self, arena: KVArena, layer: int, query: Float[Tensor, "t n d"]
     ) -> Float[Tensor, "t n d"]:
         rows = arena.gather(layer, self.rows).unflatten(0, (self.num_spans, -1))
-        key, value = rows.permute(2, 0, 3, 1, 4)  # [c m 2 g d] -> 2 of [c g m d]
+        vectors = rows.permute(2, 0, 3, 1, 4)  # [c m p g d] -> [p c g m d]
+        key, value = vectors[0], vectors[-1]  # the same where a row is both
         spans = query[self.tokens].transpose(1, 2)  # [c q n d] -> [c n q d]
         mask, group = self.mask, query.shape[1] // key.shape[1]
         if spans.shape[2] == 1:  # heads that share a key take the place of queries
@@ -214,6 +216,10 @@ class CachedContext(StepContext):
     def projects_keys(self) -> bool:
         return len(self.rows) > 0
 
+    @property
+    def keeps_latent_rows(self) -> bool:
+        return True
+
     def rows_to_project(self, hidden: Tensor) -> Tensor:
         # With recursive sharing, tokens beyond step 1 only read rows that step 1 has written.
         return hidden[: len(self.rows)]
@@ -231,6 +237,6 @@ class CachedContext(StepContext):
 
     def attend(self, layer: int, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tensor:
         layer += self.first_layer
-        if key is not None and value is not None:
-            self.arena.write(layer, self.rows, key[:, 0], value[:, 0])
+        if key is not None:
+            self.arena.write(layer, self.rows, key[:, 0], None if value is None else value[:, 0])
         return self.attention(self.arena, layer, query[:, 0])[:, None]

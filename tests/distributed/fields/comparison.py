@@ -34,7 +34,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor, nn
 
 from mor_layers import RecursionConfig
-from mor_megatron import recursion_block_spec
+from mor_megatron import SDPACoreAttention, recursion_block_spec
 from mor_megatron.layers import validate
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pool import forget_losses
@@ -143,6 +143,9 @@ def _plain(base: dict[str, Any], fields: dict[str, Any], model: dict[str, Any]) 
             normalization=config.normalization,
             qk_l2_norm=config.qk_l2_norm,
         )
+    if config.multi_latent_attention:  # for which Megatron's local core attention cannot be built
+        for spec in block.layer_specs or ():
+            spec.submodules.self_attention.submodules.core_attention = SDPACoreAttention
     built = _gpt(config, block, model)
     for layer in built.decoder.layers:
         router = getattr(layer.mlp, "router", None)
@@ -176,6 +179,8 @@ def _gpt(
         (*_, last) = get_gpt_decoder_layer_specs(
             config, use_transformer_engine=False, normalization=config.normalization
         )
+        if config.multi_latent_attention:
+            last.submodules.self_attention.submodules.core_attention = SDPACoreAttention
         further = get_gpt_mtp_block_spec(config, last, use_transformer_engine=False)
     arguments = {
         "position_embedding_type": "rope",

@@ -9,6 +9,7 @@ from megatron.core.distributed import finalize_model_grads
 
 from tests.distributed.fields.trial import (
     CONSTANT,
+    MLA,
     MTP,
     MUP,
     ROUNDING,
@@ -25,6 +26,7 @@ from tests.distributed.fields.trial import (
 TP2, PP2 = {"tp": 2}, {"pp": 2}
 LAYOUT = "Et|t*6,tL"
 PP = {"pipeline_model_parallel_size": 2}
+LATENT = {name: value for name, value in MLA.items() if name != "multi_latent_attention"}
 TWO_STAGES = {**PP, "pipeline_model_parallel_layout": LAYOUT}
 SP = {"sequence_parallel": True}
 
@@ -79,7 +81,7 @@ EQUAL: dict[str, Trial] = {
     "moe_router_group_topk": moe(1, moe_router_num_groups=2, **SIGMOID),
     "moe_router_load_balancing_type": moe(
         ["aux_loss", "seq_aux_loss"],
-        "also 'sinkhorn' and 'none'; 'global_aux_loss' and 'quantile_balancing' are refused",
+        "also 'global_aux_loss', 'sinkhorn' and 'none'; 'quantile_balancing' is refused",
         moe_aux_loss_coeff=[0.1, 0.2],
     ),
     "moe_router_num_groups": moe(2, moe_router_group_topk=1, **SIGMOID),
@@ -100,6 +102,7 @@ EQUAL: dict[str, Trial] = {
         "refused where a replica is spread over ranks; folders of weights leave its heads out",
     ),
     "mtp_use_repeated_layer": dense(True, **MTP),
+    "multi_latent_attention": dense(True, "with rope_type 'rope' and 'yarn'", **LATENT),
     "mup_attn_scale_power": dense(0.5, **MUP),
     "mup_base_head_dim": dense(4, mup_attn_scale_power=0.5, **MUP),
     "mup_base_hidden_size": dense(8, use_mup=True),
@@ -115,6 +118,7 @@ EQUAL: dict[str, Trial] = {
     "params_dtype": Trial(torch.bfloat16, {"bf16": True}, **ROUNDING),
     "qk_l2_norm": dense(True),
     "qk_layernorm": dense(True),
+    "rotary_interleaved": dense(True),
     "softmax_scale": dense(0.5),
     "use_mup": dense(True, mup_base_hidden_size=16),
     "batch_p2p_comm": spread(True, PP2, "with virtual stages True is refused", **TWO_STAGES),

@@ -29,13 +29,9 @@ REFUSED: dict[str, Trial] = {
     "moe_pad_expert_input_to_capacity": refused_moe(
         True, "steps and ranks run different numbers of tokens", moe_expert_capacity_factor=1.0
     ),
-    "multi_latent_attention": refused(True, "it computes the positions of tokens itself"),
     "no_rope_freq": refused(2, "the steps of a shared layer are at several depths"),
     "qk_clip": refused(True, "steps would overwrite one another's"),
     "quant_recipe": refused(object(), "it selects layers by name and number"),
-    "rotary_interleaved": refused(
-        True, "selected tokens are rotated with the non-interleaved layout"
-    ),
     "softmax_type": refused("learnable", "does not implement softmax_type=learnable"),
     "tp_comm_overlap": refused(True, "its buffers hold a fixed number of rows"),
     "use_grouped_gemm_for_dense_mlp": refused(

@@ -95,6 +95,16 @@ def constant(value: float) -> Callable[[Tensor], Tensor]:
 
 SHARED = {"moe_shared_expert_intermediate_size": 32}
 SIGMOID = {"moe_router_score_function": "sigmoid"}
+MLA = {
+    "multi_latent_attention": True,
+    "qk_layernorm": True,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_head_dim": 8,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 12,
+    "rope_type": "rope",
+}
 MTP = {"mtp_num_layers": 2}
 MUP = {"use_mup": True, "mup_base_hidden_size": 16}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

@@ -18,6 +18,7 @@ from mor_layers import (
     TokenChoice,
 )
 from tests.distributed import megatron_setup as setup
+from tests.distributed.fields.trial import MLA
 from tests.distributed.pipeline.pipeline_setup import (
     DISTRIBUTED,
     EXPERT,
@@ -103,6 +104,9 @@ SAMPLE = {
         config=SP | MOE | FULL_RECOMPUTE,
     ),
     "PP=2, random loops": Case(LOOPS),
+    "TP=2+SP x PP=2, latent attention, token, sharing": Case(
+        recursion(2, "token", SHARING), tp=2, config=SP | MLA
+    ),
     "PP=2, cycle, fixed depth, a norm a step": Case(
         RecursionConfig(3, sharing="cycle", router=FixedDepth(), share_norms=False)
     ),
@@ -146,6 +150,12 @@ MORE = {
     "PP=2, nothing shared, update, expert": Case(
         replace(recursion(3, "expert", UPDATE), own_per_step=("attention", "mlp"))
     ),
+    **{
+        f"PP=2, latent attention, {router}, {policy}": Case(
+            recursion(3, router, policy), config=MLA | FULL_RECOMPUTE
+        )
+        for router, policy in (("expert", "recursion_wise"), ("token", UPDATE), ("expert", SHARING))
+    },
     "PP=2, own attention, random loops": Case(replace(LOOPS, relaxation=None, **OWN)),
 }
 
@@ -155,7 +165,7 @@ def on_one_rank(pool: WorkerPool):
     known: dict[str, Outcome] = {}
 
     def compute(case: Case) -> Outcome:
-        model = {n: v for n, v in case.config.items() if n in MOE or n == "bf16"}
+        model = {n: v for n, v in case.config.items() if n in MOE | MLA or n == "bf16"}
         case = replace(case, pp=1, tp=1, dp=1, config=model, ddp={})
         if repr(case) not in known:
             known[repr(case)] = pool.run(outcome, 1, case=case, is_pipeline=False)[0]

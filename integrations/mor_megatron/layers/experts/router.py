@@ -12,19 +12,17 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import (
-    MoEAuxLossAutoScaler,
     compute_routing_scores_for_aux_loss,
     router_gating_linear,
     topk_routing_with_score_function,
 )
-from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
 from mor_layers import RecursionConfig
 from mor_layers.modules import PreciseBuffers
 from mor_layers.routers import NUM_BINS, Thresholds
+from mor_megatron.layers.experts.padding import PaddedTopKRouter
 from mor_megatron.layers.step_aware import StepAware
 
 
@@ -93,7 +91,33 @@ class StepExpertBias(PreciseBuffers):
         self.register_buffer("expert_bias", zeros.clone())
 
 
-class StepTopKRouter(StepAware, TopKRouter):
+class StepGlobalLoad(PreciseBuffers):
+    """Tokens of each expert in each step, summed over the micro-batches of a global batch."""
+
+    load: Tensor
+    """`[r e]`."""
+    batches: Tensor
+    """Micro-batches, `[r]`."""
+
+    def __init__(self, num_recursions: int, num_experts: int, device: torch.device) -> None:
+        super().__init__()
+        load = torch.zeros(num_recursions, num_experts, device=device)
+        self.register_buffer("load", load, persistent=False)
+        self.register_buffer("batches", load.new_zeros(num_recursions), persistent=False)
+
+    def mean_after(self, step: int, load: Tensor) -> Tensor:
+        """The mean load of a step, `[e]`, after another micro-batch."""
+        self.load[step] += load
+        self.batches[step] += 1
+        return self.load[step] / self.batches[step]
+
+    def clear(self) -> None:
+        """Begin another global batch."""
+        self.load.zero_()
+        self.batches.zero_()
+
+
+class StepTopKRouter(StepAware, PaddedTopKRouter):
     """`TopKRouter` that knows which step it runs and does not count padding.
 
     Its balance losses are logged in two places. They are recorded in Megatron's metrics tracker, as
@@ -104,6 +128,8 @@ class StepTopKRouter(StepAware, TopKRouter):
     """
 
     width_histograms: Tensor
+    batch_size: Tensor
+    """Tokens in the sequences of the micro-batch, whatever number of them runs the step."""
 
     def join_recursion(self, recursion: RecursionConfig) -> None:
         """Create what each step has of its own: weights, biases and thresholds, as configured."""
@@ -115,11 +141,15 @@ class StepTopKRouter(StepAware, TopKRouter):
             self.weight = self._per_step(self.weight, steps)
             self.bias = None if self.bias is None else self._per_step(self.bias, steps)
         self.cells = ExpertCells(steps, num_experts, device)
+        self.batch_size = torch.zeros((), device=device)
         if self.enable_expert_bias:
             # Not one buffer of shape [r e]: Megatron stacks the biases of all layers, which must
             # have the same shape.
             del self.expert_bias, self.local_tokens_per_expert
             self.biases = nn.ModuleList(StepExpertBias(num_experts, device) for _ in range(steps))
+        if self.get_aux_loss_coeff("global_aux_loss"):
+            del self.global_tokens_per_expert, self.ga_steps
+            self.global_load = StepGlobalLoad(steps, num_experts, device)
         self.mean_experts = recursion.mean_experts
         if self.mean_experts is not None:
             self.widths = Thresholds(steps, "width").to(device)
@@ -173,31 +203,14 @@ class StepTopKRouter(StepAware, TopKRouter):
             self.biases[self.step].local_tokens_per_expert += taken.detach().sum(dim=0)
         return probs, taken
 
-    def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Like Megatron's z-loss, but averaged over the valid tokens of all ranks.
+    def tokens_of_batch(self, routed: Tensor) -> Tensor:
+        """All tokens of the micro-batch: a step's balance has the same weight however few run it."""
+        return self.batch_size
 
-        Megatron averages the means of the ranks, which is biased if the ranks have different
-        numbers of valid tokens. That happens when a selection is not divisible by the number of
-        ranks.
-        """
-        coefficient = self.config.moe_z_loss_coeff
-        if padding_mask is None or not coefficient:
-            return super().apply_z_loss(logits, padding_mask)
-        if not (self.training and torch.is_grad_enabled()):
-            return logits
-        is_valid = ~padding_mask
-        count = is_valid.sum()
-        torch.distributed.all_reduce(count, group=self.tp_cp_group)
-        squares = torch.logsumexp(logits, dim=-1).square().masked_fill(padding_mask, 0)
-        z_loss = squares.sum() / count.clamp(min=1)
-        get_moe_metrics_tracker().record(
-            "z_loss",
-            z_loss * self.tp_cp_group.size(),
-            self.layer_number,
-            self.config.num_layers,
-            avg_group=self.tp_dp_cp_group,
-        )
-        return MoEAuxLossAutoScaler.apply(logits, coefficient * z_loss)
+    def reset_global_aux_loss_tracker(self) -> None:
+        """Begin another global batch; `finalize_model_grads` calls this."""
+        if self.get_aux_loss_coeff("global_aux_loss"):
+            self.global_load.clear()
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -282,22 +295,29 @@ class StepTopKRouter(StepAware, TopKRouter):
         for name, log, groups in (
             ("aux_loss", "load_balancing_loss", 1),
             ("seq_aux_loss", "seq_load_balancing_loss", batch),
+            ("global_aux_loss", "global_load_balancing_loss", 1),
         ):
             coefficient = self.get_aux_loss_coeff(name)
             if coefficient == 0:
                 continue
+            is_global = name == "global_aux_loss"
+            group = self.tp_dp_cp_group if is_global else self.tp_cp_group
             shape = (-1, groups * self.num_experts)
             own, given = (x.reshape(shape).sum(dim=0) for x in (chosen, scores))
             total = torch.cat([own.float(), count[None]])
-            total = reduce_from_tensor_model_parallel_region(total, self.tp_cp_group)
-            share = total[:-1] / total[:-1].sum().clamp(min=1)
+            total = reduce_from_tensor_model_parallel_region(total, group)
+            load = total[:-1]
+            if is_global:
+                load = self.global_load.mean_after(self.step, load)
+            share = load / load.sum().clamp(min=1)
             mean = given / (total[-1].clamp(min=1) / groups)
             probs = self.attach_and_log_load_balancing_loss(
                 probs,
                 coefficient,
                 coefficient * self.num_experts * (share * mean).sum(),
                 log,
-                self.tp_cp_group,
+                group,
+                needs_dp_avg=not is_global,
                 valid_token_count=count,
             )
         return probs

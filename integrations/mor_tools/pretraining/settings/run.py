@@ -87,6 +87,11 @@ class Settings:
             self.recursion.require_experts(self.model.moe is not None)
         self._check_uptrain()
         require(
+            self.training.optimizer == "adamw" or not self.parallel.distributed_optimizer,
+            "training.optimizer='muon' needs whole matrices, and parallel.distributed_optimizer=True "
+            "shards them. Set it to False, or use adamw.",
+        )
+        require(
             self.evaluation.sample_tokens < self.data.sequence_length,
             f"evaluation.sample_tokens={self.evaluation.sample_tokens} leaves no room for the "
             f"prompt in data.sequence_length={self.data.sequence_length}. Use fewer.",
@@ -166,6 +171,11 @@ class Settings:
             self.wandb is None or find_spec("wandb") is not None,
             f"wandb.project={self.wandb and self.wandb.project!r} needs the package wandb. Install "
             "it, or set wandb=null.",
+        )
+        require(
+            self.training.optimizer != "muon" or find_spec("emerging_optimizers") is not None,
+            "training.optimizer='muon' needs the package emerging-optimizers. Install it with pip "
+            'install "mor-layers[muon]", or use adamw.',
         )
 
     def _check_uptrain(self) -> None:

@@ -14,12 +14,13 @@ from mor_tools.pretraining.settings.rules import (
 )
 
 Precision = Literal["fp32", "bf16"]
+Optimizer = Literal["adamw", "muon"]
 LONGEST_TIMEOUT = 30 * 24 * 3600.0
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Optimization with AdamW and a warmup-stable-decay schedule."""
+    """Optimization with a warmup-stable-decay schedule."""
 
     steps: int = 500
     """Optimizer steps of the whole run. A larger number extends a run, also one that is complete."""
@@ -30,6 +31,12 @@ class TrainingSettings:
     """Sequences per optimizer step, over all processes."""
     micro_batch_size: int = 8
     """Sequences that one process runs at once."""
+    optimizer: Optimizer = "adamw"
+    """`adamw`, or `muon` (arXiv 2502.16982): matrices are updated by their orthogonalized momentum,
+    and everything else, embeddings, the output layer and routers included, by AdamW. Needs the extra
+    `muon`."""
+    muon_momentum: float = 0.95
+    """Decay of Muon's momentum. In [0, 1)."""
     learning_rate: float = 3e-3
     """Learning rate between warmup and decay."""
     final_learning_rate: float = 0.0
@@ -41,7 +48,7 @@ class TrainingSettings:
     weight_decay: float = 0.1
     """Decoupled weight decay."""
     adam_beta2: float = 0.95
-    """Decay of Adam's second moment. In (0, 1)."""
+    """Decay of AdamW's second moment. In (0, 1)."""
     gradient_clip: float = 1.0
     """Largest norm of the gradient. 0: not clipped."""
     precision: Precision = "fp32"
@@ -102,6 +109,10 @@ class TrainingSettings:
             f"{owner}.initial_weights is empty. Name a folder, or set it to null.",
         )
         require_share(owner, adam_beta2=self.adam_beta2)
+        require(
+            0 <= self.muon_momentum < 1,
+            f"{owner}.muon_momentum={self.muon_momentum} must be at least 0 and below 1.",
+        )
         require(
             self.final_learning_rate <= self.learning_rate,
             f"{owner}.final_learning_rate={self.final_learning_rate} must not exceed "
