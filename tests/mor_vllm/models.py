@@ -121,7 +121,7 @@ SERVED: dict[str, DecoderConfig] = {
         **SHARING,
     ),
     "experts, expert choice, exit state": recursive(ExpertChoice(), block=2, moe=EXPERTS, **EXIT),
-    "deltas, fixed depth": recursive(block=2, relaxation=Relaxation(3, scale=0.7), loop_norm=True),
+    "deltas, fixed depth": recursive(block=2, relaxation=Relaxation(3, scale=0.3), loop_norm=True),
     "deltas, biases, expert choice, update": replace(
         recursive(ExpertChoice(), relaxation=Relaxation(40, "dora"), **UPDATE),
         qkv_bias=True,
