@@ -22,7 +22,7 @@ HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 """Head sizes that vLLM's kernels for CPUs support; those for GPUs support most of them, too."""
 
 
-OLDEST, NEWEST = (0, 28), (0, 32)
+OLDEST, NEWEST = (0, 26), (0, 32)
 """The releases of vLLM that were run, see docs/pages/vllm.md."""
 
 
