@@ -49,6 +49,8 @@ class FixedDepth(RouterConfig):
 class FixedDepthRouter(Router):
     """Keeps every token."""
 
+    draws = False
+
     def decide(
         self,
         logits: Tensor | None,

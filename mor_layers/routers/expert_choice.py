@@ -188,6 +188,7 @@ class ExpertChoiceRouter(Router):
     every token in both cases.
     """
 
+    draws = False
     training_steps: Tensor
     bars: Tensor
 
