@@ -31,6 +31,7 @@ from mor_megatron.layers.experts.moe import RecursiveMoELayer
 from mor_megatron.layers.experts.padding import PaddedMoELayer, PaddedTopKRouter
 from mor_megatron.layers.experts.router import StepTopKRouter
 from mor_megatron.layers.latent_attention import LatentAttention, RecursiveLatentAttention
+from mor_megatron.layers.modulation import attach_modulation
 from mor_megatron.layers.own_sublayers import StepModules, attentions_of, give_own_sublayers
 from mor_megatron.layers.quantization import filled, row_alignment
 from mor_megatron.layers.relaxation import attach_deltas
@@ -100,6 +101,8 @@ class StepStack(nn.ModuleList):
                 attention.join_block(index, cast(Any, layer).input_layernorm)
             if recursion.relaxation is not None:
                 attach_deltas(layer, recursion.relaxation, recursion.num_recursions, config)
+            if recursion.norm_modulation is not None:
+                attach_modulation(layer, recursion.norm_modulation, config)
             if recursion.sandwich_norms:
                 norm = like_norms_of(user_spec, config)
                 attach_output_norms(layer, _of_every_step(norm, recursion))

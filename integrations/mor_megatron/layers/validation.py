@@ -181,6 +181,11 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             "a recomputed norm would be that of the last step. Leave 'layernorm' out.",
         ),
         (
+            "layernorm" in selective and recursion.norm_modulation is not None,
+            f"recompute_modules with 'layernorm' and norm_modulation={recursion.norm_modulation}",
+            "a recomputed norm would be modulated as at the last step. Leave 'layernorm' out.",
+        ),
+        (
             "mlp" in selective and config.add_bias_linear and not has_moe,
             "recompute_modules with 'mlp' and add_bias_linear=True",
             "Megatron's recomputation of an MLP returns its bias, and the backward pass of that never "
