@@ -1,7 +1,6 @@
 """torch.compile of a model with fixed capacities: one graph, and none again while training goes on."""
 
 from dataclasses import replace
-from shutil import which
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from mor_layers import (
     ExpertChoice,
     FixedDepth,
     MoEConfig,
-    RandomDepth,
     RouterConfig,
     TokenChoice,
 )
@@ -30,7 +28,6 @@ ROUTERS: dict[str, RouterConfig] = {
     "expert choice": ExpertChoice(warmup_steps=WARM_UP),
     "auxiliary router": ExpertChoice(predictor="aux_router"),
     "fixed depth": FixedDepth(),
-    "random depth": RandomDepth(),
 }
 
 
@@ -69,7 +66,6 @@ def train(config: DecoderConfig, backend: str | None) -> tuple[list[int], list[f
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     counts, losses = [], []
     for step in range(SETTLED + STEPS):
-        torch.manual_seed(step)  # of random depths
         ids = random_ids(2, 12, seed=step)
         output = run(ids, labels=ids.roll(-1, 1))
         output.loss.backward()
@@ -90,10 +86,6 @@ CASES = [
         for kind in ("dense", "latent attention", "experts")
         if (router, policy, kind) != ("expert choice", "recursion_wise", "dense")
     ),
-    *(
-        pytest.param("expert choice", policy, "dense", "inductor", marks=pytest.mark.full)
-        for policy in KV_POLICIES
-    ),
 ]
 
 
@@ -101,8 +93,6 @@ CASES = [
 def test_training_compiles_one_graph_for_each_set_of_capacities(
     router: str, policy: str, kind: str, backend: str
 ) -> None:
-    if backend == "inductor" and which("g++") is None:
-        pytest.skip("inductor needs a C++ compiler")
     config = config_of(router, policy, kind)
     counts, losses = train(config, backend)
     assert counts[0] == 1
