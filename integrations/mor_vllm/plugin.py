@@ -144,7 +144,7 @@ def require_servable(
     Raises:
         ValueError: for the first such setting, with the reason and what to use instead.
     """
-    moe = config.moe
+    recursion, moe = config.effective_recursion, config.moe
     if config.latent_attention is None:
         cached_head_size(config.head_size + hides_rows(config))
     sizes = {"num_heads": config.num_heads, "num_kv_heads": config.kv_heads}
@@ -174,6 +174,26 @@ def require_servable(
             moe is not None and config.hidden_size % 8 > 0,
             f"hidden_size={config.hidden_size}",
             "grouped matrix products of experts need a multiple of 8. Use DepthBatchingEngine.",
+        ),
+        (
+            recursion.router.has_loop_state,
+            f"router={recursion.router}",
+            "its layers hand on a single state. Use DepthBatchingEngine.",
+        ),
+        (
+            recursion.routes_by_layer,
+            f"sharing={recursion.sharing!r} with router={recursion.router}",
+            "its layers do not route by themselves. Use MoRTransformer.generate.",
+        ),
+        (
+            recursion.history is not None,
+            f"history={recursion.history}",
+            "its layers hand on no earlier states. Use DepthBatchingEngine.",
+        ),
+        (
+            recursion.norm_modulation is not None,
+            f"norm_modulation={recursion.norm_modulation}",
+            "its norms do not know the step. Use DepthBatchingEngine.",
         ),
         (
             any(size % tensor_parallel for size in sizes.values()),

@@ -31,7 +31,7 @@ from mor_layers.selection import RoutingDecision
 from mor_layers.settings import check_types, require_choice, require_not_negative, require_positive
 
 Architecture = Literal["linear", "mlp"]
-Combination = Literal["weighted", "additive"]
+Combination = Literal["weighted", "additive", "residual"]
 ExpertActivation = Literal["sigmoid", "tanh", "none"]
 Predictor = Literal["aux_loss", "aux_router"]
 
@@ -63,7 +63,8 @@ class ExpertChoice(RouterConfig):
     z_loss_coefficient: float = 0.0
     """Weight of the z-loss. 0: none."""
     combine: Combination = "weighted"
-    """`weighted`: x + w · f(x). `additive`: x + f(x)."""
+    """`weighted`: x + w · f(x). `additive`: x + f(x). `residual`: x + w · (f(x) - x), which weights what
+    the layers add to the residual, as Mixture-of-Depths does."""
     gate_bias: float | None = None
     """Initial value of a learned bias of each step's logit, so that gates start open (above 0) or
     closed. None: no bias, as published."""
@@ -150,6 +151,7 @@ class ExpertChoice(RouterConfig):
             # Without an activation the published code leaves alpha out.
             "alpha": self.activation == "none" and self.alpha != 1.0,
             "gate_bias": self.gate_bias is not None,
+            "combine": self.combine == "residual",
         }
         return PublishedRouter(
             settings={
@@ -262,6 +264,8 @@ class ExpertChoiceRouter(Router):
     ) -> Tensor:
         if self.config.combine == "additive":
             return selected + output
+        if self.config.combine == "residual":
+            output = output - selected
         return super().combine(step, selected, output, decision, origin)
 
     def scores(self, logits: Tensor, step: int) -> tuple[StepScores, ...]:

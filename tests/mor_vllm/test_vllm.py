@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
+from mor_huggingface import MoRConfig
 from mor_layers import (
     DecoderConfig,
     ExpertChoice,
@@ -28,10 +29,11 @@ from mor_layers import (
     save_model,
 )
 from mor_layers.generation.depth import turn_dial
+from mor_layers.layers import NormModulation
 from mor_layers.layers.moe import Assignment, Experts
 from mor_layers.models import LatentAttentionConfig
-from mor_layers.recursion import HyperConnections
-from mor_layers.routers import Deepened, Router, registered_routers
+from mor_layers.recursion import HistoryInjection, HyperConnections
+from mor_layers.routers import AdaptiveHalting, Deepened, Router, registered_routers
 from mor_vllm import plugin as vllm_plugin
 from tests.mor_layers.small_models import ROUTERS, plain_config, small_config, small_model
 from tests.mor_vllm.models import EXPERTS, SERVED, is_routed, recursive, served_model
@@ -124,8 +126,11 @@ SETTINGS = (DecoderConfig, RecursionConfig, MoEConfig, Relaxation, HyperConnecti
 REFUSED = {
     MoEConfig: {"capacity_factor", "drop_policy"},
     DecoderConfig: {"latent_attention"},
+    RecursionConfig: {"history", "norm_modulation", "anchor_every"},
 }
-"""Settings that are refused by name, see below. `drop_policy` needs a `capacity_factor`."""
+"""Settings that are refused by name, see below. `drop_policy` needs a `capacity_factor`, and
+`anchor_every` layers that route by themselves."""
+REFUSED_ROUTERS = {AdaptiveHalting}
 IN_TRAINING = {
     MoEConfig: {"balance_coefficient", "z_loss_coefficient"},
 }
@@ -152,7 +157,7 @@ def test_every_router_is_served():
     routers = [config.effective_recursion.router for config in SERVED.values()]
     routers += [router.router for router in routers if isinstance(router, Deepened)]
     ours = {kind for kind in registered_routers().values() if kind.__module__.startswith("mor_")}
-    assert {type(router) for router in routers} == ours
+    assert {type(router) for router in routers} == ours - REFUSED_ROUTERS
 
 
 def settings_in(part: Any) -> Iterator[Any]:
@@ -177,6 +182,19 @@ def default_of(setting: Field) -> Any:
             "moe.capacity_factor=1.0 cannot be served",
         ),
         (replace(small_config(), head_dim=258), "heads of 258 numbers cannot be served"),
+        (small_config(AdaptiveHalting()), "its layers hand on a single state"),
+        (
+            small_config(ExpertChoice(capacity_factors=(0.5,)), 1, "middle_sequence"),
+            "its layers do not route by themselves",
+        ),
+        (
+            replace(small_config(), recursion=RecursionConfig(3, history=HistoryInjection(1))),
+            "its layers hand on no earlier states",
+        ),
+        (
+            replace(small_config(), recursion=RecursionConfig(3, norm_modulation=NormModulation())),
+            "its norms do not know the step",
+        ),
         (
             replace(small_config(), num_kv_heads=None, latent_attention=LATENT),
             "latent_attention=.* cannot be served",
@@ -347,7 +365,6 @@ def test_folders_of_ours_are_refused_by_a_vllm_that_was_not_run(
 ):
     save_model(served_model("fixed depth"), tmp_path / "model")
     monkeypatch.setattr(sys.modules["vllm"], "__version__", version)
-    before = AutoConfig.from_pretrained(tmp_path / "model")
     try:
         vllm_plugin.register()
         assert not runner.architectures
@@ -356,7 +373,7 @@ def test_folders_of_ours_are_refused_by_a_vllm_that_was_not_run(
         ):
             AutoConfig.from_pretrained(tmp_path / "model")
     finally:
-        AutoConfig.register(before.model_type, type(before), exist_ok=True)
+        AutoConfig.register(MoRConfig.model_type, MoRConfig, exist_ok=True)
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.1.dev3+cpu", "dev"])

@@ -214,9 +214,10 @@ def parameters(model: ModelShape) -> int:
 def flops_per_token(model: ModelShape, settings: Settings, shares: Sequence[float] | None) -> float:
     """Training FLOPs per token if the fractions `shares` of the tokens run each recursion step."""
     sequence = settings.data.sequence_length
-    tokens = None
-    if shares is not None and any(stack.router for stack in model.stacks):
-        tokens = [share * sequence for share in shares]
+    # Where layers route by themselves, a report's shares are means over them and the anchors.
+    recursion, tokens = settings.recursion, None
+    if shares is not None and not (recursion is not None and recursion.routes_by_layer):
+        tokens = model.tokens_per_step(shares, sequence)
     return account(model, sequence, tokens).flops_per_token()
 
 
