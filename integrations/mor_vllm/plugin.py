@@ -144,7 +144,7 @@ def require_servable(
     Raises:
         ValueError: for the first such setting, with the reason and what to use instead.
     """
-    moe, recursion = config.moe, config.effective_recursion
+    recursion, moe = config.effective_recursion, config.moe
     if config.latent_attention is None:
         cached_head_size(config.head_size + hides_rows(config))
     sizes = {"num_heads": config.num_heads, "num_kv_heads": config.kv_heads}
