@@ -126,6 +126,8 @@ def _check_use(case: Case) -> None:
     """Raise ValueError where a value of a case changes nothing that another one does not."""
     layers = factors.LAYERS[case["layers"]]
     has_experts = "num_moe_experts" in layers
+    if case["recipe"] == "sequence" and "no_rope_freq" in layers:
+        raise ValueError("no_rope_freq differs between the steps of a layer, which is refused")
     if case["recomputed"] == "keys and values of latent rows" and "kv_lora_rank" not in layers:
         raise ValueError("latent rows need latent attention")
     if case["recomputed"] == "MLP" and has_experts:
