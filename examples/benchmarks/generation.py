@@ -114,9 +114,10 @@ class Load:
         self.engine = DepthBatchingEngine(model, settings, length, tokens_per_tick=every)
         self._random, self._numbers = random.Random(0), count()
         self._inside = 0.0
-        stacks = [model.prelude, *(block.layers for block in model.recursions), model.coda]
-        for module in (*stacks, model.output):
-            module.forward = self._timed(module.forward)  # type: ignore[method-assign]
+        for stack in (model.prelude, *(block.layers for block in model.recursions), model.coda):
+            stack.forward = self._timed(stack.forward)  # type: ignore[method-assign]
+        cached = self.engine.runner.cached
+        cached.logits = self._timed(cached.logits)  # type: ignore[method-assign]
 
     def _timed(self, run: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:

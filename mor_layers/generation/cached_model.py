@@ -33,6 +33,7 @@ from mor_layers.generation.cache import (
     Visible,
 )
 from mor_layers.generation.in_flight import Pool, Rows
+from mor_layers.generation.products import Products
 from mor_layers.models import DecoderStack, MoRTransformer
 from mor_layers.recursion import Exited, RecursionBlock
 from mor_layers.selection import RoutingDecision, Tokens
@@ -44,13 +45,17 @@ class CachedModel:
     Args:
         model: the model, on the device and in the precision to use. It is put into evaluation mode.
         settings: size and layout of the caches.
+        products: computes the layers' matrix products. Default: with the model's own weights.
 
     Raises:
         ValueError: `kv_bytes` is less than one page, or the experts drop tokens.
     """
 
-    def __init__(self, model: MoRTransformer, settings: CacheSettings) -> None:
+    def __init__(
+        self, model: MoRTransformer, settings: CacheSettings, products: Products | None = None
+    ) -> None:
         self.model, self.settings = model.eval(), settings
+        self.products = products or Products()
         config = model.config
         if config.moe is not None and config.moe.capacity_factor is not None:
             raise ValueError(
@@ -81,6 +86,7 @@ class CachedModel:
             positions: position of each token in its text.
             places: position of each token in its span.
         """
+        self.products.refresh()
         hidden = self.model.embedding(ids)
         if len(slots) and self.outer_pages.num_pages:
             _, rows = self.outer_pages.append(slots)
@@ -153,6 +159,8 @@ class CachedModel:
             CachedAttention(entered.visible, tokens.slots, self.caches.inner, self.num_heads),
             self._exited_states(exited),
             pool.counts[:-1],
+            self.policy.projects_alike,
+            self.products,
         )
         self.unstored = []
         entering = rows.hidden
@@ -175,6 +183,12 @@ class CachedModel:
         context = replace(context, first_layer=self.num_prelude + self.num_straight)
         return self._stack(self.model.coda, hidden, context)
 
+    def logits(self, hidden: Float[Tensor, "t h"]) -> Float[Tensor, "t v"]:
+        """The logits after states that `end` returned."""
+        normed = self.model.norm(hidden)
+        (logits,) = self.products((self.model.output,), normed, None)
+        return logits
+
     def drop(self, slot: int) -> None:
         """Remove the keys and values of a sequence, and its exited tokens that are not stored yet."""
         self.unstored = [rows.without(slot) for rows in self.unstored]
@@ -184,7 +198,9 @@ class CachedModel:
         visible = Visible(self.outer_pages.row_of, slots, positions + 1)
         attention = CachedAttention(visible, slots, self.caches.outer, self.num_heads)
         tokens = Tokens(positions[:, None], self.settings.max_length)
-        return CachedContext(0, tokens, self.caches.outer, 0, rows, attention)
+        return CachedContext(
+            0, tokens, self.caches.outer, 0, rows, attention, products=self.products
+        )
 
     @staticmethod
     def _stack(stack: DecoderStack, hidden: Tensor, context: CachedContext) -> Tensor:

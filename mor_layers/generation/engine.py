@@ -87,6 +87,9 @@ class DepthBatchingEngine:
         decode: converts token ids to text. Needed for stop strings and `Event.text`.
         sampler: chooses the next tokens, see `mor_layers.generation.sampling.sample`.
         clock: returns the time in seconds. Used for timeouts.
+        packs_weights: whether to compute with copies of the weights, concatenated and laid out for
+            the device. They take as much memory as the weights, and are made again when weights
+            change. Without them the engine is slower and computes with the model's own.
 
     Raises:
         ValueError: a size is below 1, or `kv_bytes` is too small for a single page.
@@ -101,6 +104,7 @@ class DepthBatchingEngine:
         decode: Callable[[Sequence[int]], str] | None = None,
         sampler: Sampler = sample,
         clock: Callable[[], float] = time.monotonic,
+        packs_weights: bool = True,
     ) -> None:
         if tokens_per_tick is None:
             tokens_per_tick = cache.num_slots + chunk_size
@@ -108,7 +112,7 @@ class DepthBatchingEngine:
             raise ValueError(
                 f"chunk_size={chunk_size} and tokens_per_tick={tokens_per_tick} must be at least 1."
             )
-        self.runner = ModelRunner(model, cache, chunk_size)
+        self.runner = ModelRunner(model, cache, chunk_size, packs_weights)
         self.caches = self.runner.caches
         self.scheduler = Scheduler(
             cache.num_slots,

@@ -17,6 +17,7 @@ from torch import Tensor
 from mor_layers.generation.cache import Caches, CacheSettings
 from mor_layers.generation.cached_model import CachedModel
 from mor_layers.generation.in_flight import Pool, Rows
+from mor_layers.generation.products import PackedProducts, Products
 from mor_layers.generation.scheduling import Span
 from mor_layers.models import MoRTransformer
 from mor_layers.profiling import named
@@ -50,13 +51,21 @@ class ModelRunner:
         model: the model, on the device and in the precision to use. It is put into evaluation mode.
         settings: size and layout of the caches.
         max_span: largest number of tokens in a span.
+        packs_weights: whether to compute with copies of the weights, see `products`.
 
     Raises:
         ValueError: `kv_bytes` is less than one page, or the experts drop tokens.
     """
 
-    def __init__(self, model: MoRTransformer, settings: CacheSettings, max_span: int) -> None:
-        self.model, self.cached = model, CachedModel(model, settings)
+    def __init__(
+        self,
+        model: MoRTransformer,
+        settings: CacheSettings,
+        max_span: int,
+        packs_weights: bool = False,
+    ) -> None:
+        products = PackedProducts(model) if packs_weights else Products()
+        self.model, self.cached = model, CachedModel(model, settings, products)
         embedding, device = model.embedding.weight, self.cached.device
         nowhere = torch.zeros(4, 0, dtype=torch.long, device=device)
         nobody = Rows.of(embedding.detach()[:0], *nowhere)
@@ -160,13 +169,12 @@ class ModelRunner:
             FinishedSpan(
                 span,
                 list(islice(depths, len(span.ids))),
-                self._logits(hidden[end - len(span.ids) : end]) if span.needs_all_logits else None,
+                self.cached.logits(hidden[end - len(span.ids) : end])
+                if span.needs_all_logits
+                else None,
             )
             for span, end in zip(spans, ends, strict=True)
         ]
         last = [end - 1 for span, end in zip(spans, ends, strict=True) if span.is_last]
         index = torch.tensor(last, dtype=torch.long).to(self.cached.device)
-        return Finished(finished, self._logits(hidden[index]))
-
-    def _logits(self, hidden: Float[Tensor, "b h"]) -> Float[Tensor, "b v"]:
-        return self.model.output(self.model.norm(hidden))
+        return Finished(finished, self.cached.logits(hidden[index]))

@@ -1,7 +1,7 @@
 """Layers for use inside a recursion: experts, projections and their deltas, and adapters."""
 
 from mor_layers.layers.adapters import EncoderLayers, PointwiseLayers
-from mor_layers.layers.moe import MOST_EXPERTS, ExpertRouters, MoE, MoEConfig
+from mor_layers.layers.moe import MOST_EXPERTS, ExpertRouters, Experts, MoE, MoEConfig
 from mor_layers.layers.projections import (
     ATTENTION_PROJECTIONS,
     PROJECTIONS_OF,
@@ -11,6 +11,7 @@ from mor_layers.layers.projections import (
     Sublayer,
     make_projection,
     project,
+    run_projection,
     weights_of,
 )
 from mor_layers.layers.relaxation import (
@@ -32,6 +33,7 @@ __all__ = [
     "SUBLAYERS",
     "EncoderLayers",
     "ExpertRouters",
+    "Experts",
     "MoE",
     "MoEConfig",
     "PointwiseLayers",
@@ -47,5 +49,6 @@ __all__ = [
     "norms_over_ranks",
     "project",
     "row_norms",
+    "run_projection",
     "weights_of",
 ]

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mor_layers.modules import PreciseBuffers
-from mor_layers.recursion import ExpertUse
+from mor_layers.recursion import ExpertUse, Products
 from mor_layers.routers import Thresholds
 from mor_layers.settings import check_types, require_choice
 
@@ -268,10 +268,18 @@ class Experts(nn.Module):
         self.up = nn.Parameter(torch.empty(into).normal_(std=0.02))
         self.down = nn.Parameter(torch.empty(*out, ffn_hidden_size).normal_(std=0.02))
 
-    def forward(self, hidden: Float[Tensor, "t h"], assignment: Assignment) -> Float[Tensor, "t h"]:
+    def forward(
+        self,
+        hidden: Float[Tensor, "t h"],
+        assignment: Assignment,
+        products: Products | None = None,
+    ) -> Float[Tensor, "t h"]:
         """Sum over each token's experts, weighted by its gates.
 
         Waits for the device once, to learn how many tokens each expert has.
+
+        Args:
+            products: computes the experts in generation.
         """
         num_experts, width = len(self.gate), assignment.experts.shape[1]
         expert = torch.where(assignment.is_taken, assignment.experts, num_experts).flatten()
@@ -280,11 +288,16 @@ class Experts(nn.Module):
         order = order[: sum(sizes)]  # assignments that are not taken come last
         token = order // width
         groups = hidden[token].split(sizes)  # [t h] -> [a h]
-        matrices = zip(self.gate.unbind(), self.up.unbind(), self.down.unbind(), strict=True)
-        outputs = [
-            F.linear(F.silu(F.linear(group, gate)) * F.linear(group, up), down)
-            for group, (gate, up, down) in zip(groups, matrices, strict=True)
-        ]
+        if products is not None:
+            outputs = [
+                products.expert(self, i, group) for i, group in enumerate(groups) if sizes[i]
+            ]
+        else:
+            matrices = zip(self.gate.unbind(), self.up.unbind(), self.down.unbind(), strict=True)
+            outputs = [
+                F.linear(F.silu(F.linear(group, gate)) * F.linear(group, up), down)
+                for group, (gate, up, down) in zip(groups, matrices, strict=True)
+            ]
         gated = torch.cat(outputs) * assignment.gates.flatten()[order][:, None]
         return torch.zeros_like(hidden).index_add(0, token, gated)  # [a h] -> [t h]
 
@@ -315,13 +328,18 @@ class MoE(nn.Module):
         hidden: Float[Tensor, "k b h"],
         step: int | Int[Tensor, "k b"] = 0,
         is_padding: Bool[Tensor, "k b"] | None = None,
+        products: Products | None = None,
     ) -> tuple[Float[Tensor, "k b h"], ExpertUse]:
-        """The layer's output, which is 0 for padding and for tokens that every expert dropped."""
+        """The layer's output, which is 0 for padding and for tokens that every expert dropped.
+
+        Args:
+            products: computes the experts in generation.
+        """
         rows = hidden.flatten(0, 1)
         padding = None if is_padding is None else is_padding.flatten()
         step = step if isinstance(step, int) else step.expand(hidden.shape[:2]).flatten()
         assignment, use = self.router(rows, step, padding)
-        return self.experts(rows, assignment).view_as(hidden), use
+        return self.experts(rows, assignment, products).view_as(hidden), use
 
 
 def _count(experts: Tensor, is_counted: Tensor, num_experts: int) -> Float[Tensor, " e"]:

@@ -80,11 +80,21 @@ def make_projection(
     return RelaxedLinear(into, out, bias, relaxation, num_steps)
 
 
-def project(linear: Projected, hidden: Tensor, context: StepContext) -> Tensor:
-    """Project `hidden`, each row as the projection does at its step."""
-    if isinstance(linear, StepLinear | RelaxedLinear):
-        return linear(hidden, context)
-    return linear(hidden)
+def project(
+    projections: tuple[Projected, ...], hidden: Float[Tensor, "k b i"], context: StepContext
+) -> tuple[Float[Tensor, "k b o"], ...]:
+    """Each projection of `hidden`, each row as at its step."""
+    if context.products is not None:
+        return context.products(projections, hidden, context)
+    return tuple(run_projection(projection, hidden, context) for projection in projections)
+
+
+def run_projection(projection: Projected, hidden: Tensor, context: StepContext | None) -> Tensor:
+    """One projection, computed by its module. A projection outside of the layers has no context."""
+    if isinstance(projection, StepLinear | RelaxedLinear):
+        assert context is not None
+        return projection(hidden, context)
+    return projection(hidden)
 
 
 def weights_of(linear: Projected) -> list[Tensor]:

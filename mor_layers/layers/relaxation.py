@@ -176,7 +176,15 @@ class RelaxedLinear(nn.Linear):
             delta.reset(self.weight)  # type: ignore[operator]
 
     def forward(self, hidden: Tensor, context: StepContext) -> Tensor:  # type: ignore[override]
-        projected = F.linear(hidden, self.weight)
+        return self.relaxed(hidden, F.linear(hidden, self.weight), context)
+
+    def relaxed(
+        self,
+        hidden: Float[Tensor, "k b i"],
+        projected: Float[Tensor, "k b o"],
+        context: StepContext,
+    ) -> Float[Tensor, "k b o"]:
+        """The projection, given `projected`, the product of `hidden` with the shared weight."""
         parts = [
             self.deltas[step](hidden[rows], projected[rows], self.weight)
             for step, rows in context.rows_by_step(len(hidden))

@@ -67,17 +67,28 @@ class Attention(nn.Module):
         self, hidden: Float[Tensor, "kx b h"], context: StepContext, rotary: "Rotary"
     ) -> Float[Tensor, "k b h"]:
         """`hidden` has the rows of `context.with_exited`, the result those that run the step."""
-        running = hidden[: context.tokens.shape[0]]
-        query = self._heads(project(self.query, running, context), context.step, self.query_norm)
-        query = rotary.turn(query)
-        key = value = None
-        if context.projects_keys:
-            projected = context.rows_to_project(hidden)
-            key = self._heads(project(self.key, projected, context), context.step, self.key_norm)
-            key = rotary.turn(key)
-            value = self._heads(project(self.value, projected, context), context.step)
-        out = context.attend(self.layer, query, key, value)
-        return project(self.output, out.flatten(2), context)  # [k b n d] -> [k b h]
+        query, key, value = self._project(hidden, context)
+        query = rotary.turn(self._heads(query, context.step, self.query_norm))
+        if key is not None and value is not None:
+            key = rotary.turn(self._heads(key, context.step, self.key_norm))
+            value = self._heads(value, context.step)
+        out = context.attend(self.layer, query, key, value).flatten(2)  # [k b n d] -> [k b nd]
+        (output,) = project((self.output,), out, context)
+        return output
+
+    def _project(
+        self, hidden: Float[Tensor, "kx b h"], context: StepContext
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Queries of the tokens that run the step; keys and values if the step computes them."""
+        if context.projects_alike:
+            query, key, value = project((self.query, self.key, self.value), hidden, context)
+            return query, key, value
+        (query,) = project((self.query,), hidden[: context.tokens.shape[0]], context)
+        if not context.projects_keys:
+            return query, None, None
+        rows = context.rows_to_project(hidden)
+        key, value = project((self.key, self.value), rows, context)
+        return query, key, value
 
     def _heads(
         self, values: Tensor, step: int | Tensor, norm: StepNorm | None = None
@@ -101,8 +112,9 @@ class MLP(nn.Module):
 
     def forward(self, hidden: Float[Tensor, "k b h"], context: StepContext) -> Tensor:
         """`[k b h] -> [k b h]`."""
-        gate, up = project(self.gate, hidden, context), project(self.up, hidden, context)
-        return project(self.down, F.silu(gate) * up, context)
+        gate, up = project((self.gate, self.up), hidden, context)
+        (output,) = project((self.down,), F.silu(gate) * up, context)
+        return output
 
 
 def _projections(config: DecoderConfig, num_steps: int) -> Callable[..., Projected]:
@@ -148,7 +160,8 @@ class DecoderLayer(nn.Module):
         hidden = hidden + self._scaled(output)
         normed = self.mlp_norm(hidden, context.step)
         if isinstance(self.mlp, MoE):
-            output, use = self.mlp(normed, context.step, context.tokens.is_padding)
+            is_padding = context.tokens.is_padding
+            output, use = self.mlp(normed, context.step, is_padding, context.products)
             context.experts.record(self.attention.layer, use)
         else:
             output = self.mlp(normed, context)

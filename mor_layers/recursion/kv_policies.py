@@ -19,7 +19,7 @@ the state of a token once, when the token exits, and later steps reuse the rows:
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,6 +31,22 @@ from mor_layers.selection import Tokens, put_rows, take_rows
 
 KVPolicy = Literal["recursion_wise", "recursive_sharing", "sharing_with_update", "exit_state"]
 KV_POLICIES: tuple[str, ...] = get_args(KVPolicy)
+
+
+class Products(Protocol):
+    """Computes the matrix products of layers in their place; see `mor_layers.generation.products`."""
+
+    def __call__(
+        self, projections: tuple[Any, ...], hidden: Float[Tensor, "k b i"], context: "StepContext"
+    ) -> tuple[Float[Tensor, "k b o"], ...]:
+        """The output of each projection for all rows of `hidden`."""
+        ...
+
+    def expert(
+        self, experts: Any, index: int, hidden: Float[Tensor, "t h"]
+    ) -> Float[Tensor, "t h"]:
+        """The output of one expert of a mixture."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -76,6 +92,11 @@ class StepContext:
         return True
 
     @property
+    def projects_alike(self) -> bool:
+        """Whether queries, keys and values are all computed for exactly the tokens of the step."""
+        return True
+
+    @property
     def exited(self) -> Exited | None:
         """Further tokens whose keys and values layers must compute; None when there are none."""
         return None
@@ -90,9 +111,14 @@ class StepContext:
         """All rows whose keys and values a layer computes: the running tokens, then `exited`."""
         return hidden if self.exited is None else torch.cat([hidden, self.exited.hidden])
 
-    # The two hooks below are trivial here, where all rows run one step. They stand in the base
+    # The hooks below are trivial here, where all rows run one step. They stand in the base
     # class because a layer is written once, for training and for generation, and generation
     # batches tokens that are at different steps.
+
+    @property
+    def products(self) -> Products | None:
+        """What computes the layers' products; None if they do it themselves."""
+        return None
 
     def rows_by_step(self, count: int) -> list[tuple[int, slice]]:
         """Which of the first `count` rows run which step; rows of one step stand together."""
@@ -153,6 +179,10 @@ class SharingContext(StepContext):
     def projects_keys(self) -> bool:
         return self.step == 0
 
+    @property
+    def projects_alike(self) -> bool:
+        return self.projects_keys
+
     def exchange(
         self, layer: int, key: Tensor | None, value: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -204,6 +234,10 @@ class ExitStateContext(StepContext):
     """All tokens that have exited, one entry per step at which some did; this step's is the last."""
     store: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Keys and values by layer and entry of `exited_tokens`; kept for one forward pass."""
+
+    @property
+    def projects_alike(self) -> bool:
+        return False
 
     @cached_property
     def keys(self) -> Tokens:  # type: ignore[override]

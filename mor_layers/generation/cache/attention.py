@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mor_layers.generation.cache.memory import KVArena
 from mor_layers.generation.cache.policies import Visible
-from mor_layers.recursion import Exited, StepContext
+from mor_layers.recursion import Exited, Products, StepContext
 
 MIN_GATHERED_QUERIES = 4
 """From this number of tokens of one sequence on, copying its rows is faster than reading them again."""
@@ -40,24 +40,27 @@ class IndexedAttention:
     def __init__(self, visible: Visible, arena: KVArena, num_heads: int) -> None:
         num_kv_heads, (t, n) = arena.data.shape[3], (len(visible.lists), num_heads)
         counts, longest = visible.counts, int(visible.counts.max())
-        is_seen = torch.arange(longest) < counts[:, None]  # [t m]
-        place = is_seen.flatten().nonzero()[:, 0]  # of what one head sees, in [t m]
-        rows = visible.table[visible.lists, :longest].flatten().index_select(0, place)
-        self.gathered_rows = None
-        num_rows = arena.data.shape[1]
+        table = visible.table[visible.lists, :longest]
+        self.gathered_rows, num_rows = None, arena.data.shape[1]
         if arena.scales is not None:  # 8-bit rows are expanded first, into a scratch arena
-            self.gathered_rows, num_rows = rows, len(rows)
-            rows = torch.arange(num_rows)
+            is_row = torch.arange(longest) < counts[:, None]  # [t m]
+            self.gathered_rows = table[is_row]
+            num_rows = len(self.gathered_rows)
+            table = (is_row.flatten().cumsum(0) - 1).view_as(is_row)
         # The vectors of a row are its g keys, then its g values. A group of query heads shares one.
-        # Heads are the outer dimension: all read the same rows, and each its own vector in them.
-        head = torch.arange(n)[:, None]
-        self.keys = (rows * (2 * num_kv_heads) + head // (n // num_kv_heads)).flatten()  # [z]
+        # A token's heads follow one another, so that they find its rows in the processor's cache.
+        num_vectors = num_rows * 2 * num_kv_heads
+        index = torch.int32 if num_vectors < 2**31 else torch.int64
+        head = torch.arange(n, dtype=index)[:, None] // (n // num_kv_heads)
+        vectors = table[:, None].to(index) * (2 * num_kv_heads) + head  # [t n m]
+        counts = counts.to(index).repeat_interleave(n)  # [tn]
+        is_seen = torch.arange(longest, dtype=index) < counts[:, None]  # [tn m]
+        self.places = is_seen.flatten().nonzero()[:, 0]
+        self.keys = vectors.flatten().index_select(0, self.places)  # [z]
         self.values = self.keys + num_kv_heads
-        ends = (counts.cumsum(0) + head * len(rows)).flatten()
-        self.bounds = F.pad(ends, (1, 0))
-        self.places = (place + head * is_seen.numel()).flatten()
-        self.scores = torch.full((n, t, longest), -torch.inf, dtype=arena.dtype)
-        self.pattern = _pattern(self.bounds, self.keys, num_rows * 2 * num_kv_heads, arena.dtype)
+        self.bounds = F.pad(counts.cumsum(0, dtype=index), (1, 0))
+        self.scores = torch.full((t, n, longest), -torch.inf, dtype=arena.dtype)
+        self.pattern = _pattern(self.bounds, self.keys, num_vectors, arena.dtype)
 
     def __call__(
         self, arena: KVArena, layer: int, query: Float[Tensor, "t n d"]
@@ -68,7 +71,7 @@ class IndexedAttention:
             vectors = arena.gather(layer, self.gathered_rows).flatten(0, 2)
         torch.sparse.sampled_addmm(
             self.pattern,
-            query.transpose(0, 1).flatten(0, 1),
+            query.flatten(0, 1),
             vectors.T,
             beta=0.0,
             alpha=1.0 / math.sqrt(query.shape[-1]),
@@ -84,7 +87,7 @@ class IndexedAttention:
             mode="sum",
             per_sample_weights=weights,
         )
-        return out.unflatten(0, self.scores.shape[:2]).transpose(0, 1)
+        return out.view_as(query)
 
 
 def _pattern(bounds: Tensor, columns: Tensor, num_columns: int, dtype: torch.dtype) -> Tensor:
@@ -209,6 +212,9 @@ class CachedContext(StepContext):
     """Tokens that have exited since the last tick, if the policy stores them."""
     counts: tuple[int, ...] = ()
     """Number of tokens at each step, if there are several; tokens are ordered by step."""
+    projects_alike: bool = True  # pyright: ignore[reportIncompatibleMethodOverride]
+    products: Products | None = None  # pyright: ignore[reportIncompatibleMethodOverride]
+    """What computes the layers' products, if they do not do it themselves."""
 
     @property
     def projects_keys(self) -> bool:

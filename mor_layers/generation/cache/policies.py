@@ -66,6 +66,8 @@ class CachePolicy(ABC):
 
     keeps_exited: ClassVar[bool] = False
     """Whether states of tokens that exited before the last step are stored too."""
+    projects_alike: ClassVar[bool] = True
+    """Whether queries, keys and values are computed for the same tokens."""
 
     def __init__(
         self,
@@ -181,6 +183,8 @@ class RecursionWise(CachePolicy):
 class RecursiveSharing(CachePolicy):
     """One list, with the tokens that run the first step."""
 
+    projects_alike = False
+
     @property
     def lists_per_slot(self) -> int:
         return 1
@@ -258,6 +262,7 @@ class ExitState(_Overlaid):
     """Each step sees its own rows, and one row for every token that exited earlier."""
 
     keeps_exited = True
+    projects_alike = False
 
     @property
     def lists_per_slot(self) -> int:
