@@ -16,7 +16,7 @@ Legend: `t` tokens in flight, `i` inputs and `o` outputs of a projection, `h` hi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,9 @@ from mor_layers.recursion import StepContext
 
 TYPICAL_ROWS = 64
 """Rows of a product that the reordered layout is chosen for. It hardly depends on them."""
+
+UNKNOWN = -1
+"""Version of a tensor that does not count its changes."""
 
 
 def has_onednn(weight: Tensor) -> bool:
@@ -113,7 +116,7 @@ class PackedProducts(Products):
         self._sources = _sources(model)
 
     def refresh(self) -> None:
-        if not all(source.is_unchanged() for source in self._sources):
+        if not _are_unchanged(self._sources):
             self._packed.clear()
             self._sources = _sources(self._model)
 
@@ -211,8 +214,7 @@ def _completed(
     return output
 
 
-@dataclass(frozen=True)
-class _Source:
+class _Source(NamedTuple):
     """A parameter as it was when the copies were made."""
 
     owner: dict[str, nn.Parameter | None]
@@ -220,14 +222,6 @@ class _Source:
     parameter: nn.Parameter
     address: int
     version: int
-
-    def is_unchanged(self) -> bool:
-        parameter = self.parameter
-        return (
-            self.owner.get(self.name) is parameter
-            and parameter.data_ptr() == self.address
-            and _version(parameter) == self.version
-        )
 
 
 def _sources(model: nn.Module) -> list[_Source]:
@@ -239,6 +233,16 @@ def _sources(model: nn.Module) -> list[_Source]:
     ]
 
 
+def _are_unchanged(sources: list[_Source]) -> bool:
+    # A plain loop: it runs in every tick, over every parameter.
+    for owner, name, parameter, address, version in sources:
+        if owner.get(name) is not parameter or parameter.data_ptr() != address:
+            return False
+        if version != UNKNOWN and parameter._version != version:
+            return False
+    return True
+
+
 def _version(tensor: Tensor) -> int:
-    """How often the tensor was changed in place; unknown, and 0, if it was made in inference mode."""
-    return 0 if tensor.is_inference() else tensor._version
+    """How often the tensor was changed in place, which one made in inference mode does not know."""
+    return UNKNOWN if tensor.is_inference() else tensor._version

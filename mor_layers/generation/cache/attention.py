@@ -14,6 +14,7 @@ span, `n` query heads, `g` key-value heads, `d` head size, `m` rows seen, `z` al
 import math
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 
 import torch
@@ -91,15 +92,24 @@ class IndexedAttention:
 
 
 def _pattern(bounds: Tensor, columns: Tensor, num_columns: int, dtype: torch.dtype) -> Tensor:
+    _announce_sparse()
+    return torch.sparse_csr_tensor(
+        bounds,
+        columns,
+        torch.zeros(len(columns), dtype=dtype),
+        size=(len(bounds) - 1, num_columns),
+        check_invariants=False,
+    )
+
+
+@cache
+def _announce_sparse() -> None:
+    """Let PyTorch say, unheard, that sparse tensors are in beta, which it says once."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(
-            bounds,
-            columns,
-            torch.zeros(len(columns), dtype=dtype),
-            size=(len(bounds) - 1, num_columns),
-            check_invariants=False,
-        )
+        bounds, nothing = torch.zeros(1, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+        values = torch.zeros(0)
+        torch.sparse_csr_tensor(bounds, nothing, values, size=(0, 0), check_invariants=False)
 
 
 class GatheredAttention:

@@ -114,8 +114,9 @@ def sample(
             own_logits = logits[rows].double()
             largest = own_logits.amax(dim=-1, keepdim=True)
             scaled = (own_logits - largest) / temperature[:, None]
-            min_p = torch.tensor([own.min_p for own in some], dtype=torch.float64)
-            scaled = scaled.masked_fill(scaled < min_p.log().to(scaled)[:, None], -torch.inf)
+            if any(own.min_p for own in some):
+                min_p = torch.tensor([own.min_p for own in some], dtype=torch.float64)
+                scaled = scaled.masked_fill(scaled < min_p.log().to(scaled)[:, None], -torch.inf)
             tokens[rows] = _limited(scaled, some, draw) if is_limited else _drawn(scaled, draw)
     return tokens
 
