@@ -15,7 +15,6 @@ from mor_layers.generation.cache.memory import KVArena, PagedRows
 from mor_layers.generation.cache.policies import CACHE_POLICIES
 from mor_layers.models import MoRTransformer
 
-
 PrefixSharing = Literal["off", "client", "all"]
 """Which requests share the rows of equal prefixes."""
 
