@@ -136,8 +136,8 @@ def test_a_prefix_that_several_wait_for_is_computed_once(policy: KVPolicy) -> No
 def test_a_prefix_shared_by_all_lets_more_requests_run() -> None:
     model = model_for("fixed_depth", "recursion_wise")
     requests = [Request((*prompt(40), *prompt(2, n)), 6) for n in range(4)]
-    # 36 pages hold one of them, and 6 what each adds to the prefix.
-    arguments = {"kv_bytes": 80 * page_bytes(model), "num_slots": 4, "chunk_size": 4}
+    # 36 pages hold one of them, and 6 hold what each adds to the prefix.
+    arguments = {"kv_bytes": 90 * page_bytes(model), "num_slots": 4, "chunk_size": 4}
     most = {}
     for sharing in ("off", "all"):
         recorder = Recorder(model, prefix_sharing=sharing, **arguments)
@@ -212,7 +212,8 @@ def test_a_changed_model_shares_nothing_of_before(
     served = recorder.finish()[-1]
     assert served.cached_tokens == 0
     assert_exact(model, request, served)
-    assert (served.logits[0] - recorder.served[0].logits[0]).abs().max() > 1e-3
+    before = recorder.served[0]
+    assert served.depths != before.depths or not torch.equal(served.logits[0], before.logits[0])
     recorder.submit(request)
     assert recorder.finish()[-1].cached_tokens == 20
     assert_cleared(recorder)
