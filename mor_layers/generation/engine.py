@@ -204,6 +204,7 @@ class DepthBatchingEngine:
         Returns:
             The events of this tick, in order, with at most one new token per request.
         """
+        self.prefixes.begin_tick()
         for progress in self.scheduler.overdue():
             self._pending.append(self._finish(progress, "timeout"))
         self._admit()

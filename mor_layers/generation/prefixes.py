@@ -99,7 +99,7 @@ class PrefixCache:
         )
         for kind, pages in enumerate(self._paged):
             pages.reclaim = partial(self._evict, kind)
-        self._model = ModelState(cached.model)
+        self._model, self._is_checked = ModelState(cached.model), False
         self._roots: dict[tuple[str, str], Block] = {}
         self._sequences: dict[int, _Sequence] = {}
         self._computing: dict[tuple[Block, Tokens], int] = {}
@@ -109,6 +109,10 @@ class PrefixCache:
     def num_blocks_idle(self) -> int:
         """Number of blocks that no running sequence uses."""
         return len(self._idle)
+
+    def begin_tick(self) -> None:
+        """Take note that the model may have changed since the last tick."""
+        self._is_checked = False
 
     def open(
         self, slot: int, tokens: list[int], depths: list[int], client: str = "", salt: str = ""
@@ -246,8 +250,9 @@ class PrefixCache:
         self.readers.clear()
 
     def _forget_if_changed(self) -> None:
-        if self._model.has_changed():
+        if not self._is_checked and self._model.has_changed():
             self.clear()
+        self._is_checked = True  # the model does not change within a tick
 
     def _next(self, sequence: _Sequence, leaves: int = 0) -> tuple[Block, Tokens] | None:
         """The block after the path of a sequence, as its parent and its tokens.

@@ -122,11 +122,12 @@ class Caches:
     @property
     def num_bytes_in_use(self) -> int:
         """Bytes of the pages that sequences use."""
-        total = 0
-        for arena, pages in ((self.outer, self.outer_pages), (self.inner, self.policy.pages)):
-            if pages.num_pages:
-                total += arena.num_bytes // pages.num_pages * pages.pages_in_use
-        return total
+        return self._bytes_of(self.outer_pages.pages_in_use, self.policy.pages.pages_in_use)
+
+    @property
+    def num_bytes_idle(self) -> int:
+        """Bytes of the pages that keep prefixes and that no sequence uses."""
+        return self._bytes_of(self.outer_pages.num_idle, self.policy.pages.num_idle)
 
     @property
     def pages(self) -> tuple[int, int]:
@@ -165,6 +166,15 @@ class Caches:
             self.outer_pages.borrow(torch.tensor([slot], device=device), counts)
         if self.policy.pages.num_pages:
             self.policy.borrow(slot, lengths[num_outer:])
+
+    def _bytes_of(self, *counts: int) -> int:
+        """Bytes of so many pages of each kind."""
+        arenas = ((self.outer, self.outer_pages), (self.inner, self.policy.pages))
+        return sum(
+            arena.num_bytes // pages.num_pages * count
+            for (arena, pages), count in zip(arenas, counts, strict=True)
+            if pages.num_pages
+        )
 
     def release(self, slot: int) -> None:
         """Remove the sequence in a slot."""
