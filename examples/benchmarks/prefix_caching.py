@@ -3,9 +3,9 @@
     python examples/benchmarks/prefix_caching.py
 
 Two engines of the same random model take turns, one with prefix sharing and one without. `shared`: all
-requests arrive at once and begin with the same tokens. `distinct`: no two requests have a prefix in common, so
-every block is stored for nothing. Of each round, the ratio of the two engines is taken (`paired_timing`). On a CPU,
-time is processor time of one thread, which other processes on the machine disturb least.
+requests arrive at once and begin with the same tokens. `distinct`: no two requests have a prefix in
+common, so every block is stored for nothing. The median of the rounds' ratios counts (`paired_timing`).
+On a CPU, time is processor time of one thread, which other processes on the machine disturb least.
 """
 
 import argparse
@@ -78,9 +78,8 @@ def workloads(options: argparse.Namespace) -> Iterator[tuple[str, list[Request]]
 
     def tokens(length: int) -> tuple[int, ...]:
         # The first token is unique, so that nothing is shared by chance.
-        return (next(numbers) % options.vocabulary,) + tuple(
-            randomness.randrange(options.vocabulary) for _ in range(length - 1)
-        )
+        rest = (randomness.randrange(options.vocabulary) for _ in range(length - 1))
+        return (next(numbers) % options.vocabulary, *rest)
 
     system, new = tokens(options.system), options.new_tokens
     if "shared" in options.workloads:

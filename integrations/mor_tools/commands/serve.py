@@ -6,8 +6,8 @@
 
 Without --model a small model with random weights answers. POST /v1/chat/completions needs a chat
 template in the model's folder. Beyond the protocol: `top_k`, `min_p`, `repetition_penalty`, `priority`,
-`ignore_eos`, `timeout`, `cache_salt`, and in answers `depths`, the recursion steps that each token cost. GET /metrics,
-/health and /v1/models.
+`ignore_eos`, `timeout`, `cache_salt`, and in answers `depths`, the recursion steps that each token cost.
+GET /metrics, /health and /v1/models.
 On SIGINT or SIGTERM the server takes no new calls, and ends the running ones within --grace seconds. An
 engine that fails ends it with exit status 1.
 """
