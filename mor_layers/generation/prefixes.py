@@ -22,7 +22,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from mor_layers.generation.cache.memory import PagedRows
 from mor_layers.generation.cached_model import CachedModel
@@ -41,7 +40,7 @@ class Block:
     """The block of the tokens before; None for the root."""
     depths: list[int]
     """Number of steps that each token took."""
-    rows: tuple[Tensor, ...]
+    rows: tuple[list[int], ...]
     """The rows of the tokens in each table, see `Caches.tables`."""
     ends: tuple[int, ...]
     """Number of entries of each table, from the beginning of the text to the end of this block."""
@@ -280,7 +279,8 @@ class PrefixCache:
             return blocks
         ends = blocks[-1].ends
         for i, table in enumerate(self._caches.tables(slot)):
-            table[before.ends[i] : ends[i]] = torch.cat([block.rows[i] for block in blocks])
+            rows = [row for block in blocks for row in block.rows[i]]
+            table[before.ends[i] : ends[i]] = torch.tensor(rows, dtype=torch.long)
         self._caches.borrow(slot, ends)
         return blocks
 
@@ -291,32 +291,32 @@ class PrefixCache:
             sequence.depths[at : at + size] for at in range(begin, begin + count * size, size)
         ]
         lengths = [self._caches.num_entries(own) for own in depths]
-        by_table = []
-        for table, start, own in zip(
-            self._caches.tables(slot), first.ends, zip(*lengths, strict=True), strict=True
-        ):
-            rows = table[start : start + sum(own)].clone()
-            by_table.append((rows.split(list(own)), (rows // size).split(list(own))))
+        begins = first.ends
+        ends = [tuple(map(sum, zip(begins, *lengths[: i + 1], strict=True))) for i in range(count)]
+        # One copy to the host for each table, not for each block.
+        tables = [
+            table[start:stop].tolist()
+            for table, start, stop in zip(self._caches.tables(slot), begins, ends[-1], strict=True)
+        ]
         num_outer = int(self._paged[0].num_pages > 0)
-        for index, own_depths in enumerate(depths):
-            rows = tuple(parts[index] for parts, _ in by_table)
-            pages = [parts[index].tolist() for _, parts in by_table]
+        for index, own_ends in enumerate(ends):
             tokens = tuple(sequence.tokens[begin + index * size : begin + (index + 1) * size])
             block = sequence.last.children.get(tokens)
             if block is not None:  # computed twice
                 self._use(block)
             else:
-                ends = tuple(a + b for a, b in zip(sequence.last.ends, lengths[index], strict=True))
-                new = self._new_pages(0, pages[:num_outer]), self._new_pages(1, pages[num_outer:])
-                block = Block(tokens, sequence.last, own_depths, rows, ends, new, slot, 1)
+                spans = zip(tables, begins, sequence.last.ends, own_ends, strict=True)
+                rows = tuple(table[start - at : stop - at] for table, at, start, stop in spans)
+                new = self._new_pages(0, rows[:num_outer]), self._new_pages(1, rows[num_outer:])
+                block = Block(tokens, sequence.last, depths[index], rows, own_ends, new, slot, 1)
                 sequence.last.children[tokens] = block
             sequence.path.append(block)
 
-    def _new_pages(self, kind: int, pages: list[list[int]]) -> list[int]:
-        """Those pages that no earlier block owns. They are kept from now on."""
-        kept = self._paged[kind].kept
-        new = list(dict.fromkeys(page for own in pages for page in own if page not in kept))
-        kept.update(new)
+    def _new_pages(self, kind: int, rows: tuple[list[int], ...]) -> list[int]:
+        """Those pages of the rows that no earlier block owns. They are kept from now on."""
+        pages = {row // self._size for own in rows for row in own}
+        new = sorted(pages - self._paged[kind].kept)
+        self._paged[kind].kept.update(new)
         return new
 
     def _use(self, block: Block) -> None:
