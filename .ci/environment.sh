@@ -1,4 +1,4 @@
-# What .ci/setup and .ci/setup-vllm share: to be sourced in the project's root.
+# What .ci/setup and the other .ci/setup-* scripts share: to be sourced in the project's root.
 
 fail() { printf '%s\n' "$@" >&2; exit 1; }
 

@@ -42,6 +42,7 @@ PROMISES = {
     "megatron": ["mor_megatron"],
     "muon": ["emerging_optimizers"],
     "te": ["transformer_engine.pytorch"],
+    "bridge": ["mor_bridge"],
     "dali": ["mor_dali"],
     "hf": ["mor_huggingface", "mor_tools.commands.generate"],
     "eval": ["mor_huggingface.lm_eval"],

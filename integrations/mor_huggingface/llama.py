@@ -158,6 +158,11 @@ def llama_config(config: DecoderConfig) -> dict[str, Any]:
             "cannot be written as a Llama, only FixedDepth with 'recursion_wise'. Keep the model in "
             "our format, which AutoModelForCausalLM loads after `import mor_huggingface`."
         )
+    if config.latent_attention is not None:
+        raise ValueError(
+            f"latent_attention={config.latent_attention} cannot be written as a Llama, which has "
+            "grouped-query attention. Keep the model in our format."
+        )
     if config.qkv_bias and config.qk_norm:
         raise ValueError(
             "qkv_bias and qk_norm are both set, but Qwen2 has only the former and Qwen3 only the "

@@ -72,7 +72,8 @@ def require_servable(config: DecoderConfig, tensor_parallel: int = 1) -> None:
         ValueError: for the first such setting, with the reason and what to use instead.
     """
     recursion, moe = config.effective_recursion, config.moe
-    cached_head_size(config.head_size + hides_rows(config))
+    if config.latent_attention is None:
+        cached_head_size(config.head_size + hides_rows(config))
     sizes = {"num_heads": config.num_heads, "num_kv_heads": config.kv_heads}
     own_width = None if moe is None else moe.ffn_hidden_size
     if own_width is not None:
@@ -85,6 +86,12 @@ def require_servable(config: DecoderConfig, tensor_parallel: int = 1) -> None:
             f"moe.capacity_factor={moe and moe.capacity_factor}",
             "requests would push each other's tokens out of the experts. Set capacity_factor to "
             "null in config.json, so that no token is dropped.",
+        ),
+        (
+            config.latent_attention is not None,
+            f"latent_attention={config.latent_attention}",
+            "the plugin's layers cache keys and values, not latent rows. Use DepthBatchingEngine, "
+            "which caches latent rows.",
         ),
         (
             recursion.relaxation is not None,

@@ -5,7 +5,8 @@ see, `h` hidden, `r` recursion step. All counts are for one sequence.
 
 Only the FLOPs of matrix products are counted, `2 · rows · inner · columns`, as
 `torch.utils.flop_counter` does: 2 FLOPs per token and weight, and `4 · k · m · query size` for
-attention, including masked pairs. Each product becomes two in the backward pass, one per factor.
+attention, including masked pairs; where heads of values have another size, `2 · k · m · (query size +
+value size)`. Each product becomes two in the backward pass, one per factor.
 Norms, activations, rotary embeddings, softmax and activation recomputation are not counted.
 """
 
@@ -13,6 +14,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice, pairwise
+from typing import Self
 
 from mor_layers.costs.shapes import ModelShape, StackShape
 from mor_layers.layers import Projection
@@ -127,12 +129,16 @@ def account(
             "sharing_with_update": (k, first),
             "exit_state": (n, sequence_length),  # candidates run the step or exit before it
         }[stack.kv_policy]
-        kv_numbers = layers * 2 * projected * shape.kv_size
-        product = layers * k * m * shape.query_size * (1 if causal_half else 2)
+        attention = _AttentionWeights.of(shape)
+        kv_numbers = layers * projected * shape.kept_size
+        pairs = layers * k * m * (1 if causal_half else 2)
+        scores, sums = pairs * shape.query_size, pairs * shape.value_size
         scorer = stack.router.scorers[step] if stack.router else ()
         forward = Parts(
-            projections=2 * h * (layers * 2 * k * shape.query_size + kv_numbers),
-            attention=2 * product,  # scores, and the weighted sum of values
+            projections=2
+            * layers
+            * (k * attention.running + projected * attention.kept + m * attention.seen),
+            attention=scores + sums,
             mlp=layers * 2 * k * mlp.weights(h, mlp.experts_per_token),
             expert_router=layers * 2 * k * h * (mlp.num_experts or 0),
             depth_router=2 * n * sum(matrix.weights for matrix in scorer),
@@ -141,7 +147,7 @@ def account(
         )
         backward = replace(
             forward + forward,
-            attention=(5 if recomputes_scores else 4) * product,
+            attention=(3 if recomputes_scores else 2) * scores + 2 * sums,
             depth_router=2 * n * sum(x.weights * x.backward_products for x in scorer),
         )
         steps.append(StepAccount(stack.name, k, forward, backward, kv_numbers))
@@ -157,6 +163,30 @@ def account(
     return Accounting(sequence_length, parameters, tuple(steps), forward, backward, once, further)
 
 
+@dataclass(frozen=True)
+class _AttentionWeights:
+    """Weights of the projections of a layer's attention, by what they are multiplied by."""
+
+    running: int
+    """Tokens that run a step: queries and output."""
+    kept: int
+    """Tokens whose rows are projected."""
+    seen: int
+    """Rows that a step sees: the second projection of latent attention."""
+
+    @classmethod
+    def of(cls, shape: ModelShape) -> Self:
+        h, latent = shape.hidden_size, shape.latent
+        output = shape.value_size * h
+        if latent is None:
+            return cls(h * shape.query_size + output, h * shape.kept_size, 0)
+        return cls(latent.query_weights + output, h * shape.kept_size, latent.raising_weights)
+
+    @property
+    def total(self) -> int:
+        return self.running + self.kept + self.seen
+
+
 def _times(count: int, parts: Parts) -> Parts:
     return sum([parts] * count, Parts())
 
@@ -168,7 +198,7 @@ def relaxed_projections(shape: ModelShape, stack: StackShape) -> dict[Projection
         "query": (h, shape.query_size),
         "key": (h, shape.kv_size),
         "value": (h, shape.kv_size),
-        "output": (shape.query_size, h),
+        "output": (shape.value_size, h),
         "gate": (h, width),
         "up": (h, width),
         "down": (width, h),
@@ -233,6 +263,7 @@ def count_parameters(shape: ModelShape) -> Parts:
     h, matrix = shape.hidden_size, shape.vocab_size * shape.hidden_size
     count = Parts(embedding=matrix, norms=h, output=0 if shape.tie_embeddings else matrix)
     biases = shape.query_size + 2 * shape.kv_size if shape.qkv_bias else 0
+    latent_norms = 0 if shape.latent is None else shape.latent.norm_weights
     for stack in shape.stacks:
         layers, experts = stack.num_layers, stack.mlp.num_experts
         norms = (
@@ -241,9 +272,10 @@ def count_parameters(shape: ModelShape) -> Parts:
             * (1 if stack.shares_norms else stack.num_recursions)
         )
         attentions = stack.copies("attention")
-        projections = 2 * h * (shape.query_size + shape.kv_size) + biases
+        projections = _AttentionWeights.of(shape).total + biases
         count += Parts(
-            norms=layers * (norms + 2 * attentions * shape.qk_norm_size) + h * stack.loop_norm,
+            norms=layers * (norms + attentions * (2 * shape.qk_norm_size + latent_norms))
+            + h * stack.loop_norm,
             projections=layers * attentions * projections,
             mlp=layers * stack.copies("mlp") * stack.mlp.weights(h, experts or 1),
             expert_router=layers * h * (experts or 0) * stack.mlp.num_expert_routers,

@@ -152,6 +152,37 @@ class StackShape:
 
 
 @dataclass(frozen=True)
+class LatentShape:
+    """The sizes of multi-latent attention that determine its cost, in one layer."""
+
+    query_weights: int
+    """Weights that each token is multiplied by to make its queries."""
+    row_size: int
+    """Numbers that are kept of a token: its latent row and the rotary part of its keys."""
+    raising_weights: int
+    """Weights that each latent row is multiplied by, at every step that sees it, to make keys and
+    values."""
+    value_size: int
+    """Size of a token's values: heads times head size."""
+    norm_weights: int
+    """Weights of the norms of latent rows."""
+
+    @classmethod
+    def of_decoder(cls, config: DecoderConfig) -> Self | None:
+        """The shape of a `MoRTransformer`'s latent attention, or None if it has another."""
+        latent, heads = config.latent_attention, config.num_heads
+        if latent is None:
+            return None
+        return cls(
+            latent.query_weights(config.hidden_size, heads),
+            latent.row_size,
+            latent.kv_lora_rank * heads * (latent.qk_nope_head_dim + latent.v_head_dim),
+            config.attention_output_size,
+            latent.norm_weights,
+        )
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """The sizes of a decoder-only transformer with RMSNorm that determine its cost."""
 
@@ -162,7 +193,8 @@ class ModelShape:
     query_size: int
     """Size of a token's queries in one layer: query heads times head size."""
     kv_size: int
-    """Size of a token's keys in one layer, which is also the size of its values."""
+    """Size of a token's keys in one layer, which is also the size of its values; with `latent`, the
+    size of the one row that it keeps."""
     stacks: tuple[StackShape, ...]
     """All layers, in order of execution."""
     tie_embeddings: bool = False
@@ -171,6 +203,8 @@ class ModelShape:
     """Whether queries, keys and values have biases. Other biases are not counted."""
     qk_norm_size: int = 0
     """Number of weights in each of the two norms, of queries and of keys, in a layer. 0: none."""
+    latent: LatentShape | None = None
+    """Multi-latent attention. None: grouped-query attention of `query_size` and `kv_size`."""
     num_losses: int = 1
     """How often states are read out in training: once, or after every loop. Each time the layers after
     the last recursion and the output run."""
@@ -211,13 +245,24 @@ class ModelShape:
             config.vocab_size,
             config.hidden_size,
             config.num_heads * config.head_size,
-            config.kv_heads * config.head_size,
+            config.cached_heads[0] * config.cached_heads[1],
             stacks,
             config.tie_embeddings,
             config.qkv_bias,
             config.head_size if config.qk_norm else 0,
+            LatentShape.of_decoder(config),
             recursion.num_recursions if recursion.loop_loss is not None else 1,
         )
+
+    @property
+    def value_size(self) -> int:
+        """Size of what the heads of a layer return for a token."""
+        return self.query_size if self.latent is None else self.latent.value_size
+
+    @property
+    def kept_size(self) -> int:
+        """Numbers that are kept of a token in one layer."""
+        return 2 * self.kv_size if self.latent is None else self.latent.row_size
 
     def plain(self) -> Self:
         """The plain model of the same depth, in which each repeat has weights of its own."""

@@ -29,11 +29,13 @@ from mor_layers.generation.cache import (
     CachedContext,
     Caches,
     CacheSettings,
+    Entered,
     TokensInFlight,
     Visible,
 )
 from mor_layers.generation.in_flight import Pool, Rows
 from mor_layers.generation.products import Products
+from mor_layers.generation.static_block import Backend, StaticBlock
 from mor_layers.models import DecoderStack, MoRTransformer
 from mor_layers.recursion import Exited, RecursionBlock
 from mor_layers.selection import RoutingDecision, Tokens
@@ -46,13 +48,19 @@ class CachedModel:
         model: the model, on the device and in the precision to use. It is put into evaluation mode.
         settings: size and layout of the caches.
         products: computes the layers' matrix products. Default: with the model's own weights.
+        compiler: backend of `torch.compile` for the layers of the recursion, see `static_block`.
 
     Raises:
-        ValueError: `kv_bytes` is less than one page, or the experts drop tokens.
+        ValueError: `kv_bytes` is less than one page, the experts drop tokens, or the layers cannot
+            be compiled.
     """
 
     def __init__(
-        self, model: MoRTransformer, settings: CacheSettings, products: Products | None = None
+        self,
+        model: MoRTransformer,
+        settings: CacheSettings,
+        products: Products | None = None,
+        compiler: Backend | None = None,
     ) -> None:
         self.model, self.settings = model.eval(), settings
         self.products = products or Products()
@@ -74,6 +82,7 @@ class CachedModel:
         num_inner = len(self.blocks[0].layers.layers) if self.is_pooled else 0
         self.caches = Caches(model, settings, num_outer, num_inner)
         self.policy, self.outer_pages = self.caches.policy, self.caches.outer_pages
+        self.static = None if compiler is None else self._compiled(compiler)
         self.unstored: list[Rows] = []
         """Exited tokens whose states the cache policy will store in the next pass."""
 
@@ -150,25 +159,17 @@ class CachedModel:
         block, rows, parts = self.blocks[0], pool.rows, list(pool.parts())
         tokens, exited = self.in_flight(pool)
         entered = self.policy.enter(tokens, exited)
-        context = CachedContext(
-            parts[0][0] if len(parts) == 1 else tokens.steps[:, None],
-            Tokens(tokens.positions[:, None], self.settings.max_length),
-            self.caches.inner,
-            0,
-            entered.rows,
-            CachedAttention(entered.visible, tokens.slots, self.caches.inner, self.num_heads),
-            self._exited_states(exited),
-            pool.counts[:-1],
-            self.policy.projects_alike,
-            self.products,
-        )
-        self.unstored = []
         entering = rows.hidden
         if block.enters_changed:
             entering = torch.cat(
                 [block.enter(step, rows.hidden[own], pool.origin_of(own)) for step, own in parts]
             )
-        output = block.run_layers(entering[:, None], context)[:, 0]  # [t h] -> [t 1 h] -> [t h]
+        if self.static is not None and len(pool) <= self.static.most:
+            output = self.static(entering, tokens, entered)
+        else:
+            context = self._inner_context(pool, entered, exited)
+            output = block.run_layers(entering[:, None], context)[:, 0]  # [t h] -> [t 1 h] -> [t h]
+        self.unstored = []
         combined = [self._combine(step, pool, own, output) for step, own in parts]
         return pool.advanced(torch.cat(combined), entered.entries)
 
@@ -198,6 +199,32 @@ class CachedModel:
         """Remove the keys and values of a sequence, and its exited tokens that are not stored yet."""
         self.unstored = [rows.without(slot) for rows in self.unstored]
         self.caches.release(slot)
+
+    def _compiled(self, backend: Backend) -> StaticBlock:
+        if not self.is_pooled:
+            raise ValueError(
+                "the compiler is for the layers of a recursion that routes tokens, and this model has "
+                "none. Use compiler=None."
+            )
+        layers = self.blocks[0].layers
+        return StaticBlock(layers, self.policy, self.caches.inner, self.settings.num_slots, backend)
+
+    def _inner_context(
+        self, pool: Pool, entered: Entered, exited: TokensInFlight | None
+    ) -> CachedContext:
+        rows, steps = pool.rows, [step for step, _ in pool.parts()]
+        return CachedContext(
+            steps[0] if len(steps) == 1 else rows.steps[:, None],
+            Tokens(rows.positions[:, None], self.settings.max_length),
+            self.caches.inner,
+            0,
+            entered.rows,
+            CachedAttention(entered.visible, rows.slots, self.caches.inner, self.num_heads),
+            self._exited_states(exited),
+            pool.counts[:-1],
+            self.policy.projects_alike,
+            self.products,
+        )
 
     def _outer_context(self, slots: Tensor, positions: Tensor, rows: Tensor) -> CachedContext:
         visible = Visible(self.outer_pages.row_of, slots, positions + 1)

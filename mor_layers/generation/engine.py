@@ -27,6 +27,7 @@ from mor_layers.generation.sampling import (
     sample,
 )
 from mor_layers.generation.scheduling import FinishReason, Progress, Request, Scheduler
+from mor_layers.generation.static_block import Backend
 from mor_layers.generation.text_stream import TextStream
 from mor_layers.models import MoRTransformer
 
@@ -96,9 +97,12 @@ class DepthBatchingEngine:
         packs_weights: whether to compute with copies of the weights, concatenated and laid out for
             the device. They take as much memory as the weights, and are made again when weights
             change. Without them the engine is slower and computes with the model's own.
+        compiler: backend of `torch.compile`, or its name, for the layers of the recursion. None: they
+            run operation by operation.
 
     Raises:
-        ValueError: a size is below 1, or `kv_bytes` is too small for a single page.
+        ValueError: a size is below 1, the layers cannot be compiled, or `kv_bytes` is too small for a
+            single page.
     """
 
     def __init__(
@@ -111,6 +115,7 @@ class DepthBatchingEngine:
         sampler: Sampler = sample,
         clock: Callable[[], float] = time.monotonic,
         packs_weights: bool = True,
+        compiler: Backend | None = None,
     ) -> None:
         if tokens_per_tick is None:
             tokens_per_tick = cache.num_slots + chunk_size
@@ -118,7 +123,7 @@ class DepthBatchingEngine:
             raise ValueError(
                 f"chunk_size={chunk_size} and tokens_per_tick={tokens_per_tick} must be at least 1."
             )
-        self.runner = ModelRunner(model, cache, chunk_size, packs_weights)
+        self.runner = ModelRunner(model, cache, chunk_size, packs_weights, compiler)
         self.caches, self.prefixes = self.runner.caches, self.runner.prefixes
         self.scheduler = Scheduler(
             cache.num_slots,

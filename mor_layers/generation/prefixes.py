@@ -67,6 +67,8 @@ class _Sequence:
     """The root, and the blocks that it begins with."""
     awaited: tuple[Block, Tokens] | None = None
     """The block that it is computing, as its parent and its tokens."""
+    is_closed: bool = False
+    """Whether no more of its blocks are stored."""
 
     @property
     def last(self) -> Block:
@@ -181,7 +183,7 @@ class PrefixCache:
     def keep(self, slot: int) -> None:
         """Keep the blocks of a sequence that are complete."""
         sequence = self._sequences.get(slot)
-        if sequence is None or sequence.last.is_forgotten:
+        if sequence is None or sequence.is_closed or sequence.last.is_forgotten:
             return
         begin = (len(sequence.path) - 1) * self._size
         # An exited token has all its rows one tick later under `exit_state`.
@@ -302,7 +304,11 @@ class PrefixCache:
         for index, own_ends in enumerate(ends):
             tokens = tuple(sequence.tokens[begin + index * size : begin + (index + 1) * size])
             block = sequence.last.children.get(tokens)
-            if block is not None:  # computed twice
+            if block is not None and block.depths != depths[index]:
+                # Computed twice, and a score so close to a threshold that rounding decided.
+                sequence.is_closed = True
+                return
+            if block is not None:
                 self._use(block)
             else:
                 spans = zip(tables, begins, sequence.last.ends, own_ends, strict=True)
@@ -378,7 +384,7 @@ class PrefixCache:
         """Let other sequences wait for the next block of this one, if it is computing one."""
         self._stop_awaiting(sequence)
         awaited = self._next(sequence)
-        if awaited is not None and not sequence.last.is_forgotten:
+        if awaited is not None and not (sequence.is_closed or sequence.last.is_forgotten):
             self._computing.setdefault(awaited, slot)
             sequence.awaited = awaited if self._computing[awaited] == slot else None
 

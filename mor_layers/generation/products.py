@@ -16,13 +16,13 @@ Legend: `t` tokens in flight, `i` inputs and `o` outputs of a projection, `h` hi
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mor_layers.generation.watched import WatchedParameters
 from mor_layers.layers import (
     Experts,
     Projected,
@@ -35,9 +35,6 @@ from mor_layers.recursion import StepContext
 
 TYPICAL_ROWS = 64
 """Rows of a product that the reordered layout is chosen for. It hardly depends on them."""
-
-UNKNOWN = -1
-"""Version of a tensor that does not count its changes."""
 
 
 def has_onednn(weight: Tensor) -> bool:
@@ -111,14 +108,12 @@ class PackedProducts(Products):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
         self._packed: dict[tuple[object, ...], _Packed] = {}
-        self._sources = _sources(model)
+        self._parameters = WatchedParameters(model)
 
     def refresh(self) -> None:
-        if not _are_unchanged(self._sources):
+        if self._parameters.have_changed():
             self._packed.clear()
-            self._sources = _sources(self._model)
 
     def __call__(
         self, projections: tuple[Projected, ...], hidden: Tensor, context: StepContext | None
@@ -212,37 +207,3 @@ def _completed(
         changed = hook(projection, (hidden,), output)
         output = output if changed is None else changed
     return output
-
-
-class _Source(NamedTuple):
-    """A parameter as it was when the copies were made."""
-
-    owner: dict[str, nn.Parameter | None]
-    name: str
-    parameter: nn.Parameter
-    address: int
-    version: int
-
-
-def _sources(model: nn.Module) -> list[_Source]:
-    return [
-        _Source(module._parameters, name, parameter, parameter.data_ptr(), _version(parameter))
-        for module in model.modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-    ]
-
-
-def _are_unchanged(sources: list[_Source]) -> bool:
-    # A plain loop: it runs in every tick, over every parameter.
-    for owner, name, parameter, address, version in sources:
-        if owner.get(name) is not parameter or parameter.data_ptr() != address:
-            return False
-        if version != UNKNOWN and parameter._version != version:
-            return False
-    return True
-
-
-def _version(tensor: Tensor) -> int:
-    """How often the tensor was changed in place, which one made in inference mode does not know."""
-    return UNKNOWN if tensor.is_inference() else tensor._version

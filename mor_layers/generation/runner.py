@@ -20,6 +20,7 @@ from mor_layers.generation.in_flight import Pool, Rows
 from mor_layers.generation.prefixes import PrefixCache
 from mor_layers.generation.products import PackedProducts, Products
 from mor_layers.generation.scheduling import Span
+from mor_layers.generation.static_block import Backend
 from mor_layers.models import MoRTransformer
 from mor_layers.profiling import named
 
@@ -53,6 +54,7 @@ class ModelRunner:
         settings: size and layout of the caches.
         max_span: largest number of tokens in a span.
         packs_weights: whether to compute with copies of the weights, see `products`.
+        compiler: backend of `torch.compile` for the layers of the recursion, see `static_block`.
 
     Raises:
         ValueError: `kv_bytes` is less than one page, or the experts drop tokens.
@@ -64,9 +66,10 @@ class ModelRunner:
         settings: CacheSettings,
         max_span: int,
         packs_weights: bool = False,
+        compiler: Backend | None = None,
     ) -> None:
         products = PackedProducts(model) if packs_weights else Products()
-        self.model, self.cached = model, CachedModel(model, settings, products)
+        self.model, self.cached = model, CachedModel(model, settings, products, compiler)
         self.prefixes = PrefixCache(self.cached)
         embedding, device = model.embedding.weight, self.cached.device
         nowhere = torch.zeros(4, 0, dtype=torch.long, device=device)

@@ -53,8 +53,10 @@ def shard(model: MoRTransformer, group: ProcessGroup) -> MoRTransformer:
             )
     for layer in layers:
         attention, mlp = layer.attention, layer.mlp
-        for linear in (attention.query, attention.key, attention.value):
-            _keep_projection(linear, 0, group)  # [nd h], [gd h]
+        for linear in attention.column_parallel:
+            _keep_projection(
+                linear, 0, group
+            )  # [nd h], [gd h]; of latent attention [nd q], [n(u+v) c]
         _keep_projection(attention.output, 1, group)  # [h nd]
         _sum_over_ranks(attention.output, group)
         if isinstance(mlp, MoE):

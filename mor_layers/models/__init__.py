@@ -7,6 +7,7 @@ from mor_layers.models.config import (
     DecoderConfig,
     RecursionConfig,
 )
+from mor_layers.models.latent_attention import LatentAttentionConfig
 from mor_layers.models.layers import DecoderLayer, DecoderStack
 from mor_layers.models.transformer import DecoderOutput, MoRTransformer
 
@@ -18,6 +19,7 @@ __all__ = [
     "DecoderLayer",
     "DecoderOutput",
     "DecoderStack",
+    "LatentAttentionConfig",
     "MoRTransformer",
     "RecursionConfig",
 ]

@@ -18,6 +18,7 @@ from mor_layers.layers import (
     Relaxation,
     Sublayer,
 )
+from mor_layers.models.latent_attention import LatentAttentionConfig
 from mor_layers.recursion import (
     KV_POLICIES,
     SHARING_SCHEMES,
@@ -260,7 +261,7 @@ class RecursionConfig:
 class DecoderConfig:
     """A decoder in the Llama layout: RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases.
 
-    `qkv_bias` makes it a Qwen2, `qk_norm` a Qwen3.
+    `qkv_bias` makes it a Qwen2, `qk_norm` a Qwen3; `latent_attention` is that of DeepSeek-V2.
     """
 
     vocab_size: int
@@ -290,6 +291,8 @@ class DecoderConfig:
     """Whether input and output embeddings are one matrix."""
     recursion: RecursionConfig | None = None
     """The recursion; None: a plain decoder."""
+    latent_attention: LatentAttentionConfig | None = None
+    """Multi-latent attention in all layers; None: grouped-query attention."""
     moe: MoEConfig | None = None
     """The mixture of experts that replaces the MLP; None: a dense MLP."""
     dense_ends: bool = False
@@ -321,7 +324,9 @@ class DecoderConfig:
                 f"head_dim={self.head_dim} must be even and at least 2, because RoPE rotates the "
                 "numbers of a head in pairs."
             )
-        if self.head_dim is None and (self.hidden_size % self.num_heads or self.head_size % 2):
+        if self.latent_attention is not None:
+            self._check_latent_attention()
+        elif self.head_dim is None and (self.hidden_size % self.num_heads or self.head_size % 2):
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be an even multiple of "
                 f"num_heads={self.num_heads}, because RoPE rotates the numbers of a head in pairs. "
@@ -342,6 +347,33 @@ class DecoderConfig:
                 "moe and sharing middle_cycle or middle_sequence, or prelude_layers or coda_layers."
             )
 
+    def _check_latent_attention(self) -> None:
+        """Raise ValueError for settings that latent attention has no place for."""
+        unused = {
+            "head_dim": self.head_dim is not None,
+            "num_kv_heads": self.num_kv_heads not in (None, self.num_heads),
+            "qkv_bias": self.qkv_bias,
+            "qk_norm": self.qk_norm,
+        }
+        for name in (name for name, is_set in unused.items() if is_set):
+            raise ValueError(
+                f"{name}={getattr(self, name)} is not a setting of latent_attention, whose heads have "
+                "sizes of their own, no biases, and norms on latent rows. Leave it out."
+            )
+        recursion = self.effective_recursion
+        relaxed = () if recursion.relaxation is None else recursion.relaxation.projections
+        if wrong := tuple(n for n in relaxed if n in ("query", "key", "value")):
+            raise ValueError(
+                f"Relaxation.projections={relaxed} has {', '.join(wrong)}, which latent_attention "
+                "projects in two stages, for which there are no deltas. Use 'output', 'gate', 'up' or "
+                "'down'."
+            )
+        if "attention" in recursion.own_per_step:
+            raise ValueError(
+                f"own_per_step={recursion.own_per_step} cannot have latent_attention of each step: "
+                "steps share its latent rows' projections. Leave attention out."
+            )
+
     @property
     def effective_recursion(self) -> RecursionConfig:
         """The recursion; if there is none, a single step through the layers between the ends."""
@@ -360,5 +392,26 @@ class DecoderConfig:
 
     @property
     def head_size(self) -> int:
-        """`head_dim`, or its default."""
+        """Numbers of a query head: `head_dim`, or its default, or that of `latent_attention`."""
+        if self.latent_attention is not None:
+            return self.latent_attention.head_size
         return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def rotary_size(self) -> int:
+        """How many numbers of a head are rotated."""
+        latent = self.latent_attention
+        return self.head_size if latent is None else latent.qk_rope_head_dim
+
+    @property
+    def attention_output_size(self) -> int:
+        """Numbers that the heads of a layer return together, the input of the output projection."""
+        latent = self.latent_attention
+        return self.num_heads * (self.head_size if latent is None else latent.v_head_dim)
+
+    @property
+    def cached_heads(self) -> tuple[int, int]:
+        """Heads that a cache keeps of a token in each layer, and their size: key-value heads, or the
+        latent row."""
+        latent = self.latent_attention
+        return (self.kv_heads, self.head_size) if latent is None else (1, latent.row_size)

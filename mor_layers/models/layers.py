@@ -4,7 +4,6 @@ Legend: `b` batch, `k` tokens that run a step, `h` hidden, `n` heads, `d` head s
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,6 +13,8 @@ from torch import Tensor, nn
 
 from mor_layers.layers import MoE, Projected, make_projection, project, weights_of
 from mor_layers.models.config import DecoderConfig
+from mor_layers.models.latent_attention import LatentAttention
+from mor_layers.models.rotary import Rotary
 from mor_layers.recursion import ExpertUse, StepContext
 
 
@@ -63,8 +64,13 @@ class Attention(nn.Module):
         rows = [len(weights_of(linear)[0]) for linear in (self.query, self.key)]
         return rows[0] // self.head_size, rows[1] // self.head_size
 
+    @property
+    def column_parallel(self) -> tuple[Projected, ...]:
+        """The projections whose outputs are heads; see `tensor_parallel`."""
+        return self.query, self.key, self.value
+
     def forward(
-        self, hidden: Float[Tensor, "kx b h"], context: StepContext, rotary: "Rotary"
+        self, hidden: Float[Tensor, "kx b h"], context: StepContext, rotary: Rotary
     ) -> Float[Tensor, "k b h"]:
         """`hidden` has the rows of `context.with_exited`, the result those that run the step."""
         query, key, value = self._project(hidden, context)
@@ -138,7 +144,7 @@ class DecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.attention_norm = StepNorm(config.hidden_size, config.rms_norm_epsilon, num_norms)
-        self.attention = Attention(config, layer, num_steps)
+        self.attention = _attention(config, layer, num_steps)
         self.mlp_norm = StepNorm(config.hidden_size, config.rms_norm_epsilon, num_norms)
         self.mlp = MLP(config, num_steps) if config.moe is None else _experts(config, num_steps)
         self.attention_output_norm = self.mlp_output_norm = None
@@ -151,7 +157,7 @@ class DecoderLayer(nn.Module):
             self.residual_factor = config.effective_recursion.residual_factor(size)
 
     def forward(
-        self, hidden: Float[Tensor, "k b h"], context: StepContext, rotary: "Rotary"
+        self, hidden: Float[Tensor, "k b h"], context: StepContext, rotary: Rotary
     ) -> Float[Tensor, "k b h"]:
         normed = self.attention_norm(context.with_exited(hidden), context.step)
         output = self.attention(normed, context, rotary)
@@ -173,6 +179,19 @@ class DecoderLayer(nn.Module):
         return output if self.residual_factor is None else output * self.residual_factor
 
 
+def _attention(config: DecoderConfig, layer: int, num_steps: int) -> Attention | LatentAttention:
+    if config.latent_attention is None:
+        return Attention(config, layer, num_steps)
+    return LatentAttention(
+        config.latent_attention,
+        layer,
+        config.hidden_size,
+        config.num_heads,
+        config.rms_norm_epsilon,
+        _projections(config, num_steps),
+    )
+
+
 def _experts(config: DecoderConfig, num_steps: int) -> MoE:
     assert config.moe is not None
     width, recursion = config.ffn_hidden_size, config.recursion
@@ -180,30 +199,6 @@ def _experts(config: DecoderConfig, num_steps: int) -> MoE:
         return MoE(config.hidden_size, width, config.moe)
     routers, means = recursion.expert_routers, recursion.mean_experts
     return MoE(config.hidden_size, width, config.moe, num_steps, routers, means)
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """Rotary embedding at given positions (Su et al. 2021, where the halves of a head are paired)."""
-
-    cos: Float[Tensor, "k b 1 d"]
-    sin: Float[Tensor, "k b 1 d"]
-
-    @classmethod
-    def at(
-        cls, positions: Int[Tensor, "k b"], head_size: int, base: float, dtype: torch.dtype
-    ) -> "Rotary":
-        """The rotation for each position, computed in fp32."""
-        exponent = torch.arange(0, head_size, 2, device=positions.device).float() / head_size
-        angles = positions[..., None].float() * base**-exponent  # [k b] -> [k b d/2]
-        angles = torch.cat([angles, angles], dim=-1)[:, :, None]
-        return cls(angles.cos().to(dtype), angles.sin().to(dtype))
-
-    def turn(self, heads: Float[Tensor, "k b n d"]) -> Float[Tensor, "k b n d"]:
-        """Rotate the heads of the first `k` rows."""
-        first, second = heads.chunk(2, dim=-1)
-        cos, sin = self.cos[: len(heads)], self.sin[: len(heads)]
-        return heads * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 class DecoderStack(nn.Module):
@@ -218,7 +213,7 @@ class DecoderStack(nn.Module):
         self, config: DecoderConfig, num_layers: int, num_norms: int = 1, num_steps: int = 1
     ) -> None:
         super().__init__()
-        self.head_size, self.rope_base = config.head_size, config.rope_base
+        self.rotary_size, self.rope_base = config.rotary_size, config.rope_base
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer, num_norms, num_steps) for layer in range(num_layers)
         )
@@ -227,7 +222,7 @@ class DecoderStack(nn.Module):
         self, hidden: Float[Tensor, "k b h"], context: StepContext
     ) -> Float[Tensor, "k b h"]:
         positions = context.projected_positions
-        rotary = Rotary.at(positions, self.head_size, self.rope_base, hidden.dtype)
+        rotary = Rotary.at(positions, self.rotary_size, self.rope_base, hidden.dtype)
         for layer in self.layers:
             hidden = layer(hidden, context, rotary)
         return hidden

@@ -97,6 +97,12 @@ class StepContext:
         return True
 
     @property
+    def keeps_latent_rows(self) -> bool:
+        """Whether latent attention attends to latent rows themselves, by `attend`, and not to keys and
+        values that it projects from what `exchange` returns."""
+        return False
+
+    @property
     def exited(self) -> Exited | None:
         """Further tokens whose keys and values layers must compute; None when there are none."""
         return None

@@ -9,6 +9,7 @@ never written back, and comes after every real token, so plain causal attention 
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -114,8 +115,34 @@ class Tokens:
 
 
 def take_rows(values: Float[Tensor, "n b h"], rows: Int[Tensor, "k b"]) -> Float[Tensor, "k b h"]:
-    """Rows of each sequence: `out[i, j] = values[rows[i, j], j]`."""
-    return values.flatten(0, 1).index_select(0, _flat(rows)).unflatten(0, rows.shape)
+    """Rows of each sequence: `out[i, j] = values[rows[i, j], j]`.
+
+    Rows must not repeat in a sequence, unless nobody uses their gradient.
+    """
+    return _TakeRows.apply(values.flatten(0, 1), _flat(rows)).unflatten(0, rows.shape)  # type: ignore[union-attr]
+
+
+class _TakeRows(torch.autograd.Function):
+    """`index_select` of rows that do not repeat.
+
+    Its own backward pass adds rows up, on a GPU by atomic additions in any order. As no row repeats,
+    each gradient can be copied to its place instead, which takes no atomics and is deterministic.
+    """
+
+    @staticmethod
+    def forward(values: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
+        return values.index_select(0, index)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # type: ignore[override]
+        values, index = inputs
+        ctx.save_for_backward(index)
+        ctx.shape = values.shape
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.shape).index_copy_(0, index, gradient), None
 
 
 def put_rows(

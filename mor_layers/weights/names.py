@@ -1,12 +1,24 @@
-"""Names of the tensors in a recursive model's layers, in our layout and in Llama's."""
+"""Names of the tensors in a recursive model's layers, in our layout and in Llama's or DeepSeek's."""
 
 from mor_layers.models import DecoderConfig
 
-_LAYER = {
-    "attention_norm.weights.{norm}": "input_layernorm.weight",
+_HEADS = {
     "attention.query.weight": "self_attn.q_proj.weight",
     "attention.key.weight": "self_attn.k_proj.weight",
     "attention.value.weight": "self_attn.v_proj.weight",
+}
+_QUERY_ROWS = {
+    "attention.query_down.weight": "self_attn.q_a_proj.weight",
+    "attention.query_norm.weight": "self_attn.q_a_layernorm.weight",
+    "attention.query_up.weight": "self_attn.q_b_proj.weight",
+}
+_LATENT_ROWS = {
+    "attention.kv_down.weight": "self_attn.kv_a_proj_with_mqa.weight",
+    "attention.kv_norm.weight": "self_attn.kv_a_layernorm.weight",
+    "attention.kv_up.weight": "self_attn.kv_b_proj.weight",
+}
+_LAYER = {
+    "attention_norm.weights.{norm}": "input_layernorm.weight",
     "attention.output.weight": "self_attn.o_proj.weight",
     "mlp_norm.weights.{norm}": "post_attention_layernorm.weight",
     "mlp.gate.weight": "mlp.gate_proj.weight",
@@ -22,22 +34,31 @@ _OF_STEPS = {"weight": "weights", "bias": "biases"}
 
 
 def layer_names(config: DecoderConfig, ours: str, theirs: str, step: int = 0) -> dict[str, str]:
-    """Map our names to those of Llama (or Qwen) for the tensors of a dense layer at one step."""
+    """Map our names to those of Llama (or Qwen, or DeepSeek where attention is latent) for the tensors
+    of a dense layer at one step."""
     recursion, own, norm, head_norm = config.effective_recursion, (), 0, 0
     if ours.startswith("recursions."):
         own = recursion.own_projections
         norm = 0 if recursion.share_norms else step
         head_norm = step if "query" in own else 0
     names = {}
-    tensors = (
-        _LAYER | (_BIASES if config.qkv_bias else {}) | (_HEAD_NORMS if config.qk_norm else {})
-    )
+    tensors = _attention_names(config) | _LAYER
     for tensor, their_tensor in tensors.items():
         module, _, kind = tensor.format(norm=norm, head_norm=head_norm).rpartition(".")
         if module.rpartition(".")[2] in own:
             kind = f"{_OF_STEPS[kind]}.{step}"
         names[f"{ours}.{module}.{kind}"] = f"{theirs}.{their_tensor}"
     return names
+
+
+def _attention_names(config: DecoderConfig) -> dict[str, str]:
+    latent = config.latent_attention
+    if latent is None:
+        norms = _HEAD_NORMS if config.qk_norm else {}
+        return _HEADS | (_BIASES if config.qkv_bias else {}) | norms
+    if latent.q_lora_rank is None:
+        return {"attention.query_up.weight": "self_attn.q_proj.weight"} | _LATENT_ROWS
+    return _QUERY_ROWS | _LATENT_ROWS
 
 
 def unrolled_layers(config: DecoderConfig) -> list[tuple[str, int]]:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from mor_layers import ExpertChoice, RecursionConfig, TokenChoice
-from tests.gpu import layers, layouts
+from tests.gpu import layers, layouts, serving
 from tests.gpu.verdict import Case, Need
 
 ROUTERS = {"expert": ExpertChoice(alpha=0.5), "token": TokenChoice()}
@@ -138,6 +138,16 @@ _REST = [
     ),
 ]
 
+_SERVING = [
+    Case(
+        f"serving/{policy}",
+        "a block that replays CUDA graphs gives the full pass's tokens and depths, fp32",
+        serving.replayed_block_gives_the_full_pass,
+        {"recursion": RecursionConfig(3, router=ROUTERS["token"], kv_policy=policy)},
+    )
+    for policy in POLICIES[:3]
+]
+
 _LAYOUTS = [
     Case(
         f"layout/{name}",
@@ -182,4 +192,4 @@ _SPEED = [
     for name in ("local", "engine")
 ]
 
-CASES: tuple[Case, ...] = (*_CORE, *_ENGINE, *_REST, *_LAYOUTS, *_SPEED)
+CASES: tuple[Case, ...] = (*_CORE, *_ENGINE, *_REST, *_SERVING, *_LAYOUTS, *_SPEED)

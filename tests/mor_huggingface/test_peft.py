@@ -1,12 +1,15 @@
-"""Adapters of peft on the shared block: one serves all steps, in training and in generation."""
+"""Adapters on the shared block: one of peft for all steps, or deltas for each."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import mor_huggingface
-from mor_layers import DecoderConfig, ExpertChoice, RecursionConfig
+from mor_layers import DecoderConfig, ExpertChoice, RecursionConfig, Relaxation
 
+QUERY = "model.recursions.0.layers.layers.0.attention.query"
 SHARED = r".*recursions\..*\.(query|down)"
 
 
@@ -43,6 +46,28 @@ def test_an_adapter_trains_alone_and_merges_into_the_shared_weights(base, tmp_pa
         again = mor_huggingface.MoRForCausalLM.from_pretrained(tmp_path / "base")
         merged = PeftModel.from_pretrained(again, str(tmp_path / "adapter")).merge_and_unload()
         torch.testing.assert_close(merged.eval()(ids).logits, after, rtol=1e-5, atol=1e-5)
+
+
+def test_deltas_are_an_adapter_for_each_step(base):
+    given = base.config.decoder_config
+    deltas = Relaxation(2, projections=("query", "down"))
+    relaxed = replace(given, recursion=replace(given.recursion, relaxation=deltas))
+    model = mor_huggingface.MoRForCausalLM(mor_huggingface.MoRConfig.from_decoder(relaxed))
+    missing, unexpected = model.load_state_dict(base.state_dict(), strict=False)
+    assert not unexpected and all(".deltas." in name for name in missing)
+    ids = torch.randint(50, (2, 12))
+    assert torch.equal(model(ids).logits, base(ids).logits)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".deltas." in name)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert {name for name in missing if name.endswith(".b")} <= moved <= set(missing)
+    own = [model.get_parameter(f"{QUERY}.deltas.{step}.b") for step in range(3)]
+    assert not any(torch.equal(own[step], own[step - 1]) for step in range(3))
 
 
 def test_arguments_of_other_models_are_refused_unless_they_say_nothing(base):

@@ -11,6 +11,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from mor_layers import DecoderConfig, RecursionConfig, RouterConfig
+from mor_layers.models import LatentAttentionConfig
 from mor_layers.recursion import SHARING_SCHEMES
 from mor_layers.routers import registered_routers
 
@@ -84,6 +85,13 @@ def decoders(draw: st.DrawFn, wrong: float = 0.01) -> dict[str, Any]:
     }
     if draw(st.booleans()):
         sizes["moe"] = None
+    if draw(st.integers(0, 7)):
+        sizes["latent_attention"] = None
+    else:
+        latent = draw(settings_of(LatentAttentionConfig, wrong))
+        sizes["latent_attention"] = latent | {"qk_rope_head_dim": draw(_mostly(2, [1, 4]))}
+        if draw(st.integers(0, 4)):  # most of the time without what it refuses
+            sizes |= {"num_kv_heads": None, "head_dim": None, "qkv_bias": False, "qk_norm": False}
     return draw(settings_of(DecoderConfig, wrong, **sizes))
 
 

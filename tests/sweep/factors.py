@@ -16,6 +16,7 @@ from mor_layers import (
 )
 from mor_layers.recursion import KV_POLICIES, HyperConnections, LoopLoss
 from mor_layers.routers import ExitGate
+from tests.distributed.fields.trial import MLA
 
 LENGTH = 24
 """Tokens of a sequence: three steps of half as many, less a few, do not divide by the ranks."""
@@ -94,6 +95,8 @@ LAYERS: dict[str, dict[str, Any]] = {
     "dense": {},
     "GELU with biases": {"gated_linear_unit": False, "add_bias_linear": True},
     "norms of queries and keys": {"qk_layernorm": True, "add_qkv_bias": True},
+    "latent attention": MLA,
+    "latent attention, experts": MLA | EXPERTS,
     "experts": EXPERTS,
     "experts, allgather": EXPERTS | {"moe_token_dispatcher_type": "allgather"},
     "sigmoid experts with a bias": EXPERTS
@@ -143,6 +146,10 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     "experts": {
         "recompute_granularity": "selective",
         "recompute_modules": ["core_attn", "moe"],
+    },
+    "keys and values of latent rows": {
+        "recompute_granularity": "selective",
+        "recompute_modules": ["core_attn", "mla_up_proj"],
     },
 }
 DATA_PARALLEL: dict[str, dict[str, Any]] = {

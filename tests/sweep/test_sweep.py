@@ -55,7 +55,7 @@ def test_a_case_that_the_library_refuses_is_not_run(changes, reason):
 @pytest.mark.parametrize("name", factors.FACTORS)
 def test_every_value_of_a_factor_can_run(name):
     for value in factors.FACTORS[name]:
-        layers = [value] if name == "layers" else ["dense", "experts"]
+        layers = [value] if name == "layers" else ["dense", "experts", "latent attention"]
         cases = [USUAL | {"layers": kind} | {name: value} for kind in layers]
         assert any(refusal(case) is None for case in cases), value
 

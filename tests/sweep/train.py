@@ -124,7 +124,10 @@ def refusal(case: Case) -> str | None:
 
 def _check_use(case: Case) -> None:
     """Raise ValueError where a value of a case changes nothing that another one does not."""
-    has_experts = "num_moe_experts" in factors.LAYERS[case["layers"]]
+    layers = factors.LAYERS[case["layers"]]
+    has_experts = "num_moe_experts" in layers
+    if case["recomputed"] == "keys and values of latent rows" and "kv_lora_rank" not in layers:
+        raise ValueError("latent rows need latent attention")
     if case["recomputed"] == "MLP" and has_experts:
         raise ValueError("an MLP to recompute needs dense layers")
     if case["recomputed"] == "experts" and not has_experts:

@@ -181,9 +181,14 @@ def _layer_names(
     result: dict[str, tuple[str, ...]] = {}
     for step, place in _places(f"{theirs}.self_attention", "attention", recursion):
         weight, bias = ("weight", "bias") if step is None else (f"weights.{step}", f"biases.{step}")
+        result[f"{place}.linear_proj.weight"] = (f"{ours}.attention.output.{weight}",)
+        if config.latent_attention is not None:
+            names = _QUERY_ROWS if config.latent_attention.q_lora_rank else _QUERIES
+            for their_name, own in (names | _LATENT_ROWS).items():
+                result[f"{place}.{their_name}"] = (f"{ours}.attention.{own}",)
+            continue
         qkv = [f"{ours}.attention.{name}" for name in ("query", "key", "value")]
         result[f"{place}.{_QKV}"] = tuple(f"{name}.{weight}" for name in qkv)
-        result[f"{place}.linear_proj.weight"] = (f"{ours}.attention.output.{weight}",)
         if config.qkv_bias:
             result[f"{place}.{_QKV_BIAS}"] = tuple(f"{name}.{bias}" for name in qkv)
         if config.qk_norm:
@@ -201,7 +206,9 @@ def _layer_names(
             for t, parts in experts.items()
         }
     mlp_norm = _DENSE_NORM if moe is None else _EXPERTS_NORM
-    for norm, place in (("attention", "self_attention.linear_qkv.layer_norm_"), ("mlp", mlp_norm)):
+    is_latent = config.latent_attention is not None
+    attention_norm = "input_layernorm." if is_latent else "self_attention.linear_qkv.layer_norm_"
+    for norm, place in (("attention", attention_norm), ("mlp", mlp_norm)):
         for step in range(num_norms):
             own = f"{step}." if num_norms > 1 else ""
             result[f"{theirs}.{place}{own}weight"] = (f"{ours}.{norm}_norm.weights.{step}",)
@@ -260,6 +267,17 @@ def _expert_names(moe: MoEConfig, recursion: RecursionConfig | None) -> dict[str
     return names
 
 
+_QUERIES = {"linear_q_proj.weight": "query_up.weight"}
+_QUERY_ROWS = {
+    "linear_q_down_proj.weight": "query_down.weight",
+    "linear_q_up_proj.layer_norm_weight": "query_norm.weight",
+    "linear_q_up_proj.weight": "query_up.weight",
+}
+_LATENT_ROWS = {
+    "linear_kv_down_proj.weight": "kv_down.weight",
+    "linear_kv_up_proj.layer_norm_weight": "kv_norm.weight",
+    "linear_kv_up_proj.weight": "kv_up.weight",
+}
 _QKV, _QKV_BIAS, _GATED = "linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight"
 _DENSE_NORM, _EXPERTS_NORM = "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."
 _EXPERTS, _EXPERT_ROUTER = "experts.linear_fc1.weight", "router.weight"

@@ -26,6 +26,7 @@ from megatron.core.tensor_parallel import (
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor
 
@@ -53,6 +54,21 @@ class LatentAttention(MLASelfAttention):
         if self.config.q_lora_rank is not None and not self.config.sequence_parallel:
             for parameter in self.q_layernorm.parameters():
                 parameter.average_gradients_across_tp_domain = True  # of equal ones
+
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        """Without a latent row of queries, latent rows of keys and values alone have a norm, as in
+        DeepSeek-V2-Lite. Megatron wants one in the projection of queries too.
+        """
+        has_own_norm = submodules.kv_layernorm not in (None, IdentityOp)
+        if self.config.q_lora_rank is not None or not self.config.qk_layernorm or not has_own_norm:
+            return super()._resolve_qk_norm_config(submodules)
+        return {
+            "linear_q_proj": submodules.linear_q_proj,
+            "linear_q_up_proj": IdentityOp,
+            "linear_kv_up_proj": submodules.linear_kv_up_proj,
+            "q_layernorm": IdentityOp,
+            "kv_layernorm": submodules.kv_layernorm,
+        }
 
     def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         queries, combined = super()._qkv_down_projection(hidden_states)

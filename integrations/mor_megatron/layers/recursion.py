@@ -226,6 +226,8 @@ class RecursionLayer(TransformerLayer):
         is_counted = torch.is_grad_enabled() or not self.training
         if is_counted:
             self._begin_counting()
+        for router in self.expert_routers:
+            router.batch_size = tokens.count
         output = self.recursion(
             hidden_states,
             tokens,

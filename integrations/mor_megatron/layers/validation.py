@@ -245,12 +245,6 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             "model.",
         ),
         (
-            has_moe and "global_aux_loss" in balancing,
-            "moe_router_load_balancing_type='global_aux_loss'",
-            "it averages the counts of steps that run different numbers of tokens. Use 'aux_loss' "
-            "or 'seq_aux_loss'.",
-        ),
-        (
             has_moe and "quantile_balancing" in balancing,
             "moe_router_load_balancing_type='quantile_balancing'",
             "Megatron does not implement it with padding. Use 'aux_loss' or an expert bias.",
@@ -274,11 +268,5 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             f"mean_experts={recursion.mean_experts} with moe_router_topk={config.moe_router_topk}",
             "moe_router_topk is the maximum for a token. It must be at least 2 and at least the "
             "largest mean.",
-        ),
-        (
-            has_moe and config.calculate_per_token_loss,
-            "calculate_per_token_loss=True with a mixture of experts",
-            "Megatron scales the experts' losses by the tokens of a step, not of the sequence. "
-            "Use calculate_per_token_loss=False.",
         ),
     ]

@@ -20,6 +20,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_block import (
@@ -58,18 +59,21 @@ def default_layer_spec(config: TransformerConfig, is_moe: bool | None = None) ->
     Raises:
         ValueError: grouped expert matrix products are requested without Transformer Engine, where
             Megatron would silently run the experts one by one; an attention for which Megatron has
-            specs of its own; or latent attention with a norm of queries that have no latent row.
+            specs of its own; or, with Transformer Engine, latent attention with a norm of queries
+            that have no latent row.
     """
     _refuse_other_specs(config)
-    if config.multi_latent_attention and config.qk_layernorm and config.q_lora_rank is None:  # type: ignore[attr-defined]
-        raise ValueError(
-            "multi_latent_attention=True with qk_layernorm=True needs q_lora_rank: without a latent row "
-            "of queries, Megatron normalises the input of their projection a second time. Set "
-            "q_lora_rank, or qk_layernorm=False."
-        )
     num_experts = None if is_moe is False else config.num_moe_experts
     uses_engine = config.transformer_impl == "transformer_engine" and torch.cuda.is_available()
+    # The norms of multi-latent attention.
+    norms_queries = not config.multi_latent_attention or config.q_lora_rank is not None  # type: ignore[attr-defined]
     if uses_engine and has_transformer_engine():
+        if config.qk_layernorm and not norms_queries:
+            raise ValueError(
+                "multi_latent_attention=True with qk_layernorm=True and Transformer Engine needs "
+                "q_lora_rank: without a latent row of queries, Megatron normalises the input of their "
+                "projection a second time. Set q_lora_rank, or transformer_impl='local'."
+            )
         parts = get_gpt_layer_with_transformer_engine_submodules(
             num_experts=num_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
@@ -105,8 +109,10 @@ def default_layer_spec(config: TransformerConfig, is_moe: bool | None = None) ->
         changes["core_attention"] = SDPACoreAttention
     if config.qk_layernorm and not config.qk_l2_norm:  # the latter takes precedence, as in Megatron
         keys_norm = "kv_layernorm" if config.multi_latent_attention else "k_layernorm"
-        changes |= {"q_layernorm": norm, keys_norm: norm}
+        changes |= {"q_layernorm": norm if norms_queries else IdentityOp, keys_norm: norm}
     keys = dict(parts.sharded_state_dict_keys_map)
+    if config.multi_latent_attention:
+        keys |= _ENGINE_KEYS  # Megatron has none for its local layers
     if num_experts:  # like Transformer Engine's layers, which fuse this norm into dense MLPs only
         keys.pop("pre_mlp_layernorm.", None)
     parts = replace(
@@ -118,6 +124,14 @@ def default_layer_spec(config: TransformerConfig, is_moe: bool | None = None) ->
         self_attention=replace(_latent(attention), submodules=replace(attention_parts, **changes)),
     )
     return ModuleSpec(module=TransformerLayer, submodules=parts)
+
+
+_ENGINE_KEYS = {
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+"""The norms of latent attention and MLP in checkpoints, as Transformer Engine's layers fuse them."""
 
 
 def _latent(attention: ModuleSpec) -> ModuleSpec:

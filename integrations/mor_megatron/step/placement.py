@@ -66,8 +66,8 @@ class SequenceParallelPlacement:
     def select(self, candidates: Tensor, decision: RoutingDecision) -> Tensor:
         if decision.rows is None:
             return candidates
-        local, is_here = self._local_rows(decision.rows, len(candidates))
-        taken = take_rows(candidates, local).masked_fill(~is_here[..., None], 0)
+        local = self._local_rows(decision.rows, len(candidates))
+        taken = take_rows(_with_another_row(candidates), local)
         extra = padded(len(taken), self.group) - len(taken)
         taken = F.pad(taken, (0, 0, 0, 0, 0, extra))
         return reduce_scatter_to_sequence_parallel_region(taken, group=self.group)
@@ -93,19 +93,23 @@ class SequenceParallelPlacement:
         updated = gather_from_sequence_parallel_region(
             updated, tensor_parallel_output_grad=True, group=self.group
         )[: len(decision.rows)]
-        local, is_here = self._local_rows(decision.rows, len(candidates))
-        # Rows of other ranks are written to an extra row at the end, which is then removed.
-        local = local.masked_fill(~is_here, len(candidates))
-        return put_rows(F.pad(candidates, (0, 0, 0, 0, 0, 1)), updated, local)[:-1]
+        local = self._local_rows(decision.rows, len(candidates))
+        return put_rows(_with_another_row(candidates), updated, local)[:-1]
 
-    def _local_rows(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The local index of global rows among this rank's `count` rows, and whether it has them."""
+    def _local_rows(self, rows: Tensor, count: int) -> Tensor:
+        """The local index of global rows among this rank's `count` rows; `count` if another rank has
+        them.
+        """
         local = rows - self.group.rank() * count
-        is_here = (local >= 0) & (local < count)
-        return local.clamp(0, count - 1), is_here
+        return torch.where((local >= 0) & (local < count), local, count)
 
     def _enter(self, values: Tensor | None) -> Tensor | None:
         # Each rank uses only its part of a replicated tensor, so the gradient is summed over ranks.
         if values is None:
             return None
         return shard_of(copy_to_tensor_model_parallel_region(values, group=self.group), self.group)
+
+
+def _with_another_row(candidates: Tensor) -> Tensor:
+    """A row of zeros at the end, which stands for all rows of other ranks."""
+    return F.pad(candidates, (0, 0, 0, 0, 0, 1))

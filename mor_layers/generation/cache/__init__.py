@@ -3,14 +3,22 @@
 from mor_layers.generation.cache.attention import CachedAttention, CachedContext
 from mor_layers.generation.cache.caches import Caches, CacheSettings
 from mor_layers.generation.cache.memory import KVArena, PagedRows
-from mor_layers.generation.cache.policies import CACHE_POLICIES, TokensInFlight, Visible
+from mor_layers.generation.cache.policies import (
+    CACHE_POLICIES,
+    CachePolicy,
+    Entered,
+    TokensInFlight,
+    Visible,
+)
 
 __all__ = [
     "CACHE_POLICIES",
+    "CachePolicy",
     "CacheSettings",
     "CachedAttention",
     "CachedContext",
     "Caches",
+    "Entered",
     "KVArena",
     "PagedRows",
     "TokensInFlight",

@@ -40,6 +40,7 @@ class IndexedAttention:
 
     def __init__(self, visible: Visible, arena: KVArena, num_heads: int) -> None:
         num_kv_heads, (t, n) = arena.data.shape[3], (len(visible.lists), num_heads)
+        per_row = arena.num_vectors * num_kv_heads
         counts, longest = visible.counts, int(visible.counts.max())
         table = visible.table[visible.lists, :longest]
         self.gathered_rows, num_rows = None, arena.data.shape[1]
@@ -50,15 +51,15 @@ class IndexedAttention:
             table = (is_row.flatten().cumsum(0) - 1).view_as(is_row)
         # The vectors of a row are its g keys, then its g values. A group of query heads shares one.
         # A token's heads follow one another, so that they find its rows in the processor's cache.
-        num_vectors = num_rows * 2 * num_kv_heads
+        num_vectors = num_rows * per_row
         index = torch.int32 if num_vectors < 2**31 else torch.int64
         head = torch.arange(n, dtype=index)[:, None] // (n // num_kv_heads)
-        vectors = table[:, None].to(index) * (2 * num_kv_heads) + head  # [t n m]
+        vectors = table[:, None].to(index) * per_row + head  # [t n m]
         counts = counts.to(index).repeat_interleave(n)  # [tn]
         is_seen = torch.arange(longest, dtype=index) < counts[:, None]  # [tn m]
         self.places = is_seen.flatten().nonzero()[:, 0]
         self.keys = vectors.flatten().index_select(0, self.places)  # [z]
-        self.values = self.keys + num_kv_heads
+        self.values = self.keys + (per_row - num_kv_heads)  # the same where a row is both
         self.bounds = F.pad(counts.cumsum(0, dtype=index), (1, 0))
         self.scores = torch.full((t, n, longest), -torch.inf, dtype=arena.dtype)
         self.pattern = _pattern(self.bounds, self.keys, num_vectors, arena.dtype)
@@ -141,7 +142,8 @@ class GatheredAttention:
         self, arena: KVArena, layer: int, query: Float[Tensor, "t n d"]
     ) -> Float[Tensor, "t n d"]:
         rows = arena.gather(layer, self.rows).unflatten(0, (self.num_spans, -1))
-        key, value = rows.permute(2, 0, 3, 1, 4)  # [c m 2 g d] -> 2 of [c g m d]
+        vectors = rows.permute(2, 0, 3, 1, 4)  # [c m p g d] -> [p c g m d]
+        key, value = vectors[0], vectors[-1]  # the same where a row is both
         spans = query[self.tokens].transpose(1, 2)  # [c q n d] -> [c n q d]
         mask, group = self.mask, query.shape[1] // key.shape[1]
         if spans.shape[2] == 1:  # heads that share a key take the place of queries
@@ -230,6 +232,10 @@ class CachedContext(StepContext):
     def projects_keys(self) -> bool:
         return len(self.rows) > 0
 
+    @property
+    def keeps_latent_rows(self) -> bool:
+        return True
+
     def rows_to_project(self, hidden: Tensor) -> Tensor:
         # With recursive sharing, tokens beyond step 1 only read rows that step 1 has written.
         return hidden[: len(self.rows)]
@@ -247,6 +253,6 @@ class CachedContext(StepContext):
 
     def attend(self, layer: int, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tensor:
         layer += self.first_layer
-        if key is not None and value is not None:
-            self.arena.write(layer, self.rows, key[:, 0], value[:, 0])
+        if key is not None:
+            self.arena.write(layer, self.rows, key[:, 0], None if value is None else value[:, 0])
         return self.attention(self.arena, layer, query[:, 0])[:, None]

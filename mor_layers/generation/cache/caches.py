@@ -58,7 +58,7 @@ class CacheSettings:
         """Enough memory for every token of `num_slots` texts to run every step, so it cannot run out."""
         config, dtype = model.config, model.embedding.weight.dtype
         layers, page = config.num_unrolled_layers, cls.page_size
-        row = KVArena.bytes_per_row(layers, model.num_heads[1], config.head_size, dtype, is_int8)
+        row = KVArena.bytes_per_row(layers, *kept_of(model)[:2], dtype, is_int8, kept_of(model)[2])
         # Each list may end within a page, and so may the division of the memory.
         kv_bytes = (num_slots * (max_length + page) + page) * row
         shares = (1.0,) * config.effective_recursion.num_recursions
@@ -87,9 +87,10 @@ class Caches:
         self.settings, self.shares = settings, settings.shares or expected_shares(model)
         if len(self.shares) != steps:
             raise ValueError(f"shares={self.shares} must have {steps} entries, one per step.")
-        heads, size, page = model.num_heads[1], config.head_size, settings.page_size
+        (heads, size, vectors), page = kept_of(model), settings.page_size
         outer_bytes, inner_bytes = (
-            page * KVArena.bytes_per_row(layers, heads, size, weight.dtype, settings.is_int8)
+            page
+            * KVArena.bytes_per_row(layers, heads, size, weight.dtype, settings.is_int8, vectors)
             for layers in (num_outer, num_inner)
         )
         inner_rows = sum(kind.rows_for(self.shares, 1.0))
@@ -104,7 +105,14 @@ class Caches:
             )
         self.outer, self.inner = (
             KVArena(
-                layers, pages * page, heads, size, weight.dtype, weight.device, settings.is_int8
+                layers,
+                pages * page,
+                heads,
+                size,
+                weight.dtype,
+                weight.device,
+                settings.is_int8,
+                vectors,
             )
             for layers, pages in ((num_outer, num_outer_pages), (num_inner, num_inner_pages))
         )
@@ -180,6 +188,12 @@ class Caches:
         """Remove the sequence in a slot."""
         self.policy.release(slot)
         self.outer_pages.release(torch.tensor([slot], device=self.outer.data.device))
+
+
+def kept_of(model: MoRTransformer) -> tuple[int, int, int]:
+    """What this rank keeps of a token in each layer: heads, their size, and vectors of each."""
+    _, size = model.config.cached_heads
+    return model.num_heads[1], size, 2 if model.config.latent_attention is None else 1
 
 
 def expected_shares(model: MoRTransformer) -> tuple[float, ...]:

@@ -1,6 +1,7 @@
 """Memory for keys and values in generation: `KVArena` stores rows, `PagedRows` allocates them.
 
-Legend: `t` tokens, `l` lists, `g` key-value heads, `d` head size, `p` pages.
+Legend: `t` tokens, `l` lists, `g` key-value heads, `d` head size,
+`p` vectors of a head in a row (a key and a value, or a latent row).
 """
 
 from collections.abc import Callable, Iterable
@@ -17,7 +18,9 @@ class KVArena:
     Args:
         num_layers: number of layers that grow together; a row number means the same token in each.
         num_rows: number of rows in each layer.
-        num_heads: key-value heads.
+        num_heads: key-value heads, or 1 where rows are latent.
+        num_vectors: vectors of each head: a key and a value, or 1 where one vector is both, as a latent
+            row.
         is_int8: store 8-bit integers and one scale (fp32) per head of each key and value.
     """
 
@@ -30,19 +33,30 @@ class KVArena:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         is_int8: bool = False,
+        num_vectors: int = 2,
     ) -> None:
         self.dtype = dtype
-        shape = (num_layers, num_rows, 2, num_heads, head_size)
+        shape = (num_layers, num_rows, num_vectors, num_heads, head_size)
         self.data = torch.zeros(shape, dtype=torch.int8 if is_int8 else dtype, device=device)
         self.scales = torch.zeros(shape[:-1], device=device) if is_int8 else None
 
     @staticmethod
     def bytes_per_row(
-        num_layers: int, num_heads: int, head_size: int, dtype: torch.dtype, is_int8: bool
+        num_layers: int,
+        num_heads: int,
+        head_size: int,
+        dtype: torch.dtype,
+        is_int8: bool,
+        num_vectors: int = 2,
     ) -> int:
         """Bytes that a row needs in all layers together."""
         head = head_size + 4 if is_int8 else head_size * dtype.itemsize
-        return num_layers * 2 * num_heads * head
+        return num_layers * num_vectors * num_heads * head
+
+    @property
+    def num_vectors(self) -> int:
+        """Vectors of each head in a row."""
+        return self.data.shape[2]
 
     @property
     def num_bytes(self) -> int:
@@ -68,10 +82,11 @@ class KVArena:
         layer: int,
         rows: Int[Tensor, " t"],
         key: Float[Tensor, "t g d"],
-        value: Float[Tensor, "t g d"],
+        value: Float[Tensor, "t g d"] | None,
     ) -> None:
-        """Fill rows of a layer."""
-        for part, heads in enumerate((key, value)):
+        """Fill rows of a layer; `value` is None where a row has one vector."""
+        assert (value is None) == (self.num_vectors == 1)
+        for part, heads in enumerate((key,) if value is None else (key, value)):
             if self.scales is not None:
                 scale = heads.float().abs().amax(dim=-1).clamp(min=1e-30) / 127.0
                 self.scales[layer, :, part].index_copy_(0, rows, scale)
@@ -83,7 +98,7 @@ class KVArena:
         assert self.scales is None, "8-bit rows must be gathered"
         return self.data[layer].flatten(0, 2)
 
-    def gather(self, layer: int, rows: Int[Tensor, " t"]) -> Float[Tensor, "t 2 g d"]:
+    def gather(self, layer: int, rows: Int[Tensor, " t"]) -> Float[Tensor, "t p g d"]:
         """A copy of some rows, in floating point."""
         data = self.data[layer].index_select(0, rows)
         if self.scales is None:

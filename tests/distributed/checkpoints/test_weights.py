@@ -24,6 +24,7 @@ from mor_layers import (
     RecursionConfig,
     Relaxation,
 )
+from mor_layers.models import LatentAttentionConfig
 from mor_layers.recursion import HyperConnections
 from mor_megatron import Norm, causal_routing, default_layer_spec, recursion_block_spec
 from mor_megatron.checkpoints import decoder_tensors, load_tensors, whole_tensors
@@ -89,6 +90,16 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe": EXPERTS,
         "dense_ends": True,
     },
+    "DeepSeek-V2's": {
+        "recursion": replace(WISE, kv_policy="recursive_sharing"),
+        "latent_attention": LatentAttentionConfig(16, 8, 4, 12, q_lora_rank=24),
+    },
+    "DeepSeek-V2-Lite's": {
+        "recursion": replace(
+            WISE, kv_policy="exit_state", relaxation=Relaxation(2, projections=("output", "up"))
+        ),
+        "latent_attention": LatentAttentionConfig(16, 8, 4, 12),
+    },
     "no recursion": {"moe": EXPERTS, "dense_ends": True},
 }
 LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
@@ -113,6 +124,8 @@ SAMPLE = [
     ("long ends", "pp"),
     ("long dense ends", "ep"),
     ("an expert router a step", "tp+sp"),
+    ("DeepSeek-V2's", "tp+sp"),
+    ("DeepSeek-V2-Lite's", "tp+sp"),
     ("no recursion", "pp"),
     ("depth and width", "one rank"),
 ]
@@ -191,12 +204,24 @@ def gpt(decoder: DecoderConfig, sequence_parallel: bool) -> GPTModel:
             "moe_layer_freq": [at_ends] * before + [1] * between + [at_ends] * after,
             "moe_token_dispatcher_type": "alltoall",
         }
+    latent = decoder.latent_attention
+    if latent is not None:
+        options |= {
+            "multi_latent_attention": True,
+            "q_lora_rank": latent.q_lora_rank,
+            "kv_lora_rank": latent.kv_lora_rank,
+            "qk_head_dim": latent.qk_nope_head_dim,
+            "qk_pos_emb_head_dim": latent.qk_rope_head_dim,
+            "v_head_dim": latent.v_head_dim,
+            "rope_type": "rope",
+            "rotary_base": decoder.rope_base,
+        }
     config = setup.tiny_config(
         num_layers=decoder.num_unrolled_layers,
         num_query_groups=decoder.kv_heads,
         kv_channels=decoder.head_size,
         add_qkv_bias=decoder.qkv_bias,
-        qk_layernorm=decoder.qk_norm,
+        qk_layernorm=decoder.qk_norm or latent is not None,
         sequence_parallel=sequence_parallel,
         layernorm_epsilon=decoder.rms_norm_epsilon,
         **options,

@@ -81,7 +81,7 @@ EQUAL: dict[str, Trial] = {
     "moe_router_group_topk": moe(1, moe_router_num_groups=2, **SIGMOID),
     "moe_router_load_balancing_type": moe(
         ["aux_loss", "seq_aux_loss"],
-        "also 'sinkhorn' and 'none'; 'global_aux_loss' and 'quantile_balancing' are refused",
+        "also 'global_aux_loss', 'sinkhorn' and 'none'; 'quantile_balancing' is refused",
         moe_aux_loss_coeff=[0.1, 0.2],
     ),
     "moe_router_num_groups": moe(2, moe_router_group_topk=1, **SIGMOID),

@@ -38,7 +38,7 @@ FURTHER: tuple[tuple[str, Trial], ...] = (
     ("moe_layer_freq", refused_moe(3, "cannot be dense in one step and have experts in another")),
     ("moe_router_load_balancing_type", moe("seq_aux_loss", moe_aux_loss_coeff=0.1)),
     ("moe_router_load_balancing_type", moe("sinkhorn")),
-    ("moe_router_load_balancing_type", refused_moe("global_aux_loss", "Use 'aux_loss'")),
+    ("moe_router_load_balancing_type", moe("global_aux_loss", moe_aux_loss_coeff=0.1)),
     ("moe_router_load_balancing_type", refused_moe("quantile_balancing", "Use 'aux_loss'")),
     ("moe_router_score_function", moe("sqrtsoftplus")),
     ("moe_router_topk_scaling_factor", moe(2.5, moe_router_pre_softmax=True)),
@@ -47,7 +47,7 @@ FURTHER: tuple[tuple[str, Trial], ...] = (
     ("multi_latent_attention", dense(True, **MLA | {"q_lora_rank": None, "qk_layernorm": False})),
     ("num_query_groups", dense(None)),
     ("softmax_type", refused("off-by-one", "does not implement softmax_type=off-by-one")),
-    ("calculate_per_token_loss", refused_moe(True, "by the tokens of a step")),
+    ("calculate_per_token_loss", moe(True, moe_aux_loss_coeff=0.1, moe_z_loss_coeff=0.1)),
     ("mlp_chunks_for_training", refused_moe(2, "without the padding mask")),
 )
 """Other values of fields above, which move plain layers or are refused too."""

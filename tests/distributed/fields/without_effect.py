@@ -30,9 +30,7 @@ WITHOUT_EFFECT: dict[str, Trial] = {
     "attention_softmax_in_fp32": dense(False, "the model is in fp32 already"),
     "barrier_with_L1_time": dense(False, "timers only"),
     "bias_dropout_fusion": dense(True, "the same arithmetic, compiled"),
-    "calculate_per_token_loss": dense(
-        True, "sequences are of one length, so the mean is the same; refused with experts"
-    ),
+    "calculate_per_token_loss": dense(True, "sequences are of one length, so the mean is the same"),
     "clone_scatter_output_in_embedding": dense(False, "memory only, under sequence parallelism"),
     "cp_comm_type": dense("a2a", "a recursion gathers keys itself"),
     "cuda_graph_modules": dense(["attn"], "there is no graph: cuda_graph_impl is refused"),

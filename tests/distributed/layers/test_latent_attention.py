@@ -121,7 +121,6 @@ def refuse(fields: dict[str, Any], recursion: RecursionConfig, reason: str) -> N
         ({"apply_rope_fusion": True}, None, "takes the row number as the position"),
         ({"cache_mla_latents": True}, None, "caches a recursion's latent rows anyway"),
         ({}, Relaxation(2, projections=("query",)), "projected in two stages"),
-        ({"q_lora_rank": None}, None, "normalises the input of their projection"),
     ],
 )
 def test_what_latent_attention_does_not_combine_with_is_refused(

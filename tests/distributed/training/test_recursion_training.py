@@ -167,15 +167,33 @@ def test_auxiliary_losses_weigh_the_same_however_a_batch_is_accumulated(
     torch.testing.assert_close(accumulated, whole, rtol=1e-4, atol=1e-6)
 
 
+BALANCED = MOE | {
+    "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss", "global_aux_loss"],
+    "moe_aux_loss_coeff": [0.1, 0.2, 0.3],
+    "moe_z_loss_coeff": 0.1,
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "config"),
+    [
+        ({}, {}),
+        ({}, BALANCED | {"recompute_granularity": "selective", "recompute_modules": ["moe"]}),
+        ({"tp": 2}, BALANCED | {"sequence_parallel": True}),
+    ],
+)
 def test_per_token_loss_scales_auxiliary_losses_like_the_language_model_loss(
-    pool: WorkerPool,
+    pool: WorkerPool, layout: dict[str, int], config: dict[str, Any]
 ) -> None:
-    (plain, per_token) = pool.run(per_token_gradients)[0]
+    ranks = layout.get("tp", 1)
+    (plain, per_token) = pool.run(per_token_gradients, ranks, layout=layout, config=config)[0]
     torch.testing.assert_close(per_token, plain, rtol=1e-4, atol=1e-6)
 
 
-def per_token_gradients() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    setup.initialize()
+def per_token_gradients(
+    layout: dict[str, int], config: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    setup.initialize(**layout)
     results = []
     tokens = setup.random_tokens(4, SEQUENCE_LENGTH)
     positions = torch.arange(SEQUENCE_LENGTH).expand(2, -1)
@@ -187,7 +205,9 @@ def per_token_gradients() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return losses.mean(), {}
 
     for per_token in (False, True):
-        chunks = build(RecursionConfig(3, router=EXPERT), {"calculate_per_token_loss": per_token})
+        chunks = build(
+            RecursionConfig(3, router=EXPERT), config | {"calculate_per_token_loss": per_token}
+        )
 
         def forward(batches: Any, model: Any, per_token: bool = per_token) -> tuple[Tensor, Any]:
             ids = next(batches)
@@ -444,16 +464,6 @@ REFUSALS: dict[str, tuple[dict[str, Any], RecursionConfig, str]] = {
     "interleaved rotary": ({"rotary_interleaved": True}, PLAIN, "rotary_interleaved=True"),
     "per-layer RoPE": ({"no_rope_freq": [0] * 8}, PLAIN, "no_rope_freq"),
     "gated attention": ({"attention_output_gate": True}, PLAIN, "attention_output_gate"),
-    "global expert loss": (
-        MOE | {"moe_router_load_balancing_type": "global_aux_loss"},
-        PLAIN,
-        "Use 'aux_loss'",
-    ),
-    "per-token loss with experts": (
-        MOE | {"calculate_per_token_loss": True},
-        PLAIN,
-        "calculate_per_token_loss",
-    ),
     "grouped products without TE": (MOE | {"moe_grouped_gemm": True}, PLAIN, "moe_grouped_gemm"),
     "recomputed norms without TE": (
         {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]},

@@ -18,6 +18,7 @@ from mor_layers import (
     from_mapping,
     to_mapping,
 )
+from mor_layers.models import LatentAttentionConfig
 from mor_layers.recursion import HyperConnections, LoopLoss
 from tests.mor_layers.random_configs import OURS, decoders
 
@@ -34,6 +35,7 @@ NAMES = {
         Relaxation,
         LoopLoss,
         HyperConnections,
+        LatentAttentionConfig,
         *OURS.values(),
     )
     for field in dataclasses.fields(kind)
@@ -46,6 +48,9 @@ NESTED = {"relaxation": Relaxation, "loop_loss": LoopLoss, "hyper_connections": 
 def built(values: Any) -> DecoderConfig:
     """The dataclasses from nested mappings, by their constructors, which YAML does not use so."""
     recursion, moe = values["recursion"], values.get("moe")
+    latent = values.get("latent_attention")
+    if isinstance(latent, dict) and latent:
+        latent = LatentAttentionConfig(**latent)
     if isinstance(recursion, dict) and "num_recursions" in recursion:
         recursion = dict(recursion)
         recursion["router"] = built_router(recursion["router"])
@@ -55,7 +60,9 @@ def built(values: Any) -> DecoderConfig:
         recursion = RecursionConfig(**recursion)
     if isinstance(moe, dict) and moe:
         moe = MoEConfig(**moe)
-    return DecoderConfig(**(values | {"recursion": recursion, "moe": moe}))
+    return DecoderConfig(
+        **(values | {"recursion": recursion, "moe": moe, "latent_attention": latent})
+    )
 
 
 def built_router(router: Any) -> Any:

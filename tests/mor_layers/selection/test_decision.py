@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mor_layers import RoutingDecision, Tokens
 from mor_layers.selection import put_rows, take_rows
@@ -228,3 +229,32 @@ def test_a_sequence_of_one_token_may_name_its_document():
 def test_masks_of_another_shape_are_refused(name):
     with pytest.raises(ValueError, match=rf"{name} has shape \(2, 5\).*\(5, 2\), sequence first"):
         Tokens.whole_sequence(5, 2, **{name: torch.zeros(2, 5, dtype=torch.bool)})
+
+
+class _Names(TorchDispatchMode):
+    """Records the names of operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.append(operation.overloadpacket.__name__)
+        return operation(*args, **(kwargs or {}))
+
+
+def test_the_gradient_of_taken_rows_is_copied_and_not_added_up():
+    values = torch.randn(7, 2, 3, requires_grad=True)
+    rows = torch.tensor([[0, 2], [3, 5], [6, 6]])
+    weights = torch.randn(3, 2, 3)
+    taken = take_rows(values, rows)
+    assert torch.equal(taken, values.gather(0, rows[..., None].expand(-1, -1, 3)))
+    with _Names() as seen:
+        (gradient,) = torch.autograd.grad((taken * weights).sum(), values)
+    expected = torch.zeros_like(values)
+    for i in range(3):
+        for j in range(2):
+            expected[rows[i, j], j] = weights[i, j]
+    assert torch.equal(gradient, expected)
+    # Additions of rows are atomic on a GPU, in an order that changes from run to run.
+    assert not {"index_add", "index_add_", "scatter_add", "index_put"} & set(seen.names)

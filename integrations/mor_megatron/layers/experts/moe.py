@@ -40,9 +40,10 @@ class RecursiveMoELayer(StepAware, MoELayer):
         intermediate_tensors: Any = None,
         padding_mask: Tensor | None = None,
     ) -> Any:
-        # By the time the backward pass recomputes this, the layer is at another step, so the step
-        # is bound now.
-        run = partial(self._run, self.step, self.unrolled_layer_number)
+        # By the time the backward pass recomputes this, the layer is at another step and perhaps at
+        # another micro-batch, so both are bound now.
+        batch_size = self.router.batch_size
+        run = partial(self._run, self.step, self.unrolled_layer_number, batch_size)
         if self._recomputes and self.training:
             return checkpoint(run, False, hidden_states, intermediate_tensors, padding_mask)
         return run(hidden_states, intermediate_tensors, padding_mask)
@@ -51,12 +52,14 @@ class RecursiveMoELayer(StepAware, MoELayer):
         self,
         step: int,
         layer_number: int,
+        batch_size: Tensor,
         hidden_states: Tensor,
         intermediate_tensors: Any,
         padding_mask: Tensor | None,
     ) -> Any:
         self.set_layer_number(layer_number)
         self.router.begin_step(step, layer_number)
+        self.router.batch_size = batch_size
         count, extra = len(hidden_states), self._rows_missing(hidden_states)
         if extra:
             hidden_states = F.pad(hidden_states, (0, 0, 0, 0, 0, extra))

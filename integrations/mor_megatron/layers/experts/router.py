@@ -91,6 +91,32 @@ class StepExpertBias(PreciseBuffers):
         self.register_buffer("expert_bias", zeros.clone())
 
 
+class StepGlobalLoad(PreciseBuffers):
+    """Tokens of each expert in each step, summed over the micro-batches of a global batch."""
+
+    load: Tensor
+    """`[r e]`."""
+    batches: Tensor
+    """Micro-batches, `[r]`."""
+
+    def __init__(self, num_recursions: int, num_experts: int, device: torch.device) -> None:
+        super().__init__()
+        load = torch.zeros(num_recursions, num_experts, device=device)
+        self.register_buffer("load", load, persistent=False)
+        self.register_buffer("batches", load.new_zeros(num_recursions), persistent=False)
+
+    def mean_after(self, step: int, load: Tensor) -> Tensor:
+        """The mean load of a step, `[e]`, after another micro-batch."""
+        self.load[step] += load
+        self.batches[step] += 1
+        return self.load[step] / self.batches[step]
+
+    def clear(self) -> None:
+        """Begin another global batch."""
+        self.load.zero_()
+        self.batches.zero_()
+
+
 class StepTopKRouter(StepAware, PaddedTopKRouter):
     """`TopKRouter` that knows which step it runs and does not count padding.
 
@@ -102,6 +128,8 @@ class StepTopKRouter(StepAware, PaddedTopKRouter):
     """
 
     width_histograms: Tensor
+    batch_size: Tensor
+    """Tokens in the sequences of the micro-batch, whatever number of them runs the step."""
 
     def join_recursion(self, recursion: RecursionConfig) -> None:
         """Create what each step has of its own: weights, biases and thresholds, as configured."""
@@ -113,11 +141,15 @@ class StepTopKRouter(StepAware, PaddedTopKRouter):
             self.weight = self._per_step(self.weight, steps)
             self.bias = None if self.bias is None else self._per_step(self.bias, steps)
         self.cells = ExpertCells(steps, num_experts, device)
+        self.batch_size = torch.zeros((), device=device)
         if self.enable_expert_bias:
             # Not one buffer of shape [r e]: Megatron stacks the biases of all layers, which must
             # have the same shape.
             del self.expert_bias, self.local_tokens_per_expert
             self.biases = nn.ModuleList(StepExpertBias(num_experts, device) for _ in range(steps))
+        if self.get_aux_loss_coeff("global_aux_loss"):
+            del self.global_tokens_per_expert, self.ga_steps
+            self.global_load = StepGlobalLoad(steps, num_experts, device)
         self.mean_experts = recursion.mean_experts
         if self.mean_experts is not None:
             self.widths = Thresholds(steps, "width").to(device)
@@ -170,6 +202,15 @@ class StepTopKRouter(StepAware, PaddedTopKRouter):
         if self.enable_expert_bias and torch.is_grad_enabled():
             self.biases[self.step].local_tokens_per_expert += taken.detach().sum(dim=0)
         return probs, taken
+
+    def tokens_of_batch(self, routed: Tensor) -> Tensor:
+        """All tokens of the micro-batch: a step's balance has the same weight however few run it."""
+        return self.batch_size
+
+    def reset_global_aux_loss_tracker(self) -> None:
+        """Begin another global batch; `finalize_model_grads` calls this."""
+        if self.get_aux_loss_coeff("global_aux_loss"):
+            self.global_load.clear()
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -254,22 +295,29 @@ class StepTopKRouter(StepAware, PaddedTopKRouter):
         for name, log, groups in (
             ("aux_loss", "load_balancing_loss", 1),
             ("seq_aux_loss", "seq_load_balancing_loss", batch),
+            ("global_aux_loss", "global_load_balancing_loss", 1),
         ):
             coefficient = self.get_aux_loss_coeff(name)
             if coefficient == 0:
                 continue
+            is_global = name == "global_aux_loss"
+            group = self.tp_dp_cp_group if is_global else self.tp_cp_group
             shape = (-1, groups * self.num_experts)
             own, given = (x.reshape(shape).sum(dim=0) for x in (chosen, scores))
             total = torch.cat([own.float(), count[None]])
-            total = reduce_from_tensor_model_parallel_region(total, self.tp_cp_group)
-            share = total[:-1] / total[:-1].sum().clamp(min=1)
+            total = reduce_from_tensor_model_parallel_region(total, group)
+            load = total[:-1]
+            if is_global:
+                load = self.global_load.mean_after(self.step, load)
+            share = load / load.sum().clamp(min=1)
             mean = given / (total[-1].clamp(min=1) / groups)
             probs = self.attach_and_log_load_balancing_loss(
                 probs,
                 coefficient,
                 coefficient * self.num_experts * (share * mean).sum(),
                 log,
-                self.tp_cp_group,
+                group,
+                needs_dp_avg=not is_global,
                 valid_token_count=count,
             )
         return probs
