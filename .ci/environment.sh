@@ -62,3 +62,16 @@ prepare() { # environment $1, about $2 large, which `install` fills; print its P
     fi
     echo "$environment/bin/python"
 }
+
+prepare_on_top() { # environment $1 of the packages $2 on top of .ci/setup's, about $3 large; print its Python
+    base=$(.ci/setup)
+    python=$base packages=$2
+    install() { # into folder $1; the other environment is found through a .pth file
+        "$base" -m venv --without-pip "$1" &&
+            "$base" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+                >"$(echo "$1"/lib/python3.*/site-packages)/base.pth" &&
+            "$base" -m pip --python "$1/bin/python" --disable-pip-version-check install \
+                --progress-bar off --no-deps --no-build-isolation $packages
+    }
+    prepare "$1-$(echo "$base $packages" | key)" "$3"
+}

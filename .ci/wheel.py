@@ -43,6 +43,7 @@ PROMISES = {
     "muon": ["emerging_optimizers"],
     "te": ["transformer_engine.pytorch"],
     "bridge": ["mor_bridge"],
+    "titan": ["mor_titan"],
     "dali": ["mor_dali"],
     "hf": ["mor_huggingface", "mor_tools.commands.generate"],
     "eval": ["mor_huggingface.lm_eval"],

@@ -108,6 +108,11 @@ def inspect_text(model: MoRTransformer, ids: Int[Tensor, " t"], window: int) -> 
         ValueError: the text has fewer than 2 tokens, a token is not in the vocabulary, or `window`
             is below 1.
     """
+    if model.config.effective_recursion.routes_by_layer and len(model.recursions) > 1:
+        raise ValueError(
+            "inspection shows the steps of one recursion, but here each layer routes by itself. Observe "
+            "the layers' RecursionBlocks instead (RecursionBlock.observed)."
+        )
     if window < 1:
         raise ValueError(f"window={window} must be at least 1 token.")
     if ids.dim() != 1 or len(ids) < 2:

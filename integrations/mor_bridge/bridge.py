@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
 from megatron.core.models.gpt import GPTModel
@@ -52,6 +53,36 @@ class MoRBridge(MegatronModelBridge):
             params_dtype=self.dtype_from_hf(config),
             seq_length=getattr(config, "max_position_embeddings", None),
         )
+
+    def build_conversion_tasks(
+        self,
+        hf_pretrained: Any,
+        megatron_model: list[Any],
+        weight_dtype: torch.dtype | None = None,
+    ) -> list[Any]:
+        """What to convert. Megatron-Bridge itself only warns of what it leaves out.
+
+        Raises:
+            ValueError: a parameter has no place in the folder, or the folder lacks one of its tensors.
+        """
+        tasks = super().build_conversion_tasks(hf_pretrained, megatron_model, weight_dtype)
+        if any(task is None for task in tasks):
+            raise ValueError(
+                "the Megatron model has parameters that a model folder has no place for (see the "
+                "warnings above), so they would stay random. Use only settings of a DecoderConfig."
+            )
+        if hasattr(hf_pretrained, "state"):
+            held = set(hf_pretrained.state.source.get_all_keys())
+            names = [task.mapping.hf_param for task in tasks]
+            wanted = {
+                n for name in names for n in ([name] if isinstance(name, str) else name.values())
+            }
+            if missing := sorted(wanted - held):
+                raise ValueError(
+                    f"{hf_pretrained.model_name_or_path} has no tensor {missing[0]!r} "
+                    f"({len(missing)} are missing). Check that its config.json is that of these weights."
+                )
+        return tasks
 
     def maybe_modify_converted_hf_weight(
         self,

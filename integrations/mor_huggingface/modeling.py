@@ -66,6 +66,9 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = MoRConfig
     base_model_prefix = "model"
+    _no_split_modules: ClassVar = ["RecursionBlock"]  # pyright: ignore[reportIncompatibleVariableOverride]
+    """What stays on one device, and what FSDP gathers at once: all steps of a recursion use the same
+    weights, which would travel once per step if its layers were gathered one by one."""
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
     """False: Trainer divides the loss by the number of micro-batches, and not by the number of labels.

@@ -116,6 +116,26 @@ def require_servable(config: DecoderConfig, tensor_parallel: int = 1) -> None:
             "its layers hand on a single stream. Use DepthBatchingEngine.",
         ),
         (
+            recursion.router.has_loop_state,
+            f"router={recursion.router}",
+            "its layers hand on a single state. Use DepthBatchingEngine.",
+        ),
+        (
+            recursion.routes_by_layer,
+            f"sharing={recursion.sharing!r} with router={recursion.router}",
+            "its layers do not route by themselves. Use MoRTransformer.generate.",
+        ),
+        (
+            recursion.history is not None,
+            f"history={recursion.history}",
+            "its layers hand on no earlier states. Use DepthBatchingEngine.",
+        ),
+        (
+            recursion.norm_modulation is not None,
+            f"norm_modulation={recursion.norm_modulation}",
+            "its norms do not know the step. Use DepthBatchingEngine.",
+        ),
+        (
             any(size % tensor_parallel for size in sizes.values()),
             f"tensor_parallel_size={tensor_parallel}",
             f"it must divide {', '.join(f'{name}={size}' for name, size in sizes.items())}. Use a "

@@ -34,8 +34,8 @@ class Parts:
     mlp: float = 0
     """Dense MLPs and experts: the parameters of all experts, the FLOPs of the activated ones."""
     deltas: float = 0
-    """What each step has beside the shared weights: low-rank deltas, input vectors, and the mixing of
-    residual streams."""
+    """What makes steps differ: low-rank deltas, input vectors, modulated norms, history, and the mixing
+    of residual streams."""
     expert_router: float = 0
     depth_router: float = 0
     output: float = 0
@@ -58,6 +58,8 @@ class StepAccount:
     forward: Parts
     backward: Parts
     kv_numbers: float
+    trained: float = 1.0
+    """Share of the runs in training that gradients go through; `backward` is the mean over all runs."""
 
 
 @dataclass(frozen=True)
@@ -143,14 +145,19 @@ def account(
             expert_router=layers * 2 * k * h * (mlp.num_experts or 0),
             depth_router=2 * n * sum(matrix.weights for matrix in scorer),
             deltas=layers * 2 * _delta_products(shape, stack, k, projected)
-            + 2 * k * stack.mixing_weights(h),
+            + 2 * k * stack.mixing_weights(h)
+            + layers * 2 * k * stack.modulation_weights(h),
         )
         backward = replace(
             forward + forward,
             attention=(3 if recomputes_scores else 2) * scores + 2 * sums,
             depth_router=2 * n * sum(x.weights * x.backward_products for x in scorer),
         )
-        steps.append(StepAccount(stack.name, k, forward, backward, kv_numbers))
+        shares = stack.router.trained_shares if stack.router else None
+        trained = 1.0 if shares is None else shares[step]
+        if trained < 1:
+            backward = _times(trained, backward)
+        steps.append(StepAccount(stack.name, k, forward, backward, kv_numbers, trained))
     head = 2 * sequence_length * h * shape.vocab_size
     forward = sum((step.forward for step in steps), Parts(output=head))
     backward = sum((step.backward for step in steps), Parts(output=2 * head))
@@ -161,6 +168,10 @@ def account(
         _times(shape.num_losses - 1, sum((step.backward for step in ends), Parts(output=2 * head))),
     )
     return Accounting(sequence_length, parameters, tuple(steps), forward, backward, once, further)
+
+
+def _times(factor: float, parts: Parts) -> Parts:
+    return Parts(*(factor * getattr(parts, f.name) for f in fields(parts)))
 
 
 @dataclass(frozen=True)
@@ -185,10 +196,6 @@ class _AttentionWeights:
     @property
     def total(self) -> int:
         return self.running + self.kept + self.seen
-
-
-def _times(count: int, parts: Parts) -> Parts:
-    return sum([parts] * count, Parts())
 
 
 def relaxed_projections(shape: ModelShape, stack: StackShape) -> dict[Projection, tuple[int, int]]:
@@ -282,9 +289,17 @@ def count_parameters(shape: ModelShape) -> Parts:
             depth_router=stack.router.parameters if stack.router else 0,
             deltas=layers * stack.num_recursions * _delta_parameters(shape, stack)
             + stack.input_vectors * h
-            + stack.num_recursions * stack.mixing_parameters(h),
+            + stack.num_recursions * stack.mixing_parameters(h)
+            + _beside_steps(shape, stack),
         )
     return count
+
+
+def _beside_steps(shape: ModelShape, stack: StackShape) -> int:
+    """Parameters that all steps share and by which they differ: modulated norms and history."""
+    h, modulation, history = shape.hidden_size, stack.norm_modulation, stack.history
+    norms = 0 if modulation is None else 2 * stack.num_layers * modulation.parameters(h)
+    return norms + (0 if history is None else history.parameters(h))
 
 
 def _delta_parameters(shape: ModelShape, stack: StackShape) -> int:

@@ -1,14 +1,15 @@
 """The sizes of a model's parts that determine its cost, derived from its settings alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Self
 
 import torch
 
-from mor_layers.layers import Relaxation, Sublayer
+from mor_layers.layers import NormModulation, Relaxation, Sublayer
 from mor_layers.models import DecoderConfig, RecursionConfig
-from mor_layers.recursion import HyperConnections, KVPolicy
+from mor_layers.recursion import HistoryInjection, HyperConnections, KVPolicy
 from mor_layers.routers import ScorerMatrix
 
 
@@ -62,6 +63,8 @@ class RouterShape:
     """Share of the sequence that runs each step, or None if the settings do not determine it."""
     num_parameters: int | None = None
     """Total number of parameters. None: the number of weights of the scorers."""
+    trained_shares: tuple[float, ...] | None = None
+    """For each step, the share of its runs that gradients go through in training. None: all."""
 
     @classmethod
     def from_recursion(cls, config: RecursionConfig, hidden_size: int) -> Self | None:
@@ -72,9 +75,10 @@ class RouterShape:
         count = sum(parameter.numel() for parameter in built.parameters())
         scorers = router.scorer_shapes(hidden_size, steps)
         factors = router.capacity_factors_for(steps)
-        if factors == (1.0,) * steps and not any(scorers) and not count:
+        trained = router.trained_shares_for(steps)
+        if factors == trained == (1.0,) * steps and not any(scorers) and not count:
             return None
-        return cls(scorers, factors, count)
+        return cls(scorers, factors, count, None if trained == (1.0,) * steps else trained)
 
     @property
     def parameters(self) -> int:
@@ -117,6 +121,10 @@ class StackShape:
 
     hyper_connections: HyperConnections | None = None
     """The residual streams between steps."""
+    history: HistoryInjection | None = None
+    """The earlier states between steps."""
+    norm_modulation: NormModulation | None = None
+    """The modulation of the norms before attention and MLP."""
 
     def __post_init__(self) -> None:
         router = self.router or RouterShape(((),) * self.num_recursions)
@@ -143,6 +151,11 @@ class StackShape:
             return 0
         weights = self.mixing_weights(hidden_size)
         return weights + 3 * self.hyper_connections.streams + (3 if weights else 0)
+
+    def modulation_weights(self, hidden_size: int) -> int:
+        """Number of weights by which the norms of one layer multiply a token to be modulated."""
+        given = self.norm_modulation
+        return 0 if given is None else 2 * given.weights(hidden_size)
 
     @property
     def input_vectors(self) -> int:
@@ -223,7 +236,6 @@ class ModelShape:
         repeated = partial(
             StackShape,
             num_recursions=recursion.num_recursions,
-            router=router,
             kv_policy=recursion.kv_policy,
             shares_norms=recursion.share_norms,
             own_per_step=recursion.own_per_step,
@@ -233,12 +245,21 @@ class ModelShape:
             loop_norm=recursion.loop_norm,
             sandwich_norms=recursion.sandwich_norms,
             hyper_connections=recursion.hyper_connections,
+            history=recursion.history,
+            norm_modulation=recursion.norm_modulation if recursion.num_recursions > 1 else None,
         )
+
+        def routes(block: int) -> bool:
+            return recursion.router_of(block) is recursion.router
+
         # A cyclic step runs the whole block; in a sequence each layer repeats on its own.
         sizes = (schedule.block_size,) if schedule.is_cyclic else (1,) * schedule.block_size
         stacks = (
             *(StackShape("prelude", 1, mlp),) * schedule.prelude,
-            *(repeated("block", n, block) for n in sizes),
+            *(
+                repeated("block", n, block, router=router if routes(index) else None)
+                for index, n in enumerate(sizes)
+            ),
             *(StackShape("coda", 1, mlp),) * schedule.coda,
         )
         return cls(
@@ -253,6 +274,16 @@ class ModelShape:
             LatentShape.of_decoder(config),
             recursion.num_recursions if recursion.loop_loss is not None else 1,
         )
+
+    def tokens_per_step(self, shares: Sequence[float], length: int) -> list[float] | None:
+        """How many tokens of a sequence run each routed step, for `account`.
+
+        Args:
+            shares: of the tokens, for each step of a router. Where layers route by themselves, one for
+                all of those that do.
+        """
+        routed = sum(stack.num_recursions for stack in self.stacks if stack.router)
+        return [share * length for share in shares] * (routed // len(shares)) or None
 
     @property
     def value_size(self) -> int:

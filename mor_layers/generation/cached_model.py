@@ -75,6 +75,11 @@ class CachedModel:
         # In the 'sequence' schemes each layer repeats by itself and no token is routed, so tokens
         # run all layers in one pass.
         self.is_pooled = len(self.blocks) == 1
+        if not self.is_pooled and config.effective_recursion.routes_by_layer:
+            raise ValueError(
+                "layers that route by themselves (Mixture-of-Depths) each have keys of other tokens, "
+                "which the caches do not keep apart. Use MoRTransformer.generate, which has no cache."
+            )
         self.num_heads, self.num_steps = model.num_heads[0], self.blocks[0].router.num_recursions
         self.num_prelude = len(model.prelude.layers)
         self.num_straight = 0 if self.is_pooled else len(self.blocks) * self.num_steps

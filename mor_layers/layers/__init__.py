@@ -1,6 +1,7 @@
 """Layers for use inside a recursion: experts, projections and their deltas, and adapters."""
 
 from mor_layers.layers.adapters import EncoderLayers, PointwiseLayers
+from mor_layers.layers.modulation import Modulator, NormModulation
 from mor_layers.layers.moe import MOST_EXPERTS, ExpertRouters, Experts, MoE, MoEConfig
 from mor_layers.layers.projections import (
     ATTENTION_PROJECTIONS,
@@ -36,6 +37,8 @@ __all__ = [
     "Experts",
     "MoE",
     "MoEConfig",
+    "Modulator",
+    "NormModulation",
     "PointwiseLayers",
     "Projected",
     "Projection",

@@ -14,6 +14,7 @@ from mor_layers.layers import (
     SUBLAYERS,
     ExpertRouters,
     MoEConfig,
+    NormModulation,
     Projection,
     Relaxation,
     Sublayer,
@@ -22,6 +23,8 @@ from mor_layers.models.latent_attention import LatentAttentionConfig
 from mor_layers.recursion import (
     KV_POLICIES,
     SHARING_SCHEMES,
+    History,
+    HistoryInjection,
     HyperConnections,
     KVPolicy,
     LoopLoss,
@@ -31,7 +34,7 @@ from mor_layers.recursion import (
     Streams,
     require_lengths,
 )
-from mor_layers.routers import FixedDepth, RouterConfig
+from mor_layers.routers import ExpertChoice, FixedDepth, RouterConfig
 from mor_layers.settings import check_types, require_choice
 
 MOST_LAYERS = 4096
@@ -90,6 +93,18 @@ class RecursionConfig:
     the last one."""
     hyper_connections: HyperConnections | None = None
     """Residual streams that each step reads and writes; None: a single stream."""
+    norm_modulation: NormModulation | None = None
+    """Modulation of the block's norms before attention and MLP by step and state; None: none."""
+    anchor_every: int | None = None
+    """Under sequence or middle_sequence with a single recursion, where each layer of the block has a
+    router of its own (Mixture-of-Depths): every n-th of them has none and runs all tokens. At least 2;
+    None: all of them route."""
+    depth_balance: float | None = None
+    """Where each layer routes by itself: how much a token's logit falls, when layers choose, for each
+    layer that it ran since the last anchor (X-MoD, arXiv 2609.34212). Above 0; needs ExpertChoice;
+    None: no balance."""
+    history: HistoryInjection | None = None
+    """Earlier states that each step sees, by channel, and a gate of each step; None: neither."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.router, RouterConfig):
@@ -115,6 +130,7 @@ class RecursionConfig:
         if self.relaxation is not None:
             self.relaxation.check(self.num_recursions, self.kv_policy)
         self._check_own()
+        self._check_anchors()
         if self.num_recursions < 2 and self.beyond_published:
             raise ValueError(
                 f"{self.beyond_published[0]} needs several steps, not num_recursions="
@@ -126,13 +142,38 @@ class RecursionConfig:
                 "share_norms=False would make different at each. Use share_norms=True, or another "
                 "kv_policy."
             )
+        if self.kv_policy == "exit_state" and self.norm_modulation is not None:
+            raise ValueError(
+                "kv_policy='exit_state' projects an exited token once for all later steps, which "
+                f"norm_modulation={self.norm_modulation} would make different at each. Leave it out, or "
+                "use another kv_policy."
+            )
         if self.loop_loss is not None and self.num_recursions < 2:
             raise ValueError(
                 f"loop_loss needs several steps, not num_recursions={self.num_recursions}. Leave it out."
             )
+        self._check_truncation()
+        if self.router.learns_exits and self.loop_loss is None:
+            raise ValueError(
+                f"router={self.router} learns from what is read out after every step. Give the "
+                "recursion a loop_loss, such as LoopLoss(), or leave teaching out."
+            )
+        if self.history is not None:
+            self.history.check(self.num_recursions)
+        carrying = {
+            "history": self.history,
+            "hyper_connections": self.hyper_connections,
+            "router": self.router if self.router.has_loop_state else None,
+        }
+        given = [f"{name}={value}" for name, value in carrying.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"{' and '.join(given)} both say what a token carries between steps. Leave one of them "
+                "out."
+            )
         if self.sharing in ("cycle", "middle_cycle"):
             return
-        for name in ("loop_loss", "hyper_connections"):
+        for name in ("loop_loss", "hyper_connections", "history"):
             if getattr(self, name) is not None:
                 raise ValueError(
                     f"{name}={getattr(self, name)} needs cycle or middle_cycle sharing, in which a "
@@ -143,17 +184,77 @@ class RecursionConfig:
                 f"residual_scale={self.residual_scale} needs cycle or middle_cycle sharing, in which "
                 f"a block repeats as a whole, not {self.sharing!r}. Leave it out."
             )
-        if not isinstance(self.router, FixedDepth):
+        if not isinstance(self.router, FixedDepth) and self.num_recursions > 1:
             raise ValueError(
                 f"sharing={self.sharing!r} cannot route tokens with "
                 f"{type(self.router).__name__}: its layers repeat one by one, so no step runs the "
-                "whole block. Use cycle or middle_cycle, or router FixedDepth."
+                "whole block. Use cycle or middle_cycle, or router FixedDepth, or num_recursions=1, "
+                "with which each layer routes by itself."
             )
         if self.kv_policy != "recursion_wise":
             raise ValueError(
                 f"kv_policy={self.kv_policy!r} needs cycle or middle_cycle sharing, "
                 f"not {self.sharing!r}. Use kv_policy='recursion_wise'."
             )
+
+    def _check_truncation(self) -> None:
+        """Raise ValueError if gradients through the last steps only would leave something untrained."""
+        if not self.router.truncates_gradients:
+            return
+        given = f"router={self.router}: gradients go through the last steps only, and "
+        if not self.input_injection:
+            raise ValueError(
+                f"{given}nothing before the recursion would learn. Use input_injection=True, by which "
+                "later steps see what enters the recursion."
+            )
+        if self.kv_policy == "recursive_sharing":
+            raise ValueError(
+                f"{given}kv_policy='recursive_sharing' computes keys and values at the first step only, "
+                "so they would not learn. Use another kv_policy."
+            )
+        if self.loop_loss is not None:
+            raise ValueError(
+                f"{given}loop_loss reads the states of all of them. Leave one of the two out."
+            )
+
+    def _check_anchors(self) -> None:
+        """Raise ValueError if anchors are among layers that do not route, or no token skips a layer."""
+        if self.anchor_every is not None:
+            if self.anchor_every < 2:
+                raise ValueError(f"anchor_every={self.anchor_every} must be at least 2, or None.")
+            if not self.routes_by_layer:
+                raise ValueError(
+                    f"anchor_every={self.anchor_every} needs layers that route by themselves: sequence "
+                    "or middle_sequence sharing, num_recursions=1, and a router that lets tokens skip "
+                    "them. Leave it out."
+                )
+        if self.depth_balance is not None:
+            if not 0 < self.depth_balance < math.inf:
+                raise ValueError(
+                    f"depth_balance={self.depth_balance} must be above 0 and finite, or None."
+                )
+            if not self.routes_by_layer or not isinstance(self.router, ExpertChoice):
+                raise ValueError(
+                    f"depth_balance={self.depth_balance} needs layers that route by themselves "
+                    "(sequence or middle_sequence sharing, num_recursions=1) with ExpertChoice. Leave "
+                    "it out."
+                )
+        if self.routes_by_layer and self.router.capacity_factors_for(1) == (1.0,):
+            raise ValueError(
+                f"router={self.router} lets every token run every layer. Use capacity_factors=(0.125,), "
+                "for example, or FixedDepth."
+            )
+
+    @property
+    def routes_by_layer(self) -> bool:
+        """Whether each layer of the block has a router of its own, as in Mixture-of-Depths."""
+        is_single = self.num_recursions == 1 and self.sharing in ("sequence", "middle_sequence")
+        return is_single and not isinstance(self.router, FixedDepth)
+
+    def router_of(self, block: int) -> RouterConfig:
+        """The router of a recursion block, by its 0-based number; only sequence schemes have several."""
+        is_anchor = self.anchor_every is not None and (block + 1) % self.anchor_every == 0
+        return FixedDepth() if is_anchor else self.router
 
     def _check_own(self) -> None:
         """Raise ValueError if weights of single steps would not be used, or are no sublayer's."""
@@ -194,6 +295,7 @@ class RecursionConfig:
         """The settings in use that published checkpoints and plain decoders do not have."""
         names = ("relaxation", "step_embeddings", "input_injection", "sandwich_norms")
         names += ("residual_scale", "loop_norm", "own_per_step", "hyper_connections")
+        names += ("norm_modulation", "history")
         return tuple(name for name in names if getattr(self, name))
 
     def residual_factor(self, block_size: int) -> float | None:
@@ -219,6 +321,12 @@ class RecursionConfig:
         if self.hyper_connections is None:
             return None
         return Streams(hidden_size, self.num_recursions, self.hyper_connections)
+
+    def build_history(self, hidden_size: int) -> History | None:
+        """The earlier states that tokens carry; None if they carry none."""
+        if self.history is None:
+            return None
+        return History(hidden_size, self.num_recursions, self.history)
 
     def require_experts(self, has_experts: bool) -> None:
         """Raise ValueError if a setting for experts has no effect."""

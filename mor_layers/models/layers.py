@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mor_layers.layers import MoE, Projected, make_projection, project, weights_of
+from mor_layers.layers import (
+    Modulator,
+    MoE,
+    NormModulation,
+    Projected,
+    make_projection,
+    project,
+    weights_of,
+)
 from mor_layers.models.config import DecoderConfig
 from mor_layers.models.latent_attention import LatentAttention
 from mor_layers.models.rotary import Rotary
@@ -19,14 +27,22 @@ from mor_layers.recursion import ExpertUse, StepContext
 
 
 class StepNorm(nn.Module):
-    """RMSNorm over the last dimension, with one weight for all steps or one per step."""
+    """RMSNorm over the last dimension, with one weight for all steps or one per step, and possibly a
+    modulation by step and state."""
 
-    def __init__(self, hidden_size: int, epsilon: float, num_weights: int = 1) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        epsilon: float,
+        num_weights: int = 1,
+        modulation: NormModulation | None = None,
+    ) -> None:
         super().__init__()
         self.epsilon = epsilon
         self.weights = nn.ParameterList(
             nn.Parameter(torch.ones(hidden_size)) for _ in range(num_weights)
         )
+        self.modulation = None if modulation is None else Modulator(hidden_size, modulation)
 
     def forward(
         self, hidden: Float[Tensor, "k b h"], step: int | Int[Tensor, "k b"] = 0
@@ -35,7 +51,8 @@ class StepNorm(nn.Module):
         if len(self.weights) > 1:  # one step for all rows or, in generation, a step per row
             is_int = isinstance(step, int)
             weight = self.weights[step] if is_int else torch.stack(tuple(self.weights))[step]
-        return F.rms_norm(hidden.float(), hidden.shape[-1:], eps=self.epsilon).to(hidden) * weight
+        normed = F.rms_norm(hidden.float(), hidden.shape[-1:], eps=self.epsilon).to(hidden) * weight
+        return normed if self.modulation is None else self.modulation(normed, step)
 
 
 class Attention(nn.Module):
@@ -143,13 +160,14 @@ class DecoderLayer(nn.Module):
         self, config: DecoderConfig, layer: int, num_norms: int = 1, num_steps: int = 1
     ) -> None:
         super().__init__()
-        self.attention_norm = StepNorm(config.hidden_size, config.rms_norm_epsilon, num_norms)
+        sizes = config.hidden_size, config.rms_norm_epsilon, num_norms
+        modulation = config.effective_recursion.norm_modulation if num_steps > 1 else None
+        self.attention_norm = StepNorm(*sizes, modulation)
         self.attention = _attention(config, layer, num_steps)
-        self.mlp_norm = StepNorm(config.hidden_size, config.rms_norm_epsilon, num_norms)
+        self.mlp_norm = StepNorm(*sizes, modulation)
         self.mlp = MLP(config, num_steps) if config.moe is None else _experts(config, num_steps)
         self.attention_output_norm = self.mlp_output_norm = None
         if num_steps > 1 and config.effective_recursion.sandwich_norms:
-            sizes = config.hidden_size, config.rms_norm_epsilon, num_norms
             self.attention_output_norm, self.mlp_output_norm = StepNorm(*sizes), StepNorm(*sizes)
         self.residual_factor = None
         if num_steps > 1:

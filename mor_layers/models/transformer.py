@@ -100,8 +100,8 @@ class MoRTransformer(nn.Module):
             ends = replace(config, moe=None, dense_ends=False, recursion=None)
         num_norms = 1 if recursion.share_norms else recursion.num_recursions
 
-        def block(num_layers: int) -> RecursionBlock:
-            router = recursion.router.build(config.hidden_size, recursion.num_recursions)
+        def block(index: int, num_layers: int) -> RecursionBlock:
+            router = recursion.router_of(index).build(config.hidden_size, recursion.num_recursions)
             stack = DecoderStack(config, num_layers, num_norms, recursion.num_recursions)
             step_input = recursion.build_step_input(config.hidden_size, config.rms_norm_epsilon)
             return RecursionBlock(
@@ -111,6 +111,7 @@ class MoRTransformer(nn.Module):
                 recompute=recompute,
                 step_input=step_input,
                 streams=recursion.build_streams(config.hidden_size),
+                history=recursion.build_history(config.hidden_size),
             )
 
         # With cyclic sharing a step runs the whole block; with sequence sharing each layer repeats by
@@ -118,7 +119,7 @@ class MoRTransformer(nn.Module):
         sizes = [schedule.block_size] if schedule.is_cyclic else [1] * schedule.block_size
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.prelude = DecoderStack(ends, schedule.prelude)
-        self.recursions = nn.ModuleList(block(size) for size in sizes)
+        self.recursions = nn.ModuleList(block(*each) for each in enumerate(sizes))
         self.coda = DecoderStack(ends, schedule.coda)
         self.norm = StepNorm(config.hidden_size, config.rms_norm_epsilon)
         self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -172,9 +173,15 @@ class MoRTransformer(nn.Module):
         loop_loss = None if self.config.recursion is None else self.config.recursion.loop_loss
         every_loop = loop_loss is not None and self.training and labels is not None
         outputs, losses = [], {}
-        for recursion in self.recursions:
-            outputs.append(recursion(hidden, tokens, causal_routing, every_loop))
+        balance = self.config.effective_recursion.depth_balance
+        ran = torch.zeros_like(ids.T)  # how many layers each token ran since the last anchor
+        for index, recursion in enumerate(self.recursions):
+            is_anchor = self._is_anchor(index)
+            plan = None if balance is None or is_anchor else (balance * ran)[..., None]
+            outputs.append(recursion(hidden, tokens, causal_routing, every_loop, plan))
             hidden = outputs[-1].hidden
+            if balance is not None:
+                ran = torch.zeros_like(ran) if is_anchor else ran + outputs[-1].depths
         weights = (1.0,)
         if loop_loss is not None and every_loop:
             states, weights = outputs[-1].states, loop_loss.weights(len(outputs[-1].states))
@@ -188,9 +195,18 @@ class MoRTransformer(nn.Module):
             if is_padding is not None:
                 labels = labels.masked_fill(is_padding.T, -1)
             lm_loss = _mean_loss(logits, labels.clamp(min=-1), weights)
+            if every_loop and self.config.effective_recursion.router.learns_exits:
+                right = logits.argmax(dim=-1) == labels.repeat(len(weights), 1)
+                right = right.unflatten(0, (len(weights), -1)).transpose(1, 2)  # -> [r s b]
+                router = self.recursions[-1].router
+                losses |= router.teach(outputs[-1].states, right, labels.T >= 0)
         logits = logits[-len(ids) :]  # of the last loop
         experts = before.expert_use, after.expert_use
         return DecoderOutput(logits, tuple(outputs), lm_loss, *experts, losses)
+
+    def _is_anchor(self, block: int) -> bool:
+        recursion = self.config.effective_recursion
+        return recursion.routes_by_layer and recursion.router_of(block) is not recursion.router
 
     def generate(
         self,

@@ -3,6 +3,7 @@
 from mor_layers.recursion.attention import attend, causal_mask, visible
 from mor_layers.recursion.block import RecursionBlock, RecursionLayers, RecursionOutput, summed
 from mor_layers.recursion.expert_use import ExpertRecorder, ExpertUse
+from mor_layers.recursion.history import History, HistoryInjection
 from mor_layers.recursion.kv_policies import (
     KV_POLICIES,
     Exited,
@@ -29,6 +30,8 @@ __all__ = [
     "Exited",
     "ExpertRecorder",
     "ExpertUse",
+    "History",
+    "HistoryInjection",
     "HyperConnections",
     "KVPolicy",
     "LoopLoss",

@@ -19,11 +19,13 @@ from torch.utils.checkpoint import checkpoint
 
 from mor_layers.profiling import named, named_range
 from mor_layers.recursion.expert_use import ExpertUse
+from mor_layers.recursion.history import History
 from mor_layers.recursion.kv_policies import Exited, KVPolicy, StepContext, begin_step
 from mor_layers.recursion.observer import RoutedStep, RoutingObserver
 from mor_layers.recursion.step_input import StepInput
 from mor_layers.recursion.streams import Streams
-from mor_layers.routers import Router
+from mor_layers.recursion.truncation import cut
+from mor_layers.routers import LoopState, Router
 from mor_layers.selection import LocalPlacement, Placement, RoutingDecision, Tokens
 
 
@@ -123,6 +125,7 @@ class RecursionBlock(nn.Module):
             their activations.
         step_input: what is added to the states that enter the layers.
         streams: the residual streams that states consist of between steps; None: a single one.
+        history: the earlier states that tokens carry between steps; None: none. Not with streams.
     """
 
     _observers: tuple[RoutingObserver, ...] = ()
@@ -136,6 +139,7 @@ class RecursionBlock(nn.Module):
         recompute: bool = False,
         step_input: StepInput | None = None,
         streams: Streams | None = None,
+        history: History | None = None,
     ) -> None:
         super().__init__()
         self.layers = layers
@@ -144,7 +148,8 @@ class RecursionBlock(nn.Module):
         self.placement: Placement = placement or LocalPlacement()
         self.recompute = recompute
         self.step_input = step_input
-        self.streams = streams
+        assert streams is None or history is None
+        self.streams, self.history = streams, history
 
     def forward(
         self,
@@ -152,6 +157,7 @@ class RecursionBlock(nn.Module):
         tokens: Tokens | None = None,
         causal_routing: bool = False,
         keeps_states: bool = False,
+        plan: Float[Tensor, "s b p"] | None = None,
         **arguments: Any,
     ) -> RecursionOutput:
         """Run the recursion.
@@ -162,21 +168,29 @@ class RecursionBlock(nn.Module):
                 without padding.
             causal_routing: do not let a token's depth depend on later tokens. Generation needs this.
             keeps_states: return the states after every step, which a loss after every loop needs.
+            plan: what is planned for the tokens before the first step, which some routers read.
             arguments: passed on to the layers.
         """
         if tokens is None:
             tokens = Tokens.whole_sequence(*hidden.shape[:2], device=hidden.device)
         candidates = origin = self.begin(hidden)
+        first_trained, has_gradients = self.router.first_trained_step, torch.is_grad_enabled()
         decision, context = RoutingDecision.everything(tokens), None
+        if plan is not None:
+            decision = decision.with_plan(plan)
         steps: list[tuple[Tensor, RoutingDecision]] = []
         expert_use, states = [], []
         for step in range(self.router.num_recursions):
             previous = decision
-            with named_range(f"mor/step {step + 1}"):
+            if step and step == first_trained:
+                candidates = cut(candidates, self)
+            trains = has_gradients and step >= first_trained
+            with named_range(f"mor/step {step + 1}"), torch.set_grad_enabled(trains):
                 decision = self.route(candidates, step, previous, causal_routing)
                 selected = self.select(candidates, decision)
                 if self.needs_origin:
-                    origin = self.select(origin, decision)
+                    with torch.set_grad_enabled(has_gradients):
+                        origin = self.select(origin, decision)
                 exited = self._exited(candidates, previous, decision)
                 context = begin_step(self.kv_policy, step, decision.tokens, context, exited)
                 output = self.run_layers(self.enter(step, selected, origin), context, **arguments)
@@ -233,22 +247,27 @@ class RecursionBlock(nn.Module):
         injects = self.step_input is not None and self.step_input.injects
         return self.router.combines_with_origin or injects
 
+    @property
+    def loop_state(self) -> LoopState | None:
+        """What tokens carry between steps, if it is more than their state."""
+        return self.streams or self.history or self.router.loop_state
+
     def begin(self, hidden: Float[Tensor, "s b h"]) -> Float[Tensor, "s b h"]:
-        """The states that enter the recursion, as steps hand them on: as `streams`, if there are any."""
-        return hidden if self.streams is None else self.streams.begin(hidden)
+        """The states that enter the recursion, in the form of `loop_state`, if there is one."""
+        return hidden if self.loop_state is None else self.loop_state.begin(hidden)
 
     def end(self, states: Float[Tensor, "n b h"]) -> Float[Tensor, "n b h"]:
         """The opposite of `begin`: the hidden states that steps' states stand for."""
-        return states if self.streams is None else self.streams.end(states)
+        return states if self.loop_state is None else self.loop_state.end(states)
 
     @property
     def enters_changed(self) -> bool:
         """Whether `enter` gives the layers anything else than the selected tokens' states."""
-        return self.step_input is not None or self.streams is not None
+        return self.step_input is not None or self.loop_state is not None
 
     def enter(self, step: int, selected: Tensor, origin: Tensor | None) -> Tensor:
-        """The input of the layers: what `streams` read, and what `step_input` adds."""
-        entering = selected if self.streams is None else self.streams.read(step, selected)
+        """The input of the layers: what `loop_state` reads, and what `step_input` adds."""
+        entering = selected if self.loop_state is None else self.loop_state.read(step, selected)
         if self.step_input is None:
             return entering
         return self.step_input(step, entering, None if origin is None else self.end(origin))
@@ -286,11 +305,15 @@ class RecursionBlock(nn.Module):
             origin: the states with which the same rows entered the recursion, if `needs_origin`.
         """
         local = self.placement.shard(decision)
-        if self.streams is not None:
-            output = self.streams.write(step, selected, output)
-        updated = self.router.combine(
-            step, selected, output, local, origin if self.router.combines_with_origin else None
-        )
+        origin = origin if self.router.combines_with_origin else None
+
+        def combine(states: Tensor, output: Tensor, origin: Tensor | None) -> Tensor:
+            return self.router.combine(step, states, output, local, origin)
+
+        if self.loop_state is None:
+            updated = combine(selected, output, origin)
+        else:
+            updated = self.loop_state.update(step, selected, output, origin, combine)
         if local.tokens.is_padding is None:
             return updated
         return torch.where(local.tokens.is_padding[..., None], selected, updated)

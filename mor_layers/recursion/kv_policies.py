@@ -87,6 +87,11 @@ class StepContext:
         return self.tokens
 
     @property
+    def key_positions(self) -> Int[Tensor, "m b"]:
+        """Positions in the sequence of what the step's queries may see, in the order of `exchange`."""
+        return self.keys.positions
+
+    @property
     def projects_keys(self) -> bool:
         """Whether layers have to compute keys and values at this step."""
         return True

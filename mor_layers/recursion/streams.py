@@ -18,9 +18,6 @@ write = 1 and keep = 0.0003, all but for small random numbers that tell the stre
 model computes nearly what the plain loop does. Under a router, what it gates is the whole update of the
 streams. Embeddings of loops are `step_embeddings`.
 
-Between steps, a token's streams are one row of n·h numbers: selecting rows, writing them back and
-moving them between ranks and caches know nothing of streams.
-
 Legend: `n` streams, `h` hidden, `t` tokens (any leading dimensions), `r` recursion steps.
 """
 
@@ -33,6 +30,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mor_layers.routers.loop_state import Combine, LoopState
 from mor_layers.settings import check_types, require_choice
 
 Mixing = Literal["static", "dynamic"]
@@ -87,7 +85,7 @@ class StreamMixer(nn.Module):
         return logits.sigmoid().unflatten(-1, (-1, n, 1)).unbind(-3)
 
 
-class Streams(nn.Module):
+class Streams(LoopState):
     """The residual streams of a recursion."""
 
     def __init__(self, hidden_size: int, num_steps: int, config: HyperConnections) -> None:
@@ -99,14 +97,25 @@ class Streams(nn.Module):
         """The streams of tokens that enter the recursion."""
         return hidden.repeat(*[1] * (hidden.dim() - 1), self.num_streams)
 
-    def end(self, wide: Float[Tensor, "*t nh"]) -> Float[Tensor, "*t h"]:
+    def end(self, carried: Float[Tensor, "*t nh"]) -> Float[Tensor, "*t h"]:
         """The states that streams stand for."""
-        return self._apart(wide).mean(dim=-2)
+        return self._apart(carried).mean(dim=-2)
 
-    def read(self, step: int, wide: Float[Tensor, "*t nh"]) -> Float[Tensor, "*t h"]:
+    def read(self, step: int, carried: Float[Tensor, "*t nh"]) -> Float[Tensor, "*t h"]:
         """What enters the layers of a step."""
-        (read,) = self.mixers[step](wide, is_before=True)
-        return (read * self._apart(wide)).sum(dim=-2).to(wide.dtype)
+        (read,) = self.mixers[step](carried, is_before=True)
+        return (read * self._apart(carried)).sum(dim=-2).to(carried.dtype)
+
+    def update(
+        self,
+        step: int,
+        carried: Float[Tensor, "*t nh"],
+        output: Float[Tensor, "*t h"],
+        origin: Float[Tensor, "*t nh"] | None,
+        combine: Combine,
+    ) -> Float[Tensor, "*t nh"]:
+        """The streams after a step, of which the router combines every one."""
+        return combine(carried, self.write(step, carried, output), origin)
 
     def write(
         self, step: int, wide: Float[Tensor, "*t nh"], output: Float[Tensor, "*t h"]

@@ -4,12 +4,12 @@ Legend: `b` batch, `n` candidates of a step, `k` tokens selected, `h` hidden, `c
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mor_layers.modules import PreciseBuffers
@@ -20,6 +20,7 @@ from mor_layers.routers.declarations import (
     measured_scorers,
     observed_notes,
 )
+from mor_layers.routers.loop_state import LoopState
 from mor_layers.selection import RoutingDecision
 
 
@@ -54,6 +55,14 @@ class Router(PreciseBuffers, ABC):
     def __init__(self, num_recursions: int) -> None:
         super().__init__()
         self.num_recursions = num_recursions
+        # Not a class attribute, which would hide a module of this name.
+        self.loop_state: LoopState | None = None
+        """What tokens carry between steps, if it is more than their state; `combine` then gets that."""
+
+    @property
+    def first_trained_step(self) -> int:
+        """The first step that gradients go through. Earlier ones run without gradients."""
+        return 0
 
     def logits(self, hidden: Float[Tensor, "n b h"], step: int) -> Float[Tensor, "n b c"] | None:
         """The logits of each candidate, from its own hidden state. None if the step needs no logits."""
@@ -117,6 +126,21 @@ class Router(PreciseBuffers, ABC):
         if decision.gates is None:
             return output
         return selected + decision.gates[..., None].to(output.dtype) * output
+
+    def teach(
+        self,
+        states: Sequence[Float[Tensor, "s b h"]],
+        is_right: Bool[Tensor, "r s b"],
+        is_counted: Bool[Tensor, "s b"],
+    ) -> dict[str, Tensor]:
+        """Losses by which the router learns where tokens should exit, if `RouterConfig.learns_exits`.
+
+        Args:
+            states: the states after each step.
+            is_right: whether the most likely token is the right one, read out after each step.
+            is_counted: which tokens have a label.
+        """
+        return {}
 
     def scores(self, logits: Float[Tensor, "n b c"], step: int) -> tuple[StepScores, ...]:
         """How the logits of a step rate each candidate. The default is the first logit.
@@ -192,6 +216,25 @@ class RouterConfig(ABC):
     ) -> tuple[float, ...] | None:
         """The same during the optimizer step `training_step` (0-based), which a warm-up may change."""
         return self.capacity_factors_for(num_recursions)
+
+    @property
+    def learns_exits(self) -> bool:
+        """Whether `Router.teach` has losses, for which training reads out the states of all steps."""
+        return False
+
+    @property
+    def has_loop_state(self) -> bool:
+        """Whether the router has a `Router.loop_state`."""
+        return False
+
+    @property
+    def truncates_gradients(self) -> bool:
+        """Whether gradients go through the last steps only, see `Router.first_trained_step`."""
+        return False
+
+    def trained_shares_for(self, num_recursions: int) -> tuple[float, ...]:
+        """For each step, the share of its runs in training that gradients go through."""
+        return (1.0,) * num_recursions
 
     @property
     def has_fixed_capacities(self) -> bool:

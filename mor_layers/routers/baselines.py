@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from random import Random
 
 import torch
 from jaxtyping import Float, Int
@@ -57,97 +56,6 @@ class FixedDepthRouter(Router):
         causal: bool = False,
     ) -> RoutingDecision:
         return previous.keep_valid()
-
-
-@register_router("random_loops")
-@dataclass(frozen=True)
-class RandomLoops(RouterConfig):
-    """Fixed depth, where the number of steps is drawn anew for every optimizer step of training.
-
-    The model thus learns to work with any number of steps. All ranks, micro-batches and recomputations
-    of an optimizer step draw the same number, because it depends only on `seed` and on how often
-    `Router.advance` was called. Skipped steps run on one slot of padding, so that every parameter has
-    a gradient. In evaluation all steps run.
-    """
-
-    min_recursions: int = 1
-    """Smallest number of steps; all numbers up to `num_recursions` are equally likely. At least 1."""
-    seed: int = 0
-    """Seed of the draws."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-
-    def validate(self, num_recursions: int) -> None:
-        if not 1 <= self.min_recursions < num_recursions:
-            raise ValueError(
-                f"RandomLoops.min_recursions={self.min_recursions} must be at least 1, and below "
-                f"num_recursions={num_recursions}. Use FixedDepth for one number of steps."
-            )
-
-    @property
-    def needs_updates(self) -> bool:
-        return True
-
-    def capacity_factors_for(self, num_recursions: int) -> tuple[float, ...]:
-        choices = num_recursions - self.min_recursions + 1
-        return tuple(min(1.0, (num_recursions - r) / choices) for r in range(num_recursions))
-
-    @property
-    def is_causal(self) -> bool:
-        return True
-
-    @property
-    def lets_tokens_exit(self) -> bool:
-        return False
-
-    def notes_for(self, num_recursions: int) -> tuple[StepNotes, ...]:
-        return (StepNotes(),) * num_recursions
-
-    def build(self, hidden_size: int, num_recursions: int) -> "RandomLoopsRouter":
-        self.validate(num_recursions)
-        return RandomLoopsRouter(self, num_recursions)
-
-
-class RandomLoopsRouter(Router):
-    """Keeps every token for the number of steps that was drawn."""
-
-    training_steps: Tensor
-
-    def __init__(self, config: RandomLoops, num_recursions: int) -> None:
-        super().__init__(num_recursions)
-        self.config = config
-        self.register_buffer("training_steps", torch.zeros((), dtype=torch.int64))
-        self._training_steps: int | None = None  # the buffer as the host last saw it
-
-    @property
-    def num_loops(self) -> int:
-        """The number of steps that run now."""
-        if not self.training:
-            return self.num_recursions
-        if self._training_steps is None:
-            self._training_steps = int(self.training_steps)
-        draw = Random(f"{self.config.seed} {self._training_steps}")
-        return draw.randint(self.config.min_recursions, self.num_recursions)
-
-    def decide(
-        self,
-        logits: Tensor | None,
-        step: int,
-        previous: RoutingDecision,
-        causal: bool = False,
-    ) -> RoutingDecision:
-        if step < self.num_loops:
-            return previous.keep_valid()
-        return previous.keep_where(torch.zeros_like(previous.tokens.positions, dtype=torch.bool))
-
-    def advance(self, tokens_per_step: Tensor) -> None:
-        self.training_steps += 1
-        self._training_steps = None
-
-    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
-        self._training_steps = None
 
 
 @register_router("random_depth")

@@ -6,37 +6,45 @@ after the first step at which it reaches a threshold. Unlike in the published co
 all steps and then picks one, a token that exits does not run later steps, and what it stores there
 depends on the KV policy.
 
-The gate comes with a model that was trained with it. Training here runs all steps and does not change
-it.
+The gate comes with a model that was trained with it, or an oracle teaches it: with `teaching`, and a
+loss after every loop (`mor_layers.recursion.loop_loss`), which reads all states out anyway, the gate
+learns to stop at the first step whose read-out is right, and to go on before (RecurTrace, arXiv
+2609.03379). Where no step is right, it learns to go on. States are detached, so that the gate changes
+nothing in the model. Training runs all steps.
 
-Legend: `b` batch, `n` candidates of a step, `h` hidden.
+Legend: `b` batch, `n` candidates of a step, `s` sequence, `h` hidden, `r` steps.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 
 from mor_layers.routers.base import Router, RouterConfig
 from mor_layers.routers.declarations import StepNotes
 from mor_layers.routers.registry import register_router
 from mor_layers.selection import RoutingDecision
-from mor_layers.settings import check_types
+from mor_layers.settings import check_types, require_not_negative
 
 
 @register_router("exit_gate")
 @dataclass(frozen=True)
 class ExitGate(RouterConfig):
-    """Settings of exits by a gate that was trained elsewhere."""
+    """Settings of exits by a gate."""
 
     threshold: float = 1.0
     """A token exits once the probability of having exited reaches this. In (0, 1]; 1: no token exits."""
     epsilon: float = 1e-6
     """Added to the mean square of the state before taking the root. Above 0."""
+    teaching: float = 0.0
+    """Weight of the loss by which an oracle teaches the gate. 0: the gate was trained elsewhere."""
 
     def __post_init__(self) -> None:
         check_types(self)
+        require_not_negative("ExitGate", teaching=self.teaching)
         if not 0 < self.threshold <= 1:
             raise ValueError(
                 f"ExitGate.threshold={self.threshold} must lie in (0, 1]; 1 for no exits."
@@ -47,6 +55,10 @@ class ExitGate(RouterConfig):
     def capacity_factors_for(self, num_recursions: int) -> tuple[float, ...]:
         """Those of training, in which all tokens run all steps."""
         return (1.0,) * num_recursions
+
+    @property
+    def learns_exits(self) -> bool:
+        return self.teaching > 0
 
     @property
     def is_causal(self) -> bool:
@@ -73,17 +85,46 @@ class ExitGateRouter(Router):
     def __init__(self, config: ExitGate, hidden_size: int, num_recursions: int) -> None:
         super().__init__(num_recursions)
         self.config = config
-        # Buffers, because nothing here trains them.
-        self.register_buffer("norm", torch.ones(hidden_size))
-        self.register_buffer("weight", torch.zeros(hidden_size))
-        self.register_buffer("bias", torch.zeros(1))
+        first = {
+            "norm": torch.ones(hidden_size),
+            "weight": torch.zeros(hidden_size),
+            "bias": torch.zeros(1),
+        }
+        for name, value in first.items():
+            if config.learns_exits:
+                self.register_parameter(name, nn.Parameter(value))
+            else:  # nothing trains them
+                self.register_buffer(name, value)
 
     def logits(self, hidden: Tensor, step: int) -> Tensor | None:
         if step == 0 or self.training or not self.config.lets_tokens_exit:
             return None
         # The state that enters step r is the result of r steps.
+        return self._gate(hidden)[..., None]
+
+    def teach(
+        self,
+        states: Sequence[Float[Tensor, "s b h"]],
+        is_right: Bool[Tensor, "r s b"],
+        is_counted: Bool[Tensor, "s b"],
+    ) -> dict[str, Tensor]:
+        going_on = is_counted
+        losses, count = [], torch.zeros((), device=is_right.device)
+        for state, right in zip(
+            states[:-1], is_right, strict=False
+        ):  # nothing stops after the last
+            loss = F.binary_cross_entropy_with_logits(
+                self._gate(state.detach()), right.float(), reduction="none"
+            )
+            losses.append(torch.where(going_on, loss, torch.zeros_like(loss)).sum())
+            count = count + going_on.sum()
+            going_on = going_on & ~right
+        mean = torch.stack(losses).sum() / count.clamp(min=1)
+        return {"exit_gate": self.config.teaching * mean}
+
+    def _gate(self, hidden: Float[Tensor, "*t h"]) -> Float[Tensor, "*t"]:
         normed = F.rms_norm(hidden.float(), hidden.shape[-1:], eps=self.config.epsilon)
-        return ((normed * self.norm) @ self.weight + self.bias)[..., None]
+        return (normed * self.norm) @ self.weight + self.bias
 
     def decide(
         self,

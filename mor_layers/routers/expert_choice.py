@@ -31,7 +31,7 @@ from mor_layers.selection import RoutingDecision
 from mor_layers.settings import check_types, require_choice, require_not_negative, require_positive
 
 Architecture = Literal["linear", "mlp"]
-Combination = Literal["weighted", "additive"]
+Combination = Literal["weighted", "additive", "residual"]
 ExpertActivation = Literal["sigmoid", "tanh", "none"]
 Predictor = Literal["aux_loss", "aux_router"]
 
@@ -63,7 +63,8 @@ class ExpertChoice(RouterConfig):
     z_loss_coefficient: float = 0.0
     """Weight of the z-loss. 0: none."""
     combine: Combination = "weighted"
-    """`weighted`: x + w · f(x). `additive`: x + f(x)."""
+    """`weighted`: x + w · f(x). `additive`: x + f(x). `residual`: x + w · (f(x) - x), which weights what
+    the layers add to the residual, as Mixture-of-Depths does."""
     gate_bias: float | None = None
     """Initial value of a learned bias of each step's logit, so that gates start open (above 0) or
     closed. None: no bias, as published."""
@@ -150,6 +151,7 @@ class ExpertChoice(RouterConfig):
             # Without an activation the published code leaves alpha out.
             "alpha": self.activation == "none" and self.alpha != 1.0,
             "gate_bias": self.gate_bias is not None,
+            "combine": self.combine == "residual",
         }
         return PublishedRouter(
             settings={
@@ -226,9 +228,12 @@ class ExpertChoiceRouter(Router):
         weights = self.config.alpha * self._activate(logits[..., 0])
         bar = self._bar(step) if causal else None
         if bar is not None:
-            decision = previous.keep_where(logits[..., -1] > bar)
-        else:
+            decision = previous.keep_where(self._handicapped(logits[..., -1], previous) > bar)
+        elif previous.plan is None:
             decision = previous.keep_top(weights, self.capacity_factor(step))
+        else:
+            ranked = self._handicapped(logits[..., 0], previous)
+            decision = previous.keep_top(ranked, self.capacity_factor(step))
         return decision.with_gates(decision.taken(weights))
 
     def assess(
@@ -239,7 +244,7 @@ class ExpertChoiceRouter(Router):
         decision: RoutingDecision,
     ) -> RoutingDecision:
         assert logits is not None
-        predicting = logits[..., -1]
+        predicting = self._handicapped(logits[..., -1], previous)
         is_selected = decision.is_selected(len(logits))
         counted = previous.tokens.counted
         sampling = losses.sampling_loss(predicting, is_selected, counted)
@@ -262,6 +267,8 @@ class ExpertChoiceRouter(Router):
     ) -> Tensor:
         if self.config.combine == "additive":
             return selected + output
+        if self.config.combine == "residual":
+            output = output - selected
         return super().combine(step, selected, output, decision, origin)
 
     def scores(self, logits: Tensor, step: int) -> tuple[StepScores, ...]:
@@ -302,6 +309,11 @@ class ExpertChoiceRouter(Router):
         if self._training_steps is None:
             self._training_steps = int(self.training_steps)
         return self.config.warmed_up(final, self._training_steps)
+
+    @staticmethod
+    def _handicapped(logits: Tensor, previous: RoutingDecision) -> Tensor:
+        """The logits that choose. A plan is what they are lowered by, which leaves gates as they are."""
+        return logits if previous.plan is None else logits - previous.plan[..., 0]
 
     def _activate(self, logits: Tensor) -> Tensor:
         if self.config.activation == "sigmoid":

@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mor_layers.layers import MLP_PROJECTIONS, Relaxation, row_norms
+from mor_layers.layers import MLP_PROJECTIONS, Modulator, Relaxation, row_norms
 from mor_layers.models import DecoderConfig, MoRTransformer, RecursionConfig
 from mor_layers.settings import require_choice
 from mor_layers.weights.names import layer_names, unrolled_layers
@@ -192,18 +192,28 @@ def _delta(shared: Tensor, a: Tensor, b: Tensor, relaxation: Relaxation) -> dict
 
 
 def _routers(config: DecoderConfig, seed: int) -> dict[str, Tensor]:
-    """New routers and residual streams, and their buffers."""
+    """New routers, residual streams, history and modulations of norms, and their buffers."""
     recursion, schedule = config.effective_recursion, config.schedule
     blocks = 1 if schedule.is_cyclic else schedule.block_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made: dict[str, nn.Module | None] = {
-            f"recursions.{block}.router": recursion.router.build(
+            f"recursions.{block}.router": recursion.router_of(block).build(
                 config.hidden_size, recursion.num_recursions
             )
             for block in range(blocks)
         }
         made["recursions.0.streams"] = recursion.build_streams(config.hidden_size)
+        made["recursions.0.history"] = recursion.build_history(config.hidden_size)
+        if recursion.norm_modulation is not None:
+            layers = {ours for ours, _ in unrolled_layers(config) if ours.startswith("recursions.")}
+            made |= {
+                f"{layer}.{norm}.modulation": Modulator(
+                    config.hidden_size, recursion.norm_modulation
+                )
+                for layer in sorted(layers)
+                for norm in ("attention_norm", "mlp_norm")
+            }
     return {
         f"{place}.{name}": tensor
         for place, module in made.items()

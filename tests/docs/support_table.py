@@ -44,6 +44,12 @@ ROWS: dict[str, list[str]] = {
         f"`{name}`": [f"recursion.router.type={name}", *DENSE]
         for name in sorted(set(OURS) - {"deepened"})
     },
+    "`random_loops`, gradients through the last step": [
+        "recursion.router.type=random_loops",
+        "recursion.router.backward_steps=1",
+        "recursion.input_injection=true",
+        *DENSE,
+    ],
     **{
         f"KV policy `{name}`": [f"recursion.kv_policy={name}", *DENSE]
         for name in get_args(KVPolicy)[1:]
@@ -59,6 +65,13 @@ ROWS: dict[str, list[str]] = {
         ]
         for name in get_args(Sharing)
     },
+    "Mixture-of-Depths (`anchor_every`)": [
+        "recursion.sharing=middle_sequence",
+        "recursion.num_recursions=1",
+        "recursion.router.capacity_factors=[0.25]",
+        "recursion.anchor_every=2",
+        *DENSE,
+    ],
     "a prelude of 2 layers, a coda of 3": [
         "recursion.prelude_layers=2",
         "recursion.coda_layers=3",
@@ -77,6 +90,8 @@ ROWS: dict[str, list[str]] = {
     "`residual_scale`": ["recursion.residual_scale=1.0", *DENSE],
     "`hyper_connections`, static": ["recursion.hyper_connections.mixing=static", *DENSE],
     "`hyper_connections`, dynamic": ["recursion.hyper_connections.mixing=dynamic", *DENSE],
+    "`norm_modulation`": ["recursion.norm_modulation.rank=4", *DENSE],
+    "`history`": ["recursion.history.window=1", *DENSE],
     "`loop_loss`": ["recursion.loop_loss.scale_penalty=0.1", *DENSE],
     "a teacher (`uptrain`)": ["uptrain.teacher=folder", *DENSE],
 }

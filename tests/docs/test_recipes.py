@@ -9,7 +9,7 @@ from mor_tools.pretraining.models.decoder import decoder_config
 
 PAGE = (Path(__file__).parents[2] / "docs" / "pages" / "recursion.md").read_text("utf-8")
 RECIPES = re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-SHAPES = [(1, 2, 3, 1), (2, 4, 8, 2), (0, 24, 4, 0), (3, 6, 2, 3)]
+SHAPES = [(1, 2, 3, 1), (2, 4, 12, 2), (0, 24, 4, 0), (3, 6, 2, 3)]
 """Prelude, block, recursions and coda of each, as its text says."""
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from mor_huggingface.llama import open_llama
@@ -41,6 +41,18 @@ def save(source: Path, target: Path, tp: int) -> None:
     bridge.save_hf_pretrained(bridges.build(bridge, tp=tp), target, show_progress=False)
 
 
+def open_incomplete(source: Path) -> str:
+    """What is said of a folder that lacks a tensor."""
+    bridges.start()
+    from megatron.bridge import AutoBridge
+
+    import mor_bridge  # noqa: F401 registers the bridge
+
+    with pytest.raises(ValueError, match="has no tensor") as refused:
+        bridges.build(AutoBridge.from_hf_pretrained(source))
+    return str(refused.value)
+
+
 def uptrain(source: Path, target: Path, expected: Path, tp: int) -> bridges.Found:
     """A dense checkpoint into a recursive Megatron model, which is saved."""
     bridges.start(tp=tp)
@@ -67,6 +79,16 @@ def test_the_saved_folder_is_the_one_that_was_read(
     assert all(torch.equal(read[name], written[name]) for name in read)
     ids = torch.arange(12)[None]
     assert torch.equal(load_model(target)(ids).logits, load_model(source)(ids).logits)
+
+
+def test_a_folder_that_lacks_a_tensor_is_refused(pool: WorkerPool, tmp_path: Path) -> None:
+    source = saved("dense", tmp_path)
+    name = "model.recursions.0.layers.layers.1.mlp.down.weight"
+    tensors = load_file(source / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, source / "model.safetensors")
+    (refused,) = pool.run(open_incomplete, source=source)
+    assert f"{name!r} (1 are missing)" in refused
 
 
 @pytest.mark.parametrize("tp", [1, 2])

@@ -43,6 +43,8 @@ PLAUSIBLE: dict[str, list[Any]] = {
     "rope_base": [1, 100.0, 10000.0],
     "seed": [0, 7],
     "streams": [2, 3, 4],
+    "window": [1, 1, 2],
+    "anchor_every": [2, 3],
 }
 """Values of fields of which others say little."""
 
@@ -104,8 +106,14 @@ def recursions(draw: st.DrawFn, steps: int, wrong: float) -> dict[str, Any]:
         settings_of(RecursionConfig, wrong, num_recursions=steps, sharing=sharing, router=router)
     )
     if "sequence" in sharing and draw(st.integers(0, 4)):
-        for name in ("residual_scale", "loop_loss", "hyper_connections"):
+        for name in ("residual_scale", "loop_loss", "hyper_connections", "history"):
             values.pop(name, None)
+    if (steps > 1 or "sequence" not in sharing) and draw(st.integers(0, 4)):
+        values.pop("anchor_every", None)
+    if router.get("backward_steps") is not None and draw(st.integers(0, 4)):
+        values |= {"input_injection": True, "loop_loss": None}
+    if steps < 3 and draw(st.integers(0, 4)):
+        values.pop("history", None)
     loss = values.get("loop_loss")
     if isinstance(loss, dict) and draw(st.integers(0, 4)):
         is_uniform = loss.get("prior", "uniform") == "uniform"
@@ -118,6 +126,11 @@ def routers(draw: st.DrawFn, steps: int, wrong: float) -> dict[str, Any]:
     """A router as YAML has it, for so many steps."""
     name = draw(st.sampled_from(sorted(OURS)))
     router = draw(settings_of(OURS[name], wrong))
+    if router.get("teaching") and draw(st.integers(0, 4)):
+        router["teaching"] = 0.0
+    if name == "random_loops" and draw(st.integers(0, 4)):
+        has_mean = router.get("draw") == "log_normal_poisson"
+        router["mean"] = draw(st.sampled_from([0.5, 2.0])) if has_mean else None
     for field, count in (("capacity_factors", steps), ("continue_shares", steps - 1)):
         if isinstance(router.get(field), tuple) and draw(st.integers(0, 4)):
             shares = draw(

@@ -24,7 +24,8 @@ from mor_layers import (
     TokenChoice,
     save_model,
 )
-from mor_layers.recursion import HyperConnections
+from mor_layers.layers import NormModulation
+from mor_layers.recursion import HistoryInjection, HyperConnections
 from mor_vllm import plugin as vllm_plugin
 from tests.mor_layers.small_models import ROUTERS, plain_config, small_config, small_model
 from tests.mor_vllm.vllm_emulation import Runner, emulated, place, vllm_config
@@ -172,6 +173,14 @@ def test_later_steps_share_the_cache_of_the_first(tmp_path, runner, name):
                 small_config(), recursion=RecursionConfig(3, hyper_connections=HyperConnections(2))
             ),
             "its layers hand on a single stream",
+        ),
+        (
+            replace(small_config(), recursion=RecursionConfig(3, history=HistoryInjection(1))),
+            "its layers hand on no earlier states",
+        ),
+        (
+            replace(small_config(), recursion=RecursionConfig(3, norm_modulation=NormModulation())),
+            "its norms do not know the step",
         ),
     ],
 )

@@ -14,8 +14,9 @@ from mor_layers import (
     Relaxation,
     TokenChoice,
 )
-from mor_layers.recursion import KV_POLICIES, HyperConnections, LoopLoss
-from mor_layers.routers import ExitGate
+from mor_layers.layers import NormModulation
+from mor_layers.recursion import KV_POLICIES, HistoryInjection, HyperConnections, LoopLoss
+from mor_layers.routers import AdaptiveHalting, ExitGate
 from tests.distributed.fields.trial import MLA
 
 LENGTH = 24
@@ -61,6 +62,7 @@ ROUTERS = {
     "token choice, loss-free": TokenChoice(balancing="loss_free"),
     "depth and width": DepthAndWidth(),
     "random loops": RandomLoops(seed=0),
+    "adaptive halting": AdaptiveHalting(),
     "exit gate": ExitGate(),
 }
 RECIPES: dict[str, dict[str, Any]] = {
@@ -81,6 +83,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "own MLP": {"own_per_step": ("mlp",)},
     "streams": {"hyper_connections": HyperConnections(2), "input_injection": True},
     "static streams": {"hyper_connections": HyperConnections(3, "static")},
+    "modulated norms": {"norm_modulation": NormModulation(4)},
+    "history": {"history": HistoryInjection(1), "step_embeddings": True},
     "loss after every loop": {"loop_loss": LoopLoss("geometric", 0.3, scale_penalty=0.2)},
 }
 EXPERTS = {
@@ -95,6 +99,8 @@ LAYERS: dict[str, dict[str, Any]] = {
     "dense": {},
     "GELU with biases": {"gated_linear_unit": False, "add_bias_linear": True},
     "norms of queries and keys": {"qk_layernorm": True, "add_qkv_bias": True},
+    "windows and sinks": {"window_size": (5, 0), "softmax_type": "learnable"},
+    "gated attention, some without RoPE": {"attention_output_gate": True, "no_rope_freq": 2},
     "latent attention": MLA,
     "latent attention, experts": MLA | EXPERTS,
     "experts": EXPERTS,

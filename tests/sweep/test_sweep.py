@@ -84,6 +84,8 @@ DAILY = [
         "sequences": "documents and padding",
         "layout": "TP+SP × PP",
     },
+    # What a recursion returns is sent to the next stage.
+    {"recipe": "history", "layout": "PP=3"},
 ]
 
 

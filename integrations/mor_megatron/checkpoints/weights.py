@@ -161,6 +161,9 @@ def _names(config: DecoderConfig, routers: Iterable[str]) -> dict[str, tuple[str
             is_static = recursion.hyper_connections.mixing == "static"
             mixing = ("bias",) if is_static else ("bias", "weight", "scale")
             beside += [f"streams.mixers.{step}.{name}" for step in range(steps) for name in mixing]
+        if recursion.history is not None:
+            beside += [f"history.mixing.{place}" for place in range(recursion.history.window)]
+            beside += ["history.gate.0"] * recursion.history.step_gate
         for name in beside:
             names[f"{theirs}.{name}"] = (f"{ours}.{name}",)
         depth += size * steps
@@ -212,6 +215,11 @@ def _layer_names(
         for step in range(num_norms):
             own = f"{step}." if num_norms > 1 else ""
             result[f"{theirs}.{place}{own}weight"] = (f"{ours}.{norm}_norm.weights.{step}",)
+    if recursion is not None and recursion.norm_modulation is not None:
+        for norm, place in (("attention", "input_layernorm"), ("mlp", "pre_mlp_layernorm")):
+            for part in ("encoder", "mixer", "down", "up"):
+                own = f"{ours}.{norm}_norm.modulation.{part}"
+                result[f"{theirs}.{place}_modulation.{part}"] = (own,)
     if recursion is not None and recursion.sandwich_norms:
         for norm in ("attention_output_norm", "mlp_output_norm"):
             for step in range(num_norms):

@@ -43,7 +43,9 @@ class RecursiveSelfAttention(StepAttention, SelfAttention):
             packed_seq_params: the step's documents, where packing them is exact (`packing`).
         """
         context, count = attention_mask, len(attention_mask.tokens.positions)
-        query, key, value = self._project(hidden_states, context)
+        query, key, value, gate = self._project(hidden_states, context)
+        if self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]:  # type: ignore[index]
+            rotary_pos_emb = None
         extra = len(query) - count  # padding rows
         query = self._turn(query[:count], rotary_pos_emb)
         if key is not None and value is not None:
@@ -54,28 +56,39 @@ class RecursiveSelfAttention(StepAttention, SelfAttention):
             key = self._turn(key, rotary_pos_emb)
         key, value = context.exchange(self.index_in_block, key, value)
         out = self._attend(query, key, value, context, packed_seq_params)
+        if gate is not None:
+            out = (out * gate[:count].flatten(2).float().sigmoid()).to(out.dtype)
         out = F.pad(out, (0, 0, 0, 0, 0, extra)) if extra else out
         return self.linear_proj(out)
 
     def _project(
         self, hidden: Tensor, context: StepContext
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        if context.projects_keys:
-            return self.get_query_key_value_tensors(hidden)  # type: ignore[return-value]
-        if not self._can_project_parts:
-            return self.get_query_key_value_tensors(hidden)[0], None, None
-        query = self._project_part(hidden, slice(None, -2))
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Queries, keys, values, and the gate of the output (`attention_output_gate`); None for what
+        is not needed.
+        """
+        has_gate, needs_keys = self.config.attention_output_gate, context.projects_keys
+        if needs_keys or not self._can_project_parts:
+            made: Any = self.get_query_key_value_tensors(hidden, output_gate=has_gate)
+            key, value = made[1:3] if needs_keys else (None, None)
+            return made[0], key, value, made[3] if has_gate else None
+        query, gate = self._project_part(hidden, slice(None, -2)), None
+        if has_gate:  # [p b g(q.. gates..) d] -> 2 of [p b n d]
+            groups = self.num_query_groups_per_partition
+            query, gate = (h.flatten(2, 3) for h in query.unflatten(2, (groups, 2, -1)).unbind(3))
         if self.deltas is not None:
             weight, flat = self.parts_of(self.linear_qkv.weight)[0], query.flatten(2)
             query = self.deltas.relax("query", hidden, flat, weight).view_as(query)
-        return query if self.q_layernorm is None else self.q_layernorm(query), None, None
+        query = query if self.q_layernorm is None else self.q_layernorm(query)
+        return query, None, None, gate
 
     def _project_exited(self, exited: Exited) -> tuple[Tensor, Tensor]:
         """Keys and values of tokens that have just exited, `[x b g d]`."""
         count, hidden = len(exited.tokens.positions), self._normed_rows(exited)
         if not self._can_project_parts:
-            _, key, value = self.get_query_key_value_tensors(hidden)[:3]  # type: ignore[misc]
-            return key[:count], value[:count]  # type: ignore[return-value]
+            has_gate = self.config.attention_output_gate
+            made: Any = self.get_query_key_value_tensors(hidden, output_gate=has_gate)
+            return made[1][:count], made[2][:count]
         # [x b 2gd] -> [x b g 2 d]
         both = self._project_part(hidden, slice(-2, None))[:count].unflatten(2, (-1, 2))
         key, value = both.unbind(dim=3)

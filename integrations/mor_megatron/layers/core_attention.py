@@ -11,13 +11,19 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from torch import Tensor
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
+from torch import Tensor, nn
 
 from mor_layers.recursion import attend
 from mor_megatron.step import in_sequence_order, zigzag_positions
@@ -26,15 +32,19 @@ from mor_megatron.step import in_sequence_order, zigzag_positions
 class SDPACoreAttention(MegatronModule):
     """Core attention computed by `scaled_dot_product_attention`.
 
+    `apply_query_key_layer_scaling` changes nothing: the factor that keeps scores small in fp16 is taken
+    back before the softmax, which is computed in fp32 here.
+
     Args:
-        config: only `attention_dropout`, `sequence_parallel` and `context_parallel_size` change the
-            result.
+        config: only `attention_dropout`, `window_size`, `softmax_type`, `sequence_parallel` and
+            `context_parallel_size` change the result.
+        layer_number: 1-based; `window_attn_skip_freq` depends on it.
         attn_mask_type: `causal`, `padding` (requires a mask) or `no_mask`.
         softmax_scale: defaults to 1 / sqrt(head size).
         k_channels, v_channels: head sizes, which latent attention announces. Those of the tensors count.
 
     Raises:
-        ValueError: the configuration asks for an option that is not implemented here.
+        ValueError: `window_size` has room for later tokens.
     """
 
     def __init__(
@@ -51,17 +61,18 @@ class SDPACoreAttention(MegatronModule):
         v_channels: int | None = None,
     ) -> None:
         super().__init__(config=config)
-        refused = {
-            "apply_query_key_layer_scaling": config.apply_query_key_layer_scaling,
-            "window_size": config.window_size is not None,
-            "softmax_type": config.softmax_type != "vanilla",
-        }
-        for option in (name for name, is_set in refused.items() if is_set):
-            raise ValueError(
-                f"SDPACoreAttention does not implement {option}={getattr(config, option)}. "
-                "Use Megatron's own core attention, or leave the option out."
-            )
         self.softmax_scale = softmax_scale
+        self.window = window_of(config, layer_number)
+        self.tp_group = parallel_state.get_tensor_model_parallel_group()
+        if pg_collection is not None:
+            self.tp_group = pg_collection.tp
+        self.softmax_offset: nn.Parameter | None = None
+        if config.softmax_type == "learnable":
+            count = config.num_attention_heads // self.tp_group.size()
+            like = {"device": torch.cuda.current_device(), "dtype": config.params_dtype}
+            self.softmax_offset = nn.Parameter(torch.zeros(count, **like))
+            if config.perform_initialization and config.init_method is not None:
+                config.init_method(self.softmax_offset)
         self.is_causal = attn_mask_type == AttnMaskType.causal
         self.cp_group = None
         if config.context_parallel_size > 1:
@@ -97,6 +108,11 @@ class SDPACoreAttention(MegatronModule):
             is_visible = query.new_ones((1, 1, len(query), len(key)), dtype=torch.bool)
         elif is_visible is not None and is_causal:
             is_visible = is_visible & torch.ones_like(is_visible).tril(len(key) - len(query))
+        if self.window is not None:
+            last = len(key) - len(query)  # row of the first query
+            band = query.new_ones((1, 1, len(query), len(key)), dtype=torch.bool).tril(last)
+            band = band.triu(last - self.window)
+            is_visible = band if is_visible is None else is_visible & band
         return self.attend(query, key, value, is_visible)
 
     def _attend_over_ranks(
@@ -118,6 +134,9 @@ class SDPACoreAttention(MegatronModule):
             is_visible = is_visible & (
                 torch.arange(len(key), device=key.device) <= positions[:, None]
             )
+        if self.window is not None:
+            first = positions[:, None] - self.window
+            is_visible = is_visible & (torch.arange(len(key), device=key.device) >= first)
         return self.attend(query, key, value, is_visible.expand(-1, -1, len(query), -1))
 
     def attend(
@@ -126,8 +145,73 @@ class SDPACoreAttention(MegatronModule):
         """`[k b n d], [m b g d], [m b g v] -> [k b nv]`; `is_visible=None` means plain causal
         attention.
         """
-        dropout = self.dropout if self.training else 0.0
+        dropout, scale = self.dropout if self.training else 0.0, self.softmax_scale
+        if self.config.softmax_type != "vanilla":
+            scale = query.shape[-1] ** -0.5 if scale is None else scale
+            query, key, value, is_visible = self._with_sink(query, key, value, is_visible, scale)
         forked = dropout > 0 and not self.config.sequence_parallel
         with get_cuda_rng_tracker().fork() if forked else nullcontext():
-            out = attend(query, key, value, is_visible, self.softmax_scale, dropout)
+            out = attend(query, key, value, is_visible, scale, dropout)
         return out.flatten(2)
+
+    def _with_sink(
+        self, query: Tensor, key: Tensor, value: Tensor, is_visible: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One more key that every query sees: its value is zero, and its score the head's offset.
+
+        Without an offset (`off-by-one`) the key is zero, so that its score is. Otherwise heads get
+        further elements, of which the first one is the offset in queries, one in this key, and zero in
+        all others. This is how a mask for all heads suffices, and fused kernels apply.
+        """
+        if is_visible is None:
+            is_visible = query.new_ones((1, 1, len(query), len(key)), dtype=torch.bool).tril()
+        is_visible = F.pad(is_visible, (0, 1), value=True)
+        last = key.new_zeros((1, *key.shape[1:]))
+        if self.softmax_offset is not None:
+            further = 8  # kernels want sizes that are multiples of 8
+            offset = (self.softmax_offset / scale)[:, None].expand(*query.shape[:-1], 1)
+            query = torch.cat([query, F.pad(offset.to(query.dtype), (0, further - 1))], dim=-1)
+            key = F.pad(key, (0, further))
+            last = torch.cat(
+                [last, F.pad(torch.ones_like(last[..., :1]), (0, further - 1))], dim=-1
+            )
+        key = torch.cat([key, last])
+        value = torch.cat([value, value.new_zeros((1, *value.shape[1:]))])
+        return query, key, value, is_visible
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The offsets of learnable sinks, which are those of a rank's heads."""
+        groups = ensure_metadata_has_dp_cp_group(metadata)
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=groups["dp_cp_group"],
+        )
+
+
+def window_of(config: TransformerConfig, layer_number: int) -> int | None:
+    """How many tokens before itself a token attends to in a layer (1-based); None: all of them.
+
+    Raises:
+        ValueError: `window_size` has room for later tokens.
+    """
+    size = config.window_size
+    if size is None or not is_layer_window_attention(
+        size, config.window_attn_skip_freq, layer_number
+    ):
+        return None
+    before, after = size
+    if after > 0:
+        raise ValueError(
+            f"window_size={size} has room for later tokens, which causal attention cannot see. Use "
+            f"({before}, 0)."
+        )
+    return None if before < 0 else before

@@ -155,8 +155,9 @@ class RecursionLayer(TransformerLayer):
         if part.routes:
             step_input = recursion.build_step_input(config.hidden_size, config.layernorm_epsilon)
         streams = recursion.build_streams(config.hidden_size)
+        history = recursion.build_history(config.hidden_size)
         device = next(stack.parameters()).device
-        for module in (router, step_input, streams):
+        for module in (router, step_input, streams, history):
             if module is None:
                 continue
             module.to(device, config.params_dtype)
@@ -171,6 +172,7 @@ class RecursionLayer(TransformerLayer):
             placement,
             step_input=step_input,
             streams=streams,
+            history=history,
         )
         self.statistics = RoutingStatistics(recursion.num_recursions)
         self.loop_loss = recursion.loop_loss
@@ -243,6 +245,7 @@ class RecursionLayer(TransformerLayer):
             hidden = self._all_loops(hidden, output.states, tokens)
         if relayout is not None:
             hidden = relayout.to_zigzag(hidden)
+        hidden = hidden.contiguous()  # as pipeline stages send it; a history ends in a slice
         hidden = make_viewless_tensor(hidden, hidden.requires_grad, keep_graph=True)
         return hidden, context
 
@@ -254,16 +257,15 @@ class RecursionLayer(TransformerLayer):
     ) -> dict[str, Any]:
         """Each shared weight once.
 
-        Keys begin with `recursion.` and `layers`, `router`, `step_input` or `streams`.
+        Keys begin with `recursion.` and `layers`, `router`, `step_input`, `streams` or `history`.
         """
         assert not sharded_offsets, "layers of a recursion have keys of their own"
         parts = {f"layers.{index}.": layer for index, layer in enumerate(self.recursion.layers)}  # type: ignore[arg-type]
         state: dict[str, Any] = {}
         parts["router."] = self.recursion.router
-        if self.recursion.step_input is not None:
-            parts["step_input."] = self.recursion.step_input
-        if self.recursion.streams is not None:
-            parts["streams."] = self.recursion.streams
+        for name in ("step_input", "streams", "history"):
+            if getattr(self.recursion, name) is not None:
+                parts[f"{name}."] = getattr(self.recursion, name)
         for name, module in parts.items():
             state |= sharded_state_dict_default(
                 module, f"{prefix}recursion.{name}", (), metadata, tp_group=self.tp_group

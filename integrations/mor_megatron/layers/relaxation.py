@@ -200,7 +200,7 @@ def attach_deltas(
 
     if set(names) & set(_ATTENTION):
         weights = {"output": attention.linear_proj.weight}
-        if not is_latent:  # no others are relaxed there (`validation`)
+        if not (is_latent or config.attention_output_gate):  # `validation`: no others there
             parts = attention.parts_of(attention.linear_qkv.weight)
             weights |= dict(zip(("query", "key", "value"), parts, strict=True))
             attention.linear_qkv.register_forward_hook(attention.relax_qkv)

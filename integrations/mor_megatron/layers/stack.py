@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from mor_layers import RecursionConfig, StepContext
 from mor_megatron.layers.attention import RecursiveSelfAttention
 from mor_megatron.layers.block_part import BlockPart
-from mor_megatron.layers.core_attention import SDPACoreAttention
+from mor_megatron.layers.core_attention import SDPACoreAttention, window_of
 from mor_megatron.layers.experts.moe import RecursiveMoELayer
 from mor_megatron.layers.experts.padding import PaddedMoELayer, PaddedTopKRouter
 from mor_megatron.layers.experts.router import StepTopKRouter
 from mor_megatron.layers.latent_attention import LatentAttention, RecursiveLatentAttention
+from mor_megatron.layers.modulation import attach_modulation
 from mor_megatron.layers.own_sublayers import StepModules, attentions_of, give_own_sublayers
 from mor_megatron.layers.quantization import filled, row_alignment
 from mor_megatron.layers.relaxation import attach_deltas
@@ -75,6 +76,9 @@ class StepStack(nn.ModuleList):
         super().__init__()
         inner = inner_config(config, recursion.num_recursions)
         first_layer += part.first
+        require_alike_steps(
+            config, first_layer, len(layer_specs), part.block_size, recursion.num_recursions
+        )
         self.first_layer = first_layer
         self.row_alignment = row_alignment(config)
         self.layers_per_step = part.block_size
@@ -89,7 +93,7 @@ class StepStack(nn.ModuleList):
                 vp_stage=vp_stage,
                 add_layer_offset=False,
             )
-            spec = recursive_layer_spec(user_spec, recursion, config.context_parallel_size > 1)
+            spec = recursive_layer_spec(user_spec, recursion, _needs_own_core(config))
             layer = build(spec)
             self.append(layer)
             give_own_sublayers(layer, spec, recursion, build)
@@ -97,6 +101,8 @@ class StepStack(nn.ModuleList):
                 attention.join_block(index, cast(Any, layer).input_layernorm)
             if recursion.relaxation is not None:
                 attach_deltas(layer, recursion.relaxation, recursion.num_recursions, config)
+            if recursion.norm_modulation is not None:
+                attach_modulation(layer, recursion.norm_modulation, config)
             if recursion.sandwich_norms:
                 norm = like_norms_of(user_spec, config)
                 attach_output_norms(layer, _of_every_step(norm, recursion))
@@ -189,7 +195,7 @@ def inner_config(config: TransformerConfig, num_recursions: int) -> TransformerC
 
 
 def recursive_layer_spec(
-    spec: ModuleSpec, recursion: RecursionConfig, gathers_keys: bool = False
+    spec: ModuleSpec, recursion: RecursionConfig, replaces_core: bool = False
 ) -> ModuleSpec:
     """The user's layer spec with those parts replaced that must know about the recursion.
 
@@ -198,8 +204,8 @@ def recursive_layer_spec(
     `RecursiveMoELayer`. Parameters and their names stay.
 
     Args:
-        gathers_keys: whether keys come from other ranks too. The user's core attention is then
-            replaced, because it would do context parallelism itself, taking them for its own shard.
+        replaces_core: whether the user's core attention is replaced even if it is not Megatron's local
+            one (see `_needs_own_core`).
 
     Raises:
         ValueError: the layer has another attention than these two, or it has cross-attention.
@@ -224,7 +230,7 @@ def recursive_layer_spec(
             "selected tokens. Put such layers before or after the recursion."
         )
     attention_parts = cast(Any, attention.submodules)
-    if gathers_keys or attention_parts.core_attention is DotProductAttention:
+    if replaces_core or attention_parts.core_attention is DotProductAttention:
         attention_parts = replace(attention_parts, core_attention=SDPACoreAttention)
     changes: dict[str, Any] = {
         "self_attention": replace(
@@ -238,6 +244,46 @@ def recursive_layer_spec(
                 _step_norms, getattr(parts, name), recursion.num_recursions, name
             )
     return replace(spec, submodules=replace(parts, **changes))
+
+
+def _needs_own_core(config: TransformerConfig) -> bool:
+    """Whether the user's core attention would take rows of a step for something else.
+
+    With context parallelism it would take the keys of all ranks for its own shard, and gather them
+    again. With a window it would count rows, not positions. Sinks are a parameter of the core
+    attention, of which a layer has one.
+    """
+    return (
+        config.context_parallel_size > 1
+        or config.window_size is not None
+        or config.softmax_type != "vanilla"
+    )
+
+
+def require_alike_steps(
+    config: TransformerConfig, first_layer: int, count: int, per_step: int, num_steps: int
+) -> None:
+    """Raise ValueError if attention of a shared layer would be another one at different steps.
+
+    Args:
+        first_layer: number of layers of the unrolled model before those on this rank.
+        count: the layers on this rank.
+        per_step: layers of the whole block.
+    """
+    rope = config.no_rope_freq
+    kinds: dict[str, Callable[[int], Any]] = {
+        "no_rope_freq": lambda number: bool(rope) and bool(rope[number - 1]),  # type: ignore[index]
+        "window_attn_skip_freq": lambda number: window_of(config, number),
+    }
+    for name, kind in kinds.items():
+        for number in range(first_layer + 1, first_layer + count + 1):
+            for other in range(number, number + per_step * num_steps, per_step):
+                if kind(other) != kind(number):
+                    raise ValueError(
+                        f"{name}={getattr(config, name)} makes unrolled layers {number} and {other} "
+                        "(1-based) different, but they are the same shared layer, which has one "
+                        f"attention. Use the same value for all {num_steps} steps."
+                    )
 
 
 _ATTENTIONS: dict[Any, type] = {

@@ -6,6 +6,7 @@ key-value heads of this rank, `d` head size.
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.enums import AttnMaskType
@@ -46,7 +47,7 @@ class StepAttention(Attention):
         self.index_in_block, self.deltas = index, None
         self.__dict__["input_norm"] = input_norm  # registered by the layer, not here
         self.masked_attention = None
-        if takes_packed(self.core_attention) and not self._options_of_the_core:
+        if takes_packed(self.core_attention):
             self.masked_attention = SDPACoreAttention(
                 self.config,
                 self.layer_number,
@@ -79,7 +80,8 @@ class StepAttention(Attention):
         core: Any = self.core_attention
         if sequences is not None and not takes_packed(core):
             sequences = None
-        mask = context.causal_mask if sequences is None else None
+        window = core.window if isinstance(core, SDPACoreAttention) else None
+        mask = visible_in(window, context) if sequences is None else None
         if mask is not None and self.masked_attention is not None:
             core = self.masked_attention
 
@@ -98,14 +100,19 @@ class StepAttention(Attention):
             return checkpoint(run, False, query, key, value)
         return run(query, key, value)
 
-    @property
-    def _options_of_the_core(self) -> bool:
-        """Whether the configuration asks for something that SDPA does not compute."""
-        config = self.config
-        return (
-            config.softmax_type != "vanilla"
-            or config.window_size is not None
-            or config.apply_query_key_layer_scaling
-            or config.qk_clip
-            or config.log_max_attention_logit
-        )
+
+def visible_in(window: int | None, context: StepContext) -> Tensor | None:
+    """`[b 1 k m]`, True where a query may see a key; None for plain causal attention.
+
+    Args:
+        window: how many tokens before itself a token attends to; None: all of them. It counts positions
+            in the sequence, of which a step may run some only.
+    """
+    mask = context.causal_mask
+    if window is None:
+        return mask
+    queries, keys = context.tokens.positions, context.key_positions
+    is_near = queries.T[:, :, None] - keys.T[:, None] <= window  # [b k m]
+    if mask is None:  # rows are in order, and padding comes last
+        return (is_near & torch.ones_like(is_near).tril())[:, None]
+    return mask & is_near[:, None]

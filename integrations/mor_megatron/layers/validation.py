@@ -76,14 +76,10 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             "out: Megatron's static inference context caches a recursion's latent rows anyway.",
         ),
         (
-            bool(config.no_rope_freq),
-            f"no_rope_freq={config.no_rope_freq}",
-            "the steps of a shared layer are at several depths. Leave it out.",
-        ),
-        (
-            config.attention_output_gate,
-            "attention_output_gate=True",
-            "gated attention is not implemented for selected tokens. Leave it out.",
+            config.attention_output_gate and bool(relaxed_qkv),
+            f"attention_output_gate=True with Relaxation.projections={relaxed}",
+            "the projection of queries, keys and values then makes gates too, for which there are no "
+            "deltas. Use projections of 'output', 'gate', 'up' or 'down'.",
         ),
         (
             config.mtp_num_layers is not None and _num_ranks(config) > 1,
@@ -183,6 +179,11 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             "layernorm" in selective and not recursion.share_norms,
             "recompute_modules with 'layernorm' and share_norms=False",
             "a recomputed norm would be that of the last step. Leave 'layernorm' out.",
+        ),
+        (
+            "layernorm" in selective and recursion.norm_modulation is not None,
+            f"recompute_modules with 'layernorm' and norm_modulation={recursion.norm_modulation}",
+            "a recomputed norm would be modulated as at the last step. Leave 'layernorm' out.",
         ),
         (
             "mlp" in selective and config.add_bias_linear and not has_moe,

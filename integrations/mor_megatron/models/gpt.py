@@ -275,7 +275,6 @@ def recursion_parts(
     # A cyclic step runs the whole block; in a sequence each layer repeats on its own.
     size = schedule.block_size if schedule.is_cyclic else 1
     absorbed = ModuleSpec(module=AbsorbedLayer)
-    block = replace(recursion, prelude_layers=None, coda_layers=None)  # they are listed here
     blocks = []
     for first in range(prelude, end, size * steps):
         unrolled = layer_specs[first : first + size * steps]
@@ -288,7 +287,15 @@ def recursion_parts(
                     "the same shared layer, which cannot be dense in one step and have experts in "
                     f"another. Use the same value for all {steps} steps."
                 )
-        blocks.append([recursion_layer_spec(shared, block)] + [absorbed] * (len(unrolled) - 1))
+        # What surrounds the block is listed here.
+        own = replace(
+            recursion,
+            prelude_layers=None,
+            coda_layers=None,
+            router=recursion.router_of(len(blocks)),
+            anchor_every=None,
+        )
+        blocks.append([recursion_layer_spec(shared, own)] + [absorbed] * (len(unrolled) - 1))
     ends = [dense_layer_spec or spec for spec in layer_specs]
     return [[spec] for spec in ends[:prelude]] + blocks + [[spec] for spec in ends[end:]]
 

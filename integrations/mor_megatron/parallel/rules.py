@@ -239,6 +239,34 @@ STEPS_AS_STAGES_RULES = (
         ),
     ),
     Rule(
+        "pipeline: gradients through some steps only",
+        lambda a: (
+            a.is_spread and a.recursion is not None and a.recursion.router.truncates_gradients
+        ),
+        lambda a, n: (
+            f"{n.recursion}.router={a.recursion and a.recursion.router} cannot be used with "
+            f"{n.steps_as_stages}: stages send the gradients of all steps back. Leave backward_steps "
+            f"out, or use {n.one_stage}."
+        ),
+    ),
+    Rule(
+        "pipeline: what a router carries stays in one stage",
+        lambda a: a.is_spread and a.recursion is not None and a.recursion.router.has_loop_state,
+        lambda a, n: (
+            f"{n.recursion}.router={a.recursion and a.recursion.router} cannot be used with "
+            f"{n.steps_as_stages}: stages would send a second state of every token from rank to rank. "
+            f"Use {n.one_stage}."
+        ),
+    ),
+    Rule(
+        "pipeline: history stays in one stage",
+        lambda a: a.is_spread and a.recursion is not None and a.recursion.history is not None,
+        lambda a, n: (
+            f"{n.recursion}.history cannot be used with {n.steps_as_stages}: stages would send the "
+            f"earlier states of every token from rank to rank. Use {n.one_stage}."
+        ),
+    ),
+    Rule(
         "pipeline: the block cannot be split evenly",
         lambda a: a.is_spread and _uneven_block(a),
         _uneven_block_message,
@@ -247,6 +275,24 @@ STEPS_AS_STAGES_RULES = (
 """Rules for recursion steps as virtual pipeline stages."""
 
 LOOP_LOSS_RULES = (
+    Rule(
+        "depth balance: in the torch model",
+        lambda a: a.recursion is not None and a.recursion.depth_balance is not None,
+        lambda a, n: (
+            f"{n.recursion}.depth_balance={a.recursion and a.recursion.depth_balance} cannot be used in "
+            "Megatron: its layers do not tell the next one which tokens they ran. Leave it out, and put "
+            "anchors between the layers (anchor_every=2)."
+        ),
+    ),
+    Rule(
+        "exit gate: taught in the torch model",
+        lambda a: a.recursion is not None and a.recursion.router.learns_exits,
+        lambda a, n: (
+            f"{n.recursion}.router={a.recursion and a.recursion.router} cannot be taught in Megatron: "
+            "which read-outs are right is known to the output layer only, on parts of the vocabulary. "
+            "Train the gate in the torch model, or leave teaching out."
+        ),
+    ),
     Rule(
         "pipeline: a loss after every loop needs one stage",
         lambda a: a.pipeline > 1 and a.recursion is not None and a.recursion.loop_loss is not None,

@@ -103,6 +103,10 @@ class GatheredStep(StepContext):
     def projects_keys(self) -> bool:
         return self.inner.projects_keys
 
+    @property
+    def key_positions(self) -> Tensor:
+        return self.inner.key_positions
+
     @cached_property
     def exited(self) -> Exited | None:  # type: ignore[override]
         whole = self.inner.exited

@@ -103,6 +103,11 @@ class CachedStep(StepContext):
         return made
 
     @property
+    def key_positions(self) -> Tensor:
+        places = torch.arange(self.tokens.sequence_length, device=self.tokens.positions.device)
+        return places[:, None].expand(-1, self.tokens.positions.shape[1])
+
+    @property
     def exited(self) -> Exited | None:
         return self.inner.exited
 

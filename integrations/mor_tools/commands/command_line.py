@@ -230,6 +230,11 @@ WITH_RECURSIONS: dict[str, dict[str, Any]] = {
         "type": int,
         "help": "rank of low-rank deltas for each step, which then also has norms of its own",
     },
+    "own_per_step": {
+        "nargs": "+",
+        "choices": ("attention", "mlp"),
+        "help": "sublayers of which each step keeps those of the layers at its depth, with their norms",
+    },
     "relax_kind": {"choices": ("lora", "dora"), "help": "kind of the deltas (default: lora)"},
 }
 """Options that only apply to a model that is made recursive."""

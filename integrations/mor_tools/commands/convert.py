@@ -112,6 +112,9 @@ def _recursive(model: StoredModel, options: argparse.Namespace) -> StoredModel:
         kind = options.relax_kind or "lora"
         values["relaxation"] = {"rank": options.relax_rank, "kind": kind}
         values["share_norms"] = False  # each step starts with the norms of the layers at its depth
+    if options.own_per_step is not None:
+        values["own_per_step"] = options.own_per_step
+        values["share_norms"] = False
     recursion = from_mapping(RecursionConfig, values, "recursion", may_import=True)
     if model.config.recursion is None:  # otherwise the check below names what would fit
         _require_division(recursion, model.config.num_unrolled_layers)

@@ -55,13 +55,21 @@ class Costs:
         """Tokens of an optimizer step."""
         return self.settings.training.global_batch_size * self.settings.data.sequence_length
 
+    def reported(self, shares: Sequence[float]) -> Sequence[float] | None:
+        """The shares of a run's report as `flops_with` takes them.
+
+        Where layers route by themselves, the report has means over them and the anchors, which say less
+        than the settings.
+        """
+        recursion = self.settings.recursion
+        return None if recursion is not None and recursion.routes_by_layer else shares
+
     def flops_with(self, shares: Sequence[float] | None) -> float:
         """Training FLOPs per token where `shares` of the tokens run each recursion step."""
-        routed = any(stack.router for stack in self._work.shape.stacks)
-        if shares is None or not routed:
-            return self.flops_per_token
         length = self.settings.data.sequence_length
-        tokens = [share * length for share in shares]
+        tokens = None if shares is None else self._work.shape.tokens_per_step(shares, length)
+        if tokens is None:
+            return self.flops_per_token
         return account(self._work.shape, length, tokens).flops_per_token()
 
     def flops(self, steps: int) -> float:

@@ -104,7 +104,7 @@ def curve(rows: Sequence[Row], costs: Costs) -> list[Point]:
         waiting.append(row)
         if row.tokens_per_second is None and row is not rows[-1]:
             continue
-        shares = None if row.routing is None else row.routing.shares
+        shares = None if row.routing is None else costs.reported(row.routing.shares)
         per_step = costs.flops_with(shares) * costs.tokens_per_step
         speed = row.tokens_per_second
         for passed in waiting:

@@ -69,10 +69,13 @@ def _check_decoder(config: DecoderConfig) -> None:
 
 
 def require_published_ends(config: DecoderConfig) -> None:
-    """Raise ValueError unless prelude and coda are as long as the published schemes have them."""
+    """Raise ValueError unless prelude and coda are as long as the published schemes have them, and
+    one router decides for the whole block."""
+    recursion = config.effective_recursion
+    if recursion.routes_by_layer:
+        _refuse("num_recursions=1 with a router of each layer, sharing", recursion.sharing)
     if config.schedule.has_published_ends:
         return
-    recursion = config.effective_recursion
     raise ValueError(
         f"published checkpoints cannot express prelude_layers={recursion.prelude_layers} and "
         f"coda_layers={recursion.coda_layers}: their lengths follow from "

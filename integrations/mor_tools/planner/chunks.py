@@ -99,7 +99,7 @@ def _flops(work: Workload, layout: Layout, parts: list[Part], at_end: bool) -> t
         ]
         again = {"none": 0.0, "selective": run.forward.attention * share, "full": flops[0]}
         ahead += flops[0]
-        behind += flops[1] + again[layout.recompute]
+        behind += flops[1] + again[layout.recompute] * run.trained
     if at_end:
         ahead += work.cost.forward.output + work.cost.further_losses[0].total
         behind += work.cost.backward.output + work.cost.further_losses[1].total
@@ -118,9 +118,10 @@ def _kept(work: Workload, layout: Layout, parts: list[Part], at_end: bool) -> tu
         before = length
         if part.step:
             before = _step(work, part.index, part.step - 1).tokens / layout.context
-        entries[part.index] += part.layers * kept_by_layer(
+        bytes_kept = part.layers * kept_by_layer(
             shape, part.stack, tokens, how
         ) + part.first * kept_by_routing(shape, part.stack, part.step, before, tokens, how)
+        entries[part.index] += _step(work, part.index, part.step).trained * bytes_kept
     kept, for_a_moment = float(sum(entries.values())), 0.0
     if layout.recompute == "full":
         kept = len(entries) * kept_input(shape, length, how)
@@ -151,7 +152,7 @@ def _sent(
             sources.append(routing_traffic(shape, part.stack, tokens, s, spread, head))
         for ahead, behind in sources:
             traffic[0].update(ahead)
-            traffic[1].update(behind)
-            if layout.recompute == "full":
-                traffic[1].update(ahead)
+            recomputed = ahead if layout.recompute == "full" else Counter()
+            for kind, sent in (behind + recomputed).items():
+                traffic[1][kind] += sent * run.trained
     return traffic

@@ -41,6 +41,8 @@ def kept_by_layer(shape: ModelShape, stack: StackShape, tokens: float, how: Kept
     rows = 2 * 4 * h + item * 4 * h
     if stack.sandwich_norms:  # their outputs are only added, and a sum saves nothing
         rows += 2 * 4 * h + item * 2 * h
+    if stack.norm_modulation is not None:  # two norms: the factor, the result, and the signal
+        rows += 2 * item * (2 * h + 2 * stack.norm_modulation.rank_of(h))
     # Queries, the result, rotated keys, and the fused projection that values are a view of.
     heads = item * (3 * shape.query_size + 3 * shape.kv_size)
     widths = mlp.experts_per_token * mlp.ffn_hidden_size + mlp.shared_ffn_hidden_size
@@ -70,7 +72,8 @@ def kept_by_routing(
     """Bytes that a step keeps in addition to its layers.
 
     These are the fp32 states that the router scored, the block's output, the recursion's input if the
-    step adds it, the input of the norm between steps, and the residual streams that the step mixes.
+    step adds it, the input of the norm between steps, the residual streams that the step mixes, and
+    the differences of states that it injects or gates.
     """
     has_scorer = stack.router is not None and any(stack.router.scorers)
     scored = 4 * candidates if has_scorer and how.bytes_per_activation < 4 else 0
@@ -79,7 +82,12 @@ def kept_by_routing(
     # The norm keeps its input in fp32.
     normed = 4 * tokens if stack.loop_norm and step else 0
     mixed = _kept_by_streams(stack, how.bytes_per_activation) * tokens
-    return (scored + combined + injected + normed + mixed) * shape.hidden_size / how.shards
+    differences = 0
+    if stack.history is not None:
+        seen = min(stack.history.window, max(step - 1, 0))
+        differences = how.bytes_per_activation * tokens * (seen + stack.history.step_gate)
+    kept = scored + combined + injected + normed + mixed + differences
+    return kept * shape.hidden_size / how.shards
 
 
 def _kept_by_streams(stack: StackShape, item: int) -> float:

@@ -278,7 +278,9 @@ class Session:
             passage = demonstration.depths(trained, self.data.held_out[0], self.tokenizer)
             save_model(trained, self.folder / RUN_MODEL, self.tokenizer.path, self.tokenizer.eod)
             self.display.say(f"a continuation:\n{sample}\n")
-            self.display.say(f"wrote {self.folder}/{RUN_MODEL}, for `mor generate` and `mor serve`")
+            is_served = not trained.config.effective_recursion.routes_by_layer
+            purpose = ", for `mor generate` and `mor serve`" if is_served else ""
+            self.display.say(f"wrote {self.folder}/{RUN_MODEL}{purpose}")
         parameters = build.parameters(self.shape)
         routing = validation.routing
         flops = build.flops_per_token(self.shape, self.settings, routing and routing.shares)
@@ -344,7 +346,9 @@ def _what_next(settings: Settings) -> str:
         "train longer": launcher.command(longer, with_mor=True)
         or f"the same command with {longer}",
     }
-    if settings.evaluation.sample_tokens > 0:  # otherwise no model was written
+    # Without a sample no model was written, and layers that route by themselves are not served yet.
+    by_layer = settings.recursion is not None and settings.recursion.routes_by_layer
+    if settings.evaluation.sample_tokens > 0 and not by_layer:
         lines = {
             "continue a text": f"mor generate --model {model} {given}",
             "see each token's depth": f"mor inspect {settings.output} --text {text}",

@@ -56,9 +56,14 @@ def _tiny_recursion(settings: Settings) -> RecursionConfig:
         changes["relaxation"] = replace(
             recursion.relaxation, rank=min(recursion.relaxation.rank, 4)
         )
+    if recursion.history is not None:
+        window = max(1, min(recursion.history.window, loops - 2))
+        changes["history"] = replace(recursion.history, window=window)
     router = {}
     if getattr(recursion.router, "warmup_steps", 0):
         router["warmup_steps"] = STEPS
+    if getattr(recursion.router, "backward_steps", None):
+        router["backward_steps"] = min(recursion.router.backward_steps, loops - 1)  # type: ignore[attr-defined]
     for name in ("capacity_factors", "continue_shares"):
         shares = getattr(recursion.router, name, None)
         if shares is not None:

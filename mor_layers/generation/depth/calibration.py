@@ -95,6 +95,12 @@ def calibrate(
     if not texts:
         raise ValueError("batches is empty. Give some held-out text.")
     if model.config.recursion is None or len(model.recursions) != 1:
+        recursion = model.config.recursion
+        if recursion is not None and recursion.routes_by_layer:
+            raise ValueError(
+                "calibration sets the thresholds of one router, but here each layer has its own. Train "
+                "with a larger predictor_coefficient, by which they foresee their choices better."
+            )
         raise ValueError("the model routes no tokens, so there is nothing to calibrate.")
     (block,) = model.recursions
     assert isinstance(block, RecursionBlock)

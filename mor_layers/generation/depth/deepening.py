@@ -37,6 +37,11 @@ def deepened(model: MoRTransformer, extra_steps: int) -> MoRTransformer:
             "additional steps need a recursion with sharing 'cycle' or 'middle_cycle', whose steps "
             "run the whole block."
         )
+    if recursion.router.has_loop_state:
+        raise ValueError(
+            f"router={recursion.router} ends every token at its last step, so there is nobody to run "
+            "additional ones. Train with more steps."
+        )
     if extra_steps < 1:
         raise ValueError(f"extra_steps={extra_steps} must be at least 1.")
     router = recursion.router

@@ -24,8 +24,9 @@ from mor_layers import (
     RecursionConfig,
     Relaxation,
 )
+from mor_layers.layers import NormModulation
 from mor_layers.models import LatentAttentionConfig
-from mor_layers.recursion import HyperConnections
+from mor_layers.recursion import HistoryInjection, HyperConnections
 from mor_megatron import Norm, causal_routing, default_layer_spec, recursion_block_spec
 from mor_megatron.checkpoints import decoder_tensors, load_tensors, whole_tensors
 from mor_megatron.checkpoints.weights import megatron_tensors
@@ -84,6 +85,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "recursion": replace(WISE, hyper_connections=HyperConnections(3, "static")),
         "moe": EXPERTS,
     },
+    "history, modulated norms": {
+        "recursion": replace(
+            WISE, norm_modulation=NormModulation(3), history=HistoryInjection(1), share_norms=False
+        )
+    },
     "long ends": {"recursion": replace(WISE, prelude_layers=2, coda_layers=3)},
     "long dense ends": {
         "recursion": replace(WISE, sharing="cycle", prelude_layers=2, coda_layers=3),
@@ -119,6 +125,7 @@ SAMPLE = [
     ("own MLPs", "tp+sp"),
     ("streams", "tp+sp"),
     ("static streams beside experts", "ep"),
+    ("history, modulated norms", "tp+sp"),
     ("long ends", "one rank"),
     ("long ends", "tp+sp"),
     ("long ends", "pp"),

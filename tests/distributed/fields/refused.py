@@ -3,12 +3,6 @@
 from tests.distributed.fields.trial import FULL, Trial, refused, refused_later, refused_moe
 
 REFUSED: dict[str, Trial] = {
-    "apply_query_key_layer_scaling": refused(
-        True, "does not implement apply_query_key_layer_scaling=True"
-    ),
-    "attention_output_gate": refused(
-        True, "gated attention is not implemented for selected tokens"
-    ),
     "distribute_saved_activations": refused(True, "the empty ones return their input", **FULL),
     "experimental_attention_variant": refused(
         "dsa", "layers that default_layer_spec does not build"
@@ -29,10 +23,8 @@ REFUSED: dict[str, Trial] = {
     "moe_pad_expert_input_to_capacity": refused_moe(
         True, "steps and ranks run different numbers of tokens", moe_expert_capacity_factor=1.0
     ),
-    "no_rope_freq": refused(2, "the steps of a shared layer are at several depths"),
     "qk_clip": refused(True, "steps would overwrite one another's"),
     "quant_recipe": refused(object(), "it selects layers by name and number"),
-    "softmax_type": refused("learnable", "does not implement softmax_type=learnable"),
     "tp_comm_overlap": refused(True, "its buffers hold a fixed number of rows"),
     "use_grouped_gemm_for_dense_mlp": refused(
         True, "layers that default_layer_spec does not build"
@@ -41,7 +33,6 @@ REFUSED: dict[str, Trial] = {
     "use_transformer_engine_op_fuser": refused(
         True, "layers that default_layer_spec does not build"
     ),
-    "window_size": refused((3, 0), "does not implement window_size=(3, 0)"),
     "cpu_offloading": refused_later(True, "would overwrite what it offloaded"),
     "cuda_graph_impl": refused_later("local", "the number of selected tokens varies"),
     "delay_wgrad_compute": refused_later(True, "computed in the right order"),

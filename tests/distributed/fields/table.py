@@ -46,7 +46,10 @@ FURTHER: tuple[tuple[str, Trial], ...] = (
     ("multi_latent_attention", moe(True, **MLA | {"rope_type": "yarn", "mtp_num_layers": 1})),
     ("multi_latent_attention", dense(True, **MLA | {"q_lora_rank": None, "qk_layernorm": False})),
     ("num_query_groups", dense(None)),
-    ("softmax_type", refused("off-by-one", "does not implement softmax_type=off-by-one")),
+    ("no_rope_freq", refused(4, "which has one attention")),
+    ("softmax_type", dense("off-by-one")),
+    ("window_attn_skip_freq", refused(3, "which has one attention", window_size=(3, 0))),
+    ("window_size", refused((3, 1), "has room for later tokens")),
     ("calculate_per_token_loss", moe(True, moe_aux_loss_coeff=0.1, moe_z_loss_coeff=0.1)),
     ("mlp_chunks_for_training", refused_moe(2, "without the padding mask")),
 )

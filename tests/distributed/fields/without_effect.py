@@ -97,7 +97,9 @@ WITHOUT_EFFECT: dict[str, Trial] = {
     "use_kitchen_attention": dense(True, "use_kitchen is refused"),
     "use_te_rng_tracker": dense(True, "Transformer Engine only"),
     "variable_seq_lengths": moe(True, "one stage sends nothing"),
-    "window_attn_skip_freq": dense(2, "windows are refused"),
+    "apply_query_key_layer_scaling": dense(
+        True, "a factor that keeps scores small in fp16 and is taken back before the softmax"
+    ),
     "linear_attention_freq": dense(2, "experimental_attention_variant is refused"),
     "tp_comm_bulk_wgrad": dense(False, OVERLAP),
     "tp_comm_bulk_dgrad": dense(False, OVERLAP),

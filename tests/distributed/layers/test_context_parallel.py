@@ -16,10 +16,13 @@ from mor_layers import (
     ExpertChoice,
     FixedDepth,
     RandomDepth,
+    RandomLoops,
     RecursionConfig,
     TokenChoice,
 )
-from mor_layers.recursion import HyperConnections, KVPolicy, LoopLoss
+from mor_layers.layers import NormModulation
+from mor_layers.recursion import HistoryInjection, HyperConnections, KVPolicy, LoopLoss
+from mor_layers.routers import AdaptiveHalting
 from mor_megatron import causal_routing, recursion_block_spec, routing_reports
 from mor_megatron.step import Relayout, in_sequence_order, zigzag_positions
 from mor_megatron.training import weigh_loops
@@ -103,7 +106,7 @@ def loss_and_gradients(
     wrapped = setup.data_parallel(chunks)
     loss = forward_backward(wrapped, setup.random_tokens(4, LENGTH), masks)
     gradients = setup.gather_gradients(wrapped)
-    (report,) = routing_reports(wrapped)
+    report, *_ = routing_reports(wrapped)
     return Outcome(loss, gradients, report.shares, report.expert_load)
 
 
@@ -258,6 +261,19 @@ def test_a_loss_after_every_loop_counts_each_rank_once(
             router=ROUTERS["token"],
             kv_policy="exit_state",
             hyper_connections=HyperConnections(2),
+        ),
+        RecursionConfig(
+            3,
+            router=ROUTERS["expert"],
+            norm_modulation=NormModulation(3),
+            history=HistoryInjection(1),
+        ),
+        RecursionConfig(3, router=AdaptiveHalting(bias=0.0)),
+        RecursionConfig(
+            3, router=RandomLoops(draw="largest", backward_steps=2), input_injection=True
+        ),
+        RecursionConfig(
+            1, "middle_sequence", ExpertChoice(capacity_factors=(0.5,)), anchor_every=2
         ),
     ],
 )

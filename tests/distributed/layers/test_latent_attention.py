@@ -133,13 +133,15 @@ def test_what_latent_attention_does_not_combine_with_is_refused(
 LENGTH, PROMPT, BATCH = 14, 8, 2
 
 
-def generated(policy: KVPolicy, tp: int) -> tuple[float, set[tuple[int, ...]]]:
+def generated(
+    policy: KVPolicy, tp: int, fields: dict[str, Any]
+) -> tuple[float, set[tuple[int, ...]]]:
     """Largest difference of a logit from the full forward pass, and the shapes of cached rows."""
     setup.initialize(tp=tp)
     recursion = RecursionConfig(3, router=DepthAndWidth(), kv_policy=policy)
     (model,) = setup.tiny_gpt(
         # Megatron's own latent attention caches keys of as many heads as there are groups.
-        setup.tiny_config(num_layers=8, num_query_groups=4, **MLA),
+        setup.tiny_config(num_layers=8, num_query_groups=4, **fields),
         block=lambda c, vp_stage: recursion_block_spec(c, recursion, vp_stage=vp_stage),
     )
     model.eval()
@@ -168,7 +170,7 @@ def generated(policy: KVPolicy, tp: int) -> tuple[float, set[tuple[int, ...]]]:
     ),
 )
 def test_generation_caches_latent_rows(pool: WorkerPool, policy: KVPolicy, tp: int) -> None:
-    for difference, shapes in pool.run(generated, tp, policy=policy, tp=tp):
+    for difference, shapes in pool.run(generated, tp, policy=policy, tp=tp, fields=MLA):
         assert difference < 2e-6
         assert {(1, MLA["kv_lora_rank"]), (1, MLA["qk_pos_emb_head_dim"])} == {
             shape for shape in shapes if shape[0] == 1

@@ -18,7 +18,9 @@ from mor_layers import (
     Relaxation,
     TokenChoice,
 )
-from mor_layers.recursion import HyperConnections
+from mor_layers.layers import NormModulation
+from mor_layers.recursion import HistoryInjection, HyperConnections
+from mor_layers.routers import AdaptiveHalting
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pool import WorkerPool
 from tests.pairs import sweep
@@ -92,6 +94,20 @@ RECURSIONS = {
         router=RandomLoops(seed=0),  # two steps before the first call of `advance`
         relaxation=Relaxation(2, projections=("query", "output")),
     ),
+    "loops, last two steps": RecursionConfig(
+        3,
+        router=RandomLoops(draw="largest", backward_steps=2),
+        kv_policy="sharing_with_update",
+        input_injection=True,
+        share_norms=False,
+    ),
+    "layers that route by themselves": RecursionConfig(
+        1,
+        "middle_sequence",
+        ExpertChoice(capacity_factors=(0.5,), alpha=1.0, combine="residual"),
+        anchor_every=2,
+    ),
+    "halting": RecursionConfig(3, router=AdaptiveHalting(bias=0.0), kv_policy="exit_state"),
     "expert, deltas": RecursionConfig(
         3, router=EXPERT.router, relaxation=Relaxation(3, "dora", ATTENTION, 0.5)
     ),
@@ -118,6 +134,14 @@ RECURSIONS = {
         kv_policy="recursive_sharing",
         hyper_connections=HyperConnections(3, "static"),
     ),
+    "token, modulated norms": RecursionConfig(
+        3,
+        router=TOKEN.router,
+        kv_policy="sharing_with_update",
+        share_norms=False,
+        norm_modulation=NormModulation(3),
+    ),
+    "expert, history": RecursionConfig(3, router=EXPERT.router, history=HistoryInjection(1)),
     "expert, own MLPs": RecursionConfig(3, router=EXPERT.router, own_per_step=("mlp",)),
     "aux router": RecursionConfig(3, router=ExpertChoice("mlp", "tanh", predictor="aux_router")),
 }
@@ -150,7 +174,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], di
         {},
     ),
 }
-RARER = [name for name in RECURSIONS if re.search("deltas|helps|loops|ends|own|streams", name)]
+_RARE = "deltas|helps|loops|ends|own|streams|norms|history|layers|halting"
+RARER = [name for name in RECURSIONS if re.search(_RARE, name)]
 LAYOUTS["full recompute of dense layers"] = (1, {}, DENSE, LAYOUTS["full recompute"][3], {})
 # Replicas draw random depths side by side, one rank draws them one after the other.
 CASES = [
@@ -170,8 +195,12 @@ CASES += [
     ("token, update, own attention", "tp+sp ep etp1"),
     ("expert, own MLPs", "full recompute of dense layers"),
     ("expert, streams", "full recompute"),
+    ("token, modulated norms", "full recompute"),
     ("random loops", "pp"),
     ("random loops", "dp overlap"),
+    ("loops, last two steps", "dp overlap"),
+    ("layers that route by themselves", "pp"),
+    ("layers that route by themselves", "full recompute"),
     ("fixed, deltas", "pp"),
     ("token, sharing, deltas", "dp overlap"),
     ("fixed, deltas", "full recompute of dense layers"),
@@ -196,6 +225,11 @@ RARELY = [
     ("token, update, own attention", layout)
     for layout in ("pp", "selective recompute", "full recompute")
 ]
+RARELY += [("token, modulated norms", layout) for layout in ("tp", "pp", "dp overlap", "ep")]
+RARELY += [("loops, last two steps", layout) for layout in ("pp", "full recompute", "ep")]
+RARELY += [("layers that route by themselves", layout) for layout in ("tp", "dp overlap", "ep")]
+RARELY += [("halting", layout) for layout in ("tp", "pp", "full recompute", "dp overlap")]
+RARELY += [("expert, history", layout) for layout in ("tp", "pp", "full recompute")]
 RARELY += [("expert, streams", layout) for layout in ("tp", "pp", "dp overlap", "tp+sp ep etp1")]
 SAMPLED = sweep(
     [*CASES, *RARELY],

@@ -7,7 +7,9 @@ import pytest
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 
-from mor_layers.recursion import HyperConnections, KVPolicy
+from mor_layers import ExpertChoice
+from mor_layers.layers import NormModulation
+from mor_layers.recursion import HistoryInjection, HyperConnections, KVPolicy
 from mor_megatron import causal_routing
 from mor_megatron.checkpoints import load_tensors
 from mor_megatron.checkpoints.weights import megatron_tensors
@@ -87,6 +89,28 @@ def test_a_long_prelude_and_residual_streams(pool: WorkerPool) -> None:
     for found in pool.run(differences, 2, tp=2, **settings):
         assert found["logits"] < 1e-5
         assert {key for key in found["keys"] if isinstance(key, int)} == set(range(1, 9))
+
+
+def test_history_and_modulated_norms(pool: WorkerPool) -> None:
+    helps = {"history": HistoryInjection(1), "norm_modulation": NormModulation(3)}
+    settings = {"router": "token", "policy": "recursive_sharing", "ends": helps}
+    for found in pool.run(differences, 2, tp=2, **settings):
+        assert found["logits"] < 1e-5
+
+
+def test_layers_that_route_by_themselves(pool: WorkerPool) -> None:
+    router = ExpertChoice(capacity_factors=(0.5,), alpha=1.0, combine="residual")
+    changes = {
+        "num_recursions": 1,
+        "sharing": "middle_sequence",
+        "kv_policy": "recursion_wise",
+        "router": router,
+        "anchor_every": 2,
+    }
+    settings = {"router": "token", "policy": "recursive_sharing", "ends": changes}
+    for found in pool.run(differences, 2, tp=2, **settings):
+        assert found["logits"] < 1e-5
+        assert len(found["depths"]) > 1
 
 
 def refusals() -> list[str]:

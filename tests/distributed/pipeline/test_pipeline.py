@@ -17,6 +17,7 @@ from mor_layers import (
     Relaxation,
     TokenChoice,
 )
+from mor_layers.layers import NormModulation
 from tests.distributed import megatron_setup as setup
 from tests.distributed.fields.trial import MLA
 from tests.distributed.pipeline.pipeline_setup import (
@@ -56,6 +57,7 @@ HELPS: Options = {
     "sandwich_norms": True,
     "loop_norm": True,
     "residual_scale": 2.0,
+    "norm_modulation": NormModulation(3),
 }
 OWN: Options = {"own_per_step": ("attention",)}
 LOOPS = RecursionConfig(

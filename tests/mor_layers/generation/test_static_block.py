@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from mor_layers import MoEConfig
+from mor_layers import MoEConfig, MoRTransformer
 from mor_layers.generation import CacheSettings, DepthBatchingEngine, Request
 from mor_layers.generation.static_block import FINEST, padded_size
 from mor_layers.layers import Relaxation
+from mor_layers.models import LatentAttentionConfig
 from mor_layers.recursion import KVPolicy
 from tests.mor_layers.generation.served import Recorder, assert_exact, prompt
 from tests.mor_layers.small_models import ROUTERS, small_config, small_model
@@ -48,6 +49,21 @@ def test_compilers_compute_the_same(policy: KVPolicy, backend: str) -> None:
     torch.compiler.reset()
     model = small_model(small_config(ROUTERS["token_choice"], 3, kv_policy=policy, block_size=2))
     recorder = Recorder(model, num_slots=12, chunk_size=4, compiler=backend)
+    check(recorder, model)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("policy", ["recursion_wise", "recursive_sharing"])
+def test_latent_rows(policy: KVPolicy) -> None:
+    torch.compiler.reset()
+    config = small_config(ROUTERS["token_choice"], 3, kv_policy=policy, block_size=2)
+    latent = LatentAttentionConfig(8, 4, 2, 6)
+    model = small_model(replace(config, latent_attention=latent, num_kv_heads=None))
+    check(Recorder(model, num_slots=12, chunk_size=4, compiler="eager"), model)
+
+
+def check(recorder: Recorder, model: MoRTransformer) -> None:
+    """Requests that come and go are served exactly."""
     requests = [Request(prompt(1 + i % 5, i), 2 + i % 7) for i in range(12)]
     for request in requests:
         recorder.submit(request)

@@ -347,7 +347,7 @@ BY_YAML: dict[str, tuple[str, str, str]] = {
     "an unknown setting": (
         "{num_recursions: 2, depth: 3}",
         "'depth'",
-        "loop_loss, loop_norm, num_recursions, own_per_step",
+        "loop_loss, loop_norm, norm_modulation, num_recursions, own_per_step",
     ),
     "a setting that is a number": ("{num_recursions: 2, 3: 4, x: 1}", "3, 'x'", "num_recursions"),
     "a missing setting": ("{sharing: cycle}", "RecursionConfig", "'num_recursions'"),

@@ -18,8 +18,9 @@ from mor_layers import (
     from_mapping,
     to_mapping,
 )
+from mor_layers.layers import NormModulation
 from mor_layers.models import LatentAttentionConfig
-from mor_layers.recursion import HyperConnections, LoopLoss
+from mor_layers.recursion import HistoryInjection, HyperConnections, LoopLoss
 from tests.mor_layers.random_configs import OURS, decoders
 
 INSTRUCTION = re.compile(
@@ -42,7 +43,13 @@ NAMES = {
 } | {"type"}
 
 
-NESTED = {"relaxation": Relaxation, "loop_loss": LoopLoss, "hyper_connections": HyperConnections}
+NESTED = {
+    "relaxation": Relaxation,
+    "loop_loss": LoopLoss,
+    "hyper_connections": HyperConnections,
+    "norm_modulation": NormModulation,
+    "history": HistoryInjection,
+}
 
 
 def built(values: Any) -> DecoderConfig:

@@ -19,7 +19,7 @@ from mor_layers import (
     Tokens,
 )
 from mor_layers.costs import RouterShape
-from mor_layers.routers import Deepened, ExitGate, ScorerMatrix, registered_routers
+from mor_layers.routers import AdaptiveHalting, Deepened, ExitGate, ScorerMatrix, registered_routers
 from mor_layers.routers.declarations import measured_scorers, observed_notes
 from tests.mor_layers.small_models import HIDDEN_SIZE, random_states, randomized
 
@@ -34,6 +34,7 @@ ROUTERS: dict[str, RouterConfig] = {
     "token_choice": TokenChoice(),
     "token_choice_mlp": TokenChoice("mlp", gate_bias=-1.0, activation="sigmoid"),
     "depth_and_width": DepthAndWidth(architecture="mlp"),
+    "adaptive_halting": AdaptiveHalting(bias=0.0),
     "exit_gate": ExitGate(0.6),
     "exit_gate_without_exits": ExitGate(),
     "deepened": Deepened(TokenChoice(), 1),

@@ -88,6 +88,22 @@ def test_deltas_of_full_rank_reproduce_the_dense_model(folder):
     assert (shared(ids).logits - llama(ids).logits).abs().max() > 1e-2
 
 
+def test_steps_with_sublayers_of_their_own_reproduce_the_dense_model(folder):
+    from transformers import AutoModelForCausalLM
+
+    llama = AutoModelForCausalLM.from_pretrained(folder / "llama").eval()
+    ids = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(3))
+    apart = []
+    for sublayers in (["attention"], ["attention", "mlp"]):
+        written = folder / "-".join(["own", *sublayers])
+        how = ["--recursions", "3", "--own-per-step", *sublayers]
+        main(["convert", str(folder / "llama"), str(written), *how])
+        own = load_model(written).eval()
+        assert own.config.recursion.own_per_step == tuple(sublayers)
+        apart.append((own(ids).logits - llama(ids).logits).abs().max().item())
+    assert apart[0] > 1e-2 and apart[1] < 1e-5
+
+
 def test_a_prelude_and_a_coda_of_any_length_come_from_a_llama_and_go_back(folder):
     from transformers import AutoModelForCausalLM
 
@@ -129,6 +145,7 @@ def test_errors_are_told_in_a_line_and_leave_nothing(folder, monkeypatch, capsys
             "--relax-kind has no effect without --relax-rank",
         ),
         (["llama", "new", "--recursions", "3", "--relax-rank", "0"], "rank=0"),
+        (["llama", "new", "--own-per-step", "mlp"], "--own-per-step has no effect without"),
         (["routed", "new", "--to", "llama"], "cannot be written as a Llama"),
         (["relaxed", "new", "--to", "published"], "not supported by the published code"),
         (

@@ -178,10 +178,11 @@ main(["plan", {str(CLUSTER)!r}, "--gpus", "32", *settings])
     assert "best of" in ran.stdout
 
 
-def test_what_is_planned_is_what_the_script_builds():
+@pytest.mark.parametrize("router", ["expert_choice", "token_choice", "adaptive_halting"])
+def test_what_is_planned_is_what_the_script_builds(router):
     from mor_tools.pretraining.models import build
 
-    settings = read_settings(str(TINY), [])
+    settings = read_settings(str(TINY), [f"recursion.router.type={router}"])
     shape = build.shape(settings, settings.data.vocabulary_size)
     work = workload(settings)
     assert work.cost.parameters.total == build.parameters(shape)

@@ -45,6 +45,8 @@ PLAUSIBLE: dict[str, list[Any]] = {
     "recursion.loop_loss.prior": ["uniform"],
     "recursion.loop_loss.rate": ["null"],
     "recursion.hyper_connections.streams": [2, 3],
+    "recursion.norm_modulation.rank": [1, 4],
+    "recursion.history.window": [1, 1, 2],
     "parallel.tensor": [1],
     "parallel.pipeline": [1],
     "parallel.context": [1],

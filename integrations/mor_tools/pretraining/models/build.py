@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from mor_layers import MoRTransformer
 from mor_layers.costs import ModelShape, account, count_parameters
+from mor_layers.routers.capacity import default_capacity_factors
 from mor_layers.weights import state_of
 from mor_megatron import (
     Norm,
@@ -212,11 +213,19 @@ def parameters(model: ModelShape) -> int:
 
 
 def flops_per_token(model: ModelShape, settings: Settings, shares: Sequence[float] | None) -> float:
-    """Training FLOPs per token if the fractions `shares` of the tokens run each recursion step."""
+    """Training FLOPs per token if the fractions `shares` of the tokens run each recursion step.
+
+    Without shares they are those of the settings, or, where these determine none, those of tokens of
+    which equally many exit at each step.
+    """
     sequence = settings.data.sequence_length
-    tokens = None
-    if shares is not None and any(stack.router for stack in model.stacks):
-        tokens = [share * sequence for share in shares]
+    # Where layers route by themselves, a report's shares are means over them and the anchors.
+    recursion, tokens = settings.recursion, None
+    open_steps = [s for s in model.stacks if s.router and s.router.capacity_factors is None]
+    if shares is None and open_steps:
+        shares = default_capacity_factors(open_steps[0].num_recursions)
+    if shares is not None and not (recursion is not None and recursion.routes_by_layer):
+        tokens = model.tokens_per_step(shares, sequence)
     return account(model, sequence, tokens).flops_per_token()
 
 

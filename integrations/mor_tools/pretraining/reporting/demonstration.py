@@ -1,10 +1,12 @@
 """The trained model at work: the continuation of a prompt, and the depth of each token of a
 passage.
 
-Both run as generation does: in one process, in the torch model, by the engine that serves it.
+Both run as generation does: in one process, in the torch model, by the engine that serves it (or,
+where layers route by themselves, without caches).
 """
 
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -29,6 +31,8 @@ def continuation(model: MoRTransformer, settings: Settings, tokenizer: TextToken
     """The prompt followed by the model's continuation."""
     evaluation = settings.evaluation
     prompt = tokenizer.encode(evaluation.prompt)[: settings.data.sequence_length // 2]
+    if model.config.effective_recursion.routes_by_layer:
+        return tokenizer.decode([*prompt, *_without_caches(model, prompt, settings, tokenizer.eod)])
     request = Request(
         tuple(prompt),
         evaluation.sample_tokens,
@@ -39,6 +43,20 @@ def continuation(model: MoRTransformer, settings: Settings, tokenizer: TextToken
     engine = DepthBatchingEngine(model, CacheSettings.for_all_steps(model, length))
     tokens = [event.token for event in engine.stream(request) if event.token is not None]
     return tokenizer.decode([*prompt, *(token for token in tokens if token != tokenizer.eod)])
+
+
+def _without_caches(
+    model: MoRTransformer, prompt: list[int], settings: Settings, eod: int
+) -> list[int]:
+    """The ids that continue a prompt, up to the end of its document."""
+    device, evaluation = model.embedding.weight.device, settings.evaluation
+    generated = model.eval().generate(
+        torch.tensor([prompt], device=device),
+        evaluation.sample_tokens,
+        evaluation.temperature,
+        torch.Generator(device).manual_seed(settings.training.seed),
+    )
+    return list(takewhile(lambda token: token != eod, (int(token) for token in generated)))
 
 
 @torch.no_grad()
