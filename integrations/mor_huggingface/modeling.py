@@ -38,6 +38,9 @@ class MoRConfig(PretrainedConfig):
             self.num_hidden_layers = config.num_unrolled_layers
             self.num_attention_heads = config.num_heads
             self.num_key_value_heads, self.head_dim = config.kv_heads, config.head_size
+            if config.moe is not None:
+                self.num_experts = config.moe.num_experts
+                self.num_experts_per_tok = config.moe.experts_per_token
         super().__init__(**kwargs)
 
     @classmethod

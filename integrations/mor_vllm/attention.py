@@ -24,14 +24,11 @@ from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_world_size  # type: ignore[import-not-found]
 from vllm.model_executor.layers.attention import Attention  # type: ignore[import-not-found]
 from vllm.model_executor.layers.layernorm import RMSNorm  # type: ignore[import-not-found]
-from vllm.model_executor.layers.linear import (  # type: ignore[import-not-found]
-    ColumnParallelLinear,
-    RowParallelLinear,
-)
 from vllm.model_executor.layers.rotary_embedding import get_rope  # type: ignore[import-not-found]
 
 from mor_layers import DecoderConfig, StepContext
 from mor_vllm.plugin import cached_head_size, hides_rows
+from mor_vllm.projections import StepProjection
 
 KeysAndValues = dict[int, tuple[Tensor, Tensor]]
 """The keys and values of step 1 that later steps share, by layer of the block."""
@@ -83,14 +80,17 @@ class StepAttention(nn.Module):
         self.hides = hides_rows(config)
         self.cached_size = cached_head_size(size + self.hides)
         self.shares, self.updates = policy == "recursive_sharing", policy == "sharing_with_update"
-        h, bias = config.hidden_size, config.qkv_bias
-        self.query = ColumnParallelLinear(h, config.num_heads * size, bias=bias)
-        self.key = ColumnParallelLinear(h, config.kv_heads * size, bias=bias)
-        self.value = ColumnParallelLinear(h, config.kv_heads * size, bias=bias)
-        self.output = RowParallelLinear(config.num_heads * size, h, bias=False)
+        h, bias, num_steps = config.hidden_size, config.qkv_bias, len(depths)
+        width, kv_width = config.num_heads * size, config.kv_heads * size
+        self.query = StepProjection(["query"], h, [width], config, num_steps, bias)
+        self.key = StepProjection(["key"], h, [kv_width], config, num_steps, bias)
+        self.value = StepProjection(["value"], h, [kv_width], config, num_steps, bias)
+        self.output = StepProjection(["output"], width, [h], config, num_steps)
         self.query_norm = self.key_norm = None
         if config.qk_norm:
-            self.query_norm, self.key_norm = (norms(config, 1, size) for _ in range(2))
+            is_own = "attention" in config.effective_recursion.own_per_step
+            count = num_steps if is_own else 1
+            self.query_norm, self.key_norm = (norms(config, count, size) for _ in range(2))
         self.rotary = get_rope(
             size,
             max_position=vllm_config.model_config.max_model_len,
@@ -115,19 +115,20 @@ class StepAttention(nn.Module):
     def forward(
         self, hidden: Float[Tensor, "t h"], context: ServedStep, layer: int
     ) -> Float[Tensor, "t h"]:
-        query = self._heads(self.query(hidden)[0], self.query_norm)
-        if self.shares and context.step:
+        step = context.step
+        query = self._heads(self.query(hidden, step), step, self.query_norm)
+        if self.shares and step:
             query, _ = self.rotary(context.positions, query, None)
             key, value = context.first[layer]  # for backends that read a prompt's rows from here
         else:
-            key = self._heads(self.key(hidden)[0], self.key_norm)
+            key = self._heads(self.key(hidden, step), step, self.key_norm)
             query, key = self.rotary(context.positions, query, key)
             key = self._widened(key, self._marks(context))
-            value = self._widened(self.value(hidden)[0])
+            value = self._widened(self.value(hidden, step))
             key, value = self._exchanged(key, value, context, layer)
         query = self._widened(query, QUERY_MARK)
-        attended = self.steps[context.step](query, key, value)
-        return self.output(self._narrowed(attended))[0]
+        attended = self.steps[step](query, key, value)
+        return self.output(self._narrowed(attended), step)
 
     def _exchanged(
         self, key: Tensor, value: Tensor, context: ServedStep, layer: int
@@ -143,10 +144,12 @@ class StepAttention(nn.Module):
             value = torch.where(context.has_exited, first_value, value)
         return key, value
 
-    def _heads(self, values: Float[Tensor, "t nd"], norm: Any) -> Float[Tensor, "t nd"]:
+    def _heads(
+        self, values: Float[Tensor, "t nd"], step: int, norm: nn.ModuleList | None
+    ) -> Float[Tensor, "t nd"]:
         if norm is None:
             return values
-        return norm[0](values.unflatten(-1, (-1, self.head_size))).flatten(-2)
+        return of_step(norm, step)(values.unflatten(-1, (-1, self.head_size))).flatten(-2)
 
     def _marks(self, context: ServedStep) -> Tensor | float:
         exited = context.has_exited
@@ -176,3 +179,8 @@ def norms(config: DecoderConfig, count: int, size: int | None = None) -> nn.Modu
     """One RMSNorm for all steps, or one per step."""
     sizes = size or config.hidden_size, config.rms_norm_epsilon
     return nn.ModuleList(RMSNorm(*sizes) for _ in range(count))
+
+
+def of_step(modules: nn.ModuleList, step: int) -> nn.Module:
+    """The module of a step; the only one, if the steps share it."""
+    return modules[step if len(modules) > 1 else 0]

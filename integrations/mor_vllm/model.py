@@ -7,6 +7,7 @@ for `gate` and `up`, which are one matrix here).
 Legend: `t` tokens of a batch, from any requests; `h` hidden.
 """
 
+import hashlib
 import re
 from collections.abc import Iterable
 from typing import Any, cast
@@ -25,10 +26,13 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (  # type: ignor
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader  # type: ignore[import-not-found]
 
 from mor_layers import DecoderConfig, RecursionBlock, RoutingDecision, Tokens
+from mor_layers.generation.depth import turn_dial
 from mor_layers.weights import weight_names
 from mor_vllm.attention import KeysAndValues, ServedStep, norms
-from mor_vllm.layers import StepLayers, in_fp32
-from mor_vllm.plugin import FIRST_STEP, hides_rows, require_servable
+from mor_vllm.layers import StepLayers
+from mor_vllm.plugin import FIRST_STEP, dial_of, hides_rows, require_servable
+from mor_vllm.precision import in_fp32
+from mor_vllm.projections import StepProjection, place_of_projection
 
 
 class MaskedRecursion(RecursionBlock):
@@ -42,20 +46,19 @@ class MaskedRecursion(RecursionBlock):
     def forward(  # type: ignore[override]
         self, hidden: Float[Tensor, "t h"], tokens: Tokens
     ) -> Float[Tensor, "t h"]:
-        rows = origin = hidden[None]  # [t h] -> [1 t h]
+        rows = origin = self.begin(hidden[None])  # [t h] -> [1 t h], or [1 t nh] with streams
         decision = RoutingDecision.everything(tokens)
         first: KeysAndValues = {}
         for step in range(self.router.num_recursions):
             decision = self.route(rows, step, decision, causal=True, assess=False)
-            kept = rows[0] if self.kv_policy == "exit_state" else None
+            kept = self.end(rows)[0] if self.kv_policy == "exit_state" else None
             context = ServedStep(step, decision.tokens, first, kept)
             output = self.run_layers(self.enter(step, rows, origin)[0], context)[None]
             rows = self.combine(step, rows, output, decision, origin)
-        return rows[0]
+        return self.end(rows)[0]
 
 
-# All steps together are one graph, because no shape depends on a router. Experts are the exception,
-# see MoRForCausalLM.
+# All steps together are one graph, because no shape depends on a router.
 @support_torch_compile(dynamic_arg_dims={"hidden": 0, "positions": 0})
 class MoRModel(nn.Module):
     """The decoder, including its output matrix."""
@@ -70,7 +73,13 @@ class MoRModel(nn.Module):
                 router = recursion.router.build(config.hidden_size, steps)
             added = recursion.build_step_input(config.hidden_size, config.rms_norm_epsilon)
             layers = StepLayers(config, depths, vllm_config, config.moe is not None)
-            return MaskedRecursion(layers, router, recursion.kv_policy, step_input=added)
+            return MaskedRecursion(
+                layers,
+                router,
+                recursion.kv_policy,
+                step_input=added,
+                streams=recursion.build_streams(config.hidden_size),
+            )
 
         if schedule.is_cyclic:
             runs = [[[before + r * size + j for r in range(steps)] for j in range(size)]]
@@ -110,13 +119,15 @@ class MoRForCausalLM(nn.Module):
         super().__init__()
         if vllm_config.quant_config is not None:
             raise ValueError("a quantized recursion has not been tested. Leave out quantization=.")
-        self.decoder_config: DecoderConfig = vllm_config.model_config.hf_config.decoder_config
-        require_servable(self.decoder_config, get_tensor_model_parallel_world_size())
-        if self.decoder_config.moe is not None and not vllm_config.model_config.enforce_eager:
-            raise ValueError(
-                "experts synchronise with the device to learn how many tokens each of them has, "
-                "which is impossible in a compiled graph. Serve this model with --enforce-eager."
-            )
+        self.vllm_config = vllm_config
+        hf_config = vllm_config.model_config.hf_config
+        self.decoder_config: DecoderConfig = hf_config.decoder_config
+        require_servable(
+            self.decoder_config,
+            get_tensor_model_parallel_world_size(),
+            vllm_config.parallel_config.enable_expert_parallel,
+        )
+        self.dial = dial_of(hf_config)
         self.model = MoRModel(config=self.decoder_config, vllm_config=vllm_config)
         self.logits_processor = LogitsProcessor(self.decoder_config.vocab_size)
 
@@ -167,7 +178,11 @@ class MoRForCausalLM(nn.Module):
         missing = {f"model.{name}" for name in weight_names(self.decoder_config)} - seen
         if missing:
             raise ValueError(f"the folder lacks {', '.join(sorted(missing)[:3])}.")
+        for module in self.modules():
+            if isinstance(module, StepProjection):
+                module.settle()
         self._check_bars()
+        turn_dial(self.model, **self.dial)
         self._settle_routers()
         return loaded
 
@@ -176,26 +191,36 @@ class MoRForCausalLM(nn.Module):
         if hides_rows(self.decoder_config) or policy == "exit_state":
             return
         for recursion in self.model.recursions:
-            bars = getattr(recursion.router, "bars", None)
-            if bars is not None and torch.finfo(torch.float32).min < bars[0] < torch.inf:
-                raise ValueError(f"calibrated to bar={bars[0]:.3g}, {FIRST_STEP}")
+            for router in recursion.router.modules():  # one may wrap another
+                bars = getattr(router, "bars", None)
+                if bars is not None and torch.finfo(torch.float32).min < bars[0] < torch.inf:
+                    raise ValueError(f"calibrated to bar={bars[0]:.3g}, {FIRST_STEP}")
 
     @torch.no_grad()
     def _settle_routers(self) -> None:
         """Let routers read their buffers on the host now, because a compiled graph cannot do it
         later.
+
+        The graph then has their values as constants, so they must be part of the key under which
+        vLLM keeps it: otherwise a model that is calibrated anew would be served by the earlier graph.
         """
         positions = torch.zeros(1, 1, dtype=torch.long, device=self.model.norm[0].weight.device)
         rows = self.model.norm[0].weight.new_zeros(1, 1, self.decoder_config.hidden_size)
         for recursion in self.model.recursions:
-            decision = RoutingDecision.everything(Tokens(positions, 1))
+            decision, states = (
+                RoutingDecision.everything(Tokens(positions, 1)),
+                recursion.begin(rows),
+            )
             for step in range(recursion.router.num_recursions):
-                decision = recursion.route(rows, step, decision, causal=True, assess=False)
+                decision = recursion.route(states, step, decision, causal=True, assess=False)
+        constants = hashlib.sha256(repr(sorted(self.dial.items())).encode())
+        for recursion in self.model.recursions:
+            for name, buffer in recursion.router.named_buffers():
+                constants.update(f"{name}={buffer.tolist()}".encode())
+        self.vllm_config.additional_config["mor_routers"] = constants.hexdigest()
 
 
 def place_of(name: str) -> tuple[str, int | None]:
     """The name of a folder's tensor here, and which half of the fused matrix it is."""
-    gated = re.fullmatch(r"(.*\.mlp\.)(gate|up)\.weight", name)
-    if gated:
-        return f"{gated[1]}gate_up.weight", ("gate", "up").index(gated[2])
-    return re.sub(r"norm\.weights\.(\d+)$", r"norm.\1.weight", name), None
+    norm = re.sub(r"norm\.weights\.(\d+)$", r"norm.\1.weight", name)
+    return place_of_projection(name) or (norm, None)

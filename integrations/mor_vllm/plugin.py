@@ -5,7 +5,11 @@ of `mor_layers.weights.folder` is served unchanged; `require_servable` says whic
 supported.
 """
 
+import math
+from typing import Any
+
 from mor_layers import DecoderConfig
+from mor_layers.routers import Deepened, RouterConfig
 
 ARCHITECTURE = "MoRForCausalLM"
 """The entry of `architectures` in a folder's config.json."""
@@ -18,15 +22,69 @@ HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 """Head sizes that vLLM's kernels for CPUs support; those for GPUs support most of them, too."""
 
 
+OLDEST, NEWEST = (0, 26), (0, 32)
+"""The releases of vLLM that were run, see docs/pages/vllm.md."""
+
+
 def register() -> None:
-    """Register the configuration and the model class of our folders with vLLM."""
-    from vllm import ModelRegistry  # type: ignore[import-not-found]
+    """Register the configuration and the model class of our folders with vLLM.
 
-    import mor_huggingface  # noqa: F401 (AutoConfig then knows the folders)
+    With a vLLM that was not run, other models are served as ever, and reading the configuration of
+    one of ours is an error.
+    """
+    from transformers import AutoConfig
+    from vllm import ModelRegistry, __version__  # type: ignore[import-not-found]
 
+    from mor_huggingface import MoRConfig  # AutoConfig then knows the folders
+
+    if (refusal := refused_version(__version__)) is not None:
+
+        class RefusedConfig(MoRConfig):
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                raise ValueError(refusal)
+
+        AutoConfig.register(MoRConfig.model_type, RefusedConfig, exist_ok=True)
+        return
     # By name, because importing the module would initialise the device before vLLM forks its
     # workers.
     ModelRegistry.register_model(ARCHITECTURE, f"mor_vllm.model:{ARCHITECTURE}")
+
+
+def refused_version(version: str) -> str | None:
+    """Why this version of vLLM is not used; None if it is, as are builds of a working tree."""
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if len(numbers) < 2 or OLDEST <= numbers <= NEWEST:
+        return None
+    oldest, newest, after = (
+        ".".join(map(str, release)) for release in (OLDEST, NEWEST, (NEWEST[0], NEWEST[1] + 1))
+    )
+    return (
+        f"vLLM {version} cannot serve models of mor_layers: the plugin was run with vLLM {oldest} to "
+        f"{newest}, and vLLM changes what it uses between releases. pip install "
+        f"'vllm>={oldest},<{after}', or look for a newer mor-layers."
+    )
+
+
+def dial_of(hf_config: Any) -> dict[str, float]:
+    """The shifts of a model's thresholds, by the names of `turn_dial`'s arguments.
+
+    They are `dial` in config.json or, for one server, `--hf-overrides '{"dial": {"depth": 0.5}}'`.
+
+    Raises:
+        ValueError: it is not a mapping from `depth` and `width` to numbers.
+    """
+    dial = getattr(hf_config, "dial", None) or {}
+    if not isinstance(dial, dict) or any(
+        name not in ("depth", "width")
+        or not isinstance(shift, int | float)
+        or not math.isfinite(shift)
+        for name, shift in dial.items()
+    ):
+        raise ValueError(
+            f"dial={dial!r} must be a mapping from depth, width or both to numbers, which are added "
+            'to thresholds of the router: --hf-overrides \'{"dial": {"depth": 0.5}}\'.'
+        )
+    return {name: float(shift) for name, shift in dial.items()}
 
 
 def hides_rows(config: DecoderConfig) -> bool:
@@ -42,7 +100,16 @@ def hides_rows(config: DecoderConfig) -> bool:
         return False
     if policy == "recursion_wise":
         return True
-    return (router.capacity_factors_for(recursion.num_recursions) or (1.0,))[0] < 1
+    factors = router.capacity_factors_for(recursion.num_recursions)
+    return not _is_ours(router) if factors is None else factors[0] < 1
+
+
+def _is_ours(router: RouterConfig) -> bool:
+    """Whether the router is one of this library. Of these, those without capacities run step 1 for
+    every token; of others, nothing is known.
+    """
+    inner = router.router if isinstance(router, Deepened) else router
+    return type(inner).__module__.startswith("mor_layers.")
 
 
 def cached_head_size(size: int) -> int:
@@ -60,13 +127,19 @@ def cached_head_size(size: int) -> int:
     )
 
 
-def require_servable(config: DecoderConfig, tensor_parallel: int = 1) -> None:
+def require_servable(
+    config: DecoderConfig, tensor_parallel: int = 1, expert_parallel: bool = False
+) -> None:
     """Refuse models for which vLLM's model runner would compute something else than we do.
 
     The runner passes all tokens of a batch through every layer, and each attention layer stores a
     row for every token. A token that has exited is passed along and keeps its state. Its rows of
     later steps are not stored, hidden, or those that the KV policy requires. See
     `mor_vllm.attention`.
+
+    Args:
+        tensor_parallel: number of ranks that each have part of every layer.
+        expert_parallel: whether each of these ranks has whole experts.
 
     Raises:
         ValueError: for the first such setting, with the reason and what to use instead.
@@ -75,11 +148,15 @@ def require_servable(config: DecoderConfig, tensor_parallel: int = 1) -> None:
     if config.latent_attention is None:
         cached_head_size(config.head_size + hides_rows(config))
     sizes = {"num_heads": config.num_heads, "num_kv_heads": config.kv_heads}
-    own_width = None if moe is None else moe.ffn_hidden_size
-    if own_width is not None:
-        sizes["moe.ffn_hidden_size"] = own_width
-    if own_width is None or config.dense_ends:
+    if moe is None or config.dense_ends:
         sizes["ffn_hidden_size"] = config.ffn_hidden_size
+    if moe is not None:
+        width = "ffn_hidden_size" if moe.ffn_hidden_size is None else "moe.ffn_hidden_size"
+        sizes |= (
+            {"moe.num_experts": moe.num_experts}
+            if expert_parallel
+            else {width: moe.ffn_hidden_size or config.ffn_hidden_size}
+        )
     rules = (
         (
             moe is not None and moe.capacity_factor is not None,
@@ -94,26 +171,9 @@ def require_servable(config: DecoderConfig, tensor_parallel: int = 1) -> None:
             "which caches latent rows.",
         ),
         (
-            recursion.relaxation is not None,
-            f"relaxation={recursion.relaxation}",
-            "its linear layers do not know the step. `mor convert --to llama` merges deltas into "
-            "a model without routing; otherwise use DepthBatchingEngine.",
-        ),
-        (
-            recursion.residual_scale is not None,
-            f"residual_scale={recursion.residual_scale}",
-            "its layers add every branch unscaled. Use DepthBatchingEngine.",
-        ),
-        (
-            bool(recursion.own_per_step),
-            f"own_per_step={recursion.own_per_step}",
-            "its layers have the same weights at every step. `mor convert --to llama` unrolls a model "
-            "where nothing routes; else use DepthBatchingEngine.",
-        ),
-        (
-            recursion.hyper_connections is not None,
-            f"hyper_connections={recursion.hyper_connections}",
-            "its layers hand on a single stream. Use DepthBatchingEngine.",
+            moe is not None and config.hidden_size % 8 > 0,
+            f"hidden_size={config.hidden_size}",
+            "grouped matrix products of experts need a multiple of 8. Use DepthBatchingEngine.",
         ),
         (
             recursion.router.has_loop_state,

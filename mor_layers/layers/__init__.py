@@ -2,7 +2,15 @@
 
 from mor_layers.layers.adapters import EncoderLayers, PointwiseLayers
 from mor_layers.layers.modulation import Modulator, NormModulation
-from mor_layers.layers.moe import MOST_EXPERTS, ExpertRouters, Experts, MoE, MoEConfig
+from mor_layers.layers.moe import (
+    MOST_EXPERTS,
+    Assignment,
+    ExpertRouter,
+    ExpertRouters,
+    Experts,
+    MoE,
+    MoEConfig,
+)
 from mor_layers.layers.projections import (
     ATTENTION_PROJECTIONS,
     PROJECTIONS_OF,
@@ -32,7 +40,9 @@ __all__ = [
     "MOST_EXPERTS",
     "PROJECTIONS_OF",
     "SUBLAYERS",
+    "Assignment",
     "EncoderLayers",
+    "ExpertRouter",
     "ExpertRouters",
     "Experts",
     "MoE",

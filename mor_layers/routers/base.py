@@ -51,6 +51,9 @@ class Router(PreciseBuffers, ABC):
 
     combines_with_origin: ClassVar[bool] = False
     """Whether `combine` reads the states that entered the recursion."""
+    draws: ClassVar[bool] = True
+    """Whether routing draws random numbers. Ranks that share a sequence then need the same ones. In
+    Megatron the state of the generator is swapped for it, which no graph of torch.compile can hold."""
 
     def __init__(self, num_recursions: int) -> None:
         super().__init__()

@@ -48,6 +48,8 @@ class FixedDepth(RouterConfig):
 class FixedDepthRouter(Router):
     """Keeps every token."""
 
+    draws = False
+
     def decide(
         self,
         logits: Tensor | None,

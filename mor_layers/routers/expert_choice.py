@@ -190,6 +190,7 @@ class ExpertChoiceRouter(Router):
     every token in both cases.
     """
 
+    draws = False
     training_steps: Tensor
     bars: Tensor
 

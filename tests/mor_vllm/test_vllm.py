@@ -4,7 +4,9 @@ vLLM itself runs in tests/mor_vllm/real, on more models (`make test-vllm`).
 """
 
 import importlib
-from dataclasses import replace
+import sys
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
+from mor_huggingface import MoRConfig
 from mor_layers import (
     DecoderConfig,
     ExpertChoice,
@@ -21,58 +24,24 @@ from mor_layers import (
     MoRTransformer,
     RecursionConfig,
     Relaxation,
+    RouterConfig,
     TokenChoice,
     save_model,
 )
+from mor_layers.generation.depth import turn_dial
 from mor_layers.layers import NormModulation
+from mor_layers.layers.moe import Assignment, Experts
+from mor_layers.models import LatentAttentionConfig
 from mor_layers.recursion import HistoryInjection, HyperConnections
+from mor_layers.routers import AdaptiveHalting, Deepened, Router, registered_routers
 from mor_vllm import plugin as vllm_plugin
 from tests.mor_layers.small_models import ROUTERS, plain_config, small_config, small_model
+from tests.mor_vllm.models import EXPERTS, SERVED, is_routed, recursive, served_model
 from tests.mor_vllm.vllm_emulation import Runner, emulated, place, vllm_config
 
+LATENT = LatentAttentionConfig(8, 4, 2, 6)
 SHARING = "recursive_sharing"
-EVERYTHING = {
-    "step_embeddings": True,
-    "input_injection": True,
-    "sandwich_norms": True,
-    "loop_norm": True,
-}
-EXPERTS = MoEConfig(3, 2, bias_update_rate=0.01)
 SKIPS_STEP_1 = ROUTERS["expert_choice_first_step_too"]
-
-
-def helped(config: DecoderConfig) -> DecoderConfig:
-    return replace(config, recursion=replace(config.recursion, **EVERYTHING))
-
-
-SERVED: dict[str, DecoderConfig] = {
-    "fixed depth": small_config(block_size=2, share_norms=False),
-    "fixed depth, sharing, helps": helped(small_config(kv_policy=SHARING, share_norms=False)),
-    "one by one": small_config(sharing="middle_sequence", block_size=2),
-    "no recursion": plain_config(3),
-    "long ends, fixed depth": small_config(block_size=2, ends=(2, 3)),
-    "long ends, token choice": small_config(TokenChoice(), kv_policy=SHARING, ends=(2, 3)),
-    "expert choice": small_config(ROUTERS["expert_choice"], block_size=2),
-    "expert choice, sharing, skips step 1": small_config(SKIPS_STEP_1, kv_policy=SHARING),
-    "expert choice, update, skips step 1": small_config(
-        SKIPS_STEP_1, kv_policy="sharing_with_update"
-    ),
-    "expert choice, exit state, experts": replace(
-        small_config(ExpertChoice(), kv_policy="exit_state", block_size=2), moe=EXPERTS
-    ),
-    "token choice, sharing, helps": helped(small_config(TokenChoice(), kv_policy=SHARING)),
-    "random depth, cycle, tied": replace(
-        small_config(ROUTERS["random_depth"], sharing="cycle"), tie_embeddings=True
-    ),
-    "Qwen's": replace(
-        small_config(TokenChoice(), kv_policy=SHARING),
-        head_dim=4,
-        num_kv_heads=2,
-        qkv_bias=True,
-        qk_norm=True,
-        rope_base=500.0,
-    ),
-}
 
 
 @pytest.fixture
@@ -81,10 +50,11 @@ def runner():
         yield runner
 
 
-def loaded(folder: Path, runner: Runner) -> Any:
+def loaded(folder: Path, runner: Runner, **overrides: Any) -> Any:
     """As vLLM does it: the plugin, the configuration, the model, its weights from the files."""
     vllm_plugin.register()
     config = AutoConfig.from_pretrained(folder)
+    config.update(overrides)
     (architecture,) = config.architectures
     module, _, name = runner.architectures[architecture].partition(":")
     kind = getattr(importlib.import_module(module), name)
@@ -108,29 +78,33 @@ def run(model: Any, runner: Runner, batch: list[tuple[int, int, torch.Tensor]]) 
 @pytest.mark.parametrize("name", SERVED)
 @torch.no_grad()
 def test_requests_that_come_and_go_get_the_logits_of_the_model(tmp_path, runner, name):
-    ours: MoRTransformer = small_model(SERVED[name]).eval()
+    ours = served_model(name)
     save_model(ours, tmp_path / "model")
     model = loaded(tmp_path / "model", runner)
-    texts = [torch.randint(17, (n,), generator=torch.Generator().manual_seed(n)) for n in (9, 6, 4)]
+    depths = check(ours, model, runner)
+    assert (len(depths) > 1) == is_routed(name)  # else no token exits, and nothing was shown
+
+
+def check(ours: MoRTransformer, model: Any, runner: Runner) -> set[int]:
+    """Compare the logits of requests in flight together with ours; the steps that tokens took."""
+    texts = [
+        torch.randint(257, (n,), generator=torch.Generator().manual_seed(n)) for n in (9, 6, 4)
+    ]
     # Prompts whole and in pieces, beside single tokens of other requests.
+    whole = [ours(text[None], causal_routing=True) for text in texts]
     batches = [[(0, 0, 5)], [(0, 5, 6), (1, 0, 4)], [(2, 0, 3), (0, 6, 9), (1, 4, 5)], [(1, 5, 6)]]
-    depths = set()
     for batch in batches:
         pieces = [(request, start, texts[request][start:end]) for request, start, end in batch]
         for (request, _, end), logits in zip(batch, run(model, runner, pieces), strict=True):
-            whole = ours(texts[request][None, :end], causal_routing=True)
-            depths |= set(whole.depths.flatten().tolist())
-            torch.testing.assert_close(logits, whole.logits[0, -1], rtol=1e-5, atol=1e-5)
-    if isinstance(getattr(SERVED[name].recursion, "router", FixedDepth()), FixedDepth):
-        assert len(depths) == 1
-    else:
-        assert len(depths) > 1  # else no token exits, and nothing was shown
+            expected = whole[request].logits[0, end - 1]
+            torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    return {depth for output in whole for depth in output.depths.flatten().tolist()}
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", ["expert choice, sharing", "expert choice", "one by one"])
 def test_later_steps_share_the_cache_of_the_first(tmp_path, runner, name):
     config = SERVED[name]
-    save_model(small_model(config), tmp_path / "model")
+    save_model(served_model(name), tmp_path / "model")
     loaded(tmp_path / "model", runner)
     assert sorted(map(place, runner.layers)) == list(range(config.num_unrolled_layers))
     recursion, schedule = config.effective_recursion, config.schedule
@@ -148,6 +122,59 @@ def test_later_steps_share_the_cache_of_the_first(tmp_path, runner, name):
     assert len(runner.caches) == first + size + schedule.coda
 
 
+SETTINGS = (DecoderConfig, RecursionConfig, MoEConfig, Relaxation, HyperConnections)
+REFUSED = {
+    MoEConfig: {"capacity_factor", "drop_policy"},
+    DecoderConfig: {"latent_attention"},
+    RecursionConfig: {"history", "norm_modulation", "anchor_every"},
+}
+"""Settings that are refused by name, see below. `drop_policy` needs a `capacity_factor`, and
+`anchor_every` layers that route by themselves."""
+REFUSED_ROUTERS = {AdaptiveHalting}
+IN_TRAINING = {
+    MoEConfig: {"balance_coefficient", "z_loss_coefficient"},
+    RecursionConfig: {"depth_balance"},
+}
+"""Settings that nothing but losses depends on."""
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_every_setting_is_served_or_refused(kind):
+    """A setting that no served model has would be ignored in silence if `mor_vllm` did not know it."""
+    used = [
+        part for config in SERVED.values() for part in settings_in(config) if type(part) is kind
+    ]
+    served = {
+        setting.name
+        for setting in fields(kind)
+        if any(getattr(part, setting.name) != default_of(setting) for part in used)
+    }
+    apart = REFUSED.get(kind, set()) | IN_TRAINING.get(kind, set())
+    assert served | apart == {setting.name for setting in fields(kind)}
+    assert not served & apart
+
+
+def test_every_router_is_served():
+    routers = [config.effective_recursion.router for config in SERVED.values()]
+    routers += [router.router for router in routers if isinstance(router, Deepened)]
+    ours = {kind for kind in registered_routers().values() if kind.__module__.startswith("mor_")}
+    assert {type(router) for router in routers} == ours - REFUSED_ROUTERS
+
+
+def settings_in(part: Any) -> Iterator[Any]:
+    """A dataclass of settings, and those in its fields."""
+    yield part
+    for setting in fields(part):
+        value = getattr(part, setting.name)
+        if is_dataclass(value):
+            yield from settings_in(value)
+
+
+def default_of(setting: Field) -> Any:
+    """A default that a model could have been given in silence; None if it has to be given."""
+    return setting.default_factory() if setting.default_factory is not MISSING else setting.default
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -156,23 +183,10 @@ def test_later_steps_share_the_cache_of_the_first(tmp_path, runner, name):
             "moe.capacity_factor=1.0 cannot be served",
         ),
         (replace(small_config(), head_dim=258), "heads of 258 numbers cannot be served"),
+        (small_config(AdaptiveHalting()), "its layers hand on a single state"),
         (
-            replace(small_config(), recursion=RecursionConfig(3, relaxation=Relaxation(2))),
-            "`mor convert --to llama` merges deltas",
-        ),
-        (
-            replace(small_config(), recursion=RecursionConfig(3, residual_scale=1.0)),
-            "residual_scale=1.0 cannot be served",
-        ),
-        (
-            replace(small_config(), recursion=RecursionConfig(3, own_per_step=("mlp",))),
-            "unrolls a model where nothing routes",
-        ),
-        (
-            replace(
-                small_config(), recursion=RecursionConfig(3, hyper_connections=HyperConnections(2))
-            ),
-            "its layers hand on a single stream",
+            small_config(ExpertChoice(capacity_factors=(0.5,)), 1, "middle_sequence"),
+            "its layers do not route by themselves",
         ),
         (
             replace(small_config(), recursion=RecursionConfig(3, history=HistoryInjection(1))),
@@ -181,6 +195,14 @@ def test_later_steps_share_the_cache_of_the_first(tmp_path, runner, name):
         (
             replace(small_config(), recursion=RecursionConfig(3, norm_modulation=NormModulation())),
             "its norms do not know the step",
+        ),
+        (
+            replace(small_config(), num_kv_heads=None, latent_attention=LATENT),
+            "latent_attention=.* cannot be served",
+        ),
+        (
+            replace(recursive(moe=EXPERTS), hidden_size=36),
+            "hidden_size=36 cannot be served by vLLM: .* multiple of 8",
         ),
     ],
 )
@@ -193,18 +215,42 @@ def test_what_vllm_would_compute_otherwise_is_refused(tmp_path, runner, config, 
 def test_heads_and_experts_must_divide_by_the_ranks():
     with pytest.raises(ValueError, match="must divide num_heads=2, num_kv_heads=1"):
         vllm_plugin.require_servable(small_config(), tensor_parallel=2)
-    narrow = replace(small_config(), num_kv_heads=2, moe=MoEConfig(2, 1, ffn_hidden_size=3))
+    narrow = recursive(moe=MoEConfig(2, 1, ffn_hidden_size=3))
     with pytest.raises(ValueError, match=r"moe\.ffn_hidden_size=3"):
         vllm_plugin.require_servable(narrow, tensor_parallel=2)
 
 
-def test_experts_are_not_compiled(tmp_path, runner):
-    save_model(small_model(replace(plain_config(2), moe=MoEConfig(2, 1))), tmp_path / "model")
-    loaded(tmp_path / "model", runner)
-    config = vllm_config(AutoConfig.from_pretrained(tmp_path / "model"), enforce_eager=False)
-    runner.layers.clear()
-    with pytest.raises(ValueError, match="Serve this model with --enforce-eager"):
-        importlib.import_module("mor_vllm.model").MoRForCausalLM(vllm_config=config)
+def test_expert_parallelism_divides_experts_and_not_their_widths(tmp_path, runner):
+    three = replace(recursive(), moe=MoEConfig(3, 1, ffn_hidden_size=5))
+    with pytest.raises(ValueError, match=r"must divide .*moe\.ffn_hidden_size=5"):
+        vllm_plugin.require_servable(three, tensor_parallel=2)
+    with pytest.raises(ValueError, match=r"must divide .*moe\.num_experts=3"):
+        vllm_plugin.require_servable(three, tensor_parallel=2, expert_parallel=True)
+    save_model(small_model(three), tmp_path / "model")
+    assert AutoConfig.from_pretrained(tmp_path / "model").num_experts == 3  # vLLM asks for it
+
+
+@torch.no_grad()
+def test_grouped_experts_are_those_of_the_core(runner):
+    grouped = importlib.import_module("mor_vllm.experts")
+    experts = Experts(5, 16, 8)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 16, generator=generator)
+    chosen = torch.rand(7, 5, generator=generator).topk(2).indices
+    chosen[chosen == 3] = 4  # an expert without tokens
+    gates = torch.rand(7, 2, generator=generator)
+    is_taken = torch.rand(7, 2, generator=generator) > 0.3
+    whole = experts(hidden, Assignment(chosen, gates, is_taken))
+    parts = []
+    for first, last in ((0, 2), (2, 5)):  # as under expert parallelism
+        part = (experts.gate[first:last], experts.up[first:last], experts.down[first:last])
+        is_here = is_taken & (chosen >= first) & (chosen < last)
+        parts.append(grouped.grouped_experts(hidden, *part, chosen - first, gates, is_here))
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-6, atol=1e-6)
+    shaped = grouped.grouped_experts(  # what torch.compile sees
+        *(t.to("meta") for t in (hidden, *part, chosen, gates, is_here))
+    )
+    assert shaped.shape == whole.shape
 
 
 @pytest.mark.parametrize(
@@ -223,19 +269,6 @@ def test_heads_grow_only_where_rows_must_be_hidden(router, policy, size):
     assert vllm_plugin.cached_head_size(config.head_size + hides) == size
 
 
-def test_a_router_that_was_calibrated_to_skip_step_1_is_refused(tmp_path, runner):
-    model = small_model(small_config(ExpertChoice(), kv_policy=SHARING))
-    router = model.recursions[0].router
-    router.tune((1.0, 0.5, 0.2), lambda step: torch.randn(50, 1))
-    save_model(model, tmp_path / "all")
-    loaded(tmp_path / "all", runner)
-    router.tune((0.9, 0.5, 0.2), lambda step: torch.randn(50, 1))
-    save_model(model, tmp_path / "some")
-    runner.layers.clear()
-    with pytest.raises(ValueError, match=r"calibrated to bar=.*step 1 leaves tokens out"):
-        loaded(tmp_path / "some", runner)
-
-
 def test_a_tensor_too_few_or_too_many_is_an_error(tmp_path, runner):
     save_model(small_model(small_config()), tmp_path / "model")
     model = loaded(tmp_path / "model", runner)
@@ -245,3 +278,105 @@ def test_a_tensor_too_few_or_too_many_is_an_error(tmp_path, runner):
     del weights["model.prelude.layers.0.mlp.up.weight"]
     with pytest.raises(ValueError, match=r"lacks model.prelude.layers.0.mlp.up.weight"):
         model.load_weights(weights.items())
+
+
+@dataclass(frozen=True)
+class Unknown(RouterConfig):
+    """A router of somebody's own, of which it is not known whether all tokens run step 1."""
+
+    def build(self, hidden_size: int, num_recursions: int) -> Router:
+        return ExpertChoice().build(hidden_size, num_recursions)
+
+
+def test_rows_of_unknown_routers_can_be_hidden():
+    def hides(router: RouterConfig) -> bool:
+        return vllm_plugin.hides_rows(recursive(router, kv_policy=SHARING))
+
+    assert hides(Unknown())
+    assert hides(
+        replace(SERVED["deepened expert choice, sharing"].recursion.router, router=Unknown())
+    )
+    assert not hides(TokenChoice())
+
+
+@pytest.mark.parametrize("name", ["expert choice, sharing", "deepened expert choice, sharing"])
+def test_a_router_that_was_calibrated_to_skip_step_1_is_refused(tmp_path, runner, name):
+    model = served_model(name)
+    router = model.recursions[0].router
+    steps = router.num_recursions - 1
+    router.tune((1.0, *[0.2] * steps), lambda step: torch.randn(50, 1))
+    save_model(model, tmp_path / "all")
+    loaded(tmp_path / "all", runner)
+    router.tune((0.9, *[0.2] * steps), lambda step: torch.randn(50, 1))
+    save_model(model, tmp_path / "some")
+    runner.layers.clear()
+    with pytest.raises(ValueError, match=r"calibrated to bar=.*step 1 leaves tokens out"):
+        loaded(tmp_path / "some", runner)
+
+
+@torch.no_grad()
+def test_the_dial_shifts_thresholds_as_ours_does(tmp_path, runner):
+    ours = served_model("depth and width, sharing")
+    save_model(ours, tmp_path / "model")
+    dial = {"depth": -0.4, "width": 0.2}
+    before = set(map(repr, decisions(ours)))
+    turn_dial(ours, **dial)
+    assert set(map(repr, decisions(ours))) != before  # else nothing was shown
+    model = loaded(tmp_path / "model", runner, dial=dial)
+    check(ours, model, runner)
+
+
+def decisions(model: MoRTransformer) -> list[list[int]]:
+    """The steps of each token, and the tokens of each expert."""
+    output = model(torch.arange(40)[None], causal_routing=True)
+    (recursion,) = output.recursions
+    return [output.depths[0].tolist(), recursion.expert_load.flatten().tolist()]
+
+
+@pytest.mark.parametrize(
+    ("name", "dial", "message"),
+    [
+        ("token choice, update", {"depth": 0.1}, "depth=0.1: the model has no thresholds over"),
+        ("token choice, update", {"deep": 0.1}, r"dial=\{'deep': 0.1\} must be a mapping"),
+        ("token choice, update", 0.1, "dial=0.1 must be a mapping"),
+        ("token choice, update", {"width": "1"}, "dial=.* must be a mapping"),
+    ],
+)
+def test_a_dial_without_effect_is_an_error(tmp_path, runner, name, dial, message):
+    save_model(served_model(name), tmp_path / "model")
+    with pytest.raises(ValueError, match=message):
+        loaded(tmp_path / "model", runner, dial=dial)
+
+
+def test_compiled_graphs_are_kept_by_what_routers_read_on_the_host(tmp_path, runner):
+    """A graph has calibrated thresholds as constants: another calibration must not find it."""
+    model = served_model("expert choice")
+    keys = []
+    for threshold in (0.1, 0.1, 0.2):
+        model.recursions[0].router.bars.fill_(threshold)
+        save_model(model, tmp_path / "model")
+        keys.append(loaded(tmp_path / "model", runner).vllm_config.additional_config["mor_routers"])
+        runner.layers.clear()
+    assert keys[0] == keys[1] != keys[2]
+
+
+@pytest.mark.parametrize("version", ["0.9.2", "0.33.0rc1", "1.0"])
+def test_folders_of_ours_are_refused_by_a_vllm_that_was_not_run(
+    tmp_path, runner, monkeypatch, version
+):
+    save_model(served_model("fixed depth"), tmp_path / "model")
+    monkeypatch.setattr(sys.modules["vllm"], "__version__", version)
+    try:
+        vllm_plugin.register()
+        assert not runner.architectures
+        with pytest.raises(
+            ValueError, match=rf"vLLM {version} cannot serve .* pip install 'vllm>="
+        ):
+            AutoConfig.from_pretrained(tmp_path / "model")
+    finally:
+        AutoConfig.register(MoRConfig.model_type, MoRConfig, exist_ok=True)
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.1.dev3+cpu", "dev"])
+def test_versions_that_were_run_and_working_trees_are_used(version):
+    assert vllm_plugin.refused_version(version) is None

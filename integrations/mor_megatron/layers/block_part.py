@@ -33,6 +33,7 @@ class CombiningRouter(Router):
     def __init__(self, router: Router) -> None:
         super().__init__(router.num_recursions)
         self.combines_with_origin = router.combines_with_origin  # type: ignore[misc]
+        self.draws = router.draws  # type: ignore[misc]
         # A copy on the meta device takes no memory. Only its bound method is stored: unlike a
         # module, a method is not registered, so neither the optimizer nor a checkpoint finds a
         # second router here.

@@ -67,6 +67,8 @@ class _Recursion(RecursionBlock):
         causal: bool = False,
         assess: bool = True,
     ) -> RoutingDecision:
+        if not self.router.draws:
+            return super().route(candidates, step, previous, causal, assess)
         tracker = get_cuda_rng_tracker()
         name = get_data_parallel_rng_tracker_name()
         with tracker.fork(name) if name in tracker.get_states() else nullcontext():
@@ -102,6 +104,9 @@ class RecursionLayer(TransformerLayer):
     causal_routing = False
     """Whether no token's depth may depend on later tokens, as generation requires (see
     `training.causal_routing`)."""
+    compiled: tuple[Any, ...] = ()
+    """The compiled recursion, if `training.compile_recursions` was called. In a tuple, because modules
+    register attributes that are modules, and its weights are those of `recursion`."""
     returns_every_loop: bool | None = None
     """Whether to return the states after all loops as one batch (`mor_layers.recursion.over_loops`).
     `training.weigh_loops` sets it before each forward pass; None: it was not called."""
@@ -176,6 +181,8 @@ class RecursionLayer(TransformerLayer):
         )
         self.statistics = RoutingStatistics(recursion.num_recursions)
         self.loop_loss = recursion.loop_loss
+        factors = recursion.router.capacity_factors_for(recursion.num_recursions)
+        self.has_fixed_capacities = factors is not None
 
     @property
     def expert_routers(self) -> list[StepTopKRouter]:
@@ -230,7 +237,8 @@ class RecursionLayer(TransformerLayer):
             self._begin_counting()
         for router in self.expert_routers:
             router.batch_size = tokens.count
-        output = self.recursion(
+        is_compiled = self.compiled and self.training and not self.causal_routing
+        output = (self.compiled[0] if is_compiled else self.recursion)(
             hidden_states,
             tokens,
             self.causal_routing,

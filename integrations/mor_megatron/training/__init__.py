@@ -6,12 +6,14 @@ from mor_megatron.layers import (
     update_routers,
     update_routers_automatically,
 )
+from mor_megatron.training.compiling import compile_recursions
 from mor_megatron.training.distillation import vocab_parallel_divergence
 from mor_megatron.training.loop_losses import weigh_loops
 from mor_megatron.training.routers import causal_routing, routing_reports, token_depths
 
 __all__ = [
     "causal_routing",
+    "compile_recursions",
     "log_routing",
     "recursion_layers",
     "routing_reports",

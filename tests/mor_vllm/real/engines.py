@@ -1,6 +1,7 @@
 """vLLM engines on folders of ours, and what their answers are compared with."""
 
 import gc
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mor_layers import MoRTransformer
+from mor_layers import MoRTransformer, save_model
 
 # Several things that must change nothing at once: prompts are computed in pieces beside single tokens
 # of other requests, rows of common beginnings are taken from the cache, and the cache is so small that
@@ -22,6 +23,9 @@ ROUGH = {
     "block_size": 32,
     "num_gpu_blocks_override": 40,
 }
+
+END = 256
+"""The token that ends a text."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ def engine(folder: Path, **settings: Any) -> Iterator[Any]:
         "dtype": "float32",
         "max_model_len": 128,
         "max_num_seqs": 64,
+        "kv_cache_memory_bytes": 2**27,
         "disable_log_stats": False,
     }
     llm = LLM(str(folder), **(given | settings))
@@ -66,6 +71,22 @@ def engine(folder: Path, **settings: Any) -> Iterator[Any]:
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def save_with_tokenizer(model: MoRTransformer, folder: Path) -> None:
+    """The model, and a tokenizer whose tokens are bytes, and `END`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    save_model(model, folder)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate([*letters, "<|end|>"])}
+    assert vocabulary["<|end|>"] == END
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kind))
 
 
 def mixed_prompts(count: int, vocab_size: int, seed: int = 0) -> list[list[int]]:

