@@ -195,6 +195,11 @@ class CachedModel:
         (logits,) = self.products((self.model.output,), normed, None)
         return logits
 
+    def num_stored(self, slot: int, count: int) -> int:
+        """How many of the first `count` tokens of a sequence, which have run, have all their rows."""
+        waiting = [rows.positions[rows.slots == slot] for rows in self.unstored]
+        return min([count, *torch.cat(waiting).tolist()]) if waiting else count
+
     def drop(self, slot: int) -> None:
         """Remove the keys and values of a sequence, and its exited tokens that are not stored yet."""
         self.unstored = [rows.without(slot) for rows in self.unstored]

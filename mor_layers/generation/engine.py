@@ -49,6 +49,10 @@ class Event:
     """Number of steps that the preceding token took. The logits of `token` were computed from it."""
     prompt_depths: tuple[int, ...] = ()
     """Number of steps that each prompt token took. Only set in the event of the first token."""
+    cached_tokens: int = 0
+    """Number of prompt tokens that were not computed, because their keys and values were in the cache
+    for another request, or for this one before it was preempted. Only set in the event of the first
+    token."""
     logprobs: Logprobs | None = None
     """Of `token`, if the request asks for it."""
     prompt_logprobs: tuple[Logprobs, ...] = ()
@@ -69,6 +73,8 @@ class Counters:
     ticks: int = 0
     prompt_tokens: int = 0
     """Prompt tokens computed. Tokens recomputed after a preemption count again."""
+    cached_tokens: int = 0
+    """Tokens that were not computed, because requests shared a prefix."""
     generated_tokens: int = 0
     steps: int = 0
     """Recursion steps that all computed tokens took in total."""
@@ -118,7 +124,7 @@ class DepthBatchingEngine:
                 f"chunk_size={chunk_size} and tokens_per_tick={tokens_per_tick} must be at least 1."
             )
         self.runner = ModelRunner(model, cache, chunk_size, packs_weights, compiler)
-        self.caches = self.runner.caches
+        self.caches, self.prefixes = self.runner.caches, self.runner.prefixes
         self.scheduler = Scheduler(
             cache.num_slots,
             self.caches.pages,
@@ -132,7 +138,6 @@ class DepthBatchingEngine:
         self.counters = Counters()
         self._open: dict[int, Progress] = {}
         self._texts: dict[int, TextStream] = {}
-        self._prompt_depths: dict[int, list[int]] = {}
         self._prompt_logprobs: dict[int, list[Logprobs]] = {}
         self._pending: list[Event] = []
 
@@ -176,7 +181,6 @@ class DepthBatchingEngine:
             raise ValueError("stop strings need an engine with `decode`. Pass it, or use stop_ids.")
         progress = self.scheduler.submit(request)
         self._open[progress.number] = progress
-        self._prompt_depths[progress.number] = []
         self._prompt_logprobs[progress.number] = []
         if self.decode is not None:
             self._texts[progress.number] = TextStream(self.decode, request.stop)
@@ -205,10 +209,13 @@ class DepthBatchingEngine:
         Returns:
             The events of this tick, in order, with at most one new token per request.
         """
+        self.prefixes.begin_tick()
         for progress in self.scheduler.overdue():
             self._pending.append(self._finish(progress, "timeout"))
         self._admit()
-        finished = self.runner.tick(self.scheduler.plan(), self._make_room)
+        spans = self.scheduler.plan(self._share_prefixes())
+        self.prefixes.begin([span.slot for span in spans])
+        finished = self.runner.tick(spans, self._make_room)
         self.counters.ticks += 1
         events = self._generated(finished)
         pending, self._pending = self._pending, []
@@ -230,21 +237,55 @@ class DepthBatchingEngine:
 
     def _admit(self) -> None:
         """Give slots to waiting requests. Preempt clients that use more than their share."""
-        self.scheduler.admit(self.caches.pages_free)
+        self._admit_waiting()
         while (progress := self.scheduler.unfair()) is not None:
             self.runner.drop(self._preempt(progress))
-            self.scheduler.admit(self.caches.pages_free)
+            self._admit_waiting()
+
+    def _admit_waiting(self) -> None:
+        borrowed = self.prefixes.pages_borrowed
+        for progress in self.scheduler.admit(self.caches.pages_free, borrowed):
+            if progress.shares_prefix and not progress.request.prompt_logprobs:
+                assert progress.slot is not None
+                self.prefixes.open(
+                    progress.slot,
+                    progress.tokens,
+                    progress.depths,
+                    progress.request.client,
+                    progress.request.cache_salt,
+                )
+
+    def _share_prefixes(self) -> set[int]:
+        """Take cached prefixes instead of computing them.
+
+        Returns:
+            The slots of sequences that wait for a prefix that another one computes.
+        """
+        if not self.prefixes.readers:
+            return set()
+        running = self.scheduler.running
+        found, held = self.prefixes.share(
+            sorted(self.prefixes.readers, key=lambda slot: running[slot].number)
+        )
+        for slot, depths in found.items():
+            self.scheduler.share(running[slot], depths)
+            self.counters.cached_tokens += len(depths)
+        return held
 
     def _make_room(self) -> int:
         """Take a sequence out to free its pages, and return its slot.
 
         The sequence is preempted and runs again later. If it is the only one, waiting would not
-        free any pages, so its request ends with the reason "memory".
+        free any pages, so its request ends with the reason "memory". Before that, a sequence that
+        shares a prefix runs again without, because it may occupy fewer pages alone.
         """
         progress = self.scheduler.last()
         if progress is not None:
             return self._preempt(progress)
         ((slot, progress),) = self.scheduler.running.items()
+        if self.prefixes.is_borrower(slot):
+            progress.shares_prefix = False
+            return self._preempt(progress)
         self._pending.append(self._finish(progress, "memory", drop=False))
         return slot
 
@@ -261,15 +302,15 @@ class DepthBatchingEngine:
         for entry in finished.spans:
             progress = self.scheduler.running[entry.span.slot]
             progress.in_flight = 0
+            progress.depths += entry.depths
             self.counters.steps += sum(entry.depths)
             if entry.span.start < len(progress.request.ids):
                 self.counters.prompt_tokens += len(entry.depths)
-                known = self._prompt_depths[progress.number]
-                known[entry.span.start :] = entry.depths
             if entry.span.is_last:
                 done.append((progress, entry.depths[-1]))
             if entry.logits is not None:
                 self._note_prompt_logprobs(progress, entry)
+        self.prefixes.store()
         return self._sampled(done, finished.logits) if done else []
 
     def _note_prompt_logprobs(self, progress: Progress, entry: FinishedSpan) -> None:
@@ -352,7 +393,8 @@ class DepthBatchingEngine:
         if progress.num_generated == 1:
             event = replace(
                 event,
-                prompt_depths=tuple(self._prompt_depths[number][: len(request.ids)]),
+                prompt_depths=tuple(progress.depths[: len(request.ids)]),
+                cached_tokens=progress.num_shared,
                 prompt_logprobs=tuple(self._prompt_logprobs[number]),
             )
         if reason is None:
@@ -367,10 +409,11 @@ class DepthBatchingEngine:
     ) -> Event:
         slot = progress.slot
         self.scheduler.leave(progress)
+        if slot is not None and error == NOT_FINITE:
+            self.prefixes.forget(slot)
         if slot is not None and drop:
             self.runner.drop(slot)
-        for known in (self._open, self._prompt_depths, self._prompt_logprobs):
-            del known[progress.number]
+        del self._open[progress.number], self._prompt_logprobs[progress.number]
         stream = self._texts.pop(progress.number, None)
         self.counters.finished += 1
         text = ""

@@ -17,6 +17,7 @@ from torch import Tensor
 from mor_layers.generation.cache import Caches, CacheSettings
 from mor_layers.generation.cached_model import CachedModel
 from mor_layers.generation.in_flight import Pool, Rows
+from mor_layers.generation.prefixes import PrefixCache
 from mor_layers.generation.products import PackedProducts, Products
 from mor_layers.generation.scheduling import Span
 from mor_layers.generation.static_block import Backend
@@ -69,6 +70,7 @@ class ModelRunner:
     ) -> None:
         products = PackedProducts(model) if packs_weights else Products()
         self.model, self.cached = model, CachedModel(model, settings, products, compiler)
+        self.prefixes = PrefixCache(self.cached)
         embedding, device = model.embedding.weight, self.cached.device
         nowhere = torch.zeros(4, 0, dtype=torch.long, device=device)
         nobody = Rows.of(embedding.detach()[:0], *nowhere)
@@ -105,7 +107,9 @@ class ModelRunner:
         self._left[slot] = 0
         self._waiting = self._waiting.without(slot)
         self._through = [rows.without(slot) for rows in self._through]
+        self.prefixes.keep(slot)
         self.cached.drop(slot)
+        self.prefixes.leave(slot)
 
     def _enter(self, spans: list[Span], make_room: Callable[[], int]) -> Pool:
         """Run the embedding and the prelude, and all other layers if the model routes no tokens."""

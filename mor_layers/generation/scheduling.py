@@ -8,8 +8,9 @@ when a token needs them.
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Literal
 
 from mor_layers.generation.sampling import Constraint, Sampling
@@ -58,6 +59,8 @@ class Request:
     client: str = ""
     """The sender. Clients share the engine equally, regardless of their number of requests, and long
     requests take turns. If empty, requests are served in order, for the highest throughput."""
+    cache_salt: str = ""
+    """Only requests with the same salt share prefixes, see `CacheSettings.prefix_sharing`."""
 
     def __post_init__(self) -> None:
         if not self.ids:
@@ -105,6 +108,14 @@ class Progress:
     """Number of tokens that are computed or in flight."""
     in_flight: int = 0
     """Length of the span in flight, or 0."""
+    depths: list[int] = field(default_factory=list)
+    """Number of steps that each token took, of those whose rows are in its slot."""
+    num_shared: int = 0
+    """How many of them were not computed, because another request had the same prefix."""
+    shares_prefix: bool = True
+    """Whether it may take part in the sharing of prefixes."""
+    promised: tuple[int, ...] = ()
+    """Number of pages of each kind that are expected for it while it runs."""
 
     @property
     def num_generated(self) -> int:
@@ -194,7 +205,7 @@ class Scheduler:
         everyone = (*self.waiting, *self.running.values())
         return [p for p in everyone if p.deadline is not None and now >= p.deadline]
 
-    def admit(self, free: tuple[int, ...]) -> None:
+    def admit(self, free: tuple[int, ...], borrowed: tuple[int, ...] = ()) -> list[Progress]:
         """Admit waiting requests to slots, as long as their expected demand of pages fits.
 
         The next request is the first one of the client with the fewest running requests. No
@@ -204,26 +215,55 @@ class Scheduler:
         Args:
             free: number of pages of each kind that are free now. The known tokens of a new sequence
                 must fit into them, because running sequences may have used more than expected.
+            borrowed: number of pages in use that running sequences share and nobody is promised.
+
+        Returns:
+            The admitted requests.
         """
+        admitted = []
+        budgets = [b - used for b, used in zip_longest(self.budgets, borrowed, fillvalue=0)]
         while self.waiting and self._free_slots:
             progress = self._next()
             demand = self.demand(progress.request.max_length)
             wanted = [p + d for p, d in zip(self._promised, demand, strict=True)]
             known = self.demand(len(progress.tokens))
             free = tuple(f - k for f, k in zip(free, known, strict=True))
-            exceeds = any(w > b for w, b in zip(wanted, self.budgets, strict=True))
+            exceeds = any(w > b for w, b in zip(wanted, budgets, strict=True))
             if self.running and (exceeds or min(free) < 0):
-                return
+                break
             self.waiting.remove(progress)
             progress.slot = self._free_slots.pop()
-            progress.num_started = progress.in_flight = 0
+            progress.num_started = progress.in_flight = progress.num_shared = 0
+            progress.depths = []
             progress.num_known = len(progress.tokens)
+            progress.promised = demand
             self.running[progress.slot] = progress
             self._promised = wanted
+            admitted.append(progress)
+        return admitted
 
-    def plan(self) -> list[Span]:
-        """Choose the spans that enter the model now: generated tokens first, then prompt chunks."""
-        idle = [p for p in self.running.values() if not p.in_flight and p.num_left]
+    def share(self, progress: Progress, depths: list[int]) -> None:
+        """Continue a request whose first or next tokens need not be computed.
+
+        Args:
+            depths: number of steps that each of these tokens took.
+        """
+        progress.depths += depths
+        progress.num_started += len(depths)
+        progress.num_shared += len(depths)
+        self._promise(progress, self.demand(progress.request.max_length - progress.num_shared))
+
+    def plan(self, held: Collection[int] = ()) -> list[Span]:
+        """Choose the spans that enter the model now: generated tokens first, then prompt chunks.
+
+        Args:
+            held: slots of sequences that do not continue now.
+        """
+        idle = [
+            p
+            for p in self.running.values()
+            if not p.in_flight and p.num_left and p.slot not in held
+        ]
         idle.sort(key=lambda p: (p.num_left > 1, p.number))
         spans, room = [], self.tokens_per_tick
         for progress in idle:
@@ -282,8 +322,7 @@ class Scheduler:
             self.waiting.remove(progress)
             return
         del self.running[progress.slot]
-        demand = self.demand(progress.request.max_length)
-        self._promised = [p - d for p, d in zip(self._promised, demand, strict=True)]
+        self._promise(progress, (0,) * len(self.budgets))
         self._free_slots.append(progress.slot)
         progress.slot = None
 
@@ -298,6 +337,11 @@ class Scheduler:
         if progress.has_had_its_turn:
             progress.place = self._next_place()
         self.waiting.append(progress)
+
+    def _promise(self, progress: Progress, demand: tuple[int, ...]) -> None:
+        change = zip(self._promised, demand, progress.promised, strict=True)
+        self._promised = [total + new - old for total, new, old in change]
+        progress.promised = demand
 
     def _next(self) -> Progress:
         running = self._running_by_client()

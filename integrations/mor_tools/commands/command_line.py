@@ -171,6 +171,13 @@ def _serve(options: argparse.ArgumentParser) -> None:
         "--kv-mib", type=float, default=256, help="memory for keys and values in MiB (default: 256)"
     )
     add("--int8-kv", action="store_true", help="keep keys and values in 8 bits; not exact")
+    add(
+        "--prefix-sharing",
+        choices=("client", "all", "off"),
+        default="client",
+        help="which requests share the keys and values of a common prefix: those of one client "
+        "(default), all, or none. With all, clients can find out by timing what others have sent",
+    )
     add("--slots", type=int, default=64, help="sequences in flight (default: 64)")
     add(
         "--max-length",

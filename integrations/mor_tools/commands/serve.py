@@ -6,8 +6,8 @@
 
 Without --model a small model with random weights answers. POST /v1/chat/completions needs a chat
 template in the model's folder. Beyond the protocol: `top_k`, `min_p`, `repetition_penalty`, `priority`,
-`ignore_eos`, `timeout`, and in answers `depths`, the recursion steps that each token cost. GET /metrics,
-/health and /v1/models.
+`ignore_eos`, `timeout`, `cache_salt`, and in answers `depths`, the recursion steps that each token cost.
+GET /metrics, /health and /v1/models.
 On SIGINT or SIGTERM the server takes no new calls, and ends the running ones within --grace seconds. An
 engine that fails ends it with exit status 1.
 """
@@ -30,7 +30,11 @@ def build_engine(options: argparse.Namespace, served: ServedModel) -> DepthBatch
     """Build the engine that the options describe."""
     model = served.model.to(options.device, getattr(torch, options.dtype))
     cache = CacheSettings(
-        int(options.kv_mib * 2**20), options.slots, options.max_length, is_int8=options.int8_kv
+        int(options.kv_mib * 2**20),
+        options.slots,
+        options.max_length,
+        is_int8=options.int8_kv,
+        prefix_sharing=options.prefix_sharing,
     )
     return DepthBatchingEngine(model, cache, options.chunk_size, decode=served.tokenizer.decode)
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from starlette.applications import Starlette
@@ -151,6 +152,12 @@ class Service:
         rows = [
             ("ticks_total", "counter", "Runs of the shared block.", counters.ticks),
             ("prompt_tokens_total", "counter", "Prompt tokens computed.", counters.prompt_tokens),
+            (
+                "cached_prompt_tokens_total",
+                "counter",
+                "Prompt tokens that were in the cache and therefore not computed.",
+                counters.cached_tokens,
+            ),
             ("generated_tokens_total", "counter", "Tokens generated.", counters.generated_tokens),
             ("recursion_steps_total", "counter", "Recursion steps run by tokens.", counters.steps),
             ("preemptions_total", "counter", "Preempted sequences.", counters.preemptions),
@@ -159,6 +166,12 @@ class Service:
             ("requests_waiting", "gauge", "Waiting requests.", engine.num_waiting),
             ("kv_bytes", "gauge", "Bytes of the key-value cache.", caches.num_bytes),
             ("kv_bytes_in_use", "gauge", "Bytes of its pages in use.", caches.num_bytes_in_use),
+            (
+                "kv_bytes_idle",
+                "gauge",
+                "Bytes of its pages that keep prefixes which no running request uses.",
+                caches.num_bytes_idle,
+            ),
         ]
         lines = []
         for name, kind, text, value in rows:
@@ -246,7 +259,8 @@ class Service:
             if not answers.done():
                 raise ServiceError(499, "the client has disconnected.")
             texts = await answers
-            usage.completion_tokens = sum(e.token is not None for events in texts for e in events)
+            for event in chain.from_iterable(texts):
+                usage.add(event)
             pairs = zip(call.choices, texts, strict=True)
             response = call.response([c.whole(events) for c, events in pairs], is_part=False)
             return JSONResponse(response | {"usage": usage.as_dict()})
@@ -286,7 +300,7 @@ class Service:
 
     def _line(self, call: Call, item: tuple[int, Event], usage: Usage) -> str:
         index, event = item
-        usage.completion_tokens += event.token is not None
+        usage.add(event)
         return _data(call.response([call.choices[index].part(event)], is_part=True))
 
 

@@ -85,13 +85,21 @@ class Usage:
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
+    """Tokens of the prompts that were not computed, because they were in the cache."""
 
-    def as_dict(self) -> dict[str, int]:
+    def add(self, event: Event) -> None:
+        """Count what an event adds to a response."""
+        self.completion_tokens += event.token is not None
+        self.cached_tokens += event.cached_tokens
+
+    def as_dict(self) -> dict[str, Any]:
         total = self.prompt_tokens + self.completion_tokens
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": total,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
 
@@ -174,6 +182,7 @@ def take_options(
             timeout,
             priority=given.take_int("priority", INT64, 0),
             client=client,
+            cache_salt=given.take("cache_salt", str, ""),
         )
     except ValueError as error:
         raise BadRequestError(str(error)) from error

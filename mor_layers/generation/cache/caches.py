@@ -4,14 +4,19 @@ Layers that run once keep a row for every token, and the recursion keeps what it
 is divided so that both are expected to run out at the same time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self, get_args
 
 import torch
+from torch import Tensor
 
 from mor_layers.generation.cache.memory import KVArena, PagedRows
 from mor_layers.generation.cache.policies import CACHE_POLICIES
 from mor_layers.models import MoRTransformer
+
+PrefixSharing = Literal["off", "client", "all"]
+"""Which requests share the rows of equal prefixes."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,20 @@ class CacheSettings:
     shares: tuple[float, ...] | None = None
     """Expected share of tokens at each step, which determines how memory is divided and how many
     requests are admitted. Default: from the router's settings, or all tokens if these do not say."""
+    prefix_sharing: PrefixSharing = "client"
+    """Which requests of an engine share the rows of tokens that they begin with: those of one
+    `client`, so that no client can find out by timing what another one has sent; `all`; or none
+    (`off`)."""
 
     def __post_init__(self) -> None:
         for name in ("kv_bytes", "num_slots", "max_length", "page_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.prefix_sharing not in get_args(PrefixSharing):
+            raise ValueError(
+                f"prefix_sharing={self.prefix_sharing!r} must be one of "
+                f"{', '.join(map(repr, get_args(PrefixSharing)))}."
+            )
 
     @classmethod
     def for_all_steps(
@@ -116,11 +130,12 @@ class Caches:
     @property
     def num_bytes_in_use(self) -> int:
         """Bytes of the pages that sequences use."""
-        total = 0
-        for arena, pages in ((self.outer, self.outer_pages), (self.inner, self.policy.pages)):
-            if pages.num_pages:
-                total += arena.num_bytes // pages.num_pages * pages.pages_in_use
-        return total
+        return self._bytes_of(self.outer_pages.pages_in_use, self.policy.pages.pages_in_use)
+
+    @property
+    def num_bytes_idle(self) -> int:
+        """Bytes of the pages that keep prefixes and that no sequence uses."""
+        return self._bytes_of(self.outer_pages.num_idle, self.policy.pages.num_idle)
 
     @property
     def pages(self) -> tuple[int, int]:
@@ -138,6 +153,36 @@ class Caches:
             return outer, 0
         rows = self.policy.rows_for(tuple(share * length for share in self.shares), length)
         return outer, sum(self.policy.pages.pages_for(round(count)) for count in rows)
+
+    def tables(self, slot: int) -> list[Tensor]:
+        """The rows that a sequence sees, as tables of `[m]`: of the layers that run once, if there
+        are any, then those of the policy, if anything is routed. May be written to."""
+        outer = [self.outer_pages.row_of[slot]] if self.outer_pages.num_pages else []
+        return outer + (list(self.policy.tables(slot)) if self.policy.pages.num_pages else [])
+
+    def num_entries(self, depths: Sequence[int]) -> tuple[int, ...]:
+        """Number of entries of each of the `tables` for tokens that ran so many steps each."""
+        outer = (len(depths),) if self.outer_pages.num_pages else ()
+        return outer + (self.policy.num_entries(depths) if self.policy.pages.num_pages else ())
+
+    def borrow(self, slot: int, lengths: Sequence[int]) -> None:
+        """Let a sequence without rows of its own begin with those that are in its tables."""
+        num_outer = int(self.outer_pages.num_pages > 0)
+        if num_outer:
+            device = self.outer.data.device
+            counts = torch.tensor(lengths[:1], device=device)
+            self.outer_pages.borrow(torch.tensor([slot], device=device), counts)
+        if self.policy.pages.num_pages:
+            self.policy.borrow(slot, lengths[num_outer:])
+
+    def _bytes_of(self, *counts: int) -> int:
+        """Bytes of so many pages of each kind."""
+        arenas = ((self.outer, self.outer_pages), (self.inner, self.policy.pages))
+        return sum(
+            arena.num_bytes // pages.num_pages * count
+            for (arena, pages), count in zip(arenas, counts, strict=True)
+            if pages.num_pages
+        )
 
     def release(self, slot: int) -> None:
         """Remove the sequence in a slot."""

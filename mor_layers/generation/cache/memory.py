@@ -4,6 +4,8 @@ Legend: `t` tokens, `l` lists, `g` key-value heads, `d` head size,
 `p` vectors of a head in a row (a key and a value, or a latent row).
 """
 
+from collections.abc import Callable, Iterable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -107,6 +109,9 @@ class KVArena:
 class PagedRows:
     """Allocates an arena's rows to lists that grow at their end, one page at a time.
 
+    A list may begin with rows of other lists, which it borrows. `prefixes` keeps such rows when the list
+    that they belong to is released.
+
     Args:
         num_pages: number of pages.
         page_size: number of rows in a page.
@@ -123,22 +128,28 @@ class PagedRows:
         device: torch.device | str = "cpu",
     ) -> None:
         self.num_pages, self.page_size = num_pages, page_size
-        pages_per_list = -(-max_rows // page_size)
-        self.row_of = torch.zeros(
-            num_lists, pages_per_list * page_size, dtype=torch.long, device=device
-        )
+        self.row_of = torch.zeros(num_lists, self._width(max_rows), dtype=torch.long, device=device)
         """Row of each entry of each list."""
         self.counts = torch.zeros(num_lists, dtype=torch.long, device=device)
+        self.borrowed = torch.zeros_like(self.counts)
+        """Number of entries at the beginning of each list whose rows belong to other lists."""
+        self.kept: set[int] = set()
+        """Pages that are not freed with their list."""
+        self.num_idle = 0
+        """Number of kept pages that no list uses."""
+        self.reclaim: Callable[[int], None] = lambda count: None
+        """Called to free a number of idle pages."""
         self._free = list(range(num_pages))[::-1]
         self._in_page = torch.arange(page_size, device=device)
 
     @property
     def pages_in_use(self) -> int:
-        return self.num_pages - len(self._free)
+        return self.num_pages - self.pages_free
 
     @property
     def pages_free(self) -> int:
-        return len(self._free)
+        """Number of pages that are free, or idle and therefore free when they are needed."""
+        return len(self._free) + self.num_idle
 
     def pages_for(self, count: int) -> int:
         """Number of pages of a list of `count` rows."""
@@ -147,13 +158,18 @@ class PagedRows:
     def pages_needed(self, lists: Int[Tensor, " t"]) -> int:
         """Number of additional pages that `append` to these lists would need."""
         added = torch.bincount(lists, minlength=len(self.counts))
-        before = self._pages(self.counts)
-        return int((self._pages(self.counts + added) - before).sum())
+        own = self.counts - self.borrowed
+        return int((self._pages(own + added) - self._pages(own)).sum())
 
     def fits(self, lists: Int[Tensor, " t"]) -> bool:
-        """Whether there are enough pages for `append` to these lists."""
+        """Whether there are enough pages for `append` to these lists. Reclaims idle pages if needed."""
         # A list opens at most one page per row that it gets, and this bound usually decides.
-        return len(lists) <= self.pages_free or self.pages_needed(lists) <= self.pages_free
+        if len(lists) <= len(self._free):
+            return True
+        missing = self.pages_needed(lists) - len(self._free)
+        if missing > 0:
+            self.reclaim(missing)
+        return missing <= 0 or self.pages_needed(lists) <= len(self._free)
 
     def append(self, lists: Int[Tensor, " t"]) -> tuple[Int[Tensor, " t"], Int[Tensor, " t"]]:
         """Extend lists by one entry for each occurrence in `lists`.
@@ -169,7 +185,7 @@ class PagedRows:
         rank[order] = torch.arange(len(lists), device=lists.device) - begins
         places = self.counts[lists] + rank
         self.counts.index_add_(0, lists, torch.ones_like(lists))
-        opens_page = places % self.page_size == 0
+        opens_page = (places - self.borrowed[lists]) % self.page_size == 0
         opening = lists[opens_page]
         if len(opening):
             assert len(opening) <= len(self._free), "ask pages_needed first"
@@ -182,12 +198,28 @@ class PagedRows:
         return places, self.row_of[lists, places]
 
     def release(self, lists: Int[Tensor, " l"]) -> None:
-        """Empty some lists, and free their pages."""
-        counts = self._pages(self.counts[lists])
-        first_rows = self.row_of[lists, :: self.page_size]
-        is_used = torch.arange(first_rows.shape[1], device=lists.device) < counts[:, None]
-        self._free.extend((first_rows[is_used] // self.page_size).tolist())
+        """Empty some lists, and free their pages except those that are kept."""
+        begins = self.borrowed[lists]
+        used = self._pages(self.counts[lists] - begins)
+        column = torch.arange(self.row_of.shape[1] // self.page_size, device=lists.device)
+        is_used = column < used[:, None]  # [l p]
+        columns = (begins[:, None] + column * self.page_size).where(is_used, 0)
+        first_rows = self.row_of[lists].gather(1, columns)
+        pages = (first_rows[is_used] // self.page_size).tolist()
+        self._free.extend(page for page in pages if page not in self.kept)
         self.counts[lists] = 0
+        self.borrowed[lists] = 0
+
+    def borrow(self, lists: Int[Tensor, " l"], counts: Int[Tensor, " l"]) -> None:
+        """Let lists without rows of their own begin with rows of others, which are in `row_of`."""
+        assert torch.equal(self.counts[lists], self.borrowed[lists]), "the lists have rows"
+        self.counts[lists] = counts
+        self.borrowed[lists] = counts
+
+    def discard(self, pages: Iterable[int]) -> None:
+        """Free kept pages that no list uses."""
+        self.kept.difference_update(pages)
+        self._free.extend(pages)
 
     def grow(self, num_pages: int) -> None:
         """Add free pages; the arena must grow by the same rows."""
@@ -196,11 +228,12 @@ class PagedRows:
 
     def lengthen(self, max_rows: int) -> None:
         """Allow lists of up to `max_rows` rows."""
-        columns = -(-max_rows // self.page_size) * self.page_size - self.row_of.shape[1]
+        columns = self._width(max_rows) - self.row_of.shape[1]
         self.row_of = F.pad(self.row_of, (0, max(0, columns)))
 
     def truncate(self, counts: Int[Tensor, " l"]) -> None:
         """Shorten every list to the given number of entries, and free pages that become empty."""
+        assert not self.kept, "lists that share rows cannot be shortened"
         before, after = self._pages(self.counts), self._pages(counts)
         first_rows = self.row_of[:, :: self.page_size]
         column = torch.arange(first_rows.shape[1], device=counts.device)
@@ -215,6 +248,7 @@ class PagedRows:
             For each new page, in order, the old page from which the arena must copy its rows, and the
             new list that it belongs to.
         """
+        assert not self.kept, "lists that share rows cannot be copied"
         counts = self.counts[lists]
         used = self._pages(counts)
         first_rows = self.row_of[lists, :: self.page_size]
@@ -224,8 +258,13 @@ class PagedRows:
         rows = pages[..., None] * self.page_size + self._in_page
         self.row_of = torch.where(is_used[..., None], rows, 0).flatten(1)
         self.counts, self._free, self.num_pages = counts, [], int(used.sum())
+        self.borrowed = torch.zeros_like(counts)
         owners = torch.arange(len(lists), device=lists.device).repeat_interleave(used)
         return first_rows[is_used] // self.page_size, owners
+
+    def _width(self, max_rows: int) -> int:
+        # The page that a list opens after borrowed rows may begin anywhere, and end beyond `max_rows`.
+        return (self.pages_for(max_rows) + 1) * self.page_size
 
     def _pages(self, counts: Tensor) -> Tensor:
         return (counts + self.page_size - 1) // self.page_size

@@ -17,6 +17,7 @@ Legend: `t` tokens in flight, from any sequence and at any step, `g` key-value h
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -121,6 +122,22 @@ class CachePolicy(ABC):
         lists = torch.arange(first, first + self.lists_per_slot, device=self.pages.counts.device)
         self.pages.release(lists)
 
+    @abstractmethod
+    def tables(self, slot: int) -> Int[Tensor, "v m"]:
+        """The rows that a sequence sees: a table for all steps or one for each. May be written to."""
+
+    @abstractmethod
+    def num_entries(self, depths: Sequence[int]) -> tuple[int, ...]:
+        """Number of entries of each table for tokens that ran so many steps each."""
+
+    @abstractmethod
+    def borrow(self, slot: int, lengths: Sequence[int]) -> None:
+        """Let a sequence without rows of its own begin with the rows of others.
+
+        Args:
+            lengths: number of entries of each table, which already name those rows.
+        """
+
     def lengthen(self, max_length: int) -> None:
         """Allow sequences of up to `max_length` tokens."""
         self.max_length = max_length
@@ -175,6 +192,18 @@ class RecursionWise(CachePolicy):
         places, rows = self.pages.append(lists)
         return Entered(rows, places, Visible(self.pages.row_of, lists, places + 1))
 
+    def tables(self, slot: int) -> Tensor:
+        return self.pages.row_of[slot * self.num_steps : (slot + 1) * self.num_steps]
+
+    def num_entries(self, depths: Sequence[int]) -> tuple[int, ...]:
+        return tuple(sum(depth > step for depth in depths) for step in range(self.num_steps))
+
+    def borrow(self, slot: int, lengths: Sequence[int]) -> None:
+        counts = torch.tensor(lengths, device=self.pages.counts.device)
+        first = slot * self.num_steps
+        lists = torch.arange(first, first + self.num_steps, device=counts.device)
+        self.pages.borrow(lists, counts)
+
     def _rows_of(self, depths: Tensor) -> Tensor:
         step = torch.arange(self.num_steps, device=depths.device)[:, None]
         return (depths[:, None] > step).sum(dim=-1)  # [s m] -> [s r m] -> [s r]
@@ -201,6 +230,16 @@ class RecursiveSharing(CachePolicy):
         entries = torch.cat([places, tokens.entries[len(places) :]])
         return Entered(rows, entries, Visible(self.pages.row_of, tokens.slots, entries + 1))
 
+    def tables(self, slot: int) -> Tensor:
+        return self.pages.row_of[slot : slot + 1]
+
+    def num_entries(self, depths: Sequence[int]) -> tuple[int, ...]:
+        return (sum(depth > 0 for depth in depths),)
+
+    def borrow(self, slot: int, lengths: Sequence[int]) -> None:
+        device = self.pages.counts.device
+        self.pages.borrow(torch.tensor([slot], device=device), torch.tensor(lengths, device=device))
+
     def _rows_of(self, depths: Tensor) -> Tensor:
         return (depths > 0).sum(dim=-1, keepdim=True)
 
@@ -221,6 +260,9 @@ class _Overlaid(RecursionWise):
         size = (num_slots, num_steps, max_length)
         self.seen = torch.zeros(size, dtype=torch.long, device=device)
         self._step = torch.arange(num_steps, device=device)
+
+    def tables(self, slot: int) -> Tensor:
+        return self.seen[slot]
 
     def lengthen(self, max_length: int) -> None:
         super().lengthen(max_length)
@@ -257,6 +299,13 @@ class SharingWithUpdate(_Overlaid):
         self.seen[tokens.slots[n:], tokens.steps[n:], entries[n:]] = rows[n:]
         return Entered(rows, entries, self._visible(tokens, entries))
 
+    def num_entries(self, depths: Sequence[int]) -> tuple[int, ...]:
+        return (sum(depth > 0 for depth in depths),) * self.num_steps
+
+    def borrow(self, slot: int, lengths: Sequence[int]) -> None:
+        # Places in the first step's list are places in the tables. The other lists only own rows.
+        super().borrow(slot, [lengths[0], *[0] * (self.num_steps - 1)])
+
 
 class ExitState(_Overlaid):
     """Each step sees its own rows, and one row for every token that exited earlier."""
@@ -285,6 +334,12 @@ class ExitState(_Overlaid):
         if exited is not None:
             self._show_from(exited.slots, exited.steps, exited.positions, rows[len(own) :])
         return Entered(rows, tokens.entries, self._visible(tokens, tokens.positions))
+
+    def num_entries(self, depths: Sequence[int]) -> tuple[int, ...]:
+        return (len(depths),) * self.num_steps
+
+    def borrow(self, slot: int, lengths: Sequence[int]) -> None:
+        return  # places in the tables are positions, and the lists only own rows
 
     def _rows_of(self, depths: Tensor) -> Tensor:
         # Rows of exited tokens are in the order of exit and not in that of the text, so they cannot be

@@ -21,6 +21,7 @@ class Served:
     logits: list[Tensor] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
     """Of each token of prompt and continuation but the last."""
+    cached_tokens: int = 0
     text: str = ""
     finish_reason: str | None = None
     error: str = ""
@@ -32,7 +33,9 @@ class Recorder:
     def __init__(self, model: MoRTransformer, kv_bytes: int = 1 << 20, **arguments: Any) -> None:
         cache = {"num_slots": 4, "max_length": 64, "page_size": 4}
         cache |= {name: arguments.pop(name) for name in list(arguments) if name in cache}
-        cache |= {n: arguments.pop(n) for n in ("is_int8", "shares") if n in arguments}
+        cache |= {
+            n: arguments.pop(n) for n in ("is_int8", "shares", "prefix_sharing") if n in arguments
+        }
         settings = CacheSettings(kv_bytes, **cache)
         self.engine = DepthBatchingEngine(model, settings, sampler=self._sample, **arguments)
         self.served: dict[int, Served] = {}
@@ -64,6 +67,7 @@ class Recorder:
                 own.logits.append(self._logits[event.number, len(own.tokens)])
                 own.tokens.append(event.token)
                 own.depths += event.prompt_depths or (event.depth,)
+                own.cached_tokens += event.cached_tokens
 
     def finish(self) -> list[Served]:
         """Run until all have ended; the caches must be empty then."""
@@ -74,6 +78,7 @@ class Recorder:
         assert self.engine.is_idle, "requests that never end"
         assert self.engine.caches.num_bytes_in_use == 0
         assert self.engine.caches.pages_free == self.engine.caches.pages
+        assert self.engine.prefixes.pages_borrowed == [0, 0]
         return list(self.served.values())
 
 

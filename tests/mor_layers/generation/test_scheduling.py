@@ -50,6 +50,26 @@ def finish_spans(scheduler: Scheduler, generates: bool = True) -> None:
                 progress.tokens.append(1)
 
 
+def test_a_shared_prefix_is_neither_run_nor_promised_again() -> None:
+    own = scheduler(budgets=(10, 10))
+    first, second, third = (submit(own, prompt=16, new=5) for _ in range(3))  # 5 + 3 pages each
+    assert own.admit((10, 10)) == [first, second]
+    own.share(second, [2] * 12)
+    assert own.admit((10, 10)) == []  # 5 + 2 + 5
+    own.share(first, [1] * 8)
+    assert own.admit((10, 10), borrowed=(1, 0)) == []  # 1 + 3 + 2 + 5
+    assert own.admit((10, 10)) == [third]
+    spans = own.plan(held={third.slot})
+    assert [(span.slot, span.start, len(span.ids)) for span in spans] == [
+        (first.slot, 8, 8),
+        (second.slot, 12, 4),
+    ]
+    assert second.depths == [2] * 12 and second.num_shared == 12
+    for progress in (first, second, third):
+        own.leave(progress)
+    assert own._promised == [0, 0]
+
+
 def test_slots_are_given_in_order_of_submission() -> None:
     own = scheduler(slots=2)
     for _ in range(4):

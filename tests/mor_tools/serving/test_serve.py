@@ -532,6 +532,38 @@ def test_names_health_and_metrics(server: Running) -> None:
     assert int(values['mor_answers_total{status="200"}']) > 0
 
 
+def test_usage_and_metrics_tell_how_much_of_prompts_was_cached() -> None:
+    text = "x" * 50
+    with running("--slots", "1") as own:
+
+        def cached(prompt: str, **extra: object) -> int:
+            answer = own.client.completions.create(
+                model="random", prompt=prompt, max_tokens=2, n=2, extra_body=extra
+            )
+            return answer.usage.prompt_tokens_details.cached_tokens
+
+        assert cached(text) == 48  # of the second choice
+        assert cached(text + "y") == 2 * 48
+        assert cached(text, cache_salt="other") == 48
+        (*_, last) = own.client.completions.create(
+            model="random",
+            prompt=text,
+            max_tokens=2,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        assert last.usage.prompt_tokens_details.cached_tokens == 48
+        lines = httpx.get(f"{own.url}/metrics").text.splitlines()
+        values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        assert values["mor_cached_prompt_tokens_total"] == str(5 * 48)
+        assert int(values["mor_prompt_tokens_total"]) == 7 * 50 + 2 - 5 * 48
+        assert int(values["mor_kv_bytes_idle"]) > 0
+    with running("--prefix-sharing", "off") as own:
+        for _ in range(2):
+            answer = own.client.completions.create(model="random", prompt=text, max_tokens=2)
+            assert answer.usage.prompt_tokens_details.cached_tokens == 0
+
+
 def test_too_many_calls_are_turned_away() -> None:
     refused = pytest.raises(openai.RateLimitError, match="Try again later")
     with running("--max-waiting", "0") as own, refused:
