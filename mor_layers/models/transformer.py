@@ -95,6 +95,8 @@ class MoRTransformer(nn.Module):
         super().__init__()
         self.config = config
         recursion, schedule = config.effective_recursion, config.schedule
+        self._depth_balance = recursion.depth_balance
+        self._learns_exits = recursion.router.learns_exits
         ends = config
         if config.dense_ends:
             ends = replace(config, moe=None, dense_ends=False, recursion=None)
@@ -117,6 +119,10 @@ class MoRTransformer(nn.Module):
         # With cyclic sharing a step runs the whole block; with sequence sharing each layer repeats by
         # itself, so each is a block of its own.
         sizes = [schedule.block_size] if schedule.is_cyclic else [1] * schedule.block_size
+        self._is_anchor = [
+            recursion.routes_by_layer and recursion.router_of(index) is not recursion.router
+            for index in range(len(sizes))
+        ]
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.prelude = DecoderStack(ends, schedule.prelude)
         self.recursions = nn.ModuleList(block(*each) for each in enumerate(sizes))
@@ -173,10 +179,10 @@ class MoRTransformer(nn.Module):
         loop_loss = None if self.config.recursion is None else self.config.recursion.loop_loss
         every_loop = loop_loss is not None and self.training and labels is not None
         outputs, losses = [], {}
-        balance = self.config.effective_recursion.depth_balance
+        balance = self._depth_balance
         ran = torch.zeros_like(ids.T)  # how many layers each token ran since the last anchor
         for index, recursion in enumerate(self.recursions):
-            is_anchor = self._is_anchor(index)
+            is_anchor = self._is_anchor[index]
             plan = None if balance is None or is_anchor else (balance * ran)[..., None]
             outputs.append(recursion(hidden, tokens, causal_routing, every_loop, plan))
             hidden = outputs[-1].hidden
@@ -195,7 +201,7 @@ class MoRTransformer(nn.Module):
             if is_padding is not None:
                 labels = labels.masked_fill(is_padding.T, -1)
             lm_loss = _mean_loss(logits, labels.clamp(min=-1), weights)
-            if every_loop and self.config.effective_recursion.router.learns_exits:
+            if every_loop and self._learns_exits:
                 right = logits.argmax(dim=-1) == labels.repeat(len(weights), 1)
                 right = right.unflatten(0, (len(weights), -1)).transpose(1, 2)  # -> [r s b]
                 router = self.recursions[-1].router
@@ -203,10 +209,6 @@ class MoRTransformer(nn.Module):
         logits = logits[-len(ids) :]  # of the last loop
         experts = before.expert_use, after.expert_use
         return DecoderOutput(logits, tuple(outputs), lm_loss, *experts, losses)
-
-    def _is_anchor(self, block: int) -> bool:
-        recursion = self.config.effective_recursion
-        return recursion.routes_by_layer and recursion.router_of(block) is not recursion.router
 
     def generate(
         self,

@@ -163,8 +163,8 @@ FAULTS = [
     Fault(
         "causal routing follows the scorer where there is a predictor",
         CORE + "routers/expert_choice.py",
-        "decision = previous.keep_where(logits[..., -1] > bar)",
-        "decision = previous.keep_where(logits[..., 0] > bar)",
+        "previous.keep_where(self._handicapped(logits[..., -1], previous) > bar)",
+        "previous.keep_where(self._handicapped(logits[..., 0], previous) > bar)",
         ROUTERS,
     ),
     Fault(
@@ -419,15 +419,15 @@ FAULTS = [
     Fault(
         "keys are not turned",
         CORE + "models/layers.py",
-        "            key = rotary.turn(key)\n",
-        "",
+        "key = rotary.turn(self._heads(key, context.step, self.key_norm))",
+        "key = self._heads(key, context.step, self.key_norm)",
         MODEL,
     ),
     Fault(
         "the norm of the query is that of the key",
         CORE + "models/layers.py",
-        "project(self.query, running, context), context.step, self.query_norm)",
-        "project(self.query, running, context), context.step, self.key_norm)",
+        "self._heads(query, context.step, self.query_norm)",
+        "self._heads(query, context.step, self.key_norm)",
         MODEL,
     ),
     Fault(
@@ -439,7 +439,7 @@ FAULTS = [
     ),
     Fault(
         "positions are those among the selected",
-        CORE + "models/layers.py",
+        CORE + "models/rotary.py",
         "angles = positions[..., None].float() * base**-exponent",
         "angles = torch.arange(len(positions))[:, None].expand_as(positions)[..., None].float()"
         " * base**-exponent",
@@ -470,8 +470,8 @@ FAULTS = [
     Fault(
         "released pages are lost",
         CORE + "generation/cache/memory.py",
-        "device=lists.device) < counts[:, None]\n        self._free.extend(",
-        "device=lists.device) + 1 < counts[:, None]\n        self._free.extend(",
+        "self._free.extend(page for page in pages if page not in self.kept)",
+        "self._free.extend(page for page in pages[1:] if page not in self.kept)",
         CACHE + " mor_layers/generation/test_soak.py",
     ),
     Fault(
@@ -491,15 +491,15 @@ FAULTS = [
     Fault(
         "keys and values are swapped in place",
         CORE + "generation/cache/attention.py",
-        "self.values = self.keys + num_kv_heads",
+        "self.values = self.keys + (per_row - num_kv_heads)",
         "self.values = self.keys",
         ENGINE,
     ),
     Fault(
         "heads read one another's keys",
         CORE + "generation/cache/attention.py",
-        "head // (n // num_kv_heads)",
-        "head % num_kv_heads",
+        "[:, None] // (n // num_kv_heads)",
+        "[:, None] % num_kv_heads",
         ENGINE,
     ),
     Fault(
@@ -519,8 +519,8 @@ FAULTS = [
     Fault(
         "pages that were promised stay promised",
         CORE + "generation/scheduling.py",
-        "self._promised = [p - d for p, d in zip(self._promised, demand, strict=True)]",
-        "self._promised = [p for p, d in zip(self._promised, demand, strict=True)]",
+        "self._promised = [total + new - old for total, new, old in change]",
+        "self._promised = [total + new for total, new, old in change]",
         SCHEDULER,
     ),
     Fault(
@@ -674,9 +674,9 @@ FAULTS = [
     ),
     Fault(
         "the z-loss of experts is averaged over ranks' own means",
-        MEGATRON + "layers/experts/router.py",
-        "torch.distributed.all_reduce(count, group=self.tp_cp_group)",
-        "count = count * self.tp_cp_group.size()",
+        MEGATRON + "layers/experts/padding.py",
+        "torch.distributed.all_reduce(total, group=self.tp_cp_group)",
+        "total = total * self.tp_cp_group.size()",
         LAYERS + "/test_depth_by_expert.py distributed/training",
     ),
     Fault(
@@ -710,21 +710,21 @@ FAULTS = [
     ),
     Fault(
         "the learning rate is a step late",
-        TOOLS + "pretraining/training.py",
+        TOOLS + "pretraining/optimizer.py",
         "lr_warmup_steps=training.warmup_steps,",
         "lr_warmup_steps=training.warmup_steps + 1,",
         PRETRAINING,
     ),
     Fault(
         "the final learning rate is 0",
-        TOOLS + "pretraining/training.py",
-        "        min_lr=training.final_learning_rate,\n        weight_decay",
-        "        min_lr=0.0,\n        weight_decay",
+        TOOLS + "pretraining/optimizer.py",
+        '"min_lr": training.final_learning_rate,',
+        '"min_lr": 0.0,',
         PRETRAINING,
     ),
     Fault(
         "there is no weight decay",
-        TOOLS + "pretraining/training.py",
+        TOOLS + "pretraining/optimizer.py",
         "        start_wd=training.weight_decay,\n        end_wd=training.weight_decay,",
         "        start_wd=0.0,\n        end_wd=0.0,",
         PRETRAINING,
