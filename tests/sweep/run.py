@@ -14,7 +14,7 @@ from tests.sweep.train import Outcome, train
 TOLERANCE = 1e-5
 """Largest difference relative to the numbers themselves, in fp32."""
 SMALLEST = {"gradients": 2e-6, "weights": 1e-5}
-"""Largest absolute difference of numbers near zero; weights have taken two steps at a learning rate of 1."""
+"""Largest absolute difference of numbers near zero. Weights have taken two steps at a rate of 1."""
 LAYOUT_FACTORS = ("layout", "recomputed", "data parallel")
 """What differs between the layout of a case and one rank."""
 
