@@ -26,6 +26,8 @@ _DISTRIBUTED = (
     "tests/distributed",
     "tests/mor_tools/pretraining/test_several_nodes.py",
     "tests/test_reference.py",
+    "tests/compatibility",
+    "tests/gpu",
 )
 PARTS = {
     "distributed": _DISTRIBUTED,

@@ -85,7 +85,7 @@ DAILY = [
         "layout": "TP+SP × PP",
     },
     # What a recursion returns is sent to the next stage.
-    {"recipe": "history", "layout": "PP=3"},
+    pytest.param({"recipe": "history", "layout": "PP=3"}, marks=pytest.mark.full),
 ]
 
 

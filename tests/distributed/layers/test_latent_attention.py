@@ -58,10 +58,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 }
 CASES = [(r, p, layout) for r in ROUTERS for p in POLICIES for layout in LAYOUTS]
 DAILY = [
-    ("expert", "recursive_sharing", "tp+sp"),
     ("depth and width", "exit_state", "tp+sp, recomputed"),
     ("token", "sharing_with_update", "cp"),
-    ("token", "recursive_sharing", "tp"),
     ("expert", "recursion_wise", "pp"),
 ]
 

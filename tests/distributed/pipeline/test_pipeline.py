@@ -279,7 +279,9 @@ def train(case: Case, is_pipeline: bool) -> tuple[Any, dict[str, torch.Tensor], 
     "ddp",
     [
         pytest.param({}, id="plain", marks=pytest.mark.full),
-        pytest.param({"overlap_grad_reduce": True, "bucket_size": 5000}, id="overlap"),
+        pytest.param(
+            {"overlap_grad_reduce": True, "bucket_size": 5000}, id="overlap", marks=pytest.mark.full
+        ),
         pytest.param(DISTRIBUTED, id="distributed", marks=pytest.mark.full),
         pytest.param(
             DISTRIBUTED | {"overlap_param_gather": True, "bucket_size": 5000},

@@ -104,7 +104,9 @@ def alone(pool: WorkerPool) -> Outcome:
     return pool.run(train, layout={}, config={}, steps=range(2))[0]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", ["TP+SP × EP", *(pytest.param(name, marks=pytest.mark.full) for name in ("PP", "DP"))]
+)
 def test_a_layout_takes_the_steps_of_one_rank(pool: WorkerPool, alone: Outcome, name: str) -> None:
     ranks, layout, config = LAYOUTS[name]
     for outcome in pool.run(train, ranks, layout=layout, config=config, steps=range(2)):

@@ -163,6 +163,7 @@ def test_two_nodes_train_as_one_process(on_one_process, on_two_nodes):
     assert_same_curves(on_two_nodes, on_one_process[1])
 
 
+@pytest.mark.full
 def test_a_run_whose_rank_is_killed_goes_on_as_if_nothing_had_been(
     text, on_one_process, undisturbed, tmp_path
 ):

@@ -63,8 +63,9 @@ def test_wrong_settings_are_refused_before_a_process_starts(
     assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.full)])
-@pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_an_interrupted_run_says_where_it_is_saved_and_how_to_resume(tmp_path, name, processes):
     run, log = tmp_path / "run", tmp_path / "log"
     settings = [*write_text(tmp_path), f"output={run}", "training.steps=100000"]
