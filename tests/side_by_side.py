@@ -28,6 +28,7 @@ _DISTRIBUTED = (
     "tests/test_reference.py",
     "tests/compatibility",
     "tests/gpu",
+    "tests/mor_huggingface",
 )
 PARTS = {
     "distributed": _DISTRIBUTED,
