@@ -8,7 +8,7 @@ ARGUMENTS ?=
 export PYTHONPATH := $(CURDIR):$(CURDIR)/integrations
 use_python = python=$(or $(PYTHON),$$(.ci/setup)) &&
 
-.PHONY: help env pretrain test test-full test-gpu test-vllm test-bridge test-titan test-megatron-lm faults campaign sweep lint docs walk wheel bench
+.PHONY: help env pretrain test test-full test-gpu test-vllm test-bridge test-titan test-deepspeed test-megatron-lm faults campaign sweep lint docs walk wheel bench
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -47,6 +47,10 @@ test-bridge:  ## run NVIDIA's Megatron-Bridge on our folders, in an environment 
 test-titan:  ## run torchtitan's trainer on our models, in an environment of its own (.ci/setup-titan)
 	@python=$(or $(PYTHON),$$(.ci/setup-titan)) && OMP_NUM_THREADS=1 \
 	    $$python -m pytest tests/mor_titan $(ARGUMENTS)
+
+test-deepspeed:  ## train under DeepSpeed's ZeRO, in an environment of its own (.ci/setup-deepspeed)
+	@python=$(or $(PYTHON),$$(.ci/setup-deepspeed)) && OMP_NUM_THREADS=1 \
+	    $$python -m pytest tests/mor_huggingface/deepspeed_zero $(ARGUMENTS)
 
 test-megatron-lm:  ## run Megatron-LM's own pretrain_gpt.py with our --spec (.ci/setup-megatron-lm)
 	@$(use_python) scripts=$$(.ci/setup-megatron-lm) && MEGATRON_LM_SCRIPTS=$$scripts OMP_NUM_THREADS=1 \
