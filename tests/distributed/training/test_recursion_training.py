@@ -226,6 +226,27 @@ def per_token_gradients(
     return results[0], results[1]
 
 
+def global_loads() -> tuple[list[float], list[float]]:
+    """Micro-batches that routers over experts remember of a global batch: within it, and after it."""
+    setup.initialize()
+    chunks = build(RecursionConfig(3, router=EXPERT), BALANCED)
+    (layer,) = recursion_layers(chunks)
+    within: list[float] = []
+    router = layer.expert_routers[0]
+    chunks[0].register_forward_hook(
+        lambda *_: within.append(router.global_load.batches.sum().item())
+    )
+    setup.forward_backward(chunks, setup.random_tokens(2, SEQUENCE_LENGTH))
+    after = [each.global_load.batches.sum().item() for each in layer.expert_routers]
+    return within, after
+
+
+def test_the_global_balance_of_experts_begins_anew_with_each_batch(pool: WorkerPool) -> None:
+    ((within, after),) = pool.run(global_loads)
+    assert within == [3.0, 6.0]  # three steps in each of two micro-batches
+    assert set(after) == {0.0}
+
+
 def bf16_losses(layout: dict[str, Any], extra: dict[str, Any]) -> tuple[list[float], bool]:
     setup.initialize(**layout)
     router = TokenChoice(balancing="loss_free", balancing_coefficient=1e-3)
