@@ -44,6 +44,11 @@ def runs_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and _has_triton()
 
 
+def are_fused_kernels_allowed() -> bool:
+    """False within `without_fused_kernels`."""
+    return _is_allowed
+
+
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
