@@ -226,9 +226,7 @@ def test_compiled_attention_by_blocks_equals_masked_attention() -> None:
     torch.manual_seed(0)
     whole = Tokens.whole_sequence(700, 2)
     ran = RoutingDecision.everything(whole).keep_top(torch.randn(700, 2), 0.5).tokens
-    query, key, value = (
-        torch.randn(n, 2, g, 32) for n, g in ((350, 4), (700, 2), (700, 2))
-    )
+    query, key, value = (torch.randn(n, 2, g, 32) for n, g in ((350, 4), (700, 2), (700, 2)))
     with torch.no_grad():
         found = torch.compile(attend)(query, key, value, block_mask(ran, whole))
         expected = attend(query, key, value, causal_mask(ran, whole))
