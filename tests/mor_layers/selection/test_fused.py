@@ -1,6 +1,6 @@
 """The Triton kernels of selection against plain PyTorch, in Triton's interpreter or on a GPU."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,7 @@ HALF = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
 @pytest.fixture(autouse=True)
-def kernels_run(monkeypatch: Any) -> Iterator[dict[str, int]]:
+def kernels_run(monkeypatch: Any) -> dict[str, int]:
     """Lets kernels run on this machine's device, and counts their calls."""
     from mor_layers.selection.fused import kernels
 
