@@ -7,8 +7,11 @@ and no Python. So capacities must be fixed, nothing may wait for the device, and
 which Python adds up, are not kept.
 """
 
+from typing import cast
+
 import torch
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import CudaGraphModule
 
 from mor_layers import RecursionConfig
 
@@ -26,6 +29,7 @@ def graph_rules(
         return []
     impl = f"cuda_graph_impl={config.cuda_graph_impl!r}"
     router = type(recursion.router).__name__
+    modules = cast("list[CudaGraphModule]", config.cuda_graph_modules)  # after Megatron's own checks
     with torch.device("meta"):
         draws = recursion.router.build(1, recursion.num_recursions).draws
     return [
@@ -53,8 +57,8 @@ def graph_rules(
             "cuda_graph_impl='none'.",
         ),
         (
-            bool(config.cuda_graph_modules),
-            f"{impl} with cuda_graph_modules={[m.name for m in config.cuda_graph_modules]}",
+            bool(modules),
+            f"{impl} with cuda_graph_modules={[m.name for m in modules]}",
             "it is captured as a whole. Leave cuda_graph_modules empty.",
         ),
         (
