@@ -76,7 +76,9 @@ def run_traffic(
         ahead["tensor", "all_reduce"] += products * 2 * hidden * _share(t)
         behind["tensor", "all_reduce"] += products * 2 * hidden * _share(t)
     if t > 1 and shape.latent is not None:
-        for way, sent in zip((ahead, behind), _latent_traffic(shape, stack, given, spread), strict=True):
+        for way, sent in zip(
+            (ahead, behind), _latent_traffic(shape, stack, given, spread), strict=True
+        ):
             for collective, numbers in sent.items():
                 way["tensor", collective] += layers * numbers / spread.context * item * _share(t)
     if spread.context > 1:

@@ -143,7 +143,8 @@ def run(case: Case) -> tuple[Counter, int, dict[str, int]]:
 
 
 SAMPLE = {
-    "TP+SP, latent attention", "TP+SP, full recompute", "distributed optimizer", "PP, steps as stages", "CP", "TP+SP x EP",
+    "TP+SP, latent attention",
+    "TP+SP, full recompute", "distributed optimizer", "PP, steps as stages", "CP", "TP+SP x EP",
 }  # fmt: skip
 
 
@@ -212,8 +213,18 @@ DORA = replace(PLAIN, relaxation=Relaxation(5, "dora", ("query", "output", "gate
         (PLAIN, MLA, 0.02),
         pytest.param(PLAIN, MLA | SP, 0.05, marks=pytest.mark.full),
     ],
-    ids=["fp32", "TP+SP", "bf16", "experts", "lora", "lora, TP+SP", "dora", "dora, TP+SP",
-         "latent", "latent, TP+SP"],
+    ids=[
+        "fp32",
+        "TP+SP",
+        "bf16",
+        "experts",
+        "lora",
+        "lora, TP+SP",
+        "dora",
+        "dora, TP+SP",
+        "latent",
+        "latent, TP+SP",
+    ],
 )
 def test_a_layer_keeps_what_is_counted(
     pool: WorkerPool, recursion: RecursionConfig, options: dict[str, Any], tolerance: float
