@@ -179,6 +179,15 @@ class LatentShape:
     """Size of a token's values: heads times head size."""
     norm_weights: int
     """Weights of the norms of latent rows."""
+    rank: int
+    """Size of the latent row from which keys and values are projected."""
+    query_rank: int
+    """Size of the row from which queries are projected. 0: the hidden state."""
+
+    @property
+    def raised_size(self) -> int:
+        """Numbers that a latent row is projected to: keys without their rotary part, and values."""
+        return self.raising_weights // self.rank
 
     @classmethod
     def of_decoder(cls, config: DecoderConfig) -> Self | None:
@@ -192,6 +201,8 @@ class LatentShape:
             latent.kv_lora_rank * heads * (latent.qk_nope_head_dim + latent.v_head_dim),
             config.attention_output_size,
             latent.norm_weights,
+            latent.kv_lora_rank,
+            latent.q_lora_rank or 0,
         )
 
 
