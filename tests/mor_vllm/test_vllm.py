@@ -137,8 +137,8 @@ REFUSED = {
     DecoderConfig: {"latent_attention"},
     RecursionConfig: {"history", "norm_modulation", "anchor_every"},
 }
-"""Settings that are refused by name, see below. `drop_policy` needs a `capacity_factor`, `groups_per_token` needs `num_groups`, and
-`anchor_every` layers that route by themselves."""
+"""Settings that are refused by name, see below. `drop_policy` needs a `capacity_factor`,
+`groups_per_token` needs `num_groups`, and `anchor_every` layers that route by themselves."""
 REFUSED_ROUTERS = {AdaptiveHalting}
 IN_TRAINING = {
     MoEConfig: {"balance_coefficient", "z_loss_coefficient"},

@@ -17,11 +17,11 @@ from mor_layers import (
     Relaxation,
     TokenChoice,
 )
-from mor_layers.models import LatentAttentionConfig
 from mor_layers.generation import CacheSettings, Request, Sampling, shard
 from mor_layers.generation.lockstep import LockstepEngine
 from mor_layers.generation.sampling import sample
 from mor_layers.layers.relaxation import PROJECTIONS
+from mor_layers.models import LatentAttentionConfig
 from mor_layers.recursion import KVPolicy
 from mor_megatron.checkpoints import load_tensors
 from mor_megatron.checkpoints.torch_model import tensor_parallel_decoder
