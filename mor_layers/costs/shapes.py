@@ -45,7 +45,8 @@ class MLPShape:
         if recursion is not None and recursion.num_recursions > 1:
             per_token = recursion.mean_experts[0] if recursion.mean_experts else per_token
             routers = recursion.num_recursions if recursion.expert_routers == "per_step" else 1
-        return cls(width or config.ffn_hidden_size, True, moe.num_experts, per_token, routers)
+        width, shared = width or config.ffn_hidden_size, moe.shared_ffn_hidden_size
+        return cls(width, True, moe.num_experts, per_token, routers, shared)
 
     def weights(self, hidden_size: int, experts: float) -> float:
         """Number of weights of `experts` routed experts and the shared one."""

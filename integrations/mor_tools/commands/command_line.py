@@ -12,7 +12,16 @@ from typing import Any
 
 from mor_tools.comparison.options import add_arguments as compare_options
 
-FORMATS = ("llama", "megatron", "mor", "nanbeige", "ouro", "published")
+FORMATS = (
+    "deepseek_v2",
+    "deepseek_v3",
+    "llama",
+    "megatron",
+    "mor",
+    "nanbeige",
+    "ouro",
+    "published",
+)
 HARDWARE = ("a100", "h100", "b200", "cpu")
 INITIALIZATIONS = ("stepwise", "average", "lower", "upper", "random")
 SHARING_SCHEMES = ("cycle", "sequence", "middle_cycle", "middle_sequence")

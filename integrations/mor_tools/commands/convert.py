@@ -83,11 +83,11 @@ def _difference(
         ValueError: it is larger than rounding errors.
     """
     ids = verification.probe(model.config.vocab_size)
-    if source.name == "llama":
+    if source.has_public_model:
         expected = verification.logits_by_transformers(folder, ids)
     else:
         expected = verification.logits_of(model, ids)
-    if target.name == "llama":
+    if target.has_public_model:
         found = verification.logits_by_transformers(written, ids)
     else:
         # The written model names no other module than the source did, so it is trusted as the
