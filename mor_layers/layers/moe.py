@@ -9,8 +9,8 @@ expert, sigmoid scores, and routing limited to groups of experts). Losses of a l
 are divided by N_r.
 
 Legend: `b` batch, `k` tokens that run a step, `t` = `k · b`, `h` hidden, `e` experts, `c` experts
-that a token may take, `a` assignments of a token to an expert, `f` width of an expert, `g` groups of experts,
-`r` steps.
+that a token may take, `a` assignments of a token to an expert, `f` width of an expert, `g` groups of
+experts, `r` steps.
 """
 
 from dataclasses import dataclass

@@ -252,6 +252,15 @@ WITH_RECURSIONS: dict[str, dict[str, Any]] = {
         "help": "sublayers of which each step keeps those of the layers at its depth, with their norms",
     },
     "relax_kind": {"choices": ("lora", "dora"), "help": "kind of the deltas (default: lora)"},
+    "repeat": {
+        "action": "store_true",
+        "default": None,
+        "help": "keep all layers and repeat those between --prelude and --coda, without training",
+    },
+    "damping": {
+        "type": float,
+        "help": "with --repeat: how far a loop moves the state, in (0, 1] (default: 1 / recursions)",
+    },
 }
 """Options that only apply to a model that is made recursive."""
 
