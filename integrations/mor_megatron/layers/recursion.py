@@ -39,12 +39,16 @@ from mor_megatron.layers.routing.counts import RoutingStatistics
 from mor_megatron.layers.stack import StepStack
 from mor_megatron.layers.validation import validate
 from mor_megatron.step import (
+    PackedDocuments,
     Relayout,
     SequenceParallelPlacement,
     StaticCache,
     StepRotation,
     documents_of,
     in_sequence_order,
+    packed_documents,
+    require_no_mask,
+    zigzag_positions,
 )
 
 
@@ -207,6 +211,9 @@ class RecursionLayer(TransformerLayer):
         Under context parallelism `s` is this rank's share for the hidden states and the rotary
         table; masks may have that many rows, as Megatron cuts them, or all rows of the sequence.
 
+        With `packed_seq_params`, `b` is 1, `s` counts the tokens of all documents, and the rotary table
+        has a row for each position in a document.
+
         Args:
             attention_mask: None if each sequence is one document. Otherwise Megatron's causal mask
                 `[b 1 s s]`, True where attention is not allowed; a document begins at every token
@@ -215,19 +222,23 @@ class RecursionLayer(TransformerLayer):
             padding_mask: `[b s]`, True at padding.
             inference_context: Megatron's static context. The input is then the next tokens of each
                 sequence, routing is causal, and the attention mask is not used.
+            packed_seq_params: Megatron's description of documents that are packed into one sequence
+                (`thd`). Tokens attend and route within them, and capacities are shares of their
+                lengths without padding.
 
         Raises:
             ValueError: an input is given that the recursion does not support.
         """
-        refuse_inputs(packed_seq_params=packed_seq_params, attention_bias=attention_bias)
+        refuse_inputs(attention_bias=attention_bias)
         if inference_context is not None:
-            refuse_inputs(padding_mask=padding_mask)
+            refuse_inputs(padding_mask=padding_mask, packed_seq_params=packed_seq_params)
             length = inference_context.sequence_len_offset + len(hidden_states)
             rotation = self._rotation(rotary_pos_emb, hidden_states, length)
             return self._generate(hidden_states, inference_context, rotation), context
-        tokens, num_documents = self._tokens(hidden_states, attention_mask, padding_mask)
-        rotation = self._rotation(rotary_pos_emb, hidden_states, tokens.sequence_length)
-        relayout = self._relayout(hidden_states, tokens.sequence_length)
+        packed = self._packed(hidden_states, attention_mask, packed_seq_params)
+        tokens, num_documents = self._tokens(hidden_states, attention_mask, padding_mask, packed)
+        rotation = self._rotation(rotary_pos_emb, hidden_states, tokens.sequence_length, packed)
+        relayout = self._relayout(hidden_states, tokens.sequence_length, packed)
         if relayout is not None:
             hidden_states = relayout.to_sequence(hidden_states)
         # Recomputation runs the forward pass twice, the first time without gradients. It is counted
@@ -292,15 +303,35 @@ class RecursionLayer(TransformerLayer):
             groups.tp_cp if self.config.sequence_parallel else groups.cp
         )
 
-    def _relayout(self, hidden: Tensor, length: int) -> Relayout | None:
+    def _relayout(
+        self, hidden: Tensor, length: int, packed: PackedDocuments | None
+    ) -> Relayout | None:
         size, placement = self.config.context_parallel_size, self.recursion.placement
         if size == 1:
             return None
         assert isinstance(placement, SequenceParallelPlacement)
-        return Relayout(length, placement.group, size, hidden.device)
+        positions = zigzag_positions(length, size, packed=packed).cpu()
+        return Relayout(positions, placement.group, hidden.device)
+
+    def _packed(
+        self, hidden: Tensor, attention_mask: Tensor | None, packed_seq_params: Any
+    ) -> PackedDocuments | None:
+        """The documents of a packed sequence, of which a rank holds some rows."""
+        if packed_seq_params is None:
+            return None
+        require_no_mask(attention_mask)
+        length, batch = hidden.shape[:2]
+        if self.config.sequence_parallel:
+            length *= self.tp_group.size()
+        length *= self.config.context_parallel_size
+        return packed_documents(packed_seq_params, length, batch)
 
     def _tokens(
-        self, hidden: Tensor, attention_mask: Tensor | None, padding_mask: Tensor | None
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        padding_mask: Tensor | None,
+        packed: PackedDocuments | None,
     ) -> tuple[Tokens, int | None]:
         length, batch = hidden.shape[:2]
         if self.config.sequence_parallel:
@@ -315,10 +346,15 @@ class RecursionLayer(TransformerLayer):
                 rows = in_sequence_order(attention_mask.movedim(2, 0), self.pg_collection.cp)
                 attention_mask = rows.movedim(0, 2)
             if is_padding is not None and len(is_padding) == length:
-                is_padding = in_sequence_order(is_padding, self.pg_collection.cp)
+                is_padding = in_sequence_order(is_padding, self.pg_collection.cp, packed)
             length *= self.config.context_parallel_size
         documents, num_documents = None, None
-        if attention_mask is not None:
+        if packed is not None:
+            documents, num_documents = packed.documents[:, None], packed.count
+            if packed.is_padding is not None:
+                is_between = packed.is_padding[:, None]
+                is_padding = is_between if is_padding is None else is_padding | is_between
+        elif attention_mask is not None:
             documents, num_documents = documents_of(attention_mask)
             if documents is not None:
                 documents = documents.expand(-1, batch)
@@ -326,21 +362,41 @@ class RecursionLayer(TransformerLayer):
         return tokens, num_documents
 
     def _rotation(
-        self, rotary_pos_emb: Tensor | None, hidden: Tensor, length: int
+        self,
+        rotary_pos_emb: Tensor | None,
+        hidden: Tensor,
+        length: int,
+        packed: PackedDocuments | None = None,
     ) -> StepRotation | None:
         """The rotary table of a sequence of `length` tokens."""
         attention = attentions_of(self.recursion.layers[0])[0]  # type: ignore[index]
         if isinstance(attention, RecursiveLatentAttention):  # which has a table of its own
-            return attention.rotation(length, hidden.dtype)
+            table = attention.rotation(length if packed is None else packed.longest, hidden.dtype)
+            return table if packed is None else table.restarting(packed.offsets)
         if rotary_pos_emb is None:
             return None
+        if packed is not None and self.config.mrope_section and self.config.context_parallel_size > 1:
+            raise ValueError(
+                "packed_seq_params with mrope_section and context parallelism: Megatron splits such a "
+                "rotary table without regard to the documents. Use context_parallel_size=1."
+            )
         scale = attention._yarn_concentration_factor
-        if self.config.context_parallel_size > 1:  # Megatron passes this rank's rows only
+        if self.config.context_parallel_size > 1 and packed is None:
+            # Megatron passes this rank's rows only.
             rotary_pos_emb = in_sequence_order(rotary_pos_emb, self.pg_collection.cp)
         fused = self.config.apply_rope_fusion
-        return StepRotation.table(
+        table = StepRotation.table(
             rotary_pos_emb, scale, hidden.dtype, fused, self.config.rotary_interleaved
         )
+        # A table as long as a packed sequence has a row for each of its tokens already, in Megatron too.
+        if packed is None or len(rotary_pos_emb) == length:
+            return table
+        if packed.longest > len(rotary_pos_emb):
+            raise ValueError(
+                f"packed_seq_params has max_seqlen_q={len(rotary_pos_emb)}, but a document of "
+                f"{packed.longest} tokens. It must be at least the length of the longest document."
+            )
+        return table.restarting(packed.offsets)
 
     def _generate(
         self, hidden: Tensor, memory: StaticInferenceContext, rotation: StepRotation | None
@@ -438,6 +494,7 @@ def refuse_inputs(**inputs: Any) -> None:
     for name, given in inputs.items():
         if given is not None:
             raise ValueError(
-                f"RecursionLayer does not take {name}. Describe several documents in a sequence by "
-                "attention_mask (reset_attention_mask=True in GPTDatasetConfig)."
+                f"RecursionLayer does not take {name} here. Describe several documents in a sequence by "
+                "packed_seq_params, or by attention_mask (reset_attention_mask=True in "
+                "GPTDatasetConfig)."
             )
