@@ -99,7 +99,7 @@ class SDPACoreAttention(MegatronModule):
         """`[k b n d], [m b g d], [m b g v] -> [k b nv]`; `attention_mask` is True where attention is not
         allowed.
 
-        With `packed_seq_params`, `[s n d], [s g d], [s g v] -> [s 1 nv]`: causal attention within each
+        With `packed_seq_params`, `[s n d], [s g d], [s g v] -> [s nv]`: causal attention within each
         document of a packed sequence.
 
         Raises:
@@ -138,10 +138,10 @@ class SDPACoreAttention(MegatronModule):
         is_visible = packed.is_visible
         query, key, value = (rows[:, None] for rows in (query, key, value))
         if self.cp_group is not None:
-            return self._attend_over_ranks(query, key, value, is_visible, False, packed)
+            return self._attend_over_ranks(query, key, value, is_visible, False, packed)[:, 0]
         if self.window is not None:
             is_visible = is_visible & torch.ones_like(is_visible).triu(-self.window)
-        return self.attend(query, key, value, is_visible)
+        return self.attend(query, key, value, is_visible)[:, 0]
 
     def _attend_over_ranks(
         self,

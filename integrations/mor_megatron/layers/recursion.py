@@ -13,7 +13,6 @@ import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
-    gather_from_sequence_parallel_region,
     get_cuda_rng_tracker,
     get_data_parallel_rng_tracker_name,
 )
@@ -31,11 +30,11 @@ from mor_layers import RecursionBlock, RecursionConfig, RecursionOutput, Routing
 from mor_layers.recursion import over_loops
 from mor_megatron.layers.block_part import BlockPart, CombiningRouter
 from mor_megatron.layers.experts.router import StepTopKRouter
-from mor_megatron.layers.latent_attention import RecursiveLatentAttention
 from mor_megatron.layers.own_sublayers import attentions_of
 from mor_megatron.layers.quantization import require_one_precision
 from mor_megatron.layers.routing.auxiliary_loss import RouterLossScaler, listen_for_loss_scale
 from mor_megatron.layers.routing.counts import RoutingStatistics
+from mor_megatron.layers.sequence_inputs import SequenceInputs
 from mor_megatron.layers.stack import StepStack
 from mor_megatron.layers.validation import validate
 from mor_megatron.step import (
@@ -44,10 +43,6 @@ from mor_megatron.step import (
     SequenceParallelPlacement,
     StaticCache,
     StepRotation,
-    documents_of,
-    in_sequence_order,
-    packed_documents,
-    require_no_mask,
     zigzag_positions,
 )
 
@@ -183,6 +178,7 @@ class RecursionLayer(TransformerLayer):
             streams=streams,
             history=history,
         )
+        self.inputs = SequenceInputs(config, pg_collection)
         self.statistics = RoutingStatistics(recursion.num_recursions)
         self.loop_loss = recursion.loop_loss
         factors = recursion.router.capacity_factors_for(recursion.num_recursions)
@@ -235,8 +231,10 @@ class RecursionLayer(TransformerLayer):
             length = inference_context.sequence_len_offset + len(hidden_states)
             rotation = self._rotation(rotary_pos_emb, hidden_states, length)
             return self._generate(hidden_states, inference_context, rotation), context
-        packed = self._packed(hidden_states, attention_mask, packed_seq_params)
-        tokens, num_documents = self._tokens(hidden_states, attention_mask, padding_mask, packed)
+        packed = self.inputs.packed(hidden_states, attention_mask, packed_seq_params)
+        tokens, num_documents = self.inputs.tokens(
+            hidden_states, attention_mask, padding_mask, packed
+        )
         rotation = self._rotation(rotary_pos_emb, hidden_states, tokens.sequence_length, packed)
         relayout = self._relayout(hidden_states, tokens.sequence_length, packed)
         if relayout is not None:
@@ -313,54 +311,6 @@ class RecursionLayer(TransformerLayer):
         positions = zigzag_positions(length, size, packed=packed).cpu()
         return Relayout(positions, placement.group, hidden.device)
 
-    def _packed(
-        self, hidden: Tensor, attention_mask: Tensor | None, packed_seq_params: Any
-    ) -> PackedDocuments | None:
-        """The documents of a packed sequence, of which a rank holds some rows."""
-        if packed_seq_params is None:
-            return None
-        require_no_mask(attention_mask)
-        length, batch = hidden.shape[:2]
-        if self.config.sequence_parallel:
-            length *= self.tp_group.size()
-        length *= self.config.context_parallel_size
-        return packed_documents(packed_seq_params, length, batch)
-
-    def _tokens(
-        self,
-        hidden: Tensor,
-        attention_mask: Tensor | None,
-        padding_mask: Tensor | None,
-        packed: PackedDocuments | None,
-    ) -> tuple[Tokens, int | None]:
-        length, batch = hidden.shape[:2]
-        if self.config.sequence_parallel:
-            if padding_mask is not None and padding_mask.shape[1] == length:
-                padding_mask = gather_from_sequence_parallel_region(
-                    padding_mask.T.contiguous(), group=self.tp_group
-                ).T
-            length *= self.tp_group.size()
-        is_padding = None if padding_mask is None else padding_mask.T.bool()
-        if self.config.context_parallel_size > 1:
-            if attention_mask is not None and attention_mask.shape[2] == length:
-                rows = in_sequence_order(attention_mask.movedim(2, 0), self.pg_collection.cp)
-                attention_mask = rows.movedim(0, 2)
-            if is_padding is not None and len(is_padding) == length:
-                is_padding = in_sequence_order(is_padding, self.pg_collection.cp, packed)
-            length *= self.config.context_parallel_size
-        documents, num_documents = None, None
-        if packed is not None:
-            documents, num_documents = packed.documents[:, None], packed.count
-            if packed.is_padding is not None:
-                is_between = packed.is_padding[:, None]
-                is_padding = is_between if is_padding is None else is_padding | is_between
-        elif attention_mask is not None:
-            documents, num_documents = documents_of(attention_mask)
-            if documents is not None:
-                documents = documents.expand(-1, batch)
-        tokens = Tokens.whole_sequence(length, batch, hidden.device, documents, is_padding)
-        return tokens, num_documents
-
     def _rotation(
         self,
         rotary_pos_emb: Tensor | None,
@@ -370,33 +320,7 @@ class RecursionLayer(TransformerLayer):
     ) -> StepRotation | None:
         """The rotary table of a sequence of `length` tokens."""
         attention = attentions_of(self.recursion.layers[0])[0]  # type: ignore[index]
-        if isinstance(attention, RecursiveLatentAttention):  # which has a table of its own
-            table = attention.rotation(length if packed is None else packed.longest, hidden.dtype)
-            return table if packed is None else table.restarting(packed.offsets)
-        if rotary_pos_emb is None:
-            return None
-        if packed is not None and self.config.mrope_section and self.config.context_parallel_size > 1:
-            raise ValueError(
-                "packed_seq_params with mrope_section and context parallelism: Megatron splits such a "
-                "rotary table without regard to the documents. Use context_parallel_size=1."
-            )
-        scale = attention._yarn_concentration_factor
-        if self.config.context_parallel_size > 1 and packed is None:
-            # Megatron passes this rank's rows only.
-            rotary_pos_emb = in_sequence_order(rotary_pos_emb, self.pg_collection.cp)
-        fused = self.config.apply_rope_fusion
-        table = StepRotation.table(
-            rotary_pos_emb, scale, hidden.dtype, fused, self.config.rotary_interleaved
-        )
-        # A table as long as a packed sequence has a row for each of its tokens already, in Megatron too.
-        if packed is None or len(rotary_pos_emb) == length:
-            return table
-        if packed.longest > len(rotary_pos_emb):
-            raise ValueError(
-                f"packed_seq_params has max_seqlen_q={len(rotary_pos_emb)}, but a document of "
-                f"{packed.longest} tokens. It must be at least the length of the longest document."
-            )
-        return table.restarting(packed.offsets)
+        return self.inputs.rotation(attention, rotary_pos_emb, hidden.dtype, length, packed)
 
     def _generate(
         self, hidden: Tensor, memory: StaticInferenceContext, rotation: StepRotation | None

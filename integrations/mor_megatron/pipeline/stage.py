@@ -173,8 +173,8 @@ class RecursionStage(RecursionLayer):
         """The candidates of a step, from the model's input or from the last rank's tensor."""
         if step > 0:
             return self.layout.unpack(hidden, step - 1)
-        packed = self._packed(hidden, attention_mask, packed_seq_params)
-        tokens, _ = self._tokens(hidden, attention_mask, padding_mask, packed)
+        packed = self.inputs.packed(hidden, attention_mask, packed_seq_params)
+        tokens, _ = self.inputs.tokens(hidden, attention_mask, padding_mask, packed)
         length = tokens.sequence_length
         if self.layout.carried_length(length) != length and length not in self.announced_lengths:
             raise ValueError(

@@ -106,7 +106,9 @@ def _require_supported(packed: Any, batch: int) -> None:
     ]
     for is_wrong, given, fix in rules:
         if is_wrong:
-            raise ValueError(f"packed_seq_params with {given} cannot be used with this layer. {fix}")
+            raise ValueError(
+                f"packed_seq_params with {given} cannot be used with this layer. {fix}"
+            )
 
 
 def _read(packed: Any, length: int) -> PackedDocuments:

@@ -5,7 +5,7 @@ the share of a document's tokens that runs a step is the same in each. Lengths a
 number of steps.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -26,6 +26,7 @@ from mor_megatron import (
 )
 from mor_megatron.step import packed_documents, zigzag_positions
 from tests.distributed import megatron_setup as setup
+from tests.distributed.fields.comparison import shared_name
 from tests.distributed.fields.trial import MLA
 from tests.distributed.layers.test_context_parallel import FULL_RECOMPUTE, MOE, POLICIES
 from tests.distributed.pool import WorkerPool
@@ -44,6 +45,7 @@ ROUTERS = {
 SP = {"sequence_parallel": True}
 CORE_RECOMPUTE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
 EXPERTS = MOE | {"moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": None}
+LATENT = MLA | {"v_head_dim": 8}  # other than that of queries and keys
 WINDOW = {"window_size": (5, 0), "window_attn_skip_freq": 2, "softmax_type": "learnable"}
 
 
@@ -74,9 +76,9 @@ LAYOUTS = {
     "experts": Layout(config=EXPERTS),
     "tp+sp, experts": Layout(2, {"tp": 2}, EXPERTS | SP, is_padded=True),
     "ep": Layout(2, {"ep": 2}, EXPERTS),
-    "latent": Layout(config=MLA, is_padded=True),
-    "latent, tp+sp": Layout(2, {"tp": 2}, MLA | SP),
-    "latent, cp": Layout(2, {"cp": 2}, MLA, is_padded=True),
+    "latent": Layout(config=LATENT, is_padded=True),
+    "latent, tp+sp": Layout(2, {"tp": 2}, LATENT | SP),
+    "latent, cp": Layout(2, {"cp": 2}, LATENT, is_padded=True),
     "windows and sinks": Layout(config=WINDOW, is_padded=True),
     "windows and sinks, cp": Layout(2, {"cp": 2}, WINDOW, is_padded=True),
 }
@@ -162,7 +164,8 @@ def build(layout: Layout, recursion: RecursionConfig | None, config: dict[str, A
     made = setup.tiny_config(**(fields | (layout.config or {}) | config))
     if layout.steps_as_stages:
         chunks = setup.tiny_gpt(
-            made, block=lambda c, v: recursion_pipeline_spec(c, recursion, vp_stage=v, documents=True)
+            made,
+            block=lambda c, v: recursion_pipeline_spec(c, recursion, vp_stage=v, documents=True),
         )
         connect_stages(chunks)
     else:
@@ -229,9 +232,7 @@ def alone(pool: WorkerPool):
         config = {n: v for n, v in config.items() if n not in SP and "recompute" not in n}
         key = (recursion, *sorted(config))
         if key not in known:
-            known[key] = pool.run(
-                outcome_of_each_alone, 1, recursion=recursion, config=config
-            )[0]
+            known[key] = pool.run(outcome_of_each_alone, 1, recursion=recursion, config=config)[0]
         return known[key]
 
     return compute
@@ -256,3 +257,132 @@ def test_packed_documents_compute_what_each_computes_alone(
     expected = alone(recursion, where.config or {})
     for outcome in outcomes:
         assert_alike(outcome, expected)
+
+
+def packed_and_unrolled() -> list[Outcome]:
+    """A recursion over packed documents, and Megatron's own layers over each of them."""
+    setup.initialize()
+    outcomes, values = [], {}
+    for recursion in (RecursionConfig(3, router=FixedDepth()), None):
+        config = setup.tiny_config(num_layers=8, calculate_per_token_loss=True)
+        if recursion is None:
+            chunks = setup.tiny_gpt(config)
+            batches = [pack([p], False) | {"packed": None} for parts in documents() for p in parts]
+        else:
+            block = recursion_block_spec(config, recursion)
+            chunks = setup.tiny_gpt(config, block=lambda _c, _v, block=block: block)
+            batches = [pack(parts, False) for parts in documents()]
+            values = dict(chunks[0].named_parameters())
+        names = {
+            n: n if recursion else shared_name(n, config) for n, _ in chunks[0].named_parameters()
+        }
+        for name, parameter in chunks[0].named_parameters():
+            parameter.data.copy_(values[names[name]])
+        loss = run(setup.data_parallel(chunks), batches)
+        gradients: dict[str, Tensor] = {}
+        for name, parameter in chunks[0].named_parameters():
+            gradients[names[name]] = gradients.get(names[name], 0) + parameter.main_grad
+        outcomes.append(Outcome(loss, gradients))
+    return outcomes
+
+
+def test_a_recursion_over_packed_documents_computes_what_plain_layers_compute_of_each(
+    pool: WorkerPool,
+) -> None:
+    ours, plain = pool.run(packed_and_unrolled)[0]
+    assert_alike(ours, plain)
+
+
+def boundaries(*ends: int, **others: Any) -> PackedSeqParams:
+    borders = torch.tensor([0, *ends], dtype=torch.int32)
+    given = {"qkv_format": "thd", "cu_seqlens_q": borders, "cu_seqlens_kv": borders}
+    return PackedSeqParams(**(given | others))
+
+
+def test_documents_are_found_by_their_boundaries():
+    padded = torch.tensor([0, 4, 8, 8], dtype=torch.int32)
+    packed = boundaries(3, 7, 7, cu_seqlens_q_padded=padded, cu_seqlens_kv_padded=padded)
+    found = packed_documents(packed, 10)
+    assert found.offsets.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+    assert found.lengths.tolist() == [4] * 8 + [2] * 2
+    assert found.is_padding is not None
+    assert found.is_padding.tolist() == [False] * 3 + [True] + [False] * 4 + [True] * 2
+    assert found.longest == 4
+    visible = found.is_visible[0, 0]
+    assert visible[2, :3].all() and not visible[4, :4].any()  # its own document only
+    assert visible[3].nonzero().flatten().tolist() == [0, 1, 2, 3]  # padding sees itself
+    assert visible[9].nonzero().flatten().tolist() == [9]
+    assert packed_documents(boundaries(3, 10), 10).is_padding is None
+
+
+def test_boundaries_are_read_once_until_they_change():
+    packed = boundaries(4, 9)
+    first = packed_documents(packed, 9)
+    assert packed_documents(packed, 9) is first
+    packed.cu_seqlens_q[1] = 2
+    assert packed_documents(packed, 9).offsets.tolist() == [0, 1, 0, 1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("packed", "says"),
+    [
+        (boundaries(4, 9, qkv_format="sbhd"), "qkv_format='sbhd'"),
+        (boundaries(4, 9, local_cp_size=2), "hybrid context parallelism"),
+        (boundaries(4, 9, cu_seqlens_q=torch.zeros(1, 3)), "no vector"),
+        (boundaries(4, 9, cu_seqlens_kv=torch.tensor([0, 3, 9])), "must agree"),
+        (boundaries(4, 10), "not exceed the tokens"),
+        (boundaries(4, 3), "not decrease"),
+        (boundaries(4, 9, cu_seqlens_q_padded=torch.tensor([0, 9])), "one entry for the end"),
+        (boundaries(4, 9, cu_seqlens_q_padded=torch.tensor([0, 3, 9])), "must agree"),
+    ],
+)
+def test_other_boundaries_are_refused(packed: PackedSeqParams, says: str):
+    with pytest.raises(ValueError, match=says):
+        packed_documents(packed, 9)
+
+
+def test_rows_of_several_sequences_are_refused():
+    with pytest.raises(ValueError, match="2 sequences of tokens"):
+        packed_documents(boundaries(4, 9), 9, batch=2)
+
+
+def test_each_document_is_split_in_zigzag_order():
+    found = packed_documents(boundaries(4, 12), 12)
+    assert zigzag_positions(12, 2, packed=found).tolist() == [
+        [0, 3, 4, 5, 10, 11],
+        [1, 2, 6, 7, 8, 9],
+    ]
+    with pytest.raises(ValueError, match="Pad each document to a multiple of 4"):
+        zigzag_positions(12, 2, packed=packed_documents(boundaries(6, 12), 12))
+
+
+def refusals() -> list[str]:
+    setup.initialize()
+    config = setup.tiny_config(
+        num_layers=8, **EXPERTS | {"moe_router_load_balancing_type": "seq_aux_loss"}
+    )
+    block = recursion_block_spec(config, RecursionConfig(3, router=ROUTERS["expert"]))
+    (model,) = setup.tiny_gpt(config, block=lambda _c, _v: block)
+    batch, said = pack(documents()[0], False), []
+    length = batch["tokens"].shape[1]
+    mask = torch.ones(1, 1, length, length).triu(1).bool()
+    layer, hidden = model.decoder.layers[1], torch.zeros(length, 1, config.hidden_size)
+    table = torch.zeros(14, 1, 1, 8)
+    joined = replace(batch["packed"], tokens_per_sample=length // 2)
+    for given in (
+        {"attention_mask": mask},
+        {"rotary_pos_emb": table},
+        {"packed_seq_params": joined},
+    ):
+        try:
+            layer(hidden, **({"packed_seq_params": batch["packed"]} | given))
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def test_what_does_not_go_with_packed_documents_is_refused(pool: WorkerPool) -> None:
+    mask, table, joined = pool.run(refusals)[0]
+    assert "attention_mask would have no effect" in mask
+    assert "max_seqlen_q=14, but a document of 15 tokens" in table
+    assert "Use a micro-batch of one sample" in joined
