@@ -43,6 +43,7 @@ FURTHER: tuple[tuple[str, Trial], ...] = (
     ("moe_router_score_function", moe("sqrtsoftplus")),
     ("moe_router_topk_scaling_factor", moe(2.5, moe_router_pre_softmax=True)),
     ("mtp_num_layers", moe(1)),
+    ("mtp_num_layers", spread(1, PP2, **PP, pipeline_model_parallel_layout="Et|t*6,tmL")),
     ("multi_latent_attention", moe(True, **MLA | {"rope_type": "yarn", "mtp_num_layers": 1})),
     ("multi_latent_attention", dense(True, **MLA | {"q_lora_rank": None, "qk_layernorm": False})),
     ("num_query_groups", dense(None)),
