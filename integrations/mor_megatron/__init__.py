@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         RoutingReport,
         SDPACoreAttention,
     )
-    from mor_megatron.models import default_layer_spec, recursion_block_spec
+    from mor_megatron.models import default_layer_spec, mtp_block_spec, recursion_block_spec
     from mor_megatron.models.gpt import recursion_layer_spec
     from mor_megatron.pipeline import (
         connect_stages,

@@ -9,10 +9,10 @@ a recursion deliberately does something else.
 
 from megatron.core.activations import squared_relu
 
-from tests.distributed.fields.equal import EQUAL, EQUAL_TO_ONE_RANK
+from tests.distributed.fields.equal import EQUAL, EQUAL_TO_ONE_RANK, PP, PP2
 from tests.distributed.fields.refused import REFUSED
 from tests.distributed.fields.rejected import REJECTED
-from tests.distributed.fields.trial import MLA, Trial, dense, moe, refused, refused_moe
+from tests.distributed.fields.trial import MLA, Trial, dense, moe, refused, refused_moe, spread
 from tests.distributed.fields.without_effect import WITHOUT_EFFECT
 
 __all__ = [
