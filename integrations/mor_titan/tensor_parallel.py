@@ -1,4 +1,4 @@
-"""Tensor parallelism of a MoRTransformer: heads, MLPs and experts are divided over the ranks of a group.
+"""Tensor parallelism of a MoRTransformer: heads, widths and the vocabulary are divided over ranks.
 
 Attention, an MLP and the experts of a layer are divided regions. The same states enter them on every
 rank, each rank computes its part, and the parts are summed as they leave:
@@ -6,25 +6,26 @@ rank, each rank computes its part, and the parts are summed as they leave:
     forward    states  ->  part of this rank  ->  all-reduce  ->  states
     backward   all-reduce  <-  part of this rank  <-  gradients
 
-Everything else is computed by every rank alike, and therefore all ranks take the same decisions: which
-tokens run a step, which experts they take, what is cached for later steps.
+The embedding and the projection to logits are divided by rows of the vocabulary: embeddings are summed
+over ranks, logits are gathered. If the number of ranks does not divide the vocabulary, both stay whole.
 
-Every parameter is a DTensor over the group, as FSDP2, gradient clipping, the optimizer and checkpoints
-expect. The modules of mor_layers read this rank's part of it as a plain tensor and know nothing of ranks.
+Everything else is computed by every rank alike. So all ranks take the same decisions: which tokens run a
+step, which experts they take, what later steps see.
 
 Source: Shoeybi et al. 2019 (arXiv 1909.08053), section 3.
 
-Legend: `n` query heads, `g` key-value heads, `d` head size, `f` MLP width, `h` hidden, `e` experts,
-`q` rank of a delta.
+Legend: `b` batch, `s` sequence, `h` hidden, `n` query heads, `g` key-value heads, `d` head size, `f` MLP
+width, `e` experts, `q` rank of a delta, `v` vocabulary, `w` this rank's part of it.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from math import gcd
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -43,6 +44,7 @@ from mor_layers.layers import (
     weights_of,
 )
 from mor_layers.models import DecoderLayer
+from mor_titan.local_parameters import read_locally
 
 
 def require_divisible(decoder: DecoderConfig, degree: int) -> None:
@@ -71,17 +73,13 @@ def divide(model: MoRTransformer, mesh: DeviceMesh) -> None:
     Args:
         model: the whole model, the same on every rank or on the meta device.
     """
-    layers = [module for module in model.modules() if isinstance(module, DecoderLayer)]
     layouts: dict[nn.Parameter, Layout] = {}
-    for layer in layers:
+    for layer in (module for module in model.modules() if isinstance(module, DecoderLayer)):
         layouts |= dict(_layouts(layer))
-        for region in _regions(layer):
-            _sum_over_ranks(region, mesh)
-        outputs = [layer.attention.output, getattr(layer.mlp, "down", None)]
-        for linear in (linear for linear in outputs if isinstance(linear, RelaxedLinear)):
-            for delta in linear.deltas:
-                delta.__class__ = ColumnsOfDelta
-                cast(ColumnsOfDelta, delta).group = mesh.get_group()
+        _divide_layer(layer, mesh)
+    if model.config.vocab_size % mesh.size() == 0:
+        layouts |= dict.fromkeys((model.embedding.weight, model.output.weight), divided(0))
+        _divide_vocabulary(model, mesh)
     distributed: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter stays one
     for module in model.modules():
         gradients = {}
@@ -90,14 +88,13 @@ def divide(model: MoRTransformer, mesh: DeviceMesh) -> None:
                 continue
             layout = layouts.get(parameter, WHOLE)
             if parameter not in distributed:
-                part = distribute_tensor(
-                    parameter.detach(), mesh, [layout.parameter], src_data_rank=None
-                )
-                distributed[parameter] = nn.Parameter(part, parameter.requires_grad)
+                # Every rank has the whole parameter, so no rank sends it to the others.
+                part = distribute_tensor(parameter, mesh, [layout.parameter], src_data_rank=None)
+                distributed[parameter] = nn.Parameter(part.detach(), parameter.requires_grad)
             module._parameters[name] = distributed[parameter]
             gradients[name] = layout.gradient
         if gradients:
-            _read_locally(module, gradients)
+            read_locally(module, gradients)
 
 
 @dataclass(frozen=True)
@@ -158,8 +155,48 @@ def _of_rows(linear: Projected) -> Iterator[tuple[nn.Parameter, Layout]]:
     yield from ((cast(nn.Parameter, part), divided(1)) for part in parts)
 
 
-def _deltas(linear: Projected) -> list[StepDelta]:
+def _deltas(linear: Projected | None) -> list[StepDelta]:
     return cast(list[StepDelta], [*linear.deltas]) if isinstance(linear, RelaxedLinear) else []
+
+
+def _divide_layer(layer: DecoderLayer, mesh: DeviceMesh) -> None:
+    """Make regions of a layer's attention and MLP, or experts."""
+
+    def enter(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        states, second, *rest = arguments
+        if isinstance(module, Experts):
+            assignment = cast(Assignment, second)  # each rank's gates see its part of the outputs
+            second = replace(assignment, gates=_entering(assignment.gates, mesh))
+        return _entering(states, mesh), second, *rest
+
+    for region in _regions(layer):
+        region.register_forward_pre_hook(enter)
+        region.register_forward_hook(lambda module, arguments, part: _summed(part, mesh))
+    for linear in (layer.attention.output, getattr(layer.mlp, "down", None)):
+        for delta in _deltas(linear):
+            delta.__class__ = ColumnsOfDelta
+            cast(ColumnsOfDelta, delta).group = mesh.get_group()
+
+
+def _divide_vocabulary(model: MoRTransformer, mesh: DeviceMesh) -> None:
+    """Divide the embedding and the projection to logits by rows."""
+    model.embedding.__class__ = RowsOfEmbedding
+    cast(RowsOfEmbedding, model.embedding).mesh = mesh
+    model.output.register_forward_pre_hook(lambda module, states: (_entering(*states, mesh),))
+    model.output.register_forward_hook(lambda module, states, part: _gathered(part, mesh))
+
+
+class RowsOfEmbedding(nn.Embedding):
+    """An embedding of which each rank of `mesh` has as many rows."""
+
+    mesh: DeviceMesh
+
+    def forward(self, input: Int[Tensor, "s b"]) -> Float[Tensor, "s b h"]:
+        rows = self.weight  # [w h]
+        own = input - self.mesh.get_local_rank() * len(rows)
+        is_own = (own >= 0) & (own < len(rows))
+        found = F.embedding(own.where(is_own, 0), rows)
+        return _summed(found * is_own[..., None], self.mesh)
 
 
 class ColumnsOfDelta(StepDelta):
@@ -172,51 +209,19 @@ class ColumnsOfDelta(StepDelta):
         return norms_over_ranks(super().norms(weight), self.group)
 
 
-def _sum_over_ranks(region: nn.Module, mesh: DeviceMesh) -> None:
-    """Sum the region's outputs over ranks and, in the backward pass, the gradients of its inputs."""
-
-    def entering(states: Tensor) -> Tensor:
-        whole = DTensor.from_local(states, mesh, [Replicate()], run_check=False)
-        return whole.to_local(grad_placements=[Partial()])
-
-    def enter(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        states, second, *rest = arguments
-        if isinstance(module, Experts):
-            assignment = cast(Assignment, second)  # each rank's gates see its part of the outputs
-            second = replace(assignment, gates=entering(assignment.gates))
-        return entering(states), second, *rest
-
-    def leave(module: nn.Module, arguments: tuple[Any, ...], part: Tensor) -> Tensor:
-        parts = DTensor.from_local(part, mesh, [Partial()], run_check=False)
-        return parts.redistribute(placements=[Replicate()]).to_local()
-
-    region.register_forward_pre_hook(enter)
-    region.register_forward_hook(leave)
+def _entering(states: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The same states, whose gradients are summed over ranks, each of which computes a part of them."""
+    whole = DTensor.from_local(states, mesh, [Replicate()], run_check=False)
+    return whole.to_local(grad_placements=[Partial()])
 
 
-def _read_locally(module: nn.Module, gradients: dict[str, Placement]) -> None:
-    """Let a module read its DTensor parameters as this rank's plain tensors.
-
-    `module.parameters()` and the state dict still have the DTensors, so that FSDP2 may replace them.
-
-    Args:
-        gradients: the placement of the gradient of each parameter, by name.
-    """
-    module.__class__ = _reader(type(module), tuple(gradients))
-    object.__setattr__(module, "_gradient_placements", gradients)
+def _summed(part: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The sum over ranks, whose gradient is that of every part."""
+    parts = DTensor.from_local(part, mesh, [Partial()], run_check=False)
+    return parts.redistribute(placements=[Replicate()]).to_local()
 
 
-@cache
-def _reader(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """A subclass of a module's class with a property for each parameter."""
-
-    def reading(name: str) -> property:
-        def local(module: Any) -> Tensor:
-            parameter = module._parameters[name]
-            if parameter.device_mesh.ndim > 1:  # a shard that FSDP2 has not gathered; it looks itself
-                return parameter
-            return parameter.to_local(grad_placements=[module._gradient_placements[name]])
-
-        return property(local)
-
-    return type(kind.__name__, (kind,), {name: reading(name) for name in names})
+def _gathered(part: Float[Tensor, "s b w"], mesh: DeviceMesh) -> Float[Tensor, "s b v"]:
+    """The parts of all ranks, each of which gets the gradient of its own part."""
+    parts = DTensor.from_local(part, mesh, [Shard(part.dim() - 1)], run_check=False)
+    return parts.redistribute(placements=[Replicate()]).to_local()

@@ -12,8 +12,11 @@ from mor_layers import DecoderConfig, MoRTransformer
 from mor_titan.tensor_parallel import divide
 
 
-def compare(config: DecoderConfig) -> dict[str, Tensor]:
+def compare(config: DecoderConfig, recompute: bool = False) -> dict[str, Tensor]:
     """Assert that loss, logits and gradients of the divided model are those of the whole one.
+
+    Args:
+        recompute: whether the divided model recomputes its layers.
 
     Returns:
         This rank's own gradients of the parameters that are whole on every rank.
@@ -24,6 +27,8 @@ def compare(config: DecoderConfig) -> dict[str, Tensor]:
         for parameter in whole.parameters():  # some begin at 0 and would hide mistakes
             parameter.add_(0.1 * torch.randn_like(parameter))
     parts = deepcopy(whole)
+    for recursion in parts.recursions:
+        recursion.recompute = recompute
     divide(parts, init_device_mesh("cpu", (get_world_size(),), mesh_dim_names=("tp",)))
     expected = _run(whole)
     found = _run(parts)
