@@ -1,7 +1,7 @@
 """DTensor parameters that modules read as plain tensors, so that the modules know nothing of ranks.
 
-`module.weight` is this rank's part, while `module.parameters()` and the state dict have the DTensor, which
-FSDP2, gradient clipping, the optimizer and checkpoints need.
+`module.weight` is this rank's part, while `module.parameters()` and the state dict have the DTensor,
+which FSDP2, gradient clipping, the optimizer and checkpoints need.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from torch.distributed.tensor import Placement
 
 
 def read_locally(module: nn.Module, gradients: Mapping[str, Placement]) -> None:
-    """Let a module read its own parameters, which are DTensors over one mesh dimension, as plain tensors.
+    """Let a module read its own parameters, DTensors over one mesh dimension, as plain tensors.
 
     Args:
         gradients: for each parameter, which part of its gradient this rank's backward pass computes.

@@ -29,7 +29,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
 
 from mor_layers import DecoderConfig, MoRTransformer
 from mor_layers.layers import (
@@ -73,7 +80,7 @@ def divide(model: MoRTransformer, mesh: DeviceMesh) -> None:
     Args:
         model: the whole model, the same on every rank or on the meta device.
     """
-    layouts: dict[nn.Parameter, Layout] = {}
+    layouts: dict[Tensor, Layout] = {}
     for layer in (module for module in model.modules() if isinstance(module, DecoderLayer)):
         layouts |= dict(_layouts(layer))
         _divide_layer(layer, mesh)
@@ -110,7 +117,7 @@ class Layout:
 WHOLE = Layout(Replicate(), Replicate())
 """All ranks compute the same with it."""
 WHOLE_IN_REGION = Layout(Replicate(), Partial())
-"""It stands in a divided region, where ranks compute different things with it, whose gradients add up."""
+"""It is part of a divided region: each rank computes another part with it, and gradients add up."""
 
 
 def divided(dim: int) -> Layout:
@@ -123,7 +130,7 @@ def _regions(layer: DecoderLayer) -> tuple[nn.Module, nn.Module]:
     return layer.attention, layer.mlp.experts if isinstance(layer.mlp, MoE) else layer.mlp
 
 
-def _layouts(layer: DecoderLayer) -> Iterator[tuple[nn.Parameter, Layout]]:
+def _layouts(layer: DecoderLayer) -> Iterator[tuple[Tensor, Layout]]:
     """The layout of all parameters in divided regions; what comes later replaces what came before."""
     attention, mlp = layer.attention, layer.mlp
     for region in _regions(layer):
@@ -132,7 +139,8 @@ def _layouts(layer: DecoderLayer) -> Iterator[tuple[nn.Parameter, Layout]]:
         yield from _of_columns(linear)  # [nd h], [gd h]; of latent attention [nd q], [n(u+v) c]
     yield from _of_rows(attention.output)  # [h nd]
     if isinstance(mlp, MoE):
-        yield from ((weight, divided(1)) for weight in (mlp.experts.gate, mlp.experts.up))  # [e f h]
+        yield mlp.experts.gate, divided(1)  # [e f h]
+        yield mlp.experts.up, divided(1)  # [e f h]
         yield mlp.experts.down, divided(2)  # [e h f]
     else:
         for linear in (mlp.gate, mlp.up):
@@ -140,19 +148,19 @@ def _layouts(layer: DecoderLayer) -> Iterator[tuple[nn.Parameter, Layout]]:
         yield from _of_rows(mlp.down)  # [h f]
 
 
-def _of_columns(linear: Projected) -> Iterator[tuple[nn.Parameter, Layout]]:
+def _of_columns(linear: Projected) -> Iterator[tuple[Tensor, Layout]]:
     """A projection whose outputs are divided: `[o i]`, biases `[o]`, deltas `b [o q]`."""
     biases = linear.biases if isinstance(linear, StepLinear) else [linear.bias]
     parts = [*weights_of(linear), *biases]
     for delta in _deltas(linear):
         parts += [delta.b, delta.magnitude]
-    yield from ((cast(nn.Parameter, part), divided(0)) for part in parts if part is not None)
+    yield from ((part, divided(0)) for part in parts if part is not None)
 
 
-def _of_rows(linear: Projected) -> Iterator[tuple[nn.Parameter, Layout]]:
+def _of_rows(linear: Projected) -> Iterator[tuple[Tensor, Layout]]:
     """A projection whose inputs are divided, without a bias: `[o i]`, deltas `a [q i]`."""
     parts = [*weights_of(linear), *(delta.a for delta in _deltas(linear))]
-    yield from ((cast(nn.Parameter, part), divided(1)) for part in parts)
+    yield from ((part, divided(1)) for part in parts)
 
 
 def _deltas(linear: Projected | None) -> list[StepDelta]:

@@ -49,7 +49,7 @@ def compare(config: DecoderConfig, recompute: bool = False) -> dict[str, Tensor]
             atol=1e-5,
             msg=lambda text, name=name: f"{name}: {text}",
         )
-        if parameter.placements == parameter.grad.placements and parameter.placements[0].is_replicate():
+        if parameter.placements[0].is_replicate() and parameter.grad.placements[0].is_replicate():
             own[name] = parameter.grad.to_local()
     return own
 

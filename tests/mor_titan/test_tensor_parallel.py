@@ -56,8 +56,12 @@ CASES = {
     "sharing with update, biases": decoder(
         router=TokenChoice(), kv_policy="sharing_with_update", qkv_bias=True
     ),
-    "exit state, norms of heads": decoder(router=TokenChoice(), kv_policy="exit_state", qk_norm=True),
-    "own attention, norms of heads": decoder(own_per_step=("attention",), qk_norm=True, qkv_bias=True),
+    "exit state, norms of heads": decoder(
+        router=TokenChoice(), kv_policy="exit_state", qk_norm=True
+    ),
+    "own attention, norms of heads": decoder(
+        own_per_step=("attention",), qk_norm=True, qkv_bias=True
+    ),
     "own MLP, norms of steps, tied embeddings": decoder(
         own_per_step=("mlp",), share_norms=False, tie_embeddings=True
     ),
@@ -109,7 +113,8 @@ def test_a_divided_model_computes_what_the_whole_one_does(pool: WorkerPool, case
     first, second = pool.run(compare, 2, config=CASES[case])
     assert first.keys() == second.keys() and "norm.weights.0" in first
     for name, gradient in first.items():
-        assert torch.equal(gradient, second[name]), name  # or copies of a parameter would drift apart
+        # Otherwise the copies of a parameter would drift apart.
+        assert torch.equal(gradient, second[name]), name
 
 
 def test_layers_are_recomputed_in_the_backward_pass(pool: WorkerPool) -> None:
@@ -128,9 +133,9 @@ def test_every_setting_of_a_decoder_has_a_case() -> None:
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"num_kv_heads": 1}, "divide all of num_heads=4, num_kv_heads=1, ffn_hidden_size=12. Use one of 1,"),
+        ({"num_kv_heads": 1}, "of num_heads=4, num_kv_heads=1, ffn_hidden_size=12. Use one of 1,"),
         ({"moe": MoEConfig(4, 2, 9)}, "num_heads=4, num_kv_heads=4, the width of an expert=9"),
-        ({"moe": EXPERTS, "dense_ends": True}, "ffn_hidden_size=12, the width of an expert=6. Use one of 1, 2,"),
+        ({"moe": EXPERTS, "dense_ends": True}, "=12, the width of an expert=6. Use one of 1, 2,"),
         ({"latent_attention": LATENT}, "num_heads=4, ffn_hidden_size=12. Use one of 1, 2, 4,"),
     ],
 )

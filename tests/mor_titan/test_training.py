@@ -181,8 +181,9 @@ def test_a_run_of_one_rank_resumes_on_tensor_parallel_ranks(
 def test_bf16_on_tensor_parallel_ranks_stays_close_to_fp32(
     assets: Path, tmp_path: Path, alone
 ) -> None:
+    layout = LAYOUTS["FSDP2 and tensor parallelism"]
     options = ("--training.mixed_precision_param", "bfloat16")
-    run = trained(assets, tmp_path, "expert_choice", LAYOUTS["FSDP2 and tensor parallelism"], *options)
+    run = trained(assets, tmp_path, "expert_choice", layout, *options)
     expected, _ = alone("expert_choice")
     assert run.losses != pytest.approx(expected.losses, abs=1e-5)  # it computed in bf16
     assert run.losses == pytest.approx(expected.losses, abs=0.02)
@@ -210,7 +211,7 @@ def test_what_is_not_supported_is_refused_by_name() -> None:
         tensor_parallel: None,
     }
     command = [sys.executable, "-m", "tests.mor_titan.refusals", *expected]
-    printed = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-    reasons = json.loads(printed.splitlines()[-1])
+    run = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    reasons = json.loads(run.stdout.splitlines()[-1])
     for reason, part in zip(reasons, expected.values(), strict=True):
         assert reason is None if part is None else part in reason, reason
