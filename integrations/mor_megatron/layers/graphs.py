@@ -29,7 +29,9 @@ def graph_rules(
         return []
     impl = f"cuda_graph_impl={config.cuda_graph_impl!r}"
     router = type(recursion.router).__name__
-    modules = cast("list[CudaGraphModule]", config.cuda_graph_modules)  # after Megatron's own checks
+    modules = cast(
+        "list[CudaGraphModule]", config.cuda_graph_modules
+    )  # after Megatron's own checks
     with torch.device("meta"):
         draws = recursion.router.build(1, recursion.num_recursions).draws
     return [
