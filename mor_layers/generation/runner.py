@@ -133,8 +133,8 @@ class ModelRunner:
         slots = [span.slot for span in spans for _ in span.ids]
         places = [place for span in spans for place in range(len(span.ids))]
         positions = [span.start + place for span in spans for place in range(len(span.ids))]
-        tokens = torch.tensor([slots, positions, places], dtype=torch.long)
-        return tokens.to(self.cached.device).unbind()
+        tokens = torch.tensor([slots, positions, places], dtype=torch.long).to(self.cached.device)
+        return tokens[0], tokens[1], tokens[2]
 
     def _route(self, pool: Pool) -> Pool:
         """Route the tokens. Return those that run their next step, and record those that exit."""
