@@ -30,6 +30,7 @@ from mor_layers import RecursionBlock, RecursionConfig, RecursionOutput, Routing
 from mor_layers.recursion import over_loops
 from mor_megatron.layers.block_part import BlockPart, CombiningRouter
 from mor_megatron.layers.experts.router import StepTopKRouter
+from mor_megatron.layers.graphs import is_graphed, require_whole_block
 from mor_megatron.layers.own_sublayers import attentions_of
 from mor_megatron.layers.quantization import require_one_precision
 from mor_megatron.layers.routing.auxiliary_loss import RouterLossScaler, listen_for_loss_scale
@@ -123,6 +124,7 @@ class RecursionLayer(TransformerLayer):
         **unused: Any,
     ) -> None:
         validate(config, recursion)
+        require_whole_block(config, is_whole=part is None)
         config.hetereogenous_dist_checkpoint = True
         listen_for_loss_scale(config)
         # Not TransformerLayer.__init__, which would build the parts of a single layer.
@@ -185,6 +187,25 @@ class RecursionLayer(TransformerLayer):
         self.has_fixed_capacities = factors is not None
 
     @property
+    def is_graphed(self) -> bool:
+        """Whether the pass that runs is one of training in a CUDA graph (see `graphs`)."""
+        return is_graphed(self.config) and self.training
+
+    def _should_call_local_cudagraph(self, *args: Any, **kwargs: Any) -> bool:
+        # Evaluation, which may route causally, would replay the pass of training.
+        is_training = self.training and not self.causal_routing
+        return is_training and super()._should_call_local_cudagraph(*args, **kwargs)
+
+    def _refuse_unequal_sequences(self, **inputs: Any) -> None:
+        for name, given in inputs.items():
+            if given is not None:
+                raise ValueError(
+                    f"{name} cannot be used with cuda_graph_impl={self.config.cuda_graph_impl!r}: how "
+                    "many tokens are selected would depend on it. Train on sequences of one document "
+                    "without padding (create_attention_mask=False), or use cuda_graph_impl='none'."
+                )
+
+    @property
     def expert_routers(self) -> list[StepTopKRouter]:
         """The expert routers of the shared layers, in order."""
         return [m for m in self.recursion.layers.modules() if isinstance(m, StepTopKRouter)]
@@ -226,6 +247,12 @@ class RecursionLayer(TransformerLayer):
             ValueError: an input is given that the recursion does not support.
         """
         refuse_inputs(attention_bias=attention_bias)
+        if self.is_graphed:
+            self._refuse_unequal_sequences(
+                attention_mask=attention_mask,
+                padding_mask=padding_mask,
+                packed_seq_params=packed_seq_params,
+            )
         if inference_context is not None:
             refuse_inputs(padding_mask=padding_mask, packed_seq_params=packed_seq_params)
             length = inference_context.sequence_len_offset + len(hidden_states)
@@ -241,7 +268,7 @@ class RecursionLayer(TransformerLayer):
             hidden_states = relayout.to_sequence(hidden_states)
         # Recomputation runs the forward pass twice, the first time without gradients. It is counted
         # once.
-        is_counted = torch.is_grad_enabled() or not self.training
+        is_counted = not self.is_graphed and (torch.is_grad_enabled() or not self.training)
         if is_counted:
             self._begin_counting()
         for router in self.expert_routers:
@@ -402,6 +429,9 @@ class AbsorbedLayer(TransformerLayer):
         offset = get_transformer_layer_offset(config, vp_stage, get_pg_rank(pp_group))
         self.layer_number = layer_number + offset
         self.is_mtp_layer = self.is_moe_layer = False
+
+    def create_mcore_cudagraph_manager(self, config: TransformerConfig) -> None:
+        """Nothing: there is nothing to capture."""
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, *args: Any, context: Tensor | None = None, **kwargs: Any

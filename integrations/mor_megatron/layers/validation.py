@@ -5,6 +5,7 @@ from megatron.core.transformer import TransformerConfig
 
 from mor_layers import RecursionConfig
 from mor_layers.layers import MLP_PROJECTIONS
+from mor_megatron.layers.graphs import graph_rules
 from mor_megatron.parallel import LOOP_LOSS_RULES, Arrangement, Names, require_rules
 from mor_megatron.platform import has_transformer_engine
 
@@ -129,11 +130,7 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             f"mlp_chunks_for_training={config.mlp_chunks_for_training} with a mixture of experts",
             "Megatron passes chunks to the experts without the padding mask. Use 1.",
         ),
-        (
-            config.cuda_graph_impl != "none",
-            f"cuda_graph_impl={config.cuda_graph_impl!r}",
-            "the number of selected tokens varies. Use cuda_graph_impl='none'.",
-        ),
+        *graph_rules(config, recursion),
         (
             bool(config.fp8) and config.fp8_recipe == Fp8Recipe.delayed,
             f"fp8={config.fp8!r} with fp8_recipe='delayed'",

@@ -7,7 +7,7 @@ REFUSED: dict[str, Trial] = {
     "experimental_attention_variant": refused(
         "dsa", "layers that default_layer_spec does not build"
     ),
-    "external_cuda_graph": refused(True, "the number of selected tokens varies"),
+    "external_cuda_graph": refused(True, "captures the parts of plain layers"),
     "fine_grained_activation_offloading": refused(
         True, "would overwrite what it offloaded", offload_modules=["core_attn"]
     ),
@@ -34,7 +34,7 @@ REFUSED: dict[str, Trial] = {
         True, "layers that default_layer_spec does not build"
     ),
     "cpu_offloading": refused_later(True, "would overwrite what it offloaded"),
-    "cuda_graph_impl": refused_later("local", "the number of selected tokens varies"),
+    "cuda_graph_impl": refused_later("local", "each expert gets a number of tokens"),
     "delay_wgrad_compute": refused_later(True, "computed in the right order"),
     "fused_single_qkv_rope": refused_later(True, "takes the row number as the position"),
     "moe_paged_stash": refused_later(
