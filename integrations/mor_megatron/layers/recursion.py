@@ -25,11 +25,12 @@ from megatron.core.transformer.transformer_layer import (
 )
 from megatron.core.transformer.utils import sharded_state_dict_default
 from megatron.core.utils import get_pg_rank, make_viewless_tensor
-from torch import Tensor
+from torch import Tensor, nn
 
 from mor_layers import RecursionBlock, RecursionConfig, RecursionOutput, RoutingDecision, Tokens
 from mor_layers.recursion import over_loops
-from mor_megatron.layers.block_part import BlockPart, CombiningRouter
+from mor_layers.routers import LoopState
+from mor_megatron.layers.block_part import BlockPart, CombiningRouter, UpdatingLoopState
 from mor_megatron.layers.experts.router import StepTopKRouter
 from mor_megatron.layers.latent_attention import RecursiveLatentAttention
 from mor_megatron.layers.own_sublayers import attentions_of
@@ -159,8 +160,11 @@ class RecursionLayer(TransformerLayer):
         step_input = None
         if part.routes:
             step_input = recursion.build_step_input(config.hidden_size, config.layernorm_epsilon)
-        streams = recursion.build_streams(config.hidden_size)
-        history = recursion.build_history(config.hidden_size)
+        streams: LoopState | None = recursion.build_streams(config.hidden_size)
+        history: LoopState | None = recursion.build_history(config.hidden_size)
+        if not part.routes:
+            streams = streams and UpdatingLoopState(streams)
+            history = history and UpdatingLoopState(history)
         device = next(stack.parameters()).device
         for module in (router, step_input, streams, history):
             if module is None:
@@ -268,17 +272,24 @@ class RecursionLayer(TransformerLayer):
         Keys begin with `recursion.` and `layers`, `router`, `step_input`, `streams` or `history`.
         """
         assert not sharded_offsets, "layers of a recursion have keys of their own"
-        parts = {f"layers.{index}.": layer for index, layer in enumerate(self.recursion.layers)}  # type: ignore[arg-type]
+        parts: dict[str, Any] = {
+            f"layers.{index}.": layer
+            for index, layer in enumerate(self.recursion.layers)  # type: ignore[arg-type]
+        }
         state: dict[str, Any] = {}
-        parts["router."] = self.recursion.router
-        for name in ("step_input", "streams", "history"):
-            if getattr(self.recursion, name) is not None:
-                parts[f"{name}."] = getattr(self.recursion, name)
-        for name, module in parts.items():
+        for name, module in (parts | self._parts_beside_layers()).items():
             state |= sharded_state_dict_default(
                 module, f"{prefix}recursion.{name}", (), metadata, tp_group=self.tp_group
             )
         return state
+
+    def _parts_beside_layers(self) -> dict[str, nn.Module]:
+        """What a recursion has beside its layers, by the prefix of its checkpoint keys."""
+        parts = {"router.": self.recursion.router}
+        for name in ("step_input", "streams", "history"):
+            if getattr(self.recursion, name) is not None:
+                parts[f"{name}."] = getattr(self.recursion, name)
+        return parts
 
     def _placement(self) -> SequenceParallelPlacement | None:
         """How the rows of a step are placed: in sequence order over the ranks that share a

@@ -124,7 +124,7 @@ def connect_stages(chunks: Sequence[nn.Module]) -> None:
         # sequence. The coda needs a table of the sequence's length.
         if named.get("rotary_pos_emb") is not None:
             length = first.layout.sequence_length(len(block.input_tensor))
-            named["rotary_pos_emb"] = named["rotary_pos_emb"][:length]
+            named["rotary_pos_emb"] = first.cut_table(named["rotary_pos_emb"], length)
         return inputs, named
 
     decoder = cast(nn.Module, chunks[-1].decoder)
