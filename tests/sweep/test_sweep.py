@@ -39,7 +39,7 @@ def test_a_case_is_described_by_what_is_unusual():
     ("changes", "reason"),
     [
         ({"layout": "EP"}, "has no effect without experts"),
-        ({"layout": "steps as stages", "keys and values": "exit_state"}, "exit_state"),
+        ({"layout": "steps as stages", "recipe": "sequence"}, "repeat one by one"),
         ({"recipe": "own MLP", "layers": "experts"}, "mixture of experts"),
         ({"recipe": "own MLP", "recomputed": "MLP"}, "recompute_modules"),
         ({"layers": "GELU with biases", "recomputed": "MLP"}, "never ends"),

@@ -125,6 +125,8 @@ class RecursionLayer(TransformerLayer):
         **unused: Any,
     ) -> None:
         validate(config, recursion)
+        if part is None and recursion.loop_loss is not None:
+            _require_room_for_all_loops(config)
         config.hetereogenous_dist_checkpoint = True
         listen_for_loss_scale(config)
         # Not TransformerLayer.__init__, which would build the parts of a single layer.
@@ -442,6 +444,24 @@ class AbsorbedLayer(TransformerLayer):
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Empty: this layer has no parameters."""
         return {}
+
+
+def _require_room_for_all_loops(config: TransformerConfig) -> None:
+    """Raise ValueError if the stages after a recursion would expect the states of a single loop."""
+    if config.pipeline_model_parallel_size == 1:
+        return
+    if config.virtual_pipeline_model_parallel_size is not None:
+        raise ValueError(
+            "loop_loss cannot be used with a recursion inside one of several virtual stages: Megatron's "
+            "interleaved schedule receives tensors before it knows their size. Set "
+            "virtual_pipeline_model_parallel_size=None, or use recursion_pipeline_spec."
+        )
+    if not config.variable_seq_lengths:
+        raise ValueError(
+            "loop_loss with pipeline parallelism sends the states of all loops to the stages after the "
+            "recursion, which variable_seq_lengths=False gives no room for. Set "
+            "variable_seq_lengths=True on all stages, as recursion_block_spec does."
+        )
 
 
 def refuse_inputs(**inputs: Any) -> None:

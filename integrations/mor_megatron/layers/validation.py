@@ -239,7 +239,9 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             "batch_p2p_comm=False.",
         ),
         (
-            config.variable_seq_lengths and config.moe_token_dispatcher_type != "alltoall",
+            config.variable_seq_lengths
+            and config.moe_token_dispatcher_type != "alltoall"
+            and recursion.loop_loss is None,  # which varies the batch, and alike on all ranks
             f"variable_seq_lengths=True with moe_token_dispatcher_type="
             f"{config.moe_token_dispatcher_type!r}",
             "Megatron requires moe_token_dispatcher_type='alltoall' with it, even for a dense "

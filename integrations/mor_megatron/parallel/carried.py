@@ -1,8 +1,8 @@
 """The size of the tensors sent between stages if each recursion step is a virtual pipeline stage.
 
 The tensor holds what all tokens carry, then the rows of the tokens in the block, then metadata as raw
-bits: the document of each token of the sequence if there are several, and for each token in the block its
-position, gate, router plan and notes. `mor_megatron.pipeline.state` packs it.
+bits: the document of each token of the sequence if there are several, and for each token in the block
+its position, gate, router plan and notes. `mor_megatron.pipeline.state` packs it.
 """
 
 import math

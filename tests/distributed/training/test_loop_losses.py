@@ -12,6 +12,8 @@ from mor_layers import DecoderConfig, ExpertChoice, MoRTransformer, RecursionCon
 from mor_layers.recursion import LoopLoss
 from mor_megatron import recursion_block_spec
 from mor_megatron.checkpoints import decoder_tensors, whole_tensors
+from mor_megatron.layers import RecursionLayer, RecursionSubmodules
+from mor_megatron.models import default_layer_spec
 from mor_megatron.training import weigh_loops
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pool import WorkerPool
@@ -39,8 +41,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], RecursionConfig]] 
     "ep x full recompute": (2, {"ep": 2}, MOE | FULL_RECOMPUTE, FIXED),
     "tp": (2, {"tp": 2}, {}, TOKEN),
     "dp": (2, {}, {}, FIXED),
+    "pp, token": (2, {"pp": 2}, {}, TOKEN),
+    "pp x full recompute, experts": (3, {"pp": 3}, MOE | FULL_RECOMPUTE, EXPERT),
 }
-DAILY = list(LAYOUTS)[:2]
+DAILY = ("tp+sp, expert", "ep x full recompute", "pp, token")
 
 
 @dataclass(frozen=True)
@@ -132,10 +136,19 @@ def refusals() -> list[str]:
     with pytest.raises(ValueError, match="loop_loss") as error:
         model(ids[:, :-1], torch.arange(8)[None], None, labels=ids[:, 1:])
     messages.append(str(error.value))
-    for options in ({"pipeline_model_parallel_size": 2}, {"mtp_num_layers": 1}):
-        with pytest.raises(ValueError, match="loop_loss") as error:
-            validate(setup.tiny_config(num_layers=8, **options), FIXED)
-        messages.append(str(error.value))
+    with pytest.raises(ValueError, match="loop_loss") as error:
+        validate(setup.tiny_config(num_layers=8, mtp_num_layers=1), FIXED)
+    messages.append(str(error.value))
+    config = setup.tiny_config(num_layers=8)
+    config.pipeline_model_parallel_size = 2
+    parts: Any = RecursionSubmodules([default_layer_spec(config)] * 2)
+    with pytest.raises(ValueError, match="loop_loss") as error:
+        RecursionLayer(config, parts, recursion=FIXED)
+    messages.append(str(error.value))
+    config.virtual_pipeline_model_parallel_size, config.overlap_p2p_comm = 2, True
+    with pytest.raises(ValueError, match="loop_loss") as error:
+        RecursionLayer(config, parts, recursion=FIXED)
+    messages.append(str(error.value))
     return messages
 
 
@@ -143,7 +156,8 @@ def test_what_cannot_weigh_loops_is_refused_with_the_way_out(pool: WorkerPool) -
     (messages,) = pool.run(refusals, 1)
     ways_out = [
         "Call mor_megatron.training.weigh_loops(model)",
-        "Use pipeline_model_parallel_size=1",
         "Leave one of them out",
+        "Set variable_seq_lengths=True on all stages",
+        "or use recursion_pipeline_spec",
     ]
     assert all(way in message for way, message in zip(ways_out, messages, strict=True))
