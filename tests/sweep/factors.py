@@ -64,6 +64,7 @@ ROUTERS = {
     "random loops": RandomLoops(seed=0),
     "adaptive halting": AdaptiveHalting(),
     "exit gate": ExitGate(),
+    "taught exit gate": ExitGate(teaching=0.5),
 }
 RECIPES: dict[str, dict[str, Any]] = {
     "plain": {},

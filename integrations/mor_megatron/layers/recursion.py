@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from jaxtyping import Bool, Float
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
@@ -108,6 +109,9 @@ class RecursionLayer(TransformerLayer):
     compiled: tuple[Any, ...] = ()
     """The compiled recursion, if `training.compile_recursions` was called. In a tuple, because modules
     register attributes that are modules, and its weights are those of `recursion`."""
+    read_out: tuple[tuple[Tensor, ...], Tokens] | None = None
+    """What the last forward pass of training returned of every loop, detached, and its tokens: for a
+    router that learns exits, from when the states have been read out until `teach`."""
     returns_every_loop: bool | None = None
     """Whether to return the states after all loops as one batch (`mor_layers.recursion.over_loops`).
     `training.weigh_loops` sets it before each forward pass; None: it was not called."""
@@ -186,7 +190,8 @@ class RecursionLayer(TransformerLayer):
             history=history,
         )
         self.statistics = RoutingStatistics(recursion.num_recursions)
-        self.loop_loss = recursion.loop_loss
+        self.loop_loss, self.depth_balance = recursion.loop_loss, recursion.depth_balance
+        self.learns_exits = recursion.router.learns_exits
         factors = recursion.router.capacity_factors_for(recursion.num_recursions)
         self.has_fixed_capacities = factors is not None
 
@@ -214,6 +219,9 @@ class RecursionLayer(TransformerLayer):
         table; masks may have that many rows, as Megatron cuts them, or all rows of the sequence.
 
         Args:
+            context: how many layers each token ran since the last anchor, `[s b]`, which layers pass on
+                to one another (`depth_balance`). What cross-attention of other layers attends to is
+                passed on as it is.
             attention_mask: None if each sequence is one document. Otherwise Megatron's causal mask
                 `[b 1 s s]`, True where attention is not allowed; a document begins at every token
                 that cannot attend to the token before it.
@@ -230,7 +238,7 @@ class RecursionLayer(TransformerLayer):
             refuse_inputs(padding_mask=padding_mask)
             length = inference_context.sequence_len_offset + len(hidden_states)
             rotation = self._rotation(rotary_pos_emb, hidden_states, length)
-            return self._generate(hidden_states, inference_context, rotation), context
+            return self._generate(hidden_states, inference_context, rotation, context)
         tokens, num_documents = self._tokens(hidden_states, attention_mask, padding_mask)
         rotation = self._rotation(rotary_pos_emb, hidden_states, tokens.sequence_length)
         relayout = self._relayout(hidden_states, tokens.sequence_length)
@@ -249,6 +257,7 @@ class RecursionLayer(TransformerLayer):
             tokens,
             self.causal_routing,
             self._returns_every_loop(),
+            self._plan(context, tokens),
             rotation=rotation,
             num_documents=num_documents,
         )
@@ -256,12 +265,36 @@ class RecursionLayer(TransformerLayer):
             self.statistics.record(tokens, output)
         hidden = self._attach_losses(output)
         if output.states:
+            if self.learns_exits:
+                self.read_out = tuple(state.detach() for state in output.states), tokens
             hidden = self._all_loops(hidden, output.states, tokens)
         if relayout is not None:
             hidden = relayout.to_zigzag(hidden)
         hidden = hidden.contiguous()  # as pipeline stages send it; a history ends in a slice
         hidden = make_viewless_tensor(hidden, hidden.requires_grad, keep_graph=True)
-        return hidden, context
+        return hidden, self._ran(context, tokens, output)
+
+    def teach(
+        self, is_right: Bool[Tensor, "r s b"], is_counted: Bool[Tensor, "s b"]
+    ) -> Float[Tensor, ""]:
+        """The loss by which the router learns where the tokens of the last forward pass should exit.
+
+        Args:
+            is_right: whether the most likely token is the right one, read out after each step.
+            is_counted: which tokens have a label.
+        """
+        assert self.read_out is not None
+        (states, tokens), self.read_out = self.read_out, None
+        placement = self.recursion.placement
+
+        def gather(logits: Tensor) -> Tensor:
+            return placement.gather(logits[..., None], tokens.sequence_length)[..., 0]
+
+        if tokens.is_padding is not None:
+            is_counted = is_counted & ~tokens.is_padding
+        losses = self.recursion.router.teach(states, is_right, is_counted, gather)
+        loss = torch.stack(list(losses.values())).sum()
+        return loss * tokens.count if self.config.calculate_per_token_loss else loss
 
     def sharded_state_dict(
         self,
@@ -287,7 +320,7 @@ class RecursionLayer(TransformerLayer):
 
     def _parts_beside_layers(self) -> dict[str, nn.Module]:
         """What a recursion has beside its layers, by the prefix of its checkpoint keys."""
-        parts = {"router.": self.recursion.router}
+        parts: dict[str, nn.Module] = {"router.": self.recursion.router}
         for name in ("step_input", "streams", "history"):
             if getattr(self.recursion, name) is not None:
                 parts[f"{name}."] = getattr(self.recursion, name)
@@ -356,9 +389,15 @@ class RecursionLayer(TransformerLayer):
         )
 
     def _generate(
-        self, hidden: Tensor, memory: StaticInferenceContext, rotation: StepRotation | None
-    ) -> Tensor:
-        """`[n b h] -> [n b h]` for the prompt, or for the next tokens of each sequence."""
+        self,
+        hidden: Tensor,
+        memory: StaticInferenceContext,
+        rotation: StepRotation | None,
+        context: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`[n b h] -> [n b h]` for the prompt, or for the next tokens of each sequence, and the context
+        of the next layer.
+        """
         if self.config.sequence_parallel or not memory.is_static_batching():
             raise ValueError(
                 "a recursion generates with a StaticInferenceContext and sequence_parallel=False, "
@@ -372,9 +411,27 @@ class RecursionLayer(TransformerLayer):
         cache = StaticCache(memory, policy, steps, stack.layers_per_step, stack.first_layer, batch)
         tokens = cache.entering(length, hidden.device)
         self._begin_counting()
-        output = self.recursion(hidden, tokens, True, rotation=rotation, cache=cache)
+        plan = self._plan(context, tokens)
+        output = self.recursion(hidden, tokens, True, plan=plan, rotation=rotation, cache=cache)
         self.statistics.record(tokens, output)
-        return output.hidden
+        return output.hidden, self._ran(context, tokens, output)
+
+    def _plan(self, ran: Tensor | None, tokens: Tokens) -> Tensor | None:
+        """By how much each token's logit falls for the layers that it ran, `[s b 1]`."""
+        if self.depth_balance is None:
+            return None
+        ran = torch.zeros_like(tokens.positions) if ran is None else ran
+        return (self.depth_balance * ran)[..., None]
+
+    def _ran(
+        self, context: Tensor | None, tokens: Tokens, output: RecursionOutput
+    ) -> Tensor | None:
+        """What the next layer gets as its context."""
+        if self.depth_balance is None:  # at an anchor, counting begins anew
+            is_count = context is not None and not context.is_floating_point()
+            return None if is_count else context
+        ran = output.depths.gather(0, tokens.positions)
+        return ran if context is None else context + ran
 
     def _begin_counting(self) -> None:
         updates = getattr(self.config.finalize_model_grads_func, "updates_routers", False)

@@ -5,7 +5,7 @@ from megatron.core.transformer import TransformerConfig
 
 from mor_layers import RecursionConfig
 from mor_layers.layers import MLP_PROJECTIONS
-from mor_megatron.parallel import LOOP_LOSS_RULES, Arrangement, Names, require_rules
+from mor_megatron.parallel import SEVERAL_STAGES_RULES, Arrangement, Names, require_rules
 from mor_megatron.platform import has_transformer_engine
 
 
@@ -18,7 +18,7 @@ def validate(config: TransformerConfig, recursion: RecursionConfig) -> None:
     arrangement = Arrangement(
         config.num_layers, recursion, pipeline=config.pipeline_model_parallel_size
     )
-    require_rules(arrangement, LOOP_LOSS_RULES, Names())
+    require_rules(arrangement, SEVERAL_STAGES_RULES, Names())
     for is_wrong, given, reason in _rules(config, recursion):
         if is_wrong:
             raise ValueError(f"{given} cannot be used with a recursion: {reason}")

@@ -292,12 +292,14 @@ def recursion_parts(
                     f"another. Use the same value for all {steps} steps."
                 )
         # What surrounds the block is listed here.
+        router = recursion.router_of(len(blocks))
         own = replace(
             recursion,
             prelude_layers=None,
             coda_layers=None,
-            router=recursion.router_of(len(blocks)),
+            router=router,
             anchor_every=None,
+            depth_balance=recursion.depth_balance if router is recursion.router else None,
         )
         blocks.append([recursion_layer_spec(shared, own)] + [absorbed] * (len(unrolled) - 1))
     ends = [dense_layer_spec or spec for spec in layer_specs]

@@ -222,27 +222,29 @@ STEPS_AS_STAGES_RULES = (
 )
 """Rules for recursion steps as virtual pipeline stages."""
 
-LOOP_LOSS_RULES = (
+SEVERAL_STAGES_RULES = (
     Rule(
-        "depth balance: in the torch model",
-        lambda a: a.recursion is not None and a.recursion.depth_balance is not None,
+        "pipeline: depth balance in one stage",
+        lambda a: a.pipeline > 1 and a.recursion is not None and bool(a.recursion.depth_balance),
         lambda a, n: (
-            f"{n.recursion}.depth_balance={a.recursion and a.recursion.depth_balance} cannot be used in "
-            "Megatron: its layers do not tell the next one which tokens they ran. Leave it out, and put "
-            "anchors between the layers (anchor_every=2)."
+            f"{n.recursion}.depth_balance={a.recursion and a.recursion.depth_balance} cannot be used "
+            f"with {n.pipeline}={a.pipeline}: layers tell the next which tokens they ran, but stages "
+            f"send hidden states only. Use {n.pipeline}=1, or leave it out and put anchors between the "
+            "layers (anchor_every=2)."
         ),
     ),
     Rule(
-        "exit gate: taught in the torch model",
-        lambda a: a.recursion is not None and a.recursion.router.learns_exits,
+        "pipeline: an exit gate is taught in one stage",
+        lambda a: a.pipeline > 1 and a.recursion is not None and a.recursion.router.learns_exits,
         lambda a, n: (
-            f"{n.recursion}.router={a.recursion and a.recursion.router} cannot be taught in Megatron: "
-            "which read-outs are right is known to the output layer only, on parts of the vocabulary. "
-            "Train the gate in the torch model, or leave teaching out."
+            f"{n.recursion}.router={a.recursion and a.recursion.router} cannot be taught with "
+            f"{n.pipeline}={a.pipeline}: which read-outs are right is only known on the last stage, "
+            "and nothing is sent back but gradients of hidden states. Use "
+            f"{n.pipeline}=1, or leave teaching out."
         ),
     ),
 )
-"""Rules for a loss after every loop."""
+"""Rules for a recursion in a model of several pipeline stages, whatever its layout."""
 
 LAYOUT_RULES = (
     Rule(
@@ -287,7 +289,7 @@ LAYOUT_RULES = (
             "Megatron-Core requires it to train experts with tensor parallelism."
         ),
     ),
-    *LOOP_LOSS_RULES,
+    *SEVERAL_STAGES_RULES,
     *STEPS_AS_STAGES_RULES,
     Rule(
         "pipeline: layers do not divide",

@@ -6,6 +6,9 @@ from any GPTModel: the mean over loops, weighted by the prior. With the recursio
 the batch of all loops is sent to the stages after it; with steps as stages, the rank of the output layer
 keeps the states after each loop.
 
+A router that learns where tokens should exit is taught here as well: which read-outs are right is known
+as soon as there are logits.
+
 Legend: `b` batch, `s` sequence, `r` loops, `v` vocabulary.
 """
 
@@ -21,6 +24,8 @@ from torch import Tensor, nn
 
 from mor_layers.recursion import LoopLoss, expected_loss
 from mor_megatron.layers import AbsorbedLayer, RecursionLayer, recursion_layers
+from mor_megatron.layers.routing.auxiliary_loss import RouterLossScaler
+from mor_megatron.step import in_sequence_order
 
 
 def weigh_loops(model: nn.Module | Iterable[nn.Module]) -> None:
@@ -51,7 +56,7 @@ def weigh_loops(model: nn.Module | Iterable[nn.Module]) -> None:
         for gpt in outputs:
             gpt.register_forward_pre_hook(partial(_announce, recursion), with_kwargs=True)
     for gpt in outputs:
-        _weigh(gpt, loop_losses[0])
+        _weigh(gpt, loop_losses[0], [recursion for recursion in own if recursion.learns_exits])
     for gpt in models:
         for layer in gpt.decoder.layers:
             if not isinstance(layer, AbsorbedLayer):
@@ -75,16 +80,47 @@ def _announce(
     recursion.returns_every_loop = labels is not None
 
 
-def _weigh(model: GPTModel, loop_loss: LoopLoss) -> None:
+def _weigh(model: GPTModel, loop_loss: LoopLoss, taught: list[RecursionLayer]) -> None:
     loss_of_batch = model.compute_language_model_loss
 
     def weighted(labels: Tensor, logits: Tensor) -> Tensor:
         """`[b s], [s rb v] -> [b s]`."""
         loops = logits.shape[1] // labels.shape[0]
+        if loops == 1:
+            return loss_of_batch(labels, logits)
+        # First, because Megatron's cross entropy works in place.
+        lessons = [_lesson(recursion, labels, logits.detach()) for recursion in taught]
         losses = loss_of_batch(labels.repeat(loops, 1), logits)
-        return losses if loops == 1 else expected_loss(losses, loop_loss.weights(loops))
+        losses = expected_loss(losses, loop_loss.weights(loops))
+        for lesson in lessons:
+            losses = RouterLossScaler.apply(losses, lesson)
+        return losses
 
     model.compute_language_model_loss = weighted  # type: ignore[method-assign]
+
+
+def _lesson(recursion: RecursionLayer, labels: Tensor, logits: Tensor) -> Tensor:
+    """The loss of a router that learns where tokens should exit, given what all loops read out."""
+    guesses = _most_likely(logits, recursion.pg_collection.tp)  # [s rb]
+    labels = labels.T
+    is_right = (guesses.unflatten(1, (-1, labels.shape[1])) == labels[:, None]).int()  # [s r b]
+    is_counted = (labels >= 0).int()
+    if recursion.config.context_parallel_size > 1:
+        is_right, is_counted = (
+            in_sequence_order(part, recursion.pg_collection.cp) for part in (is_right, is_counted)
+        )
+    return recursion.teach(is_right.transpose(0, 1).bool(), is_counted.bool())
+
+
+def _most_likely(logits: Tensor, group: Any) -> Tensor:
+    """The tokens with the largest logits, `[s b v] -> [s b]`; this rank has a part of the vocabulary."""
+    best = logits.max(dim=-1)
+    rows = best.indices + group.rank() * logits.shape[-1]
+    parts = torch.stack([best.values.double(), rows.double()])
+    ranks = [torch.empty_like(parts) for _ in range(group.size())]
+    torch.distributed.all_gather(ranks, parts, group=group)
+    values, rows = torch.stack(ranks, dim=1)  # [rank s b] each
+    return rows.gather(0, values.argmax(dim=0, keepdim=True))[0].long()
 
 
 def _masks_of_all_loops(

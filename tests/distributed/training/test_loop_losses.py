@@ -10,9 +10,11 @@ from torch import Tensor
 
 from mor_layers import DecoderConfig, ExpertChoice, MoRTransformer, RecursionConfig, TokenChoice
 from mor_layers.recursion import LoopLoss
+from mor_layers.routers import ExitGate
 from mor_megatron import recursion_block_spec
 from mor_megatron.checkpoints import decoder_tensors, whole_tensors
 from mor_megatron.layers import RecursionLayer, RecursionSubmodules
+from mor_megatron.layers.routing.auxiliary_loss import RouterLossScaler
 from mor_megatron.models import default_layer_spec
 from mor_megatron.training import weigh_loops
 from tests.distributed import megatron_setup as setup
@@ -22,6 +24,7 @@ LOSS = LoopLoss("geometric", 0.3, scale_penalty=0.2)
 FIXED = RecursionConfig(3, loop_loss=LOSS)
 EXPERT = RecursionConfig(3, router=ExpertChoice(alpha=0.5), loop_loss=LOSS, coda_layers=2)
 TOKEN = RecursionConfig(3, router=TokenChoice(), loop_loss=LOSS)
+TAUGHT = RecursionConfig(3, router=ExitGate(teaching=0.5), loop_loss=LOSS)
 MOE = {
     "num_moe_experts": 4,
     "moe_router_topk": 2,
@@ -41,10 +44,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], RecursionConfig]] 
     "ep x full recompute": (2, {"ep": 2}, MOE | FULL_RECOMPUTE, FIXED),
     "tp": (2, {"tp": 2}, {}, TOKEN),
     "dp": (2, {}, {}, FIXED),
+    "tp+sp, taught gate": (2, {"tp": 2}, SP, TAUGHT),
+    "tp, taught gate": (2, {"tp": 2}, {}, TAUGHT),
+    "dp x full recompute, taught gate": (2, {}, FULL_RECOMPUTE, TAUGHT),
     "pp, token": (2, {"pp": 2}, {}, TOKEN),
     "pp x full recompute, experts": (3, {"pp": 3}, MOE | FULL_RECOMPUTE, EXPERT),
 }
-DAILY = ("tp+sp, expert", "ep x full recompute", "pp, token")
+DAILY = ("tp+sp, expert", "ep x full recompute", "pp, token", "tp+sp, taught gate")
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,36 @@ def beside_the_torch_model(recursion: RecursionConfig) -> list[tuple[float, floa
     theirs.train()
     assert theirs(ids, positions, mask).shape == (2, 16, 64)
     return found
+
+
+def gradients_of_the_gate() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Those of this model, and of the torch model with the same weights."""
+    setup.initialize()
+    decoder = DecoderConfig(64, 32, 64, 8, 4, 2, recursion=TAUGHT)
+    theirs, ours = built(TAUGHT, {}), MoRTransformer(decoder)
+    whole = whole_tensors([theirs])
+    assert whole is not None
+    ours.load_state_dict(decoder_tensors(whole, decoder))
+    text = setup.random_tokens(2, 16)
+    labels = text[:, 1:].clone()
+    guesses = ours.eval()(text[:, :-1]).logits.argmax(dim=-1)
+    labels[:, ::3] = guesses[:, ::3]  # so that the oracle finds some right
+    ours.train()(text[:, :-1], labels=labels).losses["exit_gate"].backward()
+    positions = torch.arange(16).expand(2, 16)
+    RouterLossScaler.set_loss_scale(torch.ones(()))
+    theirs(text[:, :-1], positions, None, labels=labels).mean().backward()
+    router = theirs.decoder.layers[1].recursion.router
+    return tuple(  # type: ignore[return-value]
+        {name: p.grad.clone() for name, p in of.named_parameters() if p.grad is not None}
+        for of in (router, ours.recursions[0].router)
+    )
+
+
+def test_the_gate_learns_what_it_learns_in_the_torch_model(pool: WorkerPool) -> None:
+    ((found, expected),) = pool.run(gradients_of_the_gate, 1)
+    assert set(expected) == {"norm", "weight", "bias"}
+    assert expected["weight"].abs().max() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("recursion", [FIXED, TOKEN])
