@@ -25,7 +25,13 @@ from mor_layers.profiling import named_range
 from mor_layers.recursion import Exited, ExitStateContext, SharingContext, begin_step
 from mor_megatron.layers import BlockPart, RecursionLayer, RecursionSubmodules, refuse_inputs
 from mor_megatron.pipeline.state import CarriedLayout, CarriedState, Flight, GradientsOfLaterSteps
-from mor_megatron.step import in_sequence_order, zigzag_positions
+from mor_megatron.step import (
+    PackedDocuments,
+    StepRotation,
+    in_sequence_order,
+    packed_documents,
+    zigzag_positions,
+)
 
 
 class Turns:
@@ -141,39 +147,45 @@ class RecursionStage(RecursionLayer):
         Raises:
             ValueError: an input is not supported by the recursion.
         """
-        refuse_inputs(
-            packed_seq_params=packed_seq_params,
-            inference_context=inference_context,
-            attention_bias=attention_bias,
-        )
+        refuse_inputs(inference_context=inference_context, attention_bias=attention_bias)
         recomputes, is_again = self.training and self.config.recompute_granularity == "full", False
         if recomputes:
             microbatch, is_again = turns.next(microbatch)
         if step == 0 and not is_again:
-            self.flights[microbatch] = Flight(self._sequence(hidden, attention_mask, padding_mask))
+            masks = (attention_mask, padding_mask, packed_seq_params)
+            self.flights[microbatch] = Flight(self._sequence(hidden, *masks))
         flight, is_last = self.flights[microbatch], step == self.num_recursions - 1
         if (is_again and step == 0) if recomputes else is_last:
             del self.flights[microbatch]  # autograd keeps what the backward pass needs
         for router in self.expert_routers:
             router.batch_size = flight.tokens.count
+        length, packed = flight.tokens.sequence_length, None
+        if packed_seq_params is not None:
+            packed = packed_documents(packed_seq_params, length)
         with named_range(f"mor/step {step + 1}"):
             if not self.is_entry:
                 state = self.layout.unpack(hidden, step, flight.tokens)
             else:
-                state = self._arrive(step, hidden, flight)
+                state = self._arrive(step, hidden, flight, packed)
                 state = self._enter(step, self._route(step, state, flight, is_again), flight)
-            state = self._run_layers(step, state, flight, rotary_pos_emb)
+            rotation = self._rotation(rotary_pos_emb, state.rows, length, packed)
+            state = self._run_layers(step, state, flight, rotation)
         if is_last and self.is_exit:
-            return self._leave(state.full, flight)
+            return self._leave(state.full, flight, packed)
         return self.layout.pack(state, step, flight.tokens)
 
     def _sequence(
-        self, hidden: Tensor, attention_mask: Tensor | None, padding_mask: Tensor | None
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        padding_mask: Tensor | None,
+        packed_seq_params: Any,
     ) -> Tokens:
         """The tokens of the whole sequence, from the model's input or from the first rank's tensor."""
         if not self.is_entry:
             return self.layout.sequence(hidden)
-        tokens, _ = self._tokens(hidden, attention_mask, padding_mask)
+        packed = self.inputs.packed(hidden, attention_mask, packed_seq_params)
+        tokens, _ = self.inputs.tokens(hidden, attention_mask, padding_mask, packed)
         length = tokens.sequence_length
         if self.layout.carried_length(length) != length and length not in self.announced_lengths:
             raise ValueError(
@@ -188,11 +200,13 @@ class RecursionStage(RecursionLayer):
             )
         return tokens
 
-    def _arrive(self, step: int, hidden: Tensor, flight: Flight) -> CarriedState:
+    def _arrive(
+        self, step: int, hidden: Tensor, flight: Flight, packed: PackedDocuments | None
+    ) -> CarriedState:
         """The candidates of a step, from the model's input or from the last rank's tensor."""
         if step > 0:
             return self.layout.unpack(hidden, step - 1, flight.tokens, is_between=True)
-        relayout = self._relayout(hidden, flight.tokens.sequence_length)
+        relayout = self._relayout(hidden, flight.tokens.sequence_length, packed)
         hidden = hidden if relayout is None else relayout.to_sequence(hidden)
         hidden = self.recursion.begin(hidden)
         return CarriedState(hidden, hidden, RoutingDecision.everything(flight.tokens))
@@ -226,7 +240,7 @@ class RecursionStage(RecursionLayer):
         return replace(state, rows=rows, notes=notes)
 
     def _run_layers(
-        self, step: int, state: CarriedState, flight: Flight, rotary_pos_emb: Tensor | None
+        self, step: int, state: CarriedState, flight: Flight, rotation: StepRotation | None
     ) -> CarriedState:
         recursion, decision = self.recursion, state.decision
         earlier = flight.contexts[step - 1] if step else None
@@ -234,7 +248,6 @@ class RecursionStage(RecursionLayer):
             earlier = replace(earlier, store=dict(earlier.store))
         exited = self._exited(step, state, flight)
         context = begin_step(recursion.kv_policy, step, decision.tokens, earlier, exited)
-        rotation = self._rotation(rotary_pos_emb, state.rows, decision.tokens.sequence_length)
         output = recursion.run_layers(state.rows, context, rotation=rotation)
         kept = [state.full] if self.keeps_origin and step == 0 else []
         if self.is_exit:
@@ -310,20 +323,24 @@ class RecursionStage(RecursionLayer):
             return output
         return GradientsOfLaterSteps.apply(output, flight.leaves[step], *originals)  # type: ignore[return-value]
 
-    def cut_table(self, table: Tensor, length: int) -> Tensor:
-        """This rank's rows of a rotary table that is longer than a sequence of `length` tokens."""
-        if self.config.context_parallel_size == 1:
+    def cut_table(self, table: Tensor, length: int, is_packed: bool) -> Tensor:
+        """The rows of a rotary table that Megatron's layers need for a sequence of `length` tokens.
+
+        Args:
+            table: this rank's rows of a table that is longer. For a packed sequence, all of its rows.
+        """
+        if is_packed or self.config.context_parallel_size == 1:
             return table[:length]
         group = self.pg_collection.cp
         own = zigzag_positions(length, group.size(), table.device)[group.rank()]
         return in_sequence_order(table, group).index_select(0, own)
 
-    def _leave(self, full: Tensor, flight: Flight) -> Tensor:
+    def _leave(self, full: Tensor, flight: Flight, packed: PackedDocuments | None) -> Tensor:
         """The output of the recursion, in the layout of Megatron's layers."""
         hidden = self.recursion.end(full)
         if flight.states and self._returns_every_loop():
             hidden = self._all_loops(hidden, (*flight.states, hidden), flight.tokens)
-        relayout = self._relayout(hidden, flight.tokens.sequence_length)
+        relayout = self._relayout(hidden, flight.tokens.sequence_length, packed)
         hidden = hidden if relayout is None else relayout.to_zigzag(hidden)
         hidden = hidden.contiguous()  # a history ends in a slice
         return make_viewless_tensor(hidden, hidden.requires_grad, keep_graph=True)
