@@ -8,7 +8,7 @@ Legend: `b` batch, `k` query rows, `m` key rows, `n` query heads and `g` key-val
 """
 
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor, nn
 
-from mor_layers.recursion import attend
+from mor_layers.recursion import attend, attends_by_blocks
 from mor_megatron.step import (
     PackedDocuments,
     in_sequence_order,
@@ -33,6 +33,9 @@ from mor_megatron.step import (
     require_no_mask,
     zigzag_positions,
 )
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class SDPACoreAttention(MegatronModule):
@@ -173,14 +176,25 @@ class SDPACoreAttention(MegatronModule):
             is_visible = is_visible & (torch.arange(len(key), device=key.device) >= first)
         return self.attend(query, key, value, is_visible.expand(-1, -1, len(query), -1))
 
+    def attends_by_blocks(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether `attend` takes a block mask, where a mask is needed."""
+        dropout = self.dropout if self.training else 0.0
+        is_plain = self.config.softmax_type == "vanilla"  # sinks are one more key for all queries
+        return is_plain and attends_by_blocks(query, key, value, dropout)
+
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, is_visible: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        is_visible: "Tensor | BlockMask | None",
     ) -> Tensor:
         """`[k b n d], [m b g d], [m b g v] -> [k b nv]`; `is_visible=None` means plain causal
         attention.
         """
         dropout, scale = self.dropout if self.training else 0.0, self.softmax_scale
         if self.config.softmax_type != "vanilla":
+            assert is_visible is None or isinstance(is_visible, Tensor)
             scale = query.shape[-1] ** -0.5 if scale is None else scale
             query, key, value, is_visible = self._with_sink(query, key, value, is_visible, scale)
         forked = dropout > 0 and not self.config.sequence_parallel
