@@ -30,6 +30,7 @@ from mor_layers.recursion import (
     LoopLoss,
     Sharing,
     SharingSchedule,
+    StateAdapter,
     StepInput,
     Streams,
     require_lengths,
@@ -106,6 +107,13 @@ class RecursionConfig:
     history: HistoryInjection | None = None
     """Earlier states that each step sees, by channel, and a gate of each step; None: neither."""
 
+    adapter: StateAdapter | None = None
+    """A projection, before every step, of the state and the recursion's input together, which takes the
+    place of the state; the first step's state is zero or drawn. As in Huginn (arXiv 2502.05171)."""
+    exit_norm: bool = False
+    """Whether the state that leaves the recursion is normalised, before the coda, which must then have at
+    least one layer."""
+
     def __post_init__(self) -> None:
         if not isinstance(self.router, RouterConfig):
             raise ValueError(
@@ -173,7 +181,7 @@ class RecursionConfig:
             )
         if self.sharing in ("cycle", "middle_cycle"):
             return
-        for name in ("loop_loss", "hyper_connections", "history"):
+        for name in ("loop_loss", "hyper_connections", "history", "adapter"):
             if getattr(self, name) is not None:
                 raise ValueError(
                     f"{name}={getattr(self, name)} needs cycle or middle_cycle sharing, in which a "
@@ -202,10 +210,10 @@ class RecursionConfig:
         if not self.router.truncates_gradients:
             return
         given = f"router={self.router}: gradients go through the last steps only, and "
-        if not self.input_injection:
+        if not self.input_injection and self.adapter is None:
             raise ValueError(
-                f"{given}nothing before the recursion would learn. Use input_injection=True, by which "
-                "later steps see what enters the recursion."
+                f"{given}nothing before the recursion would learn. Use input_injection=True, or an "
+                "adapter, by which later steps see what enters the recursion."
             )
         if self.kv_policy == "recursive_sharing":
             raise ValueError(
@@ -295,7 +303,7 @@ class RecursionConfig:
         """The settings in use that published checkpoints and plain decoders do not have."""
         names = ("relaxation", "step_embeddings", "input_injection", "sandwich_norms")
         names += ("residual_scale", "loop_norm", "own_per_step", "hyper_connections")
-        names += ("norm_modulation", "history")
+        names += ("norm_modulation", "history", "adapter", "exit_norm")
         return tuple(name for name in names if getattr(self, name))
 
     def residual_factor(self, block_size: int) -> float | None:
@@ -306,7 +314,7 @@ class RecursionConfig:
 
     def build_step_input(self, hidden_size: int, norm_epsilon: float) -> StepInput | None:
         """The module that changes the states entering the block; None if they enter as they are."""
-        if not (self.step_embeddings or self.input_injection or self.loop_norm):
+        if not (self.step_embeddings or self.input_injection or self.loop_norm or self.adapter):
             return None
         return StepInput(
             hidden_size,
@@ -314,6 +322,7 @@ class RecursionConfig:
             embeds=self.step_embeddings,
             injects=self.input_injection,
             norm_epsilon=norm_epsilon if self.loop_norm else None,
+            adapter=self.adapter,
         )
 
     def build_streams(self, hidden_size: int) -> Streams | None:
@@ -406,6 +415,11 @@ class DecoderConfig:
     dense_ends: bool = False
     """Whether the unshared layers at both ends (without recursion, the first and the last layer) keep
     a dense MLP although `moe` is set."""
+    embedding_scale: float = 1.0
+    """What embeddings of tokens are multiplied by. Above 0. The output matrix is not, even if tied."""
+    sum_norms: bool = False
+    """Whether every layer, also outside of the recursion, normalises the sum of its state and the output
+    of attention, and again of the MLP, as in Huginn (arXiv 2502.05171)."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -424,7 +438,7 @@ class DecoderConfig:
         ):
             if (getattr(self, name) or 0) > most:
                 raise ValueError(f"{name}={getattr(self, name)} must be at most {most}.")
-        for name in ("rms_norm_epsilon", "rope_base"):
+        for name in ("rms_norm_epsilon", "rope_base", "embedding_scale"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0, and finite.")
         if self.head_dim is not None and (self.head_dim < 2 or self.head_dim % 2):
@@ -447,6 +461,16 @@ class DecoderConfig:
         if self.recursion is not None:
             self.recursion.schedule(self.num_unrolled_layers)
             self.recursion.require_experts(self.moe is not None)
+            if self.recursion.sandwich_norms and self.sum_norms:
+                raise ValueError(
+                    "sandwich_norms=True normalises what sum_norms=True normalises again in the sum. "
+                    "Leave one of the two out."
+                )
+            if self.recursion.exit_norm and not self.schedule.coda:
+                raise ValueError(
+                    "exit_norm=True needs a coda, before which it normalises. Use coda_layers of 1 or "
+                    "more, or leave it out: the model's last norm follows anyway."
+                )
             if self.moe is not None:
                 self.moe.check_mean(self.recursion.mean_experts)
         if self.dense_ends and (self.moe is None or not self.schedule.num_unshared):
@@ -481,6 +505,13 @@ class DecoderConfig:
                 f"own_per_step={recursion.own_per_step} cannot have latent_attention of each step: "
                 "steps share its latent rows' projections. Leave attention out."
             )
+
+    @property
+    def beyond_llama(self) -> tuple[str, ...]:
+        """The settings in use, outside of the recursion and of latent attention, that a Llama does not
+        have."""
+        used = {"embedding_scale": self.embedding_scale != 1, "sum_norms": self.sum_norms}
+        return tuple(name for name, is_used in used.items() if is_used)
 
     @property
     def effective_recursion(self) -> RecursionConfig:
