@@ -177,6 +177,13 @@ def _serve(options: argparse.ArgumentParser) -> None:
     add("--port", type=int, default=8000, help="port to listen on (default: 8000)")
     add("--device", default="cpu", help="device to run on, as PyTorch names it (default: cpu)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
+    add("--replicas", type=int, default=1, help="copies of the model, in processes (default: 1)")
+    add(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        help="processes over which each copy is sharded (default: 1)",
+    )
     add(
         "--kv-mib", type=float, default=256, help="memory for keys and values in MiB (default: 256)"
     )
