@@ -10,8 +10,8 @@ them changes the residual that a router combines with, or the final state of a t
 
 Source: Geiping et al. 2025 (arXiv 2502.05171, Huginn) for re-injecting the input of a loop. Theirs is
 the adapter, and their state begins as noise; in evaluation ours begins at zero, so that nothing depends
-on a draw. Under `injection`, each channel has a gain, which needs no matrix product. Zhu et al. 2025 (arXiv 2510.25741, Ouro) for the
-norm, which is their model's last one; here it has a weight of its own.
+on a draw. Under `injection`, each channel has a gain, which needs no matrix product. Zhu et al. 2025
+(arXiv 2510.25741, Ouro) for the norm, which is their model's last one; here it has a weight of its own.
 
 Legend: `b` batch, `k` tokens that run a step, `h` hidden, `r` recursion step.
 """

@@ -71,9 +71,9 @@ def recursive_weights(
         )
     if recursion.adapter is not None or recursion.exit_norm:
         raise ValueError(
-            f"adapter={recursion.adapter} and exit_norm={recursion.exit_norm} change the states that the "
-            "dense model's layers see, so nothing of what it learnt would be left. Leave them out, or "
-            "train from scratch."
+            f"adapter={recursion.adapter} and exit_norm={recursion.exit_norm} change the states that "
+            "the dense model's layers see, so nothing of what it learnt would be left. Leave them out, "
+            "or train from scratch."
         )
     if recursion.sandwich_norms:
         raise ValueError(
