@@ -23,6 +23,7 @@ from mor_layers.recursion import StateAdapter
 from mor_layers.weights import write_model
 from mor_tools import commands
 from mor_tools.formats import detected
+from tests.mor_layers.costs.test_accounting import BATCH, measure
 from tests.mor_layers.generation.served import assert_exact, serve
 from tests.mor_layers.small_models import random_ids, small_config, small_model
 
@@ -70,11 +71,14 @@ def test_generation_with_caches_is_a_full_forward_pass(tmp_path):
         assert_exact(model, request, served)
 
 
-def test_parameters_are_counted(tmp_path):
-    model = imported(tmp_path)
-    counted = account(model.config, 8).parameters.total
-    # Biases of queries, keys and values are counted, and no tensor twice.
-    assert counted == sum(parameter.numel() for parameter in model.parameters())
+def test_parameters_and_flops_are_counted(tmp_path):
+    model, length = imported(tmp_path), 9
+    cost = account(model.config, length)
+    assert cost.parameters.total == sum(parameter.numel() for parameter in model.parameters())
+    measured = measure(model, random_ids(BATCH, length))
+    assert measured.forward == BATCH * cost.forward.total
+    # The first step's state is zero, which needs no gradient: a saving that is not counted.
+    assert measured.training <= BATCH * cost.training.total
 
 
 def test_training_begins_at_a_drawn_state_and_evaluation_at_zero():
