@@ -246,7 +246,7 @@ class ScaledEmbedding(nn.Embedding):
         super().__init__(vocab_size, hidden_size)
         self.scale = scale
 
-    def forward(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... h"]:
+    def forward(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... h"]:  # type: ignore[override]
         hidden = super().forward(ids)
         return hidden if self.scale == 1 else hidden * self.scale
 
