@@ -64,6 +64,11 @@ class MoRModelProvider(GPTModelProvider):
         Raises:
             ValueError: Megatron does not support a setting.
         """
+        for name in decoder.beyond_llama:
+            raise ValueError(
+                f"{name}={getattr(decoder, name)} is not converted to Megatron. Leave it out, or use "
+                "the PyTorch model."
+            )
         if decoder.latent_attention is not None:
             raise ValueError(
                 "latent_attention is not converted by this bridge. Build the GPTModel with "

@@ -158,6 +158,10 @@ def llama_config(config: DecoderConfig) -> dict[str, Any]:
             "cannot be written as a Llama, only FixedDepth with 'recursion_wise'. Keep the model in "
             "our format, which AutoModelForCausalLM loads after `import mor_huggingface`."
         )
+    for name in config.beyond_llama:
+        raise ValueError(
+            f"{name}={getattr(config, name)} cannot be written as a Llama. Keep the model in our format."
+        )
     if config.latent_attention is not None:
         raise ValueError(
             f"latent_attention={config.latent_attention} cannot be written as a Llama, which has "

@@ -48,8 +48,6 @@ _SANDWICH = {
 _LOOPS = range(2, 65)
 """Numbers of loops that are read."""
 _OTHER_MODELS = {
-    "huginn_raven": "Huginn starts its loop from noise, concatenates the injected input, and normalises "
-    "sums of residual and branch",
     "dory": "Dory keeps its states on a sphere (nGPT) and gates the outputs of attention",
     "hrm_text": "HRM-Text nests two loops of different speed",
 }
@@ -212,7 +210,7 @@ def looped_config(family: Family, config: DecoderConfig) -> dict[str, Any]:
     same = _recursion(family, loops, threshold, config.rms_norm_epsilon)
     pairs = [(field.name, getattr(recursion, field.name)) for field in fields(same)]
     differing = [f"{name}={value!r}" for name, value in pairs if value != getattr(same, name)]
-    beyond = ("moe", "qkv_bias", "qk_norm")
+    beyond = ("moe", "qkv_bias", "qk_norm", "sum_norms")
     differing += [f"{name}={getattr(config, name)!r}" for name in beyond if getattr(config, name)]
     if differing:
         with_gate = " with sandwich norms and an exit gate" if family.is_ouro else ""

@@ -191,6 +191,19 @@ def require_servable(
             f"sharing={recursion.sharing!r} with router={recursion.router}",
             "its layers do not route by themselves. Use MoRTransformer.generate.",
         ),
+        *(
+            (
+                True,
+                f"{name}={getattr(config, name)}",
+                "its layers are a Llama's. Use DepthBatchingEngine.",
+            )
+            for name in config.beyond_llama
+        ),
+        (
+            recursion.adapter is not None or recursion.exit_norm,
+            f"adapter={recursion.adapter}, exit_norm={recursion.exit_norm}",
+            "its steps take in no other state, and no norm follows them. Use DepthBatchingEngine.",
+        ),
         (
             recursion.history is not None,
             f"history={recursion.history}",

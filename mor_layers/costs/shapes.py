@@ -118,7 +118,12 @@ class StackShape:
     input_injection: bool = False
     """Whether each step except the first adds the recursion's input, scaled by a vector."""
     sandwich_norms: bool = False
-    """Whether attention and MLP are also followed by a norm."""
+    """Whether attention and MLP are also followed by a norm, of their output or of its sum with the
+    state."""
+    adapter: bool = False
+    """Whether each step's input is a projection of the state and the recursion's input together."""
+    exit_norm: bool = False
+    """Whether the state that leaves the recursion is normalised."""
 
     hyper_connections: HyperConnections | None = None
     """The residual streams between steps."""
@@ -255,7 +260,9 @@ class ModelShape:
             step_embeddings=recursion.step_embeddings,
             input_injection=recursion.input_injection,
             loop_norm=recursion.loop_norm,
-            sandwich_norms=recursion.sandwich_norms,
+            sandwich_norms=recursion.sandwich_norms or config.sum_norms,
+            adapter=recursion.adapter is not None,
+            exit_norm=recursion.exit_norm,
             hyper_connections=recursion.hyper_connections,
             history=recursion.history,
             norm_modulation=recursion.norm_modulation if recursion.num_recursions > 1 else None,
@@ -267,12 +274,12 @@ class ModelShape:
         # A cyclic step runs the whole block; in a sequence each layer repeats on its own.
         sizes = (schedule.block_size,) if schedule.is_cyclic else (1,) * schedule.block_size
         stacks = (
-            *(StackShape("prelude", 1, mlp),) * schedule.prelude,
+            *(StackShape("prelude", 1, mlp, sandwich_norms=config.sum_norms),) * schedule.prelude,
             *(
                 repeated("block", n, block, router=router if routes(index) else None)
                 for index, n in enumerate(sizes)
             ),
-            *(StackShape("coda", 1, mlp),) * schedule.coda,
+            *(StackShape("coda", 1, mlp, sandwich_norms=config.sum_norms),) * schedule.coda,
         )
         return cls(
             config.vocab_size,

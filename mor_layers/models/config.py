@@ -55,6 +55,11 @@ class DecoderConfig:
     dense_ends: bool = False
     """Whether the unshared layers at both ends (without recursion, the first and the last layer) keep
     a dense MLP although `moe` is set."""
+    embedding_scale: float = 1.0
+    """What embeddings of tokens are multiplied by. Above 0. The output matrix is not, even if tied."""
+    sum_norms: bool = False
+    """Whether every layer, also outside of the recursion, normalises the sum of its state and the output
+    of attention, and again of the MLP, as in Huginn (arXiv 2502.05171)."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -73,7 +78,7 @@ class DecoderConfig:
         ):
             if (getattr(self, name) or 0) > most:
                 raise ValueError(f"{name}={getattr(self, name)} must be at most {most}.")
-        for name in ("rms_norm_epsilon", "rope_base"):
+        for name in ("rms_norm_epsilon", "rope_base", "embedding_scale"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0, and finite.")
         if self.head_dim is not None and (self.head_dim < 2 or self.head_dim % 2):
@@ -96,6 +101,16 @@ class DecoderConfig:
         if self.recursion is not None:
             self.recursion.schedule(self.num_unrolled_layers)
             self.recursion.require_experts(self.moe is not None)
+            if self.recursion.sandwich_norms and self.sum_norms:
+                raise ValueError(
+                    "sandwich_norms=True normalises what sum_norms=True normalises again in the sum. "
+                    "Leave one of the two out."
+                )
+            if self.recursion.exit_norm and not self.schedule.coda:
+                raise ValueError(
+                    "exit_norm=True needs a coda, before which it normalises. Use coda_layers of 1 or "
+                    "more, or leave it out: the model's last norm follows anyway."
+                )
             if self.moe is not None:
                 self.moe.check_mean(self.recursion.mean_experts)
         if self.dense_ends and (self.moe is None or not self.schedule.num_unshared):
@@ -130,6 +145,13 @@ class DecoderConfig:
                 f"own_per_step={recursion.own_per_step} cannot have latent_attention of each step: "
                 "steps share its latent rows' projections. Leave attention out."
             )
+
+    @property
+    def beyond_llama(self) -> tuple[str, ...]:
+        """The settings in use, outside of the recursion and of latent attention, that a Llama does not
+        have."""
+        used = {"embedding_scale": self.embedding_scale != 1, "sum_norms": self.sum_norms}
+        return tuple(name for name, is_used in used.items() if is_used)
 
     @property
     def effective_recursion(self) -> RecursionConfig:

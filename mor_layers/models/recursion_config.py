@@ -29,6 +29,7 @@ from mor_layers.recursion import (
     LoopLoss,
     Sharing,
     SharingSchedule,
+    StateAdapter,
     StepInput,
     Streams,
     require_lengths,
@@ -97,6 +98,13 @@ class RecursionConfig:
     history: HistoryInjection | None = None
     """Earlier states that each step sees, by channel, and a gate of each step; None: neither."""
 
+    adapter: StateAdapter | None = None
+    """A projection, before every step, of the state and the recursion's input together, which takes the
+    place of the state; the first step's state is zero or drawn. As in Huginn (arXiv 2502.05171)."""
+    exit_norm: bool = False
+    """Whether the state that leaves the recursion is normalised, before the coda, which must then have
+    at least one layer."""
+
     def __post_init__(self) -> None:
         if not isinstance(self.router, RouterConfig):
             raise ValueError(
@@ -164,7 +172,7 @@ class RecursionConfig:
             )
         if self.sharing in ("cycle", "middle_cycle"):
             return
-        for name in ("loop_loss", "hyper_connections", "history"):
+        for name in ("loop_loss", "hyper_connections", "history", "adapter"):
             if getattr(self, name) is not None:
                 raise ValueError(
                     f"{name}={getattr(self, name)} needs cycle or middle_cycle sharing, in which a "
@@ -193,10 +201,10 @@ class RecursionConfig:
         if not self.router.truncates_gradients:
             return
         given = f"router={self.router}: gradients go through the last steps only, and "
-        if not self.input_injection:
+        if not self.input_injection and self.adapter is None:
             raise ValueError(
-                f"{given}nothing before the recursion would learn. Use input_injection=True, by which "
-                "later steps see what enters the recursion."
+                f"{given}nothing before the recursion would learn. Use input_injection=True, or an "
+                "adapter, by which later steps see what enters the recursion."
             )
         if self.kv_policy == "recursive_sharing":
             raise ValueError(
@@ -286,7 +294,7 @@ class RecursionConfig:
         """The settings in use that published checkpoints and plain decoders do not have."""
         names = ("relaxation", "step_embeddings", "input_injection", "sandwich_norms")
         names += ("residual_scale", "loop_norm", "own_per_step", "hyper_connections")
-        names += ("norm_modulation", "history")
+        names += ("norm_modulation", "history", "adapter", "exit_norm")
         return tuple(name for name in names if getattr(self, name))
 
     def residual_factor(self, block_size: int) -> float | None:
@@ -297,7 +305,7 @@ class RecursionConfig:
 
     def build_step_input(self, hidden_size: int, norm_epsilon: float) -> StepInput | None:
         """The module that changes the states entering the block; None if they enter as they are."""
-        if not (self.step_embeddings or self.input_injection or self.loop_norm):
+        if not (self.step_embeddings or self.input_injection or self.loop_norm or self.adapter):
             return None
         return StepInput(
             hidden_size,
@@ -305,6 +313,7 @@ class RecursionConfig:
             embeds=self.step_embeddings,
             injects=self.input_injection,
             norm_epsilon=norm_epsilon if self.loop_norm else None,
+            adapter=self.adapter,
         )
 
     def build_streams(self, hidden_size: int) -> Streams | None:

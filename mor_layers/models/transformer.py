@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mor_layers.layers import RelaxedLinear
 from mor_layers.models.config import DecoderConfig
-from mor_layers.models.layers import DecoderStack, StepNorm
+from mor_layers.models.layers import DecoderStack, ScaledEmbedding, StepNorm
 from mor_layers.recursion import (
     ExpertUse,
     RecursionBlock,
@@ -123,10 +123,11 @@ class MoRTransformer(nn.Module):
             recursion.routes_by_layer and recursion.router_of(index) is not recursion.router
             for index in range(len(sizes))
         ]
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        scale = config.embedding_scale
+        self.embedding = ScaledEmbedding(config.vocab_size, config.hidden_size, scale)
         self.prelude = DecoderStack(ends, schedule.prelude)
         self.recursions = nn.ModuleList(block(*each) for each in enumerate(sizes))
-        self.coda = DecoderStack(ends, schedule.coda)
+        self.coda = DecoderStack(ends, schedule.coda, norms_input=recursion.exit_norm)
         self.norm = StepNorm(config.hidden_size, config.rms_norm_epsilon)
         self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.apply(self._initialize)

@@ -23,7 +23,7 @@ from mor_layers.recursion.sharing import (
     SharingSchedule,
     require_lengths,
 )
-from mor_layers.recursion.step_input import StepInput
+from mor_layers.recursion.step_input import StateAdapter, StepInput
 from mor_layers.recursion.streams import HyperConnections, Streams
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "Sharing",
     "SharingContext",
     "SharingSchedule",
+    "StateAdapter",
     "StepContext",
     "StepInput",
     "Streams",

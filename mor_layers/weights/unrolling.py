@@ -24,6 +24,7 @@ def require_unrollable(config: DecoderConfig) -> None:
         raise ValueError("moe is set, but a plain decoder has no experts. Keep the model as it is.")
     merges = ("relaxation", "own_per_step")
     beyond = [name for name in recursion.beyond_published if name not in merges]
+    beyond += ["sum_norms"] * config.sum_norms
     if beyond:
         raise ValueError(
             f"{beyond[0]} is set, which a plain decoder does not support. Keep the model as it is."

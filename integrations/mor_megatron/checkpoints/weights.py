@@ -127,6 +127,7 @@ def _names(config: DecoderConfig, routers: Iterable[str]) -> dict[str, tuple[str
     Args:
         routers: our names of the router's tensors.
     """
+    _refuse_what_megatron_lacks(config)
     recursion, schedule = config.effective_recursion, config.schedule
     ends = None if config.dense_ends else config.moe
     num_norms = 1 if recursion.share_norms else recursion.num_recursions
@@ -171,6 +172,17 @@ def _names(config: DecoderConfig, routers: Iterable[str]) -> dict[str, tuple[str
         place = f"decoder.layers.{depth + layer}"
         names |= _layer_names(config, place, f"coda.layers.{layer}", ends)
     return names
+
+
+def _refuse_what_megatron_lacks(config: DecoderConfig) -> None:
+    """Raise ValueError for settings of a decoder that no layer of ours in Megatron has."""
+    recursion = config.effective_recursion
+    given = {name: getattr(config, name) for name in config.beyond_llama}
+    given |= {n: getattr(recursion, n) for n in ("adapter", "exit_norm") if getattr(recursion, n)}
+    for name, value in given.items():
+        raise ValueError(
+            f"{name}={value} is not converted to Megatron. Keep the model in our format."
+        )
 
 
 def _layer_names(
