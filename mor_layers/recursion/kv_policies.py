@@ -287,10 +287,7 @@ class UpdatingContext(SharingContext):
 
     @cached_property
     def _rows_in_first(self) -> Int[Tensor, "k b"]:
-        positions, count = self.first.positions, self.first.shape[0]
-        row = torch.arange(count, device=positions.device)[:, None].expand_as(positions)
-        row_of = row.new_zeros(self.first.sequence_length, positions.shape[1])
-        return row_of.scatter(0, positions, row).gather(0, self.tokens.positions)
+        return self.first.rows_of(self.tokens)
 
 
 @dataclass(frozen=True)
