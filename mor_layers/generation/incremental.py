@@ -124,7 +124,8 @@ class IncrementalDecoder:
             if len(pool):
                 running, unstored = cached.in_flight(pool)
                 if unstored is not None:  # after cuts, their list may be longer than the text
-                    longest = int(policy.pages.counts.max()) + len(unstored.slots)
+                    most = int(unstored.slots.bincount().max())
+                    longest = int(policy.pages.counts.max()) + most
                     policy.pages.lengthen(max(longest, cached.settings.max_length))
                 _reserve(policy.pages, self.caches.inner, policy.pages_needed(running, unstored))
                 pool, step = cached.run(pool), step + 1
