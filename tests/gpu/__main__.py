@@ -9,9 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
-
+from tests.gpu import bare_machine
 from tests.gpu.cases import CASES
 from tests.gpu.machine import rehearsal, this_machine
 from tests.gpu.runner import pool_for, run_cases
@@ -29,7 +27,6 @@ def main(arguments: Sequence[str], cases: Sequence[Case] = CASES) -> int:
         "--rehearse", action="store_true", help="on CPUs, with stand-ins: shows that cases run"
     )
     given = parser.parse_args(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 160)
     try:
         cases = chosen(cases, given.only)
     except ValueError as error:
@@ -37,21 +34,23 @@ def main(arguments: Sequence[str], cases: Sequence[Case] = CASES) -> int:
     if given.list:
         for case in cases:
             needs = ", ".join([f"{case.gpus} GPU{'s' * (case.gpus > 1)}", *case.needs])
-            console.print(escape(f"{case.name}: {case.shows} ({needs})"))
+            print(f"{case.name}: {case.shows} ({needs})")
         return 0
     machine = rehearsal() if given.rehearse else this_machine()
     if machine.gpus == 0:
-        console.print(
+        print(
             f"There is no GPU: none of {len(cases)} cases was run, and nothing was shown. "
             "--rehearse runs them on CPUs with stand-ins."
         )
         return NO_GPU
-    console.print(escape(machine.description))
+    print(machine.description)
+    if bare_machine.lacks_jaxtyping:
+        print("jaxtyping is not installed: a stand-in takes its place.")
 
     def tell(verdict: Verdict) -> None:
-        console.print(escape(f"{verdict.outcome}: {verdict.name} ({verdict.seconds:.0f} s)"))
+        print(f"{verdict.outcome}: {verdict.name} ({verdict.seconds:.0f} s)", flush=True)
         if verdict.outcome == "failed":
-            console.print(escape(verdict.detail))
+            print(verdict.detail, flush=True)
 
     pool = pool_for(machine, given.timeout)
     try:
@@ -59,12 +58,12 @@ def main(arguments: Sequence[str], cases: Sequence[Case] = CASES) -> int:
     finally:
         pool.close()
     code = exit_code(verdicts)
-    brief = [_brief(verdict) for verdict in verdicts]
-    console.print(table_of(brief, cases, escape(machine.description)))
+    print(f"\n{machine.description}")
+    print(table_of([_brief(verdict) for verdict in verdicts], cases))
     counts = {
         o: sum(v.outcome == o for v in verdicts) for o in ("passed", "failed", "not available")
     }
-    console.print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
     if given.report is not None:
         write_report(given.report, verdicts, machine.description, code)
     return code
@@ -72,7 +71,7 @@ def main(arguments: Sequence[str], cases: Sequence[Case] = CASES) -> int:
 
 def _brief(verdict: Verdict) -> Verdict:
     """With one line of detail: the last of an error says what it was."""
-    line = escape((verdict.detail.splitlines() or [""])[-1])
+    line = (verdict.detail.splitlines() or [""])[-1]
     return Verdict(verdict.name, verdict.outcome, verdict.seconds, line)
 
 

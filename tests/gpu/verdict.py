@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.table import Table
-
 Need = Literal["transformer_engine", "fp8", "mxfp8", "apex"]
 Outcome = Literal["passed", "failed", "not available"]
 
@@ -63,19 +61,15 @@ def exit_code(verdicts: Sequence[Verdict]) -> int:
     return INCOMPLETE if "not available" in outcomes else PASSED
 
 
-def table_of(verdicts: Sequence[Verdict], cases: Sequence[Case], title: str) -> Table:
-    """One row a case."""
-    styles = {"passed": "green", "failed": "bold red", "not available": "yellow"}
+def table_of(verdicts: Sequence[Verdict], cases: Sequence[Case]) -> str:
+    """One row a case, and what it shows below it. In plain text: a bare machine has nothing else."""
     shows = {case.name: case.shows for case in cases}
-    table = Table(title=title, title_justify="left")
-    for column in ("case", "shows", "verdict", "seconds", "figures, or why not"):
-        table.add_column(column, justify="right" if column == "seconds" else "left")
+    width = max((len(v.name) for v in verdicts), default=0)
+    lines = []
     for v in verdicts:
-        style = styles[v.outcome]
-        table.add_row(
-            v.name, shows[v.name], f"[{style}]{v.outcome}[/]", f"{v.seconds:.1f}", v.detail
-        )
-    return table
+        lines.append(f"{v.name:{width}}  {v.outcome:13}  {v.seconds:6.1f} s  {v.detail}".rstrip())
+        lines.append(f"    {shows[v.name]}")
+    return "\n".join(lines)
 
 
 def write_report(path: Path, verdicts: Sequence[Verdict], machine: str, code: int) -> None:
