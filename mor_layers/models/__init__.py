@@ -1,14 +1,10 @@
 """A small, complete decoder built from the parts of this library, and its settings."""
 
-from mor_layers.models.config import (
-    MOST_LAYERS,
-    MOST_NUMBERS,
-    MOST_TOKENS,
-    DecoderConfig,
-    RecursionConfig,
-)
+from mor_layers.models.config import DecoderConfig
 from mor_layers.models.latent_attention import LatentAttentionConfig
 from mor_layers.models.layers import DecoderLayer, DecoderStack
+from mor_layers.models.limits import MOST_LAYERS, MOST_NUMBERS, MOST_TOKENS
+from mor_layers.models.recursion_config import RecursionConfig
 from mor_layers.models.transformer import DecoderOutput, MoRTransformer
 
 __all__ = [

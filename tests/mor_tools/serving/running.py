@@ -14,8 +14,10 @@ import openai
 
 from mor_layers.generation import DepthBatchingEngine, Request, Sampling
 from mor_tools.commands import parser, serve
+from mor_tools.serving import loading
 from mor_tools.serving.app import Service
 from mor_tools.serving.server import Server
+from mor_tools.serving.worker import EngineWorker
 
 SIZES = ["--slots", "4", "--max-length", "128", "--kv-mib", "1", "--max-tokens", "100"]
 
@@ -23,6 +25,12 @@ SIZES = ["--slots", "4", "--max-length", "128", "--kv-mib", "1", "--max-tokens",
 def options_of(*arguments: str) -> argparse.Namespace:
     """What the command line means."""
     return parser().parse_args(["serve", *arguments])
+
+
+def engine_of(options: argparse.Namespace) -> DepthBatchingEngine:
+    """The engine of a server with these options."""
+    wanted = serve.engine_options(options)
+    return wanted.engine(wanted.load())
 
 
 class Running:
@@ -40,6 +48,8 @@ class Running:
 
     @property
     def engine(self) -> DepthBatchingEngine:
+        assert isinstance(self.service.worker, EngineWorker)
+        assert isinstance(self.service.worker.engine, DepthBatchingEngine)
         return self.service.worker.engine
 
     def stop(self) -> None:
@@ -50,7 +60,7 @@ class Running:
 
     def alone(self, prompt: str, max_tokens: int, **settings) -> str:
         """What an engine of one's own says."""
-        served = serve.load(None)
+        served = loading.load(None)
         cache = self.engine.caches.settings
         engine = DepthBatchingEngine(served.model, cache, decode=served.tokenizer.decode)
         request = Request(tuple(prompt.encode()), max_tokens, Sampling(**settings))

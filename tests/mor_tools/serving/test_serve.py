@@ -17,11 +17,12 @@ import pytest
 import torch
 
 from mor_layers.generation import DepthBatchingEngine, Request, scheduling
-from mor_tools.commands import generate, main, serve
+from mor_tools.commands import generate, main
+from mor_tools.serving import loading
 from mor_tools.serving.access import Access
 from mor_tools.serving.app import Limits
 from mor_tools.serving.worker import EngineWorker, UnavailableError
-from tests.mor_tools.serving.running import SIZES, Running, options_of, running
+from tests.mor_tools.serving.running import SIZES, Running, engine_of, options_of, running
 
 
 @pytest.fixture(scope="module")
@@ -569,7 +570,7 @@ def test_an_engine_that_fails_ends_the_process(
 
 def test_closing_gives_up_what_still_runs() -> None:
     options = options_of(*SIZES)
-    worker = EngineWorker(serve.build_engine(options, serve.load(None)), max_waiting=4)
+    worker = EngineWorker(engine_of(options), max_waiting=4)
 
     async def follow(close_after: int) -> None:
         async for event in worker.events(Request((1,), 100)):
@@ -587,7 +588,7 @@ def test_closing_gives_up_what_still_runs() -> None:
 
 def test_a_request_that_the_engine_cannot_take_ends_alone() -> None:
     options = options_of(*SIZES)
-    worker = EngineWorker(serve.build_engine(options, serve.load(None)), max_waiting=4)
+    worker = EngineWorker(engine_of(options), max_waiting=4)
 
     async def follow(request: Request) -> list[int | None]:
         return [event.token async for event in worker.events(request)]
@@ -600,7 +601,7 @@ def test_a_request_that_the_engine_cannot_take_ends_alone() -> None:
 
 def test_a_caller_whose_event_loop_is_gone_is_not_served_on() -> None:
     options = options_of(*SIZES)
-    worker = EngineWorker(serve.build_engine(options, serve.load(None)), max_waiting=4)
+    worker = EngineWorker(engine_of(options), max_waiting=4)
     loop = asyncio.new_event_loop()
     events = worker.events(Request((1,), 100))
     loop.run_until_complete(anext(events))
@@ -651,7 +652,7 @@ def test_the_command_takes_any_admissible_numbers(capsys: pytest.CaptureFixture[
 def test_the_command_says_why_a_model_cannot_go_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    served = serve.load(None)
+    served = loading.load(None)
     with torch.no_grad():
         served.model.norm.weights[0].fill_(torch.inf)
     monkeypatch.setattr(generate, "load", lambda *_, **__: served)
