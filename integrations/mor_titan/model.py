@@ -115,8 +115,8 @@ class MoRModel(BaseModel):
         documents = None if positions is None else (positions == 0).cumsum(dim=1)
         output = self.model(ids, documents=documents)
         router_loss = output.logits.new_zeros(())
-        if self.training:
-            router_loss = sum(output.losses.values(), router_loss)
+        for loss in output.losses.values() if self.training else ():
+            router_loss = router_loss + loss
         return output.logits, router_loss
 
 

@@ -30,6 +30,7 @@ def test_all_kinds_of_calls_end_well(small: Running) -> None:
     assert {ending for _, ending in soak.endings} >= {"answered", "left", "400", "504"}
 
 
+@pytest.mark.full
 def test_a_wrong_text_and_a_page_that_is_left_over_are_noticed(small: Running, monkeypatch) -> None:
     step, caches = small.engine.step, small.engine.caches
 
