@@ -108,6 +108,13 @@ RECURSIONS = {
         ExpertChoice(capacity_factors=(0.5,), alpha=1.0, combine="residual"),
         anchor_every=2,
     ),
+    "layers that balance depth": RecursionConfig(
+        1,
+        "middle_sequence",
+        ExpertChoice(capacity_factors=(0.5,), alpha=1.0, combine="residual"),
+        anchor_every=3,
+        depth_balance=0.5,
+    ),
     "halting": RecursionConfig(3, router=AdaptiveHalting(bias=0.0), kv_policy="exit_state"),
     "expert, deltas": RecursionConfig(
         3, router=EXPERT.router, relaxation=Relaxation(3, "dora", ATTENTION, 0.5)
@@ -202,6 +209,8 @@ CASES += [
     ("loops, last two steps", "dp overlap"),
     ("layers that route by themselves", "pp"),
     ("layers that route by themselves", "full recompute"),
+    ("layers that balance depth", "full recompute"),
+    ("layers that balance depth", "dp overlap"),
     ("fixed, deltas", "pp"),
     ("token, sharing, deltas", "dp overlap"),
     ("fixed, deltas", "full recompute of dense layers"),
