@@ -40,7 +40,8 @@ def parallelize(
         ),
         "reshard_after_forward": parallelism.fsdp_reshard_after_forward != "never",
     }
-    units = [*inner.recursions, *inner.prelude.layers, *inner.coda.layers]
+    units = [*inner.recursions, *inner.prelude.layers]
+    units += [layer for stack in (*inner.between, inner.coda) for layer in stack.layers]
     for unit in units:
         fully_shard(unit, **options)
     fully_shard(model, **options)

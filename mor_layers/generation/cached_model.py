@@ -33,6 +33,7 @@ from mor_layers.generation.cache import (
     TokensInFlight,
     Visible,
 )
+from mor_layers.generation.cache.caches import recursion_of
 from mor_layers.generation.in_flight import Pool, Rows
 from mor_layers.generation.products import Products
 from mor_layers.generation.static_block import Backend, StaticBlock
@@ -75,7 +76,8 @@ class CachedModel:
         # In the 'sequence' schemes each layer repeats by itself and no token is routed, so tokens
         # run all layers in one pass.
         self.is_pooled = len(self.blocks) == 1
-        if not self.is_pooled and config.effective_recursion.routes_by_layer:
+        recursion = recursion_of(model)
+        if not self.is_pooled and recursion is not None and recursion.routes_by_layer:
             raise ValueError(
                 "layers that route by themselves (Mixture-of-Depths) each have keys of other tokens, "
                 "which the caches do not keep apart. Use MoRTransformer.generate, which has no cache."

@@ -19,6 +19,7 @@ from mor_layers.recursion.sharing import (
     SHARING_SCHEMES,
     Sharing,
     SharingSchedule,
+    end_layers,
     require_lengths,
 )
 from mor_layers.recursion.step_input import StepInput
@@ -50,6 +51,7 @@ __all__ = [
     "attend",
     "begin_step",
     "causal_mask",
+    "end_layers",
     "expected_loss",
     "over_loops",
     "require_lengths",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mor_layers.generation.cache.memory import KVArena, PagedRows
 from mor_layers.generation.cache.policies import CACHE_POLICIES
-from mor_layers.models import MoRTransformer
+from mor_layers.models import MoRTransformer, RecursionConfig
 
 PrefixSharing = Literal["off", "client", "all"]
 """Which requests share the rows of equal prefixes."""
@@ -61,7 +61,8 @@ class CacheSettings:
         row = KVArena.bytes_per_row(layers, *kept_of(model)[:2], dtype, is_int8, kept_of(model)[2])
         # Each list may end within a page, and so may the division of the memory.
         kv_bytes = (num_slots * (max_length + page) + page) * row
-        shares = (1.0,) * config.effective_recursion.num_recursions
+        recursion = recursion_of(model)
+        shares = (1.0,) * (1 if recursion is None else recursion.num_recursions)
         return cls(kv_bytes, num_slots, max_length, is_int8=is_int8, shares=shares)
 
 
@@ -80,8 +81,8 @@ class Caches:
     def __init__(
         self, model: MoRTransformer, settings: CacheSettings, num_outer: int, num_inner: int
     ) -> None:
-        config, weight = model.config, model.embedding.weight
-        recursion = config.recursion
+        weight = model.embedding.weight
+        recursion = recursion_of(model)
         steps = 1 if recursion is None else recursion.num_recursions
         kind = CACHE_POLICIES["recursion_wise" if recursion is None else recursion.kv_policy]
         self.settings, self.shares = settings, settings.shares or expected_shares(model)
@@ -190,6 +191,15 @@ class Caches:
         self.outer_pages.release(torch.tensor([slot], device=self.outer.data.device))
 
 
+def recursion_of(model: MoRTransformer) -> RecursionConfig | None:
+    """The recursion whose steps have rows of their own.
+
+    Raises:
+        ValueError: there are several.
+    """
+    return model.config.only_recursion("generation with a cache, unlike MoRTransformer.generate,")
+
+
 def kept_of(model: MoRTransformer) -> tuple[int, int, int]:
     """What this rank keeps of a token in each layer: heads, their size, and vectors of each."""
     _, size = model.config.cached_heads
@@ -198,7 +208,7 @@ def kept_of(model: MoRTransformer) -> tuple[int, int, int]:
 
 def expected_shares(model: MoRTransformer) -> tuple[float, ...]:
     """Share of tokens that the router's settings admit to each step; 1 if unknown."""
-    recursion = model.config.recursion
+    recursion = recursion_of(model)
     if recursion is None:
         return (1.0,)
     steps = recursion.num_recursions
