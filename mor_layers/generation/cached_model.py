@@ -33,7 +33,6 @@ from mor_layers.generation.cache import (
     TokensInFlight,
     Visible,
 )
-from mor_layers.generation.cache.caches import recursion_of
 from mor_layers.generation.in_flight import Pool, Rows
 from mor_layers.generation.products import Products
 from mor_layers.generation.static_block import Backend, StaticBlock
@@ -76,8 +75,7 @@ class CachedModel:
         # In the 'sequence' schemes each layer repeats by itself and no token is routed, so tokens
         # run all layers in one pass.
         self.is_pooled = len(self.blocks) == 1
-        recursion = recursion_of(model)
-        if not self.is_pooled and recursion is not None and recursion.routes_by_layer:
+        if not self.is_pooled and config.effective_recursion.routes_by_layer:
             raise ValueError(
                 "layers that route by themselves (Mixture-of-Depths) each have keys of other tokens, "
                 "which the caches do not keep apart. Use MoRTransformer.generate, which has no cache."
@@ -103,7 +101,12 @@ class CachedModel:
             places: position of each token in its span.
         """
         self.products.refresh()
-        hidden = self.model.embedding(ids)
+        return self.go_on(self.model.embedding(ids), slots, positions, places)
+
+    def go_on(
+        self, hidden: Float[Tensor, "t h"], slots: Tensor, positions: Tensor, places: Tensor
+    ) -> Pool:
+        """Like `begin`, from the states that enter the first layer."""
         if len(slots) and self.outer_pages.num_pages:
             _, rows = self.outer_pages.append(slots)
             context = self._outer_context(slots, positions, rows)

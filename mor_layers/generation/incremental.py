@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mor_layers.generation.cache import Caches, CacheSettings, KVArena, PagedRows
 from mor_layers.generation.cached_model import CachedModel
+from mor_layers.generation.chain import ChainedCaches, cached_chain, caches_of
 from mor_layers.generation.in_flight import Pool, Rows
 from mor_layers.models import MoRTransformer
 
@@ -36,17 +37,23 @@ class IncrementalDecoder:
     def __init__(self, model: MoRTransformer, num_texts: int) -> None:
         length = CacheSettings.page_size
         settings = CacheSettings.for_all_steps(model, length, num_slots=1)
-        self.model = model
-        self.cached = CachedModel(model, replace(settings, num_slots=num_texts))
+        self.model, self._settings = model, replace(settings, num_slots=num_texts)
+        self.chain = cached_chain(model, self._settings)
+        self.cached = self.chain[0]
         device = self.cached.device
         self.is_token = torch.zeros(num_texts, 0, dtype=torch.bool, device=device)
         """Which columns of each text hold a token, `[b s]`."""
-        self.depths = torch.zeros(num_texts, length, dtype=torch.long, device=device)
-        """Steps that each token ran, by its index among the text's tokens."""
+        nothing = torch.zeros(num_texts, length, dtype=torch.long, device=device)
+        self._depths = [nothing.clone() for _ in self.chain]  # of each recursion
 
     @property
-    def caches(self) -> Caches:
-        return self.cached.caches
+    def caches(self) -> Caches | ChainedCaches:
+        return caches_of(self.chain, self._settings)
+
+    @property
+    def depths(self) -> Int[Tensor, "b m"]:
+        """Steps that each token ran, by its index among the text's tokens."""
+        return sum(self._depths[1:], self._depths[0])
 
     @property
     def num_texts(self) -> int:
@@ -92,30 +99,37 @@ class IncrementalDecoder:
         places = rank[slots, columns]
         positions = before[slots] + places
         self._lengthen(int(positions.max()) + 1)
-        outer_pages = self.caches.outer_pages
-        _reserve(outer_pages, self.caches.outer, outer_pages.pages_needed(slots))
-        pool = self.cached.begin(ids[slots, columns], slots, positions, places)
-        # Tokens exit in the order of their depths; here each comes back to its own place.
-        exited = Rows.joined(self._recur(pool))
-        final = torch.zeros_like(states)
-        final[exited.slots, exited.places] = exited.hidden
-        self.depths[exited.slots, exited.positions] = exited.steps
-        ended = self.cached.end(final[slots, places], slots, positions)
-        states[slots, columns] = self.model.norm(ended)
+        hidden = None
+        for cached, depths in zip(self.chain, self._depths, strict=True):
+            outer_pages = cached.outer_pages
+            _reserve(outer_pages, cached.caches.outer, outer_pages.pages_needed(slots))
+            if hidden is None:
+                pool = cached.begin(ids[slots, columns], slots, positions, places)
+            else:
+                pool = cached.go_on(hidden, slots, positions, places)
+            # Tokens exit in the order of their depths; here each comes back to its own place.
+            exited = Rows.joined(self._recur(cached, pool))
+            final = torch.zeros_like(states)
+            final[exited.slots, exited.places] = exited.hidden
+            depths[exited.slots, exited.positions] = exited.steps
+            hidden = cached.end(final[slots, places], slots, positions)
+        states[slots, columns] = self.model.norm(hidden)
         return states
 
     @torch.no_grad()
     def select(self, texts: Int[Tensor, " b"]) -> None:
         """Replace each text i by a copy of text `texts[i]`."""
-        texts, cached = texts.to(self.cached.device), self.cached
+        texts = texts.to(self.cached.device)
         if torch.equal(texts, torch.arange(self.num_texts, device=texts.device)):
             return
-        size, caches = cached.settings.page_size, self.caches
-        caches.inner.take_pages(caches.policy.select(texts), size)
-        caches.outer.take_pages(caches.outer_pages.select(texts)[0], size)
-        self.is_token, self.depths = self.is_token[texts], self.depths[texts]
-        cached.unstored = [_copied(rows, texts) for rows in cached.unstored]
-        cached.settings = replace(cached.settings, num_slots=len(texts))
+        self.is_token = self.is_token[texts]
+        self._depths = [depths[texts] for depths in self._depths]
+        for cached in self.chain:
+            size, caches = cached.settings.page_size, cached.caches
+            caches.inner.take_pages(caches.policy.select(texts), size)
+            caches.outer.take_pages(caches.outer_pages.select(texts)[0], size)
+            cached.unstored = [_copied(rows, texts) for rows in cached.unstored]
+            cached.settings = replace(cached.settings, num_slots=len(texts))
 
     def cut(self, num_columns: int) -> None:
         """Keep only the first columns.
@@ -127,15 +141,16 @@ class IncrementalDecoder:
             raise ValueError(f"cannot keep {num_columns} columns of {self.num_columns}.")
         self.is_token = self.is_token[:, :num_columns]
         lengths = self.is_token.sum(dim=1)
-        place = torch.arange(self.depths.shape[1], device=lengths.device)
-        self.depths = self.depths.where(place < lengths[:, None], 0)
-        self.caches.policy.rewind(self.depths)
-        if self._has(self.caches.outer):
-            self.caches.outer_pages.truncate(lengths)
-        self.cached.unstored = [
-            rows.take((rows.positions < lengths[rows.slots]).nonzero()[:, 0])
-            for rows in self.cached.unstored
-        ]
+        place = torch.arange(self._depths[0].shape[1], device=lengths.device)
+        self._depths = [depths.where(place < lengths[:, None], 0) for depths in self._depths]
+        for cached, depths in zip(self.chain, self._depths, strict=True):
+            cached.policy.rewind(depths)
+            if self._has(cached.caches.outer):
+                cached.outer_pages.truncate(lengths)
+            cached.unstored = [
+                rows.take((rows.positions < lengths[rows.slots]).nonzero()[:, 0])
+                for rows in cached.unstored
+            ]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "IncrementalDecoder":
         """A second batch with the same texts, for the same model."""
@@ -147,9 +162,10 @@ class IncrementalDecoder:
         copy.__dict__.update(deepcopy(self.__dict__, memo))
         return copy
 
-    def _recur(self, pool: Pool) -> list[Rows]:
-        """All steps of the recursion, one after another; the tokens as they exit."""
-        cached, policy, exited = self.cached, self.caches.policy, []
+    @staticmethod
+    def _recur(cached: CachedModel, pool: Pool) -> list[Rows]:
+        """All steps of a recursion, one after another; the tokens as they exit."""
+        policy, exited = cached.policy, []
         while True:
             pool, exiting = cached.route(pool)
             if exiting is not None:
@@ -160,7 +176,7 @@ class IncrementalDecoder:
             if unstored is not None:  # after cuts, their list may be longer than the text
                 longest = int(policy.pages.counts.max()) + len(unstored.slots)
                 policy.pages.lengthen(max(longest, cached.settings.max_length))
-            _reserve(policy.pages, self.caches.inner, policy.pages_needed(running, unstored))
+            _reserve(policy.pages, cached.caches.inner, policy.pages_needed(running, unstored))
             pool = cached.run(pool)
 
     def _lengthen(self, length: int) -> None:
@@ -168,10 +184,12 @@ class IncrementalDecoder:
         if length <= settings.max_length:
             return
         longer = max(length, 2 * settings.max_length)
-        self.cached.settings = replace(settings, max_length=longer)
-        self.caches.outer_pages.lengthen(longer)
-        self.caches.policy.lengthen(longer)
-        self.depths = F.pad(self.depths, (0, longer - self.depths.shape[1]))
+        added = longer - self._depths[0].shape[1]
+        self._depths = [F.pad(depths, (0, added)) for depths in self._depths]
+        for cached in self.chain:
+            cached.settings = replace(cached.settings, max_length=longer)
+            cached.outer_pages.lengthen(longer)
+            cached.policy.lengthen(longer)
 
     @staticmethod
     def _has(arena: KVArena) -> bool:

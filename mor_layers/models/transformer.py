@@ -195,6 +195,35 @@ class MoRTransformer(nn.Module):
             blocks[owner].append(cast(RecursionBlock, block))
         return blocks
 
+    def chain(self) -> list["MoRTransformer"]:
+        """Decoders with one recursion each that compute one after another what this model does.
+
+        They share its modules; only the first embeds tokens, and only the last reads out. The layers
+        between two recursions are in the prelude of the later one.
+        """
+        if len(self._parts) == 1:
+            return [self]
+        stacks = [self.prelude, *(cast(DecoderStack, stack) for stack in self.between)]
+        chain = []
+        for index, (part, blocks) in enumerate(zip(self._parts, self.blocks, strict=True)):
+            is_last = index == len(stacks) - 1
+            before, after = len(stacks[index].layers), part.schedule.coda if is_last else 0
+            recursion = replace(part.effective_recursion, prelude_layers=before, coda_layers=after)
+            own = part.schedule.num_unrolled_layers - part.schedule.num_unshared
+            config = replace(
+                part,
+                recursion=recursion,
+                num_unrolled_layers=own + before + after,
+                dense_ends=self.config.dense_ends and before + after > 0,
+            )
+            with torch.device("meta"):
+                link = MoRTransformer(config)
+            link.embedding, link.norm, link.output = self.embedding, self.norm, self.output
+            link.prelude, link.recursions = stacks[index], nn.ModuleList(blocks)
+            link.coda = self.coda if is_last else link.coda
+            chain.append(link.train(self.training))
+        return chain
+
     @property
     def num_heads(self) -> tuple[int, int]:
         """Query and key-value heads of each layer that this rank computes."""

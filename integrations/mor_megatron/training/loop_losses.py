@@ -24,20 +24,20 @@ def weigh_loops(model: nn.Module | Iterable[nn.Module]) -> None:
     Call it once, after the model is built. The loss of evaluation is that of the last loop.
 
     Raises:
-        ValueError: the model has several recursions.
+        ValueError: a recursion that is not the last one has a `loop_loss`.
     """
     for chunk in [model] if isinstance(model, nn.Module) else model:
         layers = list(recursion_layers(chunk))
         if not any(layer.loop_loss is not None for layer in layers):
             continue
-        if len(layers) > 1:
+        if any(layer.loop_loss is not None for layer in layers[:-1]):
             raise ValueError(
-                f"loop_loss needs a model with one recursion, not {len(layers)}: a batch of all loops "
-                "would multiply at each. Leave it out."
+                f"only the last of the {len(layers)} recursions of a model can have a loop_loss: a "
+                "batch of all loops would multiply at the next one. Leave it out elsewhere."
             )
         gpt: Any = unwrap_model(chunk)
         assert isinstance(gpt, GPTModel)
-        _weigh(gpt, layers[0])
+        _weigh(gpt, layers[-1])
 
 
 def _weigh(model: GPTModel, recursion: RecursionLayer) -> None:

@@ -37,7 +37,7 @@ def _arrangement(work: Workload, layout: Layout) -> Arrangement:
     model, moe = work.model, work.model.moe
     return Arrangement(
         num_unrolled_layers=model.num_unrolled_layers,
-        recursion=model.only_recursion("the planner"),
+        recursion=model.recursion,
         num_heads=model.num_heads,
         num_kv_heads=model.kv_heads,
         ffn_hidden_size=model.ffn_hidden_size,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mor_layers.generation.cache.memory import KVArena, PagedRows
 from mor_layers.generation.cache.policies import CACHE_POLICIES
-from mor_layers.models import MoRTransformer, RecursionConfig
+from mor_layers.models import MoRTransformer
 
 PrefixSharing = Literal["off", "client", "all"]
 """Which requests share the rows of equal prefixes."""
@@ -34,8 +34,9 @@ class CacheSettings:
     is_int8: bool = False
     """Store 8-bit integers with one fp32 scale per head. Not exact."""
     shares: tuple[float, ...] | None = None
-    """Expected share of tokens at each step, which determines how memory is divided and how many
-    requests are admitted. Default: from the router's settings, or all tokens if these do not say."""
+    """Expected share of tokens at each step, of several recursions at those of one after another, which
+    determines how memory is divided and how many requests are admitted. Default: from the router's
+    settings, or all tokens if these do not say."""
     prefix_sharing: PrefixSharing = "client"
     """Which requests of an engine share the rows of tokens that they begin with: those of one
     `client`, so that no client can find out by timing what another one has sent; `all`; or none
@@ -61,8 +62,7 @@ class CacheSettings:
         row = KVArena.bytes_per_row(layers, *kept_of(model)[:2], dtype, is_int8, kept_of(model)[2])
         # Each list may end within a page, and so may the division of the memory.
         kv_bytes = (num_slots * (max_length + page) + page) * row
-        recursion = recursion_of(model)
-        shares = (1.0,) * (1 if recursion is None else recursion.num_recursions)
+        shares = (1.0,) * len(expected_shares(model))
         return cls(kv_bytes, num_slots, max_length, is_int8=is_int8, shares=shares)
 
 
@@ -82,9 +82,8 @@ class Caches:
         self, model: MoRTransformer, settings: CacheSettings, num_outer: int, num_inner: int
     ) -> None:
         weight = model.embedding.weight
-        recursion = recursion_of(model)
-        steps = 1 if recursion is None else recursion.num_recursions
-        kind = CACHE_POLICIES["recursion_wise" if recursion is None else recursion.kv_policy]
+        recursion = model.config.effective_recursion
+        steps, kind = recursion.num_recursions, CACHE_POLICIES[recursion.kv_policy]
         self.settings, self.shares = settings, settings.shares or expected_shares(model)
         if len(self.shares) != steps:
             raise ValueError(f"shares={self.shares} must have {steps} entries, one per step.")
@@ -191,13 +190,17 @@ class Caches:
         self.outer_pages.release(torch.tensor([slot], device=self.outer.data.device))
 
 
-def recursion_of(model: MoRTransformer) -> RecursionConfig | None:
-    """The recursion whose steps have rows of their own.
+def bytes_per_token(model: MoRTransformer, shares: tuple[float, ...] | None = None) -> float:
+    """What a token is expected to keep in a model with one recursion, relative to other models.
 
-    Raises:
-        ValueError: there are several.
+    Args:
+        shares: of the tokens that run each step. Default: as `CacheSettings.shares`.
     """
-    return model.config.only_recursion("generation with a cache, unlike MoRTransformer.generate,")
+    recursion, schedule = model.config.effective_recursion, model.config.schedule
+    if not schedule.is_cyclic:
+        return schedule.num_unrolled_layers
+    rows = CACHE_POLICIES[recursion.kv_policy].rows_for(shares or expected_shares(model), 1.0)
+    return schedule.num_unshared + schedule.block_size * sum(rows)
 
 
 def kept_of(model: MoRTransformer) -> tuple[int, int, int]:
@@ -207,9 +210,9 @@ def kept_of(model: MoRTransformer) -> tuple[int, int, int]:
 
 
 def expected_shares(model: MoRTransformer) -> tuple[float, ...]:
-    """Share of tokens that the router's settings admit to each step; 1 if unknown."""
-    recursion = recursion_of(model)
-    if recursion is None:
-        return (1.0,)
-    steps = recursion.num_recursions
-    return recursion.router.capacity_factors_for(steps) or (1.0,) * steps
+    """Share of tokens that the routers' settings admit to each step; 1 if unknown."""
+    shares: list[float] = []
+    for recursion in model.config.recursions:
+        steps = recursion.num_recursions
+        shares += recursion.router.capacity_factors_for(steps) or (1.0,) * steps
+    return tuple(shares) or (1.0,)

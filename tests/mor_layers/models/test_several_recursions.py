@@ -24,7 +24,6 @@ from mor_layers import (
 )
 from mor_layers.costs import ModelShape, account, count_parameters
 from mor_layers.generation import calibrate, deepened, with_early_exit
-from mor_layers.generation.incremental import IncrementalDecoder
 from mor_layers.inspection import inspect_text
 from mor_layers.layers import NormModulation
 from mor_layers.recursion import HistoryInjection, HyperConnections, LoopLoss
@@ -294,7 +293,6 @@ def test_a_list_in_yaml_is_several_recursions(tmp_path):
 OPEN = RecursionConfig(2, "cycle")
 
 REFUSING: dict[str, Callable[[MoRTransformer], object]] = {
-    "generation with a cache": lambda model: IncrementalDecoder(model, 1),
     "calibration": lambda model: calibrate(model, [random_ids(1, 4)]),
     "deepening": lambda model: deepened(model, 1),
     "early exit": lambda model: with_early_exit(model, Confidence(0.5)),
