@@ -2,9 +2,9 @@
 
     embedding, prelude, recursion  ->  layers between, recursion  ->  layers between, recursion, coda
 
-Each link has caches of its own, by the KV policy of its recursion, and a pool of tokens at its steps. The
-layers between two recursions attend to all earlier tokens, as the coda does, so a span goes on to the
-next link when all of its tokens have exited.
+Each link has caches of its own, by the KV policy of its recursion, and a pool of tokens at its steps.
+The layers between two recursions attend to all earlier tokens, as the coda does, so a span goes on to
+the next link when all of its tokens have exited.
 """
 
 from collections.abc import Callable, Sequence
