@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ _GRACE = 5.0
 
 # Seconds that imports may take, which are no part of a run's time: a slow machine does not hang.
 _IMPORT_TIMEOUT = 600.0
+
+# gloo was seen to hang in connecting its ranks, once in some ten thousand meetings. No code of a
+# run has begun by then, so ranks that have not met within these seconds try again as new processes.
+_MEETING_TIMEOUT = 40.0
+_MEETINGS = 3
 
 # What the fork server imports for its forks.
 _PRELOADED = "tests.distributed.preloaded"
@@ -44,14 +50,25 @@ class _Imports:
 
 
 @dataclass(frozen=True)
+class _Meeting:
+    """What every rank needs to know to form the process group of a run."""
+
+    rendezvous: str
+    world_size: int
+    run_timeout: float
+    on_gpus: bool
+    timeout: float
+
+
+@dataclass(frozen=True)
 class _Run:
     """What every rank of one run is told."""
 
     call: bytes  # pickled (function, keyword arguments); by reference, so imports come first
-    rendezvous: str
-    world_size: int
     timeout: float
-    on_gpus: bool
+
+
+_Request = _Imports | _Meeting | _Run
 
 
 @dataclass(frozen=True)
@@ -94,7 +111,7 @@ class WorkerPool:
             self._context.set_forkserver_preload([_PRELOADED])
         self._workers: list[tuple[Any, Connection]] = []
         self._directory = tempfile.TemporaryDirectory(prefix="worker_pool_")
-        self._runs = 0
+        self._meetings = 0
 
     def run(
         self,
@@ -126,15 +143,18 @@ class WorkerPool:
         timeout = timeout or self.timeout
         name = function.__name__
         call = pickle.dumps((function, kwargs))
-        self._start(world_size)
-        self._runs += 1
-        rendezvous = os.path.join(self._directory.name, f"rendezvous_{self._runs}")
-        search_path = [*self.search_first, *sys.path]
-        imports = _Imports(search_path, function.__module__, _IMPORT_TIMEOUT)
-        self._ask(f"importing what {name} needs", world_size, imports)
-        return self._ask(
-            name, world_size, _Run(call, rendezvous, world_size, timeout, self.on_gpus)
-        )
+        imports = _Imports([*self.search_first, *sys.path], function.__module__, _IMPORT_TIMEOUT)
+        for remaining in reversed(range(_MEETINGS)):
+            self._start(world_size)
+            self._ask(f"importing what {name} needs", world_size, imports)
+            try:
+                self._meet(name, world_size, timeout)
+                break
+            except TimeoutError as hang:
+                if not remaining:
+                    raise
+                warnings.warn(f"trying again: {hang}", stacklevel=2)
+        return self._ask(name, world_size, _Run(call, timeout))
 
     def close(self) -> None:
         """Ends the workers. A later run starts new ones."""
@@ -143,6 +163,12 @@ class WorkerPool:
             process.join()
             connection.close()
         self._workers.clear()
+
+    def _meet(self, name: str, world_size: int, run_timeout: float) -> None:
+        self._meetings += 1
+        rendezvous = os.path.join(self._directory.name, f"rendezvous_{self._meetings}")
+        meeting = _Meeting(rendezvous, world_size, run_timeout, self.on_gpus, _MEETING_TIMEOUT)
+        self._ask(f"the meeting of the ranks of {name}", world_size, meeting)
 
     def _start(self, count: int) -> None:
         for rank in range(len(self._workers), count):
@@ -154,18 +180,19 @@ class WorkerPool:
             theirs.close()
             self._workers.append((process, ours))
 
-    def _ask(self, name: str, world_size: int, request: _Imports | _Run) -> list[Any]:
+    def _ask(self, name: str, world_size: int, request: _Request) -> list[Any]:
+        # A worker's own clock starts later, so what it ends by a hang is not taken for a failure.
+        hung_at = time.monotonic() + request.timeout
         for rank in range(world_size):
             with suppress(BrokenPipeError):  # a worker that died says so when it is listened to
                 self._workers[rank][1].send((rank, request))
-        return self._collect(name, world_size, request.timeout)
+        return self._collect(name, world_size, hung_at)
 
-    def _collect(self, name: str, world_size: int, timeout: float) -> list[Any]:
+    def _collect(self, name: str, world_size: int, hung_at: float) -> list[Any]:
         results: dict[int, Any] = {}
         failures: dict[int, _Answer] = {}
         pending = {self._workers[rank][1]: rank for rank in range(world_size)}
         error = AssertionError
-        hung_at = time.monotonic() + timeout
         # A hanging worker writes its stack and ends by itself, so it is given time to.
         deadline = hung_at + _GRACE
         while pending and (ready := wait(list(pending), max(0.0, deadline - time.monotonic()))):
@@ -224,34 +251,43 @@ def _serve(connection: Connection, stack_file: Path) -> None:
                 num_modules = len(sys.modules)
 
 
-def _answer(rank: int, request: _Imports | _Run) -> bytes:
+def _answer(rank: int, request: _Request) -> bytes:
     try:
-        answer = _import(request) if isinstance(request, _Imports) else _on_rank(rank, request)
-        return pickle.dumps(answer)
+        if isinstance(request, _Run):
+            return pickle.dumps(_run(request))
+        if isinstance(request, _Meeting):
+            _join(rank, request)
+        else:
+            _import(request)
+        return pickle.dumps(_Answer(None))
     except Exception:
         return pickle.dumps(_Answer(traceback.format_exc(), time.monotonic()))
 
 
-def _import(imports: _Imports) -> _Answer:
+def _import(imports: _Imports) -> None:
     sys.path[:] = imports.search_path
     importlib.import_module(imports.module)
-    return _Answer(None)
 
 
-def _on_rank(rank: int, run: _Run) -> _Answer:
+def _join(rank: int, meeting: _Meeting) -> None:
+    import torch
+
+    if meeting.on_gpus:
+        torch.cuda.set_device(rank)
+    torch.distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if meeting.on_gpus else "gloo",
+        init_method=f"file://{meeting.rendezvous}",
+        rank=rank,
+        world_size=meeting.world_size,
+        timeout=timedelta(seconds=meeting.run_timeout),
+    )
+
+
+def _run(run: _Run) -> _Answer:
     import torch
 
     function, kwargs = pickle.loads(run.call)
     torch.manual_seed(0)
-    if run.on_gpus:
-        torch.cuda.set_device(rank)
-    torch.distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if run.on_gpus else "gloo",
-        init_method=f"file://{run.rendezvous}",
-        rank=rank,
-        world_size=run.world_size,
-        timeout=timedelta(seconds=run.timeout),
-    )
     try:
         answer = _Answer(function(**kwargs))
     except Exception:

@@ -6,11 +6,13 @@ import os
 import time
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.distributed import pool
 from tests.distributed.pool import WorkerPool
 
 
@@ -70,6 +72,18 @@ def count_what_is_walked() -> int:
     return len(gc.get_objects())
 
 
+LARGER_SIZES: list[int] = []
+
+
+@dataclass(frozen=True)
+class LargerMeeting(pool._Meeting):
+    """A meeting that waits in vain for one more rank, as often as LARGER_SIZES has an entry."""
+
+    def __post_init__(self) -> None:
+        if LARGER_SIZES:
+            object.__setattr__(self, "world_size", LARGER_SIZES.pop())
+
+
 def test_results_come_back_by_rank_from_the_same_processes(small_pool: WorkerPool) -> None:
     first = small_pool.run(sum_of_ranks, 2, offset=1)
     second = small_pool.run(sum_of_ranks, 2, offset=2)
@@ -101,6 +115,20 @@ def test_a_hang_ends_with_the_stack_of_the_rank_that_hangs(small_pool: WorkerPoo
     with pytest.raises(TimeoutError, match=r"(?s)ranks \[1\].*sleep_on_rank"):
         small_pool.run(sleep_on_rank, 2, timeout=2.0, rank=1)
     assert small_pool.run(sum_of_ranks, 2, offset=0)[0][1] == 1
+
+
+def test_ranks_that_do_not_meet_try_again(
+    small_pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "_Meeting", LargerMeeting)
+    monkeypatch.setattr(pool, "_MEETING_TIMEOUT", 1.5)
+    LARGER_SIZES[:] = [3]
+    with pytest.warns(UserWarning, match=r"trying again: the meeting of the ranks of sum_of_ranks"):
+        assert small_pool.run(sum_of_ranks, 2, offset=0)[0][1] == 1
+    LARGER_SIZES[:] = [3]
+    monkeypatch.setattr(pool, "_MEETINGS", 1)
+    with pytest.raises(TimeoutError, match=r"(?s)ranks \[(0, 1|1, 0)\].*init_process_group"):
+        small_pool.run(sum_of_ranks, 2, offset=0)
 
 
 def test_a_dead_rank_is_an_error(small_pool: WorkerPool) -> None:
