@@ -68,10 +68,10 @@ def test_requests_get_the_logits_of_the_full_pass(name):
 @pytest.mark.parametrize("name", ["two routers", "fixed depth, then a router"])
 def test_requests_that_are_preempted_get_the_same(name):
     model = model_of(name)
-    kv_bytes = CacheSettings.for_all_steps(model, 16).kv_bytes  # of one text, and more than one page
+    kv_bytes = 0.7 * CacheSettings.for_all_steps(model, 16).kv_bytes  # for two texts at most
     steps = sum(recursion.num_recursions for recursion in MODELS[name])
-    shares = (0.1,) * steps  # fewer than run, so that too many requests are admitted
-    recorder = Recorder(model, kv_bytes, page_size=2, chunk_size=3, shares=shares)
+    shares = (0.4,) * steps  # fewer than run, so that too many requests are admitted
+    recorder = Recorder(model, int(kv_bytes), page_size=2, chunk_size=3, shares=shares)
     for request in REQUESTS:
         recorder.submit(request)
     served = recorder.finish()
