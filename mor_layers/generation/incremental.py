@@ -144,7 +144,8 @@ class IncrementalDecoder:
         place = torch.arange(self._depths[0].shape[1], device=lengths.device)
         self._depths = [depths.where(place < lengths[:, None], 0) for depths in self._depths]
         for cached, depths in zip(self.chain, self._depths, strict=True):
-            cached.policy.rewind(depths)
+            if self._has(cached.caches.inner):
+                cached.policy.rewind(depths)
             if self._has(cached.caches.outer):
                 cached.outer_pages.truncate(lengths)
             cached.unstored = [

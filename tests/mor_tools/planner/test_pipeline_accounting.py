@@ -153,7 +153,7 @@ def test_stages_hold_several_recursions_each_whole() -> None:
         plan = planned(model, layout)
         assert sum(s.parameters for s in plan.stages) == work.cost.parameters.total
         assert busy_flops(plan) == pytest.approx(8 * work.cost.training.total)
-    # Seven parts are the most: a layer, a recursion, a layer, two layers that repeat, a recursion, a layer.
+    # Seven parts are the most: 1, 3 × 4 and 1 layers, two layers that repeat, 2 × 3 and 1 layers.
     assert refusal(work, Layout(pipeline=7)) is None
     assert refusal(work, Layout(pipeline=8)) is not None
     assert refusal(work, spread(2)) == "pipeline: the steps of several recursions"
