@@ -1,13 +1,19 @@
 """The worker pool of distributed tests, how hypothesis looks for counterexamples, and the options and
 summary of tests/test_reference.py."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from tests.distributed.pool import WorkerPool
+
+# Without a GPU, Triton's kernels run in its interpreter. It has to know before anything imports it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Examples hold whole models: on a machine with other work, drawing them may take as long as it likes.
 settings.register_profile(

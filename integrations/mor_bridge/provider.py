@@ -134,6 +134,11 @@ class MoRModelProvider(GPTModelProvider):
 def _expert_fields(decoder: DecoderConfig, grouped: bool) -> dict[str, Any]:
     moe, schedule = decoder.moe, decoder.schedule
     assert moe is not None
+    if moe.beyond_plain:
+        raise ValueError(
+            f"{moe.shown_beyond_plain()} is not converted to Megatron. Keep the model in our format, or "
+            "leave these settings out."
+        )
     if moe.bias_update_rate:
         raise ValueError(
             f"MoEConfig.bias_update_rate={moe.bias_update_rate} adds a bias to softmax scores, but "

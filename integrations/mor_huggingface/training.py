@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
@@ -53,10 +54,14 @@ class RouterUpdates(TrainerCallback):
 
 
 class Counts:
-    """Sums the counts of the forward passes of an optimizer step, without their autograd graphs."""
+    """Sums the counts of the forward passes of an optimizer step, without their autograd graphs.
 
-    def __init__(self, model: MoRTransformer) -> None:
-        self.model = model
+    Args:
+        group: the processes among which the tokens of a step are divided; None: all processes.
+    """
+
+    def __init__(self, model: MoRTransformer, group: ProcessGroup | None = None) -> None:
+        self.model, self.group = model, group
         self._sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -77,14 +82,14 @@ class Counts:
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Update all routers from the counts of all processes, and reset the counts.
+        """Update all routers from the counts of all processes of the group, and reset the counts.
 
         Every process must have run a forward pass in training mode since the last call.
         """
         sums, self._sums = self._sums, {}
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             for name in sorted(sums):  # the same order on every process
-                torch.distributed.all_reduce(sums[name])
+                torch.distributed.all_reduce(sums[name], group=self.group)
         model = self.model
         for i, recursion in enumerate(model.recursions):
             recursion.router.advance(sums[f"{i} tokens"])

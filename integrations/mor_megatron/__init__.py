@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         RoutingReport,
         SDPACoreAttention,
     )
-    from mor_megatron.models import default_layer_spec, recursion_block_spec
+    from mor_megatron.models import default_layer_spec, mtp_block_spec, recursion_block_spec
     from mor_megatron.models.gpt import recursion_layer_spec
     from mor_megatron.pipeline import (
         connect_stages,
@@ -46,6 +46,7 @@ __all__ = [
     "connect_stages",
     "default_layer_spec",
     "log_routing",
+    "mtp_block_spec",
     "recursion_block_spec",
     "recursion_forward_backward",
     "recursion_layer_spec",
@@ -68,6 +69,7 @@ _PLACES = {
     "connect_stages": "pipeline",
     "default_layer_spec": "models",
     "log_routing": "training",
+    "mtp_block_spec": "models",
     "recursion_block_spec": "models",
     "recursion_forward_backward": "pipeline",
     "recursion_layer_spec": "models.gpt",

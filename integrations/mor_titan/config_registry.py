@@ -66,7 +66,10 @@ def mor_debugmodel() -> Trainer.Config:
         ),
         dataloader=HuggingFaceTextDataLoader.Config(dataset="python_topics"),
         metrics=MetricsProcessor.Config(log_freq=1),
-        parallelism=ParallelismConfig(spmd_backend="partial_dtensor"),
+        # The other values are refused; see `require_supported`.
+        parallelism=ParallelismConfig(
+            spmd_backend="partial_dtensor", enable_sequence_parallel=False
+        ),
         checkpoint=CheckpointManager.Config(interval=10),
         activation_checkpoint=None,
     )

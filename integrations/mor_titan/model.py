@@ -18,6 +18,7 @@ from torchtitan.protocols.model import BaseModel
 from mor_layers import DecoderConfig, MoRTransformer, from_mapping, to_mapping
 from mor_layers.costs import ModelShape, account
 from mor_layers.weights import load_model
+from mor_titan.tensor_parallel import require_divisible
 
 
 class MoRModel(BaseModel):
@@ -61,6 +62,9 @@ class MoRModel(BaseModel):
                     "function only. Leave it out, or train with Megatron or the Trainer."
                 )
             require_supported(config)
+            degree = config.parallelism.tensor_parallel_degree
+            if degree > 1:
+                require_divisible(self.decoder_config, degree)
 
         def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
             """Parameters, and FLOPs of training per token.
@@ -150,13 +154,19 @@ class MoRLoss(BaseLoss):
 def require_supported(config: Any) -> None:
     """Raise ValueError if a setting of the run needs what this integration does not have."""
     parallelism = config.parallelism
-    for name in ("tensor", "pipeline", "context", "expert"):
+    for name in ("pipeline", "context", "expert"):
         degree = getattr(parallelism, f"{name}_parallel_degree")
         if degree > 1:
             raise ValueError(
                 f"parallelism.{name}_parallel_degree={degree} is not supported by mor_titan, which "
-                "shards with FSDP2. Set it to 1, or train with Megatron (mor_megatron)."
+                "has FSDP2 and tensor parallelism. Set it to 1, or train with Megatron (mor_megatron)."
             )
+    if parallelism.tensor_parallel_degree > 1 and parallelism.enable_sequence_parallel:
+        raise ValueError(
+            "parallelism.enable_sequence_parallel=True is not supported by mor_titan, in which states "
+            "between layers are whole on every tensor-parallel rank. Set "
+            "--parallelism.no-enable_sequence_parallel, or train with Megatron (mor_megatron)."
+        )
     if parallelism.spmd_backend != "partial_dtensor":
         raise ValueError(
             f"parallelism.spmd_backend={parallelism.spmd_backend!r} needs annotations that the model "

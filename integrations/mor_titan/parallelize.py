@@ -1,4 +1,4 @@
-"""FSDP2 for a MoRModel, and what its routers need of the optimizer."""
+"""FSDP2 and tensor parallelism for a MoRModel, and what its routers need of the optimizer."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -12,6 +12,7 @@ from mor_huggingface.training import Counts
 from mor_layers import MoRTransformer
 from mor_layers.models import DecoderStack
 from mor_titan.model import MoRModel
+from mor_titan.tensor_parallel import divide
 
 
 def parallelize(
@@ -24,12 +25,14 @@ def parallelize(
     ac_config: Any,
     dump_folder: str,
 ) -> MoRModel:
-    """Shard the model over the data-parallel ranks.
+    """Divide the model over the tensor-parallel ranks, and shard it over the data-parallel ones.
 
     A recursion is one unit: its weights are gathered once for all steps. Activation checkpointing, if
     it is on, recomputes recursions step by step.
     """
     inner = model.model
+    if parallel_dims.tp_enabled:
+        divide(inner, parallel_dims.get_mesh("tp"))
     for recursion in inner.recursions:
         recursion.recompute = ac_config is not None
     names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
@@ -57,9 +60,14 @@ def parallelize(
 def update_routers_after_steps(
     optimizers: Any, model_parts: Sequence[nn.Module], parallel_dims: Any
 ) -> None:
-    """Let each optimizer step update the routers from the tokens of all micro-batches and ranks."""
+    """Let each optimizer step update the routers from the tokens of all micro-batches and ranks.
+
+    Tensor-parallel ranks see the same tokens, which count once.
+    """
     (part,) = model_parts
     model = cast(MoRTransformer, cast(MoRModel, part).model)
-    counts = Counts(model)
+    # Where data is not parallel, there is no mesh of batches, and that of FSDP2 has one rank.
+    name = "batch" if parallel_dims.dp_enabled else "fsdp"
+    counts = Counts(model, parallel_dims.get_mesh(name).get_group())
     model.register_forward_hook(counts.add)
     optimizers.register_step_post_hook(lambda *arguments, **named: counts.advance())

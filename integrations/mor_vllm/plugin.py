@@ -166,6 +166,12 @@ def require_servable(
             "null in config.json, so that no token is dropped.",
         ),
         (
+            moe is not None and moe.beyond_plain != (),
+            "" if moe is None else moe.shown_beyond_plain("moe."),
+            "its experts take the best by softmax, and none runs on every token. Use "
+            "DepthBatchingEngine.",
+        ),
+        (
             config.latent_attention is not None,
             f"latent_attention={config.latent_attention}",
             "the plugin's layers cache keys and values, not latent rows. Use DepthBatchingEngine, "

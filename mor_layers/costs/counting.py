@@ -60,6 +60,8 @@ class StepAccount:
     kv_numbers: float
     trained: float = 1.0
     """Share of the runs in training that gradients go through; `backward` is the mean over all runs."""
+    seen: float = 0
+    """Number of tokens whose keys and values the run attends to, its own included."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ def account(
         trained = 1.0 if shares is None else shares[step]
         if trained < 1:
             backward = _times(trained, backward)
-        steps.append(StepAccount(stack.name, k, forward, backward, kv_numbers, trained))
+        steps.append(StepAccount(stack.name, k, forward, backward, kv_numbers, trained, m))
     head = 2 * sequence_length * h * shape.vocab_size
     forward = sum((step.forward for step in steps), Parts(output=head))
     backward = sum((step.backward for step in steps), Parts(output=2 * head))

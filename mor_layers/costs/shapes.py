@@ -45,7 +45,8 @@ class MLPShape:
         if recursion is not None and recursion.num_recursions > 1:
             per_token = recursion.mean_experts[0] if recursion.mean_experts else per_token
             routers = recursion.num_recursions if recursion.expert_routers == "per_step" else 1
-        return cls(width or config.ffn_hidden_size, True, moe.num_experts, per_token, routers)
+        width, shared = width or config.ffn_hidden_size, moe.shared_ffn_hidden_size
+        return cls(width, True, moe.num_experts, per_token, routers, shared)
 
     def weights(self, hidden_size: int, experts: float) -> float:
         """Number of weights of `experts` routed experts and the shared one."""
@@ -179,6 +180,15 @@ class LatentShape:
     """Size of a token's values: heads times head size."""
     norm_weights: int
     """Weights of the norms of latent rows."""
+    rank: int
+    """Size of the latent row from which keys and values are projected."""
+    query_rank: int
+    """Size of the row from which queries are projected. 0: the hidden state."""
+
+    @property
+    def raised_size(self) -> int:
+        """Numbers that a latent row is projected to: keys without their rotary part, and values."""
+        return self.raising_weights // self.rank
 
     @classmethod
     def of_decoder(cls, config: DecoderConfig) -> Self | None:
@@ -192,6 +202,8 @@ class LatentShape:
             latent.kv_lora_rank * heads * (latent.qk_nope_head_dim + latent.v_head_dim),
             config.attention_output_size,
             latent.norm_weights,
+            latent.kv_lora_rank,
+            latent.q_lora_rank or 0,
         )
 
 

@@ -147,6 +147,11 @@ class DepthBatchingEngine:
         return not self._open and not self._pending
 
     @property
+    def max_length(self) -> int:
+        """Largest number of tokens of a prompt and its continuation."""
+        return self.caches.settings.max_length
+
+    @property
     def num_running(self) -> int:
         return len(self.scheduler.running)
 
@@ -161,11 +166,10 @@ class DepthBatchingEngine:
             ValueError: the request can never be served: it is too long, contains token ids outside
                 the vocabulary, or has stop strings although the engine has no `decode`.
         """
-        longest = self.caches.settings.max_length
-        if len(request.ids) + request.max_new_tokens > longest:
+        if len(request.ids) + request.max_new_tokens > self.max_length:
             raise ValueError(
-                f"{len(request.ids)} prompt tokens plus max_new_tokens="
-                f"{request.max_new_tokens} exceed max_length={longest}. Ask for fewer tokens."
+                f"{len(request.ids)} prompt tokens plus max_new_tokens={request.max_new_tokens} "
+                f"exceed max_length={self.max_length}. Ask for fewer tokens."
             )
         if not all(0 <= i < self.vocab_size for i in request.ids):
             raise ValueError(f"ids must be in 0..{self.vocab_size - 1}, the model's vocabulary.")

@@ -45,6 +45,8 @@ def shard(model: MoRTransformer, group: ProcessGroup) -> MoRTransformer:
         is_moe = isinstance(layer.mlp, MoE)
         width = layer.mlp.experts.gate.shape[1] if is_moe else len(weights_of(layer.mlp.gate)[0])
         sizes["width of an expert" if is_moe else "ffn_hidden_size"] = width
+        if is_moe and layer.mlp.shared is not None:
+            sizes["shared_ffn_hidden_size"] = layer.mlp.shared.gate.shape[1]
     for name, value in sizes.items():
         if value % size:
             raise ValueError(
@@ -60,10 +62,11 @@ def shard(model: MoRTransformer, group: ProcessGroup) -> MoRTransformer:
         _keep_projection(attention.output, 1, group)  # [h nd]
         _sum_over_ranks(attention.output, group)
         if isinstance(mlp, MoE):
-            _keep(mlp.experts, "gate", 1, group)  # [e f h]
-            _keep(mlp.experts, "up", 1, group)
-            _keep(mlp.experts, "down", 2, group)  # [e h f]
-            _sum_over_ranks(mlp.experts, group)
+            for experts in filter(None, (mlp.experts, mlp.shared)):
+                _keep(experts, "gate", 1, group)  # [e f h]
+                _keep(experts, "up", 1, group)
+                _keep(experts, "down", 2, group)  # [e h f]
+                _sum_over_ranks(experts, group)
         else:
             _keep_projection(mlp.gate, 0, group)  # [f h]
             _keep_projection(mlp.up, 0, group)

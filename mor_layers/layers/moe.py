@@ -4,10 +4,13 @@ All steps share the experts. They also share the router, or each step has its ow
 per (step, expert) cell: each cell has its own load, drops, losses and loss-free bias.
 
 Sources: Shazeer et al. 2017; Fedus et al. 2021 (balance loss); Zoph et al. 2022 (z-loss); Wang et al.
-2024, arXiv 2408.15664 (loss-free bias). Losses of a layer that runs N_r times are divided by N_r.
+2024, arXiv 2408.15664 (loss-free bias); DeepSeek-V2 and -V3 (arXiv 2405.04434, 2412.19437: a shared
+expert, sigmoid scores, and routing limited to groups of experts). Losses of a layer that runs N_r times
+are divided by N_r.
 
 Legend: `b` batch, `k` tokens that run a step, `t` = `k · b`, `h` hidden, `e` experts, `c` experts
-that a token may take, `a` assignments of a token to an expert, `f` width of an expert, `r` steps.
+that a token may take, `a` assignments of a token to an expert, `f` width of an expert, `g` groups of
+experts, `r` steps.
 """
 
 from dataclasses import dataclass
@@ -25,6 +28,7 @@ from mor_layers.settings import check_types, require_choice
 
 ExpertRouters = Literal["shared", "per_step"]
 DropPolicy = Literal["probability", "position"]
+ExpertScores = Literal["softmax", "sigmoid"]
 
 
 MOST_EXPERTS = 4096
@@ -54,6 +58,21 @@ class MoEConfig:
     drop_policy: DropPolicy | None = None
     """Which tokens a full expert keeps: those with the largest `probability` (default), which depends
     on later tokens, or those with the earliest `position`."""
+    scores: ExpertScores = "softmax"
+    """How logits become the experts' scores: `softmax`, or `sigmoid`, as in DeepSeek-V3."""
+    normalizes_gates: bool = True
+    """Whether the gates of a token's experts are divided by their sum. A single expert's gate is not, as
+    it would become a constant 1."""
+    gate_scale: float = 1.0
+    """What gates are multiplied by. Above 0."""
+    num_groups: int = 1
+    """Groups of equal size that consecutive experts form; divides `num_experts`. A token's experts come
+    from the `groups_per_token` groups whose best expert has the largest score; with sigmoid scores,
+    whose best two have the largest sum."""
+    groups_per_token: int = 1
+    """See `num_groups`. Together, these groups have at least `experts_per_token` experts."""
+    shared_ffn_hidden_size: int = 0
+    """Width of an expert that runs on every token in addition to those of the router. 0: none."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -75,6 +94,14 @@ class MoEConfig:
             )
         if self.capacity_factor is not None and not 0 < self.capacity_factor < float("inf"):
             raise ValueError(f"MoEConfig.capacity_factor={self.capacity_factor} must be above 0.")
+        require_choice("MoEConfig", "scores", self.scores, get_args(ExpertScores))
+        if not 0 < self.gate_scale < float("inf"):
+            raise ValueError(f"MoEConfig.gate_scale={self.gate_scale} must be above 0, and finite.")
+        if self.shared_ffn_hidden_size < 0:
+            raise ValueError(
+                f"MoEConfig.shared_ffn_hidden_size={self.shared_ffn_hidden_size} must be 0 or more."
+            )
+        self._check_groups()
         if self.drop_policy is None:
             return
         require_choice("MoEConfig", "drop_policy", self.drop_policy, get_args(DropPolicy))
@@ -83,6 +110,41 @@ class MoEConfig:
                 f"MoEConfig.drop_policy={self.drop_policy!r} has no effect without "
                 "capacity_factor. Leave it out, or set a capacity."
             )
+
+    def _check_groups(self) -> None:
+        """Raise ValueError if the groups cannot hold a token's experts."""
+        groups, taken, experts = self.num_groups, self.groups_per_token, self.num_experts
+        if groups < 1 or experts % groups:
+            raise ValueError(
+                f"MoEConfig.num_groups={groups} must be at least 1, and divide num_experts={experts}."
+            )
+        size = experts // groups
+        if not 1 <= taken <= groups or taken * size < self.experts_per_token:
+            raise ValueError(
+                f"MoEConfig.groups_per_token={taken} must lie in 1..num_groups={groups}, and groups of "
+                f"{size} experts must hold experts_per_token={self.experts_per_token}."
+            )
+        if groups > 1 and self.scores == "sigmoid" and size < 2:
+            raise ValueError(
+                f"MoEConfig.num_groups={groups} with sigmoid scores needs at least two experts in each "
+                f"group. Use at most {experts // 2}, or 1."
+            )
+
+    @property
+    def beyond_plain(self) -> tuple[str, ...]:
+        """The settings in use that a plain softmax over experts, without any other, does not have."""
+        used = {
+            "scores": self.scores != "softmax",
+            "normalizes_gates": not self.normalizes_gates,
+            "gate_scale": self.gate_scale != 1,
+            "num_groups": self.num_groups > 1,
+            "shared_ffn_hidden_size": self.shared_ffn_hidden_size > 0,
+        }
+        return tuple(name for name, is_used in used.items() if is_used)
+
+    def shown_beyond_plain(self, owner: str = "MoEConfig.") -> str:
+        """`beyond_plain` with their values, for messages."""
+        return ", ".join(f"{owner}{name}={getattr(self, name)!r}" for name in self.beyond_plain)
 
     def check_mean(self, mean_experts: tuple[float, ...] | None) -> None:
         """Raise ValueError if a mean number of experts cannot be kept."""
@@ -105,7 +167,7 @@ class Assignment:
 
 
 class ExpertRouter(PreciseBuffers):
-    """Softmax over experts; a token takes the most probable ones.
+    """Scores experts; a token takes those with the largest scores, or scores plus bias.
 
     Args:
         hidden_size: size of the tokens' states.
@@ -153,10 +215,13 @@ class ExpertRouter(PreciseBuffers):
         else:
             weight = self.weights[step if len(self.weights) > 1 else 0]
             logits = F.linear(hidden.float(), weight.float())
-        probabilities = logits.softmax(dim=-1)
+        is_softmax = self.config.scores == "softmax"
+        probabilities = logits.softmax(dim=-1) if is_softmax else logits.sigmoid()
         ranking = probabilities.detach()
         if self.config.bias_update_rate:
             ranking = ranking + self.bias[step]
+        if self.config.num_groups > 1:
+            ranking = ranking.masked_fill(~self._is_in_group(ranking), -torch.inf)
         experts = ranking.topk(self.config.experts_per_token, dim=-1).indices
         chosen = probabilities.gather(-1, experts)
         is_wanted = torch.ones_like(experts, dtype=torch.bool)
@@ -165,12 +230,22 @@ class ExpertRouter(PreciseBuffers):
         if is_padding is not None:
             is_wanted &= ~is_padding[:, None]
         gates = chosen  # a single expert's gate must not be renormalised to a constant 1
-        if self.config.experts_per_token > 1:
+        if self.config.experts_per_token > 1 and self.config.normalizes_gates:
             taken = chosen * is_wanted
             gates = taken / taken.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+        if self.config.gate_scale != 1:
+            gates = gates * self.config.gate_scale
         is_taken = self._within_capacity(experts, chosen, is_wanted, is_padding)
         use = self._account(logits, probabilities, experts, is_wanted, is_taken, step, is_padding)
         return Assignment(experts, gates.to(hidden.dtype), is_taken), use
+
+    def _is_in_group(self, ranking: Float[Tensor, "t e"]) -> Bool[Tensor, "t e"]:
+        """Which experts belong to the groups that a token may choose from."""
+        groups = ranking.unflatten(-1, (self.config.num_groups, -1))  # [t e] -> [t g e/g]
+        best = groups.topk(1 if self.config.scores == "softmax" else 2, dim=-1).values.sum(dim=-1)
+        taken = best.topk(self.config.groups_per_token, dim=-1).indices
+        is_taken = torch.zeros_like(best, dtype=torch.bool).scatter(-1, taken, True)  # [t g]
+        return is_taken[..., None].expand_as(groups).flatten(-2)
 
     @torch.no_grad()
     def advance(
@@ -227,11 +302,14 @@ class ExpertRouter(PreciseBuffers):
         counted = None if is_padding is None else is_padding.logical_not()
         # Without tokens the loss is 0: a mean over nothing must stay finite.
         z = torch.logsumexp(logits, dim=-1).square()
+        shares = probabilities
+        if self.config.scores == "sigmoid":  # DeepSeek-V3, equation 17
+            shares = shares / shares.sum(dim=-1, keepdim=True).clamp(min=1e-20)
         if counted is None:
-            mean, z = probabilities.mean(dim=0), z.mean()
+            mean, z = shares.mean(dim=0), z.mean()
         else:
             count = counted.sum().clamp(min=1)
-            mean = probabilities.masked_fill(~counted[:, None], 0).sum(dim=0) / count
+            mean = shares.masked_fill(~counted[:, None], 0).sum(dim=0) / count
             z = z.masked_fill(~counted, 0).sum() / count
         share = wanted / wanted.sum().clamp(min=1)
         raw = {"expert_balance_loss": num_experts * (share * mean).sum(), "expert_z_loss": z}
@@ -302,6 +380,21 @@ class Experts(nn.Module):
         return torch.zeros_like(hidden).index_add(0, token, gated)  # [a h] -> [t h]
 
 
+class SharedExpert(Experts):
+    """One SwiGLU expert that runs on every token."""
+
+    def __init__(self, hidden_size: int, ffn_hidden_size: int) -> None:
+        super().__init__(1, hidden_size, ffn_hidden_size)
+
+    def forward(  # type: ignore[override]
+        self, hidden: Float[Tensor, "t h"], products: Products | None = None
+    ) -> Float[Tensor, "t h"]:
+        if products is not None:
+            return products.expert(self, 0, hidden)
+        gate, up = (F.linear(hidden, weight[0]) for weight in (self.gate, self.up))
+        return F.linear(F.silu(gate) * up, self.down[0])
+
+
 class MoE(nn.Module):
     """A mixture of experts that replaces an MLP. The other arguments are those of `ExpertRouter`.
 
@@ -322,6 +415,9 @@ class MoE(nn.Module):
         width = config.ffn_hidden_size or ffn_hidden_size
         self.router = ExpertRouter(hidden_size, config, num_steps, routers, mean_experts)
         self.experts = Experts(config.num_experts, hidden_size, width)
+        self.shared: SharedExpert | None = None
+        if config.shared_ffn_hidden_size:
+            self.shared = SharedExpert(hidden_size, config.shared_ffn_hidden_size)
 
     def forward(
         self,
@@ -330,7 +426,8 @@ class MoE(nn.Module):
         is_padding: Bool[Tensor, "k b"] | None = None,
         products: Products | None = None,
     ) -> tuple[Float[Tensor, "k b h"], ExpertUse]:
-        """The layer's output, which is 0 for padding and for tokens that every expert dropped.
+        """The layer's output. Experts of the router add nothing to padding, and to tokens that all of
+        them dropped.
 
         Args:
             products: computes the experts in generation.
@@ -339,7 +436,10 @@ class MoE(nn.Module):
         padding = None if is_padding is None else is_padding.flatten()
         step = step if isinstance(step, int) else step.expand(hidden.shape[:2]).flatten()
         assignment, use = self.router(rows, step, padding)
-        return self.experts(rows, assignment, products).view_as(hidden), use
+        output = self.experts(rows, assignment, products)
+        if self.shared is not None:
+            output = output + self.shared(rows, products)
+        return output.view_as(hidden), use
 
 
 def _count(experts: Tensor, is_counted: Tensor, num_experts: int) -> Float[Tensor, " e"]:

@@ -134,7 +134,7 @@ class LatentAttention(nn.Module):
         else:
             latent, position = context.exchange(self.layer, latent, position)
             key, value = self._keys_and_values(latent, position)
-            out = attend(query, key, value, context.causal_mask)
+            out = attend(query, key, value, context.mask_for(query, key, value))
         (output,) = project((self.output,), out.flatten(2), context)  # [k b n v] -> [k b h]
         return output
 

@@ -5,6 +5,7 @@ Legend: `b` batch, `k` tokens that run a step, `h` hidden, `n` heads, `d` head s
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from mor_layers.models.config import DecoderConfig
 from mor_layers.models.latent_attention import LatentAttention
 from mor_layers.models.rotary import Rotary
 from mor_layers.recursion import ExpertUse, StepContext
+from mor_layers.selection.fused import RMSNormWeight
 
 
 class StepNorm(nn.Module):
@@ -53,6 +55,12 @@ class StepNorm(nn.Module):
             weight = self.weights[step] if is_int else torch.stack(tuple(self.weights))[step]
         normed = F.rms_norm(hidden.float(), hidden.shape[-1:], eps=self.epsilon).to(hidden) * weight
         return normed if self.modulation is None else self.modulation(normed, step)
+
+    def at(self, step: int) -> RMSNormWeight | None:
+        """The norm of a step; None if a modulation follows it."""
+        if self.modulation is not None:
+            return None
+        return RMSNormWeight(self.weights[step if len(self.weights) > 1 else 0], self.epsilon)
 
 
 class Attention(nn.Module):
@@ -175,9 +183,15 @@ class DecoderLayer(nn.Module):
             self.residual_factor = config.effective_recursion.residual_factor(size)
 
     def forward(
-        self, hidden: Float[Tensor, "k b h"], context: StepContext, rotary: Rotary
+        self,
+        hidden: Float[Tensor, "k b h"],
+        context: StepContext,
+        rotary: Rotary,
+        normed: Float[Tensor, "k b h"] | None = None,
     ) -> Float[Tensor, "k b h"]:
-        normed = self.attention_norm(context.with_exited(hidden), context.step)
+        """`normed` is the result of `attention_norm`, if it has been computed before."""
+        if normed is None:
+            normed = self.attention_norm(context.with_exited(hidden), context.step)
         output = self.attention(normed, context, rotary)
         if self.attention_output_norm is not None:
             output = self.attention_output_norm(output, context.step)
@@ -237,13 +251,22 @@ class DecoderStack(nn.Module):
         )
 
     def forward(
-        self, hidden: Float[Tensor, "k b h"], context: StepContext
+        self,
+        hidden: Float[Tensor, "k b h"],
+        context: StepContext,
+        normed: Float[Tensor, "k b h"] | None = None,
     ) -> Float[Tensor, "k b h"]:
+        """`normed` is `hidden` after the norm that `entry_norm` tells, or None."""
         positions = context.projected_positions
         rotary = Rotary.at(positions, self.rotary_size, self.rope_base, hidden.dtype)
         for layer in self.layers:
-            hidden = layer(hidden, context, rotary)
+            hidden, normed = layer(hidden, context, rotary, normed), None
         return hidden
+
+    def entry_norm(self, step: int) -> RMSNormWeight | None:
+        """The norm that a step begins with, unless it depends on more than the step."""
+        norm = cast(DecoderLayer, self.layers[0]).attention_norm
+        return norm.at(step)
 
     def advance(self, step: int, uses: list[dict[int, ExpertUse]]) -> None:
         """Update the state of the layers' routers over experts after an optimizer step.

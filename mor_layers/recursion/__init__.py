@@ -2,6 +2,7 @@
 
 from mor_layers.recursion.attention import attend, causal_mask, visible
 from mor_layers.recursion.block import RecursionBlock, RecursionLayers, RecursionOutput, summed
+from mor_layers.recursion.block_masks import attends_by_blocks, block_mask
 from mor_layers.recursion.expert_use import ExpertRecorder, ExpertUse
 from mor_layers.recursion.history import History, HistoryInjection
 from mor_layers.recursion.kv_policies import (
@@ -49,7 +50,9 @@ __all__ = [
     "StepInput",
     "Streams",
     "attend",
+    "attends_by_blocks",
     "begin_step",
+    "block_mask",
     "causal_mask",
     "end_layers",
     "expected_loss",

@@ -27,6 +27,7 @@ from mor_layers.recursion.streams import Streams
 from mor_layers.recursion.truncation import cut
 from mor_layers.routers import LoopState, Router
 from mor_layers.selection import LocalPlacement, Placement, RoutingDecision, Tokens
+from mor_layers.selection.fused import RMSNormWeight, add_gated, fuses, take_and_norm
 
 
 class RecursionLayers(Protocol):
@@ -36,11 +37,20 @@ class RecursionLayers(Protocol):
     The context says which tokens the rows are (`context.tokens`: positions, documents, padding),
     which step runs, and what attention may see. A module without attention can ignore it. The
     block assumes nothing about causality. `arguments` are those of `RecursionBlock.forward`.
+
+    A module may have a method `entry_norm(step)`, which returns the `RMSNormWeight` that it applies to
+    its input first, or None. It then takes an argument `normed`: None, or the result of that norm.
     """
 
     def __call__(
         self, hidden: Float[Tensor, "k b h"], context: StepContext, **arguments: Any
     ) -> Float[Tensor, "k b h"]: ...
+
+
+def entry_norm_of(layers: nn.Module, step: int) -> RMSNormWeight | None:
+    """The norm that layers begin with at a step, if they tell (see `RecursionLayers`)."""
+    entry_norm = getattr(layers, "entry_norm", None)
+    return None if entry_norm is None else entry_norm(step)
 
 
 @dataclass(frozen=True)
@@ -179,30 +189,35 @@ class RecursionBlock(nn.Module):
         if plan is not None:
             decision = decision.with_plan(plan)
         steps: list[tuple[Tensor, RoutingDecision]] = []
-        expert_use, states = [], []
-        for step in range(self.router.num_recursions):
+        decisions, expert_use, states = [], [], []
+        num_steps = self.router.num_recursions
+        for step in range(num_steps):
             previous = decision
             if step and step == first_trained:
                 candidates = cut(candidates, self)
             trains = has_gradients and step >= first_trained
             with named_range(f"mor/step {step + 1}"), torch.set_grad_enabled(trains):
                 decision = self.route(candidates, step, previous, causal_routing)
-                selected = self.select(candidates, decision)
+                selected, normed = self.select_and_norm(candidates, decision, step)
                 if self.needs_origin:
                     with torch.set_grad_enabled(has_gradients):
                         origin = self.select(origin, decision)
                 exited = self._exited(candidates, previous, decision)
                 context = begin_step(self.kv_policy, step, decision.tokens, context, exited)
-                output = self.run_layers(self.enter(step, selected, origin), context, **arguments)
-                updated = self.combine(step, selected, output, decision, origin)
-            steps.append((candidates, decision))
+                entering = self.enter(step, selected, origin)
+                output = self.run_layers(entering, context, **normed, **arguments)
+                if step == num_steps - 1 and self.adds_in_place(candidates, output, decision):
+                    updated = self.add_in_place(candidates, output, decision)
+                else:
+                    updated = self.combine(step, selected, output, decision, origin)
+                    steps.append((candidates, decision))
+            decisions.append(decision)
             expert_use.append(context.expert_use)
             candidates = updated
             if keeps_states:
                 states.append(self.end(self._of_all_tokens(candidates, steps)))
         hidden = states[-1] if states else self.end(self._of_all_tokens(candidates, steps))
-        decisions = tuple(taken for _, taken in steps)
-        return RecursionOutput(hidden, decisions, tuple(expert_use), tuple(states))
+        return RecursionOutput(hidden, tuple(decisions), tuple(expert_use), tuple(states))
 
     @named("mor/route")
     def route(
@@ -240,6 +255,27 @@ class RecursionBlock(nn.Module):
     ) -> Float[Tensor, "k b h"]:
         """The states of the tokens that run the step."""
         return self.placement.select(candidates, decision)
+
+    def select_and_norm(
+        self, candidates: Float[Tensor, "n b h"], decision: RoutingDecision, step: int
+    ) -> tuple[Float[Tensor, "k b h"], dict[str, Tensor]]:
+        """The result of `select`, and what `layers` get beside it: `normed`, if one kernel selects and
+        computes the norm that the layers begin with.
+        """
+        norm = None
+        is_plain = isinstance(self.placement, LocalPlacement) and not self.enters_changed
+        # Under `exit_state` the norm is that of more rows. Recomputation should not keep the result.
+        if is_plain and self.kv_policy != "exit_state" and not self.recompute:
+            norm = entry_norm_of(self.layers, step)
+        if (
+            norm is None
+            or decision.rows is None
+            or norm.weight.shape != candidates.shape[-1:]  # not now on this rank, under ZeRO
+            or not fuses(candidates, norm.weight)
+        ):
+            return self.select(candidates, decision), {}
+        selected, normed = take_and_norm(candidates, decision.rows, norm)
+        return selected, {"normed": normed}
 
     @property
     def needs_origin(self) -> bool:
@@ -317,6 +353,34 @@ class RecursionBlock(nn.Module):
         if local.tokens.is_padding is None:
             return updated
         return torch.where(local.tokens.is_padding[..., None], selected, updated)
+
+    def adds_in_place(
+        self,
+        candidates: Float[Tensor, "n b h"],
+        output: Float[Tensor, "k b h"],
+        decision: RoutingDecision,
+    ) -> bool:
+        """Whether one kernel combines the output of a step and writes it back (`add_in_place`)."""
+        return (
+            decision.rows is not None
+            and decision.gates is not None
+            and self.router.adds_gated_output
+            and self.loop_state is None
+            and isinstance(self.placement, LocalPlacement)
+            and fuses(candidates, output, decision.gates)
+        )
+
+    @named("mor/combine")
+    def add_in_place(
+        self,
+        candidates: Float[Tensor, "n b h"],
+        output: Float[Tensor, "k b h"],
+        decision: RoutingDecision,
+    ) -> Float[Tensor, "n b h"]:
+        """`combine` and `Placement.write_back` of the last step, whose result nobody selects from."""
+        assert decision.gates is not None
+        is_padding = decision.tokens.is_padding
+        return add_gated(candidates, output, decision.gates, decision.rows, is_padding)
 
     @contextmanager
     def observed(self, observer: RoutingObserver) -> Iterator[None]:

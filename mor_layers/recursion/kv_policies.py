@@ -19,15 +19,19 @@ the state of a token once, when the token exits, and later steps reuse the rows:
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mor_layers.recursion.attention import attend, causal_mask, visible
+from mor_layers.recursion.attention import attend, causal_mask, is_plain_causal, visible
+from mor_layers.recursion.block_masks import attends_by_blocks, block_mask
 from mor_layers.recursion.expert_use import ExpertRecorder, ExpertUse
 from mor_layers.selection import Tokens, put_rows, take_rows
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 KVPolicy = Literal["recursion_wise", "recursive_sharing", "sharing_with_update", "exit_state"]
 KV_POLICIES: tuple[str, ...] = get_args(KVPolicy)
@@ -75,6 +79,8 @@ class StepContext:
     # finds by name.
     experts: ExpertRecorder = field(default_factory=lambda: ExpertRecorder(), kw_only=True)
     """Where layers record what their experts did."""
+    _block_masks: dict[int | None, Any] = field(default_factory=dict, kw_only=True, repr=False)
+    """The block masks made so far, by window."""
 
     @property
     def expert_use(self) -> dict[int, ExpertUse]:
@@ -161,6 +167,41 @@ class StepContext:
         """True where a query may see a key; None if plain causal attention is equivalent."""
         return causal_mask(self.tokens, self.keys)
 
+    @property
+    def masks_by_tokens(self) -> bool:
+        """Whether `causal_mask` follows from `tokens` and `keys`, as block masks do. Contexts whose keys
+        are stored in another way have a mask of their own.
+        """
+        return type(self).causal_mask is StepContext.causal_mask
+
+    def block_mask(self, window: int | None = None) -> "BlockMask | None":
+        """`causal_mask` for FlexAttention, made once for all layers; None if plain causal attention is
+        equivalent.
+
+        Args:
+            window: how many positions before its own a query sees; None: all of them.
+        """
+        if window not in self._block_masks:
+            self._block_masks[window] = self._new_block_mask(window)
+        return self._block_masks[window]
+
+    def _new_block_mask(self, window: int | None) -> "BlockMask | None":
+        if window is None and is_plain_causal(self.tokens, self.keys):
+            return None
+        return block_mask(self.tokens, self.keys, window)
+
+    def mask_for(
+        self,
+        query: Float[Tensor, "k b n d"],
+        key: Float[Tensor, "m b g d"],
+        value: Float[Tensor, "m b g v"],
+    ) -> "Bool[Tensor, 'b 1 k m'] | BlockMask | None":
+        """What the attention of these queries to what `exchange` returned needs as a mask: a block mask
+        where FlexAttention is used."""
+        if self.masks_by_tokens and attends_by_blocks(query, key, value):
+            return self.block_mask()
+        return self.causal_mask
+
     def attend(
         self,
         layer: int,
@@ -170,7 +211,7 @@ class StepContext:
     ) -> Float[Tensor, "k b n d"]:
         """Attention to the keys and values that `exchange` returns."""
         key, value = self.exchange(layer, key, value)
-        return attend(query, key, value, self.causal_mask)
+        return attend(query, key, value, self.mask_for(query, key, value))
 
 
 @dataclass(frozen=True)
@@ -279,6 +320,15 @@ class ExitStateContext(StepContext):
         # The diagonal, and not "the key at the same position": a padding slot may have that too.
         own = torch.eye(*mask.shape[1:], dtype=torch.bool, device=mask.device)
         return (mask | own)[:, None]
+
+    @property
+    def masks_by_tokens(self) -> bool:
+        return True
+
+    def _new_block_mask(self, window: int | None) -> "BlockMask | None":
+        if not self.exited_tokens:
+            return super()._new_block_mask(window)
+        return block_mask(self.tokens, self.keys, window, own_row=True)
 
 
 def concatenated(parts: list[Tokens]) -> Tokens:

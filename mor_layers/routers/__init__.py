@@ -3,6 +3,7 @@
 from mor_layers.routers.adaptive_halting import AdaptiveHalting
 from mor_layers.routers.base import Router, RouterConfig
 from mor_layers.routers.baselines import FixedDepth, FixedDepthRouter, RandomDepth
+from mor_layers.routers.damped_loops import DampedLoops
 from mor_layers.routers.declarations import PublishedRouter, ScorerMatrix, StepNotes
 from mor_layers.routers.deepened import Deepened
 from mor_layers.routers.depth_and_width import DepthAndWidth
@@ -29,6 +30,7 @@ __all__ = [
     "AdaptiveHalting",
     "Confidence",
     "Criterion",
+    "DampedLoops",
     "Deepened",
     "DepthAndWidth",
     "Divergence",

@@ -22,6 +22,7 @@ from mor_layers.routers.declarations import (
 )
 from mor_layers.routers.loop_state import LoopState
 from mor_layers.selection import RoutingDecision
+from mor_layers.selection.fused import add_gated
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class Router(PreciseBuffers, ABC):
         # Not a class attribute, which would hide a module of this name.
         self.loop_state: LoopState | None = None
         """What tokens carry between steps, if it is more than their state; `combine` then gets that."""
+
+    @property
+    def adds_gated_output(self) -> bool:
+        """Whether `combine` is the default one, which may then be one kernel with the write-back."""
+        return type(self).combine is Router.combine
 
     @property
     def first_trained_step(self) -> int:
@@ -128,7 +134,7 @@ class Router(PreciseBuffers, ABC):
         """
         if decision.gates is None:
             return output
-        return selected + decision.gates[..., None].to(output.dtype) * output
+        return add_gated(selected, output, decision.gates)
 
     def teach(
         self,

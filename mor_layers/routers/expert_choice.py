@@ -272,6 +272,10 @@ class ExpertChoiceRouter(Router):
             output = output - selected
         return super().combine(step, selected, output, decision, origin)
 
+    @property
+    def adds_gated_output(self) -> bool:
+        return self.config.combine == "weighted"
+
     def scores(self, logits: Tensor, step: int) -> tuple[StepScores, ...]:
         """The predictor's probability that a candidate continues."""
         bar = self._bar(step)

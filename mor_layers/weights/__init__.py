@@ -22,6 +22,7 @@ from mor_layers.weights.folder import (
     write_model,
     written_whole,
 )
+from mor_layers.weights.looping import looped_weights
 from mor_layers.weights.names import layer_names, recursion_of, unrolled_layers
 from mor_layers.weights.tensor_files import (
     SAFETENSORS,
@@ -48,6 +49,7 @@ __all__ = [
     "fitting",
     "layer_names",
     "load_model",
+    "looped_weights",
     "open_model",
     "open_tensor_file",
     "open_tensors",

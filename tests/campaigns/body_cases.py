@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from mor_tools.serving.chat_template import ChatTemplate
 from mor_tools.serving.fields import BadRequestError
 from mor_tools.serving.loading import ServedModel, random_model
 from mor_tools.serving.protocol import MAX_CHOICES, Bounds
-from mor_tools.serving.tokenizers import ByteTokenizer
 from tests.campaigns import hostile
 
 MOST = 100
@@ -36,7 +36,7 @@ BOUNDS = Bounds(MOST, max_length=1000, timeout=60.0)
 @functools.cache
 def served() -> ServedModel:
     """A model with a chat template."""
-    return ServedModel("m", random_model().model, ByteTokenizer(), (0,), TEMPLATE)
+    return replace(random_model(), name="m", stop_ids=(0,), chat_template=TEMPLATE)
 
 
 def body(source: random.Random, folder: Path) -> str | None:

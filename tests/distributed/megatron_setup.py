@@ -35,7 +35,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mor_megatron import Norm
+from mor_megatron import Norm, mtp_block_spec
 from mor_megatron.platform import cpu
 
 VOCAB_SIZE = 64
@@ -161,6 +161,7 @@ def tiny_gpt(
             ),
             share_embeddings_and_output_weights=tied,
             position_embedding_type="rope",
+            mtp_block_spec=mtp_block_spec(config, vp_stage=vp_stage),
             vp_stage=vp_stage,
         )
         chunks.append(chunk.to(device()))

@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+import torch
+
 from mor_layers import ExpertChoice, RecursionConfig, TokenChoice
-from tests.gpu import layers, layouts, serving
+from tests.gpu import kernels, layers, layouts, serving
 from tests.gpu.verdict import Case, Need
 
 ROUTERS = {"expert": ExpertChoice(alpha=0.5), "token": TokenChoice()}
@@ -138,6 +140,49 @@ _REST = [
     ),
 ]
 
+_KERNELS = [
+    *(
+        Case(
+            f"kernels/rows/{name}",
+            "fused selection, norm, gate and write-back give plain PyTorch's numbers, bit for bit again",
+            kernels.rows_equal_plain,
+            {"dtype": dtype, "shape": (1000, 3, 341, 2000)},
+            {"shape": (11, 2, 5, 33)},
+        )
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    ),
+    *(
+        Case(
+            f"kernels/model/{name}/{policy}",
+            "a model with fused kernels and FlexAttention trains as with plain PyTorch, fp32",
+            kernels.model_equals_plain,
+            {
+                "recursion": RecursionConfig(3, router=router, kv_policy=policy),
+                "length": 700,
+                "hidden_size": 128,
+            },
+            {"length": 150, "hidden_size": 32},
+        )
+        for name, router in ROUTERS.items()
+        for policy in POLICIES
+    ),
+    *(
+        Case(
+            f"kernels/compiled/{policy}",
+            "the same in one graph of torch.compile",
+            kernels.model_equals_plain,
+            {
+                "recursion": replace(EXPERT, kv_policy=policy),
+                "length": 700,
+                "hidden_size": 128,
+                "is_compiled": True,
+            },
+            {"length": 150, "hidden_size": 32},
+        )
+        for policy in ("recursive_sharing", "exit_state")
+    ),
+]
+
 _SERVING = [
     Case(
         f"serving/{policy}",
@@ -192,4 +237,4 @@ _SPEED = [
     for name in ("local", "engine")
 ]
 
-CASES: tuple[Case, ...] = (*_CORE, *_ENGINE, *_REST, *_SERVING, *_LAYOUTS, *_SPEED)
+CASES: tuple[Case, ...] = (*_CORE, *_ENGINE, *_REST, *_KERNELS, *_SERVING, *_LAYOUTS, *_SPEED)

@@ -3,6 +3,7 @@
 Each case has processes that no failed case has used: an error on a GPU outlives it in its process.
 """
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +34,8 @@ def run_cases(
 
 def pool_for(machine: Machine, timeout: float) -> WorkerPool:
     """Processes for cases, of which none may take longer than `timeout` seconds."""
+    if machine.is_rehearsal:  # said to the processes before they import Triton
+        os.environ["TRITON_INTERPRET"] = "1"
     stand_ins = [_FOLDER / name for name in _STAND_INS if machine.is_rehearsal]
     return WorkerPool(machine.gpus, timeout, not machine.is_rehearsal, stand_ins)
 

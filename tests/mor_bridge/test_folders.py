@@ -81,6 +81,7 @@ def test_a_folder_goes_into_megatron_and_back(
     ("fields", "reason"),
     [
         ({"moe": MoEConfig(4, 2, bias_update_rate=0.01)}, "bias_update_rate=0.01"),
+        ({"moe": MoEConfig(4, 2, gate_scale=2.0)}, r"MoEConfig\.gate_scale=2\.0 is not converted"),
         (
             {
                 "layout": {

@@ -24,7 +24,7 @@ from mor_layers import (
 )
 from mor_layers.layers import Sublayer
 from mor_layers.recursion import HyperConnections, LoopLoss
-from mor_layers.routers import Deepened, ExitGate
+from mor_layers.routers import DampedLoops, Deepened, ExitGate
 from tests.mor_layers.small_models import small_model
 
 HELPED = {
@@ -81,6 +81,7 @@ SERVED: dict[str, DecoderConfig] = {
     "fixed depth": recursive(block=2, share_norms=False),
     "fixed depth, sharing, helps": recursive(**SHARING, **HELPED, share_norms=False),
     "random loops, exit state": recursive(RandomLoops(), **EXIT),
+    "damped loops": recursive(DampedLoops(0.4), block=2),
     "one by one": recursive(sharing="middle_sequence", block=2),
     "expert choice, sharing": recursive(ExpertChoice(), block=2, **SHARING),
     "expert choice, sharing, skips step 1": recursive(SKIPS_STEP_1, **SHARING),

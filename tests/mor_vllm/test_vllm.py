@@ -124,12 +124,21 @@ def test_later_steps_share_the_cache_of_the_first(tmp_path, runner, name):
 
 SETTINGS = (DecoderConfig, RecursionConfig, MoEConfig, Relaxation, HyperConnections)
 REFUSED = {
-    MoEConfig: {"capacity_factor", "drop_policy"},
+    MoEConfig: {
+        "capacity_factor",
+        "drop_policy",
+        "scores",
+        "normalizes_gates",
+        "gate_scale",
+        "num_groups",
+        "groups_per_token",
+        "shared_ffn_hidden_size",
+    },
     DecoderConfig: {"latent_attention"},
     RecursionConfig: {"history", "norm_modulation", "anchor_every"},
 }
-"""Settings that are refused by name, see below. `drop_policy` needs a `capacity_factor`, and
-`anchor_every` layers that route by themselves."""
+"""Settings that are refused by name, see below. `drop_policy` needs a `capacity_factor`,
+`groups_per_token` needs `num_groups`, and `anchor_every` layers that route by themselves."""
 REFUSED_ROUTERS = {AdaptiveHalting}
 IN_TRAINING = {
     MoEConfig: {"balance_coefficient", "z_loss_coefficient"},
@@ -181,6 +190,10 @@ def default_of(setting: Field) -> Any:
         (
             replace(plain_config(4), moe=MoEConfig(2, 1, capacity_factor=1.0)),
             "moe.capacity_factor=1.0 cannot be served",
+        ),
+        (
+            replace(plain_config(4), moe=MoEConfig(4, scores="sigmoid", shared_ffn_hidden_size=8)),
+            "moe.scores='sigmoid', moe.shared_ffn_hidden_size=8 cannot be served",
         ),
         (replace(small_config(), head_dim=258), "heads of 258 numbers cannot be served"),
         (small_config(AdaptiveHalting()), "its layers hand on a single state"),

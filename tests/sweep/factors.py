@@ -16,7 +16,7 @@ from mor_layers import (
 )
 from mor_layers.layers import NormModulation
 from mor_layers.recursion import KV_POLICIES, HistoryInjection, HyperConnections, LoopLoss
-from mor_layers.routers import AdaptiveHalting, ExitGate
+from mor_layers.routers import AdaptiveHalting, DampedLoops, ExitGate
 from tests.distributed.fields.trial import MLA
 
 LENGTH = 24
@@ -62,6 +62,7 @@ ROUTERS = {
     "token choice, loss-free": TokenChoice(balancing="loss_free"),
     "depth and width": DepthAndWidth(),
     "random loops": RandomLoops(seed=0),
+    "damped loops": DampedLoops(),
     "adaptive halting": AdaptiveHalting(),
     "exit gate": ExitGate(),
 }

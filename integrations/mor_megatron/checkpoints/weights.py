@@ -266,6 +266,11 @@ _ATTENTION = ("self_attention", "attention")
 
 
 def _expert_names(moe: MoEConfig, recursion: RecursionConfig | None) -> dict[str, tuple[str, ...]]:
+    if moe.beyond_plain:
+        raise ValueError(
+            f"{moe.shown_beyond_plain()} is not converted to Megatron. Keep the model in our format, or "
+            "leave these settings out."
+        )
     if moe.bias_update_rate:
         raise ValueError(
             f"MoEConfig.bias_update_rate={moe.bias_update_rate} adds a bias to softmax scores, but "

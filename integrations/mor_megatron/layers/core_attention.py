@@ -8,7 +8,7 @@ Legend: `b` batch, `k` query rows, `m` key rows, `n` query heads and `g` key-val
 """
 
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,17 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor, nn
 
-from mor_layers.recursion import attend
-from mor_megatron.step import in_sequence_order, zigzag_positions
+from mor_layers.recursion import attend, attends_by_blocks
+from mor_megatron.step import (
+    PackedDocuments,
+    in_sequence_order,
+    packed_documents,
+    require_no_mask,
+    zigzag_positions,
+)
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class SDPACoreAttention(MegatronModule):
@@ -92,12 +101,21 @@ class SDPACoreAttention(MegatronModule):
     ) -> Tensor:
         """`[k b n d], [m b g d], [m b g v] -> [k b nv]`; `attention_mask` is True where attention is not
         allowed.
+
+        With `packed_seq_params`, `[s n d], [s g d], [s g v] -> [s nv]`: causal attention within each
+        document of a packed sequence.
+
+        Raises:
+            ValueError: an `attention_bias` is given, or a mask beside `packed_seq_params`.
         """
-        if attention_bias is not None or packed_seq_params is not None:
+        if attention_bias is not None:
             raise ValueError(
-                "SDPACoreAttention takes neither attention_bias nor packed_seq_params. Use "
-                "Transformer Engine's core attention for them."
+                "SDPACoreAttention does not take attention_bias. Use Transformer Engine's core "
+                "attention for it."
             )
+        if packed_seq_params is not None:
+            require_no_mask(attention_mask)
+            return self._attend_within_documents(query, key, value, packed_seq_params)
         is_causal = (
             self.is_causal if attn_mask_type is None else attn_mask_type == AttnMaskType.causal
         )
@@ -115,16 +133,35 @@ class SDPACoreAttention(MegatronModule):
             is_visible = band if is_visible is None else is_visible & band
         return self.attend(query, key, value, is_visible)
 
+    def _attend_within_documents(
+        self, query: Tensor, key: Tensor, value: Tensor, packed_seq_params: PackedSeqParams
+    ) -> Tensor:
+        length = len(query) if self.cp_group is None else len(query) * self.cp_group.size()
+        packed = packed_documents(packed_seq_params, length)
+        is_visible = packed.is_visible
+        query, key, value = (rows[:, None] for rows in (query, key, value))
+        if self.cp_group is not None:
+            return self._attend_over_ranks(query, key, value, is_visible, False, packed)[:, 0]
+        if self.window is not None:
+            is_visible = is_visible & torch.ones_like(is_visible).triu(-self.window)
+        return self.attend(query, key, value, is_visible)[:, 0]
+
     def _attend_over_ranks(
-        self, query: Tensor, key: Tensor, value: Tensor, is_visible: Tensor | None, is_causal: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        is_visible: Tensor | None,
+        is_causal: bool,
+        packed: PackedDocuments | None = None,
     ) -> Tensor:
         """Attend from the rows of this context-parallel rank to the keys of all ranks.
 
         A mask may have this rank's query rows or those of the whole sequence.
         """
         assert self.cp_group is not None
-        key, value = (in_sequence_order(rows, self.cp_group) for rows in (key, value))
-        dealt = zigzag_positions(len(key), self.cp_group.size(), key.device)
+        key, value = (in_sequence_order(rows, self.cp_group, packed) for rows in (key, value))
+        dealt = zigzag_positions(len(key), self.cp_group.size(), key.device, packed)
         positions = dealt[self.cp_group.rank()]
         if is_visible is None:
             is_visible = torch.ones((1, 1, 1, len(key)), dtype=torch.bool, device=key.device)
@@ -139,14 +176,25 @@ class SDPACoreAttention(MegatronModule):
             is_visible = is_visible & (torch.arange(len(key), device=key.device) >= first)
         return self.attend(query, key, value, is_visible.expand(-1, -1, len(query), -1))
 
+    def attends_by_blocks(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether `attend` takes a block mask, where a mask is needed."""
+        dropout = self.dropout if self.training else 0.0
+        is_plain = self.config.softmax_type == "vanilla"  # sinks are one more key for all queries
+        return is_plain and attends_by_blocks(query, key, value, dropout)
+
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, is_visible: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        is_visible: "Tensor | BlockMask | None",
     ) -> Tensor:
         """`[k b n d], [m b g d], [m b g v] -> [k b nv]`; `is_visible=None` means plain causal
         attention.
         """
         dropout, scale = self.dropout if self.training else 0.0, self.softmax_scale
         if self.config.softmax_type != "vanilla":
+            assert is_visible is None or isinstance(is_visible, Tensor)
             scale = query.shape[-1] ** -0.5 if scale is None else scale
             query, key, value, is_visible = self._with_sink(query, key, value, is_visible, scale)
         forked = dropout > 0 and not self.config.sequence_parallel

@@ -13,7 +13,6 @@ import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
-    gather_from_sequence_parallel_region,
     get_cuda_rng_tracker,
     get_data_parallel_rng_tracker_name,
 )
@@ -31,20 +30,20 @@ from mor_layers import RecursionBlock, RecursionConfig, RecursionOutput, Routing
 from mor_layers.recursion import over_loops
 from mor_megatron.layers.block_part import BlockPart, CombiningRouter
 from mor_megatron.layers.experts.router import StepTopKRouter
-from mor_megatron.layers.latent_attention import RecursiveLatentAttention
 from mor_megatron.layers.own_sublayers import attentions_of
 from mor_megatron.layers.quantization import require_one_precision
 from mor_megatron.layers.routing.auxiliary_loss import RouterLossScaler, listen_for_loss_scale
 from mor_megatron.layers.routing.counts import RoutingStatistics
+from mor_megatron.layers.sequence_inputs import SequenceInputs
 from mor_megatron.layers.stack import StepStack
 from mor_megatron.layers.validation import validate
 from mor_megatron.step import (
+    PackedDocuments,
     Relayout,
     SequenceParallelPlacement,
     StaticCache,
     StepRotation,
-    documents_of,
-    in_sequence_order,
+    zigzag_positions,
 )
 
 
@@ -179,6 +178,7 @@ class RecursionLayer(TransformerLayer):
             streams=streams,
             history=history,
         )
+        self.inputs = SequenceInputs(config, pg_collection)
         self.statistics = RoutingStatistics(recursion.num_recursions)
         self.loop_loss = recursion.loop_loss
         factors = recursion.router.capacity_factors_for(recursion.num_recursions)
@@ -207,6 +207,9 @@ class RecursionLayer(TransformerLayer):
         Under context parallelism `s` is this rank's share for the hidden states and the rotary
         table; masks may have that many rows, as Megatron cuts them, or all rows of the sequence.
 
+        With `packed_seq_params`, `b` is 1, `s` counts the tokens of all documents, and the rotary table
+        has a row for each position in a document.
+
         Args:
             attention_mask: None if each sequence is one document. Otherwise Megatron's causal mask
                 `[b 1 s s]`, True where attention is not allowed; a document begins at every token
@@ -215,19 +218,25 @@ class RecursionLayer(TransformerLayer):
             padding_mask: `[b s]`, True at padding.
             inference_context: Megatron's static context. The input is then the next tokens of each
                 sequence, routing is causal, and the attention mask is not used.
+            packed_seq_params: Megatron's description of documents that are packed into one sequence
+                (`thd`). Tokens attend and route within them, and capacities are shares of their
+                lengths without padding.
 
         Raises:
             ValueError: an input is given that the recursion does not support.
         """
-        refuse_inputs(packed_seq_params=packed_seq_params, attention_bias=attention_bias)
+        refuse_inputs(attention_bias=attention_bias)
         if inference_context is not None:
-            refuse_inputs(padding_mask=padding_mask)
+            refuse_inputs(padding_mask=padding_mask, packed_seq_params=packed_seq_params)
             length = inference_context.sequence_len_offset + len(hidden_states)
             rotation = self._rotation(rotary_pos_emb, hidden_states, length)
             return self._generate(hidden_states, inference_context, rotation), context
-        tokens, num_documents = self._tokens(hidden_states, attention_mask, padding_mask)
-        rotation = self._rotation(rotary_pos_emb, hidden_states, tokens.sequence_length)
-        relayout = self._relayout(hidden_states, tokens.sequence_length)
+        packed = self.inputs.packed(hidden_states, attention_mask, packed_seq_params)
+        tokens, num_documents = self.inputs.tokens(
+            hidden_states, attention_mask, padding_mask, packed
+        )
+        rotation = self._rotation(rotary_pos_emb, hidden_states, tokens.sequence_length, packed)
+        relayout = self._relayout(hidden_states, tokens.sequence_length, packed)
         if relayout is not None:
             hidden_states = relayout.to_sequence(hidden_states)
         # Recomputation runs the forward pass twice, the first time without gradients. It is counted
@@ -292,55 +301,26 @@ class RecursionLayer(TransformerLayer):
             groups.tp_cp if self.config.sequence_parallel else groups.cp
         )
 
-    def _relayout(self, hidden: Tensor, length: int) -> Relayout | None:
+    def _relayout(
+        self, hidden: Tensor, length: int, packed: PackedDocuments | None
+    ) -> Relayout | None:
         size, placement = self.config.context_parallel_size, self.recursion.placement
         if size == 1:
             return None
         assert isinstance(placement, SequenceParallelPlacement)
-        return Relayout(length, placement.group, size, hidden.device)
-
-    def _tokens(
-        self, hidden: Tensor, attention_mask: Tensor | None, padding_mask: Tensor | None
-    ) -> tuple[Tokens, int | None]:
-        length, batch = hidden.shape[:2]
-        if self.config.sequence_parallel:
-            if padding_mask is not None and padding_mask.shape[1] == length:
-                padding_mask = gather_from_sequence_parallel_region(
-                    padding_mask.T.contiguous(), group=self.tp_group
-                ).T
-            length *= self.tp_group.size()
-        is_padding = None if padding_mask is None else padding_mask.T.bool()
-        if self.config.context_parallel_size > 1:
-            if attention_mask is not None and attention_mask.shape[2] == length:
-                rows = in_sequence_order(attention_mask.movedim(2, 0), self.pg_collection.cp)
-                attention_mask = rows.movedim(0, 2)
-            if is_padding is not None and len(is_padding) == length:
-                is_padding = in_sequence_order(is_padding, self.pg_collection.cp)
-            length *= self.config.context_parallel_size
-        documents, num_documents = None, None
-        if attention_mask is not None:
-            documents, num_documents = documents_of(attention_mask)
-            if documents is not None:
-                documents = documents.expand(-1, batch)
-        tokens = Tokens.whole_sequence(length, batch, hidden.device, documents, is_padding)
-        return tokens, num_documents
+        positions = zigzag_positions(length, size, packed=packed).cpu()
+        return Relayout(positions, placement.group, hidden.device)
 
     def _rotation(
-        self, rotary_pos_emb: Tensor | None, hidden: Tensor, length: int
+        self,
+        rotary_pos_emb: Tensor | None,
+        hidden: Tensor,
+        length: int,
+        packed: PackedDocuments | None = None,
     ) -> StepRotation | None:
         """The rotary table of a sequence of `length` tokens."""
         attention = attentions_of(self.recursion.layers[0])[0]  # type: ignore[index]
-        if isinstance(attention, RecursiveLatentAttention):  # which has a table of its own
-            return attention.rotation(length, hidden.dtype)
-        if rotary_pos_emb is None:
-            return None
-        scale = attention._yarn_concentration_factor
-        if self.config.context_parallel_size > 1:  # Megatron passes this rank's rows only
-            rotary_pos_emb = in_sequence_order(rotary_pos_emb, self.pg_collection.cp)
-        fused = self.config.apply_rope_fusion
-        return StepRotation.table(
-            rotary_pos_emb, scale, hidden.dtype, fused, self.config.rotary_interleaved
-        )
+        return self.inputs.rotation(attention, rotary_pos_emb, hidden.dtype, length, packed)
 
     def _generate(
         self, hidden: Tensor, memory: StaticInferenceContext, rotation: StepRotation | None
@@ -438,6 +418,7 @@ def refuse_inputs(**inputs: Any) -> None:
     for name, given in inputs.items():
         if given is not None:
             raise ValueError(
-                f"RecursionLayer does not take {name}. Describe several documents in a sequence by "
-                "attention_mask (reset_attention_mask=True in GPTDatasetConfig)."
+                f"RecursionLayer does not take {name} here. Describe several documents in a sequence by "
+                "packed_seq_params, or by attention_mask (reset_attention_mask=True in "
+                "GPTDatasetConfig)."
             )

@@ -21,6 +21,7 @@ from mor_megatron.step import StepRotation, attend_packed, takes_packed
 
 if TYPE_CHECKING:  # what the other base class is, for the type checker alone
     from megatron.core.transformer.attention import Attention
+    from torch.nn.attention.flex_attention import BlockMask
 else:
     Attention = object
 
@@ -81,9 +82,15 @@ class StepAttention(Attention):
         if sequences is not None and not takes_packed(core):
             sequences = None
         window = core.window if isinstance(core, SDPACoreAttention) else None
-        mask = visible_in(window, context) if sequences is None else None
-        if mask is not None and self.masked_attention is not None:
-            core = self.masked_attention
+        masked = self.masked_attention or core  # computes attention with a mask
+        mask = None
+        if sequences is None:
+            by_blocks = isinstance(masked, SDPACoreAttention) and masked.attends_by_blocks(
+                query, key, value
+            )
+            mask = visible_in(window, context, by_blocks)
+        if mask is not None:
+            core = masked
 
         def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             if isinstance(core, SDPACoreAttention):
@@ -92,6 +99,7 @@ class StepAttention(Attention):
                 return attend_packed(core, query, key, value, sequences)
             # Megatron and Transformer Engine mask out the positions where their mask is True.
             kind = AttnMaskType.causal if mask is None else AttnMaskType.arbitrary
+            assert mask is None or isinstance(mask, Tensor)
             barred = None if mask is None else ~mask
             return core(query, key, value, barred, attn_mask_type=kind, attention_bias=None,
                         packed_seq_params=None)  # fmt: skip
@@ -101,13 +109,18 @@ class StepAttention(Attention):
         return run(query, key, value)
 
 
-def visible_in(window: int | None, context: StepContext) -> Tensor | None:
+def visible_in(
+    window: int | None, context: StepContext, by_blocks: bool = False
+) -> "Tensor | BlockMask | None":
     """`[b 1 k m]`, True where a query may see a key; None for plain causal attention.
 
     Args:
         window: how many tokens before itself a token attends to; None: all of them. It counts positions
             in the sequence, of which a step may run some only.
+        by_blocks: return a block mask for FlexAttention, if the context has one.
     """
+    if by_blocks and context.masks_by_tokens:
+        return context.block_mask(window)
     mask = context.causal_mask
     if window is None:
         return mask

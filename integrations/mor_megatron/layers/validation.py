@@ -24,16 +24,6 @@ def validate(config: TransformerConfig, recursion: RecursionConfig) -> None:
             raise ValueError(f"{given} cannot be used with a recursion: {reason}")
 
 
-def _num_ranks(config: TransformerConfig) -> int:
-    """Number of ranks that one replica of the model is spread over."""
-    return max(
-        config.tensor_model_parallel_size
-        * config.pipeline_model_parallel_size
-        * config.context_parallel_size,
-        config.expert_model_parallel_size * (config.expert_tensor_parallel_size or 1),
-    )
-
-
 def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[bool, str, str]]:
     selective = config.recompute_modules if config.recompute_granularity == "selective" else []
     selective = selective or []
@@ -80,13 +70,6 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             f"attention_output_gate=True with Relaxation.projections={relaxed}",
             "the projection of queries, keys and values then makes gates too, for which there are no "
             "deltas. Use projections of 'output', 'gate', 'up' or 'down'.",
-        ),
-        (
-            config.mtp_num_layers is not None and _num_ranks(config) > 1,
-            f"mtp_num_layers={config.mtp_num_layers} with tensor, pipeline, context or expert "
-            "parallelism",
-            "multi-token prediction is only verified if each rank holds the whole model. Leave it "
-            "out, or use data parallelism.",
         ),
         (
             config.mtp_num_layers is not None and recursion.loop_loss is not None,

@@ -6,5 +6,12 @@ from mor_megatron.models.gpt import (
     has_transformer_engine,
     recursion_block_spec,
 )
+from mor_megatron.models.mtp import mtp_block_spec
 
-__all__ = ["default_layer_spec", "final_norm", "has_transformer_engine", "recursion_block_spec"]
+__all__ = [
+    "default_layer_spec",
+    "final_norm",
+    "has_transformer_engine",
+    "mtp_block_spec",
+    "recursion_block_spec",
+]

@@ -344,7 +344,7 @@ def set_pipeline_layout(config: TransformerConfig, depths: Sequence[int]) -> Non
         return
     rows = [["decoder"] * sum(stage) for stage in even_stages(depths, size)]
     rows[0].insert(0, "embedding")
-    rows[-1].append("loss")
+    rows[-1] += ["mtp"] * (config.mtp_num_layers or 0) + ["loss"]
     config.pipeline_model_parallel_layout = PipelineParallelLayerLayout(rows, size)
 
 

@@ -57,7 +57,7 @@ def _rules(
             f"{', '.join(uneven)}.",
         ),
         (
-            layout is not None and repr(layout) != repr(_layout(schedule, stages)),
+            layout is not None and repr(layout) != repr(_layout(config, schedule)),
             f"pipeline_model_parallel_layout={layout!r}",
             "the layout follows from the recursion. Leave it out.",
         ),
@@ -103,7 +103,7 @@ def _dtype(config: TransformerConfig) -> torch.dtype:
     return torch.float32 if config.fp32_residual_connection else config.params_dtype
 
 
-def _layout(schedule: SharingSchedule, stages: int) -> PipelineParallelLayerLayout:
+def _layout(config: TransformerConfig, schedule: SharingSchedule) -> PipelineParallelLayerLayout:
     """A layout that gives layers the same numbers, and so the same checkpoint keys, as on one stage.
 
     Megatron numbers the layers of a chunk after those of all earlier chunks. The recursion must have
@@ -111,9 +111,10 @@ def _layout(schedule: SharingSchedule, stages: int) -> PipelineParallelLayerLayo
     stage. Therefore all layers of the block except one are declared as layers of the first rank's
     second chunk.
     """
+    stages, heads = _stages(config), config.mtp_num_layers or 0
     rows: list[list[str]] = [[] for _ in range(stages * schedule.num_recursions)]
     ends = schedule.prelude + schedule.coda
     rows[0] = ["embedding"] + ["decoder"] * schedule.prelude
     rows[stages] = ["decoder"] * (schedule.num_unrolled_layers - ends - 1)
-    rows[-1] = ["decoder"] * (1 + schedule.coda) + ["loss"]
+    rows[-1] = ["decoder"] * (1 + schedule.coda) + ["mtp"] * heads + ["loss"]
     return PipelineParallelLayerLayout(rows, stages)

@@ -68,7 +68,7 @@ def recursion_pipeline_spec(
             f"vp_stage={vp_stage} must be in 0..{recursion.num_recursions - 1}, the steps."
         )
     rank, stages = parallel_state.get_pipeline_model_parallel_rank(), _stages(config)
-    config.pipeline_model_parallel_layout = _layout(schedule, stages)
+    config.pipeline_model_parallel_layout = _layout(config, schedule)
     layer_spec = layer_spec or default_layer_spec(config)
     dense = dense_layer_spec or layer_spec
     own = schedule.block_size // stages
@@ -119,16 +119,20 @@ def connect_stages(chunks: Sequence[nn.Module]) -> None:
     if not first.is_exit:
         return
 
+    decoder = cast(nn.Module, chunks[-1].decoder)
+
     def shorten(block: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
         # Megatron makes the rotary table as long as the received tensor, which is longer than the
-        # sequence. The coda needs a table of the sequence's length.
+        # sequence. The coda and the heads of multi-token prediction need one of the sequence's length.
         if named.get("rotary_pos_emb") is not None:
-            length = first.layout.sequence_length(len(block.input_tensor))
+            length = first.layout.sequence_length(len(cast(Any, decoder).input_tensor))
             named["rotary_pos_emb"] = named["rotary_pos_emb"][:length]
         return inputs, named
 
-    decoder = cast(nn.Module, chunks[-1].decoder)
-    decoder.register_forward_pre_hook(shorten, with_kwargs=True)
+    heads = getattr(chunks[-1], "mtp", None)
+    for block in (decoder, heads):
+        if block is not None:
+            block.register_forward_pre_hook(shorten, with_kwargs=True)
 
 
 def carried_length(chunks: Sequence[nn.Module], seq_length: int) -> int:

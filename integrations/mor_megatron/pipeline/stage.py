@@ -25,6 +25,7 @@ from mor_layers.profiling import named_range
 from mor_layers.recursion import SharingContext, begin_step
 from mor_megatron.layers import BlockPart, RecursionLayer, RecursionSubmodules, refuse_inputs
 from mor_megatron.pipeline.state import CarriedLayout, CarriedState, Flight, GradientsOfLaterSteps
+from mor_megatron.step import StepRotation, packed_documents
 
 
 class Turns:
@@ -136,11 +137,7 @@ class RecursionStage(RecursionLayer):
         Raises:
             ValueError: an input is not supported by the recursion.
         """
-        refuse_inputs(
-            packed_seq_params=packed_seq_params,
-            inference_context=inference_context,
-            attention_bias=attention_bias,
-        )
+        refuse_inputs(inference_context=inference_context, attention_bias=attention_bias)
         recomputes, is_again = self.training and self.config.recompute_granularity == "full", False
         if recomputes:
             microbatch, is_again = turns.next(microbatch)
@@ -153,20 +150,31 @@ class RecursionStage(RecursionLayer):
             if not self.is_entry:
                 state = self.layout.unpack(hidden, step)
             else:
-                state = self._arrive(step, hidden, attention_mask, padding_mask)
+                masks = (attention_mask, padding_mask, packed_seq_params)
+                state = self._arrive(step, hidden, *masks)
                 state = self._route(step, state, flight, is_again)
-            state = self._run_layers(step, state, flight, rotary_pos_emb)
+            length, packed = state.decision.tokens.sequence_length, None
+            if packed_seq_params is not None:
+                packed = packed_documents(packed_seq_params, length)
+            rotation = self._rotation(rotary_pos_emb, state.rows, length, packed)
+            state = self._run_layers(step, state, flight, rotation)
         if is_last and self.is_exit:
             return make_viewless_tensor(state.full, state.full.requires_grad, keep_graph=True)
         return self.layout.pack(state, step)
 
     def _arrive(
-        self, step: int, hidden: Tensor, attention_mask: Tensor | None, padding_mask: Tensor | None
+        self,
+        step: int,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        padding_mask: Tensor | None,
+        packed_seq_params: Any,
     ) -> CarriedState:
         """The candidates of a step, from the model's input or from the last rank's tensor."""
         if step > 0:
             return self.layout.unpack(hidden, step - 1)
-        tokens, _ = self._tokens(hidden, attention_mask, padding_mask)
+        packed = self.inputs.packed(hidden, attention_mask, packed_seq_params)
+        tokens, _ = self.inputs.tokens(hidden, attention_mask, padding_mask, packed)
         length = tokens.sequence_length
         if self.layout.carried_length(length) != length and length not in self.announced_lengths:
             raise ValueError(
@@ -202,12 +210,11 @@ class RecursionStage(RecursionLayer):
         return CarriedState(state.full, selected, decision)
 
     def _run_layers(
-        self, step: int, state: CarriedState, flight: Flight, rotary_pos_emb: Tensor | None
+        self, step: int, state: CarriedState, flight: Flight, rotation: StepRotation | None
     ) -> CarriedState:
         recursion, decision = self.recursion, state.decision
         earlier = flight.context if step else None
         context = begin_step(recursion.kv_policy, step, decision.tokens, earlier)
-        rotation = self._rotation(rotary_pos_emb, state.rows, decision.tokens.sequence_length)
         rows = recursion.enter(step, state.rows, self._injected(step, state, flight))
         output = recursion.run_layers(rows, context, rotation=rotation)
         origin = state.full if self.keeps_origin else None

@@ -1,10 +1,11 @@
 """Context parallelism without Transformer Engine.
 
 Outside a recursion, each rank holds two of `2 · cp` chunks of the sequence, numbers `rank` and
-`2 · cp - 1 - rank`. This is Megatron's zigzag order. Inside a recursion, the rows of a step are in
-sequence order and split evenly and contiguously, so that every rank has the same amount of work
-regardless of which tokens were selected. Attention all-gathers keys and values over the group and
-masks them by position, which is exact. Queries are never sent.
+`2 · cp - 1 - rank`. This is Megatron's zigzag order. In a packed sequence, each document is split in
+this way. Inside a recursion, the rows of a step are in sequence order and split evenly and
+contiguously, so that every rank has the same amount of work regardless of which tokens were selected.
+Attention all-gathers keys and values over the group and masks them by position, which is exact. Queries
+are never sent.
 
 Legend: `s` sequence, `b` batch, `n` rows on this rank, `k` tokens that run a step, `m` tokens whose keys
 they see, `g` key-value heads, `d` head size.
@@ -20,14 +21,26 @@ from torch.distributed import ProcessGroup
 
 from mor_layers import StepContext, Tokens
 from mor_layers.recursion import Exited, visible
+from mor_megatron.step.packed_input import PackedDocuments
 
 
-def zigzag_positions(length: int, size: int, device: torch.device | None = None) -> Tensor:
+def zigzag_positions(
+    length: int,
+    size: int,
+    device: torch.device | None = None,
+    packed: PackedDocuments | None = None,
+) -> Tensor:
     """Position of each row `[size n]` of a sequence that is split over `size` ranks in zigzag order.
 
+    Args:
+        packed: the documents of a packed sequence, each of which is split by itself.
+
     Raises:
-        ValueError: the length is not a multiple of `2 * size`.
+        ValueError: the length, or that of a document with its padding, is not a multiple of
+            `2 * size`.
     """
+    if packed is not None:
+        return _zigzag_positions_of(packed, size)
     if length % (2 * size):
         raise ValueError(
             f"a sequence of {length} tokens cannot be split into {2 * size} equal chunks, two for "
@@ -37,10 +50,24 @@ def zigzag_positions(length: int, size: int, device: torch.device | None = None)
     return torch.cat([chunks[0], chunks[1].flip(0)], dim=1)  # chunk r, then chunk 2·size-1-r
 
 
-def in_sequence_order(rows: Tensor, group: ProcessGroup) -> Tensor:
+def _zigzag_positions_of(packed: PackedDocuments, size: int) -> Tensor:
+    if (packed.lengths % (2 * size)).any():
+        raise ValueError(
+            f"a document cannot be split into {2 * size} equal chunks, two for each of {size} "
+            f"context-parallel ranks. Pad each document to a multiple of {2 * size} tokens, and pass "
+            "its length without and with padding as cu_seqlens_q and cu_seqlens_q_padded."
+        )
+    chunk = packed.offsets * (2 * size) // packed.lengths
+    rank = torch.minimum(chunk, 2 * size - 1 - chunk)
+    return rank.argsort(stable=True).view(size, -1)
+
+
+def in_sequence_order(
+    rows: Tensor, group: ProcessGroup, packed: PackedDocuments | None = None
+) -> Tensor:
     """Gather the zigzag rows `[n ...]` of all ranks as one sequence `[s ...]`. Differentiable."""
     whole = gather_from_sequence_parallel_region(rows.contiguous(), group=group)
-    positions = zigzag_positions(len(whole), group.size(), rows.device).flatten()
+    positions = zigzag_positions(len(whole), group.size(), rows.device, packed).flatten()
     return whole.index_select(0, positions.argsort())
 
 
@@ -48,17 +75,16 @@ class Relayout:
     """Converts rows between zigzag and contiguous order, over the ranks of a group.
 
     Args:
-        length: length of the sequence.
+        positions: position of each row of each context-parallel rank, see `zigzag_positions`. On the
+            host, where the ranks' shares are counted.
         group: the context-parallel ranks. With sequence parallelism also the tensor-parallel ranks,
             which split the rows of a context-parallel rank contiguously.
-        context_size: number of context-parallel ranks.
+        device: where the rows are.
     """
 
-    def __init__(
-        self, length: int, group: ProcessGroup, context_size: int, device: torch.device
-    ) -> None:
+    def __init__(self, positions: Tensor, group: ProcessGroup, device: torch.device) -> None:
         self.group = group
-        positions = zigzag_positions(length, context_size).view(group.size(), -1)
+        positions = positions.reshape(group.size(), -1)
         size = positions.shape[1]
         target = positions // size  # [rank n]: the rank that each row is sent to
         own = target[group.rank()]

@@ -57,6 +57,17 @@ class StepRotation:
             cos.to(dtype), sin.to(dtype), angles if is_fused else None, is_interleaved, regroups
         )
 
+    def restarting(self, offsets: Tensor) -> "StepRotation":
+        """The rotation of a packed sequence, whose positions restart with each document.
+
+        Args:
+            offsets: position of each token in its document, `[s]`. Those beyond the table are of
+                padding.
+        """
+        rows = offsets.clamp(max=len(self.cos) - 1)
+        angles = None if self.angles is None else self.angles[rows]
+        return replace(self, cos=self.cos[rows], sin=self.sin[rows], angles=angles)
+
     def at(self, positions: Tensor) -> "StepRotation":
         """The rotation at the given positions `[k b]`."""
         angles = None if self.angles is None else self.angles[positions.flatten()]

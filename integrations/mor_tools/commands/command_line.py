@@ -12,7 +12,16 @@ from typing import Any
 
 from mor_tools.comparison.options import add_arguments as compare_options
 
-FORMATS = ("llama", "megatron", "mor", "nanbeige", "ouro", "published")
+FORMATS = (
+    "deepseek_v2",
+    "deepseek_v3",
+    "llama",
+    "megatron",
+    "mor",
+    "nanbeige",
+    "ouro",
+    "published",
+)
 HARDWARE = ("a100", "h100", "b200", "cpu")
 INITIALIZATIONS = ("stepwise", "average", "lower", "upper", "random")
 SHARING_SCHEMES = ("cycle", "sequence", "middle_cycle", "middle_sequence")
@@ -167,6 +176,13 @@ def _serve(options: argparse.ArgumentParser) -> None:
     add("--port", type=int, default=8000, help="port to listen on (default: 8000)")
     add("--device", default="cpu", help="device to run on, as PyTorch names it (default: cpu)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
+    add("--replicas", type=int, default=1, help="copies of the model, in processes (default: 1)")
+    add(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        help="processes over which each copy is sharded (default: 1)",
+    )
     add(
         "--kv-mib", type=float, default=256, help="memory for keys and values in MiB (default: 256)"
     )
@@ -236,6 +252,15 @@ WITH_RECURSIONS: dict[str, dict[str, Any]] = {
         "help": "sublayers of which each step keeps those of the layers at its depth, with their norms",
     },
     "relax_kind": {"choices": ("lora", "dora"), "help": "kind of the deltas (default: lora)"},
+    "repeat": {
+        "action": "store_true",
+        "default": None,
+        "help": "keep all layers and repeat those between --prelude and --coda, without training",
+    },
+    "damping": {
+        "type": float,
+        "help": "with --repeat: how far a loop moves the state, in (0, 1] (default: 1 / recursions)",
+    },
 }
 """Options that only apply to a model that is made recursive."""
 

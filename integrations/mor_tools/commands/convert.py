@@ -2,6 +2,7 @@
 
     mor convert llama/ recursive/ --recursions 3 --init average
     mor convert llama/ recursive/ --recursions 2 --prelude 3 --coda 3
+    mor convert llama/ looped/ --recursions 2 --repeat --prelude 8 --coda 12
     mor convert recursive/ checkpoints/ --to megatron
     mor convert runs/tiny/ model/
     mor convert recursive/ unrolled/ --to llama
@@ -19,9 +20,11 @@ from rich.progress import Progress
 
 from mor_layers import RecursionConfig, from_mapping
 from mor_layers.recursion import SHARING_SCHEMES
+from mor_layers.routers import DampedLoops
 from mor_layers.weights import (
     MODEL_TYPE,
     StoredModel,
+    looped_weights,
     recursive_weights,
     written_whole,
 )
@@ -57,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
         options.source, read_settings(options.settings), options.trust_remote_code
     )
     if options.recursions is not None:
-        model = _recursive(model, options)
+        model = _looped(model, options) if options.repeat else _recursive(model, options)
     target.require_place(model.config)
     console = Console(stderr=True)
     with written_whole(options.target) as partial:
@@ -83,11 +86,11 @@ def _difference(
         ValueError: it is larger than rounding errors.
     """
     ids = verification.probe(model.config.vocab_size)
-    if source.name == "llama":
+    if source.has_public_model:
         expected = verification.logits_by_transformers(folder, ids)
     else:
         expected = verification.logits_of(model, ids)
-    if target.name == "llama":
+    if target.has_public_model:
         found = verification.logits_by_transformers(written, ids)
     else:
         # The written model names no other module than the source did, so it is trusted as the
@@ -97,6 +100,10 @@ def _difference(
 
 
 def _recursive(model: StoredModel, options: argparse.Namespace) -> StoredModel:
+    if options.damping is not None:
+        raise ValueError(
+            "--damping has no effect without --repeat. Leave it out, or repeat layers."
+        )
     if options.relax_rank is None and options.relax_kind is not None:
         raise ValueError(
             "--relax-kind has no effect without --relax-rank. Leave it out, or give the rank."
@@ -121,6 +128,25 @@ def _recursive(model: StoredModel, options: argparse.Namespace) -> StoredModel:
     config, weights = recursive_weights(
         model.weights, model.config, recursion, options.init or "average", options.seed or 0
     )
+    return StoredModel(config, weights, model.facts, model.side_files)
+
+
+def _looped(model: StoredModel, options: argparse.Namespace) -> StoredModel:
+    """The model with its middle layers repeated as they are."""
+    for name in ("init", "seed", "relax_rank", "relax_kind", "own_per_step", "router"):
+        if getattr(options, name) is not None:
+            raise ValueError(
+                f"{flag(name)} has no effect with --repeat, which changes no weights and takes no "
+                "router. Leave it out."
+            )
+    recursion = RecursionConfig(
+        options.recursions,
+        sharing=options.sharing or "middle_cycle",
+        router=DampedLoops(options.damping),
+        prelude_layers=options.prelude,
+        coda_layers=options.coda,
+    )
+    config, weights = looped_weights(model.weights, model.config, recursion)
     return StoredModel(config, weights, model.facts, model.side_files)
 
 

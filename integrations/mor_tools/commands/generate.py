@@ -96,7 +96,8 @@ def run(options: argparse.Namespace) -> None:
     with terminal.working(f"loading {options.model or 'a random model'}"):
         served = load(options.model, trust_remote_code=options.trust_remote_code)
     if options.extra_steps:
-        served = replace(served, model=deepened(served.model, options.extra_steps))
+        deeper = deepened(served.model, options.extra_steps)
+        served = replace(served, config=deeper.config, make=lambda: deeper)
     if options.calibrate is not None:
         ids = served.tokenizer.encode(Path(options.calibrate).read_text("utf-8"))
         pieces = [torch.tensor(p)[None] for p in _pieces(ids, 256)][:64]

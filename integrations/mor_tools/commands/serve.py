@@ -7,7 +7,8 @@
 Without --model a small model with random weights answers. POST /v1/chat/completions needs a chat
 template in the model's folder. Beyond the protocol: `top_k`, `min_p`, `repetition_penalty`, `priority`,
 `ignore_eos`, `timeout`, `cache_salt`, and in answers `depths`, the recursion steps that each token cost.
-GET /metrics, /health and /v1/models.
+GET /metrics, /health and /v1/models. --replicas runs copies of the model in processes of their own, and
+--tensor-parallel shards each over processes.
 On SIGINT or SIGTERM the server takes no new calls, and ends the running ones within --grace seconds. An
 engine that fails ends it with exit status 1.
 """
@@ -16,19 +17,19 @@ import argparse
 import contextlib
 import sys
 
-import torch
-
-from mor_layers.generation import CacheSettings, DepthBatchingEngine
+from mor_layers.generation import CacheSettings
 from mor_tools import terminal
+from mor_tools.commands.command_line import flag
 from mor_tools.serving.access import Access, read_keys
 from mor_tools.serving.app import Limits, Service
-from mor_tools.serving.loading import ServedModel, load
+from mor_tools.serving.engines import EngineOptions
+from mor_tools.serving.replicas import Replicas
 from mor_tools.serving.server import Server
+from mor_tools.serving.worker import EngineWorker
 
 
-def build_engine(options: argparse.Namespace, served: ServedModel) -> DepthBatchingEngine:
-    """Build the engine that the options describe."""
-    model = served.model.to(options.device, getattr(torch, options.dtype))
+def engine_options(options: argparse.Namespace) -> EngineOptions:
+    """The engine of each process."""
     cache = CacheSettings(
         int(options.kv_mib * 2**20),
         options.slots,
@@ -36,19 +37,39 @@ def build_engine(options: argparse.Namespace, served: ServedModel) -> DepthBatch
         is_int8=options.int8_kv,
         prefix_sharing=options.prefix_sharing,
     )
-    return DepthBatchingEngine(model, cache, options.chunk_size, decode=served.tokenizer.decode)
+    return EngineOptions(
+        options.model,
+        cache,
+        options.chunk_size,
+        options.device,
+        options.dtype,
+        options.trust_remote_code,
+    )
 
 
 def build(options: argparse.Namespace) -> Service:
-    """Build the service that the options describe."""
+    """Build the service that the options describe.
+
+    Raises:
+        ValueError: an option is not allowed, or the model folder is incomplete.
+        OSError: a file does not exist.
+    """
     keys = [*options.api_key, *(read_keys(options.api_key_file) if options.api_key_file else ())]
     access = Access.bound_to(options.host, options.allowed_host, keys)
     limits = Limits(
         options.max_tokens, options.max_waiting, options.max_per_client, timeout=options.timeout
     )
+    for name in ("replicas", "tensor_parallel"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{flag(name)} {getattr(options, name)} must be at least 1.")
+    wanted = engine_options(options)
     with terminal.working(f"loading {options.model or 'a random model'}"):
-        served = load(options.model, trust_remote_code=options.trust_remote_code)
-    return Service(build_engine(options, served), served, limits, access)
+        served = wanted.load()
+        if options.replicas * options.tensor_parallel == 1:
+            worker = EngineWorker(wanted.engine(served), limits.max_waiting)
+        else:
+            worker = Replicas(wanted, options.replicas, options.tensor_parallel, limits.max_waiting)
+    return Service(worker, served, limits, access)
 
 
 def run(options: argparse.Namespace) -> None:

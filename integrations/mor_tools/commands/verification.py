@@ -1,6 +1,6 @@
 """Checks that two stored models compute the same logits on a few random tokens.
 
-Each model is opened from its files: Llamas and Qwens through transformers, all others as a
+Each model is opened from its files: models of the transformers library through it, all others as a
 MoRTransformer, routed as in generation. Only one of them is in memory at a time, in fp32.
 
 Legend: `b` batch, `s` sequence, `v` vocabulary.

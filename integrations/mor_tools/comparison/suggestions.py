@@ -83,7 +83,9 @@ def _widths(settings: Settings, wanted: float) -> Iterable[tuple[str, Settings]]
 def _caches(settings: Settings) -> Iterable[tuple[str, Settings]]:
     """Other numbers of key-value heads, and other KV policies."""
     model, recursion = settings.model, settings.recursion
-    for heads in range(1, model.num_heads + 1):
+    # Latent attention has one row per token, whatever the number of heads.
+    most = model.num_heads if model.latent_attention is None else 0
+    for heads in range(1, most + 1):
         if model.num_heads % heads == 0 and heads != model.num_kv_heads:
             changed = replace(settings, model=replace(model, num_kv_heads=heads))
             yield f"model.num_kv_heads={heads}", changed

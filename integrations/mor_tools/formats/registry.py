@@ -50,6 +50,8 @@ class Format:
     """Whether a model in this format may lack its DecoderConfig."""
     require_place: Callable[[DecoderConfig], object] = lambda config: None
     """Raises ValueError if the format cannot represent a model with these settings."""
+    has_public_model: bool = False
+    """Whether the installed transformers library computes models in this format."""
 
 
 def detected(source: Path) -> Format:
@@ -159,6 +161,28 @@ def _format_of_looped(name: str) -> Format:
     )
 
 
+def _deepseek() -> Any:
+    from mor_huggingface import deepseek
+
+    return deepseek
+
+
+def _format_of_deepseek(name: str) -> Format:
+    """The format of DeepSeek-V2 or DeepSeek-V3."""
+
+    def family() -> Any:
+        return _deepseek().FAMILIES[name]
+
+    return Format(
+        name,
+        lambda source: _deepseek().is_family(family(), source),
+        lambda source, *_: _deepseek().open_deepseek(source),
+        lambda model, folder, written: _deepseek().write_deepseek(family(), model, folder, written),
+        require_place=lambda config: _deepseek().deepseek_config(family(), config),
+        has_public_model=True,
+    )
+
+
 def _is_llama(source: Path) -> bool:
     _looped().refuse_other_loops(source)
     return (source / CONFIG).is_file()
@@ -190,12 +214,14 @@ FORMATS = {
             require_place=published_settings,
         ),
         *map(_format_of_looped, ("ouro", "nanbeige")),
+        *map(_format_of_deepseek, ("deepseek_v2", "deepseek_v3")),
         Format(
             "llama",
             _is_llama,
             lambda source, *_: _llama().open_llama(source),
             lambda model, folder, written: _llama().write_llama(model, folder, written),
             require_place=_require_llama,
+            has_public_model=True,
         ),
     )
 }

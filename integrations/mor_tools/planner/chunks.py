@@ -13,7 +13,14 @@ from mor_tools.planner.memory import (
     kept_input,
 )
 from mor_tools.planner.stages import Part
-from mor_tools.planner.traffic import Spread, Traffic, end_traffic, routing_traffic, run_traffic
+from mor_tools.planner.traffic import (
+    Rows,
+    Spread,
+    Traffic,
+    end_traffic,
+    routing_traffic,
+    run_traffic,
+)
 
 
 @dataclass(frozen=True)
@@ -142,13 +149,13 @@ def _sent(
     traffic = end_traffic(shape, at_start, at_end, s, spread)
     for part in parts:
         run, again = _step(work, part.index, part.step), _readings(work, part)
-        projected = again * run.kv_numbers / (2 * shape.kv_size * part.stack.num_layers)
-        rows = again * run.tokens
-        sources = [run_traffic(shape, part.stack, part.layers, rows, projected, spread)]
+        projected = again * run.kv_numbers / (shape.kept_size * part.stack.num_layers)
+        rows = Rows(again * run.tokens, projected, again * run.seen)
+        sources = [run_traffic(shape, part.stack, part.layers, rows, spread)]
         if part.step == 0 and part.stack.num_recursions > 1:
             steps = range(part.stack.num_recursions)
             tokens = tuple(_step(work, part.index, step).tokens for step in steps)
-            head = work.model.head_size
+            head = work.model.rotary_size
             sources.append(routing_traffic(shape, part.stack, tokens, s, spread, head))
         for ahead, behind in sources:
             traffic[0].update(ahead)

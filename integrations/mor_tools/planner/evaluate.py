@@ -78,7 +78,7 @@ def evaluate(work: Workload, layout: Layout, hardware: Hardware, efficiency: flo
     }
     model_flops = work.cost.training.total * work.global_batch_size
     available = sum(times.values()) * hardware.tflops * 1e12 * layout.num_devices
-    kv_bytes = work.cost.kv_bytes(work.itemsize) / layout.tensor
+    kv_bytes = work.kv_bytes / work.split_caches(layout.tensor)
     return Plan(layout, plans, makespan, times, model_flops / available, kv_bytes)
 
 

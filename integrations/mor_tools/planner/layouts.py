@@ -63,6 +63,16 @@ class Workload:
             tokens = tuple(share * self.sequence_length for own in shares for share in own)
         return account(self.shape, self.sequence_length, tokens, causal_half=False)
 
+    @property
+    def kv_bytes(self) -> float:
+        """Bytes of the keys and values, or latent rows, of one sequence in generation."""
+        return self.cost.kv_bytes(self.itemsize)
+
+    def split_caches(self, tensor: int) -> int:
+        """Number of parts that tensor-parallel ranks divide a cache into. All heads need the latent rows
+        of latent attention, so every rank has all of them."""
+        return 1 if self.model.latent_attention is not None else tensor
+
     @cached_property
     def first_run(self) -> tuple[int, ...]:
         """Index in `cost.steps` of the first step of each stack."""

@@ -43,8 +43,14 @@ def kept_by_layer(shape: ModelShape, stack: StackShape, tokens: float, how: Kept
         rows += 2 * 4 * h + item * 2 * h
     if stack.norm_modulation is not None:  # two norms: the factor, the result, and the signal
         rows += 2 * item * (2 * h + 2 * stack.norm_modulation.rank_of(h))
-    # Queries, the result, rotated keys, and the fused projection that values are a view of.
-    heads = item * (3 * shape.query_size + 3 * shape.kv_size)
+    heads = item * _heads(shape)
+    latent = shape.latent
+    if latent is not None:
+        rows += (4 + 2 * item) * latent.norm_weights  # of both kinds of latent rows
+        # A rank's part of gathered rows is a view, which keeps all of them: the inputs of these norms,
+        # and that of the projection to keys and values.
+        gathered = latent.query_rank + latent.row_size + latent.rank
+        rows += item * gathered * (how.shards - 1)
     widths = mlp.experts_per_token * mlp.ffn_hidden_size + mlp.shared_ffn_hidden_size
     inner = item * (5 if mlp.gated else 2) * widths
     if mlp.num_experts:  # inputs and outputs of the experts
@@ -52,6 +58,16 @@ def kept_by_layer(shape: ModelShape, stack: StackShape, tokens: float, how: Kept
     return tokens * (
         rows / how.shards + (heads + inner) / how.tensor + _kept_by_deltas(shape, stack, how)
     )
+
+
+def _heads(shape: ModelShape) -> int:
+    """Numbers per token that attention keeps of all heads."""
+    latent = shape.latent
+    if latent is None:
+        # Queries, the result, rotated keys, and the fused projection that values are a view of.
+        return 3 * shape.query_size + 3 * shape.kv_size
+    # Queries, keys, the result, and the projected latent rows that values are a view of.
+    return 2 * shape.query_size + latent.value_size + latent.raised_size
 
 
 def _kept_by_deltas(shape: ModelShape, stack: StackShape, how: Kept) -> float:

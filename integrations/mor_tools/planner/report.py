@@ -151,7 +151,6 @@ def refusals(found: Search, hardware: Hardware) -> Table:
 def inference_table(work: Workload, gpus: int, hardware: Hardware) -> Table:
     """The number of whole sequences whose keys and values fit into memory with the weights."""
     weights = work.cost.parameters.total * work.itemsize
-    one = work.cost.kv_bytes(work.itemsize)
     title = f"Generation, sequences of {work.sequence_length} tokens"
     table = Table(title=title, box=SIMPLE_HEAD)
     for column in ("TP", "copies", "weights, GiB", "KV of one, MiB", "fit a copy",
@@ -159,9 +158,10 @@ def inference_table(work: Workload, gpus: int, hardware: Hardware) -> Table:
         table.add_column(column, justify="right")
     for size in divisors(gcd(gpus, work.model.kv_heads), work.model.kv_heads):
         room = hardware.memory_gib * GIB * USABLE - weights / size
-        fitting = max(0, int(room // (one / size)))
+        one = work.kv_bytes / work.split_caches(size)
+        fitting = max(0, int(room // one))
         table.add_row(
-            str(size), str(gpus // size), f"{weights / size / GIB:.2f}", f"{one / size / 2**20:.2f}",
+            str(size), str(gpus // size), f"{weights / size / GIB:.2f}", f"{one / 2**20:.2f}",
             str(fitting), str(fitting * (gpus // size)),
         )  # fmt: skip
     return table

@@ -39,24 +39,29 @@ class Spread:
         return -(-rows // self.shards) * self.shards
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Tokens of a sequence that a run of layers concerns."""
+
+    running: float
+    """Tokens that run the layers (k)."""
+    projected: float
+    """Tokens whose keys and values, or latent rows, are computed."""
+    seen: float
+    """Tokens whose keys and values attention sees."""
+
+
 def _share(size: int) -> float:
     return (size - 1) / size
 
 
 def run_traffic(
-    shape: ModelShape, stack: StackShape, layers: float, tokens: float, projected: float,
-    spread: Spread,
-) -> tuple[Traffic, Traffic]:  # fmt: skip
-    """Forward and backward traffic of layers for one sequence.
-
-    Args:
-        layers: number of layers.
-        tokens: number of tokens that run them (k).
-        projected: number of tokens whose keys and values are computed.
-    """
+    shape: ModelShape, stack: StackShape, layers: float, given: Rows, spread: Spread
+) -> tuple[Traffic, Traffic]:
+    """Forward and backward traffic of a number of layers for one sequence."""
     ahead: Traffic = Counter()
     behind: Traffic = Counter()
-    item, t = spread.bytes_per_activation, spread.tensor
+    item, t, tokens = spread.bytes_per_activation, spread.tensor, given.running
     rows = spread.padded(tokens)
     hidden = layers * rows / spread.context * shape.hidden_size * item
     products = 1 if stack.mlp.num_experts else 2  # attention, and a dense MLP
@@ -70,8 +75,14 @@ def run_traffic(
     elif t > 1:
         ahead["tensor", "all_reduce"] += products * 2 * hidden * _share(t)
         behind["tensor", "all_reduce"] += products * 2 * hidden * _share(t)
+    if t > 1 and shape.latent is not None:
+        for way, sent in zip(
+            (ahead, behind), _latent_traffic(shape, stack, given, spread), strict=True
+        ):
+            for collective, numbers in sent.items():
+                way["tensor", collective] += layers * numbers / spread.context * item * _share(t)
     if spread.context > 1:
-        keys = layers * 2 * spread.padded(projected) * shape.kv_size / t * item
+        keys = layers * spread.padded(given.projected) * _gathered_keys(shape, stack, t) * item
         ahead["context", "all_gather"] += keys * _share(spread.context)
         behind["context", "reduce_scatter"] += keys * _share(spread.context)
     if stack.mlp.num_experts:
@@ -83,6 +94,53 @@ def run_traffic(
             way["expert", "all_to_all"] += (2 * moved + gates) * _share(spread.expert)
             way["tensor", "all_gather"] += (moved + gates * (way is ahead)) * cut * _share(cut)
             way["tensor", "reduce_scatter"] += (moved + gates * (way is behind)) * cut * _share(cut)
+    return ahead, behind
+
+
+def _is_routed(stack: StackShape) -> bool:
+    return stack.num_recursions > 1 or stack.router is not None
+
+
+def _gathered_keys(shape: ModelShape, stack: StackShape, tensor: int) -> float:
+    """Numbers per token that context-parallel ranks gather in a layer."""
+    if shape.latent is None:
+        return 2 * shape.kv_size / tensor
+    if _is_routed(stack):
+        return shape.latent.row_size  # which all tensor-parallel ranks have
+    return (shape.query_size + shape.latent.value_size) / tensor
+
+
+def _latent_traffic(
+    shape: ModelShape, stack: StackShape, given: Rows, spread: Spread
+) -> tuple[Counter[str], Counter[str]]:
+    """Numbers that the tensor-parallel ranks exchange in a layer of latent attention, beside those of
+    the first projection of the queries and of the output, which any attention has.
+
+    The columns of the down-projections are split, and gathered before the norms of latent rows.
+    """
+    latent = shape.latent
+    assert latent is not None
+    running, projected, seen = map(spread.padded, (given.running, given.projected, given.seen))
+    c, r, q = latent.rank, latent.row_size - latent.rank, latent.query_rank
+    hidden, rows = projected * shape.hidden_size, projected * (c + r)
+    ahead: Counter[str] = Counter(all_gather=rows + running * q)  # columns
+    behind: Counter[str] = Counter()
+    if not spread.sequence_parallel:
+        behind["all_reduce"] = 2 * (hidden + running * q + seen * (c + r))
+        return ahead, behind
+    # Inputs of the down-projection of keys and of both up-projections.
+    inputs = hidden + running * q + seen * c
+    ahead["all_gather"] += inputs
+    behind["all_gather"] = inputs + running * q
+    behind["reduce_scatter"] = inputs
+    if _is_routed(stack):
+        ahead["all_gather"] += projected * c
+        behind["all_gather"] += (projected + seen) * c
+        behind["all_reduce"] = 2 * seen * r
+    else:
+        ahead["all_gather"] += projected * r
+        behind["all_gather"] += rows
+        behind["reduce_scatter"] += projected * r
     return ahead, behind
 
 

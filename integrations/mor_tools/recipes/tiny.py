@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from mor_layers import RecursionConfig
+from mor_layers.models import LatentAttentionConfig
 from mor_tools.pretraining.settings import ModelSettings, MoESettings, Settings
 
 HIDDEN_SIZE, HEADS, STEPS = 32, 4, 2
@@ -86,8 +87,16 @@ def _tiny_model(settings: Settings, recursion: RecursionConfig | None) -> ModelS
         num_heads=HEADS,
         num_kv_heads=max(1, HEADS * model.num_kv_heads // model.num_heads),
         head_dim=None if model.head_dim is None else HIDDEN_SIZE // HEADS,
+        latent_attention=_tiny_latents(model.latent_attention),
         moe=None if model.moe is None else _tiny_experts(model.moe),
     )
+
+
+def _tiny_latents(latent: LatentAttentionConfig | None) -> LatentAttentionConfig | None:
+    if latent is None:
+        return None
+    head, queries = HIDDEN_SIZE // HEADS, None if latent.q_lora_rank is None else HIDDEN_SIZE // 2
+    return LatentAttentionConfig(HIDDEN_SIZE // 2, head, head // 2, head, queries)
 
 
 def _tiny_experts(moe: MoESettings) -> MoESettings:

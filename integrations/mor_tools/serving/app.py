@@ -19,13 +19,15 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from mor_layers.generation import DepthBatchingEngine, Event
+from mor_layers.generation import Event
 from mor_tools.serving import chat, completions
 from mor_tools.serving.access import Access, AccessControl
 from mor_tools.serving.errors import ServiceError
 from mor_tools.serving.fields import BadRequestError
 from mor_tools.serving.loading import ServedModel
+from mor_tools.serving.metrics import prometheus
 from mor_tools.serving.protocol import Bounds, Call, Usage, failure
+from mor_tools.serving.replicas import Replicas
 from mor_tools.serving.worker import EngineWorker, OverloadedError, UnavailableError
 
 NUM_PARSERS = 2
@@ -57,24 +59,24 @@ class Limits:
 
 
 class Service:
-    """Serves requests with one engine.
+    """Serves requests.
 
     Args:
-        engine: the engine. It must have `decode`.
-        model: the model that the engine runs.
+        worker: runs the engine, or the engines, which must have `decode`.
+        model: the model that they run.
         access: which requests are accepted.
     """
 
     def __init__(
         self,
-        engine: DepthBatchingEngine,
+        worker: EngineWorker | Replicas,
         model: ServedModel,
         limits: Limits,
         access: Access | None = None,
     ) -> None:
         self.model, self.limits = model, limits
         self.access = Access() if access is None else access
-        self.worker = EngineWorker(engine, limits.max_waiting)
+        self.worker = worker
         self.answers: Counter[int] = Counter()
         self._parsers = ThreadPoolExecutor(NUM_PARSERS, "parser")
         self._open: Counter[str] = Counter()  # number of open requests of each client
@@ -147,45 +149,8 @@ class Service:
 
     async def metrics(self, _: HTTPRequest) -> Response:
         """Metrics in the text format of Prometheus."""
-        engine = self.worker.engine
-        counters, caches = engine.counters, engine.caches
-        rows = [
-            ("ticks_total", "counter", "Runs of the shared block.", counters.ticks),
-            ("prompt_tokens_total", "counter", "Prompt tokens computed.", counters.prompt_tokens),
-            (
-                "cached_prompt_tokens_total",
-                "counter",
-                "Prompt tokens that were in the cache and therefore not computed.",
-                counters.cached_tokens,
-            ),
-            ("generated_tokens_total", "counter", "Tokens generated.", counters.generated_tokens),
-            ("recursion_steps_total", "counter", "Recursion steps run by tokens.", counters.steps),
-            ("preemptions_total", "counter", "Preempted sequences.", counters.preemptions),
-            ("requests_finished_total", "counter", "Finished requests.", counters.finished),
-            ("requests_running", "gauge", "Running requests.", engine.num_running),
-            ("requests_waiting", "gauge", "Waiting requests.", engine.num_waiting),
-            ("kv_bytes", "gauge", "Bytes of the key-value cache.", caches.num_bytes),
-            ("kv_bytes_in_use", "gauge", "Bytes of its pages in use.", caches.num_bytes_in_use),
-            (
-                "kv_bytes_idle",
-                "gauge",
-                "Bytes of its pages that keep prefixes which no running request uses.",
-                caches.num_bytes_idle,
-            ),
-        ]
-        lines = []
-        for name, kind, text, value in rows:
-            lines += [
-                f"# HELP mor_{name} {text}",
-                f"# TYPE mor_{name} {kind}",
-                f"mor_{name} {value}",
-            ]
-        lines += [
-            "# HELP mor_answers_total Responses by status.",
-            "# TYPE mor_answers_total counter",
-        ]
-        lines += [f'mor_answers_total{{status="{s}"}} {n}' for s, n in sorted(self.answers.items())]
-        return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+        text = prometheus(self.worker.statistics, self.answers)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     @contextmanager
     def _places(self, client: str, count: int) -> Iterator[None]:
@@ -238,7 +203,7 @@ class Service:
         return body
 
     async def _parse(self, parse: Parse, body: bytearray, client: str) -> Call:
-        limits, longest = self.limits, self.worker.engine.caches.settings.max_length
+        limits, longest = self.limits, self.worker.max_length
         bounds = Bounds(limits.max_tokens, longest, limits.timeout)
         try:
             # Tokenizing a long prompt in the event loop would delay the events of all clients.

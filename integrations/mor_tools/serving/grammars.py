@@ -55,7 +55,7 @@ class Grammars:
         matcher = llguidance.LLMatcher(tokens, _grammar(form), log_level=0)
         if matcher.is_error():
             raise GrammarError(f"the grammar cannot be used: {matcher.get_error()[:500]}")
-        return GrammarConstraint(matcher, self.vocab_size)
+        return GrammarConstraint(matcher, self.vocab_size, form)
 
     @functools.cached_property
     def _tokens(self) -> Any:
@@ -73,14 +73,18 @@ class Grammars:
 
 
 class GrammarConstraint:
-    """The state of one text; a `mor_layers.generation.sampling.Constraint`."""
+    """The state of one text; a `mor_layers.generation.sampling.Constraint`.
 
-    def __init__(self, matcher: Any, vocab_size: int) -> None:
-        self._matcher, self._vocab_size = matcher, vocab_size
+    Args:
+        form: the grammar, as given to `Grammars.constraint`.
+    """
+
+    def __init__(self, matcher: Any, vocab_size: int, form: Mapping[str, Any]) -> None:
+        self._matcher, self._vocab_size, self.form = matcher, vocab_size, form
 
     def copy(self) -> "GrammarConstraint":
         """The same state for another text."""
-        return GrammarConstraint(self._matcher.deep_copy(), self._vocab_size)
+        return GrammarConstraint(self._matcher.deep_copy(), self._vocab_size, self.form)
 
     def allowed(self) -> Tensor:
         """Which tokens may come next: bool `[v]`."""

@@ -5,6 +5,7 @@ UTF-8 bytes of a text.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 
 from mor_layers import DecoderConfig, ExpertChoice, MoRTransformer, RecursionConfig, load_model
 from mor_layers.weights import read_json
+from mor_layers.weights.folder import open_model
 from mor_tools.serving.chat_template import ChatTemplate, read_chat_template
 from mor_tools.serving.grammars import Grammars
 from mor_tools.serving.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
@@ -22,7 +24,9 @@ class ServedModel:
     """A model to serve, with its name and tokenizer."""
 
     name: str
-    model: MoRTransformer
+    config: DecoderConfig
+    make: Callable[[], MoRTransformer]
+    """Loads its weights. In a server of several processes, the one that listens needs none."""
     tokenizer: Tokenizer
     stop_ids: tuple[int, ...] = ()
     """Tokens that end a text."""
@@ -30,9 +34,14 @@ class ServedModel:
     """How conversations are written as text, if the folder says it."""
 
     @functools.cached_property
+    def model(self) -> MoRTransformer:
+        """The model, loaded when it is first asked for."""
+        return self.make()
+
+    @functools.cached_property
     def grammars(self) -> Grammars:
         """Makes constraints for texts that must follow a grammar."""
-        return Grammars(self.tokenizer, self.model.config.vocab_size, self.stop_ids)
+        return Grammars(self.tokenizer, self.config.vocab_size, self.stop_ids)
 
 
 def load(folder: str | None, seed: int = 0, trust_remote_code: bool = False) -> ServedModel:
@@ -50,17 +59,17 @@ def load(folder: str | None, seed: int = 0, trust_remote_code: bool = False) -> 
     if folder is None:
         return random_model(seed)
     path = Path(folder)
-    model = load_model(path, trust_remote_code)
-    template, stop_ids = read_chat_template(path), _stop_ids(path, model.config.vocab_size)
-    tokenizer = path / "tokenizer.json"
-    if tokenizer.is_file():
-        return ServedModel(path.name, model, FileTokenizer(tokenizer), stop_ids, template)
-    if model.config.vocab_size < ByteTokenizer.vocab_size:
+    config = open_model(path, trust_remote_code).config
+    make = functools.partial(load_model, path, trust_remote_code)
+    template, stop_ids = read_chat_template(path), _stop_ids(path, config.vocab_size)
+    file = path / "tokenizer.json"
+    tokenizer = FileTokenizer(file) if file.is_file() else ByteTokenizer()
+    if isinstance(tokenizer, ByteTokenizer) and config.vocab_size < tokenizer.vocab_size:
         raise ValueError(
-            f"{folder} has no tokenizer.json, and vocab_size={model.config.vocab_size} is too small "
-            "for bytes. Copy the model's tokenizer.json into the folder."
+            f"{folder} has no tokenizer.json, and vocab_size={config.vocab_size} is too small for "
+            "bytes. Copy the model's tokenizer.json into the folder."
         )
-    return ServedModel(path.name, model, ByteTokenizer(), stop_ids, template)
+    return ServedModel(path.name, config, make, tokenizer, stop_ids, template)
 
 
 def _stop_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
@@ -81,12 +90,18 @@ def _stop_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
 
 def random_model(seed: int = 0) -> ServedModel:
     """A small untrained model with bytes as tokens."""
-    torch.manual_seed(seed)
     recursion = RecursionConfig(3, "middle_cycle", ExpertChoice(), "recursion_wise")
     config = DecoderConfig(256, 64, 128, 8, 4, 2, recursion=recursion)
+    return ServedModel(
+        "random", config, functools.partial(_random_weights, config, seed), ByteTokenizer()
+    )
+
+
+def _random_weights(config: DecoderConfig, seed: int) -> MoRTransformer:
+    torch.manual_seed(seed)
     model = MoRTransformer(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:  # unit gain, so that depths and generated tokens vary
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    return ServedModel("random", model, ByteTokenizer())
+    return model

@@ -7,6 +7,8 @@ import threading
 from collections.abc import AsyncIterator, Callable
 
 from mor_layers.generation import DepthBatchingEngine, Event, Request
+from mor_tools.serving.metrics import Statistics
+from mor_tools.serving.replica import LostReplicaError, RemoteEngine
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ class EngineWorker:
         max_waiting: largest number of waiting requests. Further ones are rejected.
     """
 
-    def __init__(self, engine: DepthBatchingEngine, max_waiting: int) -> None:
+    def __init__(self, engine: DepthBatchingEngine | RemoteEngine, max_waiting: int) -> None:
         self.engine, self.max_waiting = engine, max_waiting
         self.failure: BaseException | None = None
         self.on_failure: Callable[[], None] | None = None
@@ -50,6 +52,18 @@ class EngineWorker:
     def has_work(self) -> bool:
         """Whether any request has not ended."""
         return bool(self._listeners)
+
+    @property
+    def max_length(self) -> int:
+        """Largest number of tokens of a prompt and its continuation."""
+        return self.engine.max_length
+
+    @property
+    def statistics(self) -> Statistics:
+        """What the engine has counted."""
+        if isinstance(self.engine, RemoteEngine):
+            return self.engine.statistics
+        return Statistics.of(self.engine)
 
     @property
     def unavailable(self) -> UnavailableError:
@@ -88,6 +102,8 @@ class EngineWorker:
                     raise OverloadedError("too many requests are waiting")
                 number: int | Exception = self.engine.submit(request)
                 self._listeners[number] = tell
+            except LostReplicaError:  # the next step of the engine raises it again
+                number = UnavailableError("the engine has failed, and the server must be restarted")
             except Exception as error:  # the engine validates a request before it queues it
                 number = error
             _post(loop, answer, number)
@@ -116,6 +132,10 @@ class EngineWorker:
     def cancel(self, number: int) -> None:
         """Cancel a request if it has not ended."""
         self._send(lambda: self._cancel(number))
+
+    def look_at_engine(self) -> None:
+        """Let the thread notice that the engine is lost, also if there are no requests."""
+        self._send(lambda: None)
 
     def drain(self) -> None:
         """Accept no more requests. Open requests continue."""

@@ -21,6 +21,7 @@ from mor_layers.generation import CacheSettings, Request, Sampling, shard
 from mor_layers.generation.lockstep import LockstepEngine
 from mor_layers.generation.sampling import sample
 from mor_layers.layers.relaxation import PROJECTIONS
+from mor_layers.models import LatentAttentionConfig
 from mor_layers.recursion import KVPolicy
 from mor_megatron.checkpoints import load_tensors
 from mor_megatron.checkpoints.torch_model import tensor_parallel_decoder
@@ -163,6 +164,24 @@ def refusal(heads: int) -> str:
     with pytest.raises(ValueError, match="is not divisible by the 2 ranks") as caught:
         shard(model, torch.distributed.group.WORLD)
     return str(caught.value)
+
+
+def sharded_difference(config: DecoderConfig) -> float:
+    """Largest difference of a logit between the whole model and the ranks' parts."""
+    model, ids = torch_model(config), torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        expected = model(ids, causal_routing=True).logits
+        found = shard(model, torch.distributed.group.WORLD)(ids, causal_routing=True).logits
+    return float((found - expected).abs().max())
+
+
+def test_ranks_divide_the_shared_expert_and_heads_of_latent_attention(pool: WorkerPool) -> None:
+    moe = MoEConfig(4, 2, ffn_hidden_size=24, scores="sigmoid", shared_ffn_hidden_size=20)
+    config = DecoderConfig(
+        VOCAB_SIZE, 32, 64, 8, 4, recursion=RecursionConfig(3, router=ROUTERS["token"]), moe=moe,
+        latent_attention=LatentAttentionConfig(16, 8, 4, 12),
+    )  # fmt: skip
+    assert max(pool.run(sharded_difference, 2, config=config)) < 1e-5
 
 
 def test_heads_that_do_not_divide_are_refused(pool: WorkerPool) -> None:

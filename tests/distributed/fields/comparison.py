@@ -198,7 +198,7 @@ def _gpt(
     )
 
 
-def _shared_name(name: str, config: TransformerConfig) -> str:
+def shared_name(name: str, config: TransformerConfig) -> str:
     """A plain model's parameter as the recursion names the one that it is a copy of.
 
     Layers are numbered from 0 within their stage, and the recursion has the place of its first.
@@ -215,7 +215,7 @@ def _shared_name(name: str, config: TransformerConfig) -> str:
 def _own_buffer(name: str, config: TransformerConfig) -> str:
     """A plain router's bias as the recursion names it, which has one for each step."""
     found = re.fullmatch(r"(decoder\.layers\.(\d+)\..*)\.expert_bias", name)
-    if found is None or (shared := _shared_name(found[1], config)) == found[1]:
+    if found is None or (shared := shared_name(found[1], config)) == found[1]:
         return name
     step = (int(found[2]) - 1) // _block_size(config)
     return f"{shared}.biases.{step}.expert_bias"
@@ -234,7 +234,7 @@ def _values(name: str, like: Tensor) -> Tensor:
 @torch.no_grad()
 def _fill(model: GPTModel, is_plain: bool) -> None:
     for name, parameter in model.named_parameters():
-        shared = _shared_name(name, model.config) if is_plain else name
+        shared = shared_name(name, model.config) if is_plain else name
         parameter.copy_(_values(shared, parameter))
     for name, buffer in model.named_buffers():
         if name.endswith("expert_bias"):
@@ -282,7 +282,7 @@ def _train(model: GPTModel, is_plain: bool, is_initial: bool = False) -> Trained
     )
     gradients: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        name = _shared_name(name, model.config) if is_plain else name
+        name = shared_name(name, model.config) if is_plain else name
         gradient = parameter.main_grad.float()
         gradients[name] = gradients[name] + gradient if name in gradients else gradient.clone()
     # Only the last stage has losses.

@@ -100,7 +100,7 @@ EQUAL: dict[str, Trial] = {
     "mtp_loss_scaling_factor": dense(0.7, **MTP),
     "mtp_num_layers": dense(
         2,
-        "refused where a replica is spread over ranks; folders of weights leave its heads out",
+        "in every layout; folders of weights leave its heads out",
     ),
     "mtp_use_repeated_layer": dense(True, **MTP),
     "multi_latent_attention": dense(True, "with rope_type 'rope' and 'yarn'", **LATENT),

@@ -9,10 +9,10 @@ a recursion deliberately does something else.
 
 from megatron.core.activations import squared_relu
 
-from tests.distributed.fields.equal import EQUAL, EQUAL_TO_ONE_RANK
+from tests.distributed.fields.equal import EQUAL, EQUAL_TO_ONE_RANK, PP, PP2
 from tests.distributed.fields.refused import REFUSED
 from tests.distributed.fields.rejected import REJECTED
-from tests.distributed.fields.trial import MLA, Trial, dense, moe, refused, refused_moe
+from tests.distributed.fields.trial import MLA, Trial, dense, moe, refused, refused_moe, spread
 from tests.distributed.fields.without_effect import WITHOUT_EFFECT
 
 __all__ = [
@@ -43,6 +43,7 @@ FURTHER: tuple[tuple[str, Trial], ...] = (
     ("moe_router_score_function", moe("sqrtsoftplus")),
     ("moe_router_topk_scaling_factor", moe(2.5, moe_router_pre_softmax=True)),
     ("mtp_num_layers", moe(1)),
+    ("mtp_num_layers", spread(1, PP2, **PP, pipeline_model_parallel_layout="Et|t*6,tmL")),
     ("multi_latent_attention", moe(True, **MLA | {"rope_type": "yarn", "mtp_num_layers": 1})),
     ("multi_latent_attention", dense(True, **MLA | {"q_lora_rank": None, "qk_layernorm": False})),
     ("num_query_groups", dense(None)),

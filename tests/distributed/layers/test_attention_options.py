@@ -3,13 +3,16 @@
 That one rank computes what Megatron's unrolled layers compute is in `tests/distributed/fields`.
 """
 
+import warnings
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention
 
 from mor_layers import RecursionConfig
-from mor_layers.recursion import Exited, KVPolicy
+from mor_layers.recursion import Exited, KVPolicy, block_masks
 from mor_layers.recursion.kv_policies import begin_step
 from mor_layers.selection import Tokens
 from mor_megatron.layers.step_attention import visible_in
@@ -108,6 +111,49 @@ def test_a_window_counts_positions_of_the_sequence(policy: KVPolicy) -> None:
         expected = [[query - window <= key <= query for key in seen] for query in queries]
         assert mask[0, 0].tolist() == expected
         assert visible_in(None, context) is context.causal_mask
+
+
+def by_blocks(recursion: RecursionConfig, config: dict[str, Any]) -> tuple[Outcome, int]:
+    """An outcome with FlexAttention wherever there is a mask, also backward, and how often it ran."""
+    count = 0
+    plain = flex_attention.flex_attention
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        return plain(*args, **kwargs)
+
+    with (
+        warnings.catch_warnings(),
+        patch.object(block_masks, "runs_flex_attention", lambda device: True),
+        patch.object(block_masks, "_BLOCK", 4),
+        patch.object(block_masks, "_SMALLEST_HEAD", 1),
+        # PyTorch has the definition of the backward pass on CPUs, but refuses it.
+        patch.object(flex_attention, "_validate_device", lambda *tensors: None),
+        patch.object(flex_attention, "flex_attention", counted),
+    ):
+        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
+        outcome = loss_and_gradients({}, recursion, config)
+    return outcome, count
+
+
+@pytest.mark.parametrize(
+    ("option", "policy", "count"),
+    [
+        # Of each of 4 microbatches: one layer with a window in 3 steps of 2, and both in later steps.
+        pytest.param("window", "exit_state", 20, marks=pytest.mark.full),
+        pytest.param("gate", "exit_state", 16, marks=pytest.mark.full),
+        ("window", "recursive_sharing", 20),
+        ("sinks", "recursive_sharing", 0),
+    ],
+)
+def test_attention_by_blocks_equals_masked_attention(
+    pool: WorkerPool, one_rank, option: str, policy: KVPolicy, count: int
+) -> None:
+    recursion = RecursionConfig(3, router=ROUTERS["expert"], kv_policy=policy)
+    ((outcome, found),) = pool.run(by_blocks, recursion=recursion, config=OPTIONS[option])
+    assert found == count
+    assert_alike([outcome], one_rank(recursion, option))
 
 
 @pytest.mark.parametrize(

@@ -312,7 +312,7 @@ def layouts_of_rows() -> None:
     mine = whole[zigzag_positions(24, 2)[group.rank()]].requires_grad_()
     assert mine[:, 0].tolist() == [[*range(6), *range(18, 24)], [*range(6, 18)]][group.rank()]
     assert torch.equal(in_sequence_order(mine, group), whole)
-    relayout = Relayout(24, group, 2, torch.device("cpu"))
+    relayout = Relayout(zigzag_positions(24, 2), group, torch.device("cpu"))
     rows = relayout.to_sequence(mine)
     assert torch.equal(rows, whole.chunk(2)[group.rank()])
     back = relayout.to_zigzag(rows)

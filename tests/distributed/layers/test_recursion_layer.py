@@ -20,7 +20,7 @@ from mor_layers import (
 )
 from mor_layers.layers import NormModulation
 from mor_layers.recursion import HistoryInjection, HyperConnections
-from mor_layers.routers import AdaptiveHalting
+from mor_layers.routers import AdaptiveHalting, DampedLoops
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pool import WorkerPool
 from tests.pairs import sweep
@@ -74,6 +74,7 @@ RECURSIONS: dict[str, RecursionConfig | tuple[RecursionConfig, ...]] = {
     "expert": EXPERT,
     "token": TOKEN,
     "random": RecursionConfig(3, router=RandomDepth()),
+    "damped": RecursionConfig(3, router=DampedLoops(0.4)),
     "fixed": RecursionConfig(3, router=FixedDepth(), share_norms=False),
     "sequence": RecursionConfig(3, sharing="middle_sequence"),
     "expert, sharing": RecursionConfig(3, router=EXPERT.router, kv_policy="recursive_sharing"),

@@ -10,9 +10,11 @@ import torch
 
 from mor_layers import DecoderConfig, ExpertChoice, MoEConfig, RecursionConfig, Relaxation
 from mor_layers.costs import ModelShape
+from mor_layers.models import LatentAttentionConfig
 from mor_tools.planner import HARDWARE, Layout, Workload, evaluate
 from mor_tools.planner.memory import Kept, kept_by_layer
 from tests.distributed import megatron_setup as setup
+from tests.distributed.fields.trial import MLA
 from tests.distributed.pipeline import pipeline_setup
 from tests.distributed.planner.traffic import SentBytes, kept_bytes
 from tests.distributed.pool import WorkerPool
@@ -20,6 +22,22 @@ from tests.distributed.pool import WorkerPool
 LENGTH, SEQUENCES = 16, 4
 SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "ffn_hidden_size": 64}
 EXPERTS = MoEConfig(num_experts=4, experts_per_token=2, ffn_hidden_size=48)
+LATENT = LatentAttentionConfig(16, 8, 4, 12, q_lora_rank=24)
+DIRECT = MLA | {"q_lora_rank": None}  # queries without a latent row
+
+
+def decoder(options: dict[str, Any], num_layers: int = 8, **changes: Any) -> DecoderConfig:
+    """What Megatron builds of these options, in plain PyTorch."""
+    latent = "multi_latent_attention" in options
+    return DecoderConfig(
+        **SIZES,
+        num_unrolled_layers=num_layers,
+        num_heads=4,
+        num_kv_heads=4 if latent else 2,
+        latent_attention=replace(LATENT, q_lora_rank=options["q_lora_rank"]) if latent else None,
+        moe=EXPERTS if "num_moe_experts" in options else None,
+        **changes,
+    )
 
 
 @dataclass(frozen=True)
@@ -41,10 +59,7 @@ class Case:
         return self.layout.pipeline_layout == "steps_as_stages"
 
     def work(self) -> Workload:
-        model = DecoderConfig(
-            **SIZES, num_unrolled_layers=8, num_heads=4, num_kv_heads=2, recursion=self.recursion,
-            moe=EXPERTS if "num_moe_experts" in self.options else None,
-        )  # fmt: skip
+        model = decoder(self.options, recursion=self.recursion)
         return Workload(model, LENGTH, SEQUENCES, False, self.distributed_optimizer)
 
 
@@ -61,6 +76,10 @@ CASES = {
     "EP": Case(Layout(expert=2, data=2), pipeline_setup.MOE),
     "TP+SP, experts": Case(Layout(tensor=2, sequence_parallel=True), pipeline_setup.MOE),
     "TP+SP x EP": Case(Layout(tensor=2, sequence_parallel=True, expert=2), pipeline_setup.MOE),
+    "TP, latent attention": Case(Layout(tensor=2), MLA),
+    "TP+SP, latent attention": Case(Layout(tensor=2, sequence_parallel=True), MLA),
+    "TP+SP, latent attention, direct": Case(Layout(tensor=2, sequence_parallel=True), DIRECT),
+    "CP, latent attention": Case(Layout(context=2), MLA),
 }
 AXES = {
     "TENSOR_MODEL_PARALLEL_GROUP": "tensor",
@@ -124,6 +143,7 @@ def run(case: Case) -> tuple[Counter, int, dict[str, int]]:
 
 
 SAMPLE = {
+    "TP+SP, latent attention",
     "TP+SP, full recompute", "distributed optimizer", "PP, steps as stages", "CP", "TP+SP x EP",
 }  # fmt: skip
 
@@ -190,18 +210,28 @@ DORA = replace(PLAIN, relaxation=Relaxation(5, "dora", ("query", "output", "gate
         pytest.param(LORA, SP, 0.05, marks=pytest.mark.full),
         pytest.param(DORA, {}, 0.02, marks=pytest.mark.full),
         (DORA, SP, 0.05),
+        (PLAIN, MLA, 0.02),
+        pytest.param(PLAIN, MLA | SP, 0.05, marks=pytest.mark.full),
     ],
-    ids=["fp32", "TP+SP", "bf16", "experts", "lora", "lora, TP+SP", "dora", "dora, TP+SP"],
+    ids=[
+        "fp32",
+        "TP+SP",
+        "bf16",
+        "experts",
+        "lora",
+        "lora, TP+SP",
+        "dora",
+        "dora, TP+SP",
+        "latent",
+        "latent, TP+SP",
+    ],
 )
 def test_a_layer_keeps_what_is_counted(
     pool: WorkerPool, recursion: RecursionConfig, options: dict[str, Any], tolerance: float
 ) -> None:
     run = partial(pool.run, kept, 2 if "sequence_parallel" in options else 1, recursion=recursion)
     real = run(num_layers=8, options=options)[0] - run(num_layers=5, options=options)[0]
-    moe = EXPERTS if "num_moe_experts" in options else None
-    model = DecoderConfig(
-        **SIZES, num_unrolled_layers=8, num_heads=4, num_kv_heads=2, recursion=recursion, moe=moe
-    )
+    model = decoder(options, recursion=recursion)
     spread = options.get("sequence_parallel", False)
     how = Kept(2 if "bf16" in options else 4, 2 if spread else 1, spread)
     shape = ModelShape.from_decoder(model)

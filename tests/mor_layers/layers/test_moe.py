@@ -49,7 +49,17 @@ LAYERS: dict[str, tuple[MoEConfig, dict]] = {
         MoEConfig(EXPERTS, 3, capacity_factor=0.7, bias_update_rate=0.1),
         {"mean_experts": (2.0, 2.0, 2.0)},
     ),
-}
+    "shared expert": (MoEConfig(EXPERTS, shared_ffn_hidden_size=7), {}),
+    "gates as they are": (MoEConfig(EXPERTS, normalizes_gates=False, gate_scale=2.5), {}),
+    "groups by softmax": (MoEConfig(6, 3, num_groups=3, groups_per_token=2), {}),
+    "groups by sigmoid": (
+        MoEConfig(
+            6, 2, bias_update_rate=0.1, scores="sigmoid", gate_scale=1.5, num_groups=3,
+            groups_per_token=1, shared_ffn_hidden_size=3,
+        ),
+        {},
+    ),
+}  # fmt: skip
 
 
 def layer_of(name: str) -> MoE:
@@ -57,7 +67,8 @@ def layer_of(name: str) -> MoE:
     layer = randomized(MoE(HIDDEN, 10, config, STEPS, **options))
     generator = torch.Generator().manual_seed(5)
     if config.bias_update_rate:
-        layer.router.bias.copy_(0.3 * torch.randn(STEPS, EXPERTS, generator=generator))
+        bias = 0.3 * torch.randn(STEPS, config.num_experts, generator=generator)
+        layer.router.bias.copy_(bias)
     if layer.router.widths is not None:
         layer.router.widths.values.fill_(0.2)
     return layer
@@ -80,15 +91,27 @@ def by_loops(
     for place in places:
         exponentials = [torch.exp(row @ hidden[place]) for row in weight]
         p = [e / sum(exponentials) for e in exponentials]
-        mean = mean + torch.stack(p) / len(places)
+        shares = p
+        if config.scores == "sigmoid":
+            p = [e / (1 + e) for e in exponentials]
+            shares = [score / sum(p) for score in p]
+        mean = mean + torch.stack(shares) / len(places)
         z = z + torch.log(sum(exponentials)) ** 2 / len(places)
         bias = router.bias[step].tolist() if config.bias_update_rate else [0.0] * len(p)
-        ranked = sorted(range(len(p)), key=lambda e: -(float(p[e].detach()) + bias[e]))
+        ranks = [float(score.detach()) + bias[e] for e, score in enumerate(p)]
+        size = len(p) // config.num_groups
+        best = [sorted(ranks[g * size :][:size])[::-1] for g in range(config.num_groups)]
+        best = [sum(group[: 1 if config.scores == "softmax" else 2]) for group in best]
+        open_groups = sorted(range(len(best)), key=lambda g: -best[g])[: config.groups_per_token]
+        ranked = sorted(
+            (e for e in range(len(p)) if e // size in open_groups), key=lambda e: -ranks[e]
+        )
         taken = ranked[: config.experts_per_token]
         if router.widths is not None:
             bar = router.widths.values[step]
             taken = taken[:1] + [e for e in taken[1:] if p[e] > bar]
-        total = 1.0 if config.experts_per_token == 1 else sum(p[e] for e in taken)
+        is_divided = config.experts_per_token > 1 and config.normalizes_gates
+        total = (sum(p[e] for e in taken) if is_divided else 1.0) / config.gate_scale
         wanted += [(e, place, p[e] / total, p[e]) for e in taken]
     output = [[torch.zeros(HIDDEN) for _ in row] for row in hidden]
     load, share = torch.zeros(config.num_experts), torch.zeros(config.num_experts)
@@ -108,6 +131,13 @@ def by_loops(
             output[i][j] = output[i][j] + weight_of_e * (
                 down @ (value * torch.sigmoid(value) * (up @ x))
             )
+    if layer.shared is not None:
+        gate, up, down = layer.shared.gate[0], layer.shared.up[0], layer.shared.down[0]
+        for i, row in enumerate(hidden):
+            for j, x in enumerate(row):
+                value = gate @ x
+                own = down @ (value * torch.sigmoid(value) * (up @ x))
+                output[i][j] = output[i][j] + own
     balance = config.num_experts * (share * mean).sum()
     return torch.stack([torch.stack(row) for row in output]), load, balance, z
 
@@ -261,6 +291,16 @@ def test_one_recursion_equals_the_plain_stack() -> None:
         ({"drop_policy": "last", "capacity_factor": 1.0}, "probability, position"),
         ({"z_loss_coefficient": -1.0}, "z_loss_coefficient=-1.0"),
         ({"ffn_hidden_size": 0}, "ffn_hidden_size=0"),
+        ({"scores": "tanh"}, "softmax, sigmoid"),
+        ({"gate_scale": 0.0}, "gate_scale=0.0"),
+        ({"shared_ffn_hidden_size": -1}, "shared_ffn_hidden_size=-1"),
+        ({"num_groups": 3}, "divide num_experts=4"),
+        ({"num_groups": 4, "experts_per_token": 2}, "must hold experts_per_token=2"),
+        (
+            {"num_groups": 2, "groups_per_token": 3},
+            r"groups_per_token=3 must lie in 1\.\.num_groups=2",
+        ),
+        ({"num_groups": 4, "experts_per_token": 1, "scores": "sigmoid"}, "at least two experts"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict, named: str) -> None:

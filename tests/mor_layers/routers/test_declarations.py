@@ -19,13 +19,21 @@ from mor_layers import (
     Tokens,
 )
 from mor_layers.costs import RouterShape
-from mor_layers.routers import AdaptiveHalting, Deepened, ExitGate, ScorerMatrix, registered_routers
+from mor_layers.routers import (
+    AdaptiveHalting,
+    DampedLoops,
+    Deepened,
+    ExitGate,
+    ScorerMatrix,
+    registered_routers,
+)
 from mor_layers.routers.declarations import measured_scorers, observed_notes
 from tests.mor_layers.small_models import HIDDEN_SIZE, random_states, randomized
 
 STEPS, LENGTH = 3, 23
 ROUTERS: dict[str, RouterConfig] = {
     "fixed_depth": FixedDepth(),
+    "damped_loops": DampedLoops(),
     "random_loops": RandomLoops(),
     "random_depth": RandomDepth((0.9, 0.6, 0.2)),
     "expert_choice": ExpertChoice(),

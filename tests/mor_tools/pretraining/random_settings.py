@@ -26,6 +26,8 @@ LEFT_OUT = {
     "uptrain",
     # Relaxation, see layers/test_relaxation.py; a router around another, test_deepening.py.
     "recursion.relaxation",
+    # Its sizes go together, see test_latent_attention.py.
+    "model.latent_attention",
 }
 PLAUSIBLE: dict[str, list[Any]] = {
     "model.hidden_size": [16, 32, 48],

@@ -20,6 +20,7 @@ import torch
 
 from mor_layers.generation import DepthBatchingEngine, Request, Sampling, scheduling
 from mor_tools.commands import generate, main, parser, serve
+from mor_tools.serving import loading
 from mor_tools.serving.access import Access
 from mor_tools.serving.app import Limits, Service
 from mor_tools.serving.server import Server
@@ -31,6 +32,12 @@ SIZES = ["--slots", "4", "--max-length", "128", "--kv-mib", "1", "--max-tokens",
 def options_of(*arguments: str) -> argparse.Namespace:
     """What the command line means."""
     return parser().parse_args(["serve", *arguments])
+
+
+def engine_of(options: argparse.Namespace) -> DepthBatchingEngine:
+    """The engine of a server with these options."""
+    wanted = serve.engine_options(options)
+    return wanted.engine(wanted.load())
 
 
 class Running:
@@ -48,6 +55,8 @@ class Running:
 
     @property
     def engine(self) -> DepthBatchingEngine:
+        assert isinstance(self.service.worker, EngineWorker)
+        assert isinstance(self.service.worker.engine, DepthBatchingEngine)
         return self.service.worker.engine
 
     def stop(self) -> None:
@@ -58,7 +67,7 @@ class Running:
 
     def alone(self, prompt: str, max_tokens: int, **settings) -> str:
         """What an engine of one's own says."""
-        served = serve.load(None)
+        served = loading.load(None)
         cache = self.engine.caches.settings
         engine = DepthBatchingEngine(served.model, cache, decode=served.tokenizer.decode)
         request = Request(tuple(prompt.encode()), max_tokens, Sampling(**settings))
@@ -639,7 +648,7 @@ def test_an_engine_that_fails_ends_the_process(
 
 def test_closing_gives_up_what_still_runs() -> None:
     options = options_of(*SIZES)
-    worker = EngineWorker(serve.build_engine(options, serve.load(None)), max_waiting=4)
+    worker = EngineWorker(engine_of(options), max_waiting=4)
 
     async def follow(close_after: int) -> None:
         async for event in worker.events(Request((1,), 100)):
@@ -657,7 +666,7 @@ def test_closing_gives_up_what_still_runs() -> None:
 
 def test_a_request_that_the_engine_cannot_take_ends_alone() -> None:
     options = options_of(*SIZES)
-    worker = EngineWorker(serve.build_engine(options, serve.load(None)), max_waiting=4)
+    worker = EngineWorker(engine_of(options), max_waiting=4)
 
     async def follow(request: Request) -> list[int | None]:
         return [event.token async for event in worker.events(request)]
@@ -670,7 +679,7 @@ def test_a_request_that_the_engine_cannot_take_ends_alone() -> None:
 
 def test_a_caller_whose_event_loop_is_gone_is_not_served_on() -> None:
     options = options_of(*SIZES)
-    worker = EngineWorker(serve.build_engine(options, serve.load(None)), max_waiting=4)
+    worker = EngineWorker(engine_of(options), max_waiting=4)
     loop = asyncio.new_event_loop()
     events = worker.events(Request((1,), 100))
     loop.run_until_complete(anext(events))
@@ -721,7 +730,7 @@ def test_the_command_takes_any_admissible_numbers(capsys: pytest.CaptureFixture[
 def test_the_command_says_why_a_model_cannot_go_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    served = serve.load(None)
+    served = loading.load(None)
     with torch.no_grad():
         served.model.norm.weights[0].fill_(torch.inf)
     monkeypatch.setattr(generate, "load", lambda *_, **__: served)

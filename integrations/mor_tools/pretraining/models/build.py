@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
+from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import nn
 from torch.nn import functional as F
@@ -178,7 +179,22 @@ def transformer_config(settings: Settings) -> TransformerConfig:
             "moe_token_dispatcher_type": model.moe.dispatcher,
             "moe_grouped_gemm": has_cuda and has_transformer_engine(),
         }
-    return TransformerConfig(**fields)
+    latent = model.latent_attention
+    if latent is None:
+        return TransformerConfig(**fields)
+    fields |= {
+        "multi_latent_attention": True,
+        "q_lora_rank": latent.q_lora_rank,
+        "kv_lora_rank": latent.kv_lora_rank,
+        "qk_head_dim": latent.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": latent.qk_rope_head_dim,
+        "v_head_dim": latent.v_head_dim,
+        "kv_channels": latent.head_size,
+        "qk_layernorm": True,  # of latent rows
+        "rope_type": "rope",  # Megatron scales positions by default
+        "rotary_base": model.rope_base,
+    }
+    return MLATransformerConfig(**fields)
 
 
 def torch_model(

@@ -41,6 +41,7 @@ def decoder_config(settings: Settings, vocab_size: int) -> DecoderConfig:
         rope_base=model.rope_base,
         tie_embeddings=model.tie_embeddings,
         recursion=settings.recursion,
+        latent_attention=model.latent_attention,
         moe=experts,
         dense_ends=any(dense_ends(settings)),
     )

@@ -20,6 +20,7 @@ _SAME = (
     "qk_norm",
     "rms_norm_epsilon",
     "rope_base",
+    "latent_attention",
     "tie_embeddings",
 )
 """Fields that must be equal. Other sizes show up in the shapes of tensors, and the routing may

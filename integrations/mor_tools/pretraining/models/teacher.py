@@ -142,6 +142,11 @@ _SIZES = {
 
 def _check_sizes(folder: Path, dense: DecoderConfig, settings: Settings) -> None:
     wanted = decoder_config(settings, dense.vocab_size)
+    if dense.latent_attention != wanted.latent_attention:
+        raise ValueError(
+            f"uptrain.teacher={folder} has latent_attention={dense.latent_attention}, and the run's "
+            f"model {wanted.latent_attention}. Set model.latent_attention to the teacher's, or to null."
+        )
     other = [name for name in _SIZES if getattr(dense, name) != getattr(wanted, name)]
     if other:
         overrides = " ".join(f"model.{_SIZES[n]}={_plain(getattr(dense, n))}" for n in other)

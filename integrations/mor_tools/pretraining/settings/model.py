@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mor_layers.layers import MOST_EXPERTS
-from mor_layers.models import MOST_LAYERS, MOST_NUMBERS
+from mor_layers.models import MOST_LAYERS, MOST_NUMBERS, LatentAttentionConfig
 from mor_tools.pretraining.settings.rules import require, require_at_least, require_at_most
 
 Dispatcher = Literal["allgather", "alltoall"]
@@ -52,7 +52,10 @@ class MoESettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """A GPT in the Llama layout: RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases."""
+    """A GPT in the Llama layout: RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases.
+
+    `latent_attention` replaces the attention by that of DeepSeek-V2.
+    """
 
     hidden_size: int = 192
     """Width of the residual stream; a multiple of `num_heads`."""
@@ -63,7 +66,7 @@ class ModelSettings:
     num_heads: int = 6
     """Query heads; a multiple of `num_kv_heads`."""
     num_kv_heads: int = 2
-    """Key-value heads."""
+    """Key-value heads; with `latent_attention`, equal to `num_heads`."""
     head_dim: int | None = None
     """Numbers per head, even. null: `hidden_size / num_heads`."""
     qkv_bias: bool = False
@@ -76,6 +79,8 @@ class ModelSettings:
     """Base of the rotary position embedding."""
     tie_embeddings: bool = False
     """Whether input and output embeddings are one matrix."""
+    latent_attention: LatentAttentionConfig | None = None
+    """Multi-latent attention in all layers; null: grouped-query attention."""
     moe: MoESettings | None = None
     """Mixture of experts; null: dense MLPs everywhere."""
 
@@ -89,7 +94,9 @@ class ModelSettings:
             require_at_most(MOST_NUMBERS, owner, **{name: getattr(self, name)})
         require_at_most(10**12, owner, rope_base=self.rope_base)
         require(
-            self.head_dim is not None or self.hidden_size % (2 * self.num_heads) == 0,
+            self.head_dim is not None
+            or self.latent_attention is not None
+            or self.hidden_size % (2 * self.num_heads) == 0,
             f"{owner}.hidden_size={self.hidden_size} must be an even multiple of "
             f"num_heads={self.num_heads}, because RoPE rotates the numbers of a head in pairs.",
         )
@@ -105,3 +112,22 @@ class ModelSettings:
             self.num_heads % self.num_kv_heads == 0,
             f"{owner}.num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}.",
         )
+        if self.latent_attention is not None:
+            self._check_latent_attention()
+
+    def _check_latent_attention(self) -> None:
+        """Refuse settings that latent attention would not use."""
+        unused = {
+            "num_kv_heads": (self.num_kv_heads, self.num_heads),
+            "head_dim": (self.head_dim, None),
+            "qkv_bias": (self.qkv_bias, False),
+            "qk_norm": (self.qk_norm, False),
+        }
+        for name, (given, only) in unused.items():
+            shown = "null" if only is None else str(only).lower()
+            require(
+                given == only,
+                f"model.{name}={given} has no effect with model.latent_attention, whose heads have "
+                "sizes of their own, no biases, and norms on latent rows. Set "
+                f"model.{name}={shown}.",
+            )

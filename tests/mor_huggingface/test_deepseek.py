@@ -1,0 +1,176 @@
+"""DeepSeek checkpoints written by transformers go to our format and back with equal logits."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV3Config
+
+from mor_huggingface.deepseek import V2, V3, config_from_deepseek, deepseek_config
+from mor_layers import DecoderConfig, ExpertChoice, MoEConfig, RecursionConfig, load_model
+from mor_layers.generation import CacheSettings, DepthBatchingEngine, Request
+from mor_layers.models import LatentAttentionConfig
+from mor_tools import commands
+from mor_tools.formats import detected
+from tests.mor_layers.small_models import random_ids, randomized, small_config
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 19,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 8,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 12,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+    "max_position_embeddings": 64,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+}
+GROUPS = {"n_group": 4, "topk_group": 2}
+CHECKPOINTS = {
+    "V3": (DeepseekV3Config, GROUPS),
+    "V3 as Moonlight, no row of queries": (
+        DeepseekV3Config,
+        {"n_group": 1, "topk_group": 1, "q_lora_rank": None},
+    ),
+    "V3, experts everywhere, tied": (
+        DeepseekV3Config,
+        GROUPS | {"first_k_dense_replace": 0, "tie_word_embeddings": True},
+    ),
+    "V2": (DeepseekV2Config, GROUPS | {"topk_method": "group_limited_greedy"}),
+    "V2, greedy": (DeepseekV2Config, {}),
+    "V2, dense": (DeepseekV2Config, {"first_k_dense_replace": 4}),
+}
+
+
+def checkpoint(folder: Path, name: str) -> torch.nn.Module:
+    """A tiny model with random weights, saved by the public code."""
+    kind, fields = CHECKPOINTS[name]
+    model = randomized(
+        AutoModelForCausalLM.from_config(kind(**SIZES | {"num_mtp_layers": 0} | fields))
+    )
+    for module in model.modules():  # zeros by default, which a conversion could leave out unnoticed
+        if hasattr(module, "e_score_correction_bias"):
+            module.e_score_correction_bias.copy_(torch.linspace(-0.2, 0.2, 8).roll(3))
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_checkpoint_keeps_its_logits_and_comes_back_bit_for_bit(tmp_path, name):
+    original = checkpoint(tmp_path / "hf", name)
+    family = V3 if name.startswith("V3") else V2
+    assert detected(tmp_path / "hf").name == family.model_type
+    commands.main(["convert", str(tmp_path / "hf"), str(tmp_path / "ours")])
+    to = ["--to", family.model_type]
+    commands.main(["convert", str(tmp_path / "ours"), str(tmp_path / "back"), *to])
+    model, ids = load_model(tmp_path / "ours").eval(), random_ids(2, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, original(ids).logits, rtol=1e-5, atol=1e-5)
+    theirs, back = (load_file(tmp_path / f / "model.safetensors") for f in ("hf", "back"))
+    assert set(theirs) == set(back)
+    for tensor in theirs:
+        assert torch.equal(theirs[tensor], back[tensor]), tensor
+    values, written = (
+        json.loads((tmp_path / f / "config.json").read_text()) for f in ("hf", "back")
+    )
+    for field in set(values) & set(written) - {"transformers_version"}:
+        if values[field] is not None:  # no groups are one group
+            assert written[field] == values[field], field
+
+
+def test_generation_with_caches_gives_the_tokens_of_the_public_code(tmp_path):
+    original = checkpoint(tmp_path / "hf", "V3")
+    commands.main(["convert", str(tmp_path / "hf"), str(tmp_path / "ours")])
+    engine = DepthBatchingEngine(
+        load_model(tmp_path / "ours").eval(), CacheSettings(1 << 14, max_length=32)
+    )
+    prompts: tuple[tuple[int, ...], ...] = ((1, 5, 3), (7, 2))
+    tokens: dict[int, list[int | None]] = {}
+    for prompt in prompts:
+        engine.submit(Request(prompt, max_new_tokens=6))
+    for event in engine.run():
+        tokens.setdefault(event.number, []).append(event.token)
+    for number, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt])
+        for _ in range(6):
+            with torch.no_grad():
+                ids = torch.cat([ids, original(ids).logits[:, -1:].argmax(-1)], dim=1)
+        assert list(tokens.values())[number] == ids[0, len(prompt) :].tolist()
+
+
+def with_settings(**changes) -> dict[str, Any]:
+    kind, fields = CHECKPOINTS["V3"]
+    return kind(**SIZES | fields).to_dict() | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 40}}, "rope_type='yarn'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 40}}, "rope_scaling="),
+        ({"rope_interleave": False}, "rope_interleave=False"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq=2"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config="),
+        ({"norm_topk_prob": False}, "norm_topk_prob=False"),
+        ({"scoring_func": "softmax"}, "scoring_func='softmax'"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads=2"),
+        ({"num_experts_per_tok": 1}, "num_experts_per_tok=1"),
+        ({"n_shared_experts": None}, "n_shared_experts=None"),
+        ({"kv_lora_rank": "8"}, "kv_lora_rank='8' must be an integer"),
+        ({"model_type": "deepseek_v2", "norm_topk_prob": False, "scoring_func": "softmax",
+          "topk_method": "noaux_tc"}, "topk_method='noaux_tc'"),
+        ({"model_type": "kimi_linear"}, "model_type='kimi_linear'"),
+    ],
+)  # fmt: skip
+def test_settings_that_ours_do_not_have_are_refused_by_name(changes, reason):
+    with pytest.raises(ValueError, match=reason):
+        config_from_deepseek(with_settings(**changes))
+
+
+def test_a_layer_of_multi_token_prediction_is_refused(tmp_path, capsys):
+    checkpoint(tmp_path / "hf", "V3")
+    path = tmp_path / "hf" / "model.safetensors"
+    save_file(load_file(path) | {"model.layers.4.eh_proj.weight": torch.zeros(2)}, path)
+    with pytest.raises(SystemExit):
+        commands.main(["convert", str(tmp_path / "hf"), str(tmp_path / "ours")])
+    assert "'model.layers.4.eh_proj.weight' belongs to a layer" in capsys.readouterr().err
+    assert not (tmp_path / "ours").exists()
+
+
+LATENT = LatentAttentionConfig(8, 6, 4, 5)
+PLAIN = DecoderConfig(19, 16, 24, 4, 4, rms_norm_epsilon=1e-6, latent_attention=LATENT)
+EXPERTS = MoEConfig(8, 2, scores="sigmoid", bias_update_rate=0.01, shared_ffn_hidden_size=24)
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "reason"),
+    [
+        (V3, small_config(), "latent_attention=None"),
+        (V3, replace(PLAIN, rms_norm_epsilon=1e-5), "rms_norm_epsilon=1e-05"),
+        (V2, replace(PLAIN, recursion=RecursionConfig(2, router=ExpertChoice())), "recursion="),
+        (V2, replace(PLAIN, moe=EXPERTS), "moe.scores=sigmoid"),
+        (V3, replace(PLAIN, moe=MoEConfig(8, 2)), "moe.scores=softmax"),
+        (V3, replace(PLAIN, moe=replace(EXPERTS, bias_update_rate=0.0)), "bias_update_rate=0.0"),
+        (V3, replace(PLAIN, moe=replace(EXPERTS, shared_ffn_hidden_size=10)), "hidden_size=10"),
+        (V3, replace(PLAIN, moe=EXPERTS, dense_ends=True), "dense_ends=True"),
+    ],
+)
+def test_models_that_deepseek_does_not_have_are_not_written(family, config, reason):
+    with pytest.raises(ValueError, match=f"{reason}.* cannot be written as {family.model_type}"):
+        deepseek_config(family, config)
