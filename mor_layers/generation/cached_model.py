@@ -101,9 +101,9 @@ class CachedModel:
             places: position of each token in its span.
         """
         self.products.refresh()
-        return self.go_on(self.model.embedding(ids), slots, positions, places)
+        return self.begin_from(self.model.embedding(ids), slots, positions, places)
 
-    def go_on(
+    def begin_from(
         self, hidden: Float[Tensor, "t h"], slots: Tensor, positions: Tensor, places: Tensor
     ) -> Pool:
         """Like `begin`, from the states that enter the first layer."""

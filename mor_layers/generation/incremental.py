@@ -106,7 +106,7 @@ class IncrementalDecoder:
             if hidden is None:
                 pool = cached.begin(ids[slots, columns], slots, positions, places)
             else:
-                pool = cached.go_on(hidden, slots, positions, places)
+                pool = cached.begin_from(hidden, slots, positions, places)
             # Tokens exit in the order of their depths; here each comes back to its own place.
             exited = Rows.joined(self._recur(cached, pool))
             final = torch.zeros_like(states)

@@ -202,7 +202,7 @@ class _Link:
             self._spans[span.slot] = span
         self._left.index_add_(0, slots, torch.ones_like(slots))
         if hidden is not None:
-            return self.cached.go_on(hidden, slots, positions, places)
+            return self.cached.begin_from(hidden, slots, positions, places)
         ids = torch.tensor([i for span in spans for i in span.ids], dtype=torch.long)
         return self.cached.begin(ids.to(self.cached.device), slots, positions, places)
 
