@@ -209,8 +209,8 @@ class DecoderConfig:
         Raises:
             ValueError: there are several; see `parts`.
         """
-        plain = RecursionConfig(1, sharing="middle_cycle" if self.dense_ends else "cycle")
-        return self.only_recursion("this") or plain
+        recursion = self.only_recursion("this")
+        return recursion or RecursionConfig(1, "middle_cycle" if self.dense_ends else "cycle")
 
     @property
     def schedule(self) -> SharingSchedule:

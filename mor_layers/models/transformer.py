@@ -158,6 +158,7 @@ class MoRTransformer(nn.Module):
     def __init__(self, config: DecoderConfig, recompute: bool = False) -> None:
         super().__init__()
         self.config, self._parts = config, config.parts
+        self._recursions = [part.effective_recursion for part in self._parts]
         moe = None if config.dense_ends else config.moe
         outside = replace(config, moe=moe, dense_ends=False, recursion=None)
         schedules = [part.schedule for part in self._parts]
@@ -257,17 +258,16 @@ class MoRTransformer(nn.Module):
         tokens = Tokens.whole_sequence(*ids.T.shape, ids.device, documents, is_padding)
         before, after = StepContext(0, tokens), StepContext(0, tokens)
         hidden = self.prelude(self.embedding(ids.T), before)
-        last = self._parts[-1].effective_recursion
+        last = self._recursions[-1]
         loop_loss = last.loop_loss
         every_loop = loop_loss is not None and self.training and labels is not None
         outputs, between, losses = [], [], {}
-        for part, blocks in zip(self._parts, self.blocks, strict=True):
+        for recursion, blocks in zip(self._recursions, self.blocks, strict=True):
             if outputs:
                 context = StepContext(0, tokens)
                 hidden = self.between[len(between)](hidden, context)
                 between.append(context.expert_use)
-            keeps_states = every_loop and part is self._parts[-1]
-            recursion = part.effective_recursion
+            keeps_states = every_loop and len(between) == len(self.between)
             outputs += _recur(recursion, blocks, hidden, tokens, causal_routing, keeps_states)
             hidden = outputs[-1].hidden
         weights = (1.0,)
