@@ -10,6 +10,7 @@ from mor_layers.generation.engine import DepthBatchingEngine, Event
 from mor_layers.generation.incremental import IncrementalDecoder
 from mor_layers.generation.sampling import Sampling
 from mor_layers.generation.scheduling import Request
+from mor_layers.generation.speculation import Speculation, SpeculativeDecoder
 from mor_layers.generation.tensor_parallel import shard
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "IncrementalDecoder",
     "Request",
     "Sampling",
+    "Speculation",
+    "SpeculativeDecoder",
     "calibrate",
     "deepened",
     "shard",

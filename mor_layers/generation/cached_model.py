@@ -90,6 +90,8 @@ class CachedModel:
         self.static = None if compiler is None else self._compiled(compiler)
         self.unstored: list[Rows] = []
         """Exited tokens whose states the cache policy will store in the next pass."""
+        self.are_alone = False
+        """Whether the owner knows that no sequence has more than one token in flight."""
 
     def begin(self, ids: Tensor, slots: Tensor, positions: Tensor, places: Tensor) -> Pool:
         """Run the embedding, the prelude, and the block if it routes no tokens.
@@ -108,7 +110,7 @@ class CachedModel:
     ) -> Pool:
         """Like `begin`, from the states that enter the first layer."""
         if len(slots) and self.outer_pages.num_pages:
-            _, rows = self.outer_pages.append(slots)
+            _, rows = self.outer_pages.append(slots, self.are_alone)
             context = self._outer_context(slots, positions, rows)
             begun = hidden = self._stack(self.model.prelude, hidden, context)
             for index in range(self.num_straight):
@@ -127,17 +129,12 @@ class CachedModel:
     def route(self, pool: Pool) -> tuple[Pool, Rows | None]:
         """Split tokens into those that run their next step, and those that exit (None if none do)."""
         plans, gates = list(pool.plans), list(pool.gates)
-        exits: dict[int, Tensor] = {}
+        hidden, exits = pool.rows.hidden[None], dict[int, Tensor]()  # [t h] -> [1 t h]
         for step, own in pool.parts():
             if step == self.num_steps:  # these tokens have run all steps and exit in any case
                 continue
-            decision = self.blocks[0].route(
-                pool.rows.hidden[None, own],  # [t h] -> [1 t h]
-                step,
-                self._known(pool, step, own),
-                causal=True,
-                assess=False,
-            )
+            known = self._known(pool, step, own)
+            decision = self.blocks[0].route(hidden[:, own], step, known, True, assess=False)
             plans[step] = None if decision.plan is None else decision.plan[0]
             gates[step] = None if decision.gates is None else decision.gates[0]
             if decision.tokens.is_padding is not None:
@@ -160,7 +157,7 @@ class CachedModel:
     def in_flight(self, pool: Pool) -> tuple[TokensInFlight, TokensInFlight | None]:
         """The tokens that the cache policy must make room for: running ones, and `unstored` ones."""
         exited = _in_flight(Rows.joined(self.unstored)) if self.unstored else None
-        return _in_flight(pool.rows), exited
+        return _in_flight(pool.rows, self.are_alone), exited
 
     def run(self, pool: Pool) -> Pool:
         """Run the block on all tokens in flight. The cache must have room for them."""
@@ -180,8 +177,7 @@ class CachedModel:
             context = self._inner_context(pool, entered, exited)
             output = block.run_layers(entering[:, None], context)[:, 0]  # [t h] -> [t 1 h] -> [t h]
         self.unstored = []
-        combined = [self._combine(step, pool, own, output) for step, own in parts]
-        return pool.advanced(torch.cat(combined), entered.entries)
+        return pool.advanced(self._combined(pool, output), entered.entries)
 
     def end(
         self, hidden: Float[Tensor, "t h"], slots: Int[Tensor, " t"], positions: Int[Tensor, " t"]
@@ -229,7 +225,9 @@ class CachedModel:
             self.caches.inner,
             0,
             entered.rows,
-            CachedAttention(entered.visible, rows.slots, self.caches.inner, self.num_heads),
+            CachedAttention(
+                entered.visible, rows.slots, self.caches.inner, self.num_heads, self.are_alone
+            ),
             self._exited_states(exited),
             pool.counts[:-1],
             self.policy.projects_alike,
@@ -238,7 +236,9 @@ class CachedModel:
 
     def _outer_context(self, slots: Tensor, positions: Tensor, rows: Tensor) -> CachedContext:
         visible = Visible(self.outer_pages.row_of, slots, positions + 1)
-        attention = CachedAttention(visible, slots, self.caches.outer, self.num_heads)
+        attention = CachedAttention(
+            visible, slots, self.caches.outer, self.num_heads, self.are_alone
+        )
         tokens = Tokens(positions[:, None], self.settings.max_length)
         return CachedContext(
             0, tokens, self.caches.outer, 0, rows, attention, products=self.products
@@ -256,7 +256,7 @@ class CachedModel:
         """
         plan, gates = pool.plans[step], pool.gates[step]
         return RoutingDecision(
-            Tokens(pool.rows.positions[None, own], self.settings.max_length),
+            Tokens(pool.rows.batch_of_positions[:, own], self.settings.max_length),
             plan=None if plan is None else plan[None],
             gates=None if gates is None else gates[None],
         )
@@ -267,15 +267,16 @@ class CachedModel:
             if len(early):
                 self.unstored.append(early)
 
-    def _combine(self, step: int, pool: Pool, own: slice, output: Tensor) -> Tensor:
-        origin = pool.origin_of(own)
-        return self.blocks[0].combine(
-            step,
-            pool.rows.hidden[None, own],  # [t h] -> [1 t h]
-            output[None, own],
-            self._known(pool, step, own),
-            None if origin is None else origin[None],
-        )[0]
+    def _combined(self, pool: Pool, output: Float[Tensor, "t h"]) -> Float[Tensor, "t h"]:
+        hidden, output = pool.rows.hidden[None], output[None]  # [t h] -> [1 t h]
+        parts = []
+        for step, own in pool.parts():
+            origin, known = pool.origin_of(own), self._known(pool, step, own)
+            origin = None if origin is None else origin[None]
+            parts.append(
+                self.blocks[0].combine(step, hidden[:, own], output[:, own], known, origin)
+            )
+        return torch.cat(parts, dim=1)[0]
 
     def _exited_states(self, exited: TokensInFlight | None) -> Exited | None:
         if exited is None:
@@ -285,6 +286,6 @@ class CachedModel:
         return Exited(tokens, hidden[:, None])
 
 
-def _in_flight(rows: Rows) -> TokensInFlight:
+def _in_flight(rows: Rows, are_alone: bool = False) -> TokensInFlight:
     """The rows in the form that the cache policy expects."""
-    return TokensInFlight(rows.slots, rows.steps, rows.positions, rows.entries)
+    return TokensInFlight(rows.slots, rows.steps, rows.positions, rows.entries, are_alone)

@@ -365,6 +365,8 @@ class DepthBatchingEngine:
             for row, progress in enumerate(progresses)
             if progress.request.num_logprobs is not None and tokens[row] >= 0
         }
+        if not counts:
+            return {}
         rows = list(counts)
         found = logprobs_of(logits[rows], [tokens[row] for row in rows], list(counts.values()))
         return dict(zip(rows, found, strict=True))

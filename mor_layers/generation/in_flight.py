@@ -6,6 +6,7 @@ Legend: `t` tokens in flight, `h` hidden, `p` numbers per token in a router's pl
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 import torch
@@ -39,27 +40,32 @@ class Rows:
     def __len__(self) -> int:
         return len(self.hidden)
 
-    @property
+    @cached_property
     def slots(self) -> Int[Tensor, " t"]:
         """The sequence that each token belongs to."""
         return self.notes[0]
 
-    @property
+    @cached_property
     def steps(self) -> Int[Tensor, " t"]:
         """Number of steps that each token has run, which is the 0-based number of its next step."""
         return self.notes[1]
 
-    @property
+    @cached_property
     def positions(self) -> Int[Tensor, " t"]:
         """Position of each token in its text."""
         return self.notes[2]
 
-    @property
+    @cached_property
+    def batch_of_positions(self) -> Int[Tensor, "1 t"]:
+        """The positions, as a batch of `t` sequences of one token."""
+        return self.positions[None]
+
+    @cached_property
     def places(self) -> Int[Tensor, " t"]:
         """Position of each token in its span."""
         return self.notes[3]
 
-    @property
+    @cached_property
     def entries(self) -> Int[Tensor, " t"]:
         """The entries that the cache policy returned, to be passed to it at the next step."""
         return self.notes[4]
@@ -98,8 +104,29 @@ class Pool:
         counts[step] = len(rows)
         return cls(rows, tuple(counts), nothing, nothing, origin)
 
+    @classmethod
+    def joined(cls, step: int, pools: Sequence["Pool"]) -> "Pool":
+        """The tokens of all pools, ordered by slot. They are at `step`, and at least one pool has some.
+
+        Args:
+            pools: of the tokens of a slot, earlier pools have earlier ones.
+        """
+        pools = [pool for pool in pools if len(pool)]
+        rows = Rows.joined([pool.rows for pool in pools])
+        order = rows.slots.sort(stable=True).indices
+        joined = cls.at(step, len(pools[0].counts) - 1, rows.take(order), None)
+        plans, origins = [pool.plans[step] for pool in pools], [pool.origin for pool in pools]
+        plan = _joined(plans, order)
+        plans = tuple(plan if own == step else None for own in range(len(joined.plans)))
+        return replace(joined, plans=plans, origin=_joined(origins, order))
+
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def step(self) -> int:
+        """The step that all tokens are at; that of the first ones, if there are several."""
+        return next((step for step, _ in self.parts()), 0)
 
     def origin_of(self, own: slice) -> Float[Tensor, "k h"] | None:
         """States that entered the recursion, for the tokens of a slice."""
@@ -155,8 +182,9 @@ class Pool:
 
     def advanced(self, hidden: Float[Tensor, "t h"], entries: Int[Tensor, " t"]) -> "Pool":
         """The tokens after a step, with new states and the cache policy's new entries."""
-        rows = self.rows
-        notes = torch.stack([rows.slots, rows.steps + 1, rows.positions, rows.places, entries])
+        notes = self.rows.notes.clone()
+        notes[1] += 1  # steps
+        notes[4] = entries
         return replace(
             self,
             rows=Rows(hidden, notes),
@@ -167,6 +195,12 @@ class Pool:
 
 
 _PerStep = tuple[Tensor | None, ...]
+
+
+def _joined(parts: Sequence[Tensor | None], order: Tensor) -> Tensor | None:
+    """All parts in one tensor, in the given order; None if they are None."""
+    known = [part for part in parts if part is not None]
+    return torch.cat(known).index_select(0, order) if known else None
 
 
 def _chosen(is_first: Sequence[bool], first: _PerStep, second: _PerStep) -> _PerStep:

@@ -88,33 +88,83 @@ class IncrementalDecoder:
                 f"ids {tuple(ids.shape)} and is_token {tuple(is_token.shape)} must both be [b q] "
                 f"with b={self.num_texts}, the texts held."
             )
+        weight = self.model.embedding.weight
+        states = weight.new_zeros(*ids.shape, weight.shape[1])
+        if is_token.any():
+            pool, last = self.enter(ids, is_token), len(self.chain) - 1
+            for link in range(last):
+                exited, _ = self.recur(pool, link=link)
+                pool = self._pass_on(Rows.joined(exited), link)
+            exited, _ = self.recur(pool, link=last)
+            states[is_token] = self.leave(Rows.joined(exited)).hidden
+        else:
+            self.is_token = torch.cat([self.is_token, is_token], dim=1)
+        return states
+
+    # The three parts of `extend`, for callers that do something in between, such as `speculation`.
+
+    def enter(self, ids: Int[Tensor, "b q"], is_token: Bool[Tensor, "b q"]) -> Pool:
+        """Run the next tokens of some texts through the layers before the recursion."""
         before = self.is_token.sum(dim=1)
         self.is_token = torch.cat([self.is_token, is_token], dim=1)
         rank = is_token.long().cumsum(dim=1) - 1
         slots, columns = is_token.nonzero(as_tuple=True)
-        weight = self.model.embedding.weight
-        states = weight.new_zeros(*ids.shape, weight.shape[1])
-        if not len(slots):
-            return states
         places = rank[slots, columns]
         positions = before[slots] + places
         self._lengthen(int(positions.max()) + 1)
-        hidden = None
-        for cached, depths in zip(self.chain, self._depths, strict=True):
-            outer_pages = cached.outer_pages
-            _reserve(outer_pages, cached.caches.outer, outer_pages.pages_needed(slots))
-            if hidden is None:
-                pool = cached.begin(ids[slots, columns], slots, positions, places)
-            else:
-                pool = cached.begin_from(hidden, slots, positions, places)
-            # Tokens exit in the order of their depths; here each comes back to its own place.
-            exited = Rows.joined(self._recur(cached, pool))
-            final = torch.zeros_like(states)
-            final[exited.slots, exited.places] = exited.hidden
-            depths[exited.slots, exited.positions] = exited.steps
-            hidden = cached.end(final[slots, places], slots, positions)
-        states[slots, columns] = self.model.norm(hidden)
-        return states
+        for cached in self.chain:
+            cached.are_alone = ids.shape[1] == 1
+        _reserve_outer(self.cached, slots)
+        return self.cached.begin(ids[slots, columns], slots, positions, places)
+
+    def recur(self, pool: Pool, until: int | None = None, link: int = 0) -> tuple[list[Rows], Pool]:
+        """Run tokens, all of which are at one step, until they exit.
+
+        Args:
+            until: stop when the tokens have run so many steps. None: when all have exited.
+            link: the recursion that they run, by its 0-based number.
+
+        Returns:
+            The tokens that exited, in the order of their exits, and those that did not.
+        """
+        cached, policy, step = self.chain[link], self.chain[link].policy, pool.step
+        exited: list[Rows] = []
+        while len(pool) and step != until:
+            pool, exiting = cached.route(pool)
+            if exiting is not None:
+                exited.append(exiting)
+            if len(pool):
+                running, unstored = cached.in_flight(pool)
+                if unstored is not None:  # after cuts, their list may be longer than the text
+                    longest = int(policy.pages.counts.max()) + len(unstored.slots)
+                    policy.pages.lengthen(max(longest, cached.settings.max_length))
+                _reserve(policy.pages, cached.caches.inner, policy.pages_needed(running, unstored))
+                pool, step = cached.run(pool), step + 1
+        return exited, pool
+
+    def leave(self, exited: Rows) -> Rows:
+        """Run tokens that have left the last recursion through the layers after it, and the last norm.
+
+        Returns:
+            The same tokens, ordered by text and position.
+        """
+        rows = self._in_order(exited, len(self.chain) - 1)
+        ended = self.chain[-1].end(rows.hidden, rows.slots, rows.positions)
+        return replace(rows, hidden=self.model.norm(ended))
+
+    def _pass_on(self, exited: Rows, link: int) -> Pool:
+        """Run tokens that have left a recursion through the layers between it and the next one."""
+        rows, cached = self._in_order(exited, link), self.chain[link + 1]
+        ended = self.chain[link].end(rows.hidden, rows.slots, rows.positions)
+        _reserve_outer(cached, rows.slots)
+        return cached.begin_from(ended, rows.slots, rows.positions, rows.places)
+
+    def _in_order(self, exited: Rows, link: int) -> Rows:
+        """Tokens that have left a recursion, ordered by text and position, with their depths stored."""
+        depths = self._depths[link]
+        rows = exited.take((exited.slots * depths.shape[1] + exited.positions).argsort())
+        depths[rows.slots, rows.positions] = rows.steps
+        return rows
 
     @torch.no_grad()
     def select(self, texts: Int[Tensor, " b"]) -> None:
@@ -140,6 +190,18 @@ class IncrementalDecoder:
         if not 0 <= num_columns <= self.num_columns:
             raise ValueError(f"cannot keep {num_columns} columns of {self.num_columns}.")
         self.is_token = self.is_token[:, :num_columns]
+        self._rewind()
+
+    def keep(self, counts: Int[Tensor, " b"]) -> None:
+        """Keep only the first `counts[i]` tokens of each text i."""
+        self.is_token &= self.is_token.long().cumsum(dim=1) <= counts[:, None]
+        has_token = self.is_token.any(dim=0)
+        last = has_token.nonzero()[-1:].flatten().tolist()
+        self.is_token = self.is_token[:, : 1 + last[0] if last else 0]
+        self._rewind()
+
+    def _rewind(self) -> None:
+        """Remove the tokens that `is_token` does not have from the caches."""
         lengths = self.is_token.sum(dim=1)
         place = torch.arange(self._depths[0].shape[1], device=lengths.device)
         self._depths = [depths.where(place < lengths[:, None], 0) for depths in self._depths]
@@ -163,23 +225,6 @@ class IncrementalDecoder:
         copy.__dict__.update(deepcopy(self.__dict__, memo))
         return copy
 
-    @staticmethod
-    def _recur(cached: CachedModel, pool: Pool) -> list[Rows]:
-        """All steps of a recursion, one after another; the tokens as they exit."""
-        policy, exited = cached.policy, []
-        while True:
-            pool, exiting = cached.route(pool)
-            if exiting is not None:
-                exited.append(exiting)
-            if not len(pool):
-                return exited
-            running, unstored = cached.in_flight(pool)
-            if unstored is not None:  # after cuts, their list may be longer than the text
-                longest = int(policy.pages.counts.max()) + len(unstored.slots)
-                policy.pages.lengthen(max(longest, cached.settings.max_length))
-            _reserve(policy.pages, cached.caches.inner, policy.pages_needed(running, unstored))
-            pool = cached.run(pool)
-
     def _lengthen(self, length: int) -> None:
         settings = self.cached.settings
         if length <= settings.max_length:
@@ -195,6 +240,12 @@ class IncrementalDecoder:
     @staticmethod
     def _has(arena: KVArena) -> bool:
         return arena.data.shape[0] > 0
+
+
+def _reserve_outer(cached: CachedModel, slots: Int[Tensor, " t"]) -> None:
+    """Make sure that the layers that run once have rows for new tokens."""
+    pages = cached.outer_pages
+    _reserve(pages, cached.caches.outer, pages.pages_needed(slots))
 
 
 def _reserve(pages: PagedRows, arena: KVArena, needed: int) -> None:

@@ -200,6 +200,7 @@ class _Link:
             hidden = None if hidden is None else hidden[slots != slot]
         for span in spans:
             self._spans[span.slot] = span
+        self.cached.are_alone = all(len(span.ids) == 1 for span in self._spans.values())
         self._left.index_add_(0, slots, torch.ones_like(slots))
         if hidden is not None:
             return self.cached.begin_from(hidden, slots, positions, places)
@@ -208,10 +209,11 @@ class _Link:
 
     def _places(self, spans: list[Span]) -> tuple[Tensor, Tensor, Tensor]:
         """Slot, position in the text and place in the span of each token."""
-        tokens = [(s.slot, s.start + i, i) for s in spans for i in range(len(s.ids))]
-        slots, positions, places = torch.tensor(tokens, dtype=torch.long).view(-1, 3).T
-        device = self.cached.device
-        return slots.to(device), positions.to(device), places.to(device)
+        slots = [span.slot for span in spans for _ in span.ids]
+        places = [place for span in spans for place in range(len(span.ids))]
+        positions = [span.start + place for span in spans for place in range(len(span.ids))]
+        tokens = torch.tensor([slots, positions, places], dtype=torch.long).to(self.cached.device)
+        return tokens[0], tokens[1], tokens[2]
 
     def _route(self, pool: Pool) -> Pool:
         """Route the tokens. Return those that run their next step, and record those that exit."""

@@ -16,6 +16,7 @@ class Rotary:
 
     cos: Float[Tensor, "k b 1 d"]
     sin: Float[Tensor, "k b 1 d"]
+    """Negative in the first half, which is what its product with the second half of a head needs."""
 
     @classmethod
     def at(
@@ -25,10 +26,11 @@ class Rotary:
         exponent = torch.arange(0, head_size, 2, device=positions.device).float() / head_size
         angles = positions[..., None].float() * base**-exponent  # [k b] -> [k b d/2]
         angles = torch.cat([angles, angles], dim=-1)[:, :, None]
-        return cls(angles.cos().to(dtype), angles.sin().to(dtype))
+        first, second = angles.sin().chunk(2, dim=-1)
+        return cls(angles.cos().to(dtype), torch.cat([-first, second], dim=-1).to(dtype))
 
     def turn(self, heads: Float[Tensor, "k b n d"]) -> Float[Tensor, "k b n d"]:
         """Rotate the heads of the first `k` rows."""
         first, second = heads.chunk(2, dim=-1)
         cos, sin = self.cos[: len(heads)], self.sin[: len(heads)]
-        return heads * cos + torch.cat([-second, first], dim=-1) * sin
+        return heads * cos + torch.cat([second, first], dim=-1) * sin

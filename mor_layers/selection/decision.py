@@ -44,7 +44,9 @@ class RoutingDecision:
 
     def taken(self, values: Float[Tensor, "n b"]) -> Float[Tensor, "k b"]:
         """The selected tokens' entries of a tensor with one value per candidate."""
-        return values if self.rows is None else values.gather(0, self.rows)
+        if self.rows is None or len(values) == 1:  # a sequence's only candidate is where it was
+            return values
+        return values.gather(0, self.rows)
 
     def is_selected(self, num_candidates: int) -> Bool[Tensor, "n b"]:
         """Which candidates the decision kept."""

@@ -39,10 +39,10 @@ class IndexedAttention:
     """
 
     def __init__(self, visible: Visible, arena: KVArena, num_heads: int) -> None:
-        num_kv_heads, (t, n) = arena.data.shape[3], (len(visible.lists), num_heads)
+        num_kv_heads, tn = arena.data.shape[3], len(visible.lists) * num_heads
         per_row = arena.num_vectors * num_kv_heads
         counts, longest = visible.counts, int(visible.counts.max())
-        table = visible.table[visible.lists, :longest]
+        table = visible.table.index_select(0, visible.lists)[:, :longest]
         self.gathered_rows, num_rows = None, arena.data.shape[1]
         if arena.scales is not None:  # 8-bit rows are expanded first, into a scratch arena
             is_row = torch.arange(longest) < counts[:, None]  # [t m]
@@ -53,16 +53,20 @@ class IndexedAttention:
         # A token's heads follow one another, so that they find its rows in the processor's cache.
         num_vectors = num_rows * per_row
         index = torch.int32 if num_vectors < 2**31 else torch.int64
-        head = torch.arange(n, dtype=index)[:, None] // (n // num_kv_heads)
+        head = _key_of_each_head(num_heads, num_kv_heads, index)
         vectors = table[:, None].to(index) * per_row + head  # [t n m]
-        counts = counts.to(index).repeat_interleave(n)  # [tn]
-        is_seen = torch.arange(longest, dtype=index) < counts[:, None]  # [tn m]
-        self.places = is_seen.flatten().nonzero()[:, 0]
-        self.keys = vectors.flatten().index_select(0, self.places)  # [z]
+        counts = counts.repeat_interleave(num_heads)  # [tn]
+        bounds = F.pad(counts.cumsum(0), (1, 0))
+        # In the rectangle, what precedes the scores of a row also has the unused entries above it.
+        unused = torch.arange(0, tn * longest, longest) - bounds[:-1]
+        self.places = unused.repeat_interleave(counts)
+        self.places += torch.arange(len(self.places))  # [z]
+        self.keys = vectors.flatten().index_select(0, self.places)
         self.values = self.keys + (per_row - num_kv_heads)  # the same where a row is both
-        self.bounds = F.pad(counts.cumsum(0, dtype=index), (1, 0))
-        self.scores = torch.full((t, n, longest), -torch.inf, dtype=arena.dtype)
-        self.pattern = _pattern(self.bounds, self.keys, num_vectors, arena.dtype)
+        bounds = bounds.to(index)
+        self.begins = bounds[:-1]
+        self.scores = torch.full((tn, longest), -torch.inf, dtype=arena.dtype)
+        self.pattern = _pattern(bounds, self.keys, num_vectors, arena.dtype)
 
     def __call__(
         self, arena: KVArena, layer: int, query: Float[Tensor, "t n d"]
@@ -85,11 +89,17 @@ class IndexedAttention:
         out = F.embedding_bag(
             self.values,
             vectors,
-            self.bounds[:-1],
+            self.begins,
             mode="sum",
             per_sample_weights=weights,
         )
         return out.view_as(query)
+
+
+@cache
+def _key_of_each_head(num_heads: int, num_kv_heads: int, dtype: torch.dtype) -> Int[Tensor, "n 1"]:
+    """Which key head each query head reads."""
+    return torch.arange(num_heads, dtype=dtype)[:, None] // (num_heads // num_kv_heads)
 
 
 def _pattern(bounds: Tensor, columns: Tensor, num_columns: int, dtype: torch.dtype) -> Tensor:
@@ -163,15 +173,21 @@ class CachedAttention:
         visible: the rows that each token sees.
         slots: the sequence that each token belongs to; equal ones are adjacent.
         num_heads: query heads.
+        are_alone: whether it is known that no slot has more than one of the tokens.
     """
 
     parts: list[tuple[Tensor | None, IndexedAttention | GatheredAttention]]
 
     def __init__(
-        self, visible: Visible, slots: Int[Tensor, " t"], arena: KVArena, num_heads: int
+        self,
+        visible: Visible,
+        slots: Int[Tensor, " t"],
+        arena: KVArena,
+        num_heads: int,
+        are_alone: bool = False,
     ) -> None:
         is_indexable = arena.data.device.type == "cpu" and arena.dtype.itemsize >= 4
-        if is_indexable and bool((slots[1:] != slots[:-1]).all()):  # the common case: single tokens
+        if is_indexable and (are_alone or bool((slots[1:] != slots[:-1]).all())):  # the common case
             self.parts = [(None, IndexedAttention(visible, arena, num_heads))]
             return
         _, lengths = slots.unique_consecutive(return_counts=True)

@@ -86,12 +86,12 @@ class KVArena:
     ) -> None:
         """Fill rows of a layer; `value` is None where a row has one vector."""
         assert (value is None) == (self.num_vectors == 1)
-        for part, heads in enumerate((key,) if value is None else (key, value)):
-            if self.scales is not None:
-                scale = heads.float().abs().amax(dim=-1).clamp(min=1e-30) / 127.0
-                self.scales[layer, :, part].index_copy_(0, rows, scale)
-                heads = (heads.float() / scale[..., None]).round().to(torch.int8)
-            self.data[layer, :, part].index_copy_(0, rows, heads)
+        new = key[:, None] if value is None else torch.stack([key, value], dim=1)  # [t p g d]
+        if self.scales is not None:
+            scale = new.float().abs().amax(dim=-1).clamp(min=1e-30) / 127.0
+            self.scales[layer].index_copy_(0, rows, scale)
+            new = (new.float() / scale[..., None]).round().to(torch.int8)
+        self.data[layer].index_copy_(0, rows, new)
 
     def vectors(self, layer: int) -> Float[Tensor, "v d"]:
         """All keys and values of a layer, not copied; in a row, key heads precede value heads."""
@@ -151,6 +151,10 @@ class PagedRows:
         """Number of pages that are free, or idle and therefore free when they are needed."""
         return len(self._free) + self.num_idle
 
+    def has_free(self, num_rows: int) -> bool:
+        """Whether so many further rows fit in any case: a list opens at most one page for each."""
+        return num_rows <= len(self._free)
+
     def pages_for(self, count: int) -> int:
         """Number of pages of a list of `count` rows."""
         return -(-count // self.page_size)
@@ -163,38 +167,42 @@ class PagedRows:
 
     def fits(self, lists: Int[Tensor, " t"]) -> bool:
         """Whether there are enough pages for `append` to these lists. Reclaims idle pages if needed."""
-        # A list opens at most one page per row that it gets, and this bound usually decides.
-        if len(lists) <= len(self._free):
+        if self.has_free(len(lists)):
             return True
         missing = self.pages_needed(lists) - len(self._free)
         if missing > 0:
             self.reclaim(missing)
         return missing <= 0 or self.pages_needed(lists) <= len(self._free)
 
-    def append(self, lists: Int[Tensor, " t"]) -> tuple[Int[Tensor, " t"], Int[Tensor, " t"]]:
+    def append(
+        self, lists: Int[Tensor, " t"], are_distinct: bool = False
+    ) -> tuple[Int[Tensor, " t"], Int[Tensor, " t"]]:
         """Extend lists by one entry for each occurrence in `lists`.
+
+        Args:
+            are_distinct: whether the caller knows that no list occurs twice.
 
         Returns:
             The indices of the new entries in their lists, and their rows.
         """
         if not len(lists):
             return lists, lists
-        ordered, order = lists.sort(stable=True)
-        begins = torch.searchsorted(ordered, ordered)
-        rank = torch.empty_like(lists)
-        rank[order] = torch.arange(len(lists), device=lists.device) - begins
-        places = self.counts[lists] + rank
-        self.counts.index_add_(0, lists, torch.ones_like(lists))
-        opens_page = (places - self.borrowed[lists]) % self.page_size == 0
-        opening = lists[opens_page]
-        if len(opening):
-            assert len(opening) <= len(self._free), "ask pages_needed first"
+        places = self.counts.index_select(0, lists)
+        if are_distinct:
+            self.counts.index_copy_(0, lists, places + 1)
+        else:
+            places = places + _rank_among_equals(lists)
+            self.counts.index_add_(0, lists, torch.ones_like(lists))
+        own_places = places - self.borrowed.index_select(0, lists)
+        opens_page = (own_places % self.page_size == 0).nonzero()[:, 0]
+        if len(opens_page):
+            assert len(opens_page) <= len(self._free), "ask pages_needed first"
             pages = torch.tensor(
-                [self._free.pop() for _ in range(len(opening))], device=lists.device
+                [self._free.pop() for _ in range(len(opens_page))], device=lists.device
             )
-            columns = places[opens_page][:, None] + self._in_page
+            columns = places[opens_page, None] + self._in_page
             rows = pages[:, None] * self.page_size + self._in_page
-            self.row_of[opening[:, None], columns] = rows
+            self.row_of[lists[opens_page, None], columns] = rows
         return places, self.row_of[lists, places]
 
     def release(self, lists: Int[Tensor, " l"]) -> None:
@@ -268,3 +276,12 @@ class PagedRows:
 
     def _pages(self, counts: Tensor) -> Tensor:
         return (counts + self.page_size - 1) // self.page_size
+
+
+def _rank_among_equals(lists: Int[Tensor, " t"]) -> Int[Tensor, " t"]:
+    """For each entry, how many of the entries before it are equal to it."""
+    ordered, order = lists.sort(stable=True)
+    begins = torch.searchsorted(ordered, ordered)
+    rank = torch.empty_like(lists)
+    rank[order] = torch.arange(len(lists), device=lists.device) - begins
+    return rank

@@ -40,6 +40,8 @@ class TokensInFlight:
     positions: Int[Tensor, " t"]
     entries: Int[Tensor, " t"]
     """What `CachePolicy.enter` returned for them at the previous step; unspecified at step 0."""
+    are_alone: bool = False
+    """Whether it is known that no slot has more than one of them."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,9 @@ class CachePolicy(ABC):
 
     def fits(self, tokens: TokensInFlight, exited: TokensInFlight | None) -> bool:
         """Whether there are enough pages for `enter`."""
+        most = len(tokens.slots) + (0 if exited is None else len(exited.slots))
+        if self.pages.has_free(most):
+            return True
         return self.pages.fits(self.lists_to_grow(tokens, exited))
 
     def release(self, slot: int) -> None:
@@ -189,7 +194,7 @@ class RecursionWise(CachePolicy):
 
     def enter(self, tokens: TokensInFlight, exited: TokensInFlight | None) -> Entered:
         lists = self.lists_to_grow(tokens, exited)
-        places, rows = self.pages.append(lists)
+        places, rows = self.pages.append(lists, tokens.are_alone)
         return Entered(rows, places, Visible(self.pages.row_of, lists, places + 1))
 
     def tables(self, slot: int) -> Tensor:
@@ -226,7 +231,7 @@ class RecursiveSharing(CachePolicy):
         return tokens.slots[: int((tokens.steps == 0).sum())]
 
     def enter(self, tokens: TokensInFlight, exited: TokensInFlight | None) -> Entered:
-        places, rows = self.pages.append(self.lists_to_grow(tokens, exited))
+        places, rows = self.pages.append(self.lists_to_grow(tokens, exited), tokens.are_alone)
         entries = torch.cat([places, tokens.entries[len(places) :]])
         return Entered(rows, entries, Visible(self.pages.row_of, tokens.slots, entries + 1))
 
@@ -291,7 +296,7 @@ class SharingWithUpdate(_Overlaid):
     """Each step sees the first step's rows, except where it has rows of its own."""
 
     def enter(self, tokens: TokensInFlight, exited: TokensInFlight | None) -> Entered:
-        places, rows = self.pages.append(self.lists_to_grow(tokens, exited))
+        places, rows = self.pages.append(self.lists_to_grow(tokens, exited), tokens.are_alone)
         is_first = tokens.steps == 0
         entries = torch.where(is_first, places, tokens.entries)
         n = int(is_first.sum())
@@ -328,7 +333,9 @@ class ExitState(_Overlaid):
         return torch.cat([lists, exited.slots * self.lists_per_slot + self.num_steps])
 
     def enter(self, tokens: TokensInFlight, exited: TokensInFlight | None) -> Entered:
-        _, rows = self.pages.append(self.lists_to_grow(tokens, exited))
+        # Several tokens of a slot may have exited since their rows were stored last.
+        are_distinct = tokens.are_alone and exited is None
+        _, rows = self.pages.append(self.lists_to_grow(tokens, exited), are_distinct)
         own = rows[: len(tokens.slots)]
         self.seen[tokens.slots, tokens.steps, tokens.positions] = own
         if exited is not None:

@@ -9,7 +9,13 @@
 """
 
 from mor_layers.generation.sampling.constraints import Constraint, constrained
-from mor_layers.generation.sampling.draws import Sampler, Sampling, has_distribution, sample
+from mor_layers.generation.sampling.draws import (
+    Sampler,
+    Sampling,
+    distribution,
+    has_distribution,
+    sample,
+)
 from mor_layers.generation.sampling.logprobs import Logprobs, logprobs_of
 from mor_layers.generation.sampling.penalties import adjusted
 
@@ -20,6 +26,7 @@ __all__ = [
     "Sampling",
     "adjusted",
     "constrained",
+    "distribution",
     "has_distribution",
     "logprobs_of",
     "sample",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
@@ -91,34 +92,89 @@ def sample(
         settings: the sampling settings of each request.
         numbers: number of tokens that each request has generated.
     """
-    tokens = logits.argmax(dim=-1)
-    for is_limited in (False, True):
-        rows = [
-            row
-            for row, own in enumerate(settings)
-            if own.temperature > 0 and own.is_limited == is_limited
-        ]
-        if rows:
-            some = [settings[row] for row in rows]
-            draw = torch.tensor(
-                [_uniform(settings[row].seed, numbers[row]) for row in rows],
-                dtype=torch.float64,
-                device=logits.device,
-            )
-            temperature = torch.tensor(
-                [own.temperature for own in some], dtype=torch.float64, device=logits.device
-            )
-            # Subtract the largest logit before dividing. It is then 0 at any temperature. At very
-            # small temperatures the others become -inf, which is the correct limit, whereas the
-            # logits themselves would overflow.
-            own_logits = logits[rows].double()
-            largest = own_logits.amax(dim=-1, keepdim=True)
-            scaled = (own_logits - largest) / temperature[:, None]
-            if any(own.min_p for own in some):
-                min_p = torch.tensor([own.min_p for own in some], dtype=torch.float64)
-                scaled = scaled.masked_fill(scaled < min_p.log().to(scaled)[:, None], -torch.inf)
-            tokens[rows] = _limited(scaled, some, draw) if is_limited else _drawn(scaled, draw)
+    groups: dict[Callable[..., Tensor], list[int]] = {}
+    for row, own in enumerate(settings):
+        groups.setdefault(_way_of(own), []).append(row)
+    if len(groups) == 1:  # the rows of a batch whose requests are alike are not copied
+        (choose,) = groups
+        return choose(logits, settings, numbers)
+    tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
+    for choose, rows in groups.items():
+        own_settings, own_numbers = [settings[row] for row in rows], [numbers[row] for row in rows]
+        tokens[rows] = choose(logits[rows], own_settings, own_numbers)
     return tokens
+
+
+def _way_of(settings: Sampling) -> Callable[..., Tensor]:
+    """What chooses the tokens of a request."""
+    if settings.temperature == 0:
+        return _most_likely
+    return _sampled_within_limits if settings.is_limited else _sampled
+
+
+def _most_likely(
+    logits: Float[Tensor, "b v"], settings: Sequence[Sampling], numbers: Sequence[int]
+) -> Int[Tensor, " b"]:
+    return logits.argmax(dim=-1)
+
+
+def _sampled(
+    logits: Float[Tensor, "b v"], settings: Sequence[Sampling], numbers: Sequence[int]
+) -> Int[Tensor, " b"]:
+    return _drawn(_scaled(logits, settings), _draws(settings, numbers, logits.device))
+
+
+def _sampled_within_limits(
+    logits: Float[Tensor, "b v"], settings: Sequence[Sampling], numbers: Sequence[int]
+) -> Int[Tensor, " b"]:
+    draws = _draws(settings, numbers, logits.device)
+    return _limited(_scaled(logits, settings), settings, draws)
+
+
+def _scaled(logits: Float[Tensor, "b v"], settings: Sequence[Sampling]) -> Float64[Tensor, "b v"]:
+    """The logits at each request's temperature, without the tokens that its `min_p` leaves out."""
+    temperature = torch.tensor(
+        [own.temperature for own in settings], dtype=torch.float64, device=logits.device
+    )
+    # Subtract the largest logit before dividing. It is then 0 at any temperature. At very small
+    # temperatures the others become -inf, which is the correct limit, whereas the logits themselves
+    # would overflow.
+    scaled = logits.to(torch.float64, copy=True)
+    scaled.sub_(scaled.amax(dim=-1, keepdim=True)).div_(temperature[:, None])
+    if any(own.min_p for own in settings):
+        min_p = torch.tensor([own.min_p for own in settings], dtype=torch.float64)
+        scaled.masked_fill_(scaled < min_p.log().to(scaled)[:, None], -torch.inf)
+    return scaled
+
+
+def _draws(
+    settings: Sequence[Sampling], numbers: Sequence[int], device: torch.device
+) -> Float64[Tensor, " b"]:
+    """The random number of each request."""
+    pairs = zip(settings, numbers, strict=True)
+    draws = [_uniform(own.seed, number) for own, number in pairs]
+    return torch.tensor(draws, dtype=torch.float64, device=device)
+
+
+def distribution(logits: Float[Tensor, "b v"], settings: Sampling) -> Float64[Tensor, "b v"]:
+    """The probabilities with which `sample` chooses each token.
+
+    Args:
+        settings: those of all rows. Penalties and bias do not count, see `penalties`.
+    """
+    if settings.temperature == 0:
+        return F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).double()
+    scaled = _scaled(logits, [settings] * len(logits))
+    if not settings.is_limited:
+        return scaled.softmax(dim=-1)
+    best, tokens = scaled.sort(dim=-1, descending=True)
+    kept = best.softmax(dim=-1)
+    if settings.top_k:
+        kept[:, settings.top_k :] = 0.0
+    kept /= kept.sum(dim=-1, keepdim=True)
+    kept = kept.where(kept.cumsum(dim=-1) - kept < settings.top_p, 0.0)
+    kept /= kept.sum(dim=-1, keepdim=True)
+    return torch.zeros_like(kept).scatter_(-1, tokens, kept)
 
 
 def has_distribution(logits: Float[Tensor, "b v"]) -> Bool[Tensor, " b"]:

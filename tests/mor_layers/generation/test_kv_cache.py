@@ -47,7 +47,8 @@ def test_rows_are_handed_out_once_and_come_back(history) -> None:
         wanted = pages.pages_needed(torch.tensor(lists, dtype=torch.long))
         if wanted > before:
             continue
-        places, rows = pages.append(torch.tensor(lists, dtype=torch.long))
+        are_distinct = len(set(lists)) == len(lists)
+        places, rows = pages.append(torch.tensor(lists, dtype=torch.long), are_distinct)
         assert pages.pages_free == before - wanted
         for number, place, row in zip(lists, places.tolist(), rows.tolist(), strict=True):
             assert place == len(expected[number])

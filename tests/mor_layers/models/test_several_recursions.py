@@ -296,6 +296,7 @@ REFUSING: dict[str, Callable[[MoRTransformer], object]] = {
     "calibration": lambda model: calibrate(model, [random_ids(1, 4)]),
     "deepening": lambda model: deepened(model, 1),
     "early exit": lambda model: with_early_exit(model, Confidence(0.5)),
+    "speculation": lambda model: SpeculativeDecoder(model, Speculation(1)),
     "inspection": lambda model: inspect_text(model, random_ids(1, 4)[0], 4),
 }
 
