@@ -23,7 +23,13 @@ from mor_layers import (
     to_mapping,
 )
 from mor_layers.costs import ModelShape, account, count_parameters
-from mor_layers.generation import calibrate, deepened, with_early_exit
+from mor_layers.generation import (
+    Speculation,
+    SpeculativeDecoder,
+    calibrate,
+    deepened,
+    with_early_exit,
+)
 from mor_layers.inspection import inspect_text
 from mor_layers.layers import NormModulation
 from mor_layers.recursion import HistoryInjection, HyperConnections, LoopLoss
