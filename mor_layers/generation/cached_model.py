@@ -172,7 +172,7 @@ class CachedModel:
                 [block.enter(step, rows.hidden[own], pool.origin_of(own)) for step, own in parts]
             )
         if self.static is not None and len(pool) <= self.static.most:
-            output = self.static(entering, tokens, entered)
+            output = self.static(entering, tokens, entered, self._exited_states(exited))
         else:
             context = self._inner_context(pool, entered, exited)
             output = block.run_layers(entering[:, None], context)[:, 0]  # [t h] -> [t 1 h] -> [t h]

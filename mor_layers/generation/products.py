@@ -176,10 +176,9 @@ def _product(
     if len(steps) == 1:
         return multiply(hidden, *steps[0])
     assert context is not None
-    parts = [
-        multiply(hidden[rows], *steps[step]) for step, rows in context.rows_by_step(len(hidden))
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return context.at_each_step(
+        len(hidden), lambda step, rows: multiply(hidden[rows], *steps[step])
+    )
 
 
 def _is_known(projection: nn.Module) -> bool:

@@ -379,6 +379,16 @@ class Experts(nn.Module):
         gated = torch.cat(outputs) * assignment.gates.flatten()[order][:, None]
         return torch.zeros_like(hidden).index_add(0, token, gated)  # [a h] -> [t h]
 
+    def of_all(self, hidden: Float[Tensor, "t h"], assignment: Assignment) -> Float[Tensor, "t h"]:
+        """The same, for graphs: every token runs every expert, whatever was chosen."""
+        weights = torch.zeros(len(hidden), len(self.gate), dtype=hidden.dtype, device=hidden.device)
+        gates = assignment.gates * assignment.is_taken
+        weights = weights.scatter(1, assignment.experts, gates)  # [t c] -> [t e]
+        every = hidden.expand(len(self.gate), -1, -1)  # [e t h]
+        gate, up = (every.bmm(matrix.transpose(1, 2)) for matrix in (self.gate, self.up))
+        outputs = (F.silu(gate) * up).bmm(self.down.transpose(1, 2))  # [e t f] -> [e t h]
+        return torch.einsum("te,eth->th", weights, outputs)
+
 
 class SharedExpert(Experts):
     """One SwiGLU expert that runs on every token."""
@@ -425,18 +435,24 @@ class MoE(nn.Module):
         step: int | Int[Tensor, "k b"] = 0,
         is_padding: Bool[Tensor, "k b"] | None = None,
         products: Products | None = None,
+        has_static_shapes: bool = False,
     ) -> tuple[Float[Tensor, "k b h"], ExpertUse]:
         """The layer's output. Experts of the router add nothing to padding, and to tokens that all of
         them dropped.
 
         Args:
             products: computes the experts in generation.
+            has_static_shapes: whether shapes must not depend on the choice of experts, see
+                `Experts.of_all`.
         """
         rows = hidden.flatten(0, 1)
         padding = None if is_padding is None else is_padding.flatten()
         step = step if isinstance(step, int) else step.expand(hidden.shape[:2]).flatten()
         assignment, use = self.router(rows, step, padding)
-        output = self.experts(rows, assignment, products)
+        if has_static_shapes:
+            output = self.experts.of_all(rows, assignment)
+        else:
+            output = self.experts(rows, assignment, products)
         if self.shared is not None:
             output = output + self.shared(rows, products)
         return output.view_as(hidden), use

@@ -49,11 +49,11 @@ class StepLinear(nn.Module):
     def forward(
         self, hidden: Float[Tensor, "k b i"], context: StepContext
     ) -> Float[Tensor, "k b o"]:
-        parts = [
-            F.linear(hidden[rows], self.weights[step], self.biases[step] if self.biases else None)
-            for step, rows in context.rows_by_step(len(hidden))
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        def run(step: int, rows: slice) -> Tensor:
+            bias = self.biases[step] if self.biases else None
+            return F.linear(hidden[rows], self.weights[step], bias)
+
+        return context.at_each_step(len(hidden), run)
 
 
 Projected = nn.Linear | StepLinear

@@ -185,9 +185,8 @@ class RelaxedLinear(nn.Linear):
         context: StepContext,
     ) -> Float[Tensor, "k b o"]:
         """The projection, given `projected`, the product of `hidden` with the shared weight."""
-        parts = [
-            self.deltas[step](hidden[rows], projected[rows], self.weight)
-            for step, rows in context.rows_by_step(len(hidden))
-        ]
-        relaxed = parts[0] if len(parts) == 1 else torch.cat(parts)
+        relaxed = context.at_each_step(
+            len(hidden),
+            lambda step, rows: self.deltas[step](hidden[rows], projected[rows], self.weight),
+        )
         return relaxed if self.bias is None else relaxed + self.bias

@@ -199,7 +199,9 @@ class DecoderLayer(nn.Module):
         normed = self.mlp_norm(hidden, context.step)
         if isinstance(self.mlp, MoE):
             is_padding = context.tokens.is_padding
-            output, use = self.mlp(normed, context.step, is_padding, context.products)
+            output, use = self.mlp(
+                normed, context.step, is_padding, context.products, context.has_static_shapes
+            )
             context.experts.record(self.attention.layer, use)
         else:
             output = self.mlp(normed, context)

@@ -35,7 +35,7 @@ from mor_layers.recursion import (
     end_layers,
     require_lengths,
 )
-from mor_layers.routers import ExpertChoice, FixedDepth, RouterConfig
+from mor_layers.routers import ExpertChoice, FixedDepth, LoopState, RouterConfig
 from mor_layers.settings import check_types, require_choice
 
 
@@ -325,6 +325,14 @@ class RecursionConfig:
         if self.history is None:
             return None
         return History(hidden_size, self.num_recursions, self.history)
+
+    def build_loop_state(self, hidden_size: int) -> LoopState | None:
+        """What tokens carry between steps, if it is more than their state."""
+        return (
+            self.build_streams(hidden_size)
+            or self.build_history(hidden_size)
+            or self.router.build(hidden_size, self.num_recursions).loop_state
+        )
 
     def require_experts(self, has_experts: bool) -> None:
         """Raise ValueError if a setting for experts has no effect."""

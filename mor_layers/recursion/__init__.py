@@ -8,6 +8,7 @@ from mor_layers.recursion.history import History, HistoryInjection
 from mor_layers.recursion.kv_policies import (
     KV_POLICIES,
     Exited,
+    ExitStateContext,
     KVPolicy,
     Products,
     SharingContext,
@@ -29,6 +30,7 @@ from mor_layers.recursion.streams import HyperConnections, Streams
 __all__ = [
     "KV_POLICIES",
     "SHARING_SCHEMES",
+    "ExitStateContext",
     "Exited",
     "ExpertRecorder",
     "ExpertUse",

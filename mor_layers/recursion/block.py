@@ -19,11 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from mor_layers.profiling import named, named_range
 from mor_layers.recursion.expert_use import ExpertUse
-from mor_layers.recursion.history import History
 from mor_layers.recursion.kv_policies import Exited, KVPolicy, StepContext, begin_step
 from mor_layers.recursion.observer import RoutedStep, RoutingObserver
 from mor_layers.recursion.step_input import StepInput
-from mor_layers.recursion.streams import Streams
 from mor_layers.recursion.truncation import cut
 from mor_layers.routers import LoopState, Router
 from mor_layers.selection import LocalPlacement, Placement, RoutingDecision, Tokens
@@ -148,8 +146,8 @@ class RecursionBlock(nn.Module):
         placement: Placement | None = None,
         recompute: bool = False,
         step_input: StepInput | None = None,
-        streams: Streams | None = None,
-        history: History | None = None,
+        streams: LoopState | None = None,
+        history: LoopState | None = None,
     ) -> None:
         super().__init__()
         self.layers = layers
@@ -332,6 +330,7 @@ class RecursionBlock(nn.Module):
         output: Float[Tensor, "k b h"],
         decision: RoutingDecision,
         origin: Float[Tensor, "k b h"] | None,
+        notes: Float[Tensor, "k b m"] | None = None,
     ) -> Float[Tensor, "k b h"]:
         """The new states of the tokens that ran the step. Padding slots keep their states.
 
@@ -339,6 +338,7 @@ class RecursionBlock(nn.Module):
             selected: the result of `select`.
             output: the result of `run_layers`.
             origin: the states with which the same rows entered the recursion, if `needs_origin`.
+            notes: of `loop_state` about the rows, if its parameters are elsewhere.
         """
         local = self.placement.shard(decision)
         origin = origin if self.router.combines_with_origin else None
@@ -349,7 +349,7 @@ class RecursionBlock(nn.Module):
         if self.loop_state is None:
             updated = combine(selected, output, origin)
         else:
-            updated = self.loop_state.update(step, selected, output, origin, combine)
+            updated = self.loop_state.update(step, selected, output, origin, combine, notes)
         if local.tokens.is_padding is None:
             return updated
         return torch.where(local.tokens.is_padding[..., None], selected, updated)

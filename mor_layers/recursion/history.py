@@ -103,14 +103,25 @@ class History(LoopState):
         output: Float[Tensor, "*t h"],
         origin: Float[Tensor, "*t w"] | None,
         combine: Combine,
+        notes: Float[Tensor, "*t 1"] | None = None,
     ) -> Float[Tensor, "*t w"]:
         state = self.end(carried)
-        if len(self.gate):
-            weights = self.gate(0)
-            gate = 1 + (weights * self._features(step, weights)).sum()
+        gate = self._gate(step) if notes is None else notes
+        if gate is not None:
             output = state + gate.to(state.dtype) * (output - state)
         new = combine(state, output, None if origin is None else self.end(origin))
         return torch.cat([new, carried[..., : self.window * self.hidden_size]], dim=-1)
+
+    def notes(self, step: int, carried: Float[Tensor, "*t w"]) -> Float[Tensor, "*t 1"] | None:
+        """The gate of the step, the same for every token."""
+        gate = self._gate(step)
+        return None if gate is None else gate.float().expand(*carried.shape[:-1], 1)
+
+    def _gate(self, step: int) -> Float[Tensor, ""] | None:
+        if not len(self.gate):
+            return None
+        weights = self.gate(0)
+        return 1 + (weights * self._features(step, weights)).sum()
 
     def _features(self, step: int, like: Tensor) -> Float[Tensor, " 8"]:
         values = [

@@ -17,6 +17,7 @@ the state of a token once, when the token exits, and later steps reuse the rows:
 `q, k, v` for the tokens that run it and `k, v` for the tokens that have just exited.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
@@ -140,6 +141,22 @@ class StepContext:
     def rows_by_step(self, count: int) -> list[tuple[int, slice]]:
         """Which of the first `count` rows run which step; rows of one step stand together."""
         return [(self.step, slice(0, count))]
+
+    def at_each_step(
+        self, count: int, run: Callable[[int, slice], Float[Tensor, "j b o"]]
+    ) -> Float[Tensor, "k b o"]:
+        """What `run` makes of the first `count` rows, each at its own step.
+
+        Args:
+            run: from a step and the rows that run it to its output for these rows.
+        """
+        parts = [run(step, rows) for step, rows in self.rows_by_step(count)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @property
+    def has_static_shapes(self) -> bool:
+        """Whether shapes must not depend on what tokens are routed to."""
+        return False
 
     def rows_to_project(self, hidden: Float[Tensor, "kx b h"]) -> Float[Tensor, "w b h"]:
         """Of the rows of `with_exited`, the first ones: those that need keys and values."""
@@ -270,10 +287,7 @@ class UpdatingContext(SharingContext):
 
     @cached_property
     def _rows_in_first(self) -> Int[Tensor, "k b"]:
-        positions, count = self.first.positions, self.first.shape[0]
-        row = torch.arange(count, device=positions.device)[:, None].expand_as(positions)
-        row_of = row.new_zeros(self.first.sequence_length, positions.shape[1])
-        return row_of.scatter(0, positions, row).gather(0, self.tokens.positions)
+        return self.first.rows_of(self.tokens)
 
 
 @dataclass(frozen=True)

@@ -113,15 +113,30 @@ class Streams(LoopState):
         output: Float[Tensor, "*t h"],
         origin: Float[Tensor, "*t nh"] | None,
         combine: Combine,
+        notes: Float[Tensor, "*t 2n"] | None = None,
     ) -> Float[Tensor, "*t nh"]:
         """The streams after a step, of which the router combines every one."""
-        return combine(carried, self.write(step, carried, output), origin)
+        return combine(carried, self.write(step, carried, output, notes), origin)
+
+    def notes(self, step: int, carried: Float[Tensor, "*t nh"]) -> Float[Tensor, "*t 2n"]:
+        """`write / 2` and `keep` of each token."""
+        parts = self.mixers[step](carried, is_before=False)
+        return torch.cat(
+            [part.squeeze(-1).expand(*carried.shape[:-1], -1) for part in parts], dim=-1
+        )
 
     def write(
-        self, step: int, wide: Float[Tensor, "*t nh"], output: Float[Tensor, "*t h"]
+        self,
+        step: int,
+        wide: Float[Tensor, "*t nh"],
+        output: Float[Tensor, "*t h"],
+        notes: Float[Tensor, "*t 2n"] | None = None,
     ) -> Float[Tensor, "*t nh"]:
         """The streams after a step, given the output of its layers."""
-        write, keep = self.mixers[step](wide, is_before=False)
+        if notes is None:
+            write, keep = self.mixers[step](wide, is_before=False)
+        else:
+            write, keep = notes.unflatten(-1, (2, self.num_streams, 1)).unbind(-3)
         new = keep * self._apart(wide) + 2 * write * output[..., None, :]
         return new.flatten(-2).to(wide.dtype)
 

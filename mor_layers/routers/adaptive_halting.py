@@ -97,6 +97,7 @@ class MeanState(LoopState):
         output: Float[Tensor, "*t h"],
         origin: Float[Tensor, "*t 2h"] | None,
         combine: Combine,
+        notes: Tensor | None = None,
     ) -> Float[Tensor, "*t 2h"]:
         return combine(carried, output, origin)
 

@@ -141,6 +141,7 @@ class Router(PreciseBuffers, ABC):
         states: Sequence[Float[Tensor, "s b h"]],
         is_right: Bool[Tensor, "r s b"],
         is_counted: Bool[Tensor, "s b"],
+        gather: Callable[[Tensor], Tensor] = lambda logits: logits,
     ) -> dict[str, Tensor]:
         """Losses by which the router learns where tokens should exit, if `RouterConfig.learns_exits`.
 
@@ -148,6 +149,7 @@ class Router(PreciseBuffers, ABC):
             states: the states after each step.
             is_right: whether the most likely token is the right one, read out after each step.
             is_counted: which tokens have a label.
+            gather: logits of all tokens from those of `states`, of which this rank may have a part.
         """
         return {}
 

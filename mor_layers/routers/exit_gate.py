@@ -15,7 +15,7 @@ nothing in the model. Training runs all steps.
 Legend: `b` batch, `n` candidates of a step, `s` sequence, `h` hidden, `r` steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,6 +107,7 @@ class ExitGateRouter(Router):
         states: Sequence[Float[Tensor, "s b h"]],
         is_right: Bool[Tensor, "r s b"],
         is_counted: Bool[Tensor, "s b"],
+        gather: Callable[[Tensor], Tensor] = lambda logits: logits,
     ) -> dict[str, Tensor]:
         going_on = is_counted
         losses, count = [], torch.zeros((), device=is_right.device)
@@ -114,7 +115,7 @@ class ExitGateRouter(Router):
             states[:-1], is_right, strict=False
         ):  # nothing stops after the last
             loss = F.binary_cross_entropy_with_logits(
-                self._gate(state.detach()), right.float(), reduction="none"
+                gather(self._gate(state.detach())), right.float(), reduction="none"
             )
             losses.append(torch.where(going_on, loss, torch.zeros_like(loss)).sum())
             count = count + going_on.sum()

@@ -20,6 +20,17 @@ class LoopState(nn.Module):
     what a row consists of.
     """
 
+    def notes(self, step: int, carried: Float[Tensor, "*t w"]) -> Float[Tensor, "*t m"] | None:
+        """What `update` computes from parameters, `m` numbers of each token in fp32; None: nothing.
+
+        Where the layers of a step are spread over ranks, the one that holds the parameters sends this
+        to the one that updates the states.
+
+        Args:
+            carried: what the tokens carried before the step.
+        """
+        return None
+
     def begin(self, hidden: Float[Tensor, "*t h"]) -> Float[Tensor, "*t w"]:
         """What tokens that enter the recursion carry."""
         raise NotImplementedError
@@ -39,6 +50,7 @@ class LoopState(nn.Module):
         output: Float[Tensor, "*t h"],
         origin: Float[Tensor, "*t w"] | None,
         combine: Combine,
+        notes: Float[Tensor, "*t m"] | None = None,
     ) -> Float[Tensor, "*t w"]:
         """What tokens carry after a step.
 
@@ -46,5 +58,6 @@ class LoopState(nn.Module):
             output: of the step's layers.
             origin: what the tokens carried when they entered the recursion, if the router wants it.
             combine: the router's.
+            notes: the result of `notes`, if it was computed elsewhere. With it, no parameters are used.
         """
         raise NotImplementedError

@@ -101,6 +101,13 @@ class Tokens:
         given = {name: getattr(self, name) for name in named}
         return replace(self, **{n: v.repeat(1, times) for n, v in given.items() if v is not None})
 
+    def rows_of(self, among: "Tokens") -> Int[Tensor, "k b"]:
+        """The row of each of some of these tokens, which `among` holds."""
+        row = torch.arange(len(self.positions), device=self.positions.device)
+        row_of = row.new_zeros(self.sequence_length, self.shape[1])
+        row = row[:, None].expand_as(self.positions)
+        return row_of.scatter(0, self.positions, row).gather(0, among.positions)
+
     def take(self, rows: Int[Tensor, "k b"], is_padding: Bool[Tensor, "k b"] | None) -> "Tokens":
         """The tokens of the given rows; `is_padding` marks those that are padding slots."""
         return Tokens(

@@ -498,7 +498,7 @@ FAULTS = [
     Fault(
         "heads read one another's keys",
         CORE + "generation/cache/attention.py",
-        "[:, None] // (n // num_kv_heads)",
+        "[:, None] // (num_heads // num_kv_heads)",
         "[:, None] % num_kv_heads",
         ENGINE,
     ),
@@ -547,8 +547,8 @@ FAULTS = [
     Fault(
         "temperature multiplies",
         CORE + "generation/sampling/draws.py",
-        "scaled = (own_logits - largest) / temperature[:, None]",
-        "scaled = (own_logits - largest) * temperature[:, None]",
+        ".div_(temperature[:, None])",
+        ".mul_(temperature[:, None])",
         SAMPLING,
     ),
     # Weights and teaching.

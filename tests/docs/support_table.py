@@ -72,6 +72,14 @@ ROWS: dict[str, list[str]] = {
         "recursion.anchor_every=2",
         *DENSE,
     ],
+    "the same with `depth_balance`": [
+        "recursion.sharing=middle_sequence",
+        "recursion.num_recursions=1",
+        "recursion.router.capacity_factors=[0.25]",
+        "recursion.anchor_every=3",
+        "recursion.depth_balance=0.1",
+        *DENSE,
+    ],
     "a prelude of 2 layers, a coda of 3": [
         "recursion.prelude_layers=2",
         "recursion.coda_layers=3",
@@ -93,6 +101,12 @@ ROWS: dict[str, list[str]] = {
     "`norm_modulation`": ["recursion.norm_modulation.rank=4", *DENSE],
     "`history`": ["recursion.history.window=1", *DENSE],
     "`loop_loss`": ["recursion.loop_loss.scale_penalty=0.1", *DENSE],
+    "`loop_loss`, and an exit gate that it teaches": [
+        "recursion.loop_loss.scale_penalty=0.1",
+        "recursion.router.type=exit_gate",
+        "recursion.router.teaching=0.5",
+        *DENSE,
+    ],
     "a teacher (`uptrain`)": ["uptrain.teacher=folder", *DENSE],
 }
 

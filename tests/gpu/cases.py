@@ -5,7 +5,8 @@ from dataclasses import replace
 import torch
 
 from mor_layers import ExpertChoice, RecursionConfig, TokenChoice
-from tests.gpu import kernels, layers, layouts, serving
+from tests.gpu import graphs, kernels, layers, layouts, serving
+from tests.gpu.layers import LENGTH
 from tests.gpu.verdict import Case, Need
 
 ROUTERS = {"expert": ExpertChoice(alpha=0.5), "token": TokenChoice()}
@@ -183,6 +184,34 @@ _KERNELS = [
     ),
 ]
 
+_GRAPHS = [
+    *(
+        Case(
+            f"graphs/core/{policy}",
+            "forward and backward pass of MoRTransformer, replayed as one CUDA graph, fp32",
+            graphs.core_replays,
+            {
+                "recursion": replace(EXPERT, kv_policy=policy),
+                "length": 200,
+                "hidden_size": 128,
+            },
+            {"length": 24, "hidden_size": 32},
+        )
+        for policy in POLICIES
+    ),
+    *(
+        Case(
+            f"graphs/{impl}/{policy}",
+            "GPTModel trains in Megatron's CUDA graphs as without, fp32",
+            graphs.megatron_replays,
+            {"recursion": replace(EXPERT, kv_policy=policy), "impl": impl, "length": LENGTH},
+            {"impl": "none"},
+        )
+        for impl in ("local", "full_iteration")
+        for policy in ("recursion_wise", "exit_state")
+    ),
+]
+
 _SERVING = [
     Case(
         f"serving/{policy}",
@@ -237,4 +266,13 @@ _SPEED = [
     for name in ("local", "engine")
 ]
 
-CASES: tuple[Case, ...] = (*_CORE, *_ENGINE, *_REST, *_KERNELS, *_SERVING, *_LAYOUTS, *_SPEED)
+CASES: tuple[Case, ...] = (
+    *_CORE,
+    *_ENGINE,
+    *_REST,
+    *_KERNELS,
+    *_GRAPHS,
+    *_SERVING,
+    *_LAYOUTS,
+    *_SPEED,
+)

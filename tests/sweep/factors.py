@@ -65,6 +65,7 @@ ROUTERS = {
     "damped loops": DampedLoops(),
     "adaptive halting": AdaptiveHalting(),
     "exit gate": ExitGate(),
+    "taught exit gate": ExitGate(teaching=0.5),
 }
 RECIPES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -123,6 +124,7 @@ LAYOUTS = {
     "PP": Layout(pp=2),
     "PP=3": Layout(pp=3),
     "steps as stages": Layout(pp=2, spreads_steps=True),
+    "CP × steps as stages": Layout(cp=2, pp=2, spreads_steps=True),
     "DP=4": Layout(dp=4),
     "EP": Layout(ep=2, dp=2),
     "EP=4": Layout(ep=4, dp=4),
@@ -139,6 +141,7 @@ LAYOUTS = {
     "TP+SP × PP × DP": Layout(tp=2, sp=True, pp=2, dp=2),
     "TP+SP × CP × PP": Layout(tp=2, sp=True, cp=2, pp=2),
     "TP+SP × PP × EP": Layout(tp=2, sp=True, pp=2, ep=4, dp=2),
+    "TP+SP × CP × steps as stages": Layout(tp=2, sp=True, cp=2, pp=2, spreads_steps=True),
     "TP+SP × CP × EP": Layout(tp=2, sp=True, cp=2, ep=4, dp=2),
 }
 RECOMPUTE: dict[str, dict[str, Any]] = {

@@ -12,7 +12,8 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,22 @@ def save(
         OSError: the checkpoint cannot be written, for example because the disk is full. Raised on
             every rank. The incomplete checkpoint is removed, and earlier ones are unchanged.
     """
-    target = folder_of(directory, step)
-    partial = target.with_name(f".{target.name}.partial")
+    state = state_to_save(step, chunks, optimizer, scheduler, extra)
+    unfinished = Unfinished(directory, step)
+    with unfinished.removed_on_error():
+        write_state(state, unfinished.partial)
+        unfinished.publish()
+    return unfinished.target
+
+
+def state_to_save(
+    step: int,
+    chunks: Sequence[nn.Module],
+    optimizer: MegatronOptimizer | None,
+    scheduler: OptimizerParamScheduler | None,
+    extra: dict[str, Any] | None,
+) -> ShardedStateDict:
+    """This rank's part of a checkpoint. The arguments are those of `save`."""
     state: ShardedStateDict = {
         "step": step,
         "extra": extra or {},
@@ -95,14 +110,37 @@ def save(
     if optimizer is not None:
         state["optimizer"] = sharded_state(optimizer, state["model"], False)
         state["shared_optimizer"] = shared_state(optimizer)
-    try:
-        on_first_rank(lambda: _make_empty(partial))
-        write_state(state, partial)
-        integrity.seal(partial)
-        on_first_rank(lambda: _publish(partial, target))
-    except OSError as error:
-        raise OSError(on_first_rank(lambda: _given_up(partial, target, error))) from error
-    return target
+    return state
+
+
+class Unfinished:
+    """A checkpoint that is being written, in a folder that is still without its name.
+
+    All ranks must construct it and call its methods.
+
+    Raises:
+        OSError: the folder cannot be created. Raised on every rank.
+    """
+
+    def __init__(self, directory: str | Path, step: int) -> None:
+        self.target = folder_of(directory, step)
+        self.partial = self.target.with_name(f".{self.target.name}.partial")
+        with self.removed_on_error():
+            on_first_rank(lambda: _make_empty(self.partial))
+
+    def publish(self) -> None:
+        """Seal the folder, and give it its name."""
+        integrity.seal(self.partial)
+        on_first_rank(lambda: _publish(self.partial, self.target))
+
+    @contextmanager
+    def removed_on_error(self) -> Iterator[None]:
+        """A context that removes the folder if an OSError is raised on every rank, and explains it."""
+        try:
+            yield
+        except OSError as error:
+            told = on_first_rank(lambda: _given_up(self.partial, self.target, error))
+            raise OSError(told) from error
 
 
 def load(

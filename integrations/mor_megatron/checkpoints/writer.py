@@ -22,7 +22,7 @@ def write_state(state: ShardedStateDict, folder: Path) -> None:
         OSError: any rank had an error. Raised on every rank.
     """
     problem: OSError | None = None
-    with _results_in_process(), _errors_kept() as errors:
+    with _results_in_process(), errors_kept() as errors:
         try:
             dist_checkpointing.save(state, str(folder))
         except (
@@ -48,7 +48,7 @@ def _results_in_process() -> Iterator[None]:
 
 
 @contextmanager
-def _errors_kept() -> Iterator[list[OSError]]:
+def errors_kept() -> Iterator[list[OSError]]:
     """Collect errors of writing that Megatron would lose or raise on one rank only.
 
     Megatron replaces the error of a rank by its class (filesystem_async.py:287). It raises errors of

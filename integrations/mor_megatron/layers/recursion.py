@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from jaxtyping import Bool, Float
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
@@ -24,12 +25,14 @@ from megatron.core.transformer.transformer_layer import (
 )
 from megatron.core.transformer.utils import sharded_state_dict_default
 from megatron.core.utils import get_pg_rank, make_viewless_tensor
-from torch import Tensor
+from torch import Tensor, nn
 
 from mor_layers import RecursionBlock, RecursionConfig, RecursionOutput, RoutingDecision, Tokens
 from mor_layers.recursion import over_loops
-from mor_megatron.layers.block_part import BlockPart, CombiningRouter
+from mor_layers.routers import LoopState
+from mor_megatron.layers.block_part import BlockPart, CombiningRouter, UpdatingLoopState
 from mor_megatron.layers.experts.router import StepTopKRouter
+from mor_megatron.layers.graphs import is_graphed, require_whole_block
 from mor_megatron.layers.own_sublayers import attentions_of
 from mor_megatron.layers.quantization import require_one_precision
 from mor_megatron.layers.routing.auxiliary_loss import RouterLossScaler, listen_for_loss_scale
@@ -106,6 +109,9 @@ class RecursionLayer(TransformerLayer):
     compiled: tuple[Any, ...] = ()
     """The compiled recursion, if `training.compile_recursions` was called. In a tuple, because modules
     register attributes that are modules, and its weights are those of `recursion`."""
+    read_out: tuple[tuple[Tensor, ...], Tokens] | None = None
+    """What the last forward pass of training returned of every loop, detached, and its tokens: for a
+    router that learns exits, from when the states have been read out until `teach`."""
     returns_every_loop: bool | None = None
     """Whether to return the states after all loops as one batch (`mor_layers.recursion.over_loops`).
     `training.weigh_loops` sets it before each forward pass; None: it was not called."""
@@ -123,6 +129,9 @@ class RecursionLayer(TransformerLayer):
         **unused: Any,
     ) -> None:
         validate(config, recursion)
+        require_whole_block(config, is_whole=part is None)
+        if part is None and recursion.loop_loss is not None:
+            _require_room_for_all_loops(config)
         config.hetereogenous_dist_checkpoint = True
         listen_for_loss_scale(config)
         # Not TransformerLayer.__init__, which would build the parts of a single layer.
@@ -158,8 +167,11 @@ class RecursionLayer(TransformerLayer):
         step_input = None
         if part.routes:
             step_input = recursion.build_step_input(config.hidden_size, config.layernorm_epsilon)
-        streams = recursion.build_streams(config.hidden_size)
-        history = recursion.build_history(config.hidden_size)
+        streams: LoopState | None = recursion.build_streams(config.hidden_size)
+        history: LoopState | None = recursion.build_history(config.hidden_size)
+        if not part.routes:
+            streams = streams and UpdatingLoopState(streams)
+            history = history and UpdatingLoopState(history)
         device = next(stack.parameters()).device
         for module in (router, step_input, streams, history):
             if module is None:
@@ -180,9 +192,29 @@ class RecursionLayer(TransformerLayer):
         )
         self.inputs = SequenceInputs(config, pg_collection)
         self.statistics = RoutingStatistics(recursion.num_recursions)
-        self.loop_loss = recursion.loop_loss
+        self.loop_loss, self.depth_balance = recursion.loop_loss, recursion.depth_balance
+        self.learns_exits = recursion.router.learns_exits
         factors = recursion.router.capacity_factors_for(recursion.num_recursions)
         self.has_fixed_capacities = factors is not None
+
+    @property
+    def is_graphed(self) -> bool:
+        """Whether the pass that runs is one of training in a CUDA graph (see `graphs`)."""
+        return is_graphed(self.config) and self.training
+
+    def _should_call_local_cudagraph(self, *args: Any, **kwargs: Any) -> bool:
+        # Evaluation, which may route causally, would replay the pass of training.
+        is_training = self.training and not self.causal_routing
+        return is_training and super()._should_call_local_cudagraph(*args, **kwargs)
+
+    def _refuse_unequal_sequences(self, **inputs: Any) -> None:
+        for name, given in inputs.items():
+            if given is not None:
+                raise ValueError(
+                    f"{name} cannot be used with cuda_graph_impl={self.config.cuda_graph_impl!r}: how "
+                    "many tokens are selected would depend on it. Train on sequences of one document "
+                    "without padding (create_attention_mask=False), or use cuda_graph_impl='none'."
+                )
 
     @property
     def expert_routers(self) -> list[StepTopKRouter]:
@@ -211,6 +243,9 @@ class RecursionLayer(TransformerLayer):
         has a row for each position in a document.
 
         Args:
+            context: how many layers each token ran since the last anchor, `[s b]`, which layers pass on
+                to one another (`depth_balance`). What cross-attention of other layers attends to is
+                passed on as it is.
             attention_mask: None if each sequence is one document. Otherwise Megatron's causal mask
                 `[b 1 s s]`, True where attention is not allowed; a document begins at every token
                 that cannot attend to the token before it.
@@ -226,11 +261,17 @@ class RecursionLayer(TransformerLayer):
             ValueError: an input is given that the recursion does not support.
         """
         refuse_inputs(attention_bias=attention_bias)
+        if self.is_graphed:
+            self._refuse_unequal_sequences(
+                attention_mask=attention_mask,
+                padding_mask=padding_mask,
+                packed_seq_params=packed_seq_params,
+            )
         if inference_context is not None:
             refuse_inputs(padding_mask=padding_mask, packed_seq_params=packed_seq_params)
             length = inference_context.sequence_len_offset + len(hidden_states)
             rotation = self._rotation(rotary_pos_emb, hidden_states, length)
-            return self._generate(hidden_states, inference_context, rotation), context
+            return self._generate(hidden_states, inference_context, rotation, context)
         packed = self.inputs.packed(hidden_states, attention_mask, packed_seq_params)
         tokens, num_documents = self.inputs.tokens(
             hidden_states, attention_mask, padding_mask, packed
@@ -241,7 +282,7 @@ class RecursionLayer(TransformerLayer):
             hidden_states = relayout.to_sequence(hidden_states)
         # Recomputation runs the forward pass twice, the first time without gradients. It is counted
         # once.
-        is_counted = torch.is_grad_enabled() or not self.training
+        is_counted = not self.is_graphed and (torch.is_grad_enabled() or not self.training)
         if is_counted:
             self._begin_counting()
         for router in self.expert_routers:
@@ -252,6 +293,7 @@ class RecursionLayer(TransformerLayer):
             tokens,
             self.causal_routing,
             self._returns_every_loop(),
+            self._plan(context, tokens),
             rotation=rotation,
             num_documents=num_documents,
         )
@@ -259,12 +301,36 @@ class RecursionLayer(TransformerLayer):
             self.statistics.record(tokens, output)
         hidden = self._attach_losses(output)
         if output.states:
+            if self.learns_exits:
+                self.read_out = tuple(state.detach() for state in output.states), tokens
             hidden = self._all_loops(hidden, output.states, tokens)
         if relayout is not None:
             hidden = relayout.to_zigzag(hidden)
         hidden = hidden.contiguous()  # as pipeline stages send it; a history ends in a slice
         hidden = make_viewless_tensor(hidden, hidden.requires_grad, keep_graph=True)
-        return hidden, context
+        return hidden, self._ran(context, tokens, output)
+
+    def teach(
+        self, is_right: Bool[Tensor, "r s b"], is_counted: Bool[Tensor, "s b"]
+    ) -> Float[Tensor, ""]:
+        """The loss by which the router learns where the tokens of the last forward pass should exit.
+
+        Args:
+            is_right: whether the most likely token is the right one, read out after each step.
+            is_counted: which tokens have a label.
+        """
+        assert self.read_out is not None
+        (states, tokens), self.read_out = self.read_out, None
+        placement = self.recursion.placement
+
+        def gather(logits: Tensor) -> Tensor:
+            return placement.gather(logits[..., None], tokens.sequence_length)[..., 0]
+
+        if tokens.is_padding is not None:
+            is_counted = is_counted & ~tokens.is_padding
+        losses = self.recursion.router.teach(states, is_right, is_counted, gather)
+        loss = torch.stack(list(losses.values())).sum()
+        return loss * tokens.count if self.config.calculate_per_token_loss else loss
 
     def sharded_state_dict(
         self,
@@ -277,17 +343,24 @@ class RecursionLayer(TransformerLayer):
         Keys begin with `recursion.` and `layers`, `router`, `step_input`, `streams` or `history`.
         """
         assert not sharded_offsets, "layers of a recursion have keys of their own"
-        parts = {f"layers.{index}.": layer for index, layer in enumerate(self.recursion.layers)}  # type: ignore[arg-type]
+        parts: dict[str, Any] = {
+            f"layers.{index}.": layer
+            for index, layer in enumerate(self.recursion.layers)  # type: ignore[arg-type]
+        }
         state: dict[str, Any] = {}
-        parts["router."] = self.recursion.router
-        for name in ("step_input", "streams", "history"):
-            if getattr(self.recursion, name) is not None:
-                parts[f"{name}."] = getattr(self.recursion, name)
-        for name, module in parts.items():
+        for name, module in (parts | self._parts_beside_layers()).items():
             state |= sharded_state_dict_default(
                 module, f"{prefix}recursion.{name}", (), metadata, tp_group=self.tp_group
             )
         return state
+
+    def _parts_beside_layers(self) -> dict[str, nn.Module]:
+        """What a recursion has beside its layers, by the prefix of its checkpoint keys."""
+        parts: dict[str, nn.Module] = {"router.": self.recursion.router}
+        for name in ("step_input", "streams", "history"):
+            if getattr(self.recursion, name) is not None:
+                parts[f"{name}."] = getattr(self.recursion, name)
+        return parts
 
     def _placement(self) -> SequenceParallelPlacement | None:
         """How the rows of a step are placed: in sequence order over the ranks that share a
@@ -323,9 +396,15 @@ class RecursionLayer(TransformerLayer):
         return self.inputs.rotation(attention, rotary_pos_emb, hidden.dtype, length, packed)
 
     def _generate(
-        self, hidden: Tensor, memory: StaticInferenceContext, rotation: StepRotation | None
-    ) -> Tensor:
-        """`[n b h] -> [n b h]` for the prompt, or for the next tokens of each sequence."""
+        self,
+        hidden: Tensor,
+        memory: StaticInferenceContext,
+        rotation: StepRotation | None,
+        context: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`[n b h] -> [n b h]` for the prompt, or for the next tokens of each sequence, and the context
+        of the next layer.
+        """
         if self.config.sequence_parallel or not memory.is_static_batching():
             raise ValueError(
                 "a recursion generates with a StaticInferenceContext and sequence_parallel=False, "
@@ -339,9 +418,27 @@ class RecursionLayer(TransformerLayer):
         cache = StaticCache(memory, policy, steps, stack.layers_per_step, stack.first_layer, batch)
         tokens = cache.entering(length, hidden.device)
         self._begin_counting()
-        output = self.recursion(hidden, tokens, True, rotation=rotation, cache=cache)
+        plan = self._plan(context, tokens)
+        output = self.recursion(hidden, tokens, True, plan=plan, rotation=rotation, cache=cache)
         self.statistics.record(tokens, output)
-        return output.hidden
+        return output.hidden, self._ran(context, tokens, output)
+
+    def _plan(self, ran: Tensor | None, tokens: Tokens) -> Tensor | None:
+        """By how much each token's logit falls for the layers that it ran, `[s b 1]`."""
+        if self.depth_balance is None:
+            return None
+        ran = torch.zeros_like(tokens.positions) if ran is None else ran
+        return (self.depth_balance * ran)[..., None]
+
+    def _ran(
+        self, context: Tensor | None, tokens: Tokens, output: RecursionOutput
+    ) -> Tensor | None:
+        """What the next layer gets as its context."""
+        if self.depth_balance is None:  # at an anchor, counting begins anew
+            is_count = context is not None and not context.is_floating_point()
+            return None if is_count else context
+        ran = output.depths.gather(0, tokens.positions)
+        return ran if context is None else context + ran
 
     def _begin_counting(self) -> None:
         updates = getattr(self.config.finalize_model_grads_func, "updates_routers", False)
@@ -403,6 +500,9 @@ class AbsorbedLayer(TransformerLayer):
         self.layer_number = layer_number + offset
         self.is_mtp_layer = self.is_moe_layer = False
 
+    def create_mcore_cudagraph_manager(self, config: TransformerConfig) -> None:
+        """Nothing: there is nothing to capture."""
+
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, *args: Any, context: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
@@ -411,6 +511,24 @@ class AbsorbedLayer(TransformerLayer):
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Empty: this layer has no parameters."""
         return {}
+
+
+def _require_room_for_all_loops(config: TransformerConfig) -> None:
+    """Raise ValueError if the stages after a recursion would expect the states of a single loop."""
+    if config.pipeline_model_parallel_size == 1:
+        return
+    if config.virtual_pipeline_model_parallel_size is not None:
+        raise ValueError(
+            "loop_loss cannot be used with a recursion inside one of several virtual stages: Megatron's "
+            "interleaved schedule receives tensors before it knows their size. Set "
+            "virtual_pipeline_model_parallel_size=None, or use recursion_pipeline_spec."
+        )
+    if not config.variable_seq_lengths:
+        raise ValueError(
+            "loop_loss with pipeline parallelism sends the states of all loops to the stages after the "
+            "recursion, which variable_seq_lengths=False gives no room for. Set "
+            "variable_seq_lengths=True on all stages, as recursion_block_spec does."
+        )
 
 
 def refuse_inputs(**inputs: Any) -> None:

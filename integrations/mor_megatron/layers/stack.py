@@ -182,6 +182,7 @@ def inner_config(config: TransformerConfig, num_recursions: int) -> TransformerC
     """
     inner = copy.copy(config)
     inner.disable_parameter_transpose_cache = True
+    inner.cuda_graph_impl = "none"  # the recursion is captured as a whole
     if config.num_moe_experts is not None and config.moe_expert_capacity_factor is None:
         inner.moe_expert_capacity_factor = float(config.num_moe_experts)
     coefficient = config.moe_aux_loss_coeff

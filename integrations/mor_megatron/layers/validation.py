@@ -5,7 +5,8 @@ from megatron.core.transformer import TransformerConfig
 
 from mor_layers import RecursionConfig
 from mor_layers.layers import MLP_PROJECTIONS
-from mor_megatron.parallel import LOOP_LOSS_RULES, Arrangement, Names, require_rules
+from mor_megatron.layers.graphs import graph_rules
+from mor_megatron.parallel import SEVERAL_STAGES_RULES, Arrangement, Names, require_rules
 from mor_megatron.platform import has_transformer_engine
 
 
@@ -18,7 +19,7 @@ def validate(config: TransformerConfig, recursion: RecursionConfig) -> None:
     arrangement = Arrangement(
         config.num_layers, recursion, pipeline=config.pipeline_model_parallel_size
     )
-    require_rules(arrangement, LOOP_LOSS_RULES, Names())
+    require_rules(arrangement, SEVERAL_STAGES_RULES, Names())
     for is_wrong, given, reason in _rules(config, recursion):
         if is_wrong:
             raise ValueError(f"{given} cannot be used with a recursion: {reason}")
@@ -95,10 +96,16 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             "out.",
         ),
         (
-            config.delay_wgrad_compute or config.overlap_dispatch_backward_with_experts_wgrad,
-            "delay_wgrad_compute or overlap_dispatch_backward_with_experts_wgrad",
-            "a layer that runs several times has several of them in a batch, and nothing guarantees "
-            "that they are computed in the right order. Leave both out.",
+            config.delay_wgrad_compute,
+            "delay_wgrad_compute=True",
+            "only the schedule of overlap_moe_expert_parallel_comm computes the delayed gradients, and "
+            "it would not see the steps. Leave it out.",
+        ),
+        (
+            config.overlap_dispatch_backward_with_experts_wgrad,
+            "overlap_dispatch_backward_with_experts_wgrad=True",
+            "Transformer Engine's experts queue the gradients of their weights, once for each step, "
+            "and that they are taken in this order has not been verified on a GPU. Leave it out.",
         ),
         (
             config.fused_single_qkv_rope,
@@ -129,11 +136,7 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             f"mlp_chunks_for_training={config.mlp_chunks_for_training} with a mixture of experts",
             "Megatron passes chunks to the experts without the padding mask. Use 1.",
         ),
-        (
-            config.cuda_graph_impl != "none",
-            f"cuda_graph_impl={config.cuda_graph_impl!r}",
-            "the number of selected tokens varies. Use cuda_graph_impl='none'.",
-        ),
+        *graph_rules(config, recursion),
         (
             bool(config.fp8) and config.fp8_recipe == Fp8Recipe.delayed,
             f"fp8={config.fp8!r} with fp8_recipe='delayed'",
@@ -148,10 +151,17 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             "Use sequence_parallel=False and context_parallel_size=1, or bf16.",
         ),
         (
-            config.fine_grained_activation_offloading or config.cpu_offloading,
-            "activation offloading",
-            "a layer that runs several times would overwrite what it offloaded. Use "
-            "recompute_granularity instead.",
+            config.fine_grained_activation_offloading,
+            "fine_grained_activation_offloading=True",
+            "what offloads attention is in a forward pass of Megatron's that a recursion replaces, so "
+            "less would be offloaded than asked for. Use recompute_granularity instead.",
+        ),
+        (
+            config.cpu_offloading,
+            "cpu_offloading=True",
+            "Transformer Engine offloads one entry in the list of layers after another, and a whole "
+            "recursion is one entry, which would be fetched back at once. Use recompute_granularity "
+            "instead.",
         ),
         (
             "layernorm" in selective and not has_transformer_engine(),
@@ -222,7 +232,9 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             "batch_p2p_comm=False.",
         ),
         (
-            config.variable_seq_lengths and config.moe_token_dispatcher_type != "alltoall",
+            config.variable_seq_lengths
+            and config.moe_token_dispatcher_type != "alltoall"
+            and recursion.loop_loss is None,  # which varies the batch, and alike on all ranks
             f"variable_seq_lengths=True with moe_token_dispatcher_type="
             f"{config.moe_token_dispatcher_type!r}",
             "Megatron requires moe_token_dispatcher_type='alltoall' with it, even for a dense "

@@ -201,7 +201,9 @@ def recursion_block_spec(
     There is one entry for each unrolled layer, so that stages, checkpoint keys and logs are
     numbered as Megatron expects. Each recursion lies within one stage, so
     `config.pipeline_model_parallel_layout` must not split it. If the config does not say how to
-    divide the layers, the layout is set here, as evenly as the recursion allows.
+    divide the layers, the layout is set here, as evenly as the recursion allows. So is
+    `config.variable_seq_lengths` for a `loop_loss`, with which stages after the recursion receive the
+    states of all loops.
 
     Args:
         config: `num_layers` is the unrolled depth.
@@ -225,6 +227,8 @@ def recursion_block_spec(
     parts = recursion_parts(config, recursion, layer_specs, dense_layer_spec)
     set_pipeline_layout(config, [len(part) for part in parts])
     file_keys_alike(config)
+    if recursion.loop_loss is not None and config.pipeline_model_parallel_size > 1:
+        config.variable_seq_lengths = True
     first = get_transformer_layer_offset(config)
     check_whole(config, [len(part) for part in parts], first, get_num_layers_to_build(config))
     entries = [spec for part in parts for spec in part]
@@ -273,6 +277,11 @@ def recursion_parts(
         ValueError: the layers do not add up, or a shared layer has different specs at different steps.
     """
     recursions = [recursion] if isinstance(recursion, RecursionConfig) else list(recursion)
+    if sum(own.depth_balance is not None for own in recursions) > 1:
+        raise ValueError(
+            "depth_balance is set for several recursions, but Megatron's layers would go on counting "
+            "from one to the next. Set it for one of them."
+        )
     if len(recursions) == 1:
         return _parts(config, recursions[0], layer_specs, dense_layer_spec)
     parts, first = [], 0
@@ -314,13 +323,15 @@ def _parts(
                     f"another. Use the same value for all {steps} steps."
                 )
         # What surrounds the block is listed here.
+        router = recursion.router_of(len(blocks))
         own = replace(
             recursion,
             prelude_layers=None,
             coda_layers=None,
             block_layers=None,
-            router=recursion.router_of(len(blocks)),
+            router=router,
             anchor_every=None,
+            depth_balance=recursion.depth_balance if router is recursion.router else None,
         )
         blocks.append([recursion_layer_spec(shared, own)] + [absorbed] * (len(unrolled) - 1))
     ends = [dense_layer_spec or spec for spec in layer_specs]

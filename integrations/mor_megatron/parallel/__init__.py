@@ -8,7 +8,7 @@ from mor_megatron.parallel.carried import CarriedRows
 from mor_megatron.parallel.rules import (
     BATCH_RULES,
     LAYOUT_RULES,
-    LOOP_LOSS_RULES,
+    SEVERAL_STAGES_RULES,
     STEPS_AS_STAGES_RULES,
     Arrangement,
     Names,
@@ -22,7 +22,7 @@ from mor_megatron.parallel.stages import even_stages
 __all__ = [
     "BATCH_RULES",
     "LAYOUT_RULES",
-    "LOOP_LOSS_RULES",
+    "SEVERAL_STAGES_RULES",
     "STEPS_AS_STAGES_RULES",
     "Arrangement",
     "CarriedRows",

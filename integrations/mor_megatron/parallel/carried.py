@@ -1,14 +1,16 @@
 """The size of the tensors sent between stages if each recursion step is a virtual pipeline stage.
 
-The tensor holds the full sequence, then the rows of the tokens in the block, then metadata as raw
-bits: the position, gate and router plan of each of these tokens. `mor_megatron.pipeline.state` packs
-it.
+The tensor holds what all tokens carry, then the rows of the tokens in the block, then metadata as raw
+bits: the document of each token of the sequence if there are several, and for each token in the block
+its position, gate, router plan and notes. `mor_megatron.pipeline.state` packs it.
 """
 
 import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Self
+
+import torch
 
 from mor_layers import RecursionConfig
 
@@ -24,7 +26,8 @@ class CarriedRows:
     itemsize: int
     """Bytes of an element of hidden states."""
     ranks: int
-    """Number of tensor-parallel ranks that split the sequence. 1 without sequence parallelism."""
+    """Number of ranks that split the sequence: those of context parallelism, times those of tensor
+    parallelism with sequence parallelism."""
     has_gates: tuple[bool, ...]
     """Whether the decisions of each step have gates."""
     plan_sizes: tuple[int, ...]
@@ -33,6 +36,12 @@ class CarriedRows:
     """Share of the sequence that runs each step, or None if it depends on the tokens."""
     has_documents: bool = False
     """Whether the sequences of a batch may have several documents, or padding."""
+    states: int = 1
+    """Hidden states that a token carries between steps: several with a `LoopState`."""
+    num_notes: int = 0
+    """Numbers per token in the notes of the `LoopState` (m)."""
+    context: int = 1
+    """Number of context-parallel ranks."""
 
     @classmethod
     def of(
@@ -42,6 +51,7 @@ class CarriedRows:
         itemsize: int,
         ranks: int,
         documents: bool,
+        context: int = 1,
     ) -> Self:
         """The layout for a recursion, from what its router declares to note about tokens."""
         router, steps = recursion.router, recursion.num_recursions
@@ -56,25 +66,36 @@ class CarriedRows:
             tuple(step.plan_size for step in notes),
             shares,
             documents,
+            *_loop_state_sizes(recursion),
+            context,
         )
 
     @property
     def is_bare(self) -> bool:
         """Whether all tokens run all steps, so that only their hidden states are sent."""
-        has_notes = any(self.has_gates) or any(self.plan_sizes)
+        has_notes = any(self.has_gates) or any(self.plan_sizes) or self.num_notes or self.states > 1
         return self.shares is not None and min(self.shares) == 1.0 and not has_notes
 
     def carried_length(self, sequence_length: int) -> int:
         """The length to pass to the schedule instead of `sequence_length`, over all ranks."""
         if self.is_bare:
             return sequence_length
-        if sequence_length % self.ranks:
+        if sequence_length % self.multiple:
             raise ValueError(
-                f"sequence length {sequence_length} is not divisible by the {self.ranks} ranks of "
-                f"sequence parallelism. Use a multiple of {self.ranks}."
+                f"sequence length {sequence_length} is not divisible by {self.multiple}, as its "
+                f"{self.ranks} sequence-parallel and context-parallel ranks need. Use a multiple of "
+                f"{self.multiple}."
             )
-        rows = self.shard(self.room(sequence_length)) + self.bit_rows(sequence_length)
-        return sequence_length + rows * self.ranks
+        rows = self.states * self.shard(sequence_length + self.room(sequence_length))
+        total = (rows + self.bit_rows(sequence_length)) * self.ranks
+        return -(-total // self.multiple) * self.multiple
+
+    @property
+    def multiple(self) -> int:
+        """What lengths are multiples of. Megatron cuts sequences, and rotary tables of carried length,
+        into two chunks for each context-parallel rank.
+        """
+        return math.lcm(self.ranks, 2 * self.context) if self.context > 1 else self.ranks
 
     def sequence_length(self, carried_rows: int) -> int:
         """The sequence length for which a rank sends `carried_rows` rows.
@@ -101,14 +122,29 @@ class CarriedRows:
     def bit_rows(self, sequence_length: int) -> int:
         """Number of rows that hold the metadata."""
         notes = max(g + p for g, p in zip(self.has_gates, self.plan_sizes, strict=True))
-        words = 1 + self.room(sequence_length) * (1 + 2 * self.has_documents + notes)
+        words = 1 + self.room(sequence_length) * (1 + notes + self.num_notes)
+        words += sequence_length * self.has_documents
         return -(-words * WORD_BYTES // (self.itemsize * self.hidden_size))
+
+
+def _loop_state_sizes(recursion: RecursionConfig) -> tuple[int, int]:
+    """Hidden states that a token carries, and numbers in its notes, found on one token."""
+    router = recursion.router
+    if not (recursion.hyper_connections or recursion.history or router.has_loop_state):
+        return 1, 0
+    size = 4
+    with torch.random.fork_rng(devices=()), torch.no_grad(), torch.device("cpu"):
+        state = recursion.build_loop_state(size)
+        assert state is not None
+        carried = state.begin(torch.zeros(1, 1, size))
+        notes = state.notes(0, carried)
+    return carried.shape[-1] // size, 0 if notes is None else notes.shape[-1]
 
 
 @cache
 def _sequence_length(layout: CarriedRows, carried_rows: int) -> int:
     total = carried_rows * layout.ranks
-    for length in range(total, 0, -layout.ranks):
+    for length in range(total - total % layout.multiple, 0, -layout.multiple):
         if layout.carried_length(length) == total:
             return length
     raise ValueError(

@@ -166,10 +166,6 @@ def require_rules(arrangement: Arrangement, rules: Iterable[Rule], names: Names)
         raise ValueError(rule.message(arrangement, names))
 
 
-STAGE_POLICIES = ("recursion_wise", "recursive_sharing", "sharing_with_update")
-"""KV policies for which later steps need nothing of earlier ones except the keys and values of
-step 1."""
-
 _WIDTHS = ("num_heads", "num_kv_heads", "ffn_hidden_size", "expert_ffn_hidden_size")
 
 
@@ -236,36 +232,9 @@ STEPS_AS_STAGES_RULES = (
         ),
     ),
     Rule(
-        "context: not with steps as stages",
-        lambda a: a.is_spread and a.context > 1,
-        lambda a, n: (
-            f"{n.context}={a.context} cannot run with {n.steps_as_stages}: the tensors sent between "
-            f"stages hold whole sequences. Use {n.one_stage}, or {n.tensor} with "
-            f"{n.sequence_parallel}=True."
-        ),
-    ),
-    Rule(
         "pipeline: no repeated steps of a block",
         lambda a: a.is_spread and _nothing_goes_round(a),
         _nothing_goes_round_message,
-    ),
-    Rule(
-        "pipeline: exit_state stays in one stage",
-        lambda a: a.is_spread and a.only is not None and a.only.kv_policy not in STAGE_POLICIES,
-        lambda a, n: (
-            f"{n.kv_policy}={a.only and a.only.kv_policy!r} cannot run with "
-            f"{n.steps_as_stages}: stages keep only the keys and values of step 1 for later steps. "
-            f"Use {', '.join(map(repr, STAGE_POLICIES[:-1]))} or {STAGE_POLICIES[-1]!r}, or "
-            f"{n.one_stage}."
-        ),
-    ),
-    Rule(
-        "pipeline: residual streams stay in one stage",
-        lambda a: a.is_spread and a.only is not None and a.only.hyper_connections is not None,
-        lambda a, n: (
-            f"{n.recursion}.hyper_connections cannot be used with {n.steps_as_stages}: stages would "
-            f"send every stream of every token from rank to rank. Use {n.one_stage}."
-        ),
     ),
     Rule(
         "pipeline: gradients through some steps only",
@@ -274,23 +243,6 @@ STEPS_AS_STAGES_RULES = (
             f"{n.recursion}.router={a.only and a.only.router} cannot be used with "
             f"{n.steps_as_stages}: stages send the gradients of all steps back. Leave backward_steps "
             f"out, or use {n.one_stage}."
-        ),
-    ),
-    Rule(
-        "pipeline: what a router carries stays in one stage",
-        lambda a: a.is_spread and a.only is not None and a.only.router.has_loop_state,
-        lambda a, n: (
-            f"{n.recursion}.router={a.only and a.only.router} cannot be used with "
-            f"{n.steps_as_stages}: stages would send a second state of every token from rank to rank. "
-            f"Use {n.one_stage}."
-        ),
-    ),
-    Rule(
-        "pipeline: history stays in one stage",
-        lambda a: a.is_spread and a.only is not None and a.only.history is not None,
-        lambda a, n: (
-            f"{n.recursion}.history cannot be used with {n.steps_as_stages}: stages would send the "
-            f"earlier states of every token from rank to rank. Use {n.one_stage}."
         ),
     ),
     Rule(
@@ -310,36 +262,29 @@ def _learns_exits(recursion: RecursionConfig) -> bool:
     return recursion.router.learns_exits
 
 
-LOOP_LOSS_RULES = (
+SEVERAL_STAGES_RULES = (
     Rule(
-        "depth balance: in the torch model",
-        lambda a: a.first(_balances_depth) is not None,
+        "pipeline: depth balance in one stage",
+        lambda a: a.pipeline > 1 and a.first(_balances_depth) is not None,
         lambda a, n: (
-            f"{n.recursion}.depth_balance={a.first(_balances_depth).depth_balance} cannot be used in "
-            "Megatron: its layers do not tell the next one which tokens they ran. Leave it out, and put "
-            "anchors between the layers (anchor_every=2)."
+            f"{n.recursion}.depth_balance={a.first(_balances_depth).depth_balance} cannot be used "
+            f"with {n.pipeline}={a.pipeline}: layers tell the next which tokens they ran, but stages "
+            f"send hidden states only. Use {n.pipeline}=1, or leave it out and put anchors between the "
+            "layers (anchor_every=2)."
         ),
     ),
     Rule(
-        "exit gate: taught in the torch model",
-        lambda a: a.first(_learns_exits) is not None,
+        "pipeline: an exit gate is taught in one stage",
+        lambda a: a.pipeline > 1 and a.first(_learns_exits) is not None,
         lambda a, n: (
-            f"{n.recursion}.router={a.first(_learns_exits).router} cannot be taught in Megatron: "
-            "which read-outs are right is known to the output layer only, on parts of the vocabulary. "
-            "Train the gate in the torch model, or leave teaching out."
-        ),
-    ),
-    Rule(
-        "pipeline: a loss after every loop needs one stage",
-        lambda a: a.pipeline > 1 and a.first(lambda r: r.loop_loss is not None) is not None,
-        lambda a, n: (
-            f"{n.recursion}.loop_loss cannot be used with {n.pipeline}={a.pipeline}: the states of all "
-            f"loops would have to travel to the stage of the output layer. Use {n.pipeline}=1, or leave "
-            "it out."
+            f"{n.recursion}.router={a.first(_learns_exits).router} cannot be taught with "
+            f"{n.pipeline}={a.pipeline}: which read-outs are right is only known on the last stage, "
+            "and nothing is sent back but gradients of hidden states. Use "
+            f"{n.pipeline}=1, or leave teaching out."
         ),
     ),
 )
-"""Rules for a loss after every loop."""
+"""Rules for a recursion in a model of several pipeline stages, whatever its layout."""
 
 LAYOUT_RULES = (
     Rule(
@@ -384,7 +329,7 @@ LAYOUT_RULES = (
             "Megatron-Core requires it to train experts with tensor parallelism."
         ),
     ),
-    *LOOP_LOSS_RULES,
+    *SEVERAL_STAGES_RULES,
     *STEPS_AS_STAGES_RULES,
     Rule(
         "pipeline: layers do not divide",

@@ -72,12 +72,6 @@ def _rules(
             "all tensors that are sent have one shape. Use variable_seq_lengths=False.",
         ),
         (
-            config.calculate_per_token_loss and config.num_moe_experts is not None,
-            "calculate_per_token_loss=True with a mixture of experts",
-            "later stages do not know how many tokens a micro-batch has. Use "
-            "calculate_per_token_loss=False, or the recursion in one stage.",
-        ),
-        (
             config.overlap_moe_expert_parallel_comm,
             "overlap_moe_expert_parallel_comm=True",
             "it splits layers into parts, but a step runs each layer as a whole. Leave it out.",

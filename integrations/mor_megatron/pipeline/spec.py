@@ -126,7 +126,9 @@ def connect_stages(chunks: Sequence[nn.Module]) -> None:
         # sequence. The coda and the heads of multi-token prediction need one of the sequence's length.
         if named.get("rotary_pos_emb") is not None:
             length = first.layout.sequence_length(len(cast(Any, decoder).input_tensor))
-            named["rotary_pos_emb"] = named["rotary_pos_emb"][:length]
+            is_packed = named.get("packed_seq_params") is not None
+            table = first.cut_table(named["rotary_pos_emb"], length, is_packed)
+            named["rotary_pos_emb"] = table
         return inputs, named
 
     heads = getattr(chunks[-1], "mtp", None)

@@ -20,12 +20,18 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 from megatron.core.utils import get_pg_rank, make_viewless_tensor
 from torch import Tensor
 
-from mor_layers import RecursionConfig, RecursionOutput, RoutingDecision
+from mor_layers import RecursionConfig, RecursionOutput, RoutingDecision, Tokens
 from mor_layers.profiling import named_range
-from mor_layers.recursion import SharingContext, begin_step
+from mor_layers.recursion import Exited, ExitStateContext, SharingContext, begin_step
 from mor_megatron.layers import BlockPart, RecursionLayer, RecursionSubmodules, refuse_inputs
 from mor_megatron.pipeline.state import CarriedLayout, CarriedState, Flight, GradientsOfLaterSteps
-from mor_megatron.step import StepRotation, packed_documents
+from mor_megatron.step import (
+    PackedDocuments,
+    StepRotation,
+    in_sequence_order,
+    packed_documents,
+    zigzag_positions,
+)
 
 
 class Turns:
@@ -54,8 +60,9 @@ class Turns:
 class RecursionStage(RecursionLayer):
     """A rank's part of the recursion block. It runs step 1, and each `RepeatedStage` a later step.
 
-    The first rank holds the whole router, because every step begins there. The last rank combines
-    the output with the states of the tokens, so the router's `combine` must not have parameters.
+    The first rank holds the whole router and the parameters of the loop state, because every step
+    begins there. The last rank combines the output with the states of the tokens, so the router's
+    `combine` must not have parameters; those of the loop state reach it as notes.
 
     Args:
         submodules: specs of this rank's layers.
@@ -97,12 +104,15 @@ class RecursionStage(RecursionLayer):
         injects = self.recursion.step_input is not None and self.recursion.step_input.injects
         combines = self.is_exit and self.recursion.router.combines_with_origin
         self.keeps_origin = injects or combines
+        self.reads_every_loop = self.is_exit and recursion.loop_loss is not None
         self.layout = CarriedLayout.of(
             recursion,
             config.hidden_size,
             config.pipeline_dtype.itemsize,
-            self.tp_group.size() if config.sequence_parallel else 1,
+            (self.tp_group.size() if config.sequence_parallel else 1)
+            * config.context_parallel_size,
             documents,
+            config.context_parallel_size,
         )
         self.announced_lengths: set[int] = set()  # lengths that `carried_length` was called with
         self.flights: dict[int, Flight] = {}
@@ -142,37 +152,38 @@ class RecursionStage(RecursionLayer):
         if recomputes:
             microbatch, is_again = turns.next(microbatch)
         if step == 0 and not is_again:
-            self.flights[microbatch] = Flight()
+            masks = (attention_mask, padding_mask, packed_seq_params)
+            self.flights[microbatch] = Flight(self._sequence(hidden, *masks))
         flight, is_last = self.flights[microbatch], step == self.num_recursions - 1
         if (is_again and step == 0) if recomputes else is_last:
             del self.flights[microbatch]  # autograd keeps what the backward pass needs
+        for router in self.expert_routers:
+            router.batch_size = flight.tokens.count
+        length, packed = flight.tokens.sequence_length, None
+        if packed_seq_params is not None:
+            packed = packed_documents(packed_seq_params, length)
         with named_range(f"mor/step {step + 1}"):
             if not self.is_entry:
-                state = self.layout.unpack(hidden, step)
+                state = self.layout.unpack(hidden, step, flight.tokens)
             else:
-                masks = (attention_mask, padding_mask, packed_seq_params)
-                state = self._arrive(step, hidden, *masks)
-                state = self._route(step, state, flight, is_again)
-            length, packed = state.decision.tokens.sequence_length, None
-            if packed_seq_params is not None:
-                packed = packed_documents(packed_seq_params, length)
+                state = self._arrive(step, hidden, flight, packed)
+                state = self._enter(step, self._route(step, state, flight, is_again), flight)
             rotation = self._rotation(rotary_pos_emb, state.rows, length, packed)
             state = self._run_layers(step, state, flight, rotation)
         if is_last and self.is_exit:
-            return make_viewless_tensor(state.full, state.full.requires_grad, keep_graph=True)
-        return self.layout.pack(state, step)
+            return self._leave(state.full, flight, packed)
+        return self.layout.pack(state, step, flight.tokens)
 
-    def _arrive(
+    def _sequence(
         self,
-        step: int,
         hidden: Tensor,
         attention_mask: Tensor | None,
         padding_mask: Tensor | None,
         packed_seq_params: Any,
-    ) -> CarriedState:
-        """The candidates of a step, from the model's input or from the last rank's tensor."""
-        if step > 0:
-            return self.layout.unpack(hidden, step - 1)
+    ) -> Tokens:
+        """The tokens of the whole sequence, from the model's input or from the first rank's tensor."""
+        if not self.is_entry:
+            return self.layout.sequence(hidden)
         packed = self.inputs.packed(hidden, attention_mask, packed_seq_params)
         tokens, _ = self.inputs.tokens(hidden, attention_mask, padding_mask, packed)
         length = tokens.sequence_length
@@ -187,7 +198,18 @@ class RecursionStage(RecursionLayer):
                 "the batch has padding or several documents in a sequence, but stages do not send "
                 "data about these. Pass documents=True to recursion_pipeline_spec."
             )
-        return CarriedState(hidden, hidden, RoutingDecision.everything(tokens))
+        return tokens
+
+    def _arrive(
+        self, step: int, hidden: Tensor, flight: Flight, packed: PackedDocuments | None
+    ) -> CarriedState:
+        """The candidates of a step, from the model's input or from the last rank's tensor."""
+        if step > 0:
+            return self.layout.unpack(hidden, step - 1, flight.tokens, is_between=True)
+        relayout = self._relayout(hidden, flight.tokens.sequence_length, packed)
+        hidden = hidden if relayout is None else relayout.to_sequence(hidden)
+        hidden = self.recursion.begin(hidden)
+        return CarriedState(hidden, hidden, RoutingDecision.everything(flight.tokens))
 
     def _route(
         self, step: int, state: CarriedState, flight: Flight, is_again: bool
@@ -195,13 +217,11 @@ class RecursionStage(RecursionLayer):
         previous = replace(state.decision, rows=None)
         decision = self.recursion.route(state.rows, step, previous, self.causal_routing)
         selected = self.recursion.select(state.rows, decision)
-        if step == 0:
-            flight.tokens = previous.tokens
         if not is_again:
             flight.decisions.append(decision)
             if step == self.num_recursions - 1:
                 output = RecursionOutput(state.full, tuple(flight.decisions))
-                self.statistics.record(cast(Any, flight.tokens), output)
+                self.statistics.record(flight.tokens, output)
         # Attaching losses reads the number of tokens from the first decision and sums the losses of
         # all decisions. The losses of step 1 are already attached, so they are left out here.
         first = replace(flight.decisions[0], losses={})
@@ -209,30 +229,65 @@ class RecursionStage(RecursionLayer):
         selected = self._attach_losses(RecursionOutput(selected, decisions))
         return CarriedState(state.full, selected, decision)
 
+    def _enter(self, step: int, state: CarriedState, flight: Flight) -> CarriedState:
+        """What enters the first layer, and what the last rank must know of the loop state."""
+        recursion, notes = self.recursion, None
+        if recursion.loop_state is not None:
+            notes = recursion.loop_state.notes(step, state.rows)
+        if notes is not None:
+            notes = recursion.placement.gather(notes, len(state.decision.tokens.positions))
+        rows = recursion.enter(step, state.rows, self._injected(step, state, flight))
+        return replace(state, rows=rows, notes=notes)
+
     def _run_layers(
         self, step: int, state: CarriedState, flight: Flight, rotation: StepRotation | None
     ) -> CarriedState:
         recursion, decision = self.recursion, state.decision
-        earlier = flight.context if step else None
-        context = begin_step(recursion.kv_policy, step, decision.tokens, earlier)
-        rows = recursion.enter(step, state.rows, self._injected(step, state, flight))
-        output = recursion.run_layers(rows, context, rotation=rotation)
-        origin = state.full if self.keeps_origin else None
-        if step == 0:
-            output = self._leave_for_later(output, flight, context, origin)
-        else:
-            flight.context, origin = context, flight.origin
-        if not self.is_exit:
-            return replace(state, rows=output)
-        selected = recursion.select(state.full, decision)
-        origin = selected if origin is None else recursion.select(origin, decision)
-        updated = recursion.combine(step, selected, output, decision, origin)
-        full = recursion.placement.write_back(state.full, updated, decision)
-        return CarriedState(full, updated, decision)
+        earlier = flight.contexts[step - 1] if step else None
+        if isinstance(earlier, SharingContext | ExitStateContext):  # a step adds to its own copy
+            earlier = replace(earlier, store=dict(earlier.store))
+        exited = self._exited(step, state, flight)
+        context = begin_step(recursion.kv_policy, step, decision.tokens, earlier, exited)
+        output = recursion.run_layers(state.rows, context, rotation=rotation)
+        kept = [state.full] if self.keeps_origin and step == 0 else []
+        if self.is_exit:
+            selected = recursion.select(state.full, decision)
+            origin = state.full if step == 0 else flight.origin
+            if self.keeps_origin:
+                assert origin is not None
+                origin = recursion.select(origin, decision)
+            else:
+                origin = selected
+            notes = state.notes
+            if notes is not None:  # spread over ranks as a plan would be
+                notes = recursion.placement.shard(decision.with_plan(notes)).plan
+            output = recursion.combine(step, selected, output, decision, origin, notes)
+            full = recursion.placement.write_back(state.full, output, decision)
+            state = CarriedState(full, output, decision, state.notes)
+            if self.reads_every_loop and self.training and step < self.num_recursions - 1:
+                kept.append(recursion.end(full))
+        output = self._leave_for_later(step, output, flight, context, kept)
+        return replace(state, rows=output)
+
+    def _exited(self, step: int, state: CarriedState, flight: Flight) -> Exited | None:
+        """The tokens that ran the step before and not this one, which have their final states."""
+        tokens = state.decision.tokens
+        before = flight.contexts[step - 1].tokens if step else flight.tokens
+        if self.recursion.kv_policy != "exit_state":
+            return None
+        is_ragged = tokens.is_padding is not None or before.is_padding is not None
+        if tokens.shape == before.shape and not is_ragged:
+            return None
+        taken = replace(state.decision, rows=before.rows_of(tokens))
+        rest = RoutingDecision(before).rest(taken)
+        if rest is None:
+            return None
+        in_full = replace(rest, rows=rest.tokens.positions)
+        return Exited(rest.tokens, self.recursion.end(self.recursion.select(state.full, in_full)))
 
     def _injected(self, step: int, state: CarriedState, flight: Flight) -> Tensor | None:
-        """The states that entered the recursion, for the rows of a step whose input adds them."""
-        if step == 0 or flight.origin is None or not self.is_entry:
+        """What entered the recursion, for the rows of a step whose input adds it."""
+        if step == 0 or flight.origin is None:
             return None
         tokens = state.decision.tokens
         is_all = tokens.is_padding is None and len(tokens.positions) == tokens.sequence_length
@@ -240,26 +295,55 @@ class RecursionStage(RecursionLayer):
         return self.recursion.select(flight.origin, among_all)
 
     def _leave_for_later(
-        self, output: Tensor, flight: Flight, context: Any, origin: Tensor | None
+        self, step: int, output: Tensor, flight: Flight, context: Any, kept: list[Tensor]
     ) -> Tensor:
-        """Keep the tensors of step 1 that later steps use on this rank.
+        """Keep the tensors of a step that later steps use on this rank.
 
         The backward pass of the returned output adds the gradients of these uses.
+
+        Args:
+            kept: tensors beside the keys and values that the step has computed: what tokens carried into
+                the recursion, at step 1, and the states of all tokens after the step.
         """
-        store = context.store if isinstance(context, SharingContext) else {}
-        originals = [tensor for layer in sorted(store) for tensor in store[layer]]
-        originals += [] if origin is None else [origin]
-        if not flight.leaves:  # if there are leaves already, this is the recomputation
-            flight.leaves = [tensor.detach().requires_grad_() for tensor in originals]
-            leaves = iter(flight.leaves)
-            flight.context = context
+        store = context.store if isinstance(context, SharingContext | ExitStateContext) else {}
+        known = flight.contexts[step - 1].store if store and step else {}  # type: ignore[attr-defined]
+        new = sorted(store.keys() - known.keys())
+        originals = [tensor for layer in new for tensor in store[layer]] + kept
+        if step not in flight.leaves:  # otherwise, this is the recomputation
+            flight.leaves[step] = [tensor.detach().requires_grad_() for tensor in originals]
+            leaves = iter(flight.leaves[step])
+            flight.contexts[step] = context
             if store:
-                kept = {layer: (next(leaves), next(leaves)) for layer in sorted(store)}
-                flight.context = replace(context, store=kept)
-            flight.origin = next(leaves, None)
+                pairs = {layer: (next(leaves), next(leaves)) for layer in new}
+                flight.contexts[step] = replace(context, store=known | pairs)
+            if self.keeps_origin and step == 0:
+                flight.origin = next(leaves)
+            flight.states += leaves
         if not (originals and torch.is_grad_enabled()):
             return output
-        return GradientsOfLaterSteps.apply(output, flight.leaves, *originals)  # type: ignore[return-value]
+        return GradientsOfLaterSteps.apply(output, flight.leaves[step], *originals)  # type: ignore[return-value]
+
+    def cut_table(self, table: Tensor, length: int, is_packed: bool) -> Tensor:
+        """The rows of a rotary table that Megatron's layers need for a sequence of `length` tokens.
+
+        Args:
+            table: this rank's rows of a table that is longer. For a packed sequence, all of its rows.
+        """
+        if is_packed or self.config.context_parallel_size == 1:
+            return table[:length]
+        group = self.pg_collection.cp
+        own = zigzag_positions(length, group.size(), table.device)[group.rank()]
+        return in_sequence_order(table, group).index_select(0, own)
+
+    def _leave(self, full: Tensor, flight: Flight, packed: PackedDocuments | None) -> Tensor:
+        """The output of the recursion, in the layout of Megatron's layers."""
+        hidden = self.recursion.end(full)
+        if flight.states and self._returns_every_loop():
+            hidden = self._all_loops(hidden, (*flight.states, hidden), flight.tokens)
+        relayout = self._relayout(hidden, flight.tokens.sequence_length, packed)
+        hidden = hidden if relayout is None else relayout.to_zigzag(hidden)
+        hidden = hidden.contiguous()  # a history ends in a slice
+        return make_viewless_tensor(hidden, hidden.requires_grad, keep_graph=True)
 
     def sharded_state_dict(
         self,
@@ -273,9 +357,7 @@ class RecursionStage(RecursionLayer):
         for index, layer in enumerate(cast(Any, self.recursion.layers)):
             parts[f"layers.{index}."] = f"layers.{self.first_in_block + index}.", layer
         if self.is_entry:
-            parts["router."] = "router.", self.recursion.router
-            if self.recursion.step_input is not None:
-                parts["step_input."] = "step_input.", self.recursion.step_input
+            parts |= {name: (name, part) for name, part in self._parts_beside_layers().items()}
         state: dict[str, Any] = {}
         for here, (name, module) in parts.items():
             here, name = f"{prefix}recursion.{here}", f"{prefix}recursion.{name}"

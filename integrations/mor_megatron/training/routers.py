@@ -33,9 +33,11 @@ def causal_routing(model: nn.Module | Iterable[nn.Module]) -> Iterator[None]:
 def routing_reports(model: nn.Module | Iterable[nn.Module]) -> list[RoutingReport]:
     """Report on every recursion since the last call, over the global batch, and reset the counts.
 
-    Call this on every rank. All ranks get the same list, with the recursions of all pipeline stages.
+    Call this on every rank. All ranks get the same list, with the recursions of all pipeline stages,
+    except those that train in a CUDA graph: Python, which does the counting, does not run there.
     """
-    own = [(layer.is_entry, _report(layer)) for layer in recursion_layers(model)]
+    layers = [layer for layer in recursion_layers(model) if not layer.is_graphed]
+    own = [(layer.is_entry, _report(layer)) for layer in layers]
     group = parallel_state.get_pipeline_model_parallel_group()
     stages: list[list[tuple[bool, RoutingReport]] | None] = [None] * group.size()
     torch.distributed.all_gather_object(stages, own, group=group)

@@ -53,26 +53,32 @@ def count_chunk(
         at_end: whether this is the last chunk, which computes the loss.
     """
     b, hop = layout.micro_batch_size, hop_bytes(work, layout)
+    # With a loss after every loop, what leaves a recursion in one stage are the states of all loops.
+    is_spread = layout.pipeline_layout == "steps_as_stages"
+    loops = 1 if is_spread else work.shape.num_losses
+    entering = hop * (loops if parts[0].stack.name == "coda" else 1)
+    leaving = hop * (loops if parts[-1].stack.name in ("block", "coda") else 1)
     kept, recomputed = _kept(work, layout, parts, at_end)
     ways = []
-    for flops, sent, has_neighbour in zip(
+    for flops, sent, has_neighbour, moved in zip(
         _flops(work, layout, parts, at_end),
         _sent(work, layout, parts, at_start, at_end),
         (not at_end, not at_start),  # states are sent to the next chunk, gradients to the previous
+        (leaving, entering),
         strict=True,
     ):
         total = Counter({key: value * b for key, value in sent.items()})
         if layout.pipeline > 1 and has_neighbour:
-            total["pipeline", "send"] = hop
+            total["pipeline", "send"] = moved
         ways.append(Way(flops * b, total))
-    arrived = hop if layout.pipeline > 1 and not at_start else 0
+    arrived = entering if layout.pipeline > 1 and not at_start else 0
     return Chunk(ways[0], ways[1], kept * b + arrived, recomputed * b)
 
 
 def hop_bytes(work: Workload, layout: Layout) -> float:
     """Bytes that a rank sends to the next stage per microbatch."""
-    ranks = layout.tensor if layout.sequence_parallel else 1
-    rows = carried_rows(work, layout) * layout.micro_batch_size / layout.context / ranks
+    ranks = (layout.tensor if layout.sequence_parallel else 1) * layout.context
+    rows = carried_rows(work, layout) * layout.micro_batch_size / ranks
     return rows * work.model.hidden_size * work.itemsize
 
 
@@ -80,8 +86,9 @@ def carried_rows(work: Workload, layout: Layout) -> int:
     """Rows of hidden size that are sent between two stages per sequence, over all of their ranks."""
     if layout.pipeline_layout == "one_stage":
         return work.sequence_length
-    ranks = layout.tensor if layout.sequence_parallel else 1
-    return replace(work.carried, ranks=ranks).carried_length(work.sequence_length)
+    ranks = (layout.tensor if layout.sequence_parallel else 1) * layout.context
+    carried = replace(work.carried, ranks=ranks, context=layout.context)
+    return carried.carried_length(work.sequence_length)
 
 
 def _step(work: Workload, stack: int, step: int) -> StepAccount:

@@ -88,9 +88,8 @@ class KVArena:
         assert (value is None) == (self.num_vectors == 1)
         new = key[:, None] if value is None else torch.stack([key, value], dim=1)  # [t p g d]
         if self.scales is not None:
-            scale = new.float().abs().amax(dim=-1).clamp(min=1e-30) / 127.0
+            new, scale = quantized(new)
             self.scales[layer].index_copy_(0, rows, scale)
-            new = (new.float() / scale[..., None]).round().to(torch.int8)
         self.data[layer].index_copy_(0, rows, new)
 
     def vectors(self, layer: int) -> Float[Tensor, "v d"]:
@@ -104,6 +103,14 @@ class KVArena:
         if self.scales is None:
             return data
         return (data * self.scales[layer].index_select(0, rows)[..., None]).to(self.dtype)
+
+
+def quantized(
+    vectors: Float[Tensor, "t p g d"],
+) -> tuple[Int[Tensor, "t p g d"], Float[Tensor, "t p g"]]:
+    """Vectors as 8-bit integers, and the factors that turn them back."""
+    scale = vectors.float().abs().amax(dim=-1).clamp(min=1e-30) / 127.0
+    return (vectors.float() / scale[..., None]).round().to(torch.int8), scale
 
 
 class PagedRows:

@@ -7,9 +7,9 @@ REFUSED: dict[str, Trial] = {
     "experimental_attention_variant": refused(
         "dsa", "layers that default_layer_spec does not build"
     ),
-    "external_cuda_graph": refused(True, "the number of selected tokens varies"),
+    "external_cuda_graph": refused(True, "captures the parts of plain layers"),
     "fine_grained_activation_offloading": refused(
-        True, "would overwrite what it offloaded", offload_modules=["core_attn"]
+        True, "less would be offloaded than asked for", offload_modules=["core_attn"]
     ),
     "fp8_recipe": refused(
         "delayed", "overwrites the maxima from which its next scale is computed", fp8="hybrid"
@@ -33,15 +33,15 @@ REFUSED: dict[str, Trial] = {
     "use_transformer_engine_op_fuser": refused(
         True, "layers that default_layer_spec does not build"
     ),
-    "cpu_offloading": refused_later(True, "would overwrite what it offloaded"),
-    "cuda_graph_impl": refused_later("local", "the number of selected tokens varies"),
-    "delay_wgrad_compute": refused_later(True, "computed in the right order"),
+    "cpu_offloading": refused_later(True, "a whole recursion is one entry"),
+    "cuda_graph_impl": refused_later("local", "each expert gets a number of tokens"),
+    "delay_wgrad_compute": refused_later(True, "computes the delayed gradients"),
     "fused_single_qkv_rope": refused_later(True, "takes the row number as the position"),
     "moe_paged_stash": refused_later(
         True, "layers that run several times. Use recompute_granularity instead"
     ),
     "overlap_dispatch_backward_with_experts_wgrad": refused_later(
-        True, "computed in the right order"
+        True, "queue the gradients of their weights"
     ),
     "overlap_moe_expert_parallel_comm": refused_later(True, "splits plain layers into parts"),
 }

@@ -33,7 +33,7 @@ WITHOUT_EFFECT: dict[str, Trial] = {
     "calculate_per_token_loss": dense(True, "sequences are of one length, so the mean is the same"),
     "clone_scatter_output_in_embedding": dense(False, "memory only, under sequence parallelism"),
     "cp_comm_type": dense("a2a", "a recursion gathers keys itself"),
-    "cuda_graph_modules": dense(["attn"], "there is no graph: cuda_graph_impl is refused"),
+    "cuda_graph_modules": dense(["attn"], "there is no graph"),
     "cuda_graph_retain_backward_graph": dense(True, "there is no graph"),
     "cuda_graph_scope": dense("attn", "there is no graph"),
     "cuda_graph_use_single_mempool": dense(False, "there is no graph"),

@@ -273,7 +273,11 @@ def test_a_loss_after_every_loop_counts_each_rank_once(
             3, router=RandomLoops(draw="largest", backward_steps=2), input_injection=True
         ),
         RecursionConfig(
-            1, "middle_sequence", ExpertChoice(capacity_factors=(0.5,)), anchor_every=2
+            1,
+            "middle_sequence",
+            ExpertChoice(capacity_factors=(0.5,)),
+            anchor_every=3,
+            depth_balance=0.5,
         ),
     ],
 )

@@ -108,6 +108,13 @@ RECURSIONS: dict[str, RecursionConfig | tuple[RecursionConfig, ...]] = {
         ExpertChoice(capacity_factors=(0.5,), alpha=1.0, combine="residual"),
         anchor_every=2,
     ),
+    "layers that balance depth": RecursionConfig(
+        1,
+        "middle_sequence",
+        ExpertChoice(capacity_factors=(0.5,), alpha=1.0, combine="residual"),
+        anchor_every=3,
+        depth_balance=0.5,
+    ),
     "halting": RecursionConfig(3, router=AdaptiveHalting(bias=0.0), kv_policy="exit_state"),
     "expert, deltas": RecursionConfig(
         3, router=EXPERT.router, relaxation=Relaxation(3, "dora", ATTENTION, 0.5)
@@ -209,6 +216,8 @@ CASES += [
     ("several recursions", "pp"),
     ("several recursions", "tp+sp moe"),
     ("several recursions", "full recompute"),
+    ("layers that balance depth", "full recompute"),
+    ("layers that balance depth", "dp overlap"),
     ("fixed, deltas", "pp"),
     ("token, sharing, deltas", "dp overlap"),
     ("fixed, deltas", "full recompute of dense layers"),

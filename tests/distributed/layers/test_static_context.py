@@ -105,7 +105,8 @@ def test_layers_that_route_by_themselves(pool: WorkerPool) -> None:
         "sharing": "middle_sequence",
         "kv_policy": "recursion_wise",
         "router": router,
-        "anchor_every": 2,
+        "anchor_every": 3,
+        "depth_balance": 0.5,
     }
     settings = {"router": "token", "policy": "recursive_sharing", "ends": changes}
     for found in pool.run(differences, 2, tp=2, **settings):

@@ -8,6 +8,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
 from torch import Tensor, nn
 
 from mor_layers import ExpertChoice, RecursionConfig, TokenChoice
@@ -36,15 +37,17 @@ class Case:
     pp: int = 2
     tp: int = 1
     dp: int = 1
+    cp: int = 1
     block_size: int = 4
     config: Options = field(default_factory=dict)
     ddp: Options = field(default_factory=dict)
+    length: int = SEQUENCE_LENGTH
     documents: bool = False
     """Whether sequences hold several documents and padding."""
 
     @property
     def world_size(self) -> int:
-        return self.pp * self.tp * self.dp
+        return self.pp * self.tp * self.dp * self.cp
 
     @property
     def model(self) -> Options:
@@ -68,12 +71,14 @@ class Outcome:
 def build(case: Case, is_pipeline: bool) -> list[DistributedDataParallel]:
     """The wrapped chunks of this rank, in the layout of the case or on one stage."""
     from mor_megatron import connect_stages, recursion_block_spec, recursion_pipeline_spec
+    from mor_megatron.training import weigh_loops
 
     config = setup.tiny_config(**case.model)
     if not is_pipeline:
         chunks = setup.tiny_gpt(
             config, block=lambda c, v: recursion_block_spec(c, case.recursion, vp_stage=v)
         )
+        weigh_loops(chunks)
         return setup.data_parallel(chunks, **case.ddp)
     chunks = setup.tiny_gpt(
         config,
@@ -82,12 +87,14 @@ def build(case: Case, is_pipeline: bool) -> list[DistributedDataParallel]:
         ),
     )
     connect_stages(chunks)
+    weigh_loops(chunks)
     return setup.data_parallel(chunks, **case.ddp)
 
 
 def initialize(case: Case, is_pipeline: bool) -> None:
     steps = case.recursion.num_recursions
-    setup.initialize(**({"pp": case.pp, "tp": case.tp, "vpp": steps} if is_pipeline else {}))
+    groups = {"pp": case.pp, "tp": case.tp, "cp": case.cp, "vpp": steps}
+    setup.initialize(**(groups if is_pipeline else {}))
 
 
 def outcome(case: Case, is_pipeline: bool, num_sequences: int = 4) -> Outcome:
@@ -95,7 +102,7 @@ def outcome(case: Case, is_pipeline: bool, num_sequences: int = 4) -> Outcome:
     initialize(case, is_pipeline)
     chunks = build(case, is_pipeline)
     decisions = watch_decisions(chunks)
-    tokens = setup.random_tokens(num_sequences, SEQUENCE_LENGTH)
+    tokens = setup.random_tokens(num_sequences, case.length)
     loss = forward_backward(chunks, tokens, case.documents)
     assert_nothing_waits(chunks)
     return Outcome(loss, setup.gather_gradients(chunks), decisions)
@@ -123,9 +130,23 @@ def forward_backward(
         inputs = batch[:, :-1]
         positions = torch.arange(inputs.size(1)).expand_as(inputs)
         mask = attention_mask(inputs) if documents else None
-        padding = is_padding(inputs) if documents else None
-        output = model(inputs, positions, mask, labels=batch[:, 1:], padding_mask=padding)
-        return output, lambda losses: (losses.mean(), losses.detach().mean())
+        own = {"inputs": inputs, "positions": positions, "labels": batch[:, 1:]}
+        if documents:
+            own["padding"] = is_padding(inputs)
+        group = parallel_state.get_context_parallel_group()
+        own = get_batch_on_this_cp_rank(own, is_hybrid_cp=False, cp_group=group)
+        output = model(
+            own["inputs"],
+            own["positions"],
+            mask,
+            labels=own["labels"],
+            padding_mask=own.get("padding"),
+        )
+        if not get_model_config(model).calculate_per_token_loss:
+            # A context-parallel rank has its part of the mean.
+            return output, lambda losses: (losses.sum() / inputs.numel(), losses.detach().mean())
+        count = torch.tensor(output.numel(), dtype=torch.int)
+        return output, lambda losses: (losses.sum(), count, losses.detach().mean())
 
     reports = run(
         forward_step_func=step,

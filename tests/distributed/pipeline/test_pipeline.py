@@ -18,6 +18,8 @@ from mor_layers import (
     TokenChoice,
 )
 from mor_layers.layers import NormModulation
+from mor_layers.recursion import HistoryInjection, HyperConnections, LoopLoss
+from mor_layers.routers import AdaptiveHalting
 from tests.distributed import megatron_setup as setup
 from tests.distributed.fields.trial import MLA
 from tests.distributed.pipeline.pipeline_setup import (
@@ -49,7 +51,7 @@ SELECTIVE: Options = {
     "recompute_modules": ["core_attn", "moe"],
 }
 ROUTERS = {"expert": EXPERT, "token": TOKEN}
-SHARING, UPDATE = "recursive_sharing", "sharing_with_update"
+SHARING, UPDATE, EXIT = "recursive_sharing", "sharing_with_update", "exit_state"
 HELPS: Options = {
     "share_norms": False,
     "step_embeddings": True,
@@ -59,10 +61,15 @@ HELPS: Options = {
     "residual_scale": 2.0,
     "norm_modulation": NormModulation(3),
 }
+PER_TOKEN: Options = {"calculate_per_token_loss": True}
 OWN: Options = {"own_per_step": ("attention",)}
 LOOPS = RecursionConfig(
     3, router=RandomLoops(seed=0), relaxation=Relaxation(2, projections=("query",))
 )
+
+
+STREAMS: Options = {"hyper_connections": HyperConnections(2), "input_injection": True}
+EVERY_LOOP: Options = {"loop_loss": LoopLoss("geometric", 0.3, scale_penalty=0.2)}
 
 
 def recursion(steps: int, router: str, policy: str = "recursion_wise") -> RecursionConfig:
@@ -113,6 +120,20 @@ SAMPLE = {
         RecursionConfig(3, sharing="cycle", router=FixedDepth(), share_norms=False)
     ),
 }
+SAMPLE |= {
+    "PP=2 x CP=2, token, exit state, streams, a loss after every loop, documents": Case(
+        replace(recursion(3, "token", EXIT), **STREAMS, **EVERY_LOOP),
+        cp=2,
+        length=16,
+        documents=True,
+    ),
+    "PP=2, expert, exit state, history, full recompute": Case(
+        replace(recursion(3, "expert", EXIT), history=HistoryInjection(1)), config=FULL_RECOMPUTE
+    ),
+    "PP=2, experts with a loss per token, documents": Case(
+        recursion(2, "token"), config=MOE | PER_TOKEN, documents=True
+    ),
+}
 MATRIX = {
     f"PP={pp}, {steps} steps, {router}, {policy}": Case(
         recursion(steps, router, policy), pp=pp, block_size=pp if steps > 2 else 2 * pp
@@ -120,17 +141,24 @@ MATRIX = {
     for pp in (2, 4)
     for steps in (2, 3, 4)
     for router in ROUTERS
-    for policy in ("recursion_wise", SHARING, UPDATE)
+    for policy in ("recursion_wise", SHARING, UPDATE, EXIT)
 }
 MORE = {
     f"{name}, {router}, {policy}": Case(recursion(3, router, policy), **options)
     for router in ROUTERS
-    for policy in ("recursion_wise", SHARING, UPDATE)
+    for policy in ("recursion_wise", SHARING, UPDATE, EXIT)
     for name, options in {
         "TP=2 x PP=2": {"tp": 2},
         "TP=2+SP x PP=2": {"tp": 2, "config": SP},
         "TP=2+SP x PP=2, MoE": {"tp": 2, "config": MOE | SP},
         "PP=2, MoE": {"config": MOE},
+        "PP=2 x CP=2": {"cp": 2, "length": 16},
+        "PP=2 x CP=2, MoE, documents and padding": {
+            "cp": 2,
+            "length": 16,
+            "config": MOE,
+            "documents": True,
+        },
         "PP=2 x DP=2": {"dp": 2},
         "PP=2 x DP=2, overlap": {"dp": 2, "ddp": {"overlap_grad_reduce": True}},
         "PP=2, documents and padding": {"documents": True},
@@ -158,6 +186,29 @@ MORE = {
         )
         for router, policy in (("expert", "recursion_wise"), ("token", UPDATE), ("expert", SHARING))
     },
+    "PP=2, adaptive halting": Case(RecursionConfig(3, router=AdaptiveHalting())),
+    "PP=2, streams, fixed depth": Case(RecursionConfig(3, **STREAMS)),
+    "TP=2+SP x PP=2, static streams, full recompute": Case(
+        replace(recursion(3, "token"), hyper_connections=HyperConnections(3, "static")),
+        tp=2,
+        config=SP | FULL_RECOMPUTE,
+    ),
+    "PP=4, streams, exit state": Case(replace(recursion(3, "expert", EXIT), **STREAMS), pp=4),
+    "PP=2, first step routes, exit state, documents": Case(
+        RecursionConfig(3, router=ExpertChoice(capacity_factors=(0.9, 0.58, 0.3)), kv_policy=EXIT),
+        documents=True,
+    ),
+    "PP=2, a loss after every loop, fixed depth": Case(RecursionConfig(3, **EVERY_LOOP)),
+    "PP=2, a loss after every loop, documents, full recompute": Case(
+        replace(recursion(3, "token"), coda_layers=2, **EVERY_LOOP),
+        config=FULL_RECOMPUTE,
+        documents=True,
+    ),
+    "PP=2 x CP=2, fixed depth": Case(RecursionConfig(3), cp=2, length=16),
+    "PP=2 x CP=2, latent attention, expert, exit state": Case(
+        recursion(3, "expert", EXIT), cp=2, length=16, config=MLA
+    ),
+    "PP=2, a loss per token, experts": Case(recursion(3, "expert"), config=MOE | PER_TOKEN),
     "PP=2, own attention, random loops": Case(replace(LOOPS, relaxation=None, **OWN)),
 }
 
@@ -167,8 +218,8 @@ def on_one_rank(pool: WorkerPool):
     known: dict[str, Outcome] = {}
 
     def compute(case: Case) -> Outcome:
-        model = {n: v for n, v in case.config.items() if n in MOE | MLA or n == "bf16"}
-        case = replace(case, pp=1, tp=1, dp=1, config=model, ddp={})
+        model = {n: v for n, v in case.config.items() if n in MOE | MLA | PER_TOKEN or n == "bf16"}
+        case = replace(case, pp=1, tp=1, dp=1, cp=1, config=model, ddp={})
         if repr(case) not in known:
             known[repr(case)] = pool.run(outcome, 1, case=case, is_pipeline=False)[0]
         return known[repr(case)]
@@ -346,7 +397,8 @@ LAYOUTS = {"one rank": 1, "block in one stage": 2, "steps as stages": 2}
 )
 def test_a_run_moves_between_layouts(pool, tmp_path: Path, saved, loaded, ddp) -> None:
     router = ExpertChoice(warmup_steps=3, gate_bias=0.5)
-    case = Case(RecursionConfig(2, router=router, kv_policy=UPDATE, **HELPS), ddp=ddp)
+    settings = RecursionConfig(2, router=router, kv_policy=UPDATE, **HELPS)
+    case = Case(replace(settings, hyper_connections=HyperConnections(2)), ddp=ddp)
     arguments = {"case": case, "directory": tmp_path}
     losses, parameters = pool.run(
         save_or_resume, LAYOUTS[saved], layout=saved, resumes=False, **arguments

@@ -16,6 +16,8 @@ from mor_layers import (
     TokenChoice,
     Tokens,
 )
+from mor_layers.recursion import HistoryInjection, HyperConnections
+from mor_layers.routers import AdaptiveHalting
 from mor_megatron.parallel import CarriedRows
 from mor_tools.planner.schedule import simulate
 
@@ -53,26 +55,58 @@ def test_a_sequence_is_known_by_the_rows_that_travel(router) -> None:
         assert rows.sequence_length(rows.carried_length(length) // 4) == length
 
 
+@pytest.mark.parametrize("context", [2, 3])
+def test_a_sequence_split_by_context_is_known_by_the_rows_that_travel(context: int) -> None:
+    settings = RecursionConfig(3, router=TokenChoice(), hyper_connections=HyperConnections(3))
+    for shards in (1, 2):
+        rows = CarriedRows.of(settings, 24, 4, context * shards, False, context)
+        for length in (12, 24, 120):
+            carried = rows.carried_length(length)
+            assert carried % (2 * context) == carried % (context * shards) == 0
+            assert rows.sequence_length(carried // (context * shards)) == length
+
+
+def test_what_tokens_carry_between_steps_takes_rows_of_its_own() -> None:
+    def rows(**options) -> int:
+        settings = RecursionConfig(3, router=TokenChoice(), **options)
+        return CarriedRows.of(settings, 24, 4, 1, documents=False).carried_length(8)
+
+    # 1 + 8 · 3 words are 100 bytes, of which a row has 96. Two streams: 4 more words for each token,
+    # that is 1 + 8 · 7. A window of one: another state, and the gate of the step, 1 + 8 · 4 words.
+    assert rows() == 2 * 8 + 2
+    assert rows(hyper_connections=HyperConnections(2)) == 2 * 2 * 8 + 3
+    assert rows(history=HistoryInjection(1)) == 2 * 2 * 8 + 2
+    halting = RecursionConfig(3, router=AdaptiveHalting())  # two states, and two numbers planned
+    carried = CarriedRows.of(halting, 24, 4, 1, documents=False).carried_length(8)
+    assert carried == 2 * 2 * 8 + 2
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_travels_arrives_bit_by_bit_and_so_do_gradients(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("is_between", [False, True])
+def test_what_travels_arrives_bit_by_bit_and_so_do_gradients(dtype, is_between: bool) -> None:
     from mor_megatron.pipeline.state import CarriedLayout, CarriedState
 
-    settings = RecursionConfig(3, router=TokenChoice())
+    settings = RecursionConfig(3, router=TokenChoice(), hyper_connections=HyperConnections(2))
     layout = CarriedLayout.of(settings, 10, dtype.itemsize, 1, documents=True)
     s, b, k = 9, 2, 5
-    full = torch.randn(s, b, 10, dtype=dtype, requires_grad=True)
-    rows = torch.randn(k, b, 10, dtype=dtype, requires_grad=True)
+    full = torch.randn(s, b, 20, dtype=dtype, requires_grad=True)
+    rows = torch.randn(k, b, 20 if is_between else 10, dtype=dtype, requires_grad=True)
     plan = (torch.rand(k, b, 2) * 1e-30).requires_grad_()
+    notes = (torch.rand(k, b, 4) * 1e-30).requires_grad_()
     order = torch.rand(s, b).argsort(dim=0)[:k].sort(dim=0).values
-    numbers = torch.arange(s * b).view(s, b)
-    tokens = Tokens(order, s, numbers[:k], torch.rand(k, b) < 0.5, numbers[:k] + 70000)
-    state = CarriedState(full, rows, RoutingDecision(tokens, plan=plan))
-    carried = layout.pack(state, 1)
+    document = (torch.arange(s)[:, None] // torch.tensor([3, 4])).expand(s, b)
+    sequence = Tokens.whole_sequence(s, b, None, document, torch.rand(s, b) < 0.3)
+    tokens = sequence.take(order, torch.rand(k, b) < 0.5)
+    state = CarriedState(full, rows, RoutingDecision(tokens, plan=plan), notes)
+    carried = layout.pack(state, 1, sequence)
     assert len(carried) == layout.carried_length(s)
-    found = layout.unpack(carried, 1)
+    arrived = layout.sequence(carried)
+    found = layout.unpack(carried, 1, arrived, is_between)
     for name in ("positions", "documents", "is_padding", "document_lengths"):
+        assert torch.equal(getattr(arrived, name), getattr(sequence, name))
         assert torch.equal(getattr(found.decision.tokens, name), getattr(tokens, name))
     pairs = [(found.full, full), (found.rows, rows), (found.decision.plan, plan)]
+    pairs.append((found.notes, notes))
     gradients = [torch.randn_like(theirs) for _, theirs in pairs]
     torch.autograd.backward([ours for ours, _ in pairs], gradients)
     for (ours, theirs), gradient in zip(pairs, gradients, strict=True):

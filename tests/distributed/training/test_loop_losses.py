@@ -10,8 +10,12 @@ from torch import Tensor
 
 from mor_layers import DecoderConfig, ExpertChoice, MoRTransformer, RecursionConfig, TokenChoice
 from mor_layers.recursion import LoopLoss
+from mor_layers.routers import ExitGate
 from mor_megatron import recursion_block_spec
 from mor_megatron.checkpoints import decoder_tensors, whole_tensors
+from mor_megatron.layers import RecursionLayer, RecursionSubmodules
+from mor_megatron.layers.routing.auxiliary_loss import RouterLossScaler
+from mor_megatron.models import default_layer_spec
 from mor_megatron.training import weigh_loops
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pool import WorkerPool
@@ -20,6 +24,7 @@ LOSS = LoopLoss("geometric", 0.3, scale_penalty=0.2)
 FIXED = RecursionConfig(3, loop_loss=LOSS)
 EXPERT = RecursionConfig(3, router=ExpertChoice(alpha=0.5), loop_loss=LOSS, coda_layers=2)
 TOKEN = RecursionConfig(3, router=TokenChoice(), loop_loss=LOSS)
+TAUGHT = RecursionConfig(3, router=ExitGate(teaching=0.5), loop_loss=LOSS)
 MOE = {
     "num_moe_experts": 4,
     "moe_router_topk": 2,
@@ -39,8 +44,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], RecursionConfig]] 
     "ep x full recompute": (2, {"ep": 2}, MOE | FULL_RECOMPUTE, FIXED),
     "tp": (2, {"tp": 2}, {}, TOKEN),
     "dp": (2, {}, {}, FIXED),
+    "tp+sp, taught gate": (2, {"tp": 2}, SP, TAUGHT),
+    "tp, taught gate": (2, {"tp": 2}, {}, TAUGHT),
+    "dp x full recompute, taught gate": (2, {}, FULL_RECOMPUTE, TAUGHT),
+    "pp, token": (2, {"pp": 2}, {}, TOKEN),
+    "pp x full recompute, experts": (3, {"pp": 3}, MOE | FULL_RECOMPUTE, EXPERT),
 }
-DAILY = list(LAYOUTS)[:2]
+DAILY = ("tp+sp, expert", "ep x full recompute", "pp, token", "tp+sp, taught gate")
 
 
 @dataclass(frozen=True)
@@ -114,6 +124,36 @@ def beside_the_torch_model(recursion: RecursionConfig) -> list[tuple[float, floa
     return found
 
 
+def gradients_of_the_gate() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Those of this model, and of the torch model with the same weights."""
+    setup.initialize()
+    decoder = DecoderConfig(64, 32, 64, 8, 4, 2, recursion=TAUGHT)
+    theirs, ours = built(TAUGHT, {}), MoRTransformer(decoder)
+    whole = whole_tensors([theirs])
+    assert whole is not None
+    ours.load_state_dict(decoder_tensors(whole, decoder))
+    text = setup.random_tokens(2, 16)
+    labels = text[:, 1:].clone()
+    guesses = ours.eval()(text[:, :-1]).logits.argmax(dim=-1)
+    labels[:, ::3] = guesses[:, ::3]  # so that the oracle finds some right
+    ours.train()(text[:, :-1], labels=labels).losses["exit_gate"].backward()
+    positions = torch.arange(16).expand(2, 16)
+    RouterLossScaler.set_loss_scale(torch.ones(()))
+    theirs(text[:, :-1], positions, None, labels=labels).mean().backward()
+    router = theirs.decoder.layers[1].recursion.router
+    return tuple(  # type: ignore[return-value]
+        {name: p.grad.clone() for name, p in of.named_parameters() if p.grad is not None}
+        for of in (router, ours.recursions[0].router)
+    )
+
+
+def test_the_gate_learns_what_it_learns_in_the_torch_model(pool: WorkerPool) -> None:
+    ((found, expected),) = pool.run(gradients_of_the_gate, 1)
+    assert set(expected) == {"norm", "weight", "bias"}
+    assert expected["weight"].abs().max() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("recursion", [FIXED, TOKEN])
 def test_the_loss_is_that_of_the_torch_model(pool: WorkerPool, recursion) -> None:
     ((training, evaluation),) = pool.run(beside_the_torch_model, 1, recursion=recursion)
@@ -132,10 +172,19 @@ def refusals() -> list[str]:
     with pytest.raises(ValueError, match="loop_loss") as error:
         model(ids[:, :-1], torch.arange(8)[None], None, labels=ids[:, 1:])
     messages.append(str(error.value))
-    for options in ({"pipeline_model_parallel_size": 2}, {"mtp_num_layers": 1}):
-        with pytest.raises(ValueError, match="loop_loss") as error:
-            validate(setup.tiny_config(num_layers=8, **options), FIXED)
-        messages.append(str(error.value))
+    with pytest.raises(ValueError, match="loop_loss") as error:
+        validate(setup.tiny_config(num_layers=8, mtp_num_layers=1), FIXED)
+    messages.append(str(error.value))
+    config = setup.tiny_config(num_layers=8)
+    config.pipeline_model_parallel_size = 2
+    parts: Any = RecursionSubmodules([default_layer_spec(config)] * 2)
+    with pytest.raises(ValueError, match="loop_loss") as error:
+        RecursionLayer(config, parts, recursion=FIXED)
+    messages.append(str(error.value))
+    config.virtual_pipeline_model_parallel_size, config.overlap_p2p_comm = 2, True
+    with pytest.raises(ValueError, match="loop_loss") as error:
+        RecursionLayer(config, parts, recursion=FIXED)
+    messages.append(str(error.value))
     return messages
 
 
@@ -143,7 +192,8 @@ def test_what_cannot_weigh_loops_is_refused_with_the_way_out(pool: WorkerPool) -
     (messages,) = pool.run(refusals, 1)
     ways_out = [
         "Call mor_megatron.training.weigh_loops(model)",
-        "Use pipeline_model_parallel_size=1",
         "Leave one of them out",
+        "Set variable_seq_lengths=True on all stages",
+        "or use recursion_pipeline_spec",
     ]
     assert all(way in message for way, message in zip(ways_out, messages, strict=True))

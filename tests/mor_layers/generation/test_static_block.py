@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from mor_layers import MoEConfig, MoRTransformer
+from mor_layers import DecoderConfig, MoEConfig, MoRTransformer
 from mor_layers.generation import CacheSettings, DepthBatchingEngine, Request
 from mor_layers.generation.static_block import FINEST, padded_size
 from mor_layers.layers import Relaxation
 from mor_layers.models import LatentAttentionConfig
 from mor_layers.recursion import KVPolicy
-from tests.mor_layers.generation.served import Recorder, assert_exact, prompt
+from tests.mor_layers.generation.served import Recorder, assert_exact, prompt, serve
 from tests.mor_layers.small_models import ROUTERS, small_config, small_model
 
 
@@ -72,27 +72,51 @@ def check(recorder: Recorder, model: MoRTransformer) -> None:
         assert_exact(model, request, served)
 
 
-RELAXED = small_config()
-assert RELAXED.recursion is not None
+BASE = small_config(ROUTERS["token_choice"], 3, block_size=2)
+assert BASE.recursion is not None
+EXPERTS = MoEConfig(4, 2, scores="sigmoid", num_groups=2, shared_ffn_hidden_size=6)
+OWN = replace(BASE.recursion, own_per_step=("attention",))
+RELAXED = replace(BASE.recursion, relaxation=Relaxation(2))
 
 
 @pytest.mark.parametrize(
-    ("config", "cache", "reason"),
+    "config",
     [
-        (small_config(sharing="sequence", block_size=2), {}, "this model has none"),
-        (small_config(kv_policy="exit_state"), {}, "as many exited tokens as there are"),
-        (small_config(), {"is_int8": True}, "8-bit cache"),
-        (replace(small_config(), moe=MoEConfig(4, 2)), {}, "experts get as many tokens"),
-        (
-            replace(RELAXED, recursion=replace(RELAXED.recursion, relaxation=Relaxation(2))),
-            {},
-            "projections of single steps",
+        pytest.param(replace(BASE, moe=EXPERTS, recursion=OWN), id="experts, own attention"),
+        pytest.param(
+            small_config(ROUTERS["expert_choice"], kv_policy="exit_state"), id="exit state"
         ),
+        pytest.param(
+            small_config(ROUTERS["expert_choice_first_step_too"], 3, kv_policy="exit_state"),
+            id="exit state of tokens that run no step",
+            marks=pytest.mark.full,
+        ),
+        pytest.param(replace(BASE, recursion=RELAXED), id="deltas", marks=pytest.mark.full),
     ],
 )
-def test_blocks_whose_shapes_depend_on_steps_are_refused(config, cache: dict, reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        DepthBatchingEngine(small_model(config), CacheSettings(1 << 20, **cache), compiler="eager")
+def test_what_depends_on_steps_and_choices_is_one_graph_too(config: DecoderConfig) -> None:
+    torch.compiler.reset()
+    compiled = CompileCounterWithBackend("eager")
+    model = small_model(config)
+    check(Recorder(model, num_slots=12, chunk_size=4, compiler=compiled), model)
+    assert compiled.frame_count == 1
+
+
+def test_an_8_bit_cache_is_rounded_once() -> None:
+    torch.compiler.reset()
+    model = small_model(small_config(ROUTERS["token_choice"], 3, kv_policy="recursive_sharing"))
+    requests = [Request(prompt(1 + i % 3, i), 2 + i % 5) for i in range(8)]
+    options = {"num_slots": 8, "is_int8": True}
+    plain, compiled = (serve(model, requests, compiler=c, **options) for c in (None, "eager"))
+    for wanted, got in zip(plain, compiled, strict=True):
+        assert (got.tokens, got.depths) == (wanted.tokens, wanted.depths)
+        torch.testing.assert_close(torch.stack(got.logits), torch.stack(wanted.logits))
+
+
+def test_layers_that_are_not_routed_are_refused() -> None:
+    model = small_model(small_config(sharing="sequence", block_size=2))
+    with pytest.raises(ValueError, match="this model has none"):
+        DepthBatchingEngine(model, CacheSettings(1 << 20), compiler="eager")
 
 
 def test_hooks_are_refused() -> None:

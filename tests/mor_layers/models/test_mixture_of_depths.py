@@ -20,7 +20,7 @@ from mor_layers.costs import account
 from mor_layers.generation import Request, calibrate
 from mor_layers.inspection import inspect_text
 from mor_layers.weights import load_model, recursive_weights, save_model, unrolled_weights
-from mor_megatron.parallel import LOOP_LOSS_RULES, Arrangement, Names, require_rules
+from mor_megatron.parallel import SEVERAL_STAGES_RULES, Arrangement, Names, require_rules
 from mor_tools.formats import published_names
 from mor_vllm.plugin import require_servable
 from tests.mor_layers.costs.test_accounting import BATCH, measure
@@ -158,16 +158,16 @@ def test_a_folder_keeps_it_and_a_dense_model_becomes_one(tmp_path):
         assert torch.equal(ours, theirs)
 
 
-def refused_by_megatron() -> None:
-    arrangement = Arrangement(7, mixed(balance=0.1).recursion)
-    require_rules(arrangement, LOOP_LOSS_RULES, Names())
+def refused_by_several_stages() -> None:
+    arrangement = Arrangement(7, mixed(balance=0.1).recursion, pipeline=2)
+    require_rules(arrangement, SEVERAL_STAGES_RULES, Names())
 
 
 @pytest.mark.parametrize(("mistake", "message"), [
     (lambda: RecursionConfig(2, depth_balance=0.1), "needs layers that route by themselves"),
     (lambda: mixed(balance=0.0), "must be above 0 and finite"),
     (lambda: mixed(2, RandomDepth((0.4,)), 0.1), "with ExpertChoice"),
-    (refused_by_megatron, "do not tell the next one which tokens they ran"),
+    (refused_by_several_stages, "stages send hidden states only"),
     (lambda: RecursionConfig(1, "sequence", CHOICE, anchor_every=1), "must be at least 2"),
     (lambda: RecursionConfig(1, "cycle", CHOICE, anchor_every=2), "needs layers that route"),
     (lambda: RecursionConfig(1, "sequence", FixedDepth(), anchor_every=2), "lets tokens skip"),

@@ -11,7 +11,7 @@ from mor_layers import DecoderConfig, MoRTransformer, RecursionConfig
 from mor_layers.recursion import LoopLoss
 from mor_layers.routers import ExitGate
 from mor_layers.weights import load_model, save_model
-from mor_megatron.parallel import LOOP_LOSS_RULES, Arrangement, Names, require_rules
+from mor_megatron.parallel import SEVERAL_STAGES_RULES, Arrangement, Names, require_rules
 from tests.mor_layers.small_models import gradients, random_ids, small_config, small_model
 
 STEPS = 4
@@ -100,6 +100,8 @@ def test_what_cannot_be_taught_is_refused():
         ExitGate(teaching=-1.0)
     with pytest.raises(ValueError, match="teaching"):
         ExitGate(teaching=math.nan)
-    arrangement = Arrangement(STEPS, taught().recursion)
-    with pytest.raises(ValueError, match="Train the gate in the torch model"):
-        require_rules(arrangement, LOOP_LOSS_RULES, Names())
+    arrangement = Arrangement(STEPS, taught().recursion, pipeline=2)
+    with pytest.raises(
+        ValueError, match="Use pipeline_model_parallel_size=1, or leave teaching out"
+    ):
+        require_rules(arrangement, SEVERAL_STAGES_RULES, Names())

@@ -8,6 +8,7 @@ import pytest
 
 from mor_layers import DecoderConfig, ExpertChoice, FixedDepth, RecursionConfig, TokenChoice
 from mor_layers.costs import account
+from mor_layers.recursion import LoopLoss
 from mor_megatron.parallel import even_stages
 from mor_tools.planner import (
     HARDWARE,
@@ -204,11 +205,26 @@ def test_what_travels_grows_with_what_is_planned() -> None:
 
 def test_documents_travel_with_their_tokens() -> None:
     work = Workload(decoder(ExpertChoice(capacity_factors=(0.5, 0.5, 0.5))), 1000, 8)
-    # Half of the tokens, and for each a position and a gate; 2 words more for documents, and room
-    # for all tokens, because how many of a document run is not known before.
+    # Half of the tokens, and for each a position and a gate; a word more for the document of each token
+    # of the sequence, and room for all tokens, because how many of a document run is not known before.
     assert carried_rows(work, spread(4)) == 1000 + 500 + 32  # 1001 words of 4 bytes
     documents = replace(work, documents=True)
-    assert carried_rows(documents, spread(4)) == 1000 + 1000 + 126  # 4001 words
+    assert carried_rows(documents, spread(4)) == 1000 + 1000 + 94  # 3001 words
+
+
+def test_the_states_of_all_loops_are_sent_after_a_recursion_in_one_stage() -> None:
+    loops = 3
+    model = decoder(FixedDepth(), loops)
+    every_loop = decoder(FixedDepth(), loops, loop_loss=LoopLoss())
+
+    def sent(model: DecoderConfig, layout: Layout) -> float:
+        stages = evaluate(Workload(model, SEQUENCE, 8), layout, FAST).stages
+        return sum(stage.traffic["pipeline", "send"] for stage in stages)
+
+    # Three stages: prelude, block, coda. One loop from the first to the second, all to the third.
+    three = Layout(pipeline=3)
+    assert sent(every_loop, three) == sent(model, three) * (1 + loops) / 2
+    assert sent(every_loop, spread(4)) == sent(model, spread(4))
 
 
 def test_the_timeline_is_the_schedule_that_is_evaluated() -> None:

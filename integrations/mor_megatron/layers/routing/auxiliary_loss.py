@@ -35,8 +35,16 @@ class RouterLossScaler(torch.autograd.Function):
 
     @classmethod
     def set_loss_scale(cls, scale: Tensor) -> None:
-        """Called by the schedule before each backward pass."""
-        cls.scale = scale.detach().reshape(())
+        """Called by the schedule before each backward pass.
+
+        The scale is written to the same place every time, where a CUDA graph of a backward pass reads
+        it.
+        """
+        scale = scale.detach().reshape(())
+        if cls.scale is None or (cls.scale.device, cls.scale.dtype) != (scale.device, scale.dtype):
+            cls.scale = scale.clone()
+        else:
+            cls.scale.copy_(scale)
 
 
 class _LossScaleFunctions:

@@ -82,6 +82,8 @@ class _UpdatesAfterBatch:
 
 @torch.no_grad()
 def _update(layer: RecursionLayer) -> None:
+    if layer.is_graphed:  # its statistics are not kept, and its router needs none
+        return
     counts = tokens_per_step(layer)
     torch.distributed.all_reduce(counts, group=data_group())
     layer.recursion.router.advance(counts[1:])
