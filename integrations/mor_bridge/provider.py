@@ -113,7 +113,8 @@ class MoRModelProvider(GPTModelProvider):
             fields["seq_length"] = seq_length
         if decoder.moe is not None:
             fields |= _expert_fields(decoder, grouped=has_gpu and has_transformer_engine())
-        recursion = None if decoder.recursion is None else to_mapping(decoder.recursion)
+        recursion = decoder.only_recursion("mor_bridge")
+        recursion = None if recursion is None else to_mapping(recursion)
         return cls(**fields, recursion=recursion)
 
     @property

@@ -204,7 +204,9 @@ def looped_config(family: Family, config: DecoderConfig) -> dict[str, Any]:
     Raises:
         ValueError: the model is not of this family; the message names the settings that differ.
     """
-    recursion, router = config.effective_recursion, config.effective_recursion.router
+    config.only_recursion(family.model_type)
+    recursion = replace(config.effective_recursion, block_layers=None)  # which all layers are
+    router = recursion.router
     threshold = router.threshold if isinstance(router, ExitGate) else 1.0
     loops = max(_LOOPS[0], recursion.num_recursions)
     same = _recursion(family, loops, threshold, config.rms_norm_epsilon)

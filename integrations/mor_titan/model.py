@@ -56,8 +56,7 @@ class MoRModel(BaseModel):
                 ValueError: for the first such setting.
             """
             self.seed = config.debug.seed or 0
-            recursion = self.decoder_config.recursion
-            if recursion is not None and recursion.loop_loss is not None:
+            if any(recursion.loop_loss for recursion in self.decoder_config.recursions):
                 raise ValueError(
                     "loop_loss needs the labels inside the model, which torchtitan gives to the loss "
                     "function only. Leave it out, or train with Megatron or the Trainer."

@@ -144,6 +144,7 @@ def require_servable(
     Raises:
         ValueError: for the first such setting, with the reason and what to use instead.
     """
+    config.only_recursion("mor_vllm")
     recursion, moe = config.effective_recursion, config.moe
     if config.latent_attention is None:
         cached_head_size(config.head_size + hides_rows(config))

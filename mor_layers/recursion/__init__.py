@@ -21,6 +21,7 @@ from mor_layers.recursion.sharing import (
     SHARING_SCHEMES,
     Sharing,
     SharingSchedule,
+    end_layers,
     require_lengths,
 )
 from mor_layers.recursion.step_input import StateAdapter, StepInput
@@ -56,6 +57,7 @@ __all__ = [
     "begin_step",
     "block_mask",
     "causal_mask",
+    "end_layers",
     "expected_loss",
     "over_loops",
     "require_lengths",

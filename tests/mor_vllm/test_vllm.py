@@ -216,6 +216,14 @@ def default_of(setting: Field) -> Any:
             "its norms do not know the step",
         ),
         (
+            replace(
+                small_config(),
+                num_unrolled_layers=4,
+                recursion=(RecursionConfig(2, "cycle", block_layers=1),) * 2,
+            ),
+            "recursion has 2 entries, but mor_vllm supports models with one recursion only",
+        ),
+        (
             replace(small_config(), num_kv_heads=None, latent_attention=LATENT),
             "latent_attention=.* cannot be served",
         ),
