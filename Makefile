@@ -8,7 +8,7 @@ ARGUMENTS ?=
 export PYTHONPATH := $(CURDIR):$(CURDIR)/integrations
 use_python = python=$(or $(PYTHON),$$(.ci/setup)) &&
 
-.PHONY: help env pretrain test test-full test-gpu test-vllm test-bridge test-titan test-deepspeed test-megatron-lm faults campaign sweep lint docs walk wheel bench
+.PHONY: help env pretrain test test-full test-gpu test-vllm test-bridge test-titan test-deepspeed test-megatron-lm faults campaign soak sweep lint docs walk wheel bench
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -29,6 +29,9 @@ test-full:  ## run the tests and the exhaustive sweeps
 
 campaign:  ## hostile settings, files and requests, and kills (ARGUMENTS="--cases N --seed S")
 	@$(use_python) OMP_NUM_THREADS=1 $$python -m tests.campaigns $(ARGUMENTS)
+
+soak:  ## 10,000 calls of all kinds to one small server (ARGUMENTS="--requests N --seed S")
+	@$(use_python) OMP_NUM_THREADS=1 $$python -m tests.campaigns.soak $(ARGUMENTS)
 
 sweep:  ## every pair of settings that may meet, in some layout, against one rank (a quarter of an hour)
 	@$(use_python) OMP_NUM_THREADS=1 $$python -W ignore -m tests.sweep $(ARGUMENTS)

@@ -108,7 +108,8 @@ def inspect_text(model: MoRTransformer, ids: Int[Tensor, " t"], window: int) -> 
         ValueError: the text has fewer than 2 tokens, a token is not in the vocabulary, or `window`
             is below 1.
     """
-    if model.config.effective_recursion.routes_by_layer and len(model.recursions) > 1:
+    recursion = model.config.only_recursion("inspection")
+    if recursion is not None and recursion.routes_by_layer and len(model.recursions) > 1:
         raise ValueError(
             "inspection shows the steps of one recursion, but here each layer routes by itself. Observe "
             "the layers' RecursionBlocks instead (RecursionBlock.observed)."

@@ -1,6 +1,7 @@
 """Does a model spend depth where depth must help? Pointer chasing, with the number of hops known.
 
     python examples/experiments/depth_must_help.py --output runs/depth_must_help
+    python examples/experiments/depth_must_help.py --task sums
     python examples/experiments/depth_must_help.py --quick
 
 A sequence lists the edges of a random cycle through eight nodes in random order, and then asks
@@ -8,7 +9,9 @@ questions "which node is k hops from node a?", with k from 1 to 3 drawn for each
 recursion, which is one layer, can follow one edge, so a question needs k steps. An edge needs one
 step, and later steps must still see it. They do, because all models use `recursive_sharing`: keys
 and values of the first step serve all later ones. (With six nodes there are so few cycles that one
-layer learns all of them by heart.)
+layer learns all of them by heart.) With `--task sums`, every edge also has a number, and the question
+is what the numbers of the next k edges add up to, modulo four: sums of varying length, of which each
+term is found only by following the edge before.
 
 All models have the same layer and are trained on the same sequences. Fixed depth 1 to 3 and random
 depth are the baselines. Two models are trained at full depth and exit only when they answer: `fixed
@@ -29,7 +32,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +63,8 @@ FULL_DEPTH = (PRIOR, ORACLE)
 BY_CONFIDENCE, BY_HEAD = "exit by confidence", "exit by halting head"
 FIXED = tuple(f"fixed depth {depth}" for depth in range(1, HOPS + 1))
 NO_ANSWER = -100
+Task = Literal["hops", "sums"]
+"""What is asked for: the node that is k hops away, or the sum of the numbers of the k edges."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,14 @@ class Plan:
     evaluation_batches: int = 20
     confidence: float = 0.9
     """Probability, of the likeliest answer or of being right, at which a question exits."""
+    task: Task = "hops"
+    modulus: int = 4
+    """Of sums; also how many numbers an edge can have."""
+
+    @property
+    def numbers(self) -> int:
+        """How many different numbers an edge can have."""
+        return self.modulus if self.task == "sums" else 1
 
     @property
     def length(self) -> int:
@@ -86,8 +99,9 @@ class Plan:
 
     @property
     def vocabulary(self) -> int:
-        """Tokens: every edge, and every start with every number of hops. Answers are nodes."""
-        return self.nodes**2 + self.nodes * HOPS
+        """Tokens: every edge with every number, and every start with every number of hops. Answers,
+        which are nodes or sums, are the first of them."""
+        return self.nodes**2 * self.numbers + self.nodes * HOPS
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -106,7 +120,7 @@ class Batch:
     ids: Tensor
     """`[b s]`"""
     answers: Tensor
-    """`[b s]`: the node that is asked for; `NO_ANSWER` at edges."""
+    """`[b s]`: the node or the sum that is asked for; `NO_ANSWER` at edges."""
     hops: Tensor
     """`[b s]`: the hops that are asked for; 0 at edges."""
 
@@ -126,19 +140,39 @@ class Outcome:
     """Mean steps of the questions of 1, 2, ... hops."""
 
 
+def answers_of(
+    following: Tensor, numbers: Tensor | None, starts: Tensor, hops: Tensor, modulus: int
+) -> Tensor:
+    """The answers to questions, `[b q]`.
+
+    Args:
+        following: the node after each node, `[b n]`.
+        numbers: that of the edge that leaves each node, `[b n]`; None: the node is asked for.
+        starts: node at which each question starts, `[b q]`.
+        hops: edges that each question follows, `[b q]`.
+    """
+    nodes, sums = starts, torch.zeros_like(starts)
+    for hop in range(HOPS):
+        if numbers is not None:
+            sums = torch.where(hops > hop, sums + numbers.gather(1, nodes), sums)
+        nodes = torch.where(hops > hop, following.gather(1, nodes), nodes)
+    return nodes if numbers is None else sums % modulus
+
+
 def draw_batch(plan: Plan, generator: torch.Generator) -> Batch:
     """Random sequences."""
     b, n = plan.batch, plan.nodes
     order = torch.rand(b, n, generator=generator).argsort(dim=-1)
     following = torch.empty_like(order).scatter_(1, order, order.roll(-1, dims=1))
     listed = torch.rand(b, n, generator=generator).argsort(dim=-1)
-    edges = listed * n + following.gather(1, listed)
     starts = torch.randint(n, (b, plan.questions), generator=generator)
     hops = torch.randint(1, HOPS + 1, (b, plan.questions), generator=generator)
-    answers = starts
-    for hop in range(HOPS):
-        answers = torch.where(hops > hop, following.gather(1, answers), answers)
-    questions = n * n + starts * HOPS + hops - 1
+    edges, numbers = listed * n + following.gather(1, listed), None
+    if plan.task == "sums":
+        numbers = torch.randint(plan.modulus, (b, n), generator=generator)
+        edges = edges * plan.modulus + numbers.gather(1, listed)
+    answers = answers_of(following, numbers, starts, hops, plan.modulus)
+    questions = n * n * plan.numbers + starts * HOPS + hops - 1
     return Batch(
         torch.cat([edges, questions], dim=1),
         torch.cat([torch.full_like(edges, NO_ANSWER), answers], dim=1),
@@ -237,16 +271,19 @@ def initialize(model: MoRTransformer, plan: Plan) -> None:
     """Draw weights for a narrow model, whose tokens begin as sums of what they consist of.
 
     A deviation of 0.02, which suits wide models, would take a width of 32 several times as many
-    steps. An edge begins as its source plus its target, a question as its start, a source, plus its
-    hops.
+    steps. An edge begins as its source plus its target, and its number if it has one, a question as its
+    start, a source, plus its hops.
     """
     n, h = plan.nodes, plan.hidden_size
+    values = plan.modulus if plan.task == "sums" else 0
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and ".router." not in name:
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-    parts = nn.init.orthogonal_(torch.empty(2 * n + HOPS, h)) * h**0.5
-    sources, targets, hops = parts.split([n, n, HOPS])
+    parts = nn.init.orthogonal_(torch.empty(2 * n + HOPS + values, h)) * h**0.5
+    sources, targets, hops, numbers = parts.split([n, n, HOPS, values])
     edges = sources[:, None] + targets[None]
+    if values:
+        edges = edges.flatten(0, 1)[:, None] + numbers[None]
     questions = sources[:, None] + hops[None]
     tokens = torch.cat([edges.flatten(0, 1), questions.flatten(0, 1)])
     with torch.no_grad():
@@ -413,16 +450,20 @@ def draw(results: dict[str, list[Outcome]], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> dict[str, list[Outcome]]:
     """Train everything that is not done, print a table, write results.json and results.png."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("runs/depth_must_help"))
+    parser.add_argument("--task", choices=get_args(Task), default="hops", help="what is asked for")
+    parser.add_argument("--output", type=Path, help="default: runs/depth_must_help[_sums]")
     parser.add_argument("--steps", type=int, help="optimizer steps")
     parser.add_argument("--seeds", type=int, help="how many seeds")
     parser.add_argument("--processes", type=int, default=1, help="runs at the same time")
     parser.add_argument("--quick", action="store_true", help="a tiny run that shows it works")
     given = parser.parse_args(arguments)
     plan = QUICK if given.quick else Plan()
-    plan = replace(plan, **{n: getattr(given, n) for n in ("steps", "seeds") if getattr(given, n)})
-    given.output.mkdir(parents=True, exist_ok=True)
-    file, configs = given.output / "results.json", models(plan)
+    changed = {n: getattr(given, n) for n in ("steps", "seeds", "task") if getattr(given, n)}
+    plan = replace(plan, **changed)
+    ending = "" if plan.task == "hops" else f"_{plan.task}"
+    output = given.output or Path(f"runs/depth_must_help{ending}")
+    output.mkdir(parents=True, exist_ok=True)
+    file, configs = output / "results.json", models(plan)
     fixed = {key: value for key, value in asdict(plan).items() if key != "seeds"}
     stored: dict[str, Any] = {"plan": fixed, "runs": {}, "seconds": 0.0}
     if file.exists():
@@ -444,7 +485,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[Outcome]]:
     results = _by_model(stored["runs"], configs, plan.seeds)
     print(markdown(results), *verdict(results), sep="\n")
     print(f"{stored['seconds']:.0f} seconds of processor time")
-    draw(results, given.output / "results.png")
+    draw(results, output / "results.png")
     return results
 
 

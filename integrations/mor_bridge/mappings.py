@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from mor_layers import DecoderConfig
 from mor_layers.weights import weight_names
-from mor_megatron.checkpoints.weights import megatron_names
+from mor_megatron.checkpoints.weights import block_depths, megatron_names
 
 _PREFIX = "model."  # of every name in the folder
 _LOCAL_NORMS = {
@@ -48,9 +48,10 @@ def mappings(config: DecoderConfig) -> list[MegatronParamMapping[Any]]:
         ValueError: the experts have loss-free biases.
     """
     routers = [
-        f"decoder.layers.0.recursion.router.{name.split('.router.', 1)[1]}"
+        f"decoder.layers.{depth}.recursion.{name.removeprefix(f'recursions.{block}.')}"
+        for block, depth in block_depths(config).items()
         for name in weight_names(config)
-        if re.match(r"recursions\.0\.router\.", name)
+        if name.startswith(f"recursions.{block}.router.")
     ]
     found: dict[str, MegatronParamMapping[Any]] = {}
     for theirs, ours in megatron_names(config, routers).items():

@@ -64,6 +64,11 @@ class MoRModelProvider(GPTModelProvider):
         Raises:
             ValueError: Megatron does not support a setting.
         """
+        for name in decoder.beyond_llama:
+            raise ValueError(
+                f"{name}={getattr(decoder, name)} is not converted to Megatron. Leave it out, or use "
+                "the PyTorch model."
+            )
         if decoder.latent_attention is not None:
             raise ValueError(
                 "latent_attention is not converted by this bridge. Build the GPTModel with "
@@ -108,7 +113,8 @@ class MoRModelProvider(GPTModelProvider):
             fields["seq_length"] = seq_length
         if decoder.moe is not None:
             fields |= _expert_fields(decoder, grouped=has_gpu and has_transformer_engine())
-        recursion = None if decoder.recursion is None else to_mapping(decoder.recursion)
+        recursion = decoder.only_recursion("mor_bridge")
+        recursion = None if recursion is None else to_mapping(recursion)
         return cls(**fields, recursion=recursion)
 
     @property

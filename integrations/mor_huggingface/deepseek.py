@@ -432,6 +432,8 @@ def _expert_values(family: Family, moe: MoEConfig, config: DecoderConfig) -> dic
 
 def _require_plain(family: Family, config: DecoderConfig) -> None:
     """Raise ValueError unless every layer runs once, with experts in all but the first ones."""
+    for name in config.beyond_llama:
+        _refuse(family, name, getattr(config, name))
     recursion, schedule = config.recursion, config.schedule
     if recursion is None:
         if config.dense_ends:

@@ -149,14 +149,18 @@ def llama_config(config: DecoderConfig) -> dict[str, Any]:
     Raises:
         ValueError: the model routes tokens, shares keys and values, or has experts.
     """
-    recursion = config.effective_recursion
     if config.moe is not None:
         raise ValueError("moe is set, but a Llama has no experts. Keep the model in our format.")
-    if not isinstance(recursion.router, FixedDepth) or recursion.kv_policy != "recursion_wise":
+    for recursion in (part.effective_recursion for part in config.parts):
+        if not isinstance(recursion.router, FixedDepth) or recursion.kv_policy != "recursion_wise":
+            raise ValueError(
+                f"router={type(recursion.router).__name__} with kv_policy={recursion.kv_policy!r} "
+                "cannot be written as a Llama, only FixedDepth with 'recursion_wise'. Keep the model "
+                "in our format, which AutoModelForCausalLM loads after `import mor_huggingface`."
+            )
+    for name in config.beyond_llama:
         raise ValueError(
-            f"router={type(recursion.router).__name__} with kv_policy={recursion.kv_policy!r} "
-            "cannot be written as a Llama, only FixedDepth with 'recursion_wise'. Keep the model in "
-            "our format, which AutoModelForCausalLM loads after `import mor_huggingface`."
+            f"{name}={getattr(config, name)} cannot be written as a Llama. Keep the model in our format."
         )
     if config.latent_attention is not None:
         raise ValueError(

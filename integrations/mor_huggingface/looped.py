@@ -48,8 +48,6 @@ _SANDWICH = {
 _LOOPS = range(2, 65)
 """Numbers of loops that are read."""
 _OTHER_MODELS = {
-    "huginn_raven": "Huginn starts its loop from noise, concatenates the injected input, and normalises "
-    "sums of residual and branch",
     "dory": "Dory keeps its states on a sphere (nGPT) and gates the outputs of attention",
     "hrm_text": "HRM-Text nests two loops of different speed",
 }
@@ -206,13 +204,15 @@ def looped_config(family: Family, config: DecoderConfig) -> dict[str, Any]:
     Raises:
         ValueError: the model is not of this family; the message names the settings that differ.
     """
-    recursion, router = config.effective_recursion, config.effective_recursion.router
+    config.only_recursion(family.model_type)
+    recursion = replace(config.effective_recursion, block_layers=None)  # which all layers are
+    router = recursion.router
     threshold = router.threshold if isinstance(router, ExitGate) else 1.0
     loops = max(_LOOPS[0], recursion.num_recursions)
     same = _recursion(family, loops, threshold, config.rms_norm_epsilon)
     pairs = [(field.name, getattr(recursion, field.name)) for field in fields(same)]
     differing = [f"{name}={value!r}" for name, value in pairs if value != getattr(same, name)]
-    beyond = ("moe", "qkv_bias", "qk_norm")
+    beyond = ("moe", "qkv_bias", "qk_norm", "sum_norms")
     differing += [f"{name}={getattr(config, name)!r}" for name in beyond if getattr(config, name)]
     if differing:
         with_gate = " with sandwich norms and an exit gate" if family.is_ouro else ""

@@ -76,6 +76,8 @@ class Counts:
             for step, uses in enumerate(run.expert_use):
                 self._add_experts(f"{i} {step}", uses)
         self._add_experts("prelude", output.prelude_experts)
+        for i, uses in enumerate(output.between_experts):
+            self._add_experts(f"between {i}", uses)
         self._add_experts("coda", output.coda_experts)
 
     @torch.no_grad()
@@ -97,6 +99,8 @@ class Counts:
             for step in range(recursion.router.num_recursions):
                 recursion.layers.advance(step, [_experts(sums, f"{i} {step}")])
         model.prelude.advance(0, [_experts(sums, "prelude")])
+        for i, stack in enumerate(model.between):
+            stack.advance(0, [_experts(sums, f"between {i}")])
         model.coda.advance(0, [_experts(sums, "coda")])
 
     def _add_experts(self, where: str, uses: dict[int, ExpertUse]) -> None:

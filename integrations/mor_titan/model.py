@@ -56,8 +56,7 @@ class MoRModel(BaseModel):
                 ValueError: for the first such setting.
             """
             self.seed = config.debug.seed or 0
-            recursion = self.decoder_config.recursion
-            if recursion is not None and recursion.loop_loss is not None:
+            if any(recursion.loop_loss for recursion in self.decoder_config.recursions):
                 raise ValueError(
                     "loop_loss needs the labels inside the model, which torchtitan gives to the loss "
                     "function only. Leave it out, or train with Megatron or the Trainer."
@@ -105,7 +104,7 @@ class MoRModel(BaseModel):
     def forward(
         self, ids: Int[Tensor, "b s"], positions: Int[Tensor, "b s"] | None = None, **unused: Any
     ) -> tuple[Tensor, Tensor]:
-        """Logits `[b s v]`, and the loss of the routers, a mean over tokens.
+        """Logits `[b s v]`, and the loss of the routers in training, a mean over tokens.
 
         Args:
             ids: token ids.
@@ -115,7 +114,7 @@ class MoRModel(BaseModel):
         documents = None if positions is None else (positions == 0).cumsum(dim=1)
         output = self.model(ids, documents=documents)
         router_loss = output.logits.new_zeros(())
-        for loss in output.losses.values():
+        for loss in output.losses.values() if self.training else ():
             router_loss = router_loss + loss
         return output.logits, router_loss
 
@@ -148,8 +147,9 @@ class MoRLoss(BaseLoss):
             reduction="sum",
             ignore_index=IGNORE_INDEX,
         )
-        whole = count if global_valid_tokens is None else global_valid_tokens
-        return (total + router_loss * count) / whole, {}
+        total = total + router_loss * count
+        # Validation asks for the sum, and divides by the tokens of all its batches.
+        return total if global_valid_tokens is None else total / global_valid_tokens, {}
 
 
 def require_supported(config: Any) -> None:

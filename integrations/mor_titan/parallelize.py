@@ -10,6 +10,7 @@ from torchtitan.distributed.fsdp import disable_fsdp_gradient_division
 
 from mor_huggingface.training import Counts
 from mor_layers import MoRTransformer
+from mor_layers.models import DecoderStack
 from mor_titan.model import MoRModel
 from mor_titan.tensor_parallel import divide
 
@@ -43,7 +44,9 @@ def parallelize(
         ),
         "reshard_after_forward": parallelism.fsdp_reshard_after_forward != "never",
     }
-    units = [*inner.recursions, *inner.prelude.layers, *inner.coda.layers]
+    units = [*inner.recursions, *inner.prelude.layers]
+    for stack in (*inner.between, inner.coda):
+        units += cast(DecoderStack, stack).layers
     for unit in units:
         fully_shard(unit, **options)
     fully_shard(model, **options)

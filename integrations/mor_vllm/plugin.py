@@ -144,6 +144,7 @@ def require_servable(
     Raises:
         ValueError: for the first such setting, with the reason and what to use instead.
     """
+    config.only_recursion("mor_vllm")
     recursion, moe = config.effective_recursion, config.moe
     if config.latent_attention is None:
         cached_head_size(config.head_size + hides_rows(config))
@@ -190,6 +191,19 @@ def require_servable(
             recursion.routes_by_layer,
             f"sharing={recursion.sharing!r} with router={recursion.router}",
             "its layers do not route by themselves. Use MoRTransformer.generate.",
+        ),
+        *(
+            (
+                True,
+                f"{name}={getattr(config, name)}",
+                "its layers are a Llama's. Use DepthBatchingEngine.",
+            )
+            for name in config.beyond_llama
+        ),
+        (
+            recursion.adapter is not None or recursion.exit_norm,
+            f"adapter={recursion.adapter}, exit_norm={recursion.exit_norm}",
+            "its steps take in no other state, and no norm follows them. Use DepthBatchingEngine.",
         ),
         (
             recursion.history is not None,

@@ -147,7 +147,7 @@ def account(
             expert_router=layers * 2 * k * h * (mlp.num_experts or 0),
             depth_router=2 * n * sum(matrix.weights for matrix in scorer),
             deltas=layers * 2 * _delta_products(shape, stack, k, projected)
-            + 2 * k * stack.mixing_weights(h)
+            + 2 * k * (stack.mixing_weights(h) + stack.adapter * 2 * h * h)
             + layers * 2 * k * stack.modulation_weights(h),
         )
         backward = replace(
@@ -284,13 +284,14 @@ def count_parameters(shape: ModelShape) -> Parts:
         projections = _AttentionWeights.of(shape).total + biases
         count += Parts(
             norms=layers * (norms + attentions * (2 * shape.qk_norm_size + latent_norms))
-            + h * stack.loop_norm,
+            + h * (stack.loop_norm + stack.exit_norm),
             projections=layers * attentions * projections,
             mlp=layers * stack.copies("mlp") * stack.mlp.weights(h, experts or 1),
             expert_router=layers * h * (experts or 0) * stack.mlp.num_expert_routers,
             depth_router=stack.router.parameters if stack.router else 0,
             deltas=layers * stack.num_recursions * _delta_parameters(shape, stack)
             + stack.input_vectors * h
+            + stack.adapter * 2 * h * h
             + stack.num_recursions * stack.mixing_parameters(h)
             + _beside_steps(shape, stack),
         )

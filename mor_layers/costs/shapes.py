@@ -118,7 +118,12 @@ class StackShape:
     input_injection: bool = False
     """Whether each step except the first adds the recursion's input, scaled by a vector."""
     sandwich_norms: bool = False
-    """Whether attention and MLP are also followed by a norm."""
+    """Whether attention and MLP are also followed by a norm, of their output or of its sum with the
+    state."""
+    adapter: bool = False
+    """Whether each step's input is a projection of the state and the recursion's input together."""
+    exit_norm: bool = False
+    """Whether the state that leaves the recursion is normalised."""
 
     hyper_connections: HyperConnections | None = None
     """The residual streams between steps."""
@@ -239,60 +244,45 @@ class ModelShape:
         """The shape of a `MoRTransformer`.
 
         Args:
-            router: replaces the shape that the model's own router declares.
+            router: replaces the shape that the model's own router declares; for models with one
+                recursion.
+
+        Raises:
+            ValueError: `router` is given, but there are several recursions.
         """
-        recursion, schedule = config.effective_recursion, config.schedule
-        router = router or RouterShape.from_recursion(recursion, config.hidden_size)
-        block, mlp = MLPShape.of_layer(config, recursion), MLPShape.of_layer(config)
-        mlp = MLPShape(config.ffn_hidden_size) if config.dense_ends else mlp
-        repeated = partial(
-            StackShape,
-            num_recursions=recursion.num_recursions,
-            kv_policy=recursion.kv_policy,
-            shares_norms=recursion.share_norms,
-            own_per_step=recursion.own_per_step,
-            relaxation=recursion.relaxation,
-            step_embeddings=recursion.step_embeddings,
-            input_injection=recursion.input_injection,
-            loop_norm=recursion.loop_norm,
-            sandwich_norms=recursion.sandwich_norms,
-            hyper_connections=recursion.hyper_connections,
-            history=recursion.history,
-            norm_modulation=recursion.norm_modulation if recursion.num_recursions > 1 else None,
-        )
-
-        def routes(block: int) -> bool:
-            return recursion.router_of(block) is recursion.router
-
-        # A cyclic step runs the whole block; in a sequence each layer repeats on its own.
-        sizes = (schedule.block_size,) if schedule.is_cyclic else (1,) * schedule.block_size
-        stacks = (
-            *(StackShape("prelude", 1, mlp),) * schedule.prelude,
-            *(
-                repeated("block", n, block, router=router if routes(index) else None)
-                for index, n in enumerate(sizes)
-            ),
-            *(StackShape("coda", 1, mlp),) * schedule.coda,
-        )
+        if router is not None:
+            config.only_recursion("ModelShape.from_decoder(..., router=...)")
+        parts, stacks = config.parts, []
+        outside = MLPShape.of_layer(config)
+        if config.dense_ends:
+            outside = MLPShape(config.ffn_hidden_size)
+        plain = partial(StackShape, num_layers=1, mlp=outside, sandwich_norms=config.sum_norms)
+        for part in parts:
+            before = "prelude" if part is parts[0] else "between"
+            after = "coda" if part is parts[-1] else "between"
+            stacks += [plain(before)] * part.schedule.prelude
+            stacks += _blocks(part, router)
+            stacks += [plain(after)] * part.schedule.coda
+        last = parts[-1].effective_recursion
         return cls(
             config.vocab_size,
             config.hidden_size,
             config.num_heads * config.head_size,
             config.cached_heads[0] * config.cached_heads[1],
-            stacks,
+            tuple(stacks),
             config.tie_embeddings,
             config.qkv_bias,
             config.head_size if config.qk_norm else 0,
             LatentShape.of_decoder(config),
-            recursion.num_recursions if recursion.loop_loss is not None else 1,
+            last.num_recursions if last.loop_loss is not None else 1,
         )
 
     def tokens_per_step(self, shares: Sequence[float], length: int) -> list[float] | None:
         """How many tokens of a sequence run each routed step, for `account`.
 
         Args:
-            shares: of the tokens, for each step of a router. Where layers route by themselves, one for
-                all of those that do.
+            shares: of the tokens, for each step of a router, and of several recursions for each of their
+                steps. Where layers route by themselves, one for all of those that do.
         """
         routed = sum(stack.num_recursions for stack in self.stacks if stack.router)
         return [share * length for share in shares] * (routed // len(shares)) or None
@@ -311,3 +301,38 @@ class ModelShape:
         """The plain model of the same depth, in which each repeat has weights of its own."""
         stacks = (StackShape(s.name, s.num_layers * s.num_recursions, s.mlp) for s in self.stacks)
         return replace(self, stacks=tuple(stacks), num_losses=1)
+
+
+def _blocks(part: DecoderConfig, router: RouterShape | None) -> list[StackShape]:
+    """The blocks of the one recursion of a decoder."""
+    recursion, schedule = part.effective_recursion, part.schedule
+    router = router or RouterShape.from_recursion(recursion, part.hidden_size)
+    repeated = partial(
+        StackShape,
+        "block",
+        mlp=MLPShape.of_layer(part, recursion),
+        num_recursions=recursion.num_recursions,
+        kv_policy=recursion.kv_policy,
+        shares_norms=recursion.share_norms,
+        own_per_step=recursion.own_per_step,
+        relaxation=recursion.relaxation,
+        step_embeddings=recursion.step_embeddings,
+        input_injection=recursion.input_injection,
+        loop_norm=recursion.loop_norm,
+        sandwich_norms=recursion.sandwich_norms or part.sum_norms,
+        adapter=recursion.adapter is not None,
+        exit_norm=recursion.exit_norm,
+        hyper_connections=recursion.hyper_connections,
+        history=recursion.history,
+        norm_modulation=recursion.norm_modulation if recursion.num_recursions > 1 else None,
+    )
+
+    def routes(block: int) -> bool:
+        return recursion.router_of(block) is recursion.router
+
+    # A cyclic step runs the whole block; in a sequence each layer repeats on its own.
+    num_layers = schedule.block_size // schedule.num_blocks
+    return [
+        repeated(num_layers=num_layers, router=router if routes(index) else None)
+        for index in range(schedule.num_blocks)
+    ]

@@ -103,7 +103,12 @@ class CachedModel:
             places: position of each token in its span.
         """
         self.products.refresh()
-        hidden = self.model.embedding(ids)
+        return self.begin_from(self.model.embedding(ids), slots, positions, places)
+
+    def begin_from(
+        self, hidden: Float[Tensor, "t h"], slots: Tensor, positions: Tensor, places: Tensor
+    ) -> Pool:
+        """Like `begin`, from the states that enter the first layer."""
         if len(slots) and self.outer_pages.num_pages:
             _, rows = self.outer_pages.append(slots, self.are_alone)
             context = self._outer_context(slots, positions, rows)

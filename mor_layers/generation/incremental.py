@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mor_layers.generation.cache import Caches, CacheSettings, KVArena, PagedRows
 from mor_layers.generation.cached_model import CachedModel
+from mor_layers.generation.chain import ChainedCaches, cached_chain, caches_of
 from mor_layers.generation.in_flight import Pool, Rows
 from mor_layers.models import MoRTransformer
 
@@ -36,17 +37,23 @@ class IncrementalDecoder:
     def __init__(self, model: MoRTransformer, num_texts: int) -> None:
         length = CacheSettings.page_size
         settings = CacheSettings.for_all_steps(model, length, num_slots=1)
-        self.model = model
-        self.cached = CachedModel(model, replace(settings, num_slots=num_texts))
+        self.model, self._settings = model, replace(settings, num_slots=num_texts)
+        self.chain = cached_chain(model, self._settings)
+        self.cached = self.chain[0]
         device = self.cached.device
         self.is_token = torch.zeros(num_texts, 0, dtype=torch.bool, device=device)
         """Which columns of each text hold a token, `[b s]`."""
-        self.depths = torch.zeros(num_texts, length, dtype=torch.long, device=device)
-        """Steps that each token ran, by its index among the text's tokens."""
+        nothing = torch.zeros(num_texts, length, dtype=torch.long, device=device)
+        self._depths = [nothing.clone() for _ in self.chain]  # of each recursion
 
     @property
-    def caches(self) -> Caches:
-        return self.cached.caches
+    def caches(self) -> Caches | ChainedCaches:
+        return caches_of(self.chain, self._settings)
+
+    @property
+    def depths(self) -> Int[Tensor, "b m"]:
+        """Steps that each token ran, by its index among the text's tokens."""
+        return sum(self._depths[1:], self._depths[0])
 
     @property
     def num_texts(self) -> int:
@@ -84,7 +91,11 @@ class IncrementalDecoder:
         weight = self.model.embedding.weight
         states = weight.new_zeros(*ids.shape, weight.shape[1])
         if is_token.any():
-            exited, _ = self.recur(self.enter(ids, is_token))
+            pool, last = self.enter(ids, is_token), len(self.chain) - 1
+            for link in range(last):
+                exited, _ = self.recur(pool, link=link)
+                pool = self._pass_on(Rows.joined(exited), link)
+            exited, _ = self.recur(pool, link=last)
             states[is_token] = self.leave(Rows.joined(exited)).hidden
         else:
             self.is_token = torch.cat([self.is_token, is_token], dim=1)
@@ -101,21 +112,22 @@ class IncrementalDecoder:
         places = rank[slots, columns]
         positions = before[slots] + places
         self._lengthen(int(positions.max()) + 1)
-        outer_pages = self.caches.outer_pages
-        _reserve(outer_pages, self.caches.outer, outer_pages.pages_needed(slots))
-        self.cached.are_alone = ids.shape[1] == 1
+        for cached in self.chain:
+            cached.are_alone = ids.shape[1] == 1
+        _reserve_outer(self.cached, slots)
         return self.cached.begin(ids[slots, columns], slots, positions, places)
 
-    def recur(self, pool: Pool, until: int | None = None) -> tuple[list[Rows], Pool]:
+    def recur(self, pool: Pool, until: int | None = None, link: int = 0) -> tuple[list[Rows], Pool]:
         """Run tokens, all of which are at one step, until they exit.
 
         Args:
             until: stop when the tokens have run so many steps. None: when all have exited.
+            link: the recursion that they run, by its 0-based number.
 
         Returns:
             The tokens that exited, in the order of their exits, and those that did not.
         """
-        cached, policy, step = self.cached, self.caches.policy, pool.step
+        cached, policy, step = self.chain[link], self.chain[link].policy, pool.step
         exited: list[Rows] = []
         while len(pool) and step != until:
             pool, exiting = cached.route(pool)
@@ -124,35 +136,51 @@ class IncrementalDecoder:
             if len(pool):
                 running, unstored = cached.in_flight(pool)
                 if unstored is not None:  # after cuts, their list may be longer than the text
-                    longest = int(policy.pages.counts.max()) + len(unstored.slots)
+                    most = int(unstored.slots.bincount().max())
+                    longest = int(policy.pages.counts.max()) + most
                     policy.pages.lengthen(max(longest, cached.settings.max_length))
-                _reserve(policy.pages, self.caches.inner, policy.pages_needed(running, unstored))
+                _reserve(policy.pages, cached.caches.inner, policy.pages_needed(running, unstored))
                 pool, step = cached.run(pool), step + 1
         return exited, pool
 
     def leave(self, exited: Rows) -> Rows:
-        """Run tokens that have left the recursion through the layers after it, and the last norm.
+        """Run tokens that have left the last recursion through the layers after it, and the last norm.
 
         Returns:
             The same tokens, ordered by text and position.
         """
-        rows = exited.take((exited.slots * self.depths.shape[1] + exited.positions).argsort())
-        self.depths[rows.slots, rows.positions] = rows.steps
-        ended = self.cached.end(rows.hidden, rows.slots, rows.positions)
+        rows = self._in_order(exited, len(self.chain) - 1)
+        ended = self.chain[-1].end(rows.hidden, rows.slots, rows.positions)
         return replace(rows, hidden=self.model.norm(ended))
+
+    def _pass_on(self, exited: Rows, link: int) -> Pool:
+        """Run tokens that have left a recursion through the layers between it and the next one."""
+        rows, cached = self._in_order(exited, link), self.chain[link + 1]
+        ended = self.chain[link].end(rows.hidden, rows.slots, rows.positions)
+        _reserve_outer(cached, rows.slots)
+        return cached.begin_from(ended, rows.slots, rows.positions, rows.places)
+
+    def _in_order(self, exited: Rows, link: int) -> Rows:
+        """Tokens that have left a recursion, ordered by text and position, with their depths stored."""
+        depths = self._depths[link]
+        rows = exited.take((exited.slots * depths.shape[1] + exited.positions).argsort())
+        depths[rows.slots, rows.positions] = rows.steps
+        return rows
 
     @torch.no_grad()
     def select(self, texts: Int[Tensor, " b"]) -> None:
         """Replace each text i by a copy of text `texts[i]`."""
-        texts, cached = texts.to(self.cached.device), self.cached
+        texts = texts.to(self.cached.device)
         if torch.equal(texts, torch.arange(self.num_texts, device=texts.device)):
             return
-        size, caches = cached.settings.page_size, self.caches
-        caches.inner.take_pages(caches.policy.select(texts), size)
-        caches.outer.take_pages(caches.outer_pages.select(texts)[0], size)
-        self.is_token, self.depths = self.is_token[texts], self.depths[texts]
-        cached.unstored = [_copied(rows, texts) for rows in cached.unstored]
-        cached.settings = replace(cached.settings, num_slots=len(texts))
+        self.is_token = self.is_token[texts]
+        self._depths = [depths[texts] for depths in self._depths]
+        for cached in self.chain:
+            size, caches = cached.settings.page_size, cached.caches
+            caches.inner.take_pages(caches.policy.select(texts), size)
+            caches.outer.take_pages(caches.outer_pages.select(texts)[0], size)
+            cached.unstored = [_copied(rows, texts) for rows in cached.unstored]
+            cached.settings = replace(cached.settings, num_slots=len(texts))
 
     def cut(self, num_columns: int) -> None:
         """Keep only the first columns.
@@ -176,15 +204,17 @@ class IncrementalDecoder:
     def _rewind(self) -> None:
         """Remove the tokens that `is_token` does not have from the caches."""
         lengths = self.is_token.sum(dim=1)
-        place = torch.arange(self.depths.shape[1], device=lengths.device)
-        self.depths = self.depths.where(place < lengths[:, None], 0)
-        self.caches.policy.rewind(self.depths)
-        if self._has(self.caches.outer):
-            self.caches.outer_pages.truncate(lengths)
-        self.cached.unstored = [
-            rows.take((rows.positions < lengths[rows.slots]).nonzero()[:, 0])
-            for rows in self.cached.unstored
-        ]
+        place = torch.arange(self._depths[0].shape[1], device=lengths.device)
+        self._depths = [depths.where(place < lengths[:, None], 0) for depths in self._depths]
+        for cached, depths in zip(self.chain, self._depths, strict=True):
+            if self._has(cached.caches.inner):
+                cached.policy.rewind(depths)
+            if self._has(cached.caches.outer):
+                cached.outer_pages.truncate(lengths)
+            cached.unstored = [
+                rows.take((rows.positions < lengths[rows.slots]).nonzero()[:, 0])
+                for rows in cached.unstored
+            ]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "IncrementalDecoder":
         """A second batch with the same texts, for the same model."""
@@ -201,14 +231,22 @@ class IncrementalDecoder:
         if length <= settings.max_length:
             return
         longer = max(length, 2 * settings.max_length)
-        self.cached.settings = replace(settings, max_length=longer)
-        self.caches.outer_pages.lengthen(longer)
-        self.caches.policy.lengthen(longer)
-        self.depths = F.pad(self.depths, (0, longer - self.depths.shape[1]))
+        added = longer - self._depths[0].shape[1]
+        self._depths = [F.pad(depths, (0, added)) for depths in self._depths]
+        for cached in self.chain:
+            cached.settings = replace(cached.settings, max_length=longer)
+            cached.outer_pages.lengthen(longer)
+            cached.policy.lengthen(longer)
 
     @staticmethod
     def _has(arena: KVArena) -> bool:
         return arena.data.shape[0] > 0
+
+
+def _reserve_outer(cached: CachedModel, slots: Int[Tensor, " t"]) -> None:
+    """Make sure that the layers that run once have rows for new tokens."""
+    pages = cached.outer_pages
+    _reserve(pages, cached.caches.outer, pages.pages_needed(slots))
 
 
 def _reserve(pages: PagedRows, arena: KVArena, needed: int) -> None:

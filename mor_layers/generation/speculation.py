@@ -126,7 +126,7 @@ class SpeculativeDecoder:
         speculation: Speculation,
         sampling: Sampling | None = None,
     ) -> None:
-        recursion = model.config.recursion
+        recursion = model.config.only_recursion("speculation")
         steps = 1 if recursion is None else recursion.num_recursions
         if recursion is None or len(model.recursions) > 1:
             raise ValueError(

@@ -4,7 +4,7 @@ from mor_layers.models.config import DecoderConfig
 from mor_layers.models.latent_attention import LatentAttentionConfig
 from mor_layers.models.layers import DecoderLayer, DecoderStack
 from mor_layers.models.limits import MOST_LAYERS, MOST_NUMBERS, MOST_TOKENS
-from mor_layers.models.recursion_config import RecursionConfig
+from mor_layers.models.recursion_config import RecursionConfig, unrolled_lengths
 from mor_layers.models.transformer import DecoderOutput, MoRTransformer
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "LatentAttentionConfig",
     "MoRTransformer",
     "RecursionConfig",
+    "unrolled_lengths",
 ]

@@ -177,6 +177,9 @@ class DecoderLayer(nn.Module):
         self.attention_output_norm = self.mlp_output_norm = None
         if num_steps > 1 and config.effective_recursion.sandwich_norms:
             self.attention_output_norm, self.mlp_output_norm = StepNorm(*sizes), StepNorm(*sizes)
+        self.attention_sum_norm = self.mlp_sum_norm = None
+        if config.sum_norms:
+            self.attention_sum_norm, self.mlp_sum_norm = StepNorm(*sizes), StepNorm(*sizes)
         self.residual_factor = None
         if num_steps > 1:
             size = config.schedule.block_size
@@ -196,6 +199,8 @@ class DecoderLayer(nn.Module):
         if self.attention_output_norm is not None:
             output = self.attention_output_norm(output, context.step)
         hidden = hidden + self._scaled(output)
+        if self.attention_sum_norm is not None:
+            hidden = self.attention_sum_norm(hidden, context.step)
         normed = self.mlp_norm(hidden, context.step)
         if isinstance(self.mlp, MoE):
             is_padding = context.tokens.is_padding
@@ -207,7 +212,8 @@ class DecoderLayer(nn.Module):
             output = self.mlp(normed, context)
         if self.mlp_output_norm is not None:
             output = self.mlp_output_norm(output, context.step)
-        return hidden + self._scaled(output)
+        hidden = hidden + self._scaled(output)
+        return hidden if self.mlp_sum_norm is None else self.mlp_sum_norm(hidden, context.step)
 
     def _scaled(self, output: Tensor) -> Tensor:
         return output if self.residual_factor is None else output * self.residual_factor
@@ -235,22 +241,43 @@ def _experts(config: DecoderConfig, num_steps: int) -> MoE:
     return MoE(config.hidden_size, width, config.moe, num_steps, routers, means)
 
 
+class ScaledEmbedding(nn.Embedding):
+    """An embedding whose vectors are multiplied by a number."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, scale: float) -> None:
+        super().__init__(vocab_size, hidden_size)
+        self.scale = scale
+
+    def forward(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... h"]:  # type: ignore[override]
+        hidden = super().forward(ids)
+        return hidden if self.scale == 1 else hidden * self.scale
+
+
 class DecoderStack(nn.Module):
     """A stack of decoder layers, used inside a RecursionBlock and as prelude and coda.
 
     Args:
         num_norms: number of weights of each norm: one, or one per step.
         num_steps: number of recursion steps that the stack runs in.
+        norms_input: whether a norm comes before the first layer.
     """
 
     def __init__(
-        self, config: DecoderConfig, num_layers: int, num_norms: int = 1, num_steps: int = 1
+        self,
+        config: DecoderConfig,
+        num_layers: int,
+        num_norms: int = 1,
+        num_steps: int = 1,
+        norms_input: bool = False,
     ) -> None:
         super().__init__()
         self.rotary_size, self.rope_base = config.rotary_size, config.rope_base
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer, num_norms, num_steps) for layer in range(num_layers)
         )
+        self.input_norm = None
+        if norms_input:
+            self.input_norm = StepNorm(config.hidden_size, config.rms_norm_epsilon)
 
     def forward(
         self,
@@ -259,6 +286,8 @@ class DecoderStack(nn.Module):
         normed: Float[Tensor, "k b h"] | None = None,
     ) -> Float[Tensor, "k b h"]:
         """`normed` is `hidden` after the norm that `entry_norm` tells, or None."""
+        if self.input_norm is not None:
+            hidden = self.input_norm(hidden)
         positions = context.projected_positions
         rotary = Rotary.at(positions, self.rotary_size, self.rope_base, hidden.dtype)
         for layer in self.layers:

@@ -6,6 +6,7 @@ wrong setting raises an error before anything is built.
 
 import math
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mor_layers.layers import (
@@ -29,8 +30,10 @@ from mor_layers.recursion import (
     LoopLoss,
     Sharing,
     SharingSchedule,
+    StateAdapter,
     StepInput,
     Streams,
+    end_layers,
     require_lengths,
 )
 from mor_layers.routers import ExpertChoice, FixedDepth, LoopState, RouterConfig
@@ -96,6 +99,16 @@ class RecursionConfig:
     None: no balance."""
     history: HistoryInjection | None = None
     """Earlier states that each step sees, by channel, and a gate of each step; None: neither."""
+    block_layers: int | None = None
+    """Layers of the shared block (K), at least 1. Where a model has several recursions, all of them
+    but one must say it; None: what `num_unrolled_layers` leaves."""
+
+    adapter: StateAdapter | None = None
+    """A projection, before every step, of the state and the recursion's input together, which takes the
+    place of the state; the first step's state is zero or drawn. As in Huginn (arXiv 2502.05171)."""
+    exit_norm: bool = False
+    """Whether the state that leaves the recursion is normalised, before the coda, which must then have
+    at least one layer."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.router, RouterConfig):
@@ -113,6 +126,8 @@ class RecursionConfig:
         require_choice(name, "kv_policy", self.kv_policy, KV_POLICIES)
         require_choice(name, "expert_routers", self.expert_routers, expert_routers)
         require_lengths(self.prelude_layers, self.coda_layers)
+        if self.block_layers is not None and self.block_layers < 1:
+            raise ValueError(f"block_layers={self.block_layers} must be at least 1, or None.")
         if self.residual_scale is not None and not 0 < self.residual_scale < math.inf:
             raise ValueError(
                 f"residual_scale={self.residual_scale} must be above 0 and finite, or None."
@@ -164,7 +179,7 @@ class RecursionConfig:
             )
         if self.sharing in ("cycle", "middle_cycle"):
             return
-        for name in ("loop_loss", "hyper_connections", "history"):
+        for name in ("loop_loss", "hyper_connections", "history", "adapter"):
             if getattr(self, name) is not None:
                 raise ValueError(
                     f"{name}={getattr(self, name)} needs cycle or middle_cycle sharing, in which a "
@@ -193,10 +208,10 @@ class RecursionConfig:
         if not self.router.truncates_gradients:
             return
         given = f"router={self.router}: gradients go through the last steps only, and "
-        if not self.input_injection:
+        if not self.input_injection and self.adapter is None:
             raise ValueError(
-                f"{given}nothing before the recursion would learn. Use input_injection=True, by which "
-                "later steps see what enters the recursion."
+                f"{given}nothing before the recursion would learn. Use input_injection=True, or an "
+                "adapter, by which later steps see what enters the recursion."
             )
         if self.kv_policy == "recursive_sharing":
             raise ValueError(
@@ -286,7 +301,7 @@ class RecursionConfig:
         """The settings in use that published checkpoints and plain decoders do not have."""
         names = ("relaxation", "step_embeddings", "input_injection", "sandwich_norms")
         names += ("residual_scale", "loop_norm", "own_per_step", "hyper_connections")
-        names += ("norm_modulation", "history")
+        names += ("norm_modulation", "history", "adapter", "exit_norm")
         return tuple(name for name in names if getattr(self, name))
 
     def residual_factor(self, block_size: int) -> float | None:
@@ -297,7 +312,7 @@ class RecursionConfig:
 
     def build_step_input(self, hidden_size: int, norm_epsilon: float) -> StepInput | None:
         """The module that changes the states entering the block; None if they enter as they are."""
-        if not (self.step_embeddings or self.input_injection or self.loop_norm):
+        if not (self.step_embeddings or self.input_injection or self.loop_norm or self.adapter):
             return None
         return StepInput(
             hidden_size,
@@ -305,6 +320,7 @@ class RecursionConfig:
             embeds=self.step_embeddings,
             injects=self.input_injection,
             norm_epsilon=norm_epsilon if self.loop_norm else None,
+            adapter=self.adapter,
         )
 
     def build_streams(self, hidden_size: int) -> Streams | None:
@@ -353,8 +369,33 @@ class RecursionConfig:
                 "give the model a mixture of experts."
             )
 
+    @property
+    def ends(self) -> tuple[int, int]:
+        """Number of unshared layers before and after the recursion."""
+        default = end_layers(self.sharing)
+        before, after = self.prelude_layers, self.coda_layers
+        return default if before is None else before, default if after is None else after
+
+    @property
+    def num_unrolled_layers(self) -> int | None:
+        """Depth counted with repeats, prelude and coda included; None if `block_layers` is not set."""
+        if self.block_layers is None:
+            return None
+        return self.block_layers * self.num_recursions + sum(self.ends)
+
     def schedule(self, num_unrolled_layers: int) -> SharingSchedule:
-        """Which layer runs at which depth of a model of `num_unrolled_layers`."""
+        """Which layer runs at which depth of a model of `num_unrolled_layers`.
+
+        Raises:
+            ValueError: the layers cannot be divided, or `block_layers` needs another number of them.
+        """
+        if self.num_unrolled_layers not in (None, num_unrolled_layers):
+            raise ValueError(
+                f"num_unrolled_layers={num_unrolled_layers} is not what block_layers="
+                f"{self.block_layers} makes with num_recursions={self.num_recursions} and "
+                f"{sum(self.ends)} layers around the recursion. Use num_unrolled_layers="
+                f"{self.num_unrolled_layers}, or leave block_layers out."
+            )
         return SharingSchedule(
             num_unrolled_layers,
             self.num_recursions,
@@ -362,3 +403,33 @@ class RecursionConfig:
             self.prelude_layers,
             self.coda_layers,
         )
+
+
+def unrolled_lengths(
+    recursions: Sequence[RecursionConfig], num_unrolled_layers: int
+) -> tuple[int, ...]:
+    """How many of a model's unrolled layers each of its recursions has, with those around it.
+
+    Raises:
+        ValueError: several leave `block_layers` out, or the layers do not add up.
+    """
+    given = [recursion.num_unrolled_layers for recursion in recursions]
+    rest = num_unrolled_layers - sum(length for length in given if length is not None)
+    if given.count(None) > 1:
+        unset = ", ".join(f"recursion[{i}]" for i, length in enumerate(given) if length is None)
+        raise ValueError(
+            f"{unset} do not say how many layers their blocks have. Set block_layers for all "
+            f"{len(given)} recursions but one."
+        )
+    if None not in given and rest:
+        raise ValueError(
+            f"num_unrolled_layers={num_unrolled_layers} is not the sum of the recursions, "
+            f"{' + '.join(map(str, given))}. Use num_unrolled_layers={num_unrolled_layers - rest}, or "
+            "leave block_layers of one of them out."
+        )
+    if rest < 0:
+        raise ValueError(
+            f"num_unrolled_layers={num_unrolled_layers} is less than the {num_unrolled_layers - rest} "
+            "layers of the recursions that set block_layers. Use more, or smaller blocks."
+        )
+    return tuple(rest if length is None else length for length in given)

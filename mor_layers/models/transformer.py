@@ -7,6 +7,8 @@ inside the model, states are sequence first.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,8 @@ from torch import Tensor, nn
 
 from mor_layers.layers import RelaxedLinear
 from mor_layers.models.config import DecoderConfig
-from mor_layers.models.layers import DecoderStack, StepNorm
+from mor_layers.models.layers import DecoderStack, ScaledEmbedding, StepNorm
+from mor_layers.models.recursion_config import RecursionConfig
 from mor_layers.recursion import (
     ExpertUse,
     RecursionBlock,
@@ -35,7 +38,8 @@ class DecoderOutput:
     logits: Float[Tensor, "b s v"]
     """Logits of the next token."""
     recursions: tuple[RecursionOutput, ...]
-    """One per recursion block: decisions, depths, losses."""
+    """One per recursion block: decisions, depths, losses. Under sequence sharing a recursion has a block
+    for each of its layers."""
     lm_loss: Float[Tensor, ""] | None = None
     """Mean cross entropy in nats per token; with a `loop_loss` in training, that of all loops, weighted
     by its prior. None without labels."""
@@ -46,13 +50,25 @@ class DecoderOutput:
 
     loop_losses: dict[str, Tensor] = field(default_factory=dict)
     """Losses on the states after each loop, multiplied by their coefficients."""
+    between_experts: tuple[dict[int, ExpertUse], ...] = ()
+    """Statistics and losses of the experts of each layer between two recursions, for every such pair."""
+    owners: tuple[int, ...] = ()
+    """The recursion that each of `recursions` is a block of, by its 0-based number among those of the
+    model. Empty if there is only one."""
 
     @property
     def losses(self) -> dict[str, Tensor]:
-        """Auxiliary losses by name, multiplied by their coefficients."""
-        ends = (*self.prelude_experts.values(), *self.coda_experts.values())
-        parts = [*(r.losses for r in self.recursions), *(use.losses for use in ends)]
-        return summed([*parts, self.loop_losses])
+        """Auxiliary losses by name, multiplied by their coefficients.
+
+        Where there are several recursions, the names of their losses begin with `recursion_1/`,
+        `recursion_2/` and so on.
+        """
+        stacks = (self.prelude_experts, *self.between_experts, self.coda_experts)
+        outside = [use.losses for stack in stacks for use in stack.values()]
+        losses = [run.losses for run in self.recursions]
+        for index, owner in enumerate(self.owners):
+            losses[index] = {f"recursion_{owner + 1}/{n}": v for n, v in losses[index].items()}
+        return summed([*losses, *outside, self.loop_losses])
 
     @property
     def loss(self) -> Float[Tensor, ""]:
@@ -83,50 +99,81 @@ def _mean_loss(
     return expected_loss(losses.view_as(every), weights).sum() / (labels >= 0).sum()
 
 
+def _blocks(part: DecoderConfig, recompute: bool) -> list[RecursionBlock]:
+    """The blocks of a part's recursion, with weights and routers of their own."""
+    recursion, schedule, size = part.effective_recursion, part.schedule, part.hidden_size
+    num_norms = 1 if recursion.share_norms else recursion.num_recursions
+
+    def block(index: int, num_layers: int) -> RecursionBlock:
+        router = recursion.router_of(index).build(size, recursion.num_recursions)
+        stack = DecoderStack(part, num_layers, num_norms, recursion.num_recursions)
+        return RecursionBlock(
+            stack,
+            router,
+            recursion.kv_policy,
+            recompute=recompute,
+            step_input=recursion.build_step_input(size, part.rms_norm_epsilon),
+            streams=recursion.build_streams(size),
+            history=recursion.build_history(size),
+        )
+
+    # With cyclic sharing a step runs the whole block; with sequence sharing each layer repeats by
+    # itself, so each is a block of its own.
+    num_layers = schedule.block_size // schedule.num_blocks
+    return [block(index, num_layers) for index in range(schedule.num_blocks)]
+
+
+def _recur(
+    recursion: RecursionConfig,
+    blocks: Sequence[RecursionBlock],
+    hidden: Float[Tensor, "s b h"],
+    tokens: Tokens,
+    causal_routing: bool,
+    keeps_states: bool,
+) -> list[RecursionOutput]:
+    """Run the blocks of a recursion, one after another."""
+    outputs, balance = [], recursion.depth_balance
+    ran = tokens.positions.new_zeros(hidden.shape[:2])  # layers of each token since the last anchor
+    for index, block in enumerate(blocks):
+        is_anchor = recursion.router_of(index) is not recursion.router
+        plan = None if balance is None or is_anchor else (balance * ran)[..., None]
+        outputs.append(block(hidden, tokens, causal_routing, keeps_states, plan))
+        hidden = outputs[-1].hidden
+        if balance is not None:
+            ran = torch.zeros_like(ran) if is_anchor else ran + outputs[-1].depths
+    return outputs
+
+
 class MoRTransformer(nn.Module):
-    """A decoder-only language model whose middle is a recursion.
+    """A decoder-only language model with one or more recursions.
+
+    Layers run in this order: `prelude`, the blocks of the first recursion, `between[0]`, those of the
+    second, and so on, and `coda`. All blocks are in `recursions`.
 
     Args:
-        config: the sizes and the recursion; without a recursion, the model is a plain decoder.
-        recompute: whether to recompute the recursion's layers in the backward pass.
+        config: the sizes and the recursions; without a recursion, the model is a plain decoder.
+        recompute: whether to recompute the recursions' layers in the backward pass.
     """
 
     def __init__(self, config: DecoderConfig, recompute: bool = False) -> None:
         super().__init__()
-        self.config = config
-        recursion, schedule = config.effective_recursion, config.schedule
-        self._depth_balance = recursion.depth_balance
-        self._learns_exits = recursion.router.learns_exits
-        ends = config
-        if config.dense_ends:
-            ends = replace(config, moe=None, dense_ends=False, recursion=None)
-        num_norms = 1 if recursion.share_norms else recursion.num_recursions
-
-        def block(index: int, num_layers: int) -> RecursionBlock:
-            router = recursion.router_of(index).build(config.hidden_size, recursion.num_recursions)
-            stack = DecoderStack(config, num_layers, num_norms, recursion.num_recursions)
-            step_input = recursion.build_step_input(config.hidden_size, config.rms_norm_epsilon)
-            return RecursionBlock(
-                stack,
-                router,
-                recursion.kv_policy,
-                recompute=recompute,
-                step_input=step_input,
-                streams=recursion.build_streams(config.hidden_size),
-                history=recursion.build_history(config.hidden_size),
-            )
-
-        # With cyclic sharing a step runs the whole block; with sequence sharing each layer repeats by
-        # itself, so each is a block of its own.
-        sizes = [schedule.block_size] if schedule.is_cyclic else [1] * schedule.block_size
-        self._is_anchor = [
-            recursion.routes_by_layer and recursion.router_of(index) is not recursion.router
-            for index in range(len(sizes))
-        ]
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.prelude = DecoderStack(ends, schedule.prelude)
-        self.recursions = nn.ModuleList(block(*each) for each in enumerate(sizes))
-        self.coda = DecoderStack(ends, schedule.coda)
+        self.config, self._parts = config, config.parts
+        self._recursions = [part.effective_recursion for part in self._parts]
+        moe = None if config.dense_ends else config.moe
+        outside = replace(config, moe=moe, dense_ends=False, recursion=None)
+        schedules = [part.schedule for part in self._parts]
+        scale = config.embedding_scale
+        self.embedding = ScaledEmbedding(config.vocab_size, config.hidden_size, scale)
+        self.prelude = DecoderStack(outside, schedules[0].prelude)
+        blocks = [_blocks(part, recompute) for part in self._parts]
+        self._owners = [owner for owner, own in enumerate(blocks) for _ in own]
+        self.recursions = nn.ModuleList(block for own in blocks for block in own)
+        self.between = nn.ModuleList(
+            DecoderStack(outside, earlier.coda + later.prelude)
+            for earlier, later in pairwise(schedules)
+        )
+        exit_norm = self._recursions[-1].exit_norm
+        self.coda = DecoderStack(outside, schedules[-1].coda, norms_input=exit_norm)
         self.norm = StepNorm(config.hidden_size, config.rms_norm_epsilon)
         self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.apply(self._initialize)
@@ -142,6 +189,43 @@ class MoRTransformer(nn.Module):
             nn.init.zeros_(module.bias)
         if isinstance(module, RelaxedLinear):
             module.reset_deltas()
+
+    @property
+    def blocks(self) -> list[list[RecursionBlock]]:
+        """The blocks of each recursion, in order; a plain decoder counts as a single step of one."""
+        blocks: list[list[RecursionBlock]] = [[] for _ in self._parts]
+        for owner, block in zip(self._owners, self.recursions, strict=True):
+            blocks[owner].append(cast(RecursionBlock, block))
+        return blocks
+
+    def chain(self) -> list["MoRTransformer"]:
+        """Decoders with one recursion each that compute one after another what this model does.
+
+        They share its modules; only the first embeds tokens, and only the last reads out. The layers
+        between two recursions are in the prelude of the later one.
+        """
+        if len(self._parts) == 1:
+            return [self]
+        stacks = [self.prelude, *(cast(DecoderStack, stack) for stack in self.between)]
+        chain = []
+        for index, (part, blocks) in enumerate(zip(self._parts, self.blocks, strict=True)):
+            is_last = index == len(stacks) - 1
+            before, after = len(stacks[index].layers), part.schedule.coda if is_last else 0
+            recursion = replace(part.effective_recursion, prelude_layers=before, coda_layers=after)
+            own = part.schedule.num_unrolled_layers - part.schedule.num_unshared
+            config = replace(
+                part,
+                recursion=recursion,
+                num_unrolled_layers=own + before + after,
+                dense_ends=self.config.dense_ends and before + after > 0,
+            )
+            with torch.device("meta"):
+                link = MoRTransformer(config)
+            link.embedding, link.norm, link.output = self.embedding, self.norm, self.output
+            link.prelude, link.recursions = stacks[index], nn.ModuleList(blocks)
+            link.coda = self.coda if is_last else link.coda
+            chain.append(link.train(self.training))
+        return chain
 
     @property
     def num_heads(self) -> tuple[int, int]:
@@ -176,18 +260,18 @@ class MoRTransformer(nn.Module):
         tokens = Tokens.whole_sequence(*ids.T.shape, ids.device, documents, is_padding)
         before, after = StepContext(0, tokens), StepContext(0, tokens)
         hidden = self.prelude(self.embedding(ids.T), before)
-        loop_loss = None if self.config.recursion is None else self.config.recursion.loop_loss
+        last = self._recursions[-1]
+        loop_loss = last.loop_loss
         every_loop = loop_loss is not None and self.training and labels is not None
-        outputs, losses = [], {}
-        balance = self._depth_balance
-        ran = torch.zeros_like(ids.T)  # how many layers each token ran since the last anchor
-        for index, recursion in enumerate(self.recursions):
-            is_anchor = self._is_anchor[index]
-            plan = None if balance is None or is_anchor else (balance * ran)[..., None]
-            outputs.append(recursion(hidden, tokens, causal_routing, every_loop, plan))
+        outputs, between, losses = [], [], {}
+        for recursion, blocks in zip(self._recursions, self.blocks, strict=True):
+            if outputs:
+                context = StepContext(0, tokens)
+                hidden = self.between[len(between)](hidden, context)
+                between.append(context.expert_use)
+            keeps_states = every_loop and len(between) == len(self.between)
+            outputs += _recur(recursion, blocks, hidden, tokens, causal_routing, keeps_states)
             hidden = outputs[-1].hidden
-            if balance is not None:
-                ran = torch.zeros_like(ran) if is_anchor else ran + outputs[-1].depths
         weights = (1.0,)
         if loop_loss is not None and every_loop:
             states, weights = outputs[-1].states, loop_loss.weights(len(outputs[-1].states))
@@ -201,14 +285,17 @@ class MoRTransformer(nn.Module):
             if is_padding is not None:
                 labels = labels.masked_fill(is_padding.T, -1)
             lm_loss = _mean_loss(logits, labels.clamp(min=-1), weights)
-            if every_loop and self._learns_exits:
+            if every_loop and last.router.learns_exits:
                 right = logits.argmax(dim=-1) == labels.repeat(len(weights), 1)
                 right = right.unflatten(0, (len(weights), -1)).transpose(1, 2)  # -> [r s b]
                 router = self.recursions[-1].router
                 losses |= router.teach(outputs[-1].states, right, labels.T >= 0)
         logits = logits[-len(ids) :]  # of the last loop
+        owners = tuple(self._owners) if between else ()
         experts = before.expert_use, after.expert_use
-        return DecoderOutput(logits, tuple(outputs), lm_loss, *experts, losses)
+        return DecoderOutput(
+            logits, tuple(outputs), lm_loss, *experts, losses, tuple(between), owners
+        )
 
     def generate(
         self,
@@ -268,4 +355,6 @@ class MoRTransformer(nn.Module):
             for step in range(recursion.router.num_recursions):
                 recursion.layers.advance(step, [run.expert_use[step] for run in own])
         self.prelude.advance(0, [output.prelude_experts for output in outputs])
+        for i, stack in enumerate(self.between):
+            cast(DecoderStack, stack).advance(0, [output.between_experts[i] for output in outputs])
         self.coda.advance(0, [output.coda_experts for output in outputs])

@@ -21,9 +21,10 @@ from mor_layers.recursion.sharing import (
     SHARING_SCHEMES,
     Sharing,
     SharingSchedule,
+    end_layers,
     require_lengths,
 )
-from mor_layers.recursion.step_input import StepInput
+from mor_layers.recursion.step_input import StateAdapter, StepInput
 from mor_layers.recursion.streams import HyperConnections, Streams
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "Sharing",
     "SharingContext",
     "SharingSchedule",
+    "StateAdapter",
     "StepContext",
     "StepInput",
     "Streams",
@@ -55,6 +57,7 @@ __all__ = [
     "begin_step",
     "block_mask",
     "causal_mask",
+    "end_layers",
     "expected_loss",
     "over_loops",
     "require_lengths",

@@ -278,8 +278,8 @@ class RecursionBlock(nn.Module):
     @property
     def needs_origin(self) -> bool:
         """Whether later steps need the states that entered the recursion."""
-        injects = self.step_input is not None and self.step_input.injects
-        return self.router.combines_with_origin or injects
+        is_entered = self.step_input is not None and self.step_input.needs_origin
+        return self.router.combines_with_origin or is_entered
 
     @property
     def loop_state(self) -> LoopState | None:

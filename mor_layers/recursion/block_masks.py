@@ -11,7 +11,7 @@ Legend: `b` batch, `k` queries, `m` keys, `n` query heads, `g` key-value heads, 
 `x` blocks of queries, `y` blocks of keys.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mor_layers.selection import Tokens
 from mor_layers.selection.fused import are_fused_kernels_allowed
+from mor_layers.selection.fused.trial import passes
 
 if TYPE_CHECKING:  # importing it takes seconds, so that only those who use it do
     from torch.nn.attention.flex_attention import BlockMask
@@ -51,8 +52,36 @@ def attends_by_blocks(
 
 
 def runs_flex_attention(device: torch.device) -> bool:
-    """Whether FlexAttention has forward and backward kernels for a device. Tests replace this."""
-    return device.type == "cuda"
+    """Whether FlexAttention has forward and backward kernels for a device, which is tried once. Tests
+    replace this function."""
+    if device.type != "cuda":
+        return False
+    # A graph that is being compiled compiles FlexAttention with the rest.
+    return torch.compiler.is_compiling() or flex_attention_passes(device)
+
+
+@cache
+def flex_attention_passes(device: torch.device) -> bool:
+    """Whether FlexAttention computes on a device what attention with a mask does, on a few tokens."""
+    from mor_layers.recursion.attention import attend, causal_mask
+
+    length, heads, size = 2 * _BLOCK, 2, _SMALLEST_HEAD
+    keys = Tokens.whole_sequence(length, 1, device)
+    queries = keys.take(torch.arange(0, length, 2, device=device)[:, None], None)
+    numbers = torch.linspace(-1, 1, length * heads * size, device=device)
+
+    def run(mask: Any) -> Iterator[Tensor]:
+        with torch.enable_grad():
+            key = numbers.view(length, 1, heads, size).clone().requires_grad_()
+            query = key.detach().flip(0)[::2].requires_grad_()
+            out = attend(query, key, key, mask)
+            yield from (out, *torch.autograd.grad(out.square().sum(), (query, key)))
+
+    return passes(
+        "FlexAttention",
+        lambda: run(block_mask(queries, keys)),
+        lambda: run(causal_mask(queries, keys)),
+    )
 
 
 def block_mask(

@@ -83,6 +83,11 @@ class SharingSchedule:
         return (self.num_unrolled_layers - self.num_unshared) // self.num_recursions
 
     @property
+    def num_blocks(self) -> int:
+        """Number of blocks: a step runs a whole block, or each layer repeats by itself."""
+        return 1 if self.is_cyclic else self.block_size
+
+    @property
     def num_unique_layers(self) -> int:
         """Number of layers with distinct weights in the whole model."""
         return self.num_unshared + self.block_size
@@ -106,7 +111,7 @@ class SharingSchedule:
 
     @property
     def _of_scheme(self) -> int:
-        return 1 if self.sharing.startswith("middle") else 0
+        return end_layers(self.sharing)
 
     @property
     def _given_lengths(self) -> str:
@@ -119,6 +124,11 @@ class SharingSchedule:
         if below < self.num_recursions:
             return str(self.num_recursions + fixed)
         return f"{below + fixed} or {below + self.num_recursions + fixed}"
+
+
+def end_layers(sharing: Sharing) -> int:
+    """Unshared layers at either end of a recursion where their number is not set."""
+    return 1 if sharing.startswith("middle") else 0
 
 
 def require_lengths(prelude_layers: int | None, coda_layers: int | None) -> None:

@@ -109,8 +109,10 @@ def _convert(hint: Any, value: object, where: str, may_import: bool) -> object:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        (hint,) = (argument for argument in arguments if argument is not type(None))
-        return _convert(hint, value, where, may_import)
+        kinds = [argument for argument in arguments if argument is not type(None)]
+        is_list = isinstance(value, list | tuple)
+        fitting = [kind for kind in kinds if (typing.get_origin(kind) is tuple) == is_list]
+        return _convert((fitting or kinds)[0], value, where, may_import)
     if origin is typing.Literal:
         if value not in arguments:
             raise ValueError(

@@ -201,7 +201,8 @@ class Distiller:
                         f"hidden_depths has {pair}, but the depths of the {who} are 1 to "
                         f"{config.num_unrolled_layers}."
                     )
-        if settings.hidden_depths and student.effective_recursion.loop_loss is not None:
+        last = student.parts[-1].effective_recursion
+        if settings.hidden_depths and last.loop_loss is not None:
             raise ValueError(
                 f"hidden_depths={settings.hidden_depths} cannot be matched with a loop_loss, under "
                 "which layers after the recursion run on the state of every loop. Leave one of them out."

@@ -23,7 +23,7 @@ from mor_layers.weights.folder import (
     written_whole,
 )
 from mor_layers.weights.looping import looped_weights
-from mor_layers.weights.names import layer_names, unrolled_layers
+from mor_layers.weights.names import layer_names, recursion_of, unrolled_layers
 from mor_layers.weights.tensor_files import (
     SAFETENSORS,
     LazyTensors,
@@ -55,6 +55,7 @@ __all__ = [
     "open_tensors",
     "read_config",
     "read_json",
+    "recursion_of",
     "recursive_weights",
     "require_layers",
     "require_unrollable",

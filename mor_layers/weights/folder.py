@@ -265,8 +265,7 @@ def require_layers(config: DecoderConfig, number: int, where: Path) -> None:
     It is checked before layers are built in order to name their tensors, because that takes long if
     the settings ask for thousands of layers.
     """
-    schedule = config.schedule
-    layers = schedule.prelude + schedule.block_size + schedule.coda
+    layers = sum(part.schedule.num_unique_layers for part in config.parts)
     if number < layers:
         raise ValueError(
             f"{where} has {number} tensors, fewer than the {layers} layers of its settings."

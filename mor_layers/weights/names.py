@@ -1,6 +1,6 @@
 """Names of the tensors in a recursive model's layers, in our layout and in Llama's or DeepSeek's."""
 
-from mor_layers.models import DecoderConfig
+from mor_layers.models import DecoderConfig, RecursionConfig
 
 _HEADS = {
     "attention.query.weight": "self_attn.q_proj.weight",
@@ -36,8 +36,9 @@ _OF_STEPS = {"weight": "weights", "bias": "biases"}
 def layer_names(config: DecoderConfig, ours: str, theirs: str, step: int = 0) -> dict[str, str]:
     """Map our names to those of Llama (or Qwen, or DeepSeek where attention is latent) for the tensors
     of a dense layer at one step."""
-    recursion, own, norm, head_norm = config.effective_recursion, (), 0, 0
+    own, norm, head_norm = (), 0, 0
     if ours.startswith("recursions."):
+        recursion = recursion_of(config, ours)
         own = recursion.own_projections
         norm = 0 if recursion.share_norms else step
         head_norm = step if "query" in own else 0
@@ -61,14 +62,32 @@ def _attention_names(config: DecoderConfig) -> dict[str, str]:
     return _QUERY_ROWS | _LATENT_ROWS
 
 
+def recursion_of(config: DecoderConfig, name: str) -> RecursionConfig:
+    """The recursion that the block of a tensor `recursions.<block>...` belongs to."""
+    block = int(name.split(".")[1])
+    for part in config.parts:
+        if block < part.schedule.num_blocks:
+            return part.effective_recursion
+        block -= part.schedule.num_blocks
+    raise ValueError(f"{name!r} names a block that the model does not have.")
+
+
 def unrolled_layers(config: DecoderConfig) -> list[tuple[str, int]]:
     """The name of the layer that runs at each depth, and the step that it runs there."""
-    recursion, schedule = config.effective_recursion, config.schedule
-    steps, size = range(recursion.num_recursions), range(schedule.block_size)
-    if schedule.is_cyclic:
-        shared = [(f"recursions.0.layers.layers.{layer}", step) for step in steps for layer in size]
-    else:
-        shared = [(f"recursions.{layer}.layers.layers.0", step) for layer in size for step in steps]
-    first = [(f"prelude.layers.{layer}", 0) for layer in range(schedule.prelude)]
-    last = [(f"coda.layers.{layer}", 0) for layer in range(schedule.coda)]
-    return first + shared + last
+    schedules, layers, block = [part.schedule for part in config.parts], [], 0
+    for index, schedule in enumerate(schedules):
+        # Layers between two recursions are in one stack: the coda of one, the prelude of the next.
+        before = f"between.{index - 1}" if index else "prelude"
+        after = "coda" if index == len(schedules) - 1 else f"between.{index}"
+        earlier = schedules[index - 1].coda if index else 0
+        layers += [(f"{before}.layers.{earlier + i}", 0) for i in range(schedule.prelude)]
+        steps, size = range(schedule.num_recursions), range(schedule.block_size)
+        if schedule.is_cyclic:
+            inner = f"recursions.{block}.layers.layers"
+            layers += [(f"{inner}.{i}", step) for step in steps for i in size]
+        else:
+            inner = [f"recursions.{block + i}.layers.layers.0" for i in size]
+            layers += [(name, step) for name in inner for step in steps]
+        layers += [(f"{after}.layers.{i}", 0) for i in range(schedule.coda)]
+        block += schedule.num_blocks
+    return layers

@@ -10,20 +10,28 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from mor_layers.layers import merged_weight
-from mor_layers.models import DecoderConfig
+from mor_layers.layers import Relaxation, merged_weight
+from mor_layers.models import DecoderConfig, RecursionConfig
 from mor_layers.routers import FixedDepth
-from mor_layers.weights.names import layer_names, unrolled_layers
+from mor_layers.weights.names import layer_names, recursion_of, unrolled_layers
 from mor_layers.weights.tensor_files import LazyTensors
+
+_Delta = tuple[str, Relaxation]
+"""Name of the delta of a step, and its settings."""
 
 
 def require_unrollable(config: DecoderConfig) -> None:
     """Raise ValueError if no plain decoder computes the same as this model."""
-    recursion = config.effective_recursion
     if config.moe is not None:
         raise ValueError("moe is set, but a plain decoder has no experts. Keep the model as it is.")
+    for part in config.parts:
+        _require_unrollable(part.effective_recursion)
+
+
+def _require_unrollable(recursion: RecursionConfig) -> None:
     merges = ("relaxation", "own_per_step")
     beyond = [name for name in recursion.beyond_published if name not in merges]
+    beyond += ["sum_norms"] * config.sum_norms
     if beyond:
         raise ValueError(
             f"{beyond[0]} is set, which a plain decoder does not support. Keep the model as it is."
@@ -50,26 +58,26 @@ def unrolled_weights(
     """
     require_unrollable(config)
     plain = replace(config, recursion=None)
-    relaxation = config.effective_recursion.relaxation
-    relaxed = () if relaxation is None else relaxation.projections
     theirs = [name for name, _ in unrolled_layers(plain)]
-    sources = {"embedding.weight": ("embedding.weight", None)}
+    sources: dict[str, tuple[str, _Delta | None]] = {"embedding.weight": ("embedding.weight", None)}
     for depth, (ours, step) in enumerate(unrolled_layers(config)):
-        own = layer_names(config, ours, "", step)
+        own, relaxation = layer_names(config, ours, "", step), None
+        if ours.startswith("recursions."):
+            relaxation = recursion_of(config, ours).relaxation
         for name, source in zip(layer_names(plain, theirs[depth], ""), own, strict=True):
             module, _, kind = source.rpartition(".")
-            is_shared = ours.startswith("recursions.") and kind == "weight"
-            has_delta = is_shared and module.rpartition(".")[2] in relaxed
-            sources[name] = source, f"{module}.deltas.{step}" if has_delta else None
+            relaxed = () if relaxation is None else relaxation.projections
+            has_delta = kind == "weight" and module.rpartition(".")[2] in relaxed
+            sources[name] = source, (f"{module}.deltas.{step}", relaxation) if has_delta else None
     sources["norm.weights.0"] = "norm.weights.0", None
     if not config.tie_embeddings:
         sources["output.weight"] = "output.weight", None
 
     def make(name: str) -> Tensor:
-        source, delta = sources[name]
-        if delta is None:
+        source, merged = sources[name]
+        if merged is None:
             return weights[source]
-        assert relaxation is not None
+        delta, relaxation = merged
         magnitude = weights[f"{delta}.magnitude"] if relaxation.kind == "dora" else None
         a, b = weights[f"{delta}.a"], weights[f"{delta}.b"]
         return merged_weight(weights[source], a, b, relaxation.scale, magnitude)

@@ -64,6 +64,17 @@ def recursive_weights(
             "a recursive model must start from a dense one, but this one has a recursion or "
             "experts. Use a model with recursion=None and moe=None."
         )
+    if dense.sum_norms:
+        raise ValueError(
+            "sum_norms=True is not among what is carried over to a recursive model. Use looped_weights, "
+            "which keeps all layers, or train from scratch."
+        )
+    if recursion.adapter is not None or recursion.exit_norm:
+        raise ValueError(
+            f"adapter={recursion.adapter} and exit_norm={recursion.exit_norm} change the states that "
+            "the dense model's layers see, so nothing of what it learnt would be left. Leave them out, "
+            "or train from scratch."
+        )
     if recursion.sandwich_norms:
         raise ValueError(
             "sandwich_norms=True normalises outputs that the dense model does not normalise, so "

@@ -39,8 +39,8 @@ def served() -> ServedModel:
     return replace(random_model(), name="m", stop_ids=(0,), chat_template=TEMPLATE)
 
 
-def body(source: random.Random, folder: Path) -> str | None:
-    """A valid body in which places are hostile, or whose bytes are damaged."""
+def hostile_body(source: random.Random) -> tuple[bytes, bool]:
+    """A valid body in which places are hostile, or whose bytes are damaged; and whether it is a chat."""
     wanted: Any = source.choice(VALID)
     for _ in range(source.choice([0, 1, 1, 2])):
         if isinstance(wanted, dict) and wanted:
@@ -50,8 +50,13 @@ def body(source: random.Random, folder: Path) -> str | None:
     content = hostile.as_json(wanted)
     if source.random() < 0.3:
         content = hostile.damaged(source, content)
+    return content, "messages" in wanted
+
+
+def body(source: random.Random, folder: Path) -> str | None:
+    """A hostile body is refused, or understood as it is meant."""
+    content, is_chat = hostile_body(source)
     model = served()
-    is_chat = "messages" in wanted
     try:
         call = (chat if is_chat else completions).parse(content, model, BOUNDS, "")
     except BadRequestError as error:

@@ -40,6 +40,7 @@ from mor_megatron.platform import cpu
 
 VOCAB_SIZE = 64
 MAX_SEQUENCE_LENGTH = 64
+ForwardStep = Callable[[Iterator[Tensor], nn.Module], Any]
 BlockBuilder = Callable[[TransformerConfig, int | None], TransformerBlockSubmodules]
 
 
@@ -222,6 +223,7 @@ def forward_backward(
     tokens: Tensor,
     micro_batch_size: int = 1,
     forward_only: bool = False,
+    step: ForwardStep | None = None,
 ) -> float:
     """One pass of the layout's own schedule over a batch. It leaves finalized gradients behind.
 
@@ -231,6 +233,7 @@ def forward_backward(
             the data-parallel ranks and then into microbatches.
         micro_batch_size: sequences per microbatch.
         forward_only: no gradients.
+        step: computes the loss of a microbatch of rows; default: `forward_step`.
 
     Returns:
         The loss per token of the global batch, on every rank.
@@ -241,7 +244,7 @@ def forward_backward(
     for chunk in chunks:
         chunk.zero_grad_buffer()
     reports = get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=step or forward_step,
         data_iterator=[iter(microbatches) for _ in chunks],
         model=chunks,
         num_microbatches=len(microbatches),
@@ -260,10 +263,11 @@ def train_step(
     optimizer: MegatronOptimizer,
     tokens: Tensor,
     micro_batch_size: int = 1,
+    step: ForwardStep | None = None,
 ) -> float:
     """`forward_backward`, then a step of the optimizer. Returns the loss before the step."""
     optimizer.zero_grad()
-    loss = forward_backward(chunks, tokens, micro_batch_size)
+    loss = forward_backward(chunks, tokens, micro_batch_size, step=step)
     succeeded, _, _ = optimizer.step()
     assert succeeded, "the optimizer skipped its step"
     return loss

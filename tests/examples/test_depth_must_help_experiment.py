@@ -26,6 +26,66 @@ def test_answers_follow_the_edges_hop_by_hop():
             assert node == answer
 
 
+CYCLE = [2, 3, 1, 0]  # 0 -> 2 -> 1 -> 3 -> 0
+NUMBERS = [1, 0, 3, 2]  # of the edges 0 -> 2, 1 -> 3, 2 -> 1 and 3 -> 0
+
+
+@pytest.mark.parametrize(
+    ("start", "hops", "node", "total"),
+    [
+        (0, 1, 2, 1),
+        (0, 2, 1, 1 + 3),
+        (0, 3, 3, 1 + 3 + 0),
+        (1, 1, 3, 0),
+        (1, 2, 0, 0 + 2),
+        (2, 2, 3, 3 + 0),
+        (3, 2, 2, 2 + 1),
+        (3, 3, 1, 2 + 1 + 3),
+    ],
+)
+def test_answers_are_those_worked_out_by_hand(start: int, hops: int, node: int, total: int):
+    cycle, numbers, starts, asked = (
+        torch.tensor([values]) for values in (CYCLE, NUMBERS, [start], [hops])
+    )
+    assert experiment.answers_of(cycle, None, starts, asked, 4).item() == node
+    assert experiment.answers_of(cycle, numbers, starts, asked, 4).item() == total % 4
+    assert experiment.answers_of(cycle, numbers, starts, asked, 100).item() == total
+
+
+def test_sums_are_those_of_the_numbers_that_the_edges_show():
+    plan = replace(QUICK, task="sums", batch=20)
+    batch = experiment.draw_batch(plan, torch.Generator().manual_seed(0))
+    n, m = plan.nodes, plan.modulus
+    assert int(batch.ids.max()) < plan.vocabulary
+    for ids, answers in zip(batch.ids, batch.answers, strict=True):
+        following, numbers = {}, {}
+        for token in ids[:n].tolist():
+            edge, number = divmod(token, m)
+            following[edge // n], numbers[edge // n] = edge % n, number
+        assert sorted(following.values()) == list(range(n))
+        for token, answer in zip(ids[n:].tolist(), answers[n:].tolist(), strict=True):
+            node, asked = divmod(token - n * n * m, HOPS)
+            total = 0
+            for _ in range(asked + 1):
+                total, node = total + numbers[node], following[node]
+            assert answer == total % m
+    asked = batch.answers[batch.answers != NO_ANSWER]
+    assert torch.bincount(asked, minlength=m).min() > len(asked) / m / 2
+
+
+def test_tokens_begin_as_sums_of_what_they_consist_of():
+    plan = replace(QUICK, task="sums")
+    model = experiment.MoRTransformer(experiment.models(plan)["fixed depth 1"])
+    experiment.initialize(model, plan)
+    rows = model.embedding.weight[: plan.nodes**2 * plan.modulus].view(
+        plan.nodes, plan.nodes, plan.modulus, -1
+    )
+    # Edges that differ in one part differ by the same vector, whatever the other parts are.
+    torch.testing.assert_close(rows[0, :, 0] - rows[1, :, 0], (rows[0, :, 3] - rows[1, :, 3]))
+    torch.testing.assert_close(rows[:, 2, 1] - rows[:, 2, 3], rows[:, 5, 1] - rows[:, 5, 3])
+    assert not torch.allclose(rows[0, 0, 0], rows[0, 0, 1])
+
+
 def test_shares_are_those_of_the_questions_that_need_a_step():
     batch = experiment.draw_batch(
         replace(QUICK, batch=500, questions=32), torch.Generator().manual_seed(1)
@@ -53,6 +113,14 @@ def test_the_verdict_asks_for_accuracy_steps_and_order_in_every_seed():
     assert "-0.190 ± 0.025: lower" in wrong
 
 
+def test_the_sums_are_learned_by_the_same_models():
+    plan = replace(QUICK, task="sums", steps=2)
+    config = experiment.models(plan)[PRIOR]
+    found = experiment.outcomes(PRIOR, config, 0, plan)
+    assert found[PRIOR].mean_depth == HOPS and 0 <= found[PRIOR].accuracy < 0.9
+    assert len(found[PRIOR].by_hops) == HOPS
+
+
 def test_it_runs_and_resumes(tmp_path, capsys):
     arguments = ["--quick", "--seeds", "1", "--steps", "2", "--output", str(tmp_path)]
     results = experiment.main(arguments)
@@ -68,3 +136,5 @@ def test_it_runs_and_resumes(tmp_path, capsys):
     assert (tmp_path / "results.png").stat().st_size > 1000
     with pytest.raises(SystemExit):
         experiment.main([*arguments, "--steps", "3"])
+    with pytest.raises(SystemExit):
+        experiment.main([*arguments, "--task", "sums"])

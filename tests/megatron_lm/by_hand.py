@@ -5,12 +5,14 @@ It runs on one rank of a worker pool. Nothing is taken from `megatron.training`.
 
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.tokenizers import MegatronTokenizer
@@ -53,6 +55,7 @@ def train(
     fields: dict[str, Any],
     updates: bool = True,
     is_hybrid: bool = False,
+    documents: Path | None = None,
 ) -> Trained:
     """STEPS batches of the script's mock data, from the weights of its seed.
 
@@ -61,6 +64,7 @@ def train(
         fields: of the configuration.
         updates: whether to update routers after each step.
         is_hybrid: take a HybridModel and not a GPTModel.
+        documents: train on these, see `write_documents`, and keep them apart by a mask.
     """
     setup.initialize(seed=SEED)
     random.seed(SEED)
@@ -71,18 +75,37 @@ def train(
     optimizer = setup.build_optimizer(chunks, lr=LEARNING_RATE)
     for group in optimizer.param_groups:  # as Megatron's scheduler does: norms do not decay
         group["weight_decay"] *= group["wd_mult"]
-    data, losses, reports = _mock_data(), [], []
+    data, losses, reports = _data(documents), [], []
     for step in range(STEPS):
         samples = [data[step * BATCH + i] for i in range(BATCH)]
         ids = torch.stack([sample["tokens"] for sample in samples])
         last = torch.stack([sample["labels"][-1:] for sample in samples])
-        losses.append(
-            setup.train_step(chunks, optimizer, torch.cat([ids, last], dim=1), MICRO_BATCH)
+        rows = torch.cat([ids, last], dim=1)
+        if documents:
+            rows = torch.cat([rows, torch.stack([_document_of_each_token(s) for s in samples])], 1)
+        loss = setup.train_step(
+            chunks, optimizer, rows, MICRO_BATCH, _masked_step if documents else None
         )
+        losses.append(loss)
         if updates:
             update_routers(chunks)
         reports += routing_reports(chunks)
     return Trained(losses, reports)
+
+
+def _document_of_each_token(sample: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.searchsorted(sample["cu_seqlens"], torch.arange(SEQUENCE_LENGTH), right=True)
+
+
+def _masked_step(microbatches: Any, model: Any) -> Any:
+    """As `setup.forward_step`, of rows that end with the document of each token."""
+    rows = next(microbatches)
+    tokens, documents = rows[:, : SEQUENCE_LENGTH + 1], rows[:, SEQUENCE_LENGTH + 1 :]
+    is_other = documents[:, :, None] != documents[:, None]
+    mask = (is_other | torch.ones_like(is_other).triu(1))[:, None]
+    positions = torch.arange(SEQUENCE_LENGTH).expand(len(rows), -1)
+    losses = model(tokens[:, :-1], positions, mask, labels=tokens[:, 1:])
+    return losses, lambda losses: (losses.mean(), losses.detach().mean())
 
 
 def _gpt(recursion: RecursionConfig, fields: dict[str, Any]) -> GPTModel:
@@ -102,7 +125,16 @@ def _hybrid(recursion: RecursionConfig, fields: dict[str, Any]) -> HybridModel:
     return HybridModel(config, spec, hybrid_layer_pattern=pattern.unrolled, **SIZES)
 
 
-def _mock_data() -> Any:
+def write_documents(prefix: Path) -> None:
+    """Writes documents of 3 to 40 tokens in Megatron's format."""
+    lengths = torch.randint(3, 41, (4000,), generator=torch.Generator().manual_seed(SEED)).tolist()
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
+    for first, length in enumerate(lengths):
+        builder.add_document((first + torch.arange(length)) % VOCAB_SIZE, [length])
+    builder.finalize(f"{prefix}.idx")
+
+
+def _data(documents: Path | None) -> Any:
     tokenizer = MegatronTokenizer.from_pretrained(
         metadata_path={"library": "null-text"}, vocab_size=VOCAB_SIZE
     )
@@ -115,8 +147,11 @@ def _mock_data() -> Any:
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
+        inter_document_masking=documents is not None,
+        blend=None if documents is None else ([str(documents)], None),
         mid_level_dataset_surplus=0.005,
     )
     sizes = [STEPS * BATCH, 2 * BATCH, BATCH]
-    (data, *_) = BlendedMegatronDatasetBuilder(MockGPTDataset, sizes, lambda: True, config).build()
+    kind = MockGPTDataset if documents is None else GPTDataset
+    (data, *_) = BlendedMegatronDatasetBuilder(kind, sizes, lambda: True, config).build()
     return data

@@ -74,6 +74,26 @@ def test_two_replicas_with_the_distributed_optimizer(script: Path, expected: Tra
         assert done.logged(f"recursion step {step} share") == equal(list(shares))
 
 
+@pytest.mark.parametrize(
+    ("num_ranks", "arguments"),
+    [(1, {}), (2, {"tensor_model_parallel_size": 2, "sequence_parallel": None})],
+    ids=["one rank", "TP and SP"],
+)
+def test_documents_are_kept_apart_by_packing(
+    script: Path, pool: WorkerPool, tmp_path: Path, num_ranks: int, arguments: dict[str, Any]
+) -> None:
+    """The script joins the samples of a micro-batch to one packed row."""
+    documents = tmp_path / "documents"
+    by_hand.write_documents(documents)
+    recursion: dict[str, Any] = {"recursion": specs.WARMUP, "fields": {}}
+    (expected,) = pool.run(by_hand.train, **recursion, documents=documents)
+    data = {"mock_data": ABSENT, "data_path": documents, "split": "969,30,1"}
+    done = train(
+        script, "warmup", num_ranks, dataloader_inter_document_masking=None, **data, **arguments
+    )
+    assert done.losses == equal(expected.losses)
+
+
 @pytest.mark.usefixtures("one_rank")
 def test_two_stages_go_on_from_one_rank(script: Path, folder: Path, expected: Trained) -> None:
     resumed = train(script, "warmup", num_ranks=2, pipeline_model_parallel_size=2, **resume(folder))

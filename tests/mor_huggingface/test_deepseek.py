@@ -12,11 +12,13 @@ from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV3Confi
 
 from mor_huggingface.deepseek import V2, V3, config_from_deepseek, deepseek_config
 from mor_layers import DecoderConfig, ExpertChoice, MoEConfig, RecursionConfig, load_model
+from mor_layers.costs import account
 from mor_layers.generation import CacheSettings, DepthBatchingEngine, Request
 from mor_layers.models import LatentAttentionConfig
 from mor_tools import commands
 from mor_tools.formats import detected
-from tests.mor_layers.small_models import random_ids, randomized, small_config
+from tests.mor_layers.costs.test_accounting import BATCH, measure
+from tests.mor_layers.small_models import random_ids, randomized, small_config, small_model
 
 SIZES: dict[str, Any] = {
     "vocab_size": 19,
@@ -110,6 +112,18 @@ def test_generation_with_caches_gives_the_tokens_of_the_public_code(tmp_path):
             with torch.no_grad():
                 ids = torch.cat([ids, original(ids).logits[:, -1:].argmax(-1)], dim=1)
         assert list(tokens.values())[number] == ids[0, len(prompt) :].tolist()
+
+
+def test_parameters_flops_and_latent_rows_are_counted() -> None:
+    kind, fields = CHECKPOINTS["V3"]
+    config = config_from_deepseek(kind(**SIZES | fields).to_dict())
+    model, length = small_model(config), 9
+    measured, cost = measure(model, random_ids(BATCH, length)), account(config, length)
+    assert cost.parameters.total == sum(p.numel() for p in model.parameters())
+    assert measured.forward == BATCH * cost.forward.total
+    assert measured.training == BATCH * cost.training.total
+    # Of each token and layer, a latent row and the rotary part of the keys.
+    assert cost.kv_bytes(4) == length * 4 * (8 + 4) * 4
 
 
 def with_settings(**changes) -> dict[str, Any]:

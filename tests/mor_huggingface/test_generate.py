@@ -2,12 +2,14 @@
 
 import itertools
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import DynamicCache
 
 from mor_huggingface import MoRCache, MoRConfig, MoRForCausalLM
+from mor_layers import ExpertChoice, RecursionConfig, TokenChoice
 from tests.mor_layers.generation.test_engine import ALL_ROUTERS, POLICIES
 from tests.mor_layers.small_models import VOCAB_SIZE, random_ids, small_config, small_model
 
@@ -70,6 +72,18 @@ def compare(model, settings) -> None:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_cache_changes_nothing(name, router, policy, sharing) -> None:
     compare(wrapped(router, policy, sharing), SETTINGS[name])
+
+
+@pytest.mark.parametrize("name", ["beams", "prompt in chunks"])
+def test_a_cache_changes_nothing_with_several_recursions(name) -> None:
+    recursions = (
+        RecursionConfig(2, "cycle", ExpertChoice(), "exit_state", block_layers=1),
+        RecursionConfig(2, "middle_cycle", TokenChoice(), "recursive_sharing", block_layers=1),
+    )
+    config = replace(small_config(), num_unrolled_layers=6, recursion=recursions)
+    model = MoRForCausalLM(MoRConfig.from_decoder(config)).eval()
+    model.model.load_state_dict(small_model(config).state_dict())
+    compare(model, SETTINGS[name])
 
 
 @pytest.mark.full

@@ -213,7 +213,7 @@ def test_other_kinds_of_nanbeige_are_refused_by_name(nanbeige):
         looped_config(NANBEIGE, sandwich)
 
 
-@pytest.mark.parametrize("kind", ["huginn_raven", "dory", "hrm_text"])
+@pytest.mark.parametrize("kind", ["dory", "hrm_text"])
 def test_looped_models_that_our_blocks_do_not_express_are_refused_by_name(tmp_path, kind, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     with pytest.raises(SystemExit):

@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments
 
 from mor_huggingface import MoRConfig, MoRForCausalLM, RouterUpdates
 from mor_huggingface.training import Counts
-from mor_layers import DepthAndWidth, ExpertChoice, MoEConfig, TokenChoice
+from mor_layers import DepthAndWidth, ExpertChoice, MoEConfig, RecursionConfig, TokenChoice
 from tests.mor_layers.small_models import random_ids, small_config, small_model
 
 LEARNING_RATE = 0.01
@@ -17,6 +17,15 @@ CONFIGS = {
     "loss-free": small_config(TokenChoice(balancing="loss_free", balancing_coefficient=0.03)),
     "thresholds and experts": replace(
         small_config(DepthAndWidth(), kv_policy="exit_state"),
+        moe=MoEConfig(4, 2, bias_update_rate=0.1),
+    ),
+    "experts between two recursions": replace(
+        small_config(),
+        num_unrolled_layers=3 + 4,
+        recursion=(
+            RecursionConfig(3, "cycle", ExpertChoice(warmup_steps=6), block_layers=1),
+            RecursionConfig(2, block_layers=1),
+        ),
         moe=MoEConfig(4, 2, bias_update_rate=0.1),
     ),
 }

@@ -110,6 +110,8 @@ def recursions(draw: st.DrawFn, steps: int, wrong: float) -> dict[str, Any]:
             values.pop(name, None)
     if (steps > 1 or "sequence" not in sharing) and draw(st.integers(0, 4)):
         values.pop("anchor_every", None)
+    if draw(st.integers(0, 9)):
+        values.pop("block_layers", None)  # which rarely makes as many layers as the model has
     if router.get("backward_steps") is not None and draw(st.integers(0, 4)):
         values |= {"input_injection": True, "loop_loss": None}
     if steps < 3 and draw(st.integers(0, 4)):

@@ -101,6 +101,18 @@ CASES = {
         anchor_every=2,
         depth_balance=0.1,
     ),
+    "several recursions": DecoderConfig(
+        32,
+        16,
+        12,
+        num_unrolled_layers=3 + 4,
+        num_heads=4,
+        recursion=(
+            RecursionConfig(3, "cycle", ExpertChoice(), block_layers=1),
+            RecursionConfig(2, router=TokenChoice(), kv_policy="exit_state", block_layers=1),
+        ),
+        moe=EXPERTS,
+    ),
     "adaptive halting": decoder(router=AdaptiveHalting(), sharing="cycle", layers=3),
     "exit gate": decoder(router=ExitGate(), loop_loss=LoopLoss()),
     "random depths": decoder(router=RandomDepth()),
@@ -123,7 +135,7 @@ def test_layers_are_recomputed_in_the_backward_pass(pool: WorkerPool) -> None:
 
 
 def test_every_setting_of_a_decoder_has_a_case() -> None:
-    recursions = [case.recursion for case in CASES.values() if case.recursion is not None]
+    recursions = [recursion for case in CASES.values() for recursion in case.recursions]
     for cases in (list(CASES.values()), recursions):
         for field in fields(cases[0]):
             values = [getattr(case, field.name) for case in cases]

@@ -61,6 +61,8 @@ class Run:
 
     losses: dict[int, float]
     """Of each step, from TensorBoard."""
+    validation: dict[int, float]
+    """Validation losses, of the same batch where data is not parallel."""
     state: dict[str, Tensor]
     """Parameters and buffers of the model folder."""
 
@@ -108,7 +110,9 @@ def train(
         *("--dump_folder", str(target), "--training.steps", str(STEPS), *layout.options),
         *("--training.mixed_precision_param", "float32"),
         *("--training.global_batch_size", str(BATCH), "--metrics.enable_tensorboard"),
-        *("--checkpoint.enable", "--checkpoint.interval", str(SAVED_AT), *options),
+        *("--checkpoint.enable", "--checkpoint.interval", str(SAVED_AT)),
+        *("--validator.enable", "--validator.freq", str(STEPS), "--validator.steps", "1"),
+        *("--validator.dataloader.dataset", "python_topics", *options),
     ]
     return subprocess.run(
         command,
@@ -128,14 +132,21 @@ def trained(assets: Path, target: Path, config: str, layout: Layout, *options: s
     assert run.returncode == 0, run.stdout[-6000:]
     (events,) = target.rglob("events.out.tfevents.*")
     written = EventAccumulator(str(events)).Reload()
-    losses = {e.step: e.value for e in written.Scalars("loss_metrics/global_avg_loss")}
+    losses, validation = (
+        {event.step: event.value for event in written.Scalars(tag)}
+        for tag in ("loss_metrics/global_avg_loss", "validation_metrics/loss")
+    )
     step, folder = target / "checkpoint" / f"step-{STEPS}", target / "model"
     save_folder(step, folder, DECODERS[config], assets / "tokenizer.json")
-    return Run(losses, load_model(folder).state_dict())
+    return Run(losses, validation, load_model(folder).state_dict())
 
 
-def assert_trained_alike(run: Run, expected: Run) -> None:
+def assert_trained_alike(run: Run, expected: Run, layout: Layout) -> None:
     assert run.losses == pytest.approx({n: expected.losses[n] for n in run.losses}, abs=1e-5)
+    assert run.validation.keys() >= {STEPS}
+    if layout.tensor_parallel == layout.ranks:  # otherwise ranks validate with other rows
+        wanted = {step: expected.validation[step] for step in run.validation}
+        assert run.validation == pytest.approx(wanted, abs=1e-5)
     for name, tensor in run.state.items():
         torch.testing.assert_close(tensor, expected.state[name], rtol=0, atol=1e-4)
 
@@ -146,6 +157,8 @@ def test_one_rank_learns_and_moves_its_routers(alone, config: str) -> None:
     assert list(run.losses) == [*range(1, STEPS + 1)] and run.losses[STEPS] < run.losses[1]
     moved = {"expert_choice": "training_steps", "experts": "depth_bias"}[config]
     assert run.state[f"recursions.0.router.{moved}"].abs().sum() > 0
+    for step, loss in run.validation.items():  # of other rows, and without losses of routers
+        assert loss == pytest.approx(run.losses[step], abs=0.3)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +176,7 @@ def test_several_ranks_train_as_one_does(
     expected, _ = alone(config)
     run = trained(assets, tmp_path, config, LAYOUTS[layout])
     assert len(run.losses) == STEPS
-    assert_trained_alike(run, expected)
+    assert_trained_alike(run, expected, LAYOUTS[layout])
 
 
 @pytest.mark.parametrize("config", DECODERS)
@@ -175,7 +188,7 @@ def test_a_run_of_one_rank_resumes_on_tensor_parallel_ranks(
     shutil.copytree(folder / saved, tmp_path / saved)
     run = trained(assets, tmp_path, config, TENSOR_PARALLEL)
     assert list(run.losses) == [*range(SAVED_AT + 1, STEPS + 1)]
-    assert_trained_alike(run, expected)
+    assert_trained_alike(run, expected, TENSOR_PARALLEL)
 
 
 def test_bf16_on_tensor_parallel_ranks_stays_close_to_fp32(

@@ -102,7 +102,7 @@ SERVED: dict[str, DecoderConfig] = {
     "token choice, heads of 32": replace(
         recursive(TokenChoice(), block=2), head_dim=32, qk_norm=True
     ),
-    "expert choice, cycle": recursive(ExpertChoice(), block=2, sharing="cycle"),
+    "expert choice, cycle": recursive(ExpertChoice(), block=2, sharing="cycle", block_layers=2),
     "expert choice, update": recursive(ExpertChoice(), block=2, **UPDATE),
     "token choice, update": recursive(TokenChoice(), share_norms=False, **UPDATE),
     "expert choice, update, skips step 1": recursive(SKIPS_STEP_1, **UPDATE),

@@ -32,7 +32,7 @@ from mor_layers.generation.depth import turn_dial
 from mor_layers.layers import NormModulation
 from mor_layers.layers.moe import Assignment, Experts
 from mor_layers.models import LatentAttentionConfig
-from mor_layers.recursion import HistoryInjection, HyperConnections
+from mor_layers.recursion import HistoryInjection, HyperConnections, StateAdapter
 from mor_layers.routers import AdaptiveHalting, Deepened, Router, registered_routers
 from mor_vllm import plugin as vllm_plugin
 from tests.mor_layers.small_models import ROUTERS, plain_config, small_config, small_model
@@ -134,8 +134,8 @@ REFUSED = {
         "groups_per_token",
         "shared_ffn_hidden_size",
     },
-    DecoderConfig: {"latent_attention"},
-    RecursionConfig: {"history", "norm_modulation", "anchor_every"},
+    DecoderConfig: {"latent_attention", "embedding_scale", "sum_norms"},
+    RecursionConfig: {"history", "norm_modulation", "anchor_every", "adapter", "exit_norm"},
 }
 """Settings that are refused by name, see below. `drop_policy` needs a `capacity_factor`,
 `groups_per_token` needs `num_groups`, and `anchor_every` layers that route by themselves."""
@@ -195,6 +195,12 @@ def default_of(setting: Field) -> Any:
             replace(plain_config(4), moe=MoEConfig(4, scores="sigmoid", shared_ffn_hidden_size=8)),
             "moe.scores='sigmoid', moe.shared_ffn_hidden_size=8 cannot be served",
         ),
+        (replace(small_config(), embedding_scale=2.0), "embedding_scale=2.0 cannot be served"),
+        (replace(small_config(), sum_norms=True), "sum_norms=True cannot be served"),
+        (
+            replace(plain_config(5), recursion=RecursionConfig(3, adapter=StateAdapter())),
+            r"adapter=StateAdapter\(.*\), exit_norm=False cannot be served",
+        ),
         (replace(small_config(), head_dim=258), "heads of 258 numbers cannot be served"),
         (small_config(AdaptiveHalting()), "its layers hand on a single state"),
         (
@@ -208,6 +214,14 @@ def default_of(setting: Field) -> Any:
         (
             replace(small_config(), recursion=RecursionConfig(3, norm_modulation=NormModulation())),
             "its norms do not know the step",
+        ),
+        (
+            replace(
+                small_config(),
+                num_unrolled_layers=4,
+                recursion=(RecursionConfig(2, "cycle", block_layers=1),) * 2,
+            ),
+            "recursion has 2 entries, but mor_vllm supports models with one recursion only",
         ),
         (
             replace(small_config(), num_kv_heads=None, latent_attention=LATENT),

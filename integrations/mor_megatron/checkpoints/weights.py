@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mor_layers import DecoderConfig, MoEConfig, RecursionConfig
 from mor_layers.layers import MLP_PROJECTIONS, Sublayer
-from mor_layers.weights import LazyTensors, tensor_shapes
+from mor_layers.weights import LazyTensors, recursion_of, tensor_shapes, unrolled_layers
 
 
 def megatron_tensors(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
@@ -104,13 +104,22 @@ def megatron_names(config: DecoderConfig, tensors: Iterable[str]) -> dict[str, t
         local = name.replace(f".{_EXPERTS_NORM}", f".{_DENSE_NORM}")
         return local if name not in tensors and local in tensors else name
 
-    # Only a cyclic recursion has a router with tensors, and it has only one block, number 0.
     routers = [
-        f"recursions.0.router.{name.split('.recursion.router.')[1]}"
-        for name in tensors
-        if ".recursion.router." in name
+        f"recursions.{block}.router.{name.removeprefix(place)}"
+        for block, depth in block_depths(config).items()
+        for name in sorted(tensors)
+        if name.startswith(place := f"decoder.layers.{depth}.recursion.router.")
     ]
     return {as_given(name): ours for name, ours in _names(config, routers).items()}
+
+
+def block_depths(config: DecoderConfig) -> dict[int, int]:
+    """For each recursion block, by its number, the unrolled layer at which Megatron has it."""
+    depths: dict[int, int] = {}
+    for depth, (name, _) in enumerate(unrolled_layers(config)):
+        if config.recursion is not None and name.startswith("recursions."):
+            depths.setdefault(int(name.split(".")[1]), depth)
+    return depths
 
 
 def _named(tensors: Mapping[str, Tensor], name: str) -> Tensor:
@@ -127,50 +136,63 @@ def _names(config: DecoderConfig, routers: Iterable[str]) -> dict[str, tuple[str
     Args:
         routers: our names of the router's tensors.
     """
-    recursion, schedule = config.effective_recursion, config.schedule
-    ends = None if config.dense_ends else config.moe
-    num_norms = 1 if recursion.share_norms else recursion.num_recursions
+    _refuse_what_megatron_lacks(config)
+    outside = None if config.dense_ends else config.moe
+    blocks = block_depths(config)
     names: dict[str, tuple[str, ...]] = {
         "embedding.word_embeddings.weight": ("embedding.weight",),
         "decoder.final_layernorm.weight": ("norm.weights.0",),
     }
     if not config.tie_embeddings:
         names["output_layer.weight"] = ("output.weight",)
-    for layer in range(schedule.prelude):
-        place = f"decoder.layers.{layer}"
-        names |= _layer_names(config, place, f"prelude.layers.{layer}", ends)
-    sizes = [schedule.block_size] if schedule.is_cyclic else [1] * schedule.block_size
-    depth = schedule.prelude
-    for block, size in enumerate(sizes):
+    for depth, (ours, step) in enumerate(unrolled_layers(config)):
+        place = f"decoder.layers.{depth}"
+        if not ours.startswith("recursions."):
+            names |= _layer_names(config, place, ours, outside)
+        elif config.recursion is None:
+            names |= _layer_names(config, place, ours, config.moe)
+        elif step == 0:
+            recursion = recursion_of(config, ours)
+            num_norms = 1 if recursion.share_norms else recursion.num_recursions
+            block, layer = int(ours.split(".")[1]), ours.rpartition(".")[2]
+            place = f"decoder.layers.{blocks[block]}.recursion.layers.{layer}"
+            names |= _layer_names(config, place, ours, config.moe, recursion, num_norms)
+    for block, depth in blocks.items():
         theirs, ours = f"decoder.layers.{depth}.recursion", f"recursions.{block}"
-        for layer in range(size):
-            inner, outer = f"{ours}.layers.layers.{layer}", f"{theirs}.layers.{layer}"
-            if config.recursion is None:
-                place = f"decoder.layers.{depth + layer}"
-                names |= _layer_names(config, place, inner, config.moe)
-            else:
-                names |= _layer_names(config, outer, inner, config.moe, recursion, num_norms)
-        for name in (name for name in routers if name.startswith(f"{ours}.router.")):
-            names[f"{theirs}.{name.removeprefix(f'{ours}.')}"] = (name,)
-        steps = recursion.num_recursions
-        vectors = [f"embeddings.{step}" for step in range(steps * recursion.step_embeddings)]
-        vectors += [f"gains.{step}" for step in range((steps - 1) * recursion.input_injection)]
-        vectors += ["norms.0"] * recursion.loop_norm
-        beside = [f"step_input.{name}" for name in vectors]
-        if recursion.hyper_connections is not None:
-            is_static = recursion.hyper_connections.mixing == "static"
-            mixing = ("bias",) if is_static else ("bias", "weight", "scale")
-            beside += [f"streams.mixers.{step}.{name}" for step in range(steps) for name in mixing]
-        if recursion.history is not None:
-            beside += [f"history.mixing.{place}" for place in range(recursion.history.window)]
-            beside += ["history.gate.0"] * recursion.history.step_gate
-        for name in beside:
-            names[f"{theirs}.{name}"] = (f"{ours}.{name}",)
-        depth += size * steps
-    for layer in range(schedule.coda):
-        place = f"decoder.layers.{depth + layer}"
-        names |= _layer_names(config, place, f"coda.layers.{layer}", ends)
+        own = [name for name in routers if name.startswith(f"{ours}.router.")]
+        own += [f"{ours}.{name}" for name in _beside_layers(recursion_of(config, ours))]
+        names |= {f"{theirs}.{name.removeprefix(f'{ours}.')}": (name,) for name in own}
     return names
+
+
+def _beside_layers(recursion: RecursionConfig) -> list[str]:
+    """The tensors of a block that are neither its layers' nor its router's."""
+    steps = recursion.num_recursions
+    vectors = [f"embeddings.{step}" for step in range(steps * recursion.step_embeddings)]
+    vectors += [f"gains.{step}" for step in range((steps - 1) * recursion.input_injection)]
+    vectors += ["norms.0"] * recursion.loop_norm
+    names = [f"step_input.{name}" for name in vectors]
+    if recursion.hyper_connections is not None:
+        is_static = recursion.hyper_connections.mixing == "static"
+        mixing = ("bias",) if is_static else ("bias", "weight", "scale")
+        names += [f"streams.mixers.{step}.{name}" for step in range(steps) for name in mixing]
+    if recursion.history is not None:
+        names += [f"history.mixing.{place}" for place in range(recursion.history.window)]
+        names += ["history.gate.0"] * recursion.history.step_gate
+    return names
+
+
+def _refuse_what_megatron_lacks(config: DecoderConfig) -> None:
+    """Raise ValueError for settings of a decoder that no layer of ours in Megatron has."""
+    given = {name: getattr(config, name) for name in config.beyond_llama}
+    for recursion in config.recursions:
+        given |= {
+            n: getattr(recursion, n) for n in ("adapter", "exit_norm") if getattr(recursion, n)
+        }
+    for name, value in given.items():
+        raise ValueError(
+            f"{name}={value} is not converted to Megatron. Keep the model in our format."
+        )
 
 
 def _layer_names(

@@ -37,6 +37,17 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
     is_dora = recursion.relaxation is not None and recursion.relaxation.kind == "dora"
     return [
         (
+            recursion.adapter is not None,
+            f"adapter={recursion.adapter}",
+            "its projection and its initial state are those of the PyTorch model only. Use "
+            "input_injection=True.",
+        ),
+        (
+            recursion.exit_norm,
+            "exit_norm=True",
+            "the layers after it are the user's own. Leave it out, or use loop_norm=True.",
+        ),
+        (
             config.hybrid_context_parallel,
             "hybrid_context_parallel=True",
             "its groups change from sequence to sequence. Use hybrid_context_parallel=False.",

@@ -33,6 +33,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from mor_layers import RecursionConfig
+from mor_layers.models import unrolled_lengths
 from mor_megatron.layers import (
     AbsorbedLayer,
     LatentAttention,
@@ -174,11 +175,12 @@ def recursion_layer_spec(
     """
     if not layer_specs:
         raise ValueError("a recursion needs at least one layer. Pass the specs of its layers.")
-    if recursion.prelude_layers is not None or recursion.coda_layers is not None:
+    given = ("prelude_layers", "coda_layers", "block_layers")
+    if any(getattr(recursion, name) is not None for name in given):
+        values = ", ".join(f"{name}={getattr(recursion, name)}" for name in given)
         raise ValueError(
-            f"prelude_layers={recursion.prelude_layers} and coda_layers={recursion.coda_layers} "
-            "have no effect if you list the layers before and after the recursion yourself. Leave "
-            "them out, or use recursion_block_spec."
+            f"{values} have no effect if you list the layers of the recursion, and those before and "
+            "after it, yourself. Leave them out, or use recursion_block_spec."
         )
     return ModuleSpec(
         module=RecursionLayer,
@@ -189,7 +191,7 @@ def recursion_layer_spec(
 
 def recursion_block_spec(
     config: TransformerConfig,
-    recursion: RecursionConfig,
+    recursion: RecursionConfig | Sequence[RecursionConfig],
     layer_spec: ModuleSpec | None = None,
     vp_stage: int | None = None,
     dense_layer_spec: ModuleSpec | None = None,
@@ -205,7 +207,8 @@ def recursion_block_spec(
 
     Args:
         config: `num_layers` is the unrolled depth.
-        recursion: sharing, steps, router, KV policy, norms.
+        recursion: sharing, steps, router, KV policy, norms; or those of several recursions, one after
+            another.
         layer_spec: spec of the shared layers. Default: `default_layer_spec(config)`, with experts
             in the layers that `config.moe_layer_freq` selects.
         vp_stage: must be None; virtual stages are not used here.
@@ -260,7 +263,7 @@ def unrolled_layer_specs(config: TransformerConfig) -> list[ModuleSpec]:
 
 def recursion_parts(
     config: TransformerConfig,
-    recursion: RecursionConfig,
+    recursion: RecursionConfig | Sequence[RecursionConfig],
     layer_specs: Sequence[ModuleSpec],
     dense_layer_spec: ModuleSpec | None = None,
 ) -> list[list[ModuleSpec]]:
@@ -268,14 +271,41 @@ def recursion_parts(
 
     Args:
         layer_specs: one for each unrolled layer.
-        dense_layer_spec: replaces the specs of prelude and coda.
+        dense_layer_spec: replaces the specs of layers outside of recursions.
 
     Raises:
-        ValueError: a shared layer has different specs at different steps.
+        ValueError: the layers do not add up, or a shared layer has different specs at different steps.
     """
-    schedule = recursion.schedule(config.num_layers)
+    recursions = [recursion] if isinstance(recursion, RecursionConfig) else list(recursion)
+    if sum(own.depth_balance is not None for own in recursions) > 1:
+        raise ValueError(
+            "depth_balance is set for several recursions, but Megatron's layers would go on counting "
+            "from one to the next. Set it for one of them."
+        )
+    if len(recursions) == 1:
+        return _parts(config, recursions[0], layer_specs, dense_layer_spec)
+    parts, first = [], 0
+    for own, length in zip(
+        recursions, unrolled_lengths(recursions, config.num_layers), strict=True
+    ):
+        specs = layer_specs[first : first + length]
+        parts += _parts(config, own, specs, dense_layer_spec, first)
+        first += length
+    return parts
+
+
+def _parts(
+    config: TransformerConfig,
+    recursion: RecursionConfig,
+    layer_specs: Sequence[ModuleSpec],
+    dense_layer_spec: ModuleSpec | None,
+    begin: int = 0,
+) -> list[list[ModuleSpec]]:
+    """The parts of one recursion with the layers around it, which begin at layer `begin`."""
+    num_layers = len(layer_specs)
+    schedule = recursion.schedule(num_layers)
     prelude, steps = schedule.prelude, recursion.num_recursions
-    end = config.num_layers - schedule.coda
+    end = num_layers - schedule.coda
     # A cyclic step runs the whole block; in a sequence each layer repeats on its own.
     size = schedule.block_size if schedule.is_cyclic else 1
     absorbed = ModuleSpec(module=AbsorbedLayer)
@@ -285,9 +315,10 @@ def recursion_parts(
         shared = unrolled[:size]
         for index, spec in enumerate(unrolled):
             if spec is not shared[index % size]:
+                here = begin + first
                 raise ValueError(
                     f"moe_layer_freq={config.moe_layer_freq} makes unrolled layers "
-                    f"{first + index % size} and {first + index} (0-based) different, but they are "
+                    f"{here + index % size} and {here + index} (0-based) different, but they are "
                     "the same shared layer, which cannot be dense in one step and have experts in "
                     f"another. Use the same value for all {steps} steps."
                 )
@@ -297,6 +328,7 @@ def recursion_parts(
             recursion,
             prelude_layers=None,
             coda_layers=None,
+            block_layers=None,
             router=router,
             anchor_every=None,
             depth_balance=recursion.depth_balance if router is recursion.router else None,

@@ -19,6 +19,8 @@ SYMBOLS = {
     "+": "latent attention",
 }
 """Megatron's symbols for layers."""
+SCANS = "MG"
+"""Those whose state passes from each token to the next one."""
 _TOKEN = re.compile(r"(?P<space>\s+)|\[(?P<block>[^\[\]]*)\](?P<times>x[0-9]+)?|(?P<one>.)")
 
 
@@ -116,6 +118,14 @@ def _recursion(text: str, match: re.Match[str]) -> PatternPart:
         kinds = ", ".join(
             SYMBOLS.get(symbol, repr(symbol)) for symbol, _ in groupby(sorted(symbols))
         )
+        if set(symbols) & set(SCANS):
+            raise ValueError(
+                f"{where} contains {kinds}. The state of a Mamba or gated delta net passes from each "
+                "token to the next one, and a token that skips a step would leave a gap in that step's "
+                "state. At a fixed depth no token skips, but Megatron's layers need kernels of a GPU "
+                "(mamba_ssm, flash-linear-attention), on which this has not been verified. Write them "
+                "before or after the recursion, as in M-[*-]x3M-."
+            )
         raise ValueError(
             f"{where} contains {kinds or 'nothing'}. A recursion runs layers of attention, each "
             "alone or followed by an MLP or experts: '*', '*-' or '*E', as in [*-*E]x3."

@@ -47,9 +47,12 @@ from mor_megatron.models.gpt import (
 from mor_megatron.models.hybrid import RecursiveHybridStack, recursion_hybrid_spec
 from mor_megatron.models.hybrid_pattern import HybridPattern
 
+Recursions = RecursionConfig | str | Path | Sequence[RecursionConfig | str | Path]
+"""The settings of a recursion or a YAML file with them, or several of these."""
+
 
 def recursion_builder(
-    recursion: RecursionConfig | str | Path, dense_ends: bool = False, logs_routing: bool = True
+    recursion: Recursions, dense_ends: bool = False, logs_routing: bool = True
 ) -> Callable[..., TransformerBlockSubmodules]:
     """Return a function that makes the layers of a stage from the script's configuration.
 
@@ -59,12 +62,12 @@ def recursion_builder(
     on routing, see `mor_megatron.log_routing`.
 
     Args:
-        recursion: the settings, or a YAML file with them.
-        dense_ends: whether prelude and coda have dense MLPs although the model has experts.
+        recursion: the settings, or a YAML file with them; of several recursions a sequence of these.
+        dense_ends: whether layers outside of recursions have dense MLPs although the model has experts.
         logs_routing: whether to add routing figures to Megatron's log, which takes two or three
             small reductions after each batch.
     """
-    settings = _loaded(recursion)
+    settings = _all_loaded(recursion)
 
     def spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
         # The script passes its GPTModelConfig, which contains the TransformerConfig.
@@ -79,7 +82,7 @@ def recursion_builder(
 
 
 def recursion_spec(
-    recursion: RecursionConfig | str | Path, dense_ends: bool = False, logs_routing: bool = True
+    recursion: Recursions, dense_ends: bool = False, logs_routing: bool = True
 ) -> ModuleSpec:
     """A layer spec that becomes a Mixture-of-Recursions when Megatron builds `num_layers` of it.
 
@@ -88,13 +91,13 @@ def recursion_spec(
     each batch as with `recursion_builder`.
 
     Args:
-        recursion: the settings, or a YAML file with them.
-        dense_ends: whether prelude and coda have dense MLPs although the model has experts.
+        recursion: the settings, or a YAML file with them; of several recursions a sequence of these.
+        dense_ends: whether layers outside of recursions have dense MLPs although the model has experts.
         logs_routing: whether to add routing figures to Megatron's log. It does not happen where a
             pipeline stage has no layers, because nothing of this spec is built there.
     """
     params = {
-        "recursion": _loaded(recursion),
+        "recursion": _all_loaded(recursion),
         "dense_ends": dense_ends,
         "logs_routing": logs_routing,
     }
@@ -103,7 +106,7 @@ def recursion_spec(
 
 def recursion_hybrid_stack(
     pattern: str,
-    recursions: RecursionConfig | str | Path | Sequence[RecursionConfig | str | Path],
+    recursions: Recursions,
     layers: HybridStackSubmodules | None = None,
     logs_routing: bool = True,
 ) -> ModuleSpec:
@@ -123,15 +126,19 @@ def recursion_hybrid_stack(
     Raises:
         ValueError: `pattern` is none.
     """
-    is_one = isinstance(recursions, (RecursionConfig, str, Path))
-    settings = _loaded(recursions) if is_one else [_loaded(each) for each in recursions]
     params = {
         "pattern": HybridPattern.parse(pattern),
-        "recursions": settings,
+        "recursions": _all_loaded(recursions),
         "layers": layers,
         "logs_routing": logs_routing,
     }
     return ModuleSpec(module=UnrolledHybridStack, params=params)
+
+
+def _all_loaded(recursions: Recursions) -> RecursionConfig | list[RecursionConfig]:
+    if isinstance(recursions, RecursionConfig | str | Path):
+        return _loaded(recursions)
+    return [_loaded(each) for each in recursions]
 
 
 def _loaded(recursion: RecursionConfig | str | Path) -> RecursionConfig:
@@ -147,7 +154,7 @@ class UnrolledLayer(TransformerLayer):
         cls,
         config: TransformerConfig,
         layer_number: int,
-        recursion: RecursionConfig,
+        recursion: RecursionConfig | Sequence[RecursionConfig],
         dense_ends: bool,
         logs_routing: bool,
         pg_collection: ProcessGroupCollection,

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Literal
 
 from mor_layers import RecursionConfig
+from mor_layers.models import unrolled_lengths
 from mor_layers.recursion import SharingSchedule
 
 PipelineLayout = Literal["one_stage", "steps_as_stages"]
@@ -22,7 +23,8 @@ class Arrangement:
     """The properties of a model and of its parallel layout that the rules depend on."""
 
     num_unrolled_layers: int
-    recursion: RecursionConfig | None = None
+    recursion: RecursionConfig | tuple[RecursionConfig, ...] | None = None
+    """The recursion, or several, which follow one another."""
     num_heads: int = 1
     num_kv_heads: int = 1
     ffn_hidden_size: int = 1
@@ -42,10 +44,34 @@ class Arrangement:
     global_batch_size: int = 1
     micro_batch_size: int = 1
 
+    @property
+    def recursions(self) -> tuple[RecursionConfig, ...]:
+        """All recursions, in order."""
+        if self.recursion is None:
+            return ()
+        return self.recursion if isinstance(self.recursion, tuple) else (self.recursion,)
+
+    @property
+    def only(self) -> RecursionConfig | None:
+        """The recursion; None if there is none, or several."""
+        return self.recursions[0] if len(self.recursions) == 1 else None
+
     @cached_property
+    def schedules(self) -> tuple[SharingSchedule, ...]:
+        """For each recursion, the layer that runs at each depth of its part of the model."""
+        lengths: tuple[int, ...] = (self.num_unrolled_layers,)
+        if len(self.recursions) > 1:
+            lengths = unrolled_lengths(self.recursions, self.num_unrolled_layers)
+        return tuple(r.schedule(n) for r, n in zip(self.recursions, lengths, strict=False))
+
+    @property
     def schedule(self) -> SharingSchedule | None:
-        """The layer that runs at each depth, or None without recursion."""
-        return self.recursion and self.recursion.schedule(self.num_unrolled_layers)
+        """The layer that runs at each depth, or None without recursion, or with several."""
+        return self.schedules[0] if len(self.schedules) == 1 else None
+
+    def first(self, is_meant: Callable[[RecursionConfig], bool]) -> RecursionConfig | None:
+        """The first recursion for which a condition holds."""
+        return next(filter(is_meant, self.recursions), None)
 
     @property
     def is_spread(self) -> bool:
@@ -55,12 +81,11 @@ class Arrangement:
     @property
     def num_parts(self) -> int:
         """Number of parts that a stage cannot split: single layers, and whole recursions."""
-        if self.schedule is None:
+        if not self.schedules:
             return self.num_unrolled_layers
         # A step of a cyclic recursion runs the whole block, so the block is one part. In a sequence
         # scheme each layer repeats by itself, so each is a part.
-        blocks = 1 if self.schedule.is_cyclic else self.schedule.block_size
-        return self.schedule.prelude + blocks + self.schedule.coda
+        return sum(schedule.num_unshared + schedule.num_blocks for schedule in self.schedules)
 
     @property
     def model_devices(self) -> int:
@@ -156,26 +181,26 @@ def _uneven_width_message(a: Arrangement, n: Names) -> str:
 
 
 def _nothing_goes_round(a: Arrangement) -> bool:
-    if a.recursion is None or a.schedule is None:
+    if a.only is None or a.schedule is None:
         return True
-    return not a.schedule.is_cyclic or a.recursion.num_recursions == 1 or a.pipeline == 1
+    return not a.schedule.is_cyclic or a.only.num_recursions == 1 or a.pipeline == 1
 
 
 def _nothing_goes_round_message(a: Arrangement, n: Names) -> str:
-    if a.recursion is None:
+    if a.only is None:
         return f"{n.steps_as_stages} needs a recursion. Set {n.recursion}, or use {n.one_stage}."
     if a.pipeline == 1:
         return (
             f"{n.steps_as_stages} has no effect with {n.pipeline}=1. Use {n.one_stage}, or set "
             f"{n.pipeline} to 2 or more."
         )
-    if a.recursion.num_recursions == 1:
+    if a.only.num_recursions == 1:
         return (
             f"{n.num_recursions}=1 cannot run with {n.steps_as_stages}: a single step is not "
             f"repeated. Use at least 2, or {n.one_stage}."
         )
     return (
-        f"{n.sharing}={a.recursion.sharing!r} cannot run with {n.steps_as_stages}: its layers "
+        f"{n.sharing}={a.only.sharing!r} cannot run with {n.steps_as_stages}: its layers "
         "repeat one by one, so there are no steps of the whole block. Use 'cycle' or "
         f"'middle_cycle', or {n.one_stage}."
     )
@@ -199,17 +224,23 @@ def _uneven_block_message(a: Arrangement, n: Names) -> str:
 
 STEPS_AS_STAGES_RULES = (
     Rule(
+        "pipeline: the steps of several recursions",
+        lambda a: a.is_spread and len(a.recursions) > 1,
+        lambda a, n: (
+            f"{n.recursion} has {len(a.recursions)} entries, but {n.steps_as_stages} turns the steps of "
+            f"a single recursion into stages. Use {n.one_stage}, which keeps each in one stage."
+        ),
+    ),
+    Rule(
         "pipeline: no repeated steps of a block",
         lambda a: a.is_spread and _nothing_goes_round(a),
         _nothing_goes_round_message,
     ),
     Rule(
         "pipeline: gradients through some steps only",
-        lambda a: (
-            a.is_spread and a.recursion is not None and a.recursion.router.truncates_gradients
-        ),
+        lambda a: a.is_spread and a.only is not None and a.only.router.truncates_gradients,
         lambda a, n: (
-            f"{n.recursion}.router={a.recursion and a.recursion.router} cannot be used with "
+            f"{n.recursion}.router={a.only and a.only.router} cannot be used with "
             f"{n.steps_as_stages}: stages send the gradients of all steps back. Leave backward_steps "
             f"out, or use {n.one_stage}."
         ),
@@ -222,12 +253,21 @@ STEPS_AS_STAGES_RULES = (
 )
 """Rules for recursion steps as virtual pipeline stages."""
 
+
+def _balances_depth(recursion: RecursionConfig) -> bool:
+    return recursion.depth_balance is not None
+
+
+def _learns_exits(recursion: RecursionConfig) -> bool:
+    return recursion.router.learns_exits
+
+
 SEVERAL_STAGES_RULES = (
     Rule(
         "pipeline: depth balance in one stage",
-        lambda a: a.pipeline > 1 and a.recursion is not None and bool(a.recursion.depth_balance),
+        lambda a: a.pipeline > 1 and a.first(_balances_depth) is not None,
         lambda a, n: (
-            f"{n.recursion}.depth_balance={a.recursion and a.recursion.depth_balance} cannot be used "
+            f"{n.recursion}.depth_balance={a.first(_balances_depth).depth_balance} cannot be used "
             f"with {n.pipeline}={a.pipeline}: layers tell the next which tokens they ran, but stages "
             f"send hidden states only. Use {n.pipeline}=1, or leave it out and put anchors between the "
             "layers (anchor_every=2)."
@@ -235,9 +275,9 @@ SEVERAL_STAGES_RULES = (
     ),
     Rule(
         "pipeline: an exit gate is taught in one stage",
-        lambda a: a.pipeline > 1 and a.recursion is not None and a.recursion.router.learns_exits,
+        lambda a: a.pipeline > 1 and a.first(_learns_exits) is not None,
         lambda a, n: (
-            f"{n.recursion}.router={a.recursion and a.recursion.router} cannot be taught with "
+            f"{n.recursion}.router={a.first(_learns_exits).router} cannot be taught with "
             f"{n.pipeline}={a.pipeline}: which read-outs are right is only known on the last stage, "
             "and nothing is sent back but gradients of hidden states. Use "
             f"{n.pipeline}=1, or leave teaching out."
@@ -293,7 +333,7 @@ LAYOUT_RULES = (
     *STEPS_AS_STAGES_RULES,
     Rule(
         "pipeline: layers do not divide",
-        lambda a: a.recursion is None and a.num_unrolled_layers % a.pipeline > 0,
+        lambda a: not a.recursions and a.num_unrolled_layers % a.pipeline > 0,
         lambda a, n: (
             f"{n.num_unrolled_layers}={a.num_unrolled_layers} must be a multiple of "
             f"{n.pipeline}={a.pipeline}."

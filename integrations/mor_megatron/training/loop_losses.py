@@ -36,17 +36,17 @@ def weigh_loops(model: nn.Module | Iterable[nn.Module]) -> None:
     layer, a model in training returns the logits of all loops if it gets no labels.
 
     Raises:
-        ValueError: the model has several recursions.
+        ValueError: a recursion that is not the last one has a `loop_loss`.
     """
     chunks = [model] if isinstance(model, nn.Module) else list(model)
     own = list(recursion_layers(chunks))
     loop_losses = _on_all_stages([layer.loop_loss for layer in own if layer.is_entry])
     if not any(loop_losses):
         return
-    if len(loop_losses) > 1:
+    if any(loop_losses[:-1]):
         raise ValueError(
-            f"loop_loss needs a model with one recursion, not {len(loop_losses)}: a batch of all loops "
-            "would multiply at each. Leave it out."
+            f"only the last of the {len(loop_losses)} recursions of a model can have a loop_loss: a "
+            "batch of all loops would multiply at the next one. Leave it out elsewhere."
         )
     models: list[Any] = [unwrap_model(chunk) for chunk in chunks]
     assert all(isinstance(gpt, GPTModel) for gpt in models)
@@ -56,7 +56,7 @@ def weigh_loops(model: nn.Module | Iterable[nn.Module]) -> None:
         for gpt in outputs:
             gpt.register_forward_pre_hook(partial(_announce, recursion), with_kwargs=True)
     for gpt in outputs:
-        _weigh(gpt, loop_losses[0], [recursion for recursion in own if recursion.learns_exits])
+        _weigh(gpt, loop_losses[-1], [recursion for recursion in own if recursion.learns_exits])
     for gpt in models:
         for layer in gpt.decoder.layers:
             if not isinstance(layer, AbsorbedLayer):

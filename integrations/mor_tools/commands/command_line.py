@@ -15,6 +15,7 @@ from mor_tools.comparison.options import add_arguments as compare_options
 FORMATS = (
     "deepseek_v2",
     "deepseek_v3",
+    "huginn",
     "llama",
     "megatron",
     "mor",

@@ -98,6 +98,7 @@ def published_names(config: DecoderConfig) -> dict[str, str]:
     Raises:
         ValueError: the published implementation does not support a setting.
     """
+    config.only_recursion("the published format")
     beyond = config.effective_recursion.beyond_published
     if beyond:
         raise ValueError(

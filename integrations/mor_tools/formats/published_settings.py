@@ -57,6 +57,7 @@ def _check_decoder(config: DecoderConfig) -> None:
         "head_dim": config.head_size * config.num_heads != config.hidden_size,
         "qkv_bias": config.qkv_bias,
         "qk_norm": config.qk_norm,
+        **dict.fromkeys(config.beyond_llama, True),
     }
     for name in (name for name, is_set in refused.items() if is_set):
         _refuse(name, getattr(config, name))

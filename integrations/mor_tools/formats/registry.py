@@ -183,6 +183,12 @@ def _format_of_deepseek(name: str) -> Format:
     )
 
 
+def _huginn() -> Any:
+    from mor_huggingface import huginn
+
+    return huginn
+
+
 def _is_llama(source: Path) -> bool:
     _looped().refuse_other_loops(source)
     return (source / CONFIG).is_file()
@@ -214,6 +220,13 @@ FORMATS = {
             require_place=published_settings,
         ),
         *map(_format_of_looped, ("ouro", "nanbeige")),
+        Format(
+            "huginn",
+            lambda source: _huginn().is_huginn(source),
+            lambda source, *_: _huginn().open_huginn(source),
+            lambda model, folder, written: _huginn().write_huginn(model, folder, written),
+            require_place=lambda config: _huginn().huginn_config(config),
+        ),
         *map(_format_of_deepseek, ("deepseek_v2", "deepseek_v3")),
         Format(
             "llama",

@@ -55,8 +55,12 @@ class Workload:
         tokens = self.tokens_per_step
         routed = [stack for stack in self.shape.stacks if stack.router is not None]
         if tokens is None and any(s.router and s.router.capacity_factors is None for s in routed):
-            shares = default_capacity_factors(routed[0].num_recursions)
-            tokens = tuple(share * self.sequence_length for share in shares)
+            shares = [
+                (s.router and s.router.capacity_factors)
+                or default_capacity_factors(s.num_recursions)
+                for s in routed
+            ]
+            tokens = tuple(share * self.sequence_length for own in shares for share in own)
         return account(self.shape, self.sequence_length, tokens, causal_half=False)
 
     @property

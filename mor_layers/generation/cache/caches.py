@@ -34,8 +34,9 @@ class CacheSettings:
     is_int8: bool = False
     """Store 8-bit integers with one fp32 scale per head. Not exact."""
     shares: tuple[float, ...] | None = None
-    """Expected share of tokens at each step, which determines how memory is divided and how many
-    requests are admitted. Default: from the router's settings, or all tokens if these do not say."""
+    """Expected share of tokens at each step, of several recursions at those of one after another, which
+    determines how memory is divided and how many requests are admitted. Default: from the router's
+    settings, or all tokens if these do not say."""
     prefix_sharing: PrefixSharing = "client"
     """Which requests of an engine share the rows of tokens that they begin with: those of one
     `client`, so that no client can find out by timing what another one has sent; `all`; or none
@@ -61,7 +62,7 @@ class CacheSettings:
         row = KVArena.bytes_per_row(layers, *kept_of(model)[:2], dtype, is_int8, kept_of(model)[2])
         # Each list may end within a page, and so may the division of the memory.
         kv_bytes = (num_slots * (max_length + page) + page) * row
-        shares = (1.0,) * config.effective_recursion.num_recursions
+        shares = (1.0,) * len(expected_shares(model))
         return cls(kv_bytes, num_slots, max_length, is_int8=is_int8, shares=shares)
 
 
@@ -80,10 +81,9 @@ class Caches:
     def __init__(
         self, model: MoRTransformer, settings: CacheSettings, num_outer: int, num_inner: int
     ) -> None:
-        config, weight = model.config, model.embedding.weight
-        recursion = config.recursion
-        steps = 1 if recursion is None else recursion.num_recursions
-        kind = CACHE_POLICIES["recursion_wise" if recursion is None else recursion.kv_policy]
+        weight = model.embedding.weight
+        recursion = model.config.effective_recursion
+        steps, kind = recursion.num_recursions, CACHE_POLICIES[recursion.kv_policy]
         self.settings, self.shares = settings, settings.shares or expected_shares(model)
         if len(self.shares) != steps:
             raise ValueError(f"shares={self.shares} must have {steps} entries, one per step.")
@@ -190,6 +190,19 @@ class Caches:
         self.outer_pages.release(torch.tensor([slot], device=self.outer.data.device))
 
 
+def bytes_per_token(model: MoRTransformer, shares: tuple[float, ...] | None = None) -> float:
+    """What a token is expected to keep in a model with one recursion, relative to other models.
+
+    Args:
+        shares: of the tokens that run each step. Default: as `CacheSettings.shares`.
+    """
+    recursion, schedule = model.config.effective_recursion, model.config.schedule
+    if not schedule.is_cyclic:
+        return schedule.num_unrolled_layers
+    rows = CACHE_POLICIES[recursion.kv_policy].rows_for(shares or expected_shares(model), 1.0)
+    return schedule.num_unshared + schedule.block_size * sum(rows)
+
+
 def kept_of(model: MoRTransformer) -> tuple[int, int, int]:
     """What this rank keeps of a token in each layer: heads, their size, and vectors of each."""
     _, size = model.config.cached_heads
@@ -197,9 +210,9 @@ def kept_of(model: MoRTransformer) -> tuple[int, int, int]:
 
 
 def expected_shares(model: MoRTransformer) -> tuple[float, ...]:
-    """Share of tokens that the router's settings admit to each step; 1 if unknown."""
-    recursion = model.config.recursion
-    if recursion is None:
-        return (1.0,)
-    steps = recursion.num_recursions
-    return recursion.router.capacity_factors_for(steps) or (1.0,) * steps
+    """Share of tokens that the routers' settings admit to each step; 1 if unknown."""
+    shares: list[float] = []
+    for recursion in model.config.recursions:
+        steps = recursion.num_recursions
+        shares += recursion.router.capacity_factors_for(steps) or (1.0,) * steps
+    return tuple(shares) or (1.0,)

@@ -94,8 +94,8 @@ def calibrate(
     texts = list(batches)
     if not texts:
         raise ValueError("batches is empty. Give some held-out text.")
-    if model.config.recursion is None or len(model.recursions) != 1:
-        recursion = model.config.recursion
+    recursion = model.config.only_recursion("calibration")
+    if recursion is None or len(model.recursions) != 1:
         if recursion is not None and recursion.routes_by_layer:
             raise ValueError(
                 "calibration sets the thresholds of one router, but here each layer has its own. Train "
@@ -106,12 +106,12 @@ def calibrate(
     assert isinstance(block, RecursionBlock)
     steps = block.router.num_recursions
     if shares is None:
-        shares = model.config.recursion.router.capacity_factors_for(steps)
+        shares = recursion.router.capacity_factors_for(steps)
     is_training = model.training
     model.eval()
     try:
         shares = shares or _shares(model, texts, steps)
-        router = model.config.recursion.router
+        router = recursion.router
         trained = steps - router.extra_steps if isinstance(router, Deepened) else steps
         wanted = turned(shares, dial, sum(shares[:trained]))
         block.router.tune(wanted, lambda step: _logits(model, block, texts, step))

@@ -31,7 +31,7 @@ def deepened(model: MoRTransformer, extra_steps: int) -> MoRTransformer:
     Raises:
         ValueError: the recursion is not cyclic, or `extra_steps` is below 1.
     """
-    recursion = model.config.recursion
+    recursion = model.config.only_recursion("deepening")
     if recursion is None or not model.config.schedule.is_cyclic:
         raise ValueError(
             "additional steps need a recursion with sharing 'cycle' or 'middle_cycle', whose steps "

@@ -15,7 +15,7 @@ def with_early_exit(model: MoRTransformer, criterion: Criterion) -> None:
     Raises:
         ValueError: the model already has a router that decides, or it does not loop as a whole.
     """
-    recursion = model.config.recursion
+    recursion = model.config.only_recursion("early exit")
     if recursion is None or len(model.recursions) != 1:
         raise ValueError("early exit needs a model with sharing 'cycle' or 'middle_cycle'.")
     (block,) = model.recursions

@@ -1,12 +1,15 @@
 """Where fused kernels apply."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from mor_layers.selection.fused.trial import passes
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_ROW = 65536
@@ -40,8 +43,9 @@ def fuses(values: Tensor, *others: Tensor | None) -> bool:
 
 
 def runs_kernels(device: torch.device) -> bool:
-    """Whether Triton compiles for a device. Tests replace this function to use its interpreter."""
-    return device.type == "cuda" and _has_triton()
+    """Whether the kernels run on a device, which is tried once. Tests replace this function to use
+    Triton's interpreter."""
+    return device.type == "cuda" and _has_triton() and kernels_pass(device)
 
 
 def are_fused_kernels_allowed() -> bool:
@@ -52,6 +56,29 @@ def are_fused_kernels_allowed() -> bool:
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
+
+
+@cache
+def kernels_pass(device: torch.device) -> bool:
+    """Whether the kernels compute on a device what plain PyTorch computes, on a few rows."""
+    from mor_layers.selection.fused import gating, norm
+
+    rows = torch.tensor([[0, 2], [3, 4]], device=device)
+    numbers = torch.linspace(-1, 1, 5 * 2 * 64, device=device).view(5, 2, 64)
+    weight, gates = numbers[0, 0] + 1, numbers[:2, :, 0].abs()
+
+    def run(take: Callable[..., Any], add: Callable[..., Any]) -> Iterator[Tensor]:
+        with torch.enable_grad():
+            leaves = [t.clone().requires_grad_() for t in (numbers, weight, gates)]
+            selected, normed = take(leaves[0], rows, norm.RMSNormWeight(leaves[1], 1e-5))
+            updated = add(leaves[0], selected + normed, leaves[2], rows)
+            yield from (updated, *torch.autograd.grad(updated.square().sum(), leaves))
+
+    return passes(
+        "The fused selection of rows",
+        lambda: run(norm.take_and_norm_fused, gating.add_gated_fused),
+        lambda: run(norm.take_and_norm_plain, gating.add_gated_plain),
+    )
 
 
 @contextmanager

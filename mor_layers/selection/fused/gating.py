@@ -36,13 +36,35 @@ def add_gated(
             rows in order, so that `n = k`.
         is_padding: True for rows of the output that are not added.
     """
-    if fuses(values, output, gates, rows, is_padding):
-        return _AddGated.apply(values, output, gates, rows, is_padding)  # type: ignore[return-value]
+    is_fused = fuses(values, output, gates, rows, is_padding)
+    run = add_gated_fused if is_fused else add_gated_plain
+    return run(values, output, gates, rows, is_padding)
+
+
+def add_gated_plain(
+    values: Float[Tensor, "n b h"],
+    output: Float[Tensor, "k b h"],
+    gates: Float[Tensor, "k b"],
+    rows: Int[Tensor, "k b"] | None = None,
+    is_padding: Bool[Tensor, "k b"] | None = None,
+) -> Float[Tensor, "n b h"]:
+    """`add_gated` by plain PyTorch."""
     selected = values if rows is None else take_rows(values, rows)
     updated = selected + gates[..., None].to(output.dtype) * output
     if is_padding is not None:
         updated = torch.where(is_padding[..., None], selected, updated)
     return updated if rows is None else put_rows(values, updated, rows)
+
+
+def add_gated_fused(
+    values: Float[Tensor, "n b h"],
+    output: Float[Tensor, "k b h"],
+    gates: Float[Tensor, "k b"],
+    rows: Int[Tensor, "k b"] | None = None,
+    is_padding: Bool[Tensor, "k b"] | None = None,
+) -> Float[Tensor, "n b h"]:
+    """`add_gated` by the kernel."""
+    return _AddGated.apply(values, output, gates, rows, is_padding)  # type: ignore[return-value]
 
 
 class _AddGated(torch.autograd.Function):

@@ -106,6 +106,17 @@ MODELS: dict[str, dict[str, Any]] = {
         ),
         "latent_attention": LatentAttentionConfig(16, 8, 4, 12),
     },
+    "layers that route by themselves": {
+        "recursion": RecursionConfig(
+            1, "middle_sequence", ExpertChoice(capacity_factors=(0.5,)), anchor_every=2
+        )
+    },
+    "several recursions": {
+        "recursion": (
+            RecursionConfig(2, "sequence", prelude_layers=1, block_layers=1, share_norms=False),
+            replace(WISE, sharing="cycle", step_embeddings=True, prelude_layers=1, coda_layers=1),
+        )
+    },
     "no recursion": {"moe": EXPERTS, "dense_ends": True},
 }
 LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
@@ -133,6 +144,8 @@ SAMPLE = [
     ("an expert router a step", "tp+sp"),
     ("DeepSeek-V2's", "tp+sp"),
     ("DeepSeek-V2-Lite's", "tp+sp"),
+    ("several recursions", "tp+sp"),
+    ("several recursions", "pp"),
     ("no recursion", "pp"),
     ("depth and width", "one rank"),
 ]

@@ -1,7 +1,7 @@
 """GPTModel with a RecursionLayer: N ranks compute what one rank computes, losses and gradients."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -38,7 +38,7 @@ class Outcome:
 
 def loss_and_gradients(
     layout: dict[str, Any],
-    recursion: RecursionConfig,
+    recursion: RecursionConfig | tuple[RecursionConfig, ...],
     config: dict[str, Any],
     ddp: dict[str, Any],
 ) -> Outcome:
@@ -70,7 +70,7 @@ EXPERT = RecursionConfig(
 )
 TOKEN = RecursionConfig(3, router=TokenChoice(z_loss_coefficient=0.01))
 ATTENTION = ("query", "key", "value", "output")
-RECURSIONS = {
+RECURSIONS: dict[str, RecursionConfig | tuple[RecursionConfig, ...]] = {
     "expert": EXPERT,
     "token": TOKEN,
     "random": RecursionConfig(3, router=RandomDepth()),
@@ -152,6 +152,10 @@ RECURSIONS = {
     "expert, history": RecursionConfig(3, router=EXPERT.router, history=HistoryInjection(1)),
     "expert, own MLPs": RecursionConfig(3, router=EXPERT.router, own_per_step=("mlp",)),
     "aux router": RecursionConfig(3, router=ExpertChoice("mlp", "tanh", predictor="aux_router")),
+    "several recursions": (
+        replace(EXPERT, num_recursions=2, kv_policy="recursive_sharing", block_layers=1),
+        replace(TOKEN, sharing="cycle", kv_policy="exit_state", coda_layers=1, block_layers=1),
+    ),
 }
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "tp": (2, {"tp": 2}, DENSE, {}, {}),
@@ -182,7 +186,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], di
         {},
     ),
 }
-_RARE = "deltas|helps|loops|ends|own|streams|norms|history|layers|halting"
+_RARE = "deltas|helps|loops|ends|own|streams|norms|history|layers|halting|several"
 RARER = [name for name in RECURSIONS if re.search(_RARE, name)]
 LAYOUTS["full recompute of dense layers"] = (1, {}, DENSE, LAYOUTS["full recompute"][3], {})
 # Replicas draw random depths side by side, one rank draws them one after the other.
@@ -209,6 +213,9 @@ CASES += [
     ("loops, last two steps", "dp overlap"),
     ("layers that route by themselves", "pp"),
     ("layers that route by themselves", "full recompute"),
+    ("several recursions", "pp"),
+    ("several recursions", "tp+sp moe"),
+    ("several recursions", "full recompute"),
     ("layers that balance depth", "full recompute"),
     ("layers that balance depth", "dp overlap"),
     ("fixed, deltas", "pp"),

@@ -186,6 +186,21 @@ def test_flops_between_long_ends_are_what_flop_counter_sees(router, kv_policy):
     assert cost.parameters.total == sum(p.numel() for p in model.parameters())
 
 
+def test_flops_of_several_recursions_are_what_flop_counter_sees():
+    recursions = (
+        RecursionConfig(2, "middle_sequence", block_layers=2),
+        RecursionConfig(3, "cycle", ExpertChoice(), "recursive_sharing", block_layers=1),
+        RecursionConfig(2, "cycle", coda_layers=2, block_layers=1, loop_loss=LoopLoss()),
+    )
+    config = replace(plain_config(6 + 3 + 4), recursion=recursions)
+    cost, measured = account(config, 11), measure(small_model(config), random_ids(BATCH, 11))
+    names = ["prelude", "block", "block", "between", "block", "block", "coda", "coda"]
+    assert [stack.name for stack in ModelShape.from_decoder(config).stacks] == names
+    assert BATCH * cost.training.total == measured.training
+    further = BATCH * cost.further_losses[0].total
+    assert BATCH * cost.forward.total + further == measured.forward
+
+
 def test_flops_of_a_plain_model_are_what_flop_counter_sees():
     config = plain_config(4)
     measured = measure(small_model(config), random_ids(BATCH, 11))

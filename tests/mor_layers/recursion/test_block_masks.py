@@ -242,3 +242,18 @@ def test_a_block_compiles_whole_with_block_masks(flex_runs: list[BlockMask]) -> 
     with torch.no_grad():
         found = torch.compile(block, fullgraph=True, backend="eager")(hidden).hidden
         torch.testing.assert_close(found, block(hidden).hidden)
+
+
+def test_flex_attention_is_tried_before_it_is_used(
+    flex_runs: list[BlockMask],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(block_masks, "_BLOCK", 16)
+    try_now = block_masks.flex_attention_passes.__wrapped__
+    device = torch.device("cpu")
+    assert try_now(device) and len(flex_runs) == 1 and "cannot be used" not in caplog.text
+    make = block_masks.block_mask
+    monkeypatch.setattr(block_masks, "block_mask", lambda *tokens: make(*tokens, window=9))
+    assert not try_now(device)
+    assert "FlexAttention cannot be used here, and plain PyTorch takes its" in caplog.text

@@ -274,3 +274,31 @@ def test_a_norm_that_is_modulated_stays_with_its_layer(kernels_run: dict[str, in
     config = replace(config, recursion=replace(config.recursion, norm_modulation=NormModulation()))
     small_model(config).to(DEVICE)(random_ids(2, 9).to(DEVICE))
     assert "take_and_norm" not in kernels_run
+
+
+def test_kernels_are_tried_before_they_are_used(
+    kernels_run: dict[str, int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mor_layers.selection.fused import kernels
+
+    device = torch.device(DEVICE)
+    try_now = (
+        capability.kernels_pass.__wrapped__
+    )  # what is kept from an earlier trial counts no more
+    assert try_now(device) and set(kernels_run.values()) == {1} and not caplog.records
+    backward = kernels.add_gated_backward
+
+    def wrong(*arguments: Any) -> tuple[Tensor, Tensor]:
+        of_output, of_gates = backward(*arguments)
+        return of_output, 2 * of_gates
+
+    monkeypatch.setattr(kernels, "add_gated_backward", wrong)
+    assert not try_now(device)
+    assert "cannot be used here" in caplog.text and "Mismatched elements" in caplog.text
+
+    def broken(*arguments: Any) -> None:
+        raise RuntimeError("no compiler was found")
+
+    monkeypatch.setattr(kernels, "take_and_norm", broken)
+    assert not try_now(device)
+    assert "RuntimeError: no compiler was found" in caplog.text

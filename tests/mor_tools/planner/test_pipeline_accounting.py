@@ -142,6 +142,24 @@ def test_stages_hold_a_prelude_and_a_coda_of_any_length() -> None:
     assert refusal(Workload(model, SEQUENCE, 8), Layout(pipeline=7)) is not None
 
 
+def test_stages_hold_several_recursions_each_whole() -> None:
+    recursions = (
+        RecursionConfig(3, router=TokenChoice(), block_layers=4),
+        RecursionConfig(2, "sequence", block_layers=2),
+        RecursionConfig(2, "cycle", ExpertChoice(), coda_layers=1, block_layers=3),
+    )
+    model = replace(decoder(ExpertChoice()), num_unrolled_layers=14 + 4 + 7, recursion=recursions)
+    work = Workload(model, SEQUENCE, 8)
+    for layout in (Layout(), Layout(pipeline=2), Layout(pipeline=7)):
+        plan = planned(model, layout)
+        assert sum(s.parameters for s in plan.stages) == work.cost.parameters.total
+        assert busy_flops(plan) == pytest.approx(8 * work.cost.training.total)
+    # Seven parts are the most: 1, 3 × 4 and 1 layers, two layers that repeat, 2 × 3 and 1 layers.
+    assert refusal(work, Layout(pipeline=7)) is None
+    assert refusal(work, Layout(pipeline=8)) is not None
+    assert refusal(work, spread(2)) == "pipeline: the steps of several recursions"
+
+
 def test_steps_as_stages_divide_the_block_and_shrink_the_bubble() -> None:
     model = decoder(ExpertChoice(), block=16)
     divided, whole = planned(model, spread(4), 16), planned(model, Layout(pipeline=3), 16)

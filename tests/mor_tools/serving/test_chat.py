@@ -12,7 +12,7 @@ import torch
 from mor_layers import DecoderConfig, MoRTransformer, save_model
 from mor_tools.serving.chat_template import ChatTemplate, TemplateError, read_chat_template
 from mor_tools.serving.loading import load
-from tests.mor_tools.serving.test_serve import Running, running
+from tests.mor_tools.serving.running import Running, running
 
 TEMPLATE = """\
 {{ bos_token }}

@@ -14,7 +14,7 @@ from mor_layers.generation import CacheSettings, DepthBatchingEngine, Request, S
 from mor_tools.serving.grammars import GrammarError, Grammars
 from mor_tools.serving.loading import random_model
 from mor_tools.serving.tokenizers import ByteTokenizer, FileTokenizer
-from tests.mor_tools.serving.test_serve import Running, running
+from tests.mor_tools.serving.running import Running, running
 
 PERSON = {
     "type": "object",

@@ -12,7 +12,7 @@ import pytest
 from mor_layers.generation import Request
 from mor_tools.commands import main
 from mor_tools.serving.replicas import MOST_MORE, Replicas
-from tests.mor_tools.serving.test_serve import Running, engine_of, options_of, running
+from tests.mor_tools.serving.running import Running, engine_of, options_of, running
 
 ARGUMENTS = ["--replicas", "2", "--prefix-sharing", "all"]
 PROMPTS = ["Hello", "what", "a loop", "is", "x" * 40, "x" * 40 + "y"]
