@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mor_layers import ExpertChoice, FixedDepth, RandomDepth, RouterConfig, TokenChoice
 from mor_layers.layers import NormModulation
 from mor_layers.recursion import KV_POLICIES
-from mor_layers.routers import registered_routers
+from mor_layers.routers import DampedLoops, registered_routers
 from tests.distributed.layers.host_waits import host_waits
 from tests.mor_layers.small_models import random_states, small_config, small_model
 
@@ -18,6 +18,7 @@ ROUTERS: dict[str, RouterConfig] = {
     "auxiliary router": ExpertChoice(predictor="aux_router", combine="residual"),
     "fixed depth": FixedDepth(),
     "random depth": RandomDepth(),
+    "damped loops": DampedLoops(),
 }
 _VALUES_TO_HOST = (
     "_local_scalar_dense",
