@@ -11,7 +11,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from mor_layers.layers import Relaxation, merged_weight
-from mor_layers.models import DecoderConfig, RecursionConfig
+from mor_layers.models import DecoderConfig
 from mor_layers.routers import FixedDepth
 from mor_layers.weights.names import layer_names, recursion_of, unrolled_layers
 from mor_layers.weights.tensor_files import LazyTensors
@@ -25,13 +25,13 @@ def require_unrollable(config: DecoderConfig) -> None:
     if config.moe is not None:
         raise ValueError("moe is set, but a plain decoder has no experts. Keep the model as it is.")
     for part in config.parts:
-        _require_unrollable(part.effective_recursion)
+        _require_unrollable(part)
 
 
-def _require_unrollable(recursion: RecursionConfig) -> None:
-    merges = ("relaxation", "own_per_step")
+def _require_unrollable(part: DecoderConfig) -> None:
+    merges, recursion = ("relaxation", "own_per_step"), part.effective_recursion
     beyond = [name for name in recursion.beyond_published if name not in merges]
-    beyond += ["sum_norms"] * config.sum_norms
+    beyond += ["sum_norms"] * part.sum_norms
     if beyond:
         raise ValueError(
             f"{beyond[0]} is set, which a plain decoder does not support. Keep the model as it is."
