@@ -227,7 +227,8 @@ def recursion_block_spec(
     parts = recursion_parts(config, recursion, layer_specs, dense_layer_spec)
     set_pipeline_layout(config, [len(part) for part in parts])
     file_keys_alike(config)
-    if recursion.loop_loss is not None and config.pipeline_model_parallel_size > 1:
+    last = recursion if isinstance(recursion, RecursionConfig) else recursion[-1]
+    if last.loop_loss is not None and config.pipeline_model_parallel_size > 1:
         config.variable_seq_lengths = True
     first = get_transformer_layer_offset(config)
     check_whole(config, [len(part) for part in parts], first, get_num_layers_to_build(config))
