@@ -182,4 +182,4 @@ def served_model(name: str) -> MoRTransformer:
 def is_routed(name: str) -> bool:
     """Whether tokens take different numbers of steps."""
     router = SERVED[name].effective_recursion.router
-    return not isinstance(router, FixedDepth | RandomLoops)
+    return not isinstance(router, DampedLoops | FixedDepth | RandomLoops)

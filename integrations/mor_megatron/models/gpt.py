@@ -175,12 +175,12 @@ def recursion_layer_spec(
     """
     if not layer_specs:
         raise ValueError("a recursion needs at least one layer. Pass the specs of its layers.")
-    given = ("prelude_layers", "coda_layers", "block_layers")
-    if any(getattr(recursion, name) is not None for name in given):
-        values = ", ".join(f"{name}={getattr(recursion, name)}" for name in given)
+    lengths = {n: getattr(recursion, n) for n in ("prelude_layers", "coda_layers", "block_layers")}
+    given = ", ".join(f"{name}={value}" for name, value in lengths.items() if value is not None)
+    if given:
         raise ValueError(
-            f"{values} have no effect if you list the layers of the recursion, and those before and "
-            "after it, yourself. Leave them out, or use recursion_block_spec."
+            f"{given} would have no effect if you list the layers of the recursion, and those before "
+            "and after it, yourself. Leave them out, or use recursion_block_spec."
         )
     return ModuleSpec(
         module=RecursionLayer,
