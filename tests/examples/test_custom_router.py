@@ -108,7 +108,7 @@ def on_one_rank(pool: WorkerPool):
     return pool.run(loss_and_gradients, 1, layout="one rank")[0]
 
 
-@pytest.mark.parametrize("layout", ["tensor", "pipeline"])
+@pytest.mark.parametrize("layout", ["tensor", pytest.param("pipeline", marks=pytest.mark.full)])
 def test_megatron_computes_on_two_ranks_what_it_computes_on_one(pool, on_one_rank, layout):
     expected_loss, expected, decisions = on_one_rank
     widths = {len(noted) for decision in decisions for noted in decision}

@@ -10,6 +10,7 @@ from mor_huggingface import MoRConfig, MoRForCausalLM, RouterUpdates
 from mor_huggingface.training import Counts
 from mor_layers import DepthAndWidth, ExpertChoice, MoEConfig, RecursionConfig, TokenChoice
 from tests.mor_layers.small_models import random_ids, small_config, small_model
+from tests.pairs import sweep
 
 LEARNING_RATE = 0.01
 CONFIGS = {
@@ -101,8 +102,11 @@ def test_training_equals_a_loop_over_the_core(config, tmp_path) -> None:
     assert not model.model._forward_hooks
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_a_resumed_run_goes_on_with_its_losses(config, tmp_path) -> None:
+@pytest.mark.parametrize(
+    "name", sweep([(n,) for n in CONFIGS], [("loss-free",), ("experts between two recursions",)])
+)
+def test_a_resumed_run_goes_on_with_its_losses(name, tmp_path) -> None:
+    config = CONFIGS[name]
     whole = trainer(wrapped(config), tmp_path / "whole")
     whole.train()
     trainer(wrapped(config), tmp_path / "cut", steps=2, save_strategy="steps", save_steps=2).train()

@@ -76,7 +76,7 @@ def load_and_train(directory: Path, layout: Options, config: Options, ddp: Optio
 @pytest.mark.parametrize("config", [{}, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
     "ddp",
-    [{}, DISTRIBUTED, OVERLAPPED],
+    [{}, pytest.param(DISTRIBUTED, marks=pytest.mark.full), OVERLAPPED],
     ids=["plain", "distributed", "distributed, overlapped"],
 )
 def test_a_resumed_run_is_bit_identical_in_the_same_layout(
@@ -95,9 +95,9 @@ def test_a_resumed_run_is_bit_identical_in_the_same_layout(
     [
         pytest.param({"tp": 2}, {}, {}, {}, id="TP to one rank"),
         pytest.param({}, {"tp": 2}, {}, DISTRIBUTED, id="one rank to TP"),
-        pytest.param({"pp": 2}, {}, {}, {}, id="PP to one rank"),
+        pytest.param({"pp": 2}, {}, {}, {}, id="PP to one rank", marks=pytest.mark.full),
         pytest.param({"tp": 2}, {"pp": 2, "vpp": 2}, {}, OVERLAPPED, id="TP to interleaved PP"),
-        pytest.param({"ep": 2}, {}, MOE, {}, id="EP to one rank"),
+        pytest.param({"ep": 2}, {}, MOE, {}, id="EP to one rank", marks=pytest.mark.full),
         pytest.param({}, {"ep": 2}, MOE, DISTRIBUTED, id="one rank to EP"),
     ],
 )

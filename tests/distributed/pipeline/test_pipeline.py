@@ -77,36 +77,18 @@ def recursion(steps: int, router: str, policy: str = "recursion_wise") -> Recurs
 
 
 SAMPLE = {
-    "PP=2, 2 steps, expert": Case(recursion(2, "expert")),
-    "PP=2, 3 steps, token": Case(recursion(3, "token")),
-    "PP=2, 3 steps, expert, sharing": Case(recursion(3, "expert", SHARING)),
     "PP=2, 4 steps, token, update": Case(recursion(4, "token", UPDATE), block_size=2),
     "PP=4, 3 steps, token, sharing": Case(recursion(3, "token", SHARING), pp=4),
     "TP=2+SP x PP=2, 3 steps, expert, MoE": Case(recursion(3, "expert"), tp=2, config=MOE | SP),
-    "TP=2+SP x PP=2, 2 steps, token, sharing": Case(
-        recursion(2, "token", SHARING), tp=2, config=SP
-    ),
     "PP=2, documents and padding, expert, sharing": Case(
         recursion(3, "expert", SHARING), documents=True
     ),
     "PP=2, full recompute, token, sharing": Case(
         recursion(2, "token", SHARING), config=FULL_RECOMPUTE
     ),
-    "TP=2+SP x PP=2, token, deltas": Case(
-        replace(recursion(2, "token"), relaxation=Relaxation(3, "dora", scale=0.5)),
-        tp=2,
-        config=SP,
-    ),
-    "PP=2, helps, expert": Case(
-        replace(recursion(3, "expert"), router=replace(EXPERT, gate_bias=0.5), **HELPS)
-    ),
     "TP=2+SP x PP=2, helps, token, full recompute": Case(
         replace(recursion(3, "token"), **HELPS), tp=2, config=SP | FULL_RECOMPUTE
     ),
-    "TP=2+SP x PP=2, long ends, token": Case(
-        replace(recursion(2, "token"), prelude_layers=2, coda_layers=3), tp=2, config=SP
-    ),
-    "PP=2, no prelude, expert": Case(replace(recursion(2, "expert"), prelude_layers=0)),
     "TP=2+SP x PP=2, own attention, token, MoE, full recompute": Case(
         replace(recursion(2, "token"), own_per_step=("attention",), expert_routers="per_step"),
         tp=2,
@@ -175,6 +157,21 @@ MORE = {
     ),
     "PP=2, depth and width": Case(RecursionConfig(3, router=DepthAndWidth(), kv_policy=SHARING)),
     "PP=2, cycle, expert": Case(RecursionConfig(3, sharing="cycle", router=EXPERT)),
+    "TP=2+SP x PP=2, 2 steps, token, sharing": Case(
+        recursion(2, "token", SHARING), tp=2, config=SP
+    ),
+    "TP=2+SP x PP=2, token, deltas": Case(
+        replace(recursion(2, "token"), relaxation=Relaxation(3, "dora", scale=0.5)),
+        tp=2,
+        config=SP,
+    ),
+    "PP=2, helps, expert": Case(
+        replace(recursion(3, "expert"), router=replace(EXPERT, gate_bias=0.5), **HELPS)
+    ),
+    "TP=2+SP x PP=2, long ends, token": Case(
+        replace(recursion(2, "token"), prelude_layers=2, coda_layers=3), tp=2, config=SP
+    ),
+    "PP=2, no prelude, expert": Case(replace(recursion(2, "expert"), prelude_layers=0)),
     "TP=2+SP x PP=2, random loops, MoE": Case(LOOPS, tp=2, config=SP | MOE),
     "PP=2, helps, fixed depth": Case(RecursionConfig(3, **HELPS)),
     "PP=2, nothing shared, update, expert": Case(

@@ -109,7 +109,9 @@ def test_dense_model_on_two_ranks_equals_one_rank(
     assert_same(outcomes, on_one_rank(loss_and_gradients, config={}, tied=tied))
 
 
-@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize(
+    "dispatcher", ["alltoall", pytest.param("allgather", marks=pytest.mark.full)]
+)
 @pytest.mark.parametrize(
     ("layout", "config"),
     [

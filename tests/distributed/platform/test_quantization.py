@@ -45,7 +45,9 @@ def row_counts_and_outcome(recursion: RecursionConfig, is_quantized: bool, exper
     return counts, loss, setup.gather_gradients(chunks)
 
 
-@pytest.mark.parametrize("experts", [None, 4], ids=["dense", "moe"])
+@pytest.mark.parametrize(
+    "experts", [pytest.param(None, marks=pytest.mark.full), 4], ids=["dense", "moe"]
+)
 @pytest.mark.parametrize("policy", ["recursion_wise", "recursive_sharing", "exit_state"])
 @pytest.mark.parametrize(
     "router", [ExpertChoice(alpha=0.5), TokenChoice()], ids=["expert", "token"]

@@ -22,6 +22,7 @@ from mor_megatron.models.megatron_lm import recursion_builder, recursion_spec
 from tests.distributed import megatron_setup as setup
 from tests.distributed.models.test_megatron_lm import gpt
 from tests.distributed.pool import WorkerPool
+from tests.pairs import sweep
 
 SEQUENCE_LENGTH = 14
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -139,9 +140,17 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], RecursionConfig, Loo
     "evaluation between": (1, {}, {}, LOSS_FREE, Loop("itself", evaluates=True)),
     "widths, evaluation between": (1, {}, MOE, WIDTH, Loop("itself", evaluates=True)),
 }
+DAILY = [
+    "warm-up, full recomputation",
+    "loss-free, PP2",
+    "loss-free, DP2, full recomputation",
+    "widths",
+    "a call as well",
+    "evaluation between",
+]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", sweep([(case,) for case in CASES], [(case,) for case in DAILY]))
 def test_updates_by_themselves_equal_a_call_after_each_step(pool: WorkerPool, case: str) -> None:
     size, layout, config, recursion, loop = CASES[case]
     run = partial(pool.run, train, size, layout=layout, config=config, recursion=recursion)

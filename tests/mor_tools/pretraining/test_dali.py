@@ -6,7 +6,8 @@ from tests.distributed.pool import WorkerPool
 from tests.mor_tools.pretraining.runs import history, pretrain_on_rank, write_text
 
 
-@pytest.mark.parametrize("is_packed", ["true", pytest.param("false", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("is_packed", ["true", "false"])
 def test_losses_are_those_of_the_megatron_loader_through_a_stop(
     pool: WorkerPool, tmp_path, is_packed
 ):

@@ -17,6 +17,7 @@ TWO_RANKS = ["parallel.tensor=2", "parallel.sequence_parallel=true"]
 QWEN = ["model.head_dim=12", "model.qkv_bias=true", "model.qk_norm=true"]
 
 
+@pytest.mark.full
 def test_runs_start_from_our_format_and_from_megatrons(pool: WorkerPool, tmp_path: Path) -> None:
     first = tmp_path / "first"
     common = [*write_text(tmp_path), *QWEN, "model.rms_norm_epsilon=1e-6"]

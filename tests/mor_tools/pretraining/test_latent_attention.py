@@ -24,6 +24,7 @@ LATENT = [
 ]
 
 
+@pytest.mark.full
 def test_a_run_goes_on_alike_with_tensor_parallelism(pool, tmp_path: Path) -> None:
     text = [*write_text(tmp_path), *LATENT]
     started, whole = tmp_path / "started", tmp_path / "whole"

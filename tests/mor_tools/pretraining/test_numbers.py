@@ -191,8 +191,14 @@ DEEPENED = [
 @pytest.mark.parametrize(
     ("ranks", "changes", "final"),
     [
-        pytest.param(2, [*EXPERT_CHOICE, *STEPS_AS_STAGES], [1.0, 0.5], id="steps as stages"),
-        pytest.param(2, EXPERT_CHOICE, [1.0, 0.5], id="two copies"),
+        pytest.param(
+            2,
+            [*EXPERT_CHOICE, *STEPS_AS_STAGES],
+            [1.0, 0.5],
+            id="steps as stages",
+            marks=pytest.mark.full,
+        ),
+        pytest.param(2, EXPERT_CHOICE, [1.0, 0.5], id="two copies", marks=pytest.mark.full),
         # A deepened router asks the trained one's last step for each further one.
         pytest.param(1, [EXPERT_CHOICE[0], *DEEPENED], [1.0, 0.5, 0.5], id="deepened"),
     ],
