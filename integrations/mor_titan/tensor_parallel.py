@@ -51,6 +51,7 @@ from mor_layers.layers import (
     weights_of,
 )
 from mor_layers.models import DecoderLayer
+from mor_layers.models.layers import ScaledEmbedding
 from mor_titan.local_parameters import read_locally
 
 
@@ -194,17 +195,17 @@ def _divide_vocabulary(model: MoRTransformer, mesh: DeviceMesh) -> None:
     model.output.register_forward_hook(lambda module, states, part: _gathered(part, mesh))
 
 
-class RowsOfEmbedding(nn.Embedding):
+class RowsOfEmbedding(ScaledEmbedding):
     """An embedding of which each rank of `mesh` has as many rows."""
 
     mesh: DeviceMesh
 
-    def forward(self, input: Int[Tensor, "s b"]) -> Float[Tensor, "s b h"]:
+    def forward(self, ids: Int[Tensor, "s b"]) -> Float[Tensor, "s b h"]:  # type: ignore[override]
         rows = self.weight  # [w h]
-        own = input - self.mesh.get_local_rank() * len(rows)
+        own = ids - self.mesh.get_local_rank() * len(rows)
         is_own = (own >= 0) & (own < len(rows))
         found = F.embedding(own.where(is_own, 0), rows)
-        return _summed(found * is_own[..., None], self.mesh)
+        return _summed(found * is_own[..., None], self.mesh) * self.scale
 
 
 class ColumnsOfDelta(StepDelta):

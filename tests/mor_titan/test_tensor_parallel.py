@@ -16,7 +16,7 @@ from mor_layers import (
 )
 from mor_layers.layers import NormModulation, Relaxation
 from mor_layers.models import LatentAttentionConfig
-from mor_layers.recursion import HistoryInjection, HyperConnections, LoopLoss
+from mor_layers.recursion import HistoryInjection, HyperConnections, LoopLoss, StateAdapter
 from mor_layers.routers import (
     AdaptiveHalting,
     DepthAndWidth,
@@ -112,6 +112,24 @@ CASES = {
             RecursionConfig(2, router=TokenChoice(), kv_policy="exit_state", block_layers=1),
         ),
         moe=EXPERTS,
+    ),
+    "Huginn's adapter, norms and scale": decoder(
+        router=FixedDepth(),
+        adapter=StateAdapter(initial_std=0.1),
+        exit_norm=True,
+        sum_norms=True,
+        embedding_scale=3.0,
+    ),
+    "DeepSeek's experts": decoder(
+        moe=MoEConfig(
+            4,
+            2,
+            ffn_hidden_size=6,
+            scores="sigmoid",
+            num_groups=2,
+            gate_scale=2.0,
+            shared_ffn_hidden_size=5,
+        )
     ),
     "adaptive halting": decoder(router=AdaptiveHalting(), sharing="cycle", layers=3),
     "exit gate": decoder(router=ExitGate(), loop_loss=LoopLoss()),
