@@ -34,10 +34,17 @@ FURTHER: dict[str, dict[str, Any]] = {
     "odd vocabulary": {"recursion": WISE, "vocab_size": 61},
     "another rope": {"recursion": WISE, "rope_base": 500000.0, "rms_norm_epsilon": 1e-3},
 }
+
+
+def is_refused(fields: dict[str, Any]) -> bool:
+    """Whether the bridge refuses models with these settings."""
+    return "latent_attention" in fields or isinstance(fields.get("recursion"), tuple)
+
+
 CASES = [
     (model, layout)
     for model, fields in (MODELS | FURTHER).items()
-    if "latent_attention" not in fields  # which the bridge refuses
+    if not is_refused(fields)
     for layout in LAYOUTS
     if (layout != "ep" or "moe" in fields) and (model, layout) != ("cycle", "pp")
 ]
@@ -64,6 +71,15 @@ def tokenizer(folder: Path) -> Path:
     made.pre_tokenizer = ByteLevel(add_prefix_space=False)
     made.save(str(folder / "tokenizer.json"))
     return folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize("model", [name for name, fields in MODELS.items() if is_refused(fields)])
+def test_what_the_bridge_lacks_is_refused_by_name(
+    pool: WorkerPool, tmp_path: Path, model: str
+) -> None:
+    folder = saved(model, tmp_path)
+    with pytest.raises(AssertionError, match=r"ValueError: (latent_att|recursion has 2 entries)"):
+        pool.run(there_and_back, folder=folder, layout={}, sp=False)
 
 
 @pytest.mark.parametrize(("model", "layout"), CASES)
