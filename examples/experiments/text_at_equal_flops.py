@@ -213,7 +213,7 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
     labels = [f"{name} − {FAMILIES[name].base}" for name in reversed(names)]
     axes.set_yticks(range(len(names)), labels)
     axes.axvline(0, color="gray", linewidth=1)
-    axes.set_xlabel("difference of the held-out loss (nats per token), 95 % confidence interval")
+    axes.set_xlabel("difference in held-out loss (nats per token)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
