@@ -158,7 +158,7 @@ class _Call:
         if kind == "whole":
             return self._whole(await self._post(self.body))
         if kind == "late":
-            limit = 10 ** self.source.uniform(-3, 0.7)
+            limit = 10 ** self.source.uniform(-7, 0.7)  # also shorter than any tick
             return self._whole(await self._post(self.body | {"timeout": limit}))
         if kind == "left":
             return await self._leave()

@@ -5,6 +5,7 @@ Every function runs on a rank, and on a CPU in a rehearsal.
 
 import inspect
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from mor_megatron.checkpoints import load_tensors
 from mor_megatron.checkpoints.weights import megatron_tensors
 from mor_megatron.layers.norms import FusedNorm
 from tests.distributed import megatron_setup as setup
+from tests.distributed.layers.host_waits import is_ours
 from tests.distributed.platform import engine_models
 from tests.distributed.platform.engine_models import local_layer
 
@@ -159,7 +161,7 @@ def nothing_waits_for_the_device(recursion: RecursionConfig) -> dict[str, Any]:
     if torch.cuda.is_available():
         torch.cuda.set_sync_debug_mode("default")
     waits = [w for w in caught if "synchronizing" in str(w.message)]
-    ours = [w for w in waits if "mor_layers" in w.filename or "mor_megatron" in w.filename]
+    ours = [w for w in waits if is_ours(Path(w.filename))]
     assert not ours, "; ".join(f"{w.filename}:{w.lineno}" for w in ours)
     return {"waits of ours": 0, "of others": len(waits)}
 

@@ -16,10 +16,19 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import mor_layers
+import mor_megatron
+
 _READS = ("tolist", "item", "numpy", "cpu", "__int__", "__float__", "__bool__", "__index__")
 _SIZED_BY_VALUES = ("nonzero", "masked_select", "unique", "equal", "bincount", "is_nonzero")
 _INDEXED = ("index.Tensor", "index_put", "_unsafe_index")
-_OURS = ("mor_layers", "mor_megatron")
+# Not by name: a clone is called like a package.
+_OURS = [Path(package.__path__[0]) for package in (mor_layers, mor_megatron)]
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a source file is one of our packages'."""
+    return any(path.is_relative_to(folder) for folder in _OURS)
 
 
 class HostWaits(TorchDispatchMode):
@@ -53,7 +62,7 @@ class HostWaits(TorchDispatchMode):
         """Count the innermost function of ours that is running, if any."""
         for frame in reversed(traceback.extract_stack()):
             path = Path(frame.filename)
-            if any(part in _OURS for part in path.parts):
+            if is_ours(path):
                 self.found[f"{path.name}:{frame.name}"] += 1
                 return
             if "megatron" in path.parts:
