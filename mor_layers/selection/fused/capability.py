@@ -67,18 +67,24 @@ def kernels_pass(device: torch.device) -> bool:
     numbers = torch.linspace(-1, 1, 5 * 2 * 64, device=device).view(5, 2, 64)
     weight, gates = numbers[0, 0] + 1, numbers[:2, :, 0].abs()
 
-    def run(take: Callable[..., Any], add: Callable[..., Any]) -> Iterator[Tensor]:
+    def run(take: Callable[..., Any], add: Callable[..., Any]) -> list[Tensor]:
         with torch.enable_grad():
             leaves = [t.clone().requires_grad_() for t in (numbers, weight, gates)]
             selected, normed = take(leaves[0], rows, norm.RMSNormWeight(leaves[1], 1e-5))
             updated = add(leaves[0], selected + normed, leaves[2], rows)
-            yield from (updated, *torch.autograd.grad(updated.square().sum(), leaves))
+            return [updated, *torch.autograd.grad(updated.square().sum(), leaves)]
 
-    return passes(
-        "The fused selection of rows",
-        lambda: run(norm.take_and_norm_fused, gating.add_gated_fused),
-        lambda: run(norm.take_and_norm_plain, gating.add_gated_plain),
-    )
+    def by_kernels() -> list[Tensor]:
+        return run(
+            lambda values, rows, norm_: norm.TakeAndNorm.apply(values, rows, *norm_),
+            lambda *given: gating.AddGated.apply(*given, None),
+        )
+
+    def plainly() -> list[Tensor]:
+        with without_fused_kernels():
+            return run(norm.take_and_norm, gating.add_gated)
+
+    return passes("The fused selection of rows", by_kernels, plainly)
 
 
 @contextmanager

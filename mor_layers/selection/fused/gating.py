@@ -36,19 +36,8 @@ def add_gated(
             rows in order, so that `n = k`.
         is_padding: True for rows of the output that are not added.
     """
-    is_fused = fuses(values, output, gates, rows, is_padding)
-    run = add_gated_fused if is_fused else add_gated_plain
-    return run(values, output, gates, rows, is_padding)
-
-
-def add_gated_plain(
-    values: Float[Tensor, "n b h"],
-    output: Float[Tensor, "k b h"],
-    gates: Float[Tensor, "k b"],
-    rows: Int[Tensor, "k b"] | None = None,
-    is_padding: Bool[Tensor, "k b"] | None = None,
-) -> Float[Tensor, "n b h"]:
-    """`add_gated` by plain PyTorch."""
+    if fuses(values, output, gates, rows, is_padding):
+        return AddGated.apply(values, output, gates, rows, is_padding)  # type: ignore[return-value]
     selected = values if rows is None else take_rows(values, rows)
     updated = selected + gates[..., None].to(output.dtype) * output
     if is_padding is not None:
@@ -56,19 +45,11 @@ def add_gated_plain(
     return updated if rows is None else put_rows(values, updated, rows)
 
 
-def add_gated_fused(
-    values: Float[Tensor, "n b h"],
-    output: Float[Tensor, "k b h"],
-    gates: Float[Tensor, "k b"],
-    rows: Int[Tensor, "k b"] | None = None,
-    is_padding: Bool[Tensor, "k b"] | None = None,
-) -> Float[Tensor, "n b h"]:
-    """`add_gated` by the kernel."""
-    return _AddGated.apply(values, output, gates, rows, is_padding)  # type: ignore[return-value]
+class AddGated(torch.autograd.Function):
+    """`add_gated` by the kernel.
 
-
-class _AddGated(torch.autograd.Function):
-    """The gradient of a gate is summed over its row by one program: nothing is atomic."""
+    The gradient of a gate is summed over its row by one program: nothing is atomic.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]

@@ -39,28 +39,17 @@ def take_and_norm(
     The first result is the same bit for bit with and without the kernel, and the second one is up to
     the rounding of a sum of squares. Rows must not repeat in a sequence.
     """
-    run = take_and_norm_fused if fuses(values, rows, norm.weight) else take_and_norm_plain
-    return run(values, rows, norm)
-
-
-def take_and_norm_plain(
-    values: Float[Tensor, "n b h"], rows: Int[Tensor, "k b"], norm: RMSNormWeight
-) -> tuple[Float[Tensor, "k b h"], Float[Tensor, "k b h"]]:
-    """`take_and_norm` by plain PyTorch."""
+    if fuses(values, rows, norm.weight):
+        return TakeAndNorm.apply(values, rows, *norm)  # type: ignore[return-value]
     selected = take_rows(values, rows)
     return selected, rms_norm(selected, norm)
 
 
-def take_and_norm_fused(
-    values: Float[Tensor, "n b h"], rows: Int[Tensor, "k b"], norm: RMSNormWeight
-) -> tuple[Float[Tensor, "k b h"], Float[Tensor, "k b h"]]:
-    """`take_and_norm` by the kernel."""
-    return _TakeAndNorm.apply(values, rows, norm.weight, norm.epsilon)  # type: ignore[return-value]
+class TakeAndNorm(torch.autograd.Function):
+    """`take_and_norm` by the kernel.
 
-
-class _TakeAndNorm(torch.autograd.Function):
-    """The backward pass writes each row of the gradient once, because rows do not repeat. The gradient
-    of the weight is summed in a fixed order. So nothing is atomic, and everything is deterministic.
+    The backward pass writes each row of the gradient once, because rows do not repeat. The gradient of
+    the weight is summed in a fixed order. So nothing is atomic, and everything is deterministic.
     """
 
     @staticmethod
