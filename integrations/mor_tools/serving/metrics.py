@@ -1,31 +1,41 @@
 """What an engine counts, and the text in which Prometheus reads it."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, field, fields
 from operator import add
+from typing import Any
 
 from mor_layers.generation import DepthBatchingEngine
 
 
+def _counter(text: str) -> Any:
+    return field(default=0, metadata={"kind": "counter", "help": text})
+
+
+def _gauge(text: str) -> Any:
+    return field(default=0, metadata={"kind": "gauge", "help": text})
+
+
 @dataclass(frozen=True)
 class Statistics:
-    """The counters of an engine and its present state, or the sums of several engines.
+    """What an engine has counted, and its present state; or the sums of several engines."""
 
-    `_HELP` tells what the fields mean.
-    """
-
-    ticks: int
-    prompt_tokens: int
-    cached_prompt_tokens: int
-    generated_tokens: int
-    recursion_steps: int
-    preemptions: int
-    requests_finished: int
-    requests_running: int
-    requests_waiting: int
-    kv_bytes: int
-    kv_bytes_in_use: int
-    kv_bytes_idle: int
+    ticks: int = _counter("Runs of the shared block.")
+    prompt_tokens: int = _counter("Prompt tokens computed.")
+    cached_prompt_tokens: int = _counter(
+        "Prompt tokens that were in the cache and therefore not computed."
+    )
+    generated_tokens: int = _counter("Tokens generated.")
+    recursion_steps: int = _counter("Recursion steps run by tokens.")
+    preemptions: int = _counter("Preempted sequences.")
+    requests_finished: int = _counter("Finished requests.")
+    requests_running: int = _gauge("Running requests.")
+    requests_waiting: int = _gauge("Waiting requests.")
+    kv_bytes: int = _gauge("Bytes of the key-value cache.")
+    kv_bytes_in_use: int = _gauge("Bytes of its pages in use.")
+    kv_bytes_idle: int = _gauge(
+        "Bytes of its pages that keep prefixes which no running request uses."
+    )
 
     @classmethod
     def of(cls, engine: DepthBatchingEngine) -> "Statistics":
@@ -47,33 +57,7 @@ class Statistics:
         )
 
     def __add__(self, other: "Statistics") -> "Statistics":
-        return Statistics(*map(add, self._values(), other._values()))
-
-    def _values(self) -> Iterator[int]:
-        return (getattr(self, field.name) for field in fields(self))
-
-
-_HELP = {
-    "ticks": "Runs of the shared block.",
-    "prompt_tokens": "Prompt tokens computed.",
-    "cached_prompt_tokens": "Prompt tokens that were in the cache and therefore not computed.",
-    "generated_tokens": "Tokens generated.",
-    "recursion_steps": "Recursion steps run by tokens.",
-    "preemptions": "Preempted sequences.",
-    "requests_finished": "Finished requests.",
-    "requests_running": "Running requests.",
-    "requests_waiting": "Waiting requests.",
-    "kv_bytes": "Bytes of the key-value cache.",
-    "kv_bytes_in_use": "Bytes of its pages in use.",
-    "kv_bytes_idle": "Bytes of its pages that keep prefixes which no running request uses.",
-}
-_GAUGES = {
-    "requests_running",
-    "requests_waiting",
-    "kv_bytes",
-    "kv_bytes_in_use",
-    "kv_bytes_idle",
-}
+        return Statistics(*map(add, astuple(self), astuple(other)))
 
 
 def prometheus(statistics: Statistics, answers: Mapping[int, int]) -> str:
@@ -83,11 +67,11 @@ def prometheus(statistics: Statistics, answers: Mapping[int, int]) -> str:
         answers: number of responses by HTTP status.
     """
     lines = []
-    for field, text in _HELP.items():
-        is_gauge = field in _GAUGES
-        name = f"mor_{field}" if is_gauge else f"mor_{field}_total"
-        lines += _head(name, "gauge" if is_gauge else "counter", text)
-        lines.append(f"{name} {getattr(statistics, field)}")
+    for each in fields(statistics):
+        kind = each.metadata["kind"]
+        name = f"mor_{each.name}_total" if kind == "counter" else f"mor_{each.name}"
+        lines += _head(name, kind, each.metadata["help"])
+        lines.append(f"{name} {getattr(statistics, each.name)}")
     lines += _head("mor_answers_total", "counter", "Responses by status.")
     lines += [f'mor_answers_total{{status="{s}"}} {n}' for s, n in sorted(answers.items())]
     return "\n".join(lines) + "\n"

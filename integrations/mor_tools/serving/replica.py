@@ -62,6 +62,7 @@ class RemoteEngine:
     ) -> None:
         self.max_length = options.cache.max_length
         self.is_lost = False
+        self.statistics = Statistics()
         self._open: set[int] = set()
         self._folder = tempfile.TemporaryDirectory(prefix="mor_replica_")
         context = multiprocessing.get_context("spawn")
@@ -173,7 +174,7 @@ class RemoteEngine:
                 self.is_lost = True
         if answer is None:
             raise LostReplicaError("a process of the engine has ended")
-        self.statistics: Statistics = answer.statistics
+        self.statistics = answer.statistics
         if isinstance(answer.value, Exception):
             raise answer.value
         return answer.value
@@ -191,7 +192,7 @@ def _run_rank(options: EngineOptions, rank: _Rank, connection: Connection | None
         engine = options.engine(served, _group(options, rank))
     except ValueError as error:
         if connection is not None:
-            connection.send(_Answer(error, _NOTHING))
+            connection.send(_Answer(error, Statistics()))
         return
     if connection is None:
         assert isinstance(engine, LockstepEngine)
@@ -235,6 +236,3 @@ def _group(options: EngineOptions, rank: _Rank) -> Any:
         timeout=_FOREVER,
     )
     return torch.distributed.group.WORLD
-
-
-_NOTHING = Statistics(*[0] * 12)
