@@ -103,12 +103,6 @@ V3 = Family(
 FAMILIES = {family.model_type: family for family in (V2, V3)}
 
 
-def is_family(family: Family, folder: Path) -> bool:
-    """Whether a folder has a config.json of this family."""
-    has_config = (folder / CONFIG).is_file()
-    return has_config and read_config(folder).get("model_type") == family.model_type
-
-
 def open_deepseek(folder: Path) -> StoredModel:
     """Open a checkpoint. Its tensors are read on access.
 

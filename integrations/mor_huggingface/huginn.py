@@ -76,11 +76,6 @@ Part = tuple[str, Callable[[Tensor], Tensor]]
 """The name of a tensor of theirs, and what makes ours of it."""
 
 
-def is_huginn(folder: Path) -> bool:
-    """Whether a folder has a config.json of a Huginn."""
-    return (folder / CONFIG).is_file() and read_config(folder).get("model_type") == MODEL_TYPE
-
-
 def open_huginn(folder: Path) -> StoredModel:
     """Open a Huginn checkpoint. Its tensors are read on access.
 

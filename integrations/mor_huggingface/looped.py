@@ -31,6 +31,7 @@ from mor_layers.weights import (
     dtype_name,
     fitting,
     layer_names,
+    model_type_of,
     open_tensors,
     read_config,
     require_layers,
@@ -97,20 +98,12 @@ FAMILIES = {family.model_type: family for family in (OURO, NANBEIGE)}
 
 def refuse_other_loops(folder: Path) -> None:
     """Raise ValueError if a folder has a looped model that our blocks do not express."""
-    if not (folder / CONFIG).is_file():
-        return
-    kind = read_config(folder).get("model_type")
-    if isinstance(kind, str) and kind in _OTHER_MODELS:
+    kind = model_type_of(folder)
+    if kind in _OTHER_MODELS:
         raise ValueError(
             f"{folder / CONFIG}: model_type={kind!r} cannot be converted: {_OTHER_MODELS[kind]}, which "
             f"the blocks here do not. Looped models that can be are {', '.join(FAMILIES)}."
         )
-
-
-def is_family(family: Family, folder: Path) -> bool:
-    """Whether a folder has a config.json of this family."""
-    has_config = (folder / CONFIG).is_file()
-    return has_config and read_config(folder).get("model_type") == family.model_type
 
 
 def open_looped(folder: Path) -> StoredModel:

@@ -282,6 +282,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG)
 
 
+def model_type_of(folder: Path) -> str | None:
+    """The `model_type` of a folder's config.json; None if it has none.
+
+    Raises:
+        ValueError: the config.json is not a JSON object.
+    """
+    kind = read_config(folder).get("model_type") if (folder / CONFIG).is_file() else None
+    return kind if isinstance(kind, str) else None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file of settings.
 

@@ -14,6 +14,7 @@ from mor_layers.weights import (
     CONFIG,
     MODEL_TYPE,
     StoredModel,
+    model_type_of,
     open_model,
     read_config,
     read_json,
@@ -116,7 +117,7 @@ def read_settings(path: Path | None) -> DecoderConfig | None:
 
 
 def _is_ours(source: Path) -> bool:
-    return (source / CONFIG).is_file() and read_config(source).get("model_type") == MODEL_TYPE
+    return model_type_of(source) == MODEL_TYPE
 
 
 def _is_megatron(source: Path) -> bool:
@@ -154,7 +155,7 @@ def _format_of_looped(name: str) -> Format:
 
     return Format(
         name,
-        lambda source: _looped().is_family(family(), source),
+        lambda source: model_type_of(source) == name,
         lambda source, *_: _looped().open_looped(source),
         lambda model, folder, written: _looped().write_looped(family(), model, folder, written),
         require_place=lambda config: _looped().looped_config(family(), config),
@@ -175,7 +176,7 @@ def _format_of_deepseek(name: str) -> Format:
 
     return Format(
         name,
-        lambda source: _deepseek().is_family(family(), source),
+        lambda source: model_type_of(source) == name,
         lambda source, *_: _deepseek().open_deepseek(source),
         lambda model, folder, written: _deepseek().write_deepseek(family(), model, folder, written),
         require_place=lambda config: _deepseek().deepseek_config(family(), config),
@@ -222,7 +223,7 @@ FORMATS = {
         *map(_format_of_looped, ("ouro", "nanbeige")),
         Format(
             "huginn",
-            lambda source: _huginn().is_huginn(source),
+            lambda source: model_type_of(source) == _huginn().MODEL_TYPE,
             lambda source, *_: _huginn().open_huginn(source),
             lambda model, folder, written: _huginn().write_huginn(model, folder, written),
             require_place=lambda config: _huginn().huginn_config(config),
