@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mor_tools.serving import chat, completions
-from mor_tools.serving.chat_template import ChatTemplate
-from mor_tools.serving.fields import BadRequestError
+from mor_tools.serving.calls import chat, completions
+from mor_tools.serving.calls.chat_template import ChatTemplate
+from mor_tools.serving.calls.fields import BadRequestError
+from mor_tools.serving.calls.protocol import MAX_CHOICES, Bounds
 from mor_tools.serving.loading import ServedModel, random_model
-from mor_tools.serving.protocol import MAX_CHOICES, Bounds
 from tests.campaigns import hostile
 
 MOST = 100

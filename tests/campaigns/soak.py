@@ -26,8 +26,8 @@ from typing import Any
 import httpx2 as httpx
 
 from mor_layers.generation import CacheSettings, DepthBatchingEngine
-from mor_tools.serving import completions
-from mor_tools.serving.protocol import Bounds
+from mor_tools.serving.calls import completions
+from mor_tools.serving.calls.protocol import Bounds
 from tests.campaigns.body_cases import hostile_body
 from tests.mor_tools.serving.running import Running
 

@@ -22,10 +22,10 @@ from mor_tools import terminal
 from mor_tools.commands.command_line import flag
 from mor_tools.serving.access import Access, read_keys
 from mor_tools.serving.app import Limits, Service
-from mor_tools.serving.engines import EngineOptions
-from mor_tools.serving.replicas import Replicas
+from mor_tools.serving.engines.options import EngineOptions
+from mor_tools.serving.engines.replicas import Replicas
+from mor_tools.serving.engines.worker import EngineWorker
 from mor_tools.serving.server import Server
-from mor_tools.serving.worker import EngineWorker
 
 
 def engine_options(options: argparse.Namespace) -> EngineOptions:

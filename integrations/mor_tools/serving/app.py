@@ -20,15 +20,15 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from mor_layers.generation import Event
-from mor_tools.serving import chat, completions
 from mor_tools.serving.access import Access, AccessControl
+from mor_tools.serving.calls import chat, completions
+from mor_tools.serving.calls.fields import BadRequestError
+from mor_tools.serving.calls.protocol import Bounds, Call, Usage, failure
+from mor_tools.serving.engines.metrics import prometheus
+from mor_tools.serving.engines.replicas import Replicas
+from mor_tools.serving.engines.worker import EngineWorker, OverloadedError, UnavailableError
 from mor_tools.serving.errors import ServiceError
-from mor_tools.serving.fields import BadRequestError
 from mor_tools.serving.loading import ServedModel
-from mor_tools.serving.metrics import prometheus
-from mor_tools.serving.protocol import Bounds, Call, Usage, failure
-from mor_tools.serving.replicas import Replicas
-from mor_tools.serving.worker import EngineWorker, OverloadedError, UnavailableError
 
 NUM_PARSERS = 2
 """Number of threads that parse bodies, so that a large body does not delay a small one."""

@@ -14,8 +14,8 @@ import torch
 from mor_layers import DecoderConfig, ExpertChoice, MoRTransformer, RecursionConfig, load_model
 from mor_layers.weights import read_json
 from mor_layers.weights.folder import open_model
-from mor_tools.serving.chat_template import ChatTemplate, read_chat_template
-from mor_tools.serving.grammars import Grammars
+from mor_tools.serving.calls.chat_template import ChatTemplate, read_chat_template
+from mor_tools.serving.calls.grammars import Grammars
 from mor_tools.serving.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
 
 

@@ -1,7 +1,7 @@
 """Constraints: which tokens may come next in a text that must follow a grammar.
 
 The engine knows no grammar. Whoever sends a request gives it a `Constraint`.
-`mor_tools.serving.grammars` makes them with the library llguidance.
+`mor_tools.serving.calls.grammars` makes them with the library llguidance.
 
 Legend: `b` requests, `v` vocabulary.
 """

@@ -16,8 +16,8 @@ from mor_layers.generation import DepthBatchingEngine, Request, Sampling
 from mor_tools.commands import parser, serve
 from mor_tools.serving import loading
 from mor_tools.serving.app import Service
+from mor_tools.serving.engines.worker import EngineWorker
 from mor_tools.serving.server import Server
-from mor_tools.serving.worker import EngineWorker
 
 SIZES = ["--slots", "4", "--max-length", "128", "--kv-mib", "1", "--max-tokens", "100"]
 

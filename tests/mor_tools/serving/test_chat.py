@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mor_layers import DecoderConfig, MoRTransformer, save_model
-from mor_tools.serving.chat_template import ChatTemplate, TemplateError, read_chat_template
+from mor_tools.serving.calls.chat_template import ChatTemplate, TemplateError, read_chat_template
 from mor_tools.serving.loading import load
 from tests.mor_tools.serving.running import Running, running
 

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mor_layers.generation import CacheSettings, DepthBatchingEngine, Request, Sampling
-from mor_tools.serving.grammars import GrammarError, Grammars
+from mor_tools.serving.calls.grammars import GrammarError, Grammars
 from mor_tools.serving.loading import random_model
 from mor_tools.serving.tokenizers import ByteTokenizer, FileTokenizer
 from tests.mor_tools.serving.running import Running, running
@@ -195,6 +195,6 @@ def test_tokens_of_a_file_follow_a_grammar(tmp_path) -> None:
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch) -> None:
-    monkeypatch.setattr("mor_tools.serving.grammars.llguidance", None)
+    monkeypatch.setattr("mor_tools.serving.calls.grammars.llguidance", None)
     with pytest.raises(GrammarError, match=r"mor-layers\[serve\]"):
         Grammars(ByteTokenizer(), 256, ()).constraint({"regex": "a"})

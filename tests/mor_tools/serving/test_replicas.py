@@ -11,7 +11,7 @@ import pytest
 
 from mor_layers.generation import Request
 from mor_tools.commands import main
-from mor_tools.serving.replicas import MOST_MORE, Replicas
+from mor_tools.serving.engines.replicas import MOST_MORE, Replicas
 from tests.mor_tools.serving.running import Running, engine_of, options_of, running
 
 ARGUMENTS = ["--replicas", "2", "--prefix-sharing", "all"]

@@ -21,7 +21,7 @@ from mor_tools.commands import generate, main
 from mor_tools.serving import loading
 from mor_tools.serving.access import Access
 from mor_tools.serving.app import Limits
-from mor_tools.serving.worker import EngineWorker, UnavailableError
+from mor_tools.serving.engines.worker import EngineWorker, UnavailableError
 from tests.mor_tools.serving.running import SIZES, Running, engine_of, options_of, running
 
 

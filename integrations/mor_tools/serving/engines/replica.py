@@ -20,9 +20,9 @@ import torch
 
 from mor_layers.generation import Event, Request
 from mor_layers.generation.lockstep import LockstepEngine
-from mor_tools.serving.engines import EngineOptions
-from mor_tools.serving.grammars import GrammarConstraint
-from mor_tools.serving.metrics import Statistics
+from mor_tools.serving.calls.grammars import GrammarConstraint
+from mor_tools.serving.engines.metrics import Statistics
+from mor_tools.serving.engines.options import EngineOptions
 
 _FOREVER = timedelta(days=365)  # ranks wait for the next call of the first as long as there is none
 

@@ -6,9 +6,8 @@ from typing import Any
 
 from mor_layers.generation import Event
 from mor_layers.generation.sampling import Logprobs
-from mor_tools.serving.fields import BadRequestError, Fields
-from mor_tools.serving.loading import ServedModel
-from mor_tools.serving.protocol import (
+from mor_tools.serving.calls.fields import BadRequestError, Fields
+from mor_tools.serving.calls.protocol import (
     IGNORED,
     MAX_LOGPROBS,
     Bounds,
@@ -16,6 +15,7 @@ from mor_tools.serving.protocol import (
     Choice,
     take_options,
 )
+from mor_tools.serving.loading import ServedModel
 from mor_tools.serving.tokenizers import Tokenizer
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {"best_of": (None, 1), "suffix": (None, "")}

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mor_layers.generation import Event, Request, Sampling
-from mor_tools.serving.fields import BadRequestError, Fields
-from mor_tools.serving.grammars import GrammarConstraint, GrammarError
+from mor_tools.serving.calls.fields import BadRequestError, Fields
+from mor_tools.serving.calls.grammars import GrammarConstraint, GrammarError
 from mor_tools.serving.loading import ServedModel
 
 IGNORED = {"user", "metadata"}

@@ -7,8 +7,8 @@ import threading
 from collections.abc import AsyncIterator, Callable
 
 from mor_layers.generation import DepthBatchingEngine, Event, Request
-from mor_tools.serving.metrics import Statistics
-from mor_tools.serving.replica import LostReplicaError, RemoteEngine
+from mor_tools.serving.engines.metrics import Statistics
+from mor_tools.serving.engines.replica import LostReplicaError, RemoteEngine
 
 logger = logging.getLogger(__name__)
 

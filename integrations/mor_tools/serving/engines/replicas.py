@@ -11,10 +11,10 @@ from operator import add
 import torch
 
 from mor_layers.generation import Event, Request
-from mor_tools.serving.engines import EngineOptions
-from mor_tools.serving.metrics import Statistics
-from mor_tools.serving.replica import RemoteEngine
-from mor_tools.serving.worker import EngineWorker, UnavailableError
+from mor_tools.serving.engines.metrics import Statistics
+from mor_tools.serving.engines.options import EngineOptions
+from mor_tools.serving.engines.replica import RemoteEngine
+from mor_tools.serving.engines.worker import EngineWorker, UnavailableError
 
 PREFIX_TOKENS = 32
 """Requests whose first tokens agree this far are sent to the same replica, which has their keys."""

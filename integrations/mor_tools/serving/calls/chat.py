@@ -6,10 +6,9 @@ from typing import Any
 
 from mor_layers.generation import Event
 from mor_layers.generation.sampling import Logprobs
-from mor_tools.serving.chat_template import TemplateError
-from mor_tools.serving.fields import BadRequestError, Fields
-from mor_tools.serving.loading import ServedModel
-from mor_tools.serving.protocol import (
+from mor_tools.serving.calls.chat_template import TemplateError
+from mor_tools.serving.calls.fields import BadRequestError, Fields
+from mor_tools.serving.calls.protocol import (
     IGNORED,
     MAX_LOGPROBS,
     Bounds,
@@ -17,6 +16,7 @@ from mor_tools.serving.protocol import (
     Choice,
     take_options,
 )
+from mor_tools.serving.loading import ServedModel
 from mor_tools.serving.tokenizers import Tokenizer
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {

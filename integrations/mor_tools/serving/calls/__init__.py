@@ -1,0 +1,1 @@
+"""What callers send and get: completions and chat, their fields, and the grammars of answers."""
