@@ -37,7 +37,7 @@ from benchmarks.serving.feed import Requests
 from benchmarks.serving.limits import Prices, Served, sequence_bytes
 from benchmarks.serving.ours import EngineOptions, Load
 from benchmarks.serving.profiles import operations
-from benchmarks.serving.rounds import Rounds, Row, take_turns
+from benchmarks.serving.rounds import HEADINGS, Rounds, Row, markdown, take_turns
 from benchmarks.serving.shapes import SHAPES, decoder_config
 from benchmarks.serving.vllm_client import VLLMProcess
 
@@ -72,8 +72,8 @@ class Report:
 class Bench:
     """The models of a run, and the engines that serve them."""
 
-    def __init__(self, options: argparse.Namespace, console: Console) -> None:
-        self.options, self.console = options, console
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
         self.dtype = getattr(torch, options.dtype)
         torch.manual_seed(0)
         self.plain = self._model(1)
@@ -159,7 +159,7 @@ class Bench:
             own.tokens,
             own.rounds,
             minutes,
-            lambda number: self.console.print(f"round {number}", end="\r"),
+            lambda number: print(f"round {number}", end="\r", file=sys.stderr, flush=True),
         )
 
     def _model(self, steps: int) -> MoRTransformer:
@@ -282,6 +282,7 @@ def parser() -> argparse.ArgumentParser:
     add("--profile", action="store_true", help="also record our operations by their time")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--core", type=int, help="the CPU that all engines run on (default: the last one)")
+    add("--markdown", type=Path, metavar="FILE", help="write the table here")
     add("--json", type=Path, metavar="FILE", help="write the record here")
     return options
 
@@ -299,31 +300,24 @@ def main() -> None:
             cores = os.sched_getaffinity(0)
             os.sched_setaffinity(0, {max(cores) if options.core is None else options.core})
     console = Console() if sys.stdout.isatty() else Console(width=120)
-    bench = Bench(options, console)
+    bench = Bench(options)
     with bench.vllm() as vllm:
         said = bench.require_equal(vllm)
         console.print(f"vLLM {vllm.facts['version']}: {said}")
         report = (first_token if options.first_token else throughput)(bench, vllm)
-    console.print(table(report.rows))
+    table = Table(*HEADINGS)
+    for row in report.rows:
+        table.add_row(*row.cells)
+    console.print(table)
+    if options.markdown:
+        options.markdown.write_text(markdown(report.rows), "utf-8")
     console.print_json(data={k: v for k, v in report.facts.items() if k.startswith("equal")})
     if options.json:
-        settings = {name: value for name, value in vars(options).items() if "json" not in name}
-        del settings["vllm_python"]
+        outputs = ("json", "markdown", "vllm_python")
+        settings = {name: value for name, value in vars(options).items() if name not in outputs}
         record = {"machine": machine(), "settings": settings, "vllm": vllm.facts, "equality": said}
         record |= {"rows": [asdict(r) | {"verdict": r.verdict} for r in report.rows]}
         options.json.write_text(json.dumps(record | report.facts, indent=1) + "\n")
-
-
-def table(rows: list[Row]) -> Table:
-    """The rows beside their targets."""
-    made = Table("ratio", "found", "95 % interval", "target", "verdict", "processor", "rounds")
-    for row in rows:
-        found, sign = row.found, "≥" if row.is_least else "≤"
-        share = "" if found.share is None else f"{found.share:.0%}"
-        interval, target = f"{found.low:.3f}–{found.high:.3f}", f"{sign} {row.target:g}"
-        cells = (row.name, f"{found.ratio:.3f}", interval, target, row.verdict, share)
-        made.add_row(*cells, str(found.rounds))
-    return made
 
 
 if __name__ == "__main__":

@@ -95,6 +95,9 @@ def take_turns(
     return Rounds(turns)
 
 
+HEADINGS = ("", "found", "95 % interval", "target", "verdict", "share of the processor", "rounds")
+
+
 @dataclass(frozen=True)
 class Row:
     """A line of the table: what was found, and what is wanted."""
@@ -115,6 +118,26 @@ class Row:
         said = "met" if low >= target else "missed" if high < target else "open"
         is_busy = self.found.share is not None and self.found.share < LEAST_SHARE
         return f"{said}, on a busy machine" if is_busy else said
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """What `HEADINGS` says."""
+        found = self.found
+        return (
+            self.name,
+            f"{found.ratio:.3f}",
+            f"{found.low:.3f}–{found.high:.3f}",
+            f"{'≥' if self.is_least else '≤'} {self.target:g}",
+            self.verdict,
+            "" if found.share is None else f"{found.share:.0%}",
+            str(found.rounds),
+        )
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The rows as a table of a page."""
+    lines = [HEADINGS, ("---",) * len(HEADINGS), *(row.cells for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _rate(turns: tuple[Turn, Turn]) -> float:
