@@ -68,7 +68,10 @@ def exit_code(verdicts: Sequence[Verdict]) -> int:
 
 
 def table_of(verdicts: Sequence[Verdict], cases: Sequence[Case]) -> str:
-    """One row a case, and what it shows below it, with groups of figures. In plain text: a bare machine has nothing else."""
+    """One row a case, with what it shows and groups of figures below it.
+
+    In plain text: a bare machine has nothing else.
+    """
     shows = {case.name: case.shows for case in cases}
     width = max((len(v.name) for v in verdicts), default=0)
     lines = []
