@@ -25,7 +25,7 @@ from mor_layers import (
     Relaxation,
 )
 from mor_layers.layers import NormModulation
-from mor_layers.models import LatentAttentionConfig, Llama3Scaling, LinearScaling, YarnScaling
+from mor_layers.models import LatentAttentionConfig, LinearScaling, Llama3Scaling, YarnScaling
 from mor_layers.recursion import HistoryInjection, HyperConnections
 from mor_megatron import Norm, causal_routing, default_layer_spec, recursion_block_spec
 from mor_megatron.checkpoints import decoder_tensors, load_tensors, whole_tensors
