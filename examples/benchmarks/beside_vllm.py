@@ -118,7 +118,11 @@ class Bench:
             requests,
             kv_bytes,
             EngineOptions(
-                own.page_size, own.chunk_size, own.tokens_per_tick, own.compiler, temperature=0.0
+                own.page_size,
+                own.chunk_size,
+                own.tokens_per_tick,
+                None if model is self.plain else own.compiler,  # which is for a recursion
+                temperature=0.0,
             ),
         )
         load.settle()
@@ -278,7 +282,7 @@ def parser() -> argparse.ArgumentParser:
     add("--page-size", type=int, default=4, help="rows of a page of our cache (default: 4)")
     add("--chunk-size", type=int, help="of our engine (default: whole prompts)")
     add("--tokens-per-tick", type=int, help="of both engines (default: all that is in flight)")
-    add("--compiler", help="backend of torch.compile for our engine")
+    add("--compiler", help="backend of torch.compile for our engine with the recursion")
     add("--profile", action="store_true", help="also record our operations by their time")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--core", type=int, help="the CPU that all engines run on (default: the last one)")

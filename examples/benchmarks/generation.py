@@ -97,7 +97,9 @@ def compare(
             requests = Requests(
                 shortest, longest, options.new_tokens, options.vocabulary, number, waiting=2
             )
-            loads.append(Load(own, requests, size, EngineOptions(compiler=options.compiler)))
+            # A compiler is for a recursion; the plain model runs operation by operation.
+            engine = EngineOptions(compiler=None if own is plain else options.compiler)
+            loads.append(Load(own, requests, size, engine))
             loads[-1].settle()
         rounds = [[load.run(options.tokens) for load in loads] for _ in range(options.turns)]
         ratios = tuple(sorted(own.rate / base.rate for base, own in rounds))
@@ -201,9 +203,7 @@ def parser() -> argparse.ArgumentParser:
     add("--vocabulary", type=int, default=2048, help="the logits cost both models alike")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and caches")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add(
-        "--compiler", help="backend of torch.compile for our engine, such as inductor or cudagraphs"
-    )
+    add("--compiler", help="backend of torch.compile for the engine with a recursion")
     add("--hugging-face", action="store_true", help="also time `generate` of transformers")
     add("--json", metavar="FILE", help="write the rows here")
     return options

@@ -73,10 +73,7 @@ class Load:
         self._numbers: dict[int, int] = {}  # the engine's, and the feed's
         self._inside = 0.0
         self.depths, self.own_shares = list[float](), list[float]()  # of each turn
-        for stack in (model.prelude, *(block.layers for block in model.recursions), model.coda):
-            stack.forward = self._timed(stack.forward)  # type: ignore[method-assign]
-        cached = self.engine.runner.cached
-        cached.logits = self._timed(cached.logits)  # type: ignore[method-assign]
+        self._watch()
 
     @property
     def num_running(self) -> int:
@@ -119,7 +116,8 @@ class Load:
 
     @property
     def own_share(self) -> float:
-        """Of the time, what was spent outside of the layers and the logits, the median of the turns."""
+        """Of the time, what was spent outside of the layers and the logits, or outside of the graph of a
+        compiled tick; the median of the turns."""
         return statistics.median(self.own_shares)
 
     def forget(self) -> None:
@@ -160,6 +158,19 @@ class Load:
         texts = sorted((progress.tokens for progress in running), key=len)
         older = texts[max(len(texts) // 2, len(texts) - 12) :]
         return torch.tensor([text[: len(older[0])] for text in older])
+
+    def _watch(self) -> None:
+        """Time the layers and the logits, or the graph that is a whole tick."""
+        model, runner = self.model, self.engine.runner
+        if self.options.compiler is not None:  # a clock within would break the graph
+            links: Any = runner._links
+            for link in links:
+                if (tick := getattr(link, "static", None)) is not None:
+                    tick._run = self._timed(tick._run)
+            return
+        for stack in (model.prelude, *(block.layers for block in model.recursions), model.coda):
+            stack.forward = self._timed(stack.forward)  # type: ignore[method-assign]
+        runner.cached.logits = self._timed(runner.cached.logits)  # type: ignore[method-assign]
 
     def _timed(self, run: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:

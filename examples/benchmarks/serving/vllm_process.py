@@ -82,7 +82,7 @@ class VLLM:
     def facts(self) -> dict[str, Any]:
         """What a record should say about this engine."""
         import torch
-        from vllm import __version__
+        from vllm import __version__  # type: ignore[import-not-found]
 
         config = self.engine.vllm_config
         return {
