@@ -129,7 +129,7 @@ def refusals() -> list[str]:
         model = gpt(config, sequence_parallel)
         layer = model.decoder.layers[1]
         hidden = torch.zeros(4 // (1 + sequence_parallel), 1, 32)
-        with pytest.raises(ValueError, match="parallel|inference context|Static") as caught:
+        with pytest.raises(ValueError, match=r"parallel|inference context|Static") as caught:
             layer(hidden, inference_context=memory)
         messages.append(str(caught.value))
     return messages
