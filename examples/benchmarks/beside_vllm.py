@@ -132,8 +132,8 @@ class Bench:
         """Require that vLLM continues texts as our engine does. Returns what was compared.
 
         Raises:
-            RuntimeError: it does not, for more than 0.3 % of the tokens (in bf16, 10 %). Where two logits
-                are closer than rounding, either is right.
+            RuntimeError: it does not, for more than 0.3 % of the tokens (in bf16, 10 %). Where two
+                logits are closer than rounding, either is right.
         """
         requests, number = self.requests(20), 20
         source = torch.Generator().manual_seed(7)
