@@ -157,6 +157,12 @@ def _names(config: DecoderConfig, routers: Iterable[str]) -> dict[str, tuple[str
             block, layer = int(ours.split(".")[1]), ours.rpartition(".")[2]
             place = f"decoder.layers.{blocks[block]}.recursion.layers.{layer}"
             names |= _layer_names(config, place, ours, config.moe, recursion, num_norms)
+    further = config.multi_token_prediction
+    for head in range(0 if further is None else further.num_heads):
+        theirs, ours = f"mtp.layers.{head}", f"prediction_heads.{head}"
+        names |= {f"{theirs}.{t}": (f"{ours}.{o}",) for t, o in _HEAD.items()}
+        place, moe = f"{theirs}.transformer_layer", config.head_config.moe
+        names |= _layer_names(config, place, f"{ours}.layers.layers.0", moe)
     for block, depth in blocks.items():
         theirs, ours = f"decoder.layers.{depth}.recursion", f"recursions.{block}"
         own = [name for name in routers if name.startswith(f"{ours}.router.")]
@@ -184,7 +190,8 @@ def _beside_layers(recursion: RecursionConfig) -> list[str]:
 
 def _refuse_what_megatron_lacks(config: DecoderConfig) -> None:
     """Raise ValueError for settings of a decoder that no layer of ours in Megatron has."""
-    given = {name: getattr(config, name) for name in config.beyond_llama}
+    beyond = [name for name in config.beyond_llama if name != "multi_token_prediction"]
+    given = {name: getattr(config, name) for name in beyond}
     for recursion in config.recursions:
         given |= {
             n: getattr(recursion, n) for n in ("adapter", "exit_norm") if getattr(recursion, n)
@@ -302,6 +309,12 @@ def _expert_names(moe: MoEConfig, recursion: RecursionConfig | None) -> dict[str
     return names
 
 
+_HEAD = {
+    "enorm.weight": "embedding_norm.weights.0",
+    "hnorm.weight": "state_norm.weights.0",
+    "eh_proj.weight": "projection.weight",
+    "final_layernorm.weight": "norm.weights.0",
+}
 _QUERIES = {"linear_q_proj.weight": "query_up.weight"}
 _QUERY_ROWS = {
     "linear_q_down_proj.weight": "query_down.weight",

@@ -25,9 +25,21 @@ from mor_layers import (
     Relaxation,
 )
 from mor_layers.layers import NormModulation
-from mor_layers.models import LatentAttentionConfig, LinearScaling, Llama3Scaling, YarnScaling
+from mor_layers.models import (
+    LatentAttentionConfig,
+    LinearScaling,
+    Llama3Scaling,
+    MultiTokenPrediction,
+    YarnScaling,
+)
 from mor_layers.recursion import HistoryInjection, HyperConnections
-from mor_megatron import Norm, causal_routing, default_layer_spec, recursion_block_spec
+from mor_megatron import (
+    Norm,
+    causal_routing,
+    default_layer_spec,
+    mtp_block_spec,
+    recursion_block_spec,
+)
 from mor_megatron.checkpoints import decoder_tensors, load_tensors, whole_tensors
 from mor_megatron.checkpoints.weights import megatron_tensors
 from mor_megatron.parallel import rotary_settings
@@ -119,6 +131,17 @@ MODELS: dict[str, dict[str, Any]] = {
         "recursion": WISE,
         "head_dim": 12,
         "rope_scaling": YarnScaling(4.0, 16, 2.0, 0.5, truncate=False),
+    },
+    "heads that predict further tokens": {
+        "recursion": WISE,
+        "multi_token_prediction": MultiTokenPrediction(2, 0.3),
+    },
+    "heads with experts, latent attention": {
+        "recursion": replace(WISE, prelude_layers=2, coda_layers=0),
+        "moe": EXPERTS,
+        "dense_ends": True,
+        "latent_attention": LatentAttentionConfig(16, 8, 4, 12),
+        "multi_token_prediction": MultiTokenPrediction(),
     },
     "layers that route by themselves": {
         "recursion": RecursionConfig(
@@ -243,6 +266,12 @@ def gpt(decoder: DecoderConfig, sequence_parallel: bool) -> GPTModel:
             "v_head_dim": latent.v_head_dim,
             **rotary.latent,
         }
+    heads = decoder.multi_token_prediction
+    if heads is not None:
+        options |= {
+            "mtp_num_layers": heads.num_heads,
+            "mtp_loss_scaling_factor": heads.loss_coefficient,
+        }
     config = setup.tiny_config(
         num_layers=decoder.num_unrolled_layers,
         num_query_groups=decoder.kv_heads,
@@ -275,6 +304,7 @@ def gpt(decoder: DecoderConfig, sequence_parallel: bool) -> GPTModel:
         **rotary.model,
         parallel_output=False,
         share_embeddings_and_output_weights=decoder.tie_embeddings,
+        mtp_block_spec=mtp_block_spec(config),
     ).eval()
 
 
@@ -284,3 +314,43 @@ def test_weights_go_there_and_back(pool: WorkerPool, model: str, layout: str) ->
     found = pool.run(there_and_back, ranks, model=MODELS[model], layout=parallel, sp=sp)
     assert [f.changed for f in found] == [[], *[None] * (ranks - 1)]
     assert max(f.logits for f in found) < 1e-5
+
+
+def gradients_of_heads(model: dict[str, Any]) -> dict[str, float]:
+    """Largest differences of gradients with those of the torch model, and the largest gradient."""
+    setup.initialize()
+    torch.manual_seed(0)
+    decoder = DecoderConfig(64, 32, 64, num_unrolled_layers=8, num_heads=4, **model)
+    ours, ids = MoRTransformer(decoder), torch.randint(0, 64, (2, 12))
+    theirs = gpt(decoder, False).train()
+    theirs.output_layer.gather_output = False  # as Megatron's loss expects it
+    load_tensors([theirs], megatron_tensors(ours.state_dict(), decoder))
+    labels, positions = torch.randint(0, 64, (2, 12)), torch.arange(12).expand(2, 12)
+    ours(ids, labels=labels).loss.backward()
+    theirs(ids, positions, None, labels=labels).mean().backward()
+    differences = {"size": 1.0}
+    for head, other in zip(ours.prediction_heads, theirs.mtp.layers, strict=True):
+        pairs = {
+            "projection": (head.projection.weight, other.eh_proj.weight),
+            "norm": (head.norm.weights[0], other.final_layernorm.weight),
+            "down": (
+                head.layers.layers[0].mlp.down.weight,
+                other.mtp_model_layer.mlp.linear_fc2.weight,
+            ),
+        }
+        for name, (own, wanted) in pairs.items():
+            difference = (own.grad - wanted.grad).abs().max().item()
+            differences[name] = max(differences.get(name, 0.0), difference)
+            differences["size"] = min(differences["size"], wanted.grad.abs().max().item())
+    own, wanted = ours.embedding.weight, theirs.embedding.word_embeddings.weight
+    return differences | {"embedding": (own.grad - wanted.grad).abs().max().item()}
+
+
+def test_heads_get_megatrons_gradients(pool: WorkerPool) -> None:
+    model = {
+        "recursion": RecursionConfig(3),
+        "multi_token_prediction": MultiTokenPrediction(2, 0.3),
+    }
+    found = pool.run(gradients_of_heads, 1, model=model)[0]
+    assert found.pop("size") > 1e-4
+    assert max(found.values()) < 1e-6
