@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mor_layers import MoRTransformer
+from mor_layers import MoRTransformer, RecursionConfig
 from mor_layers.generation import (
     HeadSpeculation,
     IncrementalDecoder,
@@ -92,6 +92,13 @@ WITH_HEADS = {
     "token choice": model_for("token_choice", "exit_state", "middle_cycle"),
     "one by one": model_for("fixed_depth", "recursion_wise", "middle_sequence"),
     "plain": small_model(plain_config(3)),
+    "several recursions": small_model(
+        replace(
+            plain_config(4),
+            recursion=(RecursionConfig(2, "cycle", ALL_ROUTERS["token_choice"], block_layers=1),)
+            * 2,
+        )
+    ),
     "latent": small_model(replace(plain_config(2), num_kv_heads=None, latent_attention=LATENT)),
 }
 
