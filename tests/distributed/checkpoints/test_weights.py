@@ -142,6 +142,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe": DEEPSEEK,
         "dense_ends": True,
         "latent_attention": LatentAttentionConfig(16, 8, 4, 12, q_lora_rank=24),
+        "multi_token_prediction": MultiTokenPrediction(),
     },
     "DeepSeek-V3's experts, three steps": {"recursion": WISE, "moe": DEEPSEEK},
     "DeepSeek-V2's experts": {
