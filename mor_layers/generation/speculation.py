@@ -282,7 +282,8 @@ class SpeculativeDecoder:
         wanted = self._chances(states.flatten(0, 1)).unflatten(0, run.shape)
         num_accepted, following = self._verified(drafts, proposed, wanted)
         kept = num_accepted + 1
-        depths = decoder.depths[texts[:, None], before[texts, None] + torch.arange(run.shape[1])]
+        places = before[texts, None] + torch.arange(run.shape[1], device=self.device)
+        depths = decoder.depths[texts[:, None], places]
         counts.passes += int(depths.max())
         counts.add(depths, num_drafts, num_accepted, kept)
         decoder.keep(before.index_add(0, texts, kept))
