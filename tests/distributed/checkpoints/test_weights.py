@@ -203,6 +203,7 @@ SAMPLE = [
     ("several recursions", "pp"),
     ("Qwen's YaRN", "tp+sp"),
     ("DeepSeek-V3's experts", "ep"),
+    ("DeepSeek-V3's experts, three steps", "tp+sp"),
     ("heads with experts, latent attention", "tp+sp"),
     ("no recursion", "pp"),
     ("depth and width", "one rank"),
