@@ -318,10 +318,11 @@ def _plan(settings: Settings) -> Plan:
     sequences, recursion = settings.training.global_batch_size, settings.recursion
     if recursion is None:
         return Plan(sequences)
-    router = recursion.router
+    router, length = recursion.router, settings.data.sequence_length
+    capacities = router.capacities_for(recursion.num_recursions, length)
     return Plan(
         sequences,
-        router.capacity_factors_for(recursion.num_recursions),
+        capacities and tuple(tokens / length for tokens in capacities),
         getattr(router, "warmup_steps", 0),  # not all routers have one
     )
 
