@@ -112,8 +112,9 @@ def account(
     Args:
         tokens_per_step: number of tokens that run each step of the routed stacks, in order of
             execution, including padding slots. Required if the settings do not determine them, as
-            for token choice. Default: what `capacity` makes of the factors. The cost of attention is quadratic
-            in these numbers, so passing means over sequences can underestimate it.
+            for token choice. Default: what `selection.capacity` makes of the capacity factors. The cost
+            of attention is quadratic in these numbers, so passing means over sequences can
+            underestimate it.
         causal_half: count only half of the k · m pairs of attention, not all of them as the formula
             of `scaled_dot_product_attention` does. This is a lower bound for kernels that skip
             masked blocks.
