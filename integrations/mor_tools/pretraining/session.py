@@ -187,7 +187,9 @@ class Session:
             is_stable_end = trainer.step == settings.training.decay_start
             if is_stable_end or trainer.step % settings.training.checkpoint_every == 0:
                 trainer.save()
+            trainer.finish_save()
         trainer.save()
+        trainer.finish_save(waits=True)
         stopped = (
             f"stopped after step {trainer.step} of {settings.training.steps}, saved in "
             f"{trainer.saved_folder}."
