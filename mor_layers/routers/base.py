@@ -238,7 +238,9 @@ class RouterConfig(ABC):
         the settings do not determine it.
         """
         factors, multiple = self.capacity_factors_for(num_recursions), self.rounds_capacities_to
-        return factors and tuple(capacity(factor, length, multiple) for factor in factors)
+        if factors is None:
+            return None
+        return tuple(capacity(factor, length, multiple) for factor in factors)
 
     @property
     def learns_exits(self) -> bool:
