@@ -11,6 +11,7 @@ from mor_layers.layers import NormModulation, Relaxation, Sublayer
 from mor_layers.models import DecoderConfig, RecursionConfig
 from mor_layers.recursion import HistoryInjection, HyperConnections, KVPolicy
 from mor_layers.routers import ScorerMatrix
+from mor_layers.routers.capacity import default_capacity_factors
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class RouterShape:
     """Total number of parameters. None: the number of weights of the scorers."""
     trained_shares: tuple[float, ...] | None = None
     """For each step, the share of its runs that gradients go through in training. None: all."""
+    capacity_multiple: int = 1
+    """What the number of tokens that `capacity_factors` give is rounded up to a multiple of."""
 
     @classmethod
     def from_recursion(cls, config: RecursionConfig, hidden_size: int) -> Self | None:
@@ -79,7 +82,11 @@ class RouterShape:
         trained = router.trained_shares_for(steps)
         if factors == trained == (1.0,) * steps and not any(scorers) and not count:
             return None
-        return cls(scorers, factors, count, None if trained == (1.0,) * steps else trained)
+        shares, multiple = (
+            None if trained == (1.0,) * steps else trained,
+            router.rounds_capacities_to,
+        )
+        return cls(scorers, factors, count, shares, multiple)
 
     @property
     def parameters(self) -> int:
@@ -289,7 +296,20 @@ class ModelShape:
                 steps. Where layers route by themselves, one for all of those that do.
         """
         routed = sum(stack.num_recursions for stack in self.stacks if stack.router)
+        if not shares:
+            return None
         return [share * length for share in shares] * (routed // len(shares)) or None
+
+    def planned_tokens(self, length: int) -> list[float] | None:
+        """The same if settings do not determine it: where they do not, equally many tokens exit at each
+        step, which is the target of the routers' balancing. None if they determine all of it."""
+        routers = [(stack.router, stack.num_recursions) for stack in self.stacks if stack.router]
+        if all(router.capacity_factors is not None for router, _ in routers):
+            return None
+        shares = [
+            router.capacity_factors or default_capacity_factors(steps) for router, steps in routers
+        ]
+        return [share * length for own in shares for share in own]
 
     @property
     def value_size(self) -> int:
