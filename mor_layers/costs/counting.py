@@ -10,7 +10,6 @@ value size)`. Each product becomes two in the backward pass, one per factor.
 Norms, activations, rotary embeddings, softmax and activation recomputation are not counted.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice, pairwise
@@ -19,6 +18,7 @@ from typing import Self
 from mor_layers.costs.shapes import ModelShape, StackShape
 from mor_layers.layers import Projection
 from mor_layers.models import DecoderConfig
+from mor_layers.selection import capacity
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class Accounting:
     """FLOPs per forward pass that do not depend on the batch, for the row norms of weights with
     `dora` deltas. They are not part of `forward`."""
     further_losses: tuple[Parts, Parts] = (Parts(), Parts())
-    """FLOPs, forward and backward, of losses after all loops but the last, which only training has."""
+    """FLOPs, forward and backward, of losses after all loops but the last, and of the heads of
+    multi-token prediction, which only training has."""
 
     @property
     def training(self) -> Parts:
@@ -112,8 +113,9 @@ def account(
     Args:
         tokens_per_step: number of tokens that run each step of the routed stacks, in order of
             execution, including padding slots. Required if the settings do not determine them, as
-            for token choice. Default: `max(1, floor(c_r · s))`. The cost of attention is quadratic
-            in these numbers, so passing means over sequences can underestimate it.
+            for token choice. Default: what `selection.capacity` makes of the capacity factors. The cost
+            of attention is quadratic in these numbers, so passing means over sequences can
+            underestimate it.
         causal_half: count only half of the k · m pairs of attention, not all of them as the formula
             of `scaled_dot_product_attention` does. This is a lower bound for kernels that skip
             masked blocks.
@@ -169,6 +171,14 @@ def account(
         _times(shape.num_losses - 1, sum((step.forward for step in ends), Parts(output=head))),
         _times(shape.num_losses - 1, sum((step.backward for step in ends), Parts(output=2 * head))),
     )
+    for stack in shape.heads:
+        alone = replace(shape, stacks=(stack,), heads=(), num_losses=1)
+        own = account(alone, sequence_length, None, causal_half, recomputes_scores)
+        joining = Parts(projections=2 * sequence_length * 2 * h * h)
+        further = (
+            further[0] + own.forward + joining,
+            further[1] + own.backward + joining + joining,
+        )
     return Accounting(sequence_length, parameters, tuple(steps), forward, backward, once, further)
 
 
@@ -260,7 +270,8 @@ def _runs(
                     "the router's settings do not determine how many tokens run each step. Pass "
                     "tokens_per_step."
                 )
-            tokens = tuple(max(1, math.floor(c * s)) for c in stack.router.capacity_factors)
+            multiple = stack.router.capacity_multiple
+            tokens = tuple(capacity(c, s, multiple) for c in stack.router.capacity_factors)
         for step, (n, k) in enumerate(pairwise((s, *tokens))):
             if not 0 <= k <= n:
                 raise ValueError(f"tokens per step {tokens} must be in 0..{s} and never increase.")
@@ -273,7 +284,8 @@ def count_parameters(shape: ModelShape) -> Parts:
     count = Parts(embedding=matrix, norms=h, output=0 if shape.tie_embeddings else matrix)
     biases = shape.query_size + 2 * shape.kv_size if shape.qkv_bias else 0
     latent_norms = 0 if shape.latent is None else shape.latent.norm_weights
-    for stack in shape.stacks:
+    count += Parts(norms=3 * h * len(shape.heads), projections=2 * h * h * len(shape.heads))
+    for stack in (*shape.stacks, *shape.heads):
         layers, experts = stack.num_layers, stack.mlp.num_experts
         norms = (
             (4 if stack.sandwich_norms else 2)

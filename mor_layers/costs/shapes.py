@@ -11,6 +11,7 @@ from mor_layers.layers import NormModulation, Relaxation, Sublayer
 from mor_layers.models import DecoderConfig, RecursionConfig
 from mor_layers.recursion import HistoryInjection, HyperConnections, KVPolicy
 from mor_layers.routers import ScorerMatrix
+from mor_layers.routers.capacity import default_capacity_factors
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class RouterShape:
     """Total number of parameters. None: the number of weights of the scorers."""
     trained_shares: tuple[float, ...] | None = None
     """For each step, the share of its runs that gradients go through in training. None: all."""
+    capacity_multiple: int = 1
+    """What the number of tokens that `capacity_factors` give is rounded up to a multiple of."""
 
     @classmethod
     def from_recursion(cls, config: RecursionConfig, hidden_size: int) -> Self | None:
@@ -79,7 +82,11 @@ class RouterShape:
         trained = router.trained_shares_for(steps)
         if factors == trained == (1.0,) * steps and not any(scorers) and not count:
             return None
-        return cls(scorers, factors, count, None if trained == (1.0,) * steps else trained)
+        shares, multiple = (
+            None if trained == (1.0,) * steps else trained,
+            router.rounds_capacities_to,
+        )
+        return cls(scorers, factors, count, shares, multiple)
 
     @property
     def parameters(self) -> int:
@@ -238,6 +245,9 @@ class ModelShape:
     num_losses: int = 1
     """How often states are read out in training: once, or after every loop. Each time the layers after
     the last recursion and the output run."""
+    heads: tuple[StackShape, ...] = ()
+    """The layer of each head of multi-token prediction, which only training runs. A head also projects
+    two states to one, has three norms, and multiplies by the output matrix."""
 
     @classmethod
     def from_decoder(cls, config: DecoderConfig, router: RouterShape | None = None) -> Self:
@@ -275,6 +285,7 @@ class ModelShape:
             config.head_size if config.qk_norm else 0,
             LatentShape.of_decoder(config),
             last.num_recursions if last.loop_loss is not None else 1,
+            _heads(config),
         )
 
     def tokens_per_step(self, shares: Sequence[float], length: int) -> list[float] | None:
@@ -285,7 +296,20 @@ class ModelShape:
                 steps. Where layers route by themselves, one for all of those that do.
         """
         routed = sum(stack.num_recursions for stack in self.stacks if stack.router)
+        if not shares:
+            return None
         return [share * length for share in shares] * (routed // len(shares)) or None
+
+    def planned_tokens(self, length: int) -> list[float] | None:
+        """The same if settings do not determine it: where they do not, equally many tokens exit at each
+        step, which is the target of the routers' balancing. None if they determine all of it."""
+        routers = [(stack.router, stack.num_recursions) for stack in self.stacks if stack.router]
+        if all(router.capacity_factors is not None for router, _ in routers):
+            return None
+        shares = [
+            router.capacity_factors or default_capacity_factors(steps) for router, steps in routers
+        ]
+        return [share * length for own in shares for share in own]
 
     @property
     def value_size(self) -> int:
@@ -301,6 +325,14 @@ class ModelShape:
         """The plain model of the same depth, in which each repeat has weights of its own."""
         stacks = (StackShape(s.name, s.num_layers * s.num_recursions, s.mlp) for s in self.stacks)
         return replace(self, stacks=tuple(stacks), num_losses=1)
+
+
+def _heads(config: DecoderConfig) -> tuple[StackShape, ...]:
+    given = config.multi_token_prediction
+    if given is None:
+        return ()
+    mlp = MLPShape.of_layer(config.head_config)
+    return (StackShape("head", 1, mlp, sandwich_norms=config.sum_norms),) * given.num_heads
 
 
 def _blocks(part: DecoderConfig, router: RouterShape | None) -> list[StackShape]:
