@@ -1,0 +1,1 @@
+"""A tick as one graph: exact, compiled once, and for whatever is in flight."""
