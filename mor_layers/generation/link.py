@@ -80,7 +80,7 @@ class Link:
         if not spans and not self._spans:
             return self._leave([])
         if self.static is not None:
-            if self.static.fits(sum(len(span.ids) for span in spans)):
+            if self.static.fits(sum(len(span.ids) for span in spans), len(self._waiting)):
                 return self._run_graph(self.static, spans, hidden)
             if self.static.has_tokens:
                 self._waiting = self.static.give()
@@ -106,12 +106,7 @@ class Link:
         if not static.has_tokens:
             static.take(self._waiting)
             self._waiting = self._waiting.take([])
-        for span in spans:
-            self._spans[span.slot] = span
-            # Its tokens leave together, and need other logits than those of the last one.
-            if len(span.ids) > 1 or span.needs_all_logits:
-                self._held.add(span.slot)
-                self._exits.left[span.slot] += 1
+        self._add(spans)
         ticked = static(spans, hidden, self._spans)
         for span in ticked.spans:
             del self._spans[span.slot]
@@ -119,6 +114,15 @@ class Link:
         if not rest.spans and all(span.is_last for span in ticked.spans):
             return Left(ticked.spans, ticked.ended, ticked.depths, ticked.logits)
         return _joined(Left(ticked.spans, ticked.ended, ticked.depths), rest)
+
+    def _add(self, spans: list[Span]) -> None:
+        for span in spans:
+            self._spans[span.slot] = span
+            # A graph lets single tokens leave. The tokens of a chunk leave together, and may need more
+            # logits than those of the last one.
+            if self.static is not None and (len(span.ids) > 1 or span.needs_all_logits):
+                self._held.add(span.slot)
+                self._exits.left[span.slot] += 1
 
     def _enter(
         self, spans: list[Span], hidden: Tensor | None, make_room: Callable[[], int]
@@ -132,8 +136,7 @@ class Link:
             slot = make_room()
             spans = [span for span in spans if span.slot != slot]
             hidden = None if hidden is None else hidden[slots != slot]
-        for span in spans:
-            self._spans[span.slot] = span
+        self._add(spans)
         self.cached.are_alone = all(len(span.ids) == 1 for span in self._spans.values())
         self._exits.expect(slots)
         if hidden is not None:

@@ -76,7 +76,7 @@ class ModelRunner:
         self.model, self.cached = model, chain[0]
         self.caches = caches_of(chain, settings)
         self.prefixes = PrefixCache(self.cached)
-        self._links = [
+        self.links = [
             Link(cached, max_span, compiler, is_last=cached is chain[-1]) for cached in chain
         ]
         self._depths: dict[int, list[int]] = {}
@@ -85,7 +85,7 @@ class ModelRunner:
     @property
     def num_recorded(self) -> int:
         """Number of CUDA graphs that ticks have been recorded as."""
-        return sum(link.static.num_recorded for link in self._links if link.static is not None)
+        return sum(link.static.num_recorded for link in self.links if link.static is not None)
 
     @torch.inference_mode()
     @named("mor/tick")
@@ -102,8 +102,8 @@ class ModelRunner:
             self.drop(slot)
             return slot
 
-        left = self._links[0].tick(spans, None, drop_one)
-        for link in self._links[1:]:
+        left = self.links[0].tick(spans, None, drop_one)
+        for link in self.links[1:]:
             self._note_depths(left)
             left = link.tick(left.spans, left.hidden, drop_one)
         return self._finished(left)
@@ -112,10 +112,10 @@ class ModelRunner:
     def drop(self, slot: int) -> None:
         """Remove a sequence with its tokens in flight, its keys and its values."""
         self._depths.pop(slot, None)
-        for link in self._links:
+        for link in self.links:
             link.forget(slot)
         self.prefixes.keep(slot)
-        for link in self._links:
+        for link in self.links:
             link.cached.drop(slot)
         self.prefixes.leave(slot)
 
@@ -129,7 +129,7 @@ class ModelRunner:
 
     def _finished(self, left: Left) -> Finished:
         """Compute the logits of spans that have left the last link."""
-        cached, spans, hidden = self._links[-1].cached, left.spans, left.hidden
+        cached, spans, hidden = self.links[-1].cached, left.spans, left.hidden
         if not spans:
             return Finished([], hidden.new_zeros(0, self.model.config.vocab_size))
         self._note_depths(left)

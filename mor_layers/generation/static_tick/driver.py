@@ -76,7 +76,8 @@ class StaticTick:
         if (problem := obstacle(cached.model)) is not None:
             raise ValueError(f"a tick cannot be compiled: {problem}. Use compiler=None.")
         self.cached, self.exits = cached, exits
-        self._is_recorded = cached.device.type == "cuda"
+        self.has_few_sizes = cached.device.type == "cuda"
+        """Whether sizes are few, because each combination is recorded."""
         weight = cached.model.embedding.weight.detach()
         self.routing = StaticRouting(cached.blocks[0], weight[:1], cached.settings.max_length)
         if reads_in_place is None:
@@ -88,10 +89,10 @@ class StaticTick:
         self.graph = TickGraph(cached, self.routing, exits, reads_in_place, reads_out, in_graph)
         self._run: Callable[..., Ticked] = compiled(self.graph, backend)
         self._replay = None
-        if self._is_recorded:
+        if cached.device.type == "cuda":
             self._replay = Replay(self._run, self._without_effect)
         self._parameters = WatchedParameters(cached.model)
-        self._nothing = torch.zeros(padded_size(0, self._is_recorded), 0, device=cached.device)
+        self._nothing = torch.zeros(padded_size(0, self.has_few_sizes), 0, device=cached.device)
         self._rows: StaticRows | None = None
         self._is_through: Tensor | None = None
         self._num_running = 0
@@ -108,11 +109,16 @@ class StaticTick:
         """Whether the tokens in flight are here, and not in a `Pool`."""
         return self._rows is not None
 
-    def fits(self, num_entering: int) -> bool:
-        """Whether a tick can run as a graph: pages suffice in any case, and rows are not too many."""
-        rows = self._num_running + num_entering
+    def fits(self, num_entering: int, num_elsewhere: int) -> bool:
+        """Whether a tick can run as a graph: pages suffice in any case, and rows are not too many.
+
+        Args:
+            num_entering: tokens that enter.
+            num_elsewhere: tokens in flight that are not here yet, see `take`.
+        """
+        rows = self._num_running + num_elsewhere + num_entering
         # A graph copies for each token of a chunk what they could share, unless it reads in place.
-        if self._is_recorded and rows > 2 * self.cached.settings.num_slots:
+        if self.has_few_sizes and rows > 2 * self.cached.settings.num_slots:
             return False
         unstored = num_entering + sum(len(rows) for rows in self.cached.unstored)
         most = rows + (unstored if self.cached.policy.keeps_exited else 0)
@@ -122,7 +128,7 @@ class StaticTick:
     def take(self, pool: Pool) -> None:
         """Continue with tokens that are about to run their next step."""
         rows = StaticRows.from_pool(pool, self.routing)
-        missing = max(0, padded_size(len(pool), self._is_recorded) - len(pool))
+        missing = max(0, padded_size(len(pool), self.has_few_sizes) - len(pool))
         self._rows, self._num_running = rows.padded(missing, self.graph.nowhere), len(pool)
         self._is_through = torch.zeros_like(self.exits.left, dtype=torch.bool)
 
@@ -190,7 +196,7 @@ class StaticTick:
         self, spans: Sequence[Span], hidden: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         ids = [i for span in spans for i in span.ids]
-        missing = padded_size(len(ids), self._is_recorded) - len(ids)
+        missing = padded_size(len(ids), self.has_few_sizes) - len(ids)
         slots = [span.slot for span in spans for _ in span.ids]
         places = [place for span in spans for place in range(len(span.ids))]
         positions = [span.start + place for span in spans for place in range(len(span.ids))]
@@ -212,7 +218,7 @@ class StaticTick:
 
     def _padding(self, count: int) -> tuple[Tensor, Tensor]:
         """States and notes of rows without a token that complete so many."""
-        missing = padded_size(count, self._is_recorded) - count
+        missing = padded_size(count, self.has_few_sizes) - count
         hidden = self.cached.model.embedding.weight
         return hidden.new_zeros(missing, hidden.shape[1]), self.graph.nowhere.repeat(1, missing)
 
@@ -229,7 +235,7 @@ class StaticTick:
         if self._usual is not None:  # one standard deviation more than usual, if it were Poisson's
             leaving = min(single, math.ceil(self._usual + math.sqrt(self._usual)))
         longest = max((span.start + len(span.ids) for span in in_flight.values()), default=0)
-        sizes = (padded_size(n, self._is_recorded) for n in (self._num_running, leaving, longest))
+        sizes = (padded_size(n, self.has_few_sizes) for n in (self._num_running, leaving, longest))
         return Room(*(self._nothing.new_zeros(size, 0) for size in sizes))
 
     def _without_effect(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

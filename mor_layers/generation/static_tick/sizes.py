@@ -11,14 +11,14 @@ FINEST = 8
 """Smallest size of recorded graphs. Further sizes are multiples of it."""
 
 
-def padded_size(count: int, is_recorded: bool) -> int:
+def padded_size(count: int, has_few: bool) -> int:
     """The size that `count` rows are padded to.
 
     Args:
-        is_recorded: whether there should be few sizes: at most one row in 16 is padding, or fewer than
+        has_few: whether there should be few sizes: at most one row in 16 is padding, or fewer than
             `FINEST` rows are.
     """
-    if not is_recorded:
+    if not has_few:
         return max(FEWEST, count)
     step = max(FINEST, 1 << max(0, count.bit_length() - 5))
     return max(FINEST, -(-count // step) * step)
