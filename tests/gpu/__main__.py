@@ -7,6 +7,7 @@ was run; 4 what could run passed, but some cases are not available on this machi
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tests.gpu import bare_machine
@@ -22,6 +23,7 @@ def main(arguments: Sequence[str], cases: Sequence[Case] = CASES) -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="cases by name")
     parser.add_argument("--list", action="store_true", help="name the cases and run nothing")
     parser.add_argument("--timeout", type=float, default=600, help="seconds a case may take")
+    parser.add_argument("--within", type=float, metavar="SECONDS", help="begin no case after them")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the verdict as JSON too")
     parser.add_argument(
         "--rehearse", action="store_true", help="on CPUs, with stand-ins: shows that cases run"
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str], cases: Sequence[Case] = CASES) -> int:
 
     pool = pool_for(machine, given.timeout)
     try:
-        verdicts = run_cases(cases, machine, pool, tell)
+        verdicts = run_cases(cases, machine, pool, tell, given.within)
     finally:
         pool.close()
     code = exit_code(verdicts)
@@ -70,9 +72,11 @@ def main(arguments: Sequence[str], cases: Sequence[Case] = CASES) -> int:
 
 
 def _brief(verdict: Verdict) -> Verdict:
-    """With one line of detail: the last of an error says what it was."""
+    """With one line of an error's detail: the last, which says what it was."""
+    if verdict.figures:
+        return verdict
     line = (verdict.detail.splitlines() or [""])[-1]
-    return Verdict(verdict.name, verdict.outcome, verdict.seconds, line)
+    return replace(verdict, detail=line)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ import torch
 from mor_layers import ExpertChoice, RecursionConfig, TokenChoice
 from tests.gpu import graphs, kernels, layers, layouts, serving
 from tests.gpu.layers import LENGTH
+from tests.gpu.speed import realised_savings
+from tests.gpu.speed.contender import Execution
+from tests.gpu.speed.savings import BAR
 from tests.gpu.verdict import Case, Need
 
 ROUTERS = {"expert": ExpertChoice(alpha=0.5), "token": TokenChoice()}
@@ -248,22 +251,28 @@ _LAYOUTS = [
     )
 ]
 
+_TINY = {"hidden_size": 64, "length": 32, "rounds": 1, "has_bar": False}
 _SPEED = [
     Case(
         f"speed/{name}",
-        "a step in bf16 against the plain stack of equal depth (a figure, not a threshold)",
-        layouts.speed_of_a_step,
-        {
-            "recursion": CYCLE,
-            "engine": name == "engine",
-            "hidden_size": 1024,
-            "length": 2048,
-            "num_layers": 12,
-        },
-        {"hidden_size": 64, "length": 32, "steps": 1},
-        needs=ENGINE if name == "engine" else (),
+        f"{how}, saved time is {BAR:g} of the saved FLOPs or more; bf16, h = 2048, s = 4096",
+        realised_savings.saves_time,
+        {"router": ROUTERS[router], "policies": POLICIES, "execution": execution},
+        _TINY,
+        needs=ENGINE if execution.has_engine else (),
     )
-    for name in ("local", "engine")
+    for name, how, router, execution in (
+        ("expert/eager", "eager and as a CUDA graph", "expert", Execution(is_static=True)),
+        ("token/eager", "eager", "token", Execution()),
+        (
+            "expert/compiled",
+            "compiled and as a CUDA graph",
+            "expert",
+            Execution(is_compiled=True, is_static=True),
+        ),
+        ("expert/engine", "on Transformer Engine", "expert", Execution(has_engine=True)),
+        ("token/engine", "on Transformer Engine", "token", Execution(has_engine=True)),
+    )
 ]
 
 CASES: tuple[Case, ...] = (

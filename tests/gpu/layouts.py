@@ -1,9 +1,7 @@
-"""Checks of ranks over NCCL: a layout gives one rank's losses and gradients. And the speed of a step."""
+"""Checks of ranks over NCCL: a layout gives one rank's losses and gradients."""
 
-import time
 from typing import Any
 
-import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -12,9 +10,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from mor_layers import RecursionConfig
 from mor_megatron import recursion_block_spec
-from mor_megatron.models import final_norm
 from tests.distributed import megatron_setup as setup
-from tests.distributed.platform.engine_models import engine_layer
 from tests.gpu.layers import BATCH, LENGTH, compared, local_layer
 
 
@@ -50,59 +46,3 @@ def _model(recursion: RecursionConfig, settings: dict[str, Any]) -> list[GPTMode
         return recursion_block_spec(config, recursion, local_layer(config), vp_stage)
 
     return setup.tiny_gpt(config, block)
-
-
-def speed_of_a_step(
-    recursion: RecursionConfig,
-    engine: bool,
-    hidden_size: int,
-    length: int,
-    num_layers: int,
-    steps: int = 10,
-    **settings: Any,
-) -> dict[str, Any]:
-    """Milliseconds of forward and backward passes in bf16, against the plain stack of equal depth."""
-    setup.initialize()
-    times = {}
-    for name in ("plain", "recursive"):
-        heads = max(4, hidden_size // 64)
-        config = setup.tiny_config(
-            num_layers=num_layers,
-            hidden_size=hidden_size,
-            num_attention_heads=heads,
-            num_query_groups=heads,
-            ffn_hidden_size=4 * hidden_size,
-            bf16=True,
-            params_dtype=torch.bfloat16,
-            pipeline_dtype=torch.bfloat16,
-            **settings,
-        )
-
-        def block(config: Any, vp_stage: int | None, name: str = name) -> Any:
-            layer = engine_layer(config) if engine else local_layer(config)
-            if name == "recursive":
-                return recursion_block_spec(config, recursion, layer, vp_stage)
-            return TransformerBlockSubmodules([layer] * num_layers, final_norm(layer))
-
-        chunks = setup.data_parallel(setup.tiny_gpt(config, block))
-        tokens = setup.random_tokens(2, length)
-        for step in range(steps + 3):
-            if step == 3:  # warm by then
-                _finish()
-                begin = time.perf_counter()
-            setup.forward_backward(chunks, tokens, 2)
-        _finish()
-        times[name] = 1000 * (time.perf_counter() - begin) / steps
-        del chunks
-    tokens_per_second = 2 * length / times["recursive"] * 1000
-    return {
-        "ms plain": times["plain"],
-        "ms recursive": times["recursive"],
-        "ratio": times["recursive"] / times["plain"],
-        "tokens/s": tokens_per_second,
-    }
-
-
-def _finish() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

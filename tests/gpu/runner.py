@@ -7,10 +7,11 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.distributed.pool import WorkerPool
 from tests.gpu.machine import Machine
-from tests.gpu.verdict import Case, Verdict
+from tests.gpu.verdict import SHORTFALL, Case, Verdict
 
 _FOLDER, _STAND_INS = (
     Path(__file__).parents[1] / "distributed" / "platform",
@@ -19,14 +20,23 @@ _FOLDER, _STAND_INS = (
 
 
 def run_cases(
-    cases: Sequence[Case], machine: Machine, pool: WorkerPool, tell: Callable[[Verdict], None]
+    cases: Sequence[Case],
+    machine: Machine,
+    pool: WorkerPool,
+    tell: Callable[[Verdict], None],
+    within: float | None = None,
 ) -> list[Verdict]:
-    """A verdict on every case, in order; `tell` is told each as it comes."""
+    """A verdict on every case, in order; `tell` is told each as it comes.
+
+    After `within` seconds no further case is begun, and those that remain are not available.
+    """
     verdicts = []
+    begin = time.monotonic()
     for case in cases:
-        verdict = _verdict_on(case, machine, pool)
-        if verdict.outcome == "failed":
-            pool.close()
+        if within is not None and time.monotonic() - begin > within:
+            verdict = Verdict(case.name, "not available", 0.0, f"{within:g} s had passed")
+        else:
+            verdict = _verdict_on(case, machine, pool)
         verdicts.append(verdict)
         tell(verdict)
     return verdicts
@@ -51,9 +61,21 @@ def _verdict_on(case: Case, machine: Machine, pool: WorkerPool) -> Verdict:
         changes = case.rehearsed_with if machine.is_rehearsal else {}
         figures = pool.run(case.check, case.gpus, **(case.arguments | changes))[0]
     except (AssertionError, TimeoutError) as error:
+        pool.close()
         return Verdict(case.name, "failed", time.monotonic() - begin, str(error).strip())
-    detail = ", ".join(f"{name} {_shown(value)}" for name, value in figures.items())
-    return Verdict(case.name, "passed", time.monotonic() - begin, detail)
+    seconds, shortfall = time.monotonic() - begin, figures.pop(SHORTFALL, None)
+    detail = _listed(figures)
+    if shortfall is not None:
+        return Verdict(case.name, "failed", seconds, f"{shortfall}\n{detail}", figures)
+    return Verdict(case.name, "passed", seconds, detail, figures)
+
+
+def _listed(figures: dict[str, Any]) -> str:
+    """Figures in one line; a line for each group of figures."""
+    if any(isinstance(value, dict) for value in figures.values()):
+        return "\n".join(f"{name}: {_listed(group)}" for name, group in figures.items())
+    shown = {name: value for name, value in figures.items() if value is not None}
+    return ", ".join(f"{name} {_shown(value)}" for name, value in shown.items())
 
 
 def _shown(value: object) -> str:

@@ -3,7 +3,7 @@
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,11 +13,12 @@ from tests.gpu import __main__ as command
 from tests.gpu.cases import CASES
 from tests.gpu.machine import Machine, rehearsal
 from tests.gpu.runner import run_cases
-from tests.gpu.small_checks import adds_up, dies, hangs
+from tests.gpu.small_checks import adds_up, dies, falls_short, hangs
 from tests.gpu.verdict import FAILED, INCOMPLETE, NO_GPU, PASSED, Case, Verdict, chosen, exit_code
 
 GOOD = Case("good", "sums", adds_up, {"numbers": [1, 2], "total": 3})
 BAD = Case("bad", "sums", adds_up, {"numbers": [1, 2], "total": 4})
+SHORT = Case("short", "speed", falls_short)
 DIES = Case("dies", "a crash", dies)
 HANGS = Case("hangs", "a hang", hangs)
 LARGE = Case("large", "three ranks", adds_up, {"numbers": [], "total": 0}, gpus=3)
@@ -36,7 +37,7 @@ def on_cpus(monkeypatch: Any) -> None:
 def test_every_case_has_a_verdict_whatever_becomes_of_it(
     on_cpus: None, capsys: Any, tmp_path: Path
 ) -> None:
-    cases = [GOOD, BAD, DIES, LARGE, ENGINE, Case("again", "sums", adds_up, GOOD.arguments)]
+    cases = [GOOD, BAD, DIES, LARGE, ENGINE, SHORT, Case("again", "sums", adds_up, GOOD.arguments)]
     report = tmp_path / "report.json"
     assert command.main(["--report", str(report)], cases) == FAILED
     shown = capsys.readouterr().out
@@ -47,6 +48,7 @@ def test_every_case_has_a_verdict_whatever_becomes_of_it(
         "failed",
         "not available",
         "not available",
+        "failed",
         "passed",
     ]
     details = [entry["detail"] for entry in found["cases"]]
@@ -54,7 +56,15 @@ def test_every_case_has_a_verdict_whatever_becomes_of_it(
     assert "the sum is 3" in details[1]
     assert "exit code 7" in details[2]
     assert details[3:5] == ["needs 3 GPUs, there are 2", "not installed"]
-    assert "2 passed, 2 failed, 2 not available" in shown
+    assert details[5].splitlines() == ["slow: too slow", "fast: ms 1.5", "slow: ms 2"]
+    assert found["cases"][5]["figures"] == {"fast": {"ms": 1.5, "GiB": None}, "slow": {"ms": 2.0}}
+    assert "2 passed, 3 failed, 2 not available" in shown
+
+
+def test_no_case_begins_after_the_time_that_there_is() -> None:
+    with_no_process = cast(WorkerPool, None)
+    (verdict,) = run_cases([GOOD], rehearsal(), with_no_process, lambda verdict: None, within=-1.0)
+    assert (verdict.outcome, verdict.detail) == ("not available", "-1 s had passed")
 
 
 @pytest.mark.full

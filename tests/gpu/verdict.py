@@ -13,6 +13,10 @@ Outcome = Literal["passed", "failed", "not available"]
 PASSED, FAILED, NO_GPU, INCOMPLETE = 0, 1, 3, 4
 """Exit codes; 2 is a wrong argument."""
 
+SHORTFALL = "shortfall"
+"""The figure in which a check says that what it measured is not good enough. Its case fails, and keeps
+its figures."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -38,6 +42,8 @@ class Verdict:
     outcome: Outcome
     seconds: float
     detail: str
+    figures: dict[str, Any] = field(default_factory=dict)
+    """What the check measured, by name."""
 
 
 def chosen(cases: Sequence[Case], patterns: Sequence[str]) -> list[Case]:
@@ -62,13 +68,20 @@ def exit_code(verdicts: Sequence[Verdict]) -> int:
 
 
 def table_of(verdicts: Sequence[Verdict], cases: Sequence[Case]) -> str:
-    """One row a case, and what it shows below it. In plain text: a bare machine has nothing else."""
+    """One row a case, with what it shows and groups of figures below it.
+
+    In plain text: a bare machine has nothing else.
+    """
     shows = {case.name: case.shows for case in cases}
     width = max((len(v.name) for v in verdicts), default=0)
     lines = []
     for v in verdicts:
-        lines.append(f"{v.name:{width}}  {v.outcome:13}  {v.seconds:6.1f} s  {v.detail}".rstrip())
+        first, *further = v.detail.splitlines() or [""]
+        if further:
+            first, further = "", [first, *further]
+        lines.append(f"{v.name:{width}}  {v.outcome:13}  {v.seconds:6.1f} s  {first}".rstrip())
         lines.append(f"    {shows[v.name]}")
+        lines += [f"        {line}" for line in further]
     return "\n".join(lines)
 
 
