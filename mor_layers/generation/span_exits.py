@@ -28,9 +28,7 @@ class SpanExits:
         self.left = torch.zeros(num_slots, dtype=torch.long, device=like.device)
         """Number of tokens of each span that have not exited yet."""
 
-    def expect(
-        self, slots: Int[Tensor, " t"], is_token: Bool[Tensor, " t"] | None = None
-    ) -> None:
+    def expect(self, slots: Int[Tensor, " t"], is_token: Bool[Tensor, " t"] | None = None) -> None:
         """Take note of tokens that enter.
 
         Args:

@@ -177,7 +177,10 @@ class StaticTick:
         )
         self._rows, self._is_through = StaticRows(*ticked.rows), ticked.is_through
         num_leaving = len(ticked.ended)
-        self._num_running, *free, = (report := ticked.report.tolist())[:3]
+        (
+            self._num_running,
+            *free,
+        ) = (report := ticked.report.tolist())[:3]
         for own, num_free in zip(pages, free, strict=True):
             own.end_graph(num_free)
         self._note_unstored(ticked)

@@ -27,9 +27,7 @@ class StaticRouting:
         max_length: largest length of a text.
     """
 
-    def __init__(
-        self, block: RecursionBlock, like: Float[Tensor, "1 h"], max_length: int
-    ) -> None:
+    def __init__(self, block: RecursionBlock, like: Float[Tensor, "1 h"], max_length: int) -> None:
         self.block, self.max_length = block, max_length
         self.num_steps = block.router.num_recursions
         self._like = like

@@ -97,14 +97,24 @@ class StaticRows:
         index = index[self.steps[index].sort(stable=True).indices]
         rows = Rows(self.hidden[index], self.notes[:, index])
         counts = torch.bincount(rows.steps, minlength=routing.num_steps + 1).tolist()
-        plans, gates = self.plan[index].split(counts), self.gates[index].split(counts)
-        sizes, has_gates = routing.plan_sizes, routing.has_gates
+        plans = [
+            own[:, :size] if size else None
+            for own, size in zip(
+                self.plan[index].split(counts), [*routing.plan_sizes, 0], strict=True
+            )
+        ]
+        gates = [
+            own if has else None
+            for own, has in zip(
+                self.gates[index].split(counts), [*routing.has_gates, False], strict=True
+            )
+        ]
         origin = self.origin_or_none
         return Pool(
             rows,
             tuple(counts),
-            (*(own[:, :size] if size else None for own, size in zip(plans, sizes)), None),
-            (*(own if has else None for own, has in zip(gates, has_gates)), None),
+            tuple(plans),
+            tuple(gates),
             None if origin is None else origin[index],
         )
 

@@ -4,8 +4,8 @@
                                          ^                      |
                    rows that stay -------'----------------------'
 
-Which row holds a token, at which step it is, what it writes and sees, which pages it takes and whether it
-exits are values of tensors, never their shapes, and nothing waits for the device. A sequence leaves
+Which row holds a token, at which step it is, what it writes and sees, which pages it takes and whether
+it exits are values of tensors, never their shapes, and nothing waits for the device. A sequence leaves
 when its token has exited. There is room for a number of them; who finds none leaves in the next tick,
 which changes no result.
 
@@ -216,7 +216,9 @@ class TickGraph:
         entering = states
         if self.block.enters_changed:
             entering = self._at_own_step(rows, lambda r: self.block.enter(r, states, origin))
-        output = self.block.run_layers(entering[:, None], context)[:, 0]  # [t h] -> [t 1 h] -> [t h]
+        output = self.block.run_layers(entering[:, None], context)[
+            :, 0
+        ]  # [t h] -> [t 1 h] -> [t h]
         combined = self._at_own_step(rows, lambda r: self.routing.combine(r, rows, output))
         slots, steps, positions, places, _ = rows.notes.unbind()
         steps = steps + rows.is_running
