@@ -16,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mor_layers.generation.cache import CacheSettings
-from mor_layers.generation.cached_model import CachedModel
 from mor_layers.generation.chain import cached_chain, caches_of
 from mor_layers.generation.link import Left, Link
 from mor_layers.generation.prefixes import PrefixCache

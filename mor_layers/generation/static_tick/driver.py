@@ -1,8 +1,8 @@
 """StaticTick: the host's part of a tick that is one graph.
 
 It chooses sizes, copies what enters to the device in one tensor, runs the graph, and reads one small
-tensor. The host knows how many tokens enter and how many stay in flight. How many sequences will leave it
-guesses from the ticks before. It makes sure that there are free pages for the worst case.
+tensor. The host knows how many tokens enter and how many stay in flight; how many sequences will leave,
+it guesses from the ticks before. It makes sure that there are free pages for the worst case.
 
 Legend: `t` rows, `h` hidden, `v` vocabulary.
 """

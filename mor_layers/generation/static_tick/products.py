@@ -1,8 +1,8 @@
 """PackedInGraph: products with packed weights, as an operation that a compiler leaves as it is.
 
-On CPUs the packed weights of `products` are in a layout that only oneDNN reads, and no compiler takes them
-as inputs of a graph. The operation finds them by number when the graph runs, so copies that have been made
-again need no new graph.
+On CPUs the packed weights of `products` are in a layout that only oneDNN reads, and no compiler takes
+them as inputs of a graph. The operation finds them by number when the graph runs, so copies that have
+been made again need no new graph.
 
 Legend: `t` rows, `i` inputs and `o` outputs of a projection.
 """
