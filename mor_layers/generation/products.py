@@ -50,8 +50,8 @@ def multiply(
     hidden: Float[Tensor, "... i"], weight: Tensor, bias: Float[Tensor, " o"] | None = None
 ) -> Float[Tensor, "... o"]:
     """`F.linear` without gradients. `weight` is `[o i]`, or the result of `reordered`."""
-    if has_onednn(weight):
-        return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
+    if weight.is_mkldnn or has_onednn(weight):
+        return torch.ops.mkldnn._linear_pointwise.default(hidden, weight, bias, "none", [], "")
     return F.linear(hidden, weight, bias)
 
 

@@ -8,7 +8,7 @@ Legend: `t` rows, `h` hidden, `v` vocabulary.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,8 @@ from mor_layers.generation.in_flight import Pool, Rows
 from mor_layers.generation.products import PackedProducts
 from mor_layers.generation.scheduling import Span
 from mor_layers.generation.span_exits import SpanExits
-from mor_layers.generation.static_tick.compiling import Backend, compiled, obstacle
+from mor_layers.generation.static_tick.attention import Gathered
+from mor_layers.generation.static_tick.compiling import Backend, Compiled, obstacle
 from mor_layers.generation.static_tick.products import PackedInGraph
 from mor_layers.generation.static_tick.replay import Replay
 from mor_layers.generation.static_tick.routing import StaticRouting
@@ -87,7 +88,7 @@ class StaticTick:
         if isinstance(products, PackedProducts) and cached.device.type == "cpu":
             in_graph = PackedInGraph(products, cached.model)
         self.graph = TickGraph(cached, self.routing, exits, reads_in_place, reads_out, in_graph)
-        self._run: Callable[..., Ticked] = compiled(self.graph, backend)
+        self._run = Compiled(self.graph, backend, _rows)
         self._replay = None
         if cached.device.type == "cuda":
             self._replay = Replay(self._run, self._without_effect)
@@ -156,11 +157,15 @@ class StaticTick:
             in_flight: all spans in flight by slot, with these.
         """
         assert self._rows is not None, "take a pool first"
-        self.routing.refresh()
+        if self.routing.refresh():
+            self._run.forget()
+            if self._replay is not None:
+                self._replay.forget()
         self.cached.products.refresh()
         entering, given = self._entering(spans, hidden)
+        are_alone = all(len(span.ids) == 1 for span in in_flight.values())
         for cache in (self.graph.prelude_cache, self.graph.block_cache, self.graph.coda_cache):
-            cache.are_alone = all(len(span.ids) == 1 for span in in_flight.values())
+            cache.are_alone = are_alone
         pages = self.cached.outer_pages, self.cached.policy.pages
         for own in pages:
             own.begin_graph()
@@ -233,11 +238,12 @@ class StaticTick:
                 self.cached.unstored.append(rows)
 
     def _room(self, in_flight: dict[int, Span]) -> Room:
-        single = sum(len(span.ids) == 1 for span in in_flight.values())
-        leaving = single
+        leaving = len(in_flight)
         if self._usual is not None:  # one standard deviation more than usual, if it were Poisson's
-            leaving = min(single, math.ceil(self._usual + math.sqrt(self._usual)))
-        longest = max((span.start + len(span.ids) for span in in_flight.values()), default=0)
+            leaving = min(leaving, math.ceil(self._usual + math.sqrt(self._usual)))
+        longest = 0
+        if isinstance(self.graph.block_cache, Gathered):
+            longest = max((span.start + len(span.ids) for span in in_flight.values()), default=0)
         sizes = (padded_size(n, self.has_few_sizes) for n in (self._num_running, leaving, longest))
         return Room(*(self._nothing.new_zeros(size, 0) for size in sizes))
 
@@ -259,3 +265,22 @@ class StaticTick:
             room,
             blank.tensors,
         )
+
+
+def _rows(
+    entering: Tensor,
+    given: Tensor | None,
+    unstored: tuple[Tensor, Tensor] | None,
+    is_through: Tensor,
+    room: Room,
+    waiting: tuple[Tensor, ...],
+) -> list[tuple[Tensor, int]]:
+    """The arguments of `TickGraph` that have rows, and the dimension of these."""
+    hidden, notes, *rest = waiting
+    first, second = [*room, hidden, *rest], [entering, notes]
+    if given is not None:
+        first.append(given)
+    if unstored is not None:
+        first.append(unstored[0])
+        second.append(unstored[1])
+    return [(tensor, 0) for tensor in first] + [(tensor, 1) for tensor in second]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mor_layers.generation.model_state import ModelState
 from mor_layers.generation.static_tick.rows import StaticRows
 from mor_layers.recursion import RecursionBlock
 from mor_layers.selection import RoutingDecision, Tokens
@@ -31,18 +32,23 @@ class StaticRouting:
         self.block, self.max_length = block, max_length
         self.num_steps = block.router.num_recursions
         self._like = like
-        self.refresh()
+        self._note()
 
-    def refresh(self) -> None:
-        """Find out what the router notes about tokens, if the router has changed.
+    def refresh(self) -> bool:
+        """Look whether the router has changed; if so, graphs must be compiled anew.
 
-        Routers read their thresholds from the device when these have changed, which a graph cannot do.
-        This does it before.
+        Routers read thresholds from the device when these have changed, which a graph cannot do. This
+        does it before.
         """
-        state = _state_of(self.block)
-        if state == getattr(self, "_seen", None):
-            return
-        self._seen = state
+        if self.block.router is self._router and not self._state.has_changed():
+            return False
+        self._note()
+        return True
+
+    def _note(self) -> None:
+        """Find out what the router notes about tokens."""
+        self._router = self.block.router
+        self._state = ModelState(self._router)
         self.plan_sizes: list[int] = []
         """Numbers in the plan of tokens that run each step."""
         self.has_gates: list[bool] = []
@@ -108,10 +114,3 @@ class StaticRouting:
         )
         origin = None if rows.origin_or_none is None else rows.origin[None]
         return self.block.combine(step, rows.hidden[None], output[None], decision, origin)[0]
-
-
-def _state_of(block: RecursionBlock) -> tuple[object, ...]:
-    """What changes when the router is replaced, tuned, or loaded from elsewhere."""
-    router = block.router
-    buffers = [(id(b), None if b.is_inference() else b._version) for b in router.buffers()]
-    return (id(router), *buffers)
