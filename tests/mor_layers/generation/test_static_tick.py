@@ -19,6 +19,7 @@ from mor_layers.generation import (
     Request,
     Sampling,
     calibrate,
+    turn_dial,
     with_early_exit,
 )
 from mor_layers.generation.cache import PagedRows
@@ -239,6 +240,39 @@ def test_one_graph_serves_whatever_is_in_flight(router: str, policy: KVPolicy) -
     for request, number in zip(requests, numbers, strict=True):
         assert_exact(model, request, served[number])
     assert compiled.frame_count == 1, "something in flight changed the graph"
+
+
+@pytest.mark.full
+def test_a_graph_is_compiled_anew_for_another_router_only() -> None:
+    torch.compiler.reset()
+    compiled = CompileCounterWithBackend("eager")
+    model = small_model(small_config(ALL_ROUTERS["depth_and_width"]))
+
+    recorder = Recorder(model, num_slots=6, chunk_size=4, compiler=compiled)
+
+    def depths() -> set[int]:
+        request = Request(prompt(6), 5)
+        number = recorder.submit(request)
+        served = recorder.finish()[number]
+        assert_exact(model, request, served)
+        return set(served.depths)
+
+    assert depths() != {3} and compiled.frame_count == 1
+    turn_dial(model, depth=-9.0)
+    assert depths() == {3} and compiled.frame_count == 2
+    with torch.no_grad():
+        model.output.weight.mul_(-1)
+    model.coda.layers[0].mlp.up.weight = torch.nn.Parameter(torch.zeros(10, 12))
+    assert depths() == {3} and compiled.frame_count == 2, "weights are no constants of the graph"
+
+
+@pytest.mark.full
+def test_every_engine_has_a_graph_of_its_own() -> None:
+    torch.compiler.reset()
+    models = [small_model(small_config(ROUTERS["expert_choice"]), seed) for seed in (0, 1)]
+    recorders = [Recorder(model, num_slots=6, compiler="eager") for model in models]
+    for model, recorder in zip(models, recorders, strict=True):
+        coming_and_going(model, recorder, count=4)
 
 
 @pytest.mark.full
