@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from mor_layers.costs import account
+from mor_layers.selection import capacity
 from mor_tools.planner import Workload
 from mor_tools.pretraining.models.workload import workload
 from mor_tools.pretraining.settings import Settings
@@ -105,5 +106,12 @@ class Costs:
         for step in range(steps):
             assert recursion is not None
             shares = recursion.router.capacity_factors_at(recursion.num_recursions, step)
-            total += self.flops_with(shares) * self.tokens_per_step
+            total += self.flops_with(shares and self._rounded(shares)) * self.tokens_per_step
         return total
+
+    def _rounded(self, shares: Sequence[float]) -> list[float]:
+        """Shares of the tokens that run steps of which the router's settings give `shares`."""
+        recursion, length = self.settings.recursion, self.settings.data.sequence_length
+        assert recursion is not None
+        multiple = recursion.router.rounds_capacities_to
+        return [capacity(share, length, multiple) / length for share in shares]

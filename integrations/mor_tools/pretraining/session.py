@@ -187,7 +187,9 @@ class Session:
             is_stable_end = trainer.step == settings.training.decay_start
             if is_stable_end or trainer.step % settings.training.checkpoint_every == 0:
                 trainer.save()
+            trainer.finish_save()
         trainer.save()
+        trainer.finish_save(waits=True)
         stopped = (
             f"stopped after step {trainer.step} of {settings.training.steps}, saved in "
             f"{trainer.saved_folder}."
@@ -318,10 +320,11 @@ def _plan(settings: Settings) -> Plan:
     sequences, recursion = settings.training.global_batch_size, settings.recursion
     if recursion is None:
         return Plan(sequences)
-    router = recursion.router
+    router, length = recursion.router, settings.data.sequence_length
+    capacities = router.capacities_for(recursion.num_recursions, length)
     return Plan(
         sequences,
-        router.capacity_factors_for(recursion.num_recursions),
+        capacities and tuple(tokens / length for tokens in capacities),
         getattr(router, "warmup_steps", 0),  # not all routers have one
     )
 
