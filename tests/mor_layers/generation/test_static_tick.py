@@ -30,6 +30,7 @@ from mor_layers.models import LatentAttentionConfig
 from mor_layers.recursion import HistoryInjection, HyperConnections, KVPolicy, StateAdapter
 from mor_layers.routers import AdaptiveHalting, Divergence
 from tests.mor_layers.generation.served import Recorder, assert_exact, prompt, serve
+from tests.mor_layers.generation.test_chain import model_of
 from tests.mor_layers.generation.test_engine import ALL_ROUTERS, POLICIES, SHARINGS
 from tests.mor_layers.small_models import ROUTERS, random_ids, small_config, small_model
 from tests.pairs import pairwise_sweep
@@ -117,6 +118,13 @@ def test_early_exit_by_a_criterion_is_exact() -> None:
     coming_and_going(model, recorder, count=8)
     depths = {depth for own in recorder.served.values() for depth in own.depths}
     assert len(depths) > 1
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("name", ["two routers", "fixed depth, then a router"])
+def test_several_recursions_are_a_graph_each(name: str) -> None:
+    model = model_of(name)
+    coming_and_going(model, Recorder(model, num_slots=6, chunk_size=3, compiler="eager"), count=8)
 
 
 @pytest.mark.usefixtures("uncompiled", "recording")
