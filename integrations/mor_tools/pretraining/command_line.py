@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from mor_layers import RouterConfig, from_mapping
+from mor_layers.models import ROPE_SCALINGS, RopeScaling
 from mor_layers.routers import registered_routers
 from mor_layers.settings import read_yaml, require_shallow
 from mor_tools.pretraining.settings import Settings
@@ -80,9 +81,10 @@ def _merged(path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
         changes = OmegaConf.from_dotlist(list(overrides))
         for given in (file, changes):
             _require_mappings(Settings, OmegaConf.to_container(given))
-        new_type = OmegaConf.select(changes, "recursion.router.type")
-        if new_type not in (None, OmegaConf.select(file, "recursion.router.type")):
-            OmegaConf.update(file, "recursion.router", {}, merge=False)
+        for place, kind in (("recursion.router", "type"), ("model.rope_scaling", "rope_type")):
+            chosen = OmegaConf.select(changes, f"{place}.{kind}")
+            if chosen not in (None, OmegaConf.select(file, f"{place}.{kind}")):
+                OmegaConf.update(file, place, {}, merge=False)
         return OmegaConf.to_container(OmegaConf.merge(file, changes), resolve=True)  # type: ignore[return-value]
     except RecursionError as error:
         raise ValueError(
@@ -147,6 +149,10 @@ def _describe(kind: type, indent: str) -> Iterator[str]:
             for name, router in sorted(registered_routers().items()):
                 yield f"{indent}    type: {name}"
                 yield from _describe(router, indent + " " * 8)
+        elif component is RopeScaling:
+            for name, scaling in ROPE_SCALINGS.items():
+                yield f"{indent}    rope_type: {name}"
+                yield from _describe(scaling, indent + " " * 8)
         elif component:
             yield from _describe(component, indent + " " * 4)
 
