@@ -1,21 +1,25 @@
 """Per-token measurements of a model on a text: depth, surprise, router scores and experts.
 
 Depths are measured twice, because training and generation can route differently: as in generation,
-where a token's depth does not depend on later tokens, and as in training.
+where a token's depth does not depend on later tokens, and as in training. Steps of several recursions
+are numbered through, from the first of the first recursion to the last of the last.
 
-Legend: `b` batch, `n` candidates of a step, `t` tokens of the text, `w` tokens of a window, `r`
-recursion steps, `e` experts.
+Legend: `b` batch, `n` candidates of a step, `t` tokens of the text, `w` tokens of a window, `c`
+recursions, `r` steps of all of them, `e` experts.
 """
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import cast
+from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mor_layers.models import MoRTransformer
+from mor_layers.models import DecoderOutput, MoRTransformer
 from mor_layers.recursion import RecursionBlock, RoutedStep
 from mor_layers.selection import RoutingDecision
 
@@ -28,15 +32,15 @@ class Inspection:
     """Tokens of the text."""
     window: int
     """Number of tokens that the model saw at once. The text is cut into windows of this length."""
-    num_recursions: int
-    """Largest number of steps that a token can take."""
+    steps: tuple[int, ...]
+    """Number of steps of each recursion. A plain model counts as one of a single step."""
     surprise: Float[Tensor, " t"]
     """-log p of each token in nats, given the earlier tokens of its window. The first token of a
     window is predicted from the window before. NaN for the first token of the text."""
-    depths: Int[Tensor, " t"]
-    """Number of steps that each token took, routed as in generation."""
-    training_depths: Int[Tensor, " t"]
-    """Number of steps that each token took, routed as in training."""
+    depths_by_recursion: Int[Tensor, "c t"]
+    """Number of steps that each token took in each recursion, routed as in generation."""
+    training_depths_by_recursion: Int[Tensor, "c t"]
+    """The same, routed as in training."""
     scores: Float[Tensor, "r t"]
     """Router score of each token at each step, routed as in generation. NaN if there is none."""
     thresholds: tuple[float | None, ...]
@@ -49,14 +53,39 @@ class Inspection:
     over the layers of the recursion. None without experts."""
 
     @property
+    def num_recursions(self) -> int:
+        """Largest number of steps that a token can take."""
+        return sum(self.steps)
+
+    @property
+    def depths(self) -> Int[Tensor, " t"]:
+        """Number of steps that each token took, routed as in generation, summed over recursions."""
+        return self.depths_by_recursion.sum(dim=0)
+
+    @property
+    def training_depths(self) -> Int[Tensor, " t"]:
+        """The same, routed as in training."""
+        return self.training_depths_by_recursion.sum(dim=0)
+
+    @property
     def shares(self) -> tuple[float, ...]:
         """Share of tokens that ran each step, routed as in generation."""
-        return _shares(self.depths, self.num_recursions)
+        return self._shares(self.depths_by_recursion)
 
     @property
     def training_shares(self) -> tuple[float, ...]:
         """Share of tokens that ran each step, routed as in training."""
-        return _shares(self.training_depths, self.num_recursions)
+        return self._shares(self.training_depths_by_recursion)
+
+    @property
+    def depth_shares(self) -> tuple[float, ...]:
+        """Share of tokens that took 0, 1, 2, ... steps in all recursions, routed as in generation."""
+        return self._depth_shares(self.depths)
+
+    @property
+    def training_depth_shares(self) -> tuple[float, ...]:
+        """The same, routed as in training."""
+        return self._depth_shares(self.training_depths)
 
     @property
     def dead_shares(self) -> tuple[float, ...]:
@@ -66,9 +95,14 @@ class Inspection:
         not run the step.
         """
         places = torch.arange(len(self.ids)) % self.window
-        deepest = torch.zeros(min(self.window, len(self.ids)), dtype=torch.long)
-        deepest = deepest.scatter_reduce(0, places, self.training_depths, "amax")
-        return tuple((deepest <= step).float().mean().item() for step in range(self.num_recursions))
+        size = min(self.window, len(self.ids))
+        deepest = torch.stack(
+            [
+                torch.zeros(size, dtype=torch.long).scatter_reduce(0, places, depths, "amax")
+                for depths in self.training_depths_by_recursion
+            ]
+        )
+        return tuple(1 - share for share in self._shares(deepest))
 
     @property
     def mean_surprise(self) -> float:
@@ -87,6 +121,18 @@ class Inspection:
         The steps of a token are spent on predicting the next one.
         """
         return rank_correlation(self.depths[:-1], self.surprise[1:])
+
+    def _shares(self, depths: Int[Tensor, "c n"]) -> tuple[float, ...]:
+        """For each step, the share of depths in its recursion that reach it."""
+        return tuple(
+            (own > step).float().mean().item()
+            for own, steps in zip(depths, self.steps, strict=True)
+            for step in range(steps)
+        )
+
+    def _depth_shares(self, depths: Int[Tensor, " t"]) -> tuple[float, ...]:
+        counts = depths.bincount(minlength=self.num_recursions + 1)
+        return tuple((counts / len(depths)).tolist())
 
     @property
     def cell_shares(self) -> Float[Tensor, "r e"] | None:
@@ -108,12 +154,12 @@ def inspect_text(model: MoRTransformer, ids: Int[Tensor, " t"], window: int) -> 
         ValueError: the text has fewer than 2 tokens, a token is not in the vocabulary, or `window`
             is below 1.
     """
-    recursion = model.config.only_recursion("inspection")
-    if recursion is not None and recursion.routes_by_layer and len(model.recursions) > 1:
-        raise ValueError(
-            "inspection shows the steps of one recursion, but here each layer routes by itself. Observe "
-            "the layers' RecursionBlocks instead (RecursionBlock.observed)."
-        )
+    for recursion, blocks in zip(model.config.recursions, model.blocks, strict=False):
+        if recursion.routes_by_layer and len(blocks) > 1:
+            raise ValueError(
+                "inspection shows the steps of recursions, but here each layer routes by itself. "
+                "Observe the layers' RecursionBlocks instead (RecursionBlock.observed)."
+            )
     if window < 1:
         raise ValueError(f"window={window} must be at least 1 token.")
     if ids.dim() != 1 or len(ids) < 2:
@@ -144,10 +190,10 @@ def inspect_text(model: MoRTransformer, ids: Int[Tensor, " t"], window: int) -> 
     return Inspection(
         ids=ids.cpu(),
         window=window,
-        num_recursions=len(agreeing),
+        steps=tuple(own[0].router.num_recursions for own in model.blocks),
         surprise=torch.cat([surprise.new_full((1,), torch.nan), surprise]),
-        depths=torch.cat([seen.depths for seen in windows]),
-        training_depths=torch.cat([seen.training_depths for seen in windows]),
+        depths_by_recursion=torch.cat([seen.depths for seen in windows], dim=1),
+        training_depths_by_recursion=torch.cat([seen.training_depths for seen in windows], dim=1),
         scores=torch.cat([seen.scores for seen in windows], dim=1),
         thresholds=windows[0].thresholds,
         agreement=tuple((agreeing[:, 0] / agreeing[:, 1].clamp(min=1)).tolist()),
@@ -169,8 +215,8 @@ class _Window:
 
     outlook: Float[Tensor, " w"]
     """Surprise of the token after each. At the end of the text it is one shorter than `w`."""
-    depths: Int[Tensor, " w"]
-    training_depths: Int[Tensor, " w"]
+    depths: Int[Tensor, "c w"]
+    training_depths: Int[Tensor, "c w"]
     scores: Float[Tensor, "r w"]
     thresholds: tuple[float | None, ...]
     agreeing: Float[Tensor, "r 2"]
@@ -179,45 +225,57 @@ class _Window:
 
 
 def _look(model: MoRTransformer, ids: Int[Tensor, "1 w"], following: Int[Tensor, " w"]) -> _Window:
-    # A model has several recursions only in a 'sequence' scheme, where all tokens run all steps, so
-    # the first one represents them all.
-    block = cast(RecursionBlock, model.recursions[0])
-    steps, length = block.router.num_recursions, ids.shape[1]
+    # A recursion has several blocks only in a 'sequence' scheme, where all tokens run all steps, so the
+    # first one represents them all.
+    blocks = [own[0] for own in model.blocks]
+    places = list(accumulate((len(own) for own in model.blocks), initial=0))[:-1]
+    counts = [block.router.num_recursions for block in blocks]
+    steps, length = sum(counts), ids.shape[1]
+    firsts = list(accumulate(counts, initial=0))[:-1]
     agreeing = torch.zeros(steps, 2)
-
-    def compare(routed: RoutedStep) -> None:
-        foreseen = block.router.decide(routed.logits, routed.step, routed.previous, causal=True)
-        agreeing[routed.step] += _agreeing(routed.decision, foreseen, routed.previous)
-
-    with block.observed(compare):
-        trained = model(ids)
     scores = torch.full((steps, length), torch.nan)
     thresholds: list[float | None] = [None] * steps
 
-    def note(routed: RoutedStep) -> None:
+    def compare(block: RecursionBlock, first: int, routed: RoutedStep) -> None:
+        foreseen = block.router.decide(routed.logits, routed.step, routed.previous, causal=True)
+        counted = _agreeing(routed.decision, foreseen, routed.previous)
+        agreeing[first + routed.step] += counted
+
+    def note(block: RecursionBlock, first: int, routed: RoutedStep) -> None:
         if routed.logits is None:
             return
         is_token = _is_token(routed.previous)
         positions = routed.previous.tokens.positions[is_token].cpu()
         for score in block.router.scores(routed.logits, routed.step):
-            scores[score.step, positions] = score.values[is_token].float().cpu()
-            thresholds[score.step] = score.threshold
+            scores[first + score.step, positions] = score.values[is_token].float().cpu()
+            thresholds[first + score.step] = score.threshold
 
-    with block.observed(note):
-        output = model(ids, causal_routing=True)
+    def run(observe: Callable[..., None], causal: bool) -> DecoderOutput:
+        with ExitStack() as observing:
+            for block, first in zip(blocks, firsts, strict=True):
+                observing.enter_context(block.observed(partial(observe, block, first)))
+            return model(ids, causal_routing=causal)
+
+    trained, output = run(compare, causal=False), run(note, causal=True)
     load = None
     if any(output.recursions[0].expert_use):
-        load = sum(recursion.expert_load.sum(dim=1).cpu() for recursion in output.recursions)
+        loads = [run.expert_load.sum(dim=1).cpu() for run in output.recursions]
+        owned = zip(places, model.blocks, strict=True)
+        load = torch.cat(
+            [sum(loads[place + 1 : place + len(own)], loads[place]) for place, own in owned]
+        )
     return _Window(
         outlook=F.cross_entropy(
             output.logits[0, : len(following)].float(), following, reduction="none"
         ).cpu(),
-        depths=output.recursions[0].depths[:, 0].cpu(),
-        training_depths=trained.recursions[0].depths[:, 0].cpu(),
+        depths=torch.stack([output.recursions[place].depths[:, 0].cpu() for place in places]),
+        training_depths=torch.stack(
+            [trained.recursions[place].depths[:, 0].cpu() for place in places]
+        ),
         scores=scores,
         thresholds=tuple(thresholds),
         agreeing=agreeing,
-        expert_load=cast(Tensor, load),
+        expert_load=load,
     )
 
 
@@ -235,10 +293,6 @@ def _is_token(decision: RoutingDecision) -> Bool[Tensor, "n b"]:
     if tokens.is_padding is not None:
         return ~tokens.is_padding
     return torch.ones_like(tokens.positions, dtype=torch.bool)
-
-
-def _shares(depths: Int[Tensor, " t"], steps: int) -> tuple[float, ...]:
-    return tuple((depths > step).float().mean().item() for step in range(steps))
 
 
 def _ranks(values: Tensor) -> Float[Tensor, " t"]:

@@ -9,9 +9,10 @@ questions "which node is k hops from node a?", with k from 1 to 3 drawn for each
 recursion, which is one layer, can follow one edge, so a question needs k steps. An edge needs one
 step, and later steps must still see it. They do, because all models use `recursive_sharing`: keys
 and values of the first step serve all later ones. (With six nodes there are so few cycles that one
-layer learns all of them by heart.) With `--task sums`, every edge also has a number, and the question
-is what the numbers of the next k edges add up to, modulo four: sums of varying length, of which each
-term is found only by following the edge before.
+layer learns all of them by heart.) With `--task sums`, every edge also has a number, 0 or 1, and the
+question is what the numbers of the next k edges add up to: sums of varying length, of which each term is
+found only by following the edge before. They are not taken modulo anything: of such a sum, one term
+alone says nothing, and in the same number of steps no depth learned more than the first.
 
 All models have the same layer and are trained on the same sequences. Fixed depth 1 to 3 and random
 depth are the baselines. Two models are trained at full depth and exit only when they answer: `fixed
@@ -84,13 +85,11 @@ class Plan:
     confidence: float = 0.9
     """Probability, of the likeliest answer or of being right, at which a question exits."""
     task: Task = "hops"
-    modulus: int = 4
-    """Of sums; also how many numbers an edge can have."""
 
     @property
     def numbers(self) -> int:
-        """How many different numbers an edge can have."""
-        return self.modulus if self.task == "sums" else 1
+        """How many different numbers an edge can have: of sums, 0 and 1."""
+        return 2 if self.task == "sums" else 1
 
     @property
     def length(self) -> int:
@@ -140,9 +139,7 @@ class Outcome:
     """Mean steps of the questions of 1, 2, ... hops."""
 
 
-def answers_of(
-    following: Tensor, numbers: Tensor | None, starts: Tensor, hops: Tensor, modulus: int
-) -> Tensor:
+def answers_of(following: Tensor, numbers: Tensor | None, starts: Tensor, hops: Tensor) -> Tensor:
     """The answers to questions, `[b q]`.
 
     Args:
@@ -156,7 +153,7 @@ def answers_of(
         if numbers is not None:
             sums = torch.where(hops > hop, sums + numbers.gather(1, nodes), sums)
         nodes = torch.where(hops > hop, following.gather(1, nodes), nodes)
-    return nodes if numbers is None else sums % modulus
+    return nodes if numbers is None else sums
 
 
 def draw_batch(plan: Plan, generator: torch.Generator) -> Batch:
@@ -169,9 +166,9 @@ def draw_batch(plan: Plan, generator: torch.Generator) -> Batch:
     hops = torch.randint(1, HOPS + 1, (b, plan.questions), generator=generator)
     edges, numbers = listed * n + following.gather(1, listed), None
     if plan.task == "sums":
-        numbers = torch.randint(plan.modulus, (b, n), generator=generator)
-        edges = edges * plan.modulus + numbers.gather(1, listed)
-    answers = answers_of(following, numbers, starts, hops, plan.modulus)
+        numbers = torch.randint(plan.numbers, (b, n), generator=generator)
+        edges = edges * plan.numbers + numbers.gather(1, listed)
+    answers = answers_of(following, numbers, starts, hops)
     questions = n * n * plan.numbers + starts * HOPS + hops - 1
     return Batch(
         torch.cat([edges, questions], dim=1),
@@ -275,7 +272,7 @@ def initialize(model: MoRTransformer, plan: Plan) -> None:
     start, a source, plus its hops.
     """
     n, h = plan.nodes, plan.hidden_size
-    values = plan.modulus if plan.task == "sums" else 0
+    values = plan.numbers if plan.task == "sums" else 0
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and ".router." not in name:
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)

@@ -4,8 +4,9 @@
     python examples/experiments/text_at_equal_flops.py --quick
 
 `mor compare` trains every model twice over. First, one seed of each with several learning rates, for a
-share of the budget: the same search for all. Then three seeds of each, with the best of these. All have
-eight unrolled layers and spend the training FLOPs of the plain one. A loop is compared with the plain
+share of the budget: the same search for all, in which a model whose best rate is the lowest or the
+highest tries one more beyond it. Then three seeds of each, with the best of these. All have eight
+unrolled layers and spend the training FLOPs of the plain one. A loop is compared with the plain
 model of its kind, dense or of experts, and every ingredient with the loop that lacks it, seed by seed.
 Started again, the script keeps the runs that are done.
 """
@@ -147,19 +148,42 @@ def compare(files: Sequence[Path], output: Path, *options: str) -> dict[str, dic
     return {model["name"]: model for model in found["models"]}
 
 
-def best_rates(tuned: dict[str, dict[str, Any]], plan: Plan) -> dict[str, float]:
+def further_rates(best: dict[str, float], plan: Plan) -> list[tuple[str, float]]:
+    """One more learning rate for each family whose best is at an end of the grid, as far beyond it as
+    the next one is on its other side."""
+    grid, further = sorted(plan.learning_rates), []
+    for name, rate in best.items():
+        if rate == grid[0]:
+            further.append((name, grid[0] ** 2 / grid[1]))
+        elif rate == grid[-1]:
+            further.append((name, grid[-1] ** 2 / grid[-2]))
+    return further
+
+
+def best_rates(
+    tuned: dict[str, dict[str, Any]], tried: Iterable[tuple[str, float]]
+) -> dict[str, float]:
     """The learning rate with the lowest held-out loss, by family; of runs that did not diverge."""
-    best = {}
+    best, tried = {}, list(tried)
     for name in FAMILIES:
         losses = {
             rate: tuned[label]["held_out_loss"]["mean"]
-            for rate in plan.learning_rates
-            if (label := f"{name}@{rate:g}") in tuned
+            for family, rate in tried
+            if family == name and (label := f"{name}@{rate:g}") in tuned
         }
         if not losses:
             raise RuntimeError(f"{name} diverged with every learning rate.")
         best[name] = min(losses, key=lambda rate: losses[rate])
     return best
+
+
+def tune(
+    pairs: list[tuple[str, float]], output: Path, plan: Plan, *options: str
+) -> dict[str, dict[str, Any]]:
+    """Short runs of families with learning rates; those that are done are not run again."""
+    files = write_files(output / "tuning-settings", plan, pairs, name_rates=True)
+    steps = f"--set=training.steps={round(plan.steps * plan.tuning_share)}"
+    return compare(files, output / "tuning", "--seeds=1", steps, *options)
 
 
 def losses(found: dict[str, Any]) -> dict[int, float]:
@@ -229,11 +253,13 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:
     processes = f"--processes={given.processes}"
 
     pairs = [(name, rate) for name in FAMILIES for rate in plan.learning_rates]
-    files = write_files(given.output / "tuning-settings", plan, pairs, name_rates=True)
-    tuning_steps = f"--set=training.steps={round(plan.steps * plan.tuning_share)}"
-    tuned = compare(files, given.output / "tuning", "--seeds=1", tuning_steps, processes)
+    tuned = tune(pairs, given.output, plan, processes)
+    further = further_rates(best_rates(tuned, pairs), plan)
+    if further:
+        pairs += further
+        tuned = tune(pairs, given.output, plan, processes)
 
-    rates = best_rates(tuned, plan)
+    rates = best_rates(tuned, pairs)
     files = write_files(given.output / "settings", plan, rates.items(), name_rates=False)
     seeds = f"--seeds={plan.seeds}"
     found = compare(files, given.output / "runs", seeds, processes)

@@ -11,6 +11,7 @@ from mor_layers.layers import NormModulation, Relaxation, Sublayer
 from mor_layers.models import DecoderConfig, RecursionConfig
 from mor_layers.recursion import HistoryInjection, HyperConnections, KVPolicy
 from mor_layers.routers import ScorerMatrix
+from mor_layers.routers.capacity import default_capacity_factors
 
 
 @dataclass(frozen=True)
@@ -291,7 +292,20 @@ class ModelShape:
                 steps. Where layers route by themselves, one for all of those that do.
         """
         routed = sum(stack.num_recursions for stack in self.stacks if stack.router)
+        if not shares:
+            return None
         return [share * length for share in shares] * (routed // len(shares)) or None
+
+    def planned_tokens(self, length: int) -> list[float] | None:
+        """The same if settings do not determine it: where they do not, equally many tokens exit at each
+        step, which is the target of the routers' balancing. None if they determine all of it."""
+        routers = [(stack.router, stack.num_recursions) for stack in self.stacks if stack.router]
+        if all(router.capacity_factors is not None for router, _ in routers):
+            return None
+        shares = [
+            router.capacity_factors or default_capacity_factors(steps) for router, steps in routers
+        ]
+        return [share * length for own in shares for share in own]
 
     @property
     def value_size(self) -> int:

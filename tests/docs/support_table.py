@@ -80,6 +80,12 @@ ROWS: dict[str, list[str]] = {
         "recursion.depth_balance=0.1",
         *DENSE,
     ],
+    "two recursions, one after another": [
+        "recursion=[{num_recursions: 2, block_layers: 1}, {num_recursions: 2, router: {type: "
+        "expert_choice}}]",
+        "model.num_unrolled_layers=8",
+        *DENSE,
+    ],
     "a prelude of 2 layers, a coda of 3": [
         "recursion.prelude_layers=2",
         "recursion.coda_layers=3",

@@ -53,13 +53,22 @@ def test_each_family_takes_the_learning_rate_of_its_lowest_loss():
     rates = experiment.QUICK.learning_rates
     labels = [(name, rate) for name in experiment.FAMILIES for rate in rates]
     losses = {f"{n}@{r:g}": (5.0 if (n == "loop") == (r == rates[0]) else 6.0,) for n, r in labels}
-    best = experiment.best_rates(found(losses), experiment.QUICK)
+    best = experiment.best_rates(found(losses), labels)
     assert best == dict.fromkeys(experiment.FAMILIES, rates[1]) | {"loop": rates[0]}
     del losses[f"mor@{rates[1]:g}"]  # diverged
-    assert experiment.best_rates(found(losses), experiment.QUICK)["mor"] == rates[0]
+    assert experiment.best_rates(found(losses), labels)["mor"] == rates[0]
     del losses[f"mor@{rates[0]:g}"]
     with pytest.raises(RuntimeError, match="mor diverged with every learning rate"):
-        experiment.best_rates(found(losses), experiment.QUICK)
+        experiment.best_rates(found(losses), labels)
+
+
+def test_a_best_rate_at_an_end_of_the_grid_is_followed_by_one_beyond_it():
+    plan = experiment.Plan(learning_rates=(2e-3, 5e-3, 1.25e-2))
+    best = {"plain": 2e-3, "loop": 5e-3, "mor": 1.25e-2}
+    assert experiment.further_rates(best, plan) == [
+        ("plain", pytest.approx(8e-4)),
+        ("mor", pytest.approx(3.125e-2)),
+    ]
 
 
 def test_tuning_comes_first_and_its_best_rates_are_those_of_the_runs(
@@ -74,14 +83,16 @@ def test_tuning_comes_first_and_its_best_rates_are_those_of_the_runs(
         )
         output = next(word.partition("=")[2] for word in command if word.startswith("--output"))
         losses = {f.stem: (6.0 - calls[-1][i],) * 2 for i, f in enumerate(files)}
-        Path(output).mkdir(parents=True)
+        Path(output).mkdir(parents=True, exist_ok=True)
         models = {"models": list(found(losses).values())}
         Path(output, "compare.json").write_text(json.dumps(models))
 
     monkeypatch.setattr(experiment.subprocess, "run", run)
     experiment.main(["--quick", "--output", str(tmp_path)])
-    tuning, runs = calls
+    tuning, further, runs = calls  # with losses that fall with the rate
     assert tuning == list(experiment.QUICK.learning_rates) * len(experiment.FAMILIES)
-    assert runs == [max(experiment.QUICK.learning_rates)] * len(experiment.FAMILIES)
+    highest = max(experiment.QUICK.learning_rates) ** 2 / min(experiment.QUICK.learning_rates)
+    assert further == pytest.approx(tuning + [highest] * len(experiment.FAMILIES))
+    assert runs == pytest.approx([highest] * len(experiment.FAMILIES))
     assert (tmp_path / "results.png").stat().st_size > 10_000
     assert "| `expert_loop_own_scaled` |" in (tmp_path / "results.md").read_text()

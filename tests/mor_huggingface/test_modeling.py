@@ -7,14 +7,21 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 import mor_huggingface
-from mor_layers import ExpertChoice, TokenChoice, load_model, save_model
+from mor_layers import ExpertChoice, RecursionConfig, TokenChoice, load_model, save_model
 from tests.mor_layers.small_models import random_ids, small_config, small_model
 
+SEVERAL = (
+    RecursionConfig(2, "cycle", ExpertChoice(alpha=0.7), "recursive_sharing", block_layers=1),
+    RecursionConfig(2, "middle_cycle", TokenChoice(), block_layers=1),
+)
 
-@pytest.fixture(params=["expert_choice", "token_choice", "tied"])
+
+@pytest.fixture(params=["expert_choice", "token_choice", "tied", "several recursions"])
 def folder(request, tmp_path):
     router = TokenChoice() if request.param == "token_choice" else ExpertChoice(alpha=0.7)
     config = replace(small_config(router), tie_embeddings=request.param == "tied")
+    if request.param == "several recursions":
+        config = replace(config, recursion=SEVERAL, num_unrolled_layers=6)
     save_model(small_model(config), tmp_path / "model")
     return tmp_path / "model"
 

@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from mor_layers import DepthAndWidth, ExpertChoice, FixedDepth, MoEConfig, Router, RouterConfig
+from mor_layers import (
+    DepthAndWidth,
+    ExpertChoice,
+    FixedDepth,
+    MoEConfig,
+    RecursionConfig,
+    Router,
+    RouterConfig,
+)
 from mor_layers.inspection import inspect_text, rank_correlation
 from tests.mor_layers.small_models import (
     ROUTERS,
@@ -155,6 +163,33 @@ def test_sequence_schemes_run_every_step(sharing):
     seen = inspect_text(model, text(), WINDOW)
     assert seen.depths.tolist() == [3] * LENGTH
     assert math.isnan(seen.surprise_correlation)
+
+
+@torch.no_grad()
+def test_steps_of_several_recursions_are_numbered_through():
+    early = RecursionConfig(2, "sequence", block_layers=2, prelude_layers=1)
+    late = RecursionConfig(3, "cycle", ExpertChoice(alpha=0.7), block_layers=1, coda_layers=1)
+    config = replace(plain_config(9), recursion=(early, late), moe=MoEConfig(3, 2))
+    model, ids = small_model(config).eval(), text()
+    seen, (block,) = inspect_text(model, ids, WINDOW), model.blocks[1]
+    assert (seen.steps, seen.num_recursions, len(seen.agreement)) == ((2, 3), 5, 5)
+    for begin in range(0, LENGTH, WINDOW):
+        part = slice(begin, begin + WINDOW)
+        trained, output = model(ids[None, part]), model(ids[None, part], causal_routing=True)
+        assert seen.depths_by_recursion[0, part].eq(2).all()
+        assert seen.depths_by_recursion[1, part].equal(output.recursions[2].depths[:, 0])
+        assert seen.training_depths_by_recursion[1, part].equal(trained.recursions[2].depths[:, 0])
+        assert seen.depths[part].equal(output.depths[0] - 2)  # which counts both layers' steps
+    ran = [int((seen.depths_by_recursion[1] > step).sum()) for step in range(3)]
+    assert seen.shares == pytest.approx([1.0, 1.0, *(count / LENGTH for count in ran)])
+    assert sum(seen.depth_shares) == pytest.approx(1) and seen.depth_shares[:2] == (0, 0)
+    assert seen.dead_shares[:2] == (0.0, 0.0)
+    # Two experts a token in each layer: of the early recursion's two layers, and of the late one's.
+    assert seen.expert_load.sum(dim=1).tolist() == [4 * LENGTH, 4 * LENGTH, *(2 * n for n in ran)]
+    assert seen.scores[:2].isnan().all() and not seen.scores[2:4].isnan().any()
+    assert seen.thresholds[:3] == (None,) * 3 and None not in seen.thresholds[3:]
+    assert seen.agreement[:3] == (1.0, 1.0, 1.0) and seen.agreement[4] < 1
+    assert block.router.num_recursions == 3
 
 
 def test_a_plain_decoder_has_one_step():

@@ -107,18 +107,19 @@ def _front_matter(
 
 
 def _described(settings: Settings) -> str:
-    model, recursion, schedule = settings.model, settings.recursion, settings.schedule
-    if recursion is None or schedule is None:
-        kind = f"A decoder of {model.num_unrolled_layers} layers"
-    else:
-        router = type(recursion.router).__name__
-        parts = [*([schedule.prelude] if schedule.prelude else ())]
-        parts += [f"{schedule.block_size} × {recursion.num_recursions}"]
-        parts += [*([schedule.coda] if schedule.coda else ())]
-        kind = (
-            f"A recursive decoder of {' + '.join(map(str, parts))} layers (router {router}, KV policy "
-            f"`{recursion.kv_policy}`)"
+    model, kind = settings.model, f"A decoder of {settings.model.num_unrolled_layers} layers"
+    if settings.recursions:
+        parts, unshared = list[str](), 0  # layers between two recursions are both's
+        for schedule in settings.schedules:
+            parts += [str(unshared + schedule.prelude)] * (unshared + schedule.prelude > 0)
+            parts.append(f"{schedule.block_size} × {schedule.num_recursions}")
+            unshared = schedule.coda
+        parts += [str(unshared)] * (unshared > 0)
+        routers = ", then ".join(
+            f"router {type(recursion.router).__name__}, KV policy `{recursion.kv_policy}`"
+            for recursion in settings.recursions
         )
+        kind = f"A recursive decoder of {' + '.join(parts)} layers ({routers})"
     if model.moe is not None:
         kind += f", with {model.moe.experts_per_token} of {model.moe.num_experts} experts per token"
     return f"{kind}, pretrained with mor_layers."

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from mor_layers.costs import account
+from mor_layers.routers.capacity import default_capacity_factors
 from mor_layers.selection import capacity
 from mor_tools.planner import Workload
+from mor_tools.pretraining.models.decoder import routed_shares
 from mor_tools.pretraining.models.workload import workload
 from mor_tools.pretraining.settings import Settings
 
@@ -62,13 +64,16 @@ class Costs:
         Where layers route by themselves, the report has means over them and the anchors, which say less
         than the settings.
         """
-        recursion = self.settings.recursion
-        return None if recursion is not None and recursion.routes_by_layer else shares
+        return None if self.settings.routes_by_layer else shares
 
     def flops_with(self, shares: Sequence[float] | None) -> float:
-        """Training FLOPs per token where `shares` of the tokens run each recursion step."""
+        """Training FLOPs per token where `shares` of the tokens run each step of one recursion after
+        another."""
         length = self.settings.data.sequence_length
-        tokens = None if shares is None else self._work.shape.tokens_per_step(shares, length)
+        tokens = None
+        if shares is not None:
+            routed = routed_shares(self.settings, shares)
+            tokens = self._work.shape.tokens_per_step(routed, length)
         if tokens is None:
             return self.flops_per_token
         return account(self._work.shape, length, tokens).flops_per_token()
@@ -97,21 +102,22 @@ class Costs:
 
     @property
     def _warmup_steps(self) -> int:
-        """Steps in which the router still lets more tokens through than its settings plan."""
-        recursion = self.settings.recursion
-        return 0 if recursion is None else getattr(recursion.router, "warmup_steps", 0)
+        """Steps in which a router still lets more tokens through than its settings plan."""
+        routers = [recursion.router for recursion in self.settings.recursions]
+        return max((getattr(router, "warmup_steps", 0) for router in routers), default=0)
 
     def _warmup_flops(self, steps: int) -> float:
-        recursion, total = self.settings.recursion, 0.0
-        for step in range(steps):
-            assert recursion is not None
-            shares = recursion.router.capacity_factors_at(recursion.num_recursions, step)
-            total += self.flops_with(shares and self._rounded(shares)) * self.tokens_per_step
-        return total
+        return sum(
+            self.flops_with(self._planned_shares(step)) * self.tokens_per_step
+            for step in range(steps)
+        )
 
-    def _rounded(self, shares: Sequence[float]) -> list[float]:
-        """Shares of the tokens that run steps of which the router's settings give `shares`."""
-        recursion, length = self.settings.recursion, self.settings.data.sequence_length
-        assert recursion is not None
-        multiple = recursion.router.rounds_capacities_to
-        return [capacity(share, length, multiple) / length for share in shares]
+    def _planned_shares(self, step: int) -> list[float]:
+        """The planned shares of an optimizer step, as `flops_with` takes them."""
+        length, shares = self.settings.data.sequence_length, list[float]()
+        for recursion in self.settings.recursions:
+            number, router = recursion.num_recursions, recursion.router
+            planned = router.capacity_factors_at(number, step) or default_capacity_factors(number)
+            multiple = router.rounds_capacities_to
+            shares += [capacity(share, length, multiple) / length for share in planned]
+        return shares

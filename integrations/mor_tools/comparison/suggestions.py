@@ -3,6 +3,7 @@
 import typing
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import product
 from typing import TYPE_CHECKING
 
 from mor_layers.recursion import KVPolicy
@@ -82,16 +83,20 @@ def _widths(settings: Settings, wanted: float) -> Iterable[tuple[str, Settings]]
 
 def _caches(settings: Settings) -> Iterable[tuple[str, Settings]]:
     """Other numbers of key-value heads, and other KV policies."""
-    model, recursion = settings.model, settings.recursion
+    model = settings.model
     # Latent attention has one row per token, whatever the number of heads.
     most = model.num_heads if model.latent_attention is None else 0
     for heads in range(1, most + 1):
         if model.num_heads % heads == 0 and heads != model.num_kv_heads:
             changed = replace(settings, model=replace(model, num_kv_heads=heads))
             yield f"model.num_kv_heads={heads}", changed
-    for policy in typing.get_args(KVPolicy) if recursion is not None else ():
+    recursions = settings.recursions
+    for index, policy in product(range(len(recursions)), typing.get_args(KVPolicy)):
         try:
-            changed = replace(settings, recursion=replace(recursion, kv_policy=policy))
+            own = replace(recursions[index], kv_policy=policy)
+            others = recursions[:index], recursions[index + 1 :]
+            changed = replace(settings, recursion=(*others[0], own, *others[1]))
         except ValueError:
             continue  # a policy that these settings refuse
-        yield f"recursion.kv_policy={policy}", changed
+        place = "recursion" if len(recursions) == 1 else f"recursion[{index}]"
+        yield f"{place}.kv_policy={policy}", changed

@@ -57,7 +57,7 @@ def count_chunk(
     is_spread = layout.pipeline_layout == "steps_as_stages"
     loops = 1 if is_spread else work.shape.num_losses
     entering = hop * (loops if parts[0].stack.name == "coda" else 1)
-    leaving = hop * (loops if parts[-1].stack.name in ("block", "coda") else 1)
+    leaving = hop * (loops if parts[-1].index >= work.last_block else 1)
     kept, recomputed = _kept(work, layout, parts, at_end)
     ways = []
     for flops, sent, has_neighbour, moved in zip(

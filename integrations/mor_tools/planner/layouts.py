@@ -6,7 +6,6 @@ from itertools import accumulate
 
 from mor_layers import DecoderConfig
 from mor_layers.costs import Accounting, ModelShape, account
-from mor_layers.routers.capacity import default_capacity_factors
 from mor_megatron.parallel import CarriedRows, PipelineLayout
 from mor_tools.planner.memory import Recompute
 from mor_tools.planner.stages import unrolled
@@ -52,15 +51,7 @@ class Workload:
 
     @cached_property
     def cost(self) -> Accounting:
-        tokens = self.tokens_per_step
-        routed = [stack for stack in self.shape.stacks if stack.router is not None]
-        if tokens is None and any(s.router and s.router.capacity_factors is None for s in routed):
-            shares = [
-                (s.router and s.router.capacity_factors)
-                or default_capacity_factors(s.num_recursions)
-                for s in routed
-            ]
-            tokens = tuple(share * self.sequence_length for own in shares for share in own)
+        tokens = self.tokens_per_step or self.shape.planned_tokens(self.sequence_length)
         return account(self.shape, self.sequence_length, tokens, causal_half=False)
 
     @property
@@ -77,6 +68,13 @@ class Workload:
     def first_run(self) -> tuple[int, ...]:
         """Index in `cost.steps` of the first step of each stack."""
         return (0, *accumulate(stack.num_recursions for stack in self.shape.stacks))[:-1]
+
+    @cached_property
+    def last_block(self) -> int:
+        """Index of the stack that is the last recursion's last block."""
+        return max(
+            (i for i, stack in enumerate(self.shape.stacks) if stack.name == "block"), default=0
+        )
 
     @cached_property
     def carried(self) -> CarriedRows:

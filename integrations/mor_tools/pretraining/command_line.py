@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -81,10 +81,8 @@ def _merged(path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
         changes = OmegaConf.from_dotlist(list(overrides))
         for given in (file, changes):
             _require_mappings(Settings, OmegaConf.to_container(given))
-        for place, kind in (("recursion.router", "type"), ("model.rope_scaling", "rope_type")):
-            chosen = OmegaConf.select(changes, f"{place}.{kind}")
-            if chosen not in (None, OmegaConf.select(file, f"{place}.{kind}")):
-                OmegaConf.update(file, place, {}, merge=False)
+        _merge_recursion(file, changes)
+        _forget_other_kind(file, changes, "model.rope_scaling", "rope_type")
         return OmegaConf.to_container(OmegaConf.merge(file, changes), resolve=True)  # type: ignore[return-value]
     except RecursionError as error:
         raise ValueError(
@@ -94,17 +92,65 @@ def _merged(path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
         raise ValueError(f"the settings cannot be read: {error}") from error
 
 
-def _require_mappings(kind: type, values: Any, where: str = "") -> None:
-    """Raise ValueError if there is a list where settings are expected: merging it would fail."""
+def _merge_recursion(file: DictConfig, changes: DictConfig) -> None:
+    """Merge changes of the recursion, or of single ones such as `recursion.1.num_recursions=3`, into
+    those of the file.
+
+    Raises:
+        ValueError: the file lists several recursions, and a change does not say which one it means.
+    """
+    own, given = file.get("recursion"), changes.get("recursion")
+    if not isinstance(given, DictConfig):
+        if isinstance(given, ListConfig):
+            file.pop("recursion", None)  # a list replaces what was there
+        return
+    if not isinstance(own, ListConfig):
+        _replace_router(own, given)
+        return
+    wrong = [key for key in given if str(key) not in map(str, range(len(own)))]
+    if wrong:
+        raise ValueError(
+            f"recursion.{wrong[0]} is not a setting of {file.recursion!s:.200}, which lists {len(own)} "
+            f"recursions. Say which one you mean, e.g. recursion.0.{wrong[0]}=..., or edit the file."
+        )
+    for number, change in given.items():
+        _replace_router(own[int(number)], change)
+        own[int(number)] = OmegaConf.merge(own[int(number)], change)
+    changes.pop("recursion")
+
+
+def _replace_router(recursion: Any, changes: Any) -> None:
+    """Remove the settings of a recursion's router if the changes are to another type of router."""
+    if isinstance(recursion, DictConfig) and isinstance(changes, DictConfig):
+        _forget_other_kind(recursion, changes, "router", "type")
+
+
+def _forget_other_kind(settings: DictConfig, changes: DictConfig, place: str, kind: str) -> None:
+    """Remove the settings at a place if the changes are to another kind of them."""
+    chosen = OmegaConf.select(changes, f"{place}.{kind}")
+    if chosen not in (None, OmegaConf.select(settings, f"{place}.{kind}")):
+        OmegaConf.update(settings, place, {}, merge=False)
+
+
+def _require_mappings(kind: type, values: Any, where: str = "", many: bool = False) -> None:
+    """Raise ValueError if there is a list where settings are expected: merging it would fail.
+
+    Args:
+        many: whether a list of such settings is allowed.
+    """
     if isinstance(values, list):
-        raise ValueError(f"{where}={values!r}: expected a mapping of settings, not a list.")
+        if not many:
+            raise ValueError(f"{where}={values!r}: expected a mapping of settings, not a list.")
+        for index, value in enumerate(values):
+            _require_mappings(kind, value, f"{where}[{index}]")
     if not isinstance(values, dict) or kind is RouterConfig:
         return
     hints = typing.get_type_hints(kind)
     for name in set(values) & set(hints):
         component = _component(hints[name])
         if component is not None:
-            _require_mappings(component, values[name], f"{where}.{name}".lstrip("."))
+            place = f"{where}.{name}".lstrip(".")
+            _require_mappings(component, values[name], place, _may_be_many(hints[name]))
 
 
 def _require_text(values: Any, where: str = "") -> None:
@@ -160,6 +206,11 @@ def _describe(kind: type, indent: str) -> Iterator[str]:
 def _component(hint: Any) -> type | None:
     """The dataclass in a type hint such as `MoESettings | None`."""
     return next(filter(dataclasses.is_dataclass, typing.get_args(hint) or (hint,)), None)
+
+
+def _may_be_many(hint: Any) -> bool:
+    """Whether a type hint allows a list of settings, as `A | tuple[A, ...] | None` does."""
+    return any(typing.get_origin(argument) is tuple for argument in typing.get_args(hint))
 
 
 def _type_name(hint: Any) -> str:

@@ -201,11 +201,12 @@ def _claimed(folder: Path) -> dict[str, Any] | None:
 
 def _check_same(folder: Path, earlier: dict[str, Any], settings: Settings) -> None:
     # Read like any other settings, so that those added to the code since have their defaults. The
-    # folder may name the router that the user names too, whose module is imported already, and no
-    # other.
-    where, recursion = str(folder / RUN_CLAIM), settings.recursion
-    own = None if recursion is None else registry.router_name(recursion.router)
-    names_own = _flat(earlier).get("recursion.router.type") == own
+    # folder may name the routers that the user names too, whose modules are imported already, and no
+    # others.
+    where = str(folder / RUN_CLAIM)
+    own = [registry.router_name(recursion.router) for recursion in settings.recursions]
+    named = [value for name, value in _flat(earlier).items() if name.endswith("router.type")]
+    names_own = all(name in own for name in named)
     before = _flat(to_mapping(from_mapping(Settings, earlier, where, may_import=names_own)))
     now = _flat(to_mapping(settings))
     free = FREE_TO_CHANGE
@@ -226,9 +227,11 @@ def _check_same(folder: Path, earlier: dict[str, Any], settings: Settings) -> No
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn `{"a": {"b": 1}}` into `{"a.b": 1}`."""
+    """Turn `{"a": {"b": 1}, "c": [{"d": 2}]}` into `{"a.b": 1, "c.0.d": 2}`."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
+        if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+            value = {str(index): each for index, each in enumerate(value)}
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{name}.")
         else:

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mor_layers import save_model, to_mapping
+from mor_megatron import RoutingReport
 from mor_megatron.platform import on_first_rank
 from mor_tools.formats import RUN_MODEL
 from mor_tools.pretraining import distributed, endings, launcher, run_folder
@@ -35,7 +36,7 @@ from mor_tools.pretraining.reporting.summary import write_summary
 from mor_tools.pretraining.settings import Settings
 from mor_tools.pretraining.training import Batches, StepResult, Trainer
 from mor_tools.pretraining.watch import shared_watch
-from mor_tools.reports.health import NO_GRADIENT, Health, Plan
+from mor_tools.reports.health import NO_GRADIENT, Health, Plan, PlannedSteps
 from mor_tools.reports.rows import Routing, Row, Validation
 from mor_tools.reports.trackers import TensorBoard, Tracker, Wandb
 
@@ -230,7 +231,7 @@ class Session:
     def routing(self, result: StepResult) -> Routing | None:
         """What the recursions did in a step, and whether their router can learn from it."""
         has_gradient = self.trainer.router_has_gradient()
-        routing = Routing.from_reports(result.routing)
+        routing = self._combined(result.routing)
         if routing is None or has_gradient is not False:
             return routing
         return replace(routing, metrics=routing.metrics | {NO_GRADIENT: 1.0})
@@ -241,15 +242,15 @@ class Session:
         if not reports:
             return Validation(loss)
         causal_loss, causal_reports = loss, reports
-        recursion = self.settings.recursion
-        if recursion is not None and not recursion.router.is_causal:
+        if not all(recursion.router.is_causal for recursion in self.settings.recursions):
             causal_loss, causal_reports = self.trainer.evaluate(self.data.held_out, causal=True)
         return Validation(
-            loss,
-            Routing.from_reports(reports),
-            causal_loss,
-            Routing.from_reports(causal_reports),
+            loss, self._combined(reports), causal_loss, self._combined(causal_reports)
         )
+
+    def _combined(self, reports: Sequence[RoutingReport]) -> Routing | None:
+        blocks = [schedule.num_blocks for schedule in self.settings.schedules]
+        return Routing.from_reports(reports, blocks)
 
     def costs(self, row: Row) -> Costs:
         """The computation of a step."""
@@ -280,7 +281,7 @@ class Session:
             passage = demonstration.depths(trained, self.data.held_out[0], self.tokenizer)
             save_model(trained, self.folder / RUN_MODEL, self.tokenizer.path, self.tokenizer.eod)
             self.display.say(f"a continuation:\n{sample}\n")
-            is_served = not trained.config.effective_recursion.routes_by_layer
+            is_served = not self.settings.routes_by_layer
             purpose = ", for `mor generate` and `mor serve`" if is_served else ""
             self.display.say(f"wrote {self.folder}/{RUN_MODEL}{purpose}")
         parameters = build.parameters(self.shape)
@@ -317,16 +318,15 @@ class Session:
 
 def _plan(settings: Settings) -> Plan:
     """The facts about the run that follow from its settings."""
-    sequences, recursion = settings.training.global_batch_size, settings.recursion
-    if recursion is None:
-        return Plan(sequences)
-    router, length = recursion.router, settings.data.sequence_length
-    capacities = router.capacities_for(recursion.num_recursions, length)
-    return Plan(
-        sequences,
-        capacities and tuple(tokens / length for tokens in capacities),
-        getattr(router, "warmup_steps", 0),  # not all routers have one
-    )
+    length = settings.data.sequence_length
+    planned, warmups = [], []
+    for recursion in settings.recursions:
+        number, router = recursion.num_recursions, recursion.router
+        capacities = router.capacities_for(number, length)
+        shares = capacities and tuple(tokens / length for tokens in capacities)
+        planned.append(PlannedSteps(number, shares))
+        warmups.append(getattr(router, "warmup_steps", 0))  # not all routers have one
+    return Plan(settings.training.global_batch_size, planned, max(warmups, default=0))
 
 
 def _run_again(settings: Settings) -> str:
@@ -350,8 +350,7 @@ def _what_next(settings: Settings) -> str:
         or f"the same command with {longer}",
     }
     # Without a sample no model was written, and layers that route by themselves are not served yet.
-    by_layer = settings.recursion is not None and settings.recursion.routes_by_layer
-    if settings.evaluation.sample_tokens > 0 and not by_layer:
+    if settings.evaluation.sample_tokens > 0 and not settings.routes_by_layer:
         lines = {
             "continue a text": f"mor generate --model {model} {given}",
             "see each token's depth": f"mor inspect {settings.output} --text {text}",

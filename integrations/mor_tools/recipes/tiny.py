@@ -1,10 +1,12 @@
 """Tiny twins: a recipe's settings with small sizes, to try it on a laptop."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from mor_layers import RecursionConfig
 from mor_layers.models import LatentAttentionConfig
+from mor_layers.recursion import SharingSchedule
 from mor_tools.pretraining.settings import ModelSettings, MoESettings, Settings
 
 HIDDEN_SIZE, HEADS, STEPS = 32, 4, 2
@@ -20,7 +22,8 @@ def tiny_twin(settings: Settings) -> Settings:
     All choices stay: sharing, router, KV policy, experts, norms and injections. Sizes, numbers of layers
     and of recursions, and lengths of schedules shrink.
     """
-    recursion = None if settings.recursion is None else _tiny_recursion(settings)
+    pairs = zip(settings.recursions, settings.schedules, strict=True)
+    recursions = tuple(_tiny_recursion(recursion, schedule) for recursion, schedule in pairs)
     training = replace(
         settings.training,
         steps=STEPS,
@@ -36,8 +39,8 @@ def tiny_twin(settings: Settings) -> Settings:
     return replace(
         settings,
         output=f"{settings.output}_tiny",
-        model=_tiny_model(settings, recursion),
-        recursion=recursion,
+        model=_tiny_model(settings, recursions),
+        recursion=recursions or None,
         data=data,
         training=training,
         evaluation=evaluation,
@@ -45,14 +48,14 @@ def tiny_twin(settings: Settings) -> Settings:
     )
 
 
-def _tiny_recursion(settings: Settings) -> RecursionConfig:
-    recursion, schedule = settings.recursion, settings.schedule
-    assert recursion is not None and schedule is not None
+def _tiny_recursion(recursion: RecursionConfig, schedule: SharingSchedule) -> RecursionConfig:
     loops = min(recursion.num_recursions, MOST_LOOPS)
     changes: dict[str, Any] = {"num_recursions": loops}
     for name in ("prelude_layers", "coda_layers"):
         if getattr(recursion, name) is not None:
             changes[name] = min(getattr(recursion, name), MOST_LAYERS)
+    if recursion.block_layers is not None:
+        changes["block_layers"] = min(schedule.block_size, MOST_LAYERS)
     if recursion.relaxation is not None:
         changes["relaxation"] = replace(
             recursion.relaxation, rank=min(recursion.relaxation.rank, 4)
@@ -72,13 +75,12 @@ def _tiny_recursion(settings: Settings) -> RecursionConfig:
     return replace(recursion, router=replace(recursion.router, **router), **changes)
 
 
-def _tiny_model(settings: Settings, recursion: RecursionConfig | None) -> ModelSettings:
-    model, schedule = settings.model, settings.schedule
-    layers = min(model.num_unrolled_layers, MOST_PLAIN_LAYERS)
-    if recursion is not None:
-        assert schedule is not None
-        ends = min(schedule.prelude, MOST_LAYERS) + min(schedule.coda, MOST_LAYERS)
-        layers = ends + min(schedule.block_size, MOST_LAYERS) * recursion.num_recursions
+def _tiny_model(settings: Settings, recursions: Sequence[RecursionConfig]) -> ModelSettings:
+    model = settings.model
+    layers = 0 if recursions else min(model.num_unrolled_layers, MOST_PLAIN_LAYERS)
+    for recursion, schedule in zip(recursions, settings.schedules, strict=True):
+        layers += min(schedule.prelude, MOST_LAYERS) + min(schedule.coda, MOST_LAYERS)
+        layers += min(schedule.block_size, MOST_LAYERS) * recursion.num_recursions
     return replace(
         model,
         hidden_size=HIDDEN_SIZE,

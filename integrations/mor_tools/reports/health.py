@@ -41,15 +41,24 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class PlannedSteps:
+    """The steps of a recursion."""
+
+    count: int
+    capacity_factors: Sequence[float] | None = None
+    """Share of the tokens that each step runs, if the router fixes it."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """The facts about a run that follow from its settings."""
 
     sequences: int
     """Sequences per global batch."""
-    capacity_factors: Sequence[float] | None = None
-    """Share of the tokens that each step runs, if the router fixes it."""
+    recursions: Sequence[PlannedSteps] = ()
+    """One after another."""
     warmup_steps: int = 0
-    """Optimizer steps of the router's warm-up, during which more tokens run than planned."""
+    """Optimizer steps of the routers' warm-up, during which more tokens run than planned."""
 
 
 class Health:
@@ -106,25 +115,24 @@ class Health:
         return found
 
     def _collapsed(self, shares: Sequence[float]) -> dict[str, str]:
-        planned = self._plan.capacity_factors
-        if planned is None:
-            return _collapsed_freely(shares)
-        return {
-            f"depth {number}": f"{share:.0%} of the tokens run recursion step {number}, where "
-            f"{factor:.0%} were planned: the depth has collapsed. Check "
-            "recursion.router.capacity_factors and warmup_steps, and that documents are not much "
-            "shorter than data.sequence_length."
-            for number, (share, factor) in enumerate(zip(shares, planned, strict=False), start=1)
-            if _is_extreme(share) and not _is_extreme(factor)
-        }
+        found, first = dict[str, str](), 0
+        for planned in self._plan.recursions:
+            own, factors = shares[first : first + planned.count], planned.capacity_factors
+            if factors is None:
+                found |= _collapsed_freely(own, first)
+            else:
+                found |= _collapsed_against(own, factors, first)
+            first += planned.count
+        return found
 
     def _dead(self, routing: Routing) -> dict[str, str]:
-        by_chance = (1 - routing.shares[-1]) ** self._plan.sequences
+        last = [shares[-1] for shares in routing.by_recursion]
+        by_chance = sum((1 - share) ** self._plan.sequences for share in last) / len(last)
         if routing.dead_positions <= by_chance + DEAD_BEYOND_CHANCE:
             return {}
         return {
             "dead": f"tokens die: at {routing.dead_positions:.0%} of the positions no token of the "
-            f"batch ran the last recursion step, where a random selection would leave out "
+            f"batch ran the last step of a recursion, where a random selection would leave out "
             f"{by_chance:.0%}. The router selects by position. Use a longer "
             "recursion.router.warmup_steps, larger capacity factors, or a smaller learning rate."
         }
@@ -138,7 +146,21 @@ def findings(rows: Iterable[Row], plan: Plan) -> list[Finding]:
     return health.findings
 
 
-def _collapsed_freely(shares: Sequence[float]) -> dict[str, str]:
+def _collapsed_against(
+    shares: Sequence[float], planned: Sequence[float], earlier: int
+) -> dict[str, str]:
+    """Steps that almost no token runs, or almost all, where another share was planned."""
+    return {
+        f"depth {number}": f"{share:.0%} of the tokens run recursion step {number}, where "
+        f"{factor:.0%} were planned: the depth has collapsed. Check "
+        "recursion.router.capacity_factors and warmup_steps, and that documents are not much "
+        "shorter than data.sequence_length."
+        for number, (share, factor) in enumerate(zip(shares, planned, strict=False), earlier + 1)
+        if _is_extreme(share) and not _is_extreme(factor)
+    }
+
+
+def _collapsed_freely(shares: Sequence[float], earlier: int) -> dict[str, str]:
     """If tokens choose their depth, any share of them may run a step, except almost none and almost
     all.
     """
@@ -148,7 +170,7 @@ def _collapsed_freely(shares: Sequence[float]) -> dict[str, str]:
     )
     if len(shares) > 1 and shares[-1] > 1 - COLLAPSED:
         return {"depth": f"{shares[-1]:.0%} of the tokens run all recursion steps: {remedy}"}
-    for number, share in enumerate(shares, start=1):
+    for number, share in enumerate(shares, earlier + 1):
         if share < COLLAPSED:
             return {"depth": f"{share:.1%} of the tokens run recursion step {number}: {remedy}"}
     return {}

@@ -5,7 +5,6 @@ from matplotlib.figure import Figure
 
 from mor_layers.inspection import Inspection
 from mor_tools.reports.plots import ACCENT, INK, WARNING, depth_color, figure_of, heat_map
-from mor_tools.reports.rows import depth_shares
 from mor_tools.reports.training_figures import depth_bars
 
 _BINS = 40
@@ -16,8 +15,8 @@ def figures(seen: Inspection) -> dict[str, Figure]:
     drawn = {
         "Depth of tokens": depth_bars(
             [
-                ("as in generation", depth_shares(seen.shares)),
-                ("as in training", depth_shares(seen.training_shares)),
+                ("as in generation", seen.depth_shares),
+                ("as in training", seen.training_depth_shares),
             ]
         ),
         "Depth against surprise": surprise_figure(seen),

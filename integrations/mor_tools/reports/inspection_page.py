@@ -8,7 +8,7 @@ from mor_tools.reports import training_figures
 from mor_tools.reports.inspection_figures import figures
 from mor_tools.reports.page import TokenView, document, facts, passage, table
 from mor_tools.reports.plots import svg
-from mor_tools.reports.rows import Row, depth_shares
+from mor_tools.reports.rows import Row
 
 _EXPLAINED = {
     "Depth of tokens": "The number of recursion steps that tokens take, routed as in generation and "
@@ -34,7 +34,7 @@ def render(seen: Inspection, texts: Sequence[str], title: str, rows: Sequence[Ro
         "<p>Hover over a token to see its depth, its surprise and its router scores. Tokens are "
         "routed as in generation.</p>"
     )
-    shares = {d: s for d, s in enumerate(depth_shares(seen.shares)) if s > 1e-6}
+    shares = {d: s for d, s in enumerate(seen.depth_shares) if s > 0}
     sections.append(passage(_tokens(seen, texts), shares))
     for name, figure in figures(seen).items():
         sections += [f"<h2>{name}</h2>", f"<p>{_EXPLAINED[name]}</p>", svg(figure, name)]
@@ -70,7 +70,7 @@ def scalars(seen: Inspection) -> dict[str, float]:
     }
     for name, values in named.items():
         found |= {f"inspect/step_{r}/{name}": value for r, value in enumerate(values, start=1)}
-    found |= {f"inspect/depth/{d}": s for d, s in enumerate(depth_shares(seen.shares))}
+    found |= {f"inspect/depth/{d}": s for d, s in enumerate(seen.depth_shares)}
     for step, cells in enumerate([] if seen.cell_shares is None else seen.cell_shares.tolist(), 1):
         found |= {f"inspect/experts/step_{step}/expert_{e}": s for e, s in enumerate(cells)}
     return {name: value for name, value in found.items() if not math.isnan(value)}
@@ -90,6 +90,11 @@ def _facts(seen: Inspection) -> dict[str, str]:
 
 def _steps(seen: Inspection) -> str:
     heads = ["step", "share of tokens", "in training", "agreement", "dead tokens", "threshold"]
+    names = [str(step) for step in range(1, seen.num_recursions + 1)]
+    if len(seen.steps) > 1:
+        heads[0] = "step (recursion)"
+        owners = (owner for owner, count in enumerate(seen.steps, start=1) for _ in range(count))
+        names = [f"{name} ({owner})" for name, owner in zip(names, owners, strict=True)]
     columns = zip(
         seen.shares,
         seen.training_shares,
@@ -100,11 +105,11 @@ def _steps(seen: Inspection) -> str:
     )
     rows = (
         [
-            str(step),
+            name,
             *(f"{share:.1%}" for share in shares),
             "–" if threshold is None else f"{threshold:.3g}",
         ]
-        for step, (*shares, threshold) in enumerate(columns, start=1)
+        for name, (*shares, threshold) in zip(names, columns, strict=True)
     )
     return (
         table(heads, rows)

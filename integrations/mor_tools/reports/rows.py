@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -39,23 +40,45 @@ class RecursionReport(Protocol):
 
 @dataclass(frozen=True)
 class Routing:
-    """Routing statistics of all recursions of a model in one optimizer step, over the global batch."""
+    """Routing statistics of all recursions of a model in one optimizer step, over the global batch.
+
+    Steps of several recursions are numbered through, from the first of the first recursion to the last
+    of the last.
+    """
 
     shares: list[float]
     """Share of all tokens that ran each step."""
     dead_positions: float
-    """Share of the sequence's positions at which no token ran the last step."""
+    """Share of the sequence's positions at which no token ran the last step of a recursion."""
     metrics: dict[str, float]
     """Metrics of the router by `step_<r>/<name>`, for example sampling_accuracy and sampling_loss."""
     expert_load: list[list[float]] | None = None
     """Share of a step's assignments that each expert got, `[step][expert]`, summed over the layers.
     None without a mixture of experts."""
+    steps: list[int] | None = None
+    """Number of steps of each recursion if there are several. None: all steps are of one."""
 
     @classmethod
-    def from_reports(cls, reports: Sequence[RecursionReport]) -> "Routing | None":
-        """Combine the reports of all recursions of the model. None without recursion."""
+    def from_reports(
+        cls, reports: Sequence[RecursionReport], blocks: Sequence[int] | None = None
+    ) -> "Routing | None":
+        """Combine the reports of all blocks of the model. None without recursion.
+
+        Args:
+            blocks: how many of the reports each recursion has, one after another. Those of the same
+                recursion are averaged. Default: all are of one recursion.
+        """
         if not reports:
             return None
+        rest, found = list(reports), []
+        for count in [len(rest)] if blocks is None else blocks:
+            found.append(cls._of_one(rest[:count]))
+            rest = rest[count:]
+        assert not rest, f"{len(reports)} reports are not those of blocks={blocks}"
+        return found[0] if len(found) == 1 else cls._one_after_another(found)
+
+    @classmethod
+    def _of_one(cls, reports: Sequence[RecursionReport]) -> "Routing":
         shares = torch.tensor([report.shares for report in reports]).mean(dim=0)
         dead = torch.tensor([report.dead_positions for report in reports]).mean()
         loads = [r.expert_load.sum(dim=1) for r in reports if r.expert_load is not None]
@@ -65,10 +88,36 @@ class Routing:
             load = (tokens / tokens.sum(dim=1, keepdim=True).clamp(min=1)).tolist()
         return cls(shares.tolist(), dead.item(), reports[0].metrics, load)
 
+    @classmethod
+    def _one_after_another(cls, found: Sequence["Routing"]) -> "Routing":
+        shares, metrics = list[float](), dict[str, float]()
+        for own in found:
+            earlier = len(shares)
+            metrics |= {_renumbered(name, earlier): v for name, v in own.metrics.items()}
+            shares += own.shares
+        loads = [own.expert_load for own in found if own.expert_load is not None]
+        return cls(
+            shares,
+            sum(own.dead_positions for own in found) / len(found),
+            metrics,
+            [cells for load in loads for cells in load] if loads else None,
+            [len(own.shares) for own in found],
+        )
+
     @property
-    def depth_shares(self) -> list[float]:
-        """Share of tokens that took exactly 0, 1, ... N_r steps."""
-        return depth_shares(self.shares)
+    def by_recursion(self) -> list[list[float]]:
+        """The shares of each recursion's steps."""
+        rest, found = self.shares, []
+        for count in self.steps or [len(rest)]:
+            found.append(rest[:count])
+            rest = rest[count:]
+        return found
+
+    @property
+    def depth_shares(self) -> list[float] | None:
+        """Share of tokens that took exactly 0, 1, ... N_r steps. None with several recursions: how many
+        tokens take many steps in all of them does not follow from the shares of each."""
+        return depth_shares(self.shares) if self.steps is None else None
 
     @property
     def agreement(self) -> dict[int, float]:
@@ -161,11 +210,18 @@ def scalars(row: Row) -> dict[str, float]:
         found["routing/dead_positions"] = routing.dead_positions
         found |= {f"routing/step_{r}/share": s for r, s in enumerate(routing.shares, start=1)}
         found |= {f"routing/step_{r}/agreement": a for r, a in routing.agreement.items()}
-        found |= {f"depth/{depth}": share for depth, share in enumerate(routing.depth_shares)}
+        for number, own in enumerate(routing.by_recursion, start=1):
+            place = "depth" if routing.steps is None else f"depth/recursion_{number}"
+            found |= {f"{place}/{depth}": s for depth, s in enumerate(depth_shares(own))}
         for step, experts in enumerate(routing.expert_load or [], start=1):
             for expert, share in enumerate(experts):
                 found[f"experts/step_{step}/expert_{expert}"] = share
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _renumbered(name: str, earlier: int) -> str:
+    """A metric `step_<r>/<name>`, with its step counted from that of `earlier` steps before it."""
+    return re.sub(r"^step_(\d+)/", lambda found: f"step_{int(found[1]) + earlier}/", name)
 
 
 def _row(values: dict[str, Any]) -> Row:

@@ -15,7 +15,7 @@ from mor_tools.reports.plots import (
     heat_map,
     legend,
 )
-from mor_tools.reports.rows import Routing, Row, Validation
+from mor_tools.reports.rows import Routing, Row, Validation, depth_shares
 
 
 def loss_figure(rows: Sequence[Row], unigram_entropy: float | None = None) -> Figure:
@@ -41,10 +41,15 @@ def loss_figure(rows: Sequence[Row], unigram_entropy: float | None = None) -> Fi
     return figure
 
 
-def depth_figure(validation: Validation) -> Figure:
-    """Depths of the held-out tokens, routed as in training and as in generation."""
+def depth_figures(validation: Validation) -> list[Figure]:
+    """Depths of the held-out tokens in each recursion, routed as in training and as in generation."""
     ways = [("as in training", validation.routing), ("as in generation", validation.causal_routing)]
-    return depth_bars([(name, r.depth_shares) for name, r in ways if r is not None])
+    named = [(name, routing.by_recursion) for name, routing in ways if routing is not None]
+    count = len(named[0][1]) if named else 0
+    return [
+        depth_bars([(name, depth_shares(shares[index])) for name, shares in named])
+        for index in range(count)
+    ]
 
 
 def depth_bars(named: Sequence[tuple[str, Sequence[float]]]) -> Figure:

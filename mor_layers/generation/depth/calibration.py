@@ -6,8 +6,10 @@ that each step keeps a target share on held-out text: the trained share, or a sm
 if `dial` is not 1. The weights do not change.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float, Int
@@ -15,12 +17,12 @@ from torch import Tensor
 
 from mor_layers.models import MoRTransformer
 from mor_layers.recursion import RecursionBlock, RoutedStep
-from mor_layers.routers import Deepened
+from mor_layers.routers import Deepened, FixedDepth
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The result of a calibration."""
+    """The result of a calibration. Steps of several recursions are listed one after another."""
 
     wanted: tuple[float, ...]
     """Target share of all tokens at each step."""
@@ -77,47 +79,83 @@ def calibrate(
     dial: float = 1.0,
     shares: tuple[float, ...] | None = None,
 ) -> Calibration:
-    """Tune the router's thresholds so that each step keeps a target share of tokens in generation.
+    """Tune the routers' thresholds so that each step keeps a target share of tokens in generation.
+
+    Of several recursions, those of fixed depth stay as they are, and the others are tuned in order,
+    because what a later one sees depends on what the earlier ones did.
 
     Args:
-        model: a model that routes tokens. The thresholds of its router are changed in place.
+        model: a model that routes tokens. The thresholds of its routers are changed in place.
         batches: token ids of held-out text, a few thousand tokens or more.
-        dial: compute of the recursion relative to `shares`, see `turned`. For a model made by
+        dial: compute of each recursion relative to `shares`, see `turned`. For a model made by
             `deepened`, relative to the shares of the steps that it was trained with.
-        shares: share of all tokens at each step at `dial=1`. Default: the shares of the router's
-            settings. If these determine none, as for token choice, the shares that the model
-            currently has on this text.
+        shares: share of all tokens at each step at `dial=1`, of several recursions for the steps of one
+            after another. Default: the shares of the routers' settings. If these determine none, as for
+            token choice, the shares that the model currently has on this text.
 
     Raises:
-        ValueError: the router has no thresholds, there is no text, or the dial is out of range.
+        ValueError: no router has thresholds, there is no text, the dial is out of range, or `shares` has
+            not one entry for each step.
     """
     texts = list(batches)
     if not texts:
         raise ValueError("batches is empty. Give some held-out text.")
-    recursion = model.config.only_recursion("calibration")
-    if recursion is None or len(model.recursions) != 1:
-        if recursion is not None and recursion.routes_by_layer:
-            raise ValueError(
-                "calibration sets the thresholds of one router, but here each layer has its own. Train "
-                "with a larger predictor_coefficient, by which they foresee their choices better."
-            )
+    recursions = model.config.recursions
+    if any(recursion.routes_by_layer for recursion in recursions):
+        raise ValueError(
+            "calibration sets the thresholds of one router, but here each layer has its own. Train "
+            "with a larger predictor_coefficient, by which they foresee their choices better."
+        )
+    # Where layers repeat one by one, there are several blocks, and all tokens run all steps of each.
+    routed = {
+        index: own[0]
+        for index, (recursion, own) in enumerate(zip(recursions, model.blocks, strict=False))
+        if len(own) == 1 and (len(recursions) == 1 or not isinstance(recursion.router, FixedDepth))
+    }
+    if not routed:
         raise ValueError("the model routes no tokens, so there is nothing to calibrate.")
-    (block,) = model.recursions
-    assert isinstance(block, RecursionBlock)
-    steps = block.router.num_recursions
-    if shares is None:
-        shares = recursion.router.capacity_factors_for(steps)
+    targets = _divided(shares, [recursion.num_recursions for recursion in recursions])
     is_training = model.training
     model.eval()
     try:
-        shares = shares or _shares(model, texts, steps)
-        router = recursion.router
-        trained = steps - router.extra_steps if isinstance(router, Deepened) else steps
-        wanted = turned(shares, dial, sum(shares[:trained]))
-        block.router.tune(wanted, lambda step: _logits(model, block, texts, step))
-        return Calibration(wanted, _shares(model, texts, steps))
+        for index, recursion in enumerate(recursions):
+            router, steps = recursion.router, recursion.num_recursions
+            if index not in routed:
+                targets[index] = (1.0,) * steps
+                continue
+            block = routed[index]
+            own = targets[index] or router.capacity_factors_for(steps)
+            own = own or _shares(model, texts)[index]
+            trained = steps - router.extra_steps if isinstance(router, Deepened) else steps
+            wanted = turned(own, dial, sum(own[:trained]))
+            block.router.tune(wanted, partial(_logits, model, block, texts))
+            targets[index] = wanted
+        reached = _shares(model, texts)
     finally:
         model.train(is_training)
+    return Calibration(
+        tuple(share for own in targets if own for share in own),
+        tuple(share for own in reached for share in own),
+    )
+
+
+def _divided(
+    shares: tuple[float, ...] | None, steps: Sequence[int]
+) -> list[tuple[float, ...] | None]:
+    """The shares of each recursion's steps, or None for each.
+
+    Raises:
+        ValueError: there is not one share for each step.
+    """
+    if shares is None:
+        return [None] * len(steps)
+    if len(shares) != sum(steps):
+        raise ValueError(
+            f"shares={shares} has {len(shares)} entries, but the model has {sum(steps)} steps. Give one "
+            "for each, of several recursions one after another."
+        )
+    ends = list(accumulate(steps))
+    return [shares[end - count : end] for end, count in zip(ends, steps, strict=True)]
 
 
 @torch.no_grad()
@@ -142,6 +180,13 @@ def _logits(
 
 
 @torch.no_grad()
-def _shares(model: MoRTransformer, texts: list[Tensor], steps: int) -> tuple[float, ...]:
-    depths = torch.cat([model(ids, causal_routing=True).depths.flatten() for ids in texts])
-    return tuple(float((depths > step).float().mean()) for step in range(steps))
+def _shares(model: MoRTransformer, texts: list[Tensor]) -> list[tuple[float, ...]]:
+    """The measured share of all tokens at each step of each recursion."""
+    outputs = [model(ids, causal_routing=True) for ids in texts]
+    found, first = [], 0
+    for recursion, blocks in zip(model.config.recursions, model.blocks, strict=True):
+        depths = torch.cat([output.recursions[first].depths.flatten() for output in outputs])
+        steps = range(recursion.num_recursions)
+        found.append(tuple(float((depths > step).float().mean()) for step in steps))
+        first += len(blocks)
+    return found

@@ -1,5 +1,7 @@
 """Shares that thresholds keep on held-out text, and the dial."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,13 +12,14 @@ from mor_layers import (
     ExpertChoice,
     FixedDepth,
     RandomDepth,
+    RecursionConfig,
     RouterConfig,
     TokenChoice,
 )
 from mor_layers.generation import Request, calibrate
 from mor_layers.generation.depth.calibration import turned
 from tests.mor_layers.generation.served import assert_exact, prompt, serve
-from tests.mor_layers.small_models import random_ids, small_config, small_model
+from tests.mor_layers.small_models import plain_config, random_ids, small_config, small_model
 
 TUNED: dict[str, RouterConfig] = {
     "expert_choice": ExpertChoice(alpha=0.7),
@@ -60,6 +63,27 @@ def test_each_step_keeps_its_share(name: str, dial: float) -> None:
     tolerance = 0.06 if name in ("token_choice", "random_depth") else 2e-3
     assert result.reached == pytest.approx(result.wanted, abs=tolerance)
     assert result.mean_depth == pytest.approx(sum(result.reached))
+
+
+def test_each_recursion_keeps_the_shares_of_its_steps() -> None:
+    fixed = RecursionConfig(2, "cycle", block_layers=1)
+    routed = RecursionConfig(3, "cycle", TUNED["expert_choice"], block_layers=1, prelude_layers=1)
+    planned = RecursionConfig(2, "cycle", TUNED["depth_and_width"], block_layers=1)
+    config = replace(plain_config(8), recursion=(routed, fixed, planned))
+    model, texts = small_model(config), [random_ids(2, 300, seed) for seed in range(2)]
+    result = calibrate(model, texts, 0.7)
+    first, last = turned((1.0, 2 / 3, 1 / 3), 0.7), turned((1.0, 0.5), 0.7)
+    assert result.wanted[:5] == pytest.approx((*first, 1.0, 1.0))
+    assert result.wanted[5:] == pytest.approx(last)
+    assert result.reached == pytest.approx(result.wanted, abs=4e-3)
+    given = (1.0, 0.5, 0.25, 1.0, 1.0, 1.0, 0.25)
+    assert calibrate(model, texts, shares=given).wanted == given
+    request = Request(prompt(9), 6)
+    assert_exact(model, request, serve(model, [request])[0])
+    with pytest.raises(ValueError, match=r"has 2 entries, but the model has 7 steps. Give one"):
+        calibrate(model, texts, shares=(1.0, 0.5))
+    with pytest.raises(ValueError, match="routes no tokens"):
+        calibrate(small_model(replace(plain_config(4), recursion=(fixed, fixed))), texts)
 
 
 def test_a_calibrated_model_generates_what_its_full_forward_pass_says_and_is_saved() -> None:

@@ -26,11 +26,9 @@ from mor_layers.costs import ModelShape, account, count_parameters
 from mor_layers.generation import (
     Speculation,
     SpeculativeDecoder,
-    calibrate,
     deepened,
     with_early_exit,
 )
-from mor_layers.inspection import inspect_text
 from mor_layers.layers import NormModulation
 from mor_layers.recursion import HistoryInjection, HyperConnections, LoopLoss
 from mor_layers.routers import Confidence
@@ -299,11 +297,9 @@ def test_a_list_in_yaml_is_several_recursions(tmp_path):
 OPEN = RecursionConfig(2, "cycle")
 
 REFUSING: dict[str, Callable[[MoRTransformer], object]] = {
-    "calibration": lambda model: calibrate(model, [random_ids(1, 4)]),
     "deepening": lambda model: deepened(model, 1),
     "early exit": lambda model: with_early_exit(model, Confidence(0.5)),
     "speculation": lambda model: SpeculativeDecoder(model, Speculation(1)),
-    "inspection": lambda model: inspect_text(model, random_ids(1, 4)[0], 4),
 }
 
 

@@ -225,6 +225,11 @@ def test_the_states_of_all_loops_are_sent_after_a_recursion_in_one_stage() -> No
     three = Layout(pipeline=3)
     assert sent(every_loop, three) == sent(model, three) * (1 + loops) / 2
     assert sent(every_loop, spread(4)) == sent(model, spread(4))
+    # An earlier recursion is not read out after every loop.
+    last = RecursionConfig(loops, "cycle", loop_loss=LoopLoss(), coda_layers=1, block_layers=4)
+    both = (RecursionConfig(2, "cycle", block_layers=4), last)
+    several = replace(model, recursion=both, num_unrolled_layers=8 + 12 + 1)
+    assert sent(several, three) == sent(every_loop, three)
 
 
 def test_the_timeline_is_the_schedule_that_is_evaluated() -> None:

@@ -77,6 +77,12 @@ PLAUSIBLE: dict[str, list[Any]] = {
     "evaluation.sample_tokens": [0, 1, 3],
     "evaluation.temperature": [0, 0.8],
 }
+SEVERAL = {
+    "[{num_recursions: 2, block_layers: 1}, {num_recursions: 2, router: {type: expert_choice}}]": 8,
+    "[{num_recursions: 3, sharing: cycle, block_layers: 1, router: {type: token_choice}}, "
+    "{num_recursions: 2, sharing: sequence, kv_policy: recursion_wise}]": 7,
+}
+"""Several recursions, and a number of unrolled layers that fits."""
 LAYOUT: dict[str, list[Any]] = {
     f"parallel.{name}": [1, 1, 2] for name in ("tensor", "pipeline", "context", "expert")
 }
@@ -115,6 +121,10 @@ def overrides(draw: st.DrawFn, layouts: bool = False, wrong: float = 0.06) -> li
         else:
             values = plausible.get(name)
             chosen[name] = draw(_values(table[name]) if values is None else st.sampled_from(values))
+    if draw(_chance(0.08)):
+        chosen = {k: v for k, v in chosen.items() if not k.startswith("recursion.")}
+        chosen["recursion"] = draw(st.sampled_from(sorted(SEVERAL)))
+        chosen["model.num_unrolled_layers"] = SEVERAL[chosen["recursion"]]
     for name in ("recursion", "model.moe"):
         if draw(_chance(0.2)):
             chosen = {k: v for k, v in chosen.items() if not k.startswith(f"{name}.")}

@@ -1,5 +1,6 @@
 """The pretraining script takes the same steps however the model is spread over processes."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tests.distributed.pool import WorkerPool
 from tests.mor_tools.pretraining.runs import (
     assert_same_curves,
     continued,
+    history,
     pretrain_on_rank,
     write_text,
 )
@@ -84,6 +86,37 @@ def test_a_long_prelude_may_have_experts(pool, tmp_path):
     read = open_model(tmp_path / "model")
     assert (read.config.schedule.prelude, read.config.schedule.coda) == (2, 0)
     assert "prelude.layers.1.mlp.router.weights.0" in read.weights
+
+
+TWO = [
+    "recursion=null",  # instead of that of the small run
+    "recursion=[{num_recursions: 2, block_layers: 1, coda_layers: 0}, {num_recursions: 3, "
+    "kv_policy: recursive_sharing, router: {type: expert_choice, warmup_steps: 2}}]",
+    "model.num_unrolled_layers=8",
+]
+"""1 + 1 × 2 + 1 + 1 × 3 + 1 layers."""
+
+
+def test_a_run_of_two_recursions_goes_on_alike_in_two_stages(pool, tmp_path):
+    text, started, whole = [*write_text(tmp_path), *TWO], tmp_path / "started", tmp_path / "whole"
+    pool.run(pretrain_on_rank, settings=[*text, f"output={started}", "training.stop_after=1"])
+    output = continued(started, tmp_path / "run")
+    pool.run(pretrain_on_rank, settings=[*text, continued(started, whole)])
+    pool.run(pretrain_on_rank, 2, settings=[*text, output, "parallel.pipeline=2"])
+    assert_same_curves(tmp_path / "run", whole)
+    routing = history(whole)[-1]["routing"]
+    assert routing["steps"] == [2, 3] and routing["shares"][:3] == [1.0, 1.0, 1.0]
+    assert routing["shares"][3:] == pytest.approx([2 / 3, 1 / 3], abs=0.06)
+    assert {"step_4/sampling_accuracy", "step_5/sampling_accuracy"} <= set(routing["metrics"])
+    assert len(routing["expert_load"]) == 5
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["step_shares"] == pytest.approx(routing["shares"], abs=0.05)  # of other text
+    assert summary["depth_shares"] is None
+    page = (whole / "report.html").read_text()
+    assert "held-out tokens in recursion 1" in page and "held-out tokens in recursion 2" in page
+    saved = open_model(whole / "model")
+    assert [part.schedule.num_recursions for part in saved.config.parts] == [2, 3]
+    assert saved.config.dense_ends
 
 
 @pytest.mark.full

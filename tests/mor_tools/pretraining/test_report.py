@@ -20,7 +20,7 @@ from mor_tools.pretraining.reporting.history import History
 from mor_tools.pretraining.reporting.report import Report, render
 from mor_tools.pretraining.reporting.summary import write_summary
 from mor_tools.reports.health import Finding
-from mor_tools.reports.rows import Routing, Row, Validation
+from mor_tools.reports.rows import Routing, Row, Validation, scalars
 from mor_tools.reports.trackers import TensorBoard, Wandb
 
 ROUTING = Routing(
@@ -127,6 +127,26 @@ def test_several_recursions_are_taken_together():
     assert together.dead_positions == pytest.approx(0.3)
     assert together.expert_load == [[0.5, 0.5], [0.25, 0.75]]
     assert Routing.from_reports([]) is None
+
+
+def test_the_steps_of_several_recursions_are_numbered_through():
+    reports = [
+        RoutingReport((1.0, 1.0), 0.0, {"step_1/x": 1.0}, torch.tensor([[[3.0, 1]], [[1, 1]]])),
+        RoutingReport((1.0, 0.5), 0.2, {"step_2/x": 2.0}, torch.tensor([[[3.0, 1]], [[1, 1]]])),
+        RoutingReport((1.0, 0.3), 0.4, {"step_2/x": 9.0}, torch.tensor([[[1.0, 3]], [[0, 2]]])),
+    ]
+    together = Routing.from_reports(reports, blocks=[1, 2])
+    assert together.shares == pytest.approx([1.0, 1.0, 1.0, 0.4])
+    assert together.by_recursion == [together.shares[:2], together.shares[2:]]
+    assert together.steps == [2, 2] and together.depth_shares is None
+    assert together.dead_positions == pytest.approx((0.0 + 0.3) / 2)
+    assert together.metrics == {"step_1/x": 1.0, "step_4/x": 2.0}
+    assert together.expert_load == [[0.75, 0.25], [0.5, 0.5], [0.5, 0.5], [0.25, 0.75]]
+    shown = scalars(replace(ROWS[-1], routing=together))
+    assert shown["routing/step_4/share"] == pytest.approx(0.4)
+    assert shown["depth/recursion_1/2"] == 1.0
+    assert shown["depth/recursion_2/1"] == pytest.approx(0.6)
+    assert "depth/1" not in shown
 
 
 def test_a_resumed_history_forgets_what_came_after_the_checkpoint(tmp_path):

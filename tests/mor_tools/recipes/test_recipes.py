@@ -8,8 +8,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from mor_layers import from_mapping, to_mapping
+from mor_layers import RecursionConfig, TokenChoice, from_mapping, to_mapping
 from mor_tools import commands
+from mor_tools.pretraining.command_line import read_settings
 from mor_tools.pretraining.settings import Settings
 from mor_tools.recipes import recipe, recipes, tiny_twin
 from tests.distributed.pool import WorkerPool
@@ -46,14 +47,43 @@ def test_a_tiny_twin_keeps_every_choice(found):
     assert tiny == from_mapping(Settings, to_mapping(tiny))
     assert (tiny.recursion is None) == (whole.recursion is None)
     assert (tiny.model.moe is None) == (whole.model.moe is None)
-    if whole.recursion is None:
-        return
-    for name in ("sharing", "kv_policy", "share_norms", "expert_routers", "step_embeddings",
-                 "input_injection", "sandwich_norms"):  # fmt: skip
-        assert getattr(tiny.recursion, name) == getattr(whole.recursion, name)
-    assert type(tiny.recursion.router) is type(whole.recursion.router)
-    assert bool(tiny.schedule.prelude) == bool(whole.schedule.prelude)
-    assert bool(tiny.schedule.coda) == bool(whole.schedule.coda)
+    for own, original in zip(tiny.recursions, whole.recursions, strict=True):
+        for name in ("sharing", "kv_policy", "share_norms", "expert_routers", "step_embeddings",
+                     "input_injection", "sandwich_norms"):  # fmt: skip
+            assert getattr(own, name) == getattr(original, name)
+        assert type(own.router) is type(original.router)
+    for own, original in zip(tiny.schedules, whole.schedules, strict=True):
+        assert bool(own.prelude) == bool(original.prelude)
+        assert bool(own.coda) == bool(original.coda)
+
+
+def test_the_middle_half_twice_is_one_line():
+    found = recipe("middle_twice_360m")
+    (line,) = (line for line in found.text.splitlines() if "recursion" in line)
+    assert line == "recursion: {num_recursions: 2, prelude_layers: 8, coda_layers: 8}"
+    middle = list(range(8, 24))
+    expected = [*range(8), *middle, *middle, *range(24, 32)]
+    assert list(found.settings.schedule.unrolled) == expected
+
+
+def test_a_recipe_has_several_recursions():
+    settings = recipe("two_recursions_360m").settings
+    assert [s.num_recursions for s in settings.schedules] == [2, 3]
+    assert [s.num_unrolled_layers for s in settings.schedules] == [12, 20]
+    # One recursion is changed, or another router is given to it, by its number.
+    path = str(recipe("two_recursions_360m").path)
+    changed = read_settings(
+        path, ["recursion.1.kv_policy=exit_state", "recursion.0.num_recursions=2"]
+    )
+    assert changed.recursions[1] == replace(settings.recursions[1], kv_policy="exit_state")
+    assert changed.recursions[0] == settings.recursions[0]
+    routed = read_settings(path, ["recursion.1.router.type=token_choice"]).recursions[1]
+    assert routed.router == TokenChoice()
+    with pytest.raises(ValueError, match=r"Say which one you mean, e.g. recursion.0.kv_policy="):
+        read_settings(path, ["recursion.kv_policy=exit_state"])
+    assert read_settings(path, ["recursion=null"]).recursion is None
+    one = read_settings(path, ["recursion=[{num_recursions: 3}]"])
+    assert one.recursion == RecursionConfig(3)
 
 
 def train_twins() -> dict[str, list[float]]:

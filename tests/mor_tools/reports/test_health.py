@@ -2,11 +2,20 @@
 
 import pytest
 
-from mor_tools.reports.health import NO_GRADIENT, ROWS_IN_TURN, Health, Plan, findings
+from mor_tools.reports.health import (
+    NO_GRADIENT,
+    ROWS_IN_TURN,
+    Health,
+    Plan,
+    PlannedSteps,
+    findings,
+)
 from mor_tools.reports.rows import Routing, Row
 
-PLANNED = Plan(sequences=8, capacity_factors=(1.0, 2 / 3, 1 / 3), warmup_steps=10)
-FREE = Plan(sequences=8)
+STEPS = PlannedSteps(3, (1.0, 2 / 3, 1 / 3))
+PLANNED = Plan(sequences=8, recursions=[STEPS], warmup_steps=10)
+FREE = Plan(sequences=8, recursions=[PlannedSteps(3)])
+BOTH = Plan(8, [PlannedSteps(2, (1.0, 1.0)), STEPS, PlannedSteps(2)])
 GOOD = [1.0, 0.66, 0.33]
 
 
@@ -37,10 +46,14 @@ def test_a_sound_run_has_no_findings():
     [
         ([1.0, 0.66, 0.001], PLANNED, ["depth 3"]),
         ([1.0, 1.0, 1.0], PLANNED, ["depth 2", "depth 3"]),
-        ([1.0, 1.0, 1.0], Plan(8, (1.0, 1.0, 1.0)), []),  # every token was meant to run all
+        # every token was meant to run all
+        ([1.0, 1.0, 1.0], Plan(8, [PlannedSteps(3, (1.0, 1.0, 1.0))]), []),
         ([1.0, 1.0, 1.0], FREE, ["depth"]),
         ([1.0, 0.004, 0.002], FREE, ["depth"]),
         ([1.0, 0.9, 0.02], FREE, []),
+        ([1.0, 1.0, *GOOD, 1.0, 0.4], BOTH, []),
+        ([1.0, 1.0, 1.0, 0.66, 0.001, 1.0, 0.4], BOTH, ["depth 5"]),
+        ([1.0, 1.0, *GOOD, 1.0, 1.0], BOTH, ["depth"]),
     ],
 )
 def test_a_depth_collapses_where_it_should_not(shares, plan, expected):
@@ -50,7 +63,7 @@ def test_a_depth_collapses_where_it_should_not(shares, plan, expected):
 def test_the_warm_up_is_no_collapse():
     rows = [Row(s, 4.0, 1e-3, 1.0, 1.0, Routing([1.0] * 3, 0.0, {})) for s in range(2, 11)]
     assert subjects(rows) == []
-    assert subjects(rows, Plan(8, PLANNED.capacity_factors)) == ["depth 2", "depth 3"]
+    assert subjects(rows, Plan(8, [STEPS])) == ["depth 2", "depth 3"]
 
 
 def test_a_router_without_gradient_is_told_how_to_learn():
@@ -63,7 +76,7 @@ def test_a_router_without_gradient_is_told_how_to_learn():
 def test_positions_die_only_beyond_chance():
     assert subjects(routed(GOOD, dead=0.5)) == ["dead"]
     # One sequence in a batch leaves two thirds of the positions out whatever the router does.
-    assert subjects(routed(GOOD, dead=0.67), Plan(1, PLANNED.capacity_factors)) == []
+    assert subjects(routed(GOOD, dead=0.67), Plan(1, [STEPS])) == []
 
 
 def test_a_fault_must_last_and_is_told_once():

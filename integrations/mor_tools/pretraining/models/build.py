@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from mor_layers import MoRTransformer
 from mor_layers.costs import ModelShape, account, count_parameters
-from mor_layers.routers.capacity import default_capacity_factors
 from mor_layers.weights import state_of
 from mor_megatron import (
     Norm,
@@ -38,8 +37,9 @@ from mor_megatron.pipeline.rules import validate_pipeline
 from mor_megatron.training import weigh_loops
 from mor_tools.pretraining.models.decoder import (
     decoder_config,
-    dense_ends,
+    layers_with_experts,
     padded_vocabulary,
+    routed_shares,
 )
 from mor_tools.pretraining.settings import Settings
 
@@ -51,12 +51,11 @@ def check(settings: Settings) -> None:
         ValueError: for the first such setting, with the reason and what to use instead.
     """
     config = transformer_config(settings)  # Megatron's own checks run in the constructor
-    recursion, schedule = settings.recursion, settings.schedule
-    if recursion is None or schedule is None:
-        return
-    validate(config, recursion)
-    if settings.virtual_stages is not None:
-        validate_pipeline(config, recursion, schedule)
+    decoder_config(settings, settings.data.vocabulary_size)  # and so do the core's
+    for recursion, schedule in zip(settings.recursions, settings.schedules, strict=True):
+        validate(config, recursion)
+        if settings.virtual_stages is not None:
+            validate_pipeline(config, recursion, schedule)
 
 
 def build_model(settings: Settings, vocab_size: int) -> list[GPTModel]:
@@ -171,13 +170,11 @@ def transformer_config(settings: Settings) -> TransformerConfig:
     elif training.recompute == "selective":
         fields |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     if model.moe is not None:
-        before, after = dense_ends(settings)
-        between = model.num_unrolled_layers - before - after
         fields |= {
             "num_moe_experts": model.moe.num_experts,
             "moe_router_topk": model.moe.experts_per_token,
             "moe_ffn_hidden_size": model.moe.ffn_hidden_size,
-            "moe_layer_freq": [0] * before + [1] * between + [0] * after,
+            "moe_layer_freq": list(map(int, layers_with_experts(settings))),
             "moe_router_load_balancing_type": "aux_loss",
             "moe_aux_loss_coeff": model.moe.balance_coefficient,
             "moe_z_loss_coeff": model.moe.z_loss_coefficient or None,
@@ -240,24 +237,22 @@ def flops_per_token(model: ModelShape, settings: Settings, shares: Sequence[floa
     Without shares they are those of the settings, or, where these determine none, those of tokens of
     which equally many exit at each step.
     """
-    sequence = settings.data.sequence_length
-    # Where layers route by themselves, a report's shares are means over them and the anchors.
-    recursion, tokens = settings.recursion, None
-    open_steps = [s for s in model.stacks if s.router and s.router.capacity_factors is None]
-    if shares is None and open_steps:
-        shares = default_capacity_factors(open_steps[0].num_recursions)
-    if shares is not None and not (recursion is not None and recursion.routes_by_layer):
-        tokens = model.tokens_per_step(shares, sequence)
-    return account(model, sequence, tokens).flops_per_token()
+    length = settings.data.sequence_length
+    tokens = None
+    # Where layers route by themselves, a report's shares are means over them and the anchors, which say
+    # less than the settings.
+    if shares is not None and not settings.routes_by_layer:
+        tokens = model.tokens_per_step(routed_shares(settings, shares), length)
+    return account(model, length, tokens or model.planned_tokens(length)).flops_per_token()
 
 
 def _block(
     settings: Settings, config: TransformerConfig, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
     inner = _layer_spec(settings, config)
-    before, after = dense_ends(settings)
+    has_experts = layers_with_experts(settings)
     ends = inner
-    if before or after:
+    if any(has_experts) and not all(has_experts):
         without_experts = copy.copy(config)
         without_experts.num_moe_experts = None
         without_experts.moe_grouped_gemm = False
@@ -269,7 +264,7 @@ def _block(
         )
     if settings.recursion is not None:
         return recursion_block_spec(config, settings.recursion, inner, dense_layer_spec=ends)
-    layers = [ends] * before + [inner] * (config.num_layers - before - after) + [ends] * after
+    layers = [inner if has else ends for has in has_experts]
     first = get_transformer_layer_offset(config)
     return TransformerBlockSubmodules(
         layer_specs=layers[first : first + get_num_layers_to_build(config)], layer_norm=Norm

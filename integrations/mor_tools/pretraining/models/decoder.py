@@ -1,8 +1,10 @@
 """A run's model described as a plain PyTorch decoder; Megatron-Core is not needed for that."""
 
 import math
+from collections.abc import Sequence
 
 from mor_layers import DecoderConfig, MoEConfig
+from mor_layers.costs import RouterShape
 from mor_tools.pretraining.settings import Settings
 
 VOCABULARY_MULTIPLE = 128
@@ -44,13 +46,35 @@ def decoder_config(settings: Settings, vocab_size: int) -> DecoderConfig:
         recursion=settings.recursion,
         latent_attention=model.latent_attention,
         moe=experts,
-        dense_ends=any(dense_ends(settings)),
+        dense_ends=experts is not None and not all(layers_with_experts(settings)),
     )
 
 
-def dense_ends(settings: Settings) -> tuple[int, int]:
-    """In a model with experts: how many of the first and of the last layers have none."""
-    moe, schedule = settings.model.moe, settings.schedule
+def routed_shares(settings: Settings, shares: Sequence[float]) -> list[float]:
+    """The shares of the tokens at steps that a router decides about, for `ModelShape.tokens_per_step`.
+
+    Args:
+        shares: at each step of one recursion after another.
+    """
+    routed, rest = list[float](), list(shares)
+    for recursion, schedule in zip(settings.recursions, settings.schedules, strict=True):
+        own, rest = rest[: recursion.num_recursions], rest[recursion.num_recursions :]
+        if RouterShape.from_recursion(recursion, settings.model.hidden_size) is None:
+            continue
+        for block in range(schedule.num_blocks):
+            routed += own if recursion.router_of(block) is recursion.router else []
+    return routed
+
+
+def layers_with_experts(settings: Settings) -> tuple[bool, ...]:
+    """For each unrolled layer, whether it has experts."""
+    moe, count = settings.model.moe, settings.model.num_unrolled_layers
     if moe is None or not moe.dense_ends:
-        return 0, 0
-    return (1, 1) if schedule is None else (schedule.prelude, schedule.coda)
+        return (moe is not None,) * count
+    if not settings.schedules:
+        return (False, *(True,) * (count - 2), False)
+    found: list[bool] = []
+    for schedule in settings.schedules:
+        shared = schedule.num_unrolled_layers - schedule.prelude - schedule.coda
+        found += [False] * schedule.prelude + [True] * shared + [False] * schedule.coda
+    return tuple(found)

@@ -31,7 +31,7 @@ def continuation(model: MoRTransformer, settings: Settings, tokenizer: TextToken
     """The prompt followed by the model's continuation."""
     evaluation = settings.evaluation
     prompt = tokenizer.encode(evaluation.prompt)[: settings.data.sequence_length // 2]
-    if model.config.effective_recursion.routes_by_layer:
+    if any(recursion.routes_by_layer for recursion in model.config.recursions):
         return tokenizer.decode([*prompt, *_without_caches(model, prompt, settings, tokenizer.eod)])
     request = Request(
         tuple(prompt),

@@ -10,7 +10,7 @@ from mor_tools.reports.page import TokenView, document, facts, passage
 from mor_tools.reports.plots import svg
 from mor_tools.reports.rows import Row, Validation
 from mor_tools.reports.training_figures import (
-    depth_figure,
+    depth_figures,
     load_figure,
     loss_figure,
     routing_figure,
@@ -52,9 +52,11 @@ def render(report: Report) -> str:
         sections += ["<h2>Warnings</h2>", f"<ul>{told}</ul>"]
     sections.append("<h2>Loss</h2>")
     sections.append(svg(losses, "training and held-out loss over optimizer steps"))
-    if routing is not None:
-        depths = depth_figure(report.validation)
-        sections += ["<h2>Depth of held-out tokens</h2>", svg(depths, "histogram of depths")]
+    depths = depth_figures(report.validation)
+    for number, figure in enumerate(depths, start=1):
+        where = "" if len(depths) == 1 else f" in recursion {number}"
+        sections += [f"<h2>Depth of held-out tokens{where}</h2>"]
+        sections.append(svg(figure, f"histogram of depths{where}"))
     if any(row.routing for row in report.rows):
         over_time = routing_figure(report.rows)
         sections += ["<h2>Routing during training</h2>"]

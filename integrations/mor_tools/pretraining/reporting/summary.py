@@ -30,7 +30,9 @@ def write_summary(
 
     Losses and entropy are in nats per token; FLOPs are those of training; `tokens_per_second` is
     the median over the run. `depth_shares[d]` is the fraction of held-out tokens that took `d`
-    steps. Figures with the prefix `causal_` are measured with tokens routed as in generation.
+    steps, and null with several recursions; `step_shares[r]` is the fraction that ran step `r + 1`,
+    with the steps of several recursions one after another. Figures with the prefix `causal_` are
+    measured with tokens routed as in generation.
     """
     speeds = [row.tokens_per_second for row in history.rows if row.tokens_per_second is not None]
     summary = {
@@ -42,6 +44,8 @@ def write_summary(
         "flops_per_token": flops_per_token,
         "depth_shares": validation.routing and validation.routing.depth_shares,
         "causal_depth_shares": validation.causal_routing and validation.causal_routing.depth_shares,
+        "step_shares": validation.routing and validation.routing.shares,
+        "causal_step_shares": validation.causal_routing and validation.causal_routing.shares,
         "steps": settings.training.steps,
         "sample": sample,
         "versions": {

@@ -54,8 +54,9 @@ class Settings:
     output: str = "runs/tiny"
     """Folder for checkpoints, TensorBoard files, summary.json and report.html."""
     model: ModelSettings = field(default_factory=ModelSettings)
-    recursion: RecursionConfig | None = None
-    """How layers are shared and tokens routed; null: an ordinary GPT without recursion."""
+    recursion: RecursionConfig | tuple[RecursionConfig, ...] | None = None
+    """How layers are shared and tokens routed; a list: several recursions, one after another; null: an
+    ordinary GPT without recursion."""
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
@@ -70,6 +71,12 @@ class Settings:
     """Peak of one device in TFLOP/s at the chosen precision, for the utilization (MFU)."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.recursion, tuple) and len(self.recursion) == 1:
+            object.__setattr__(self, "recursion", self.recursion[0])
+        require(
+            self.recursion != (),
+            "recursion=[] is empty. List one or more recursions, or set it to null.",
+        )
         require(self.output != "", "output is empty. Name a folder, e.g. output=runs/mine.")
         require_at_least(1, "settings", log_every=self.log_every)
         require(
@@ -83,8 +90,8 @@ class Settings:
             "at least 3: the first layer, the last, and at least one between them.",
         )
         require_rules(self.arrangement(), LAYOUT_RULES, NAMES)
-        if self.recursion is not None:
-            self.recursion.require_experts(self.model.moe is not None)
+        for recursion in self.recursions:
+            recursion.require_experts(self.model.moe is not None)
         self._check_uptrain()
         require(
             self.training.optimizer == "adamw" or not self.parallel.distributed_optimizer,
@@ -103,20 +110,34 @@ class Settings:
         return self.training.stop_after or self.training.steps
 
     @property
+    def recursions(self) -> tuple[RecursionConfig, ...]:
+        """All recursions, in order; empty for an ordinary GPT."""
+        return self.arrangement().recursions
+
+    @property
+    def schedules(self) -> tuple[SharingSchedule, ...]:
+        """For each recursion, which layer runs at which depth of its part of the model."""
+        return self.arrangement().schedules
+
+    @property
     def schedule(self) -> SharingSchedule | None:
-        """Which layer runs at which depth; None without recursion."""
-        if self.recursion is None:
-            return None
-        return self.recursion.schedule(self.model.num_unrolled_layers)
+        """That of the only recursion; None without recursion, or with several."""
+        return self.arrangement().schedule
+
+    @property
+    def routes_by_layer(self) -> bool:
+        """Whether the layers of a recursion have routers of their own, as in Mixture-of-Depths."""
+        return any(recursion.routes_by_layer for recursion in self.recursions)
 
     @property
     def virtual_stages(self) -> int | None:
-        """Number of virtual pipeline stages per rank, one per step; None if a recursion is within
+        """Number of virtual pipeline stages per rank, one per step; None if each recursion is within
         one stage.
         """
-        if self.recursion is None or self.parallel.pipeline_layout == "one_stage":
+        recursion = self.arrangement().only
+        if recursion is None or self.parallel.pipeline_layout == "one_stage":
             return None
-        return self.recursion.num_recursions
+        return recursion.num_recursions
 
     @property
     def is_distilled(self) -> bool:
@@ -187,6 +208,11 @@ class Settings:
             "recursion, or uptrain=null.",
         )
         require(
+            len(self.recursions) == 1,
+            f"uptrain turns a dense model into one with a single recursion, but recursion lists "
+            f"{len(self.recursions)}. Set a single one, or uptrain=null.",
+        )
+        require(
             self.model.moe is None,
             "uptrain starts from a dense model, which has no experts. Set model.moe=null, or "
             "uptrain=null.",
@@ -197,7 +223,7 @@ class Settings:
             "of them to null.",
         )
         require(
-            self.recursion is None or self.recursion.loop_loss is None or not self.is_distilled,
+            not any(r.loop_loss for r in self.recursions) or not self.is_distilled,
             "recursion.loop_loss weighs losses of labels, and with a teacher they are compared with its "
             "answers. Set uptrain.distillation_coefficient=0, or leave loop_loss out.",
         )
