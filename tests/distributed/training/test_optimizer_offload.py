@@ -30,22 +30,25 @@ class _TorchWithoutPinning:
 
 @contextmanager
 def parameters_as_on_a_gpu() -> Iterator[None]:
-    """Tensors say that they are on a GPU, unless they were pinned.
+    """Tensors say that they are on a GPU, unless they were pinned, or made from one that was.
 
-    Only such parameters are offloaded (hybrid_optimizer.py:268), by `pin_memory` of a copy.
+    Only such parameters are offloaded (hybrid_optimizer.py:268), by `pin_memory` of a copy, and `float`.
     """
-    pin = torch.Tensor.pin_memory
+    pin, to_float = torch.Tensor.pin_memory, torch.Tensor.float
 
     def pinned(self: Tensor, *device: Any) -> Tensor:
         self.is_on_host = True  # type: ignore[attr-defined]
         return self
 
-    torch.Tensor.pin_memory = pinned  # type: ignore[method-assign]
+    def as_float(self: Tensor) -> Tensor:
+        return pinned(to_float(self)) if hasattr(self, "is_on_host") else to_float(self)
+
+    torch.Tensor.pin_memory, torch.Tensor.float = pinned, as_float  # type: ignore[method-assign]
     torch.Tensor.is_cuda = property(lambda self: not hasattr(self, "is_on_host"))  # type: ignore[assignment,misc]
     try:
         yield
     finally:
-        torch.Tensor.pin_memory = pin  # type: ignore[method-assign]
+        torch.Tensor.pin_memory, torch.Tensor.float = pin, to_float  # type: ignore[method-assign]
         del torch.Tensor.is_cuda
 
 
