@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from mor_layers import DecoderConfig, RecursionConfig, from_mapping, to_mapping
 from mor_megatron.layers import validate
 from mor_megatron.models.gpt import final_norm, recursion_block_spec, unrolled_layer_specs
+from mor_megatron.parallel import rotary_settings
 from mor_megatron.platform import has_transformer_engine
 
 
@@ -75,6 +76,7 @@ class MoRModelProvider(GPTModelProvider):
                 "mor_megatron.recursion_block_spec, and its weights with "
                 "mor_megatron.checkpoints.weights."
             )
+        rotary = rotary_settings(decoder.rope_base, decoder.rope_scaling)
         has_gpu = torch.cuda.is_available()
         fields: dict[str, Any] = {
             "num_layers": decoder.num_unrolled_layers,
@@ -92,8 +94,8 @@ class MoRModelProvider(GPTModelProvider):
             "add_bias_linear": False,
             "hidden_dropout": 0.0,
             "attention_dropout": 0.0,
-            "position_embedding_type": "rope",
-            "rotary_base": decoder.rope_base,
+            **rotary.model,
+            **rotary.attributes,
             "share_embeddings_and_output_weights": decoder.tie_embeddings,
             "vocab_size": decoder.vocab_size,
             # Padded to a multiple of the tensor-parallel ranks, and cut again on export.

@@ -5,8 +5,8 @@ that a checkpoint with experts is a model of ours whose prelude is dense (`dense
 runs once. V2 (arXiv 2405.04434) scores experts by softmax and does not normalise gates; V3 (arXiv
 2412.19437) scores them by sigmoid, chooses them by score plus bias, and normalises gates. Moonlight is a
 V3. Config and tensors are those of transformers' `deepseek_v2` and `deepseek_v3`. A checkpoint that uses
-an unsupported setting is rejected with an error that names the setting: positions scaled by YaRN, layers
-of multi-token prediction, quantized weights.
+an unsupported setting is rejected with an error that names the setting: layers of multi-token
+prediction, quantized weights.
 
 Legend: `e` experts, `f` width of an expert, `h` hidden.
 """
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mor_huggingface.rope import read_rope, write_rope
 from mor_layers import DecoderConfig, FixedDepth, MoEConfig, RecursionConfig
 from mor_layers.models import LatentAttentionConfig
 from mor_layers.settings.field_types import shown
@@ -57,7 +58,6 @@ _ONLY: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
-    "rope_scaling": None,
     "rope_interleave": True,
     "quantization_config": None,
     "moe_layer_freq": 1,
@@ -163,7 +163,7 @@ def config_from_deepseek(values: Mapping[str, Any], where: str = CONFIG) -> Deco
             f"{where}: model_type={shown(values.get('model_type'))} is not supported. Use one of "
             f"{', '.join(FAMILIES)}."
         )
-    base = _rope_base(values, where)
+    base, scaling = read_rope(values, where)
     only = _ONLY | dict(family.only)
     heads = values.get("num_attention_heads")
     for name, supported in (only | {"num_key_value_heads": heads}).items():
@@ -198,6 +198,7 @@ def config_from_deepseek(values: Mapping[str, Any], where: str = CONFIG) -> Deco
         num_heads=sizes["num_attention_heads"],
         rms_norm_epsilon=LATENT_EPSILON,
         rope_base=base,
+        rope_scaling=scaling,
         tie_embeddings=bool(values.get("tie_word_embeddings", False)),
         recursion=recursion,
         latent_attention=latent,
@@ -237,7 +238,7 @@ def deepseek_config(family: Family, config: DecoderConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
         "rms_norm_eps": LATENT_EPSILON,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
+        **write_rope(config),
         "tie_word_embeddings": config.tie_embeddings,
         "first_k_dense_replace": layers if moe is None else config.schedule.prelude,
     }
@@ -321,21 +322,6 @@ def _refuse_further_layers(
                 f"(num_nextn_predict_layers) after the {config.num_unrolled_layers} layers of the "
                 "model, which ours do not have. Remove these layers' tensors from the files."
             )
-
-
-def _rope_base(values: Mapping[str, Any], where: str) -> float:
-    rope = values.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"{where}: rope_parameters={shown(rope)}: expected a mapping.")
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(
-            f"{where}: rope_type={shown(rope['rope_type'])} is not supported, only 'default'. Scaled "
-            "positions also change the scores of attention."
-        )
-    base = rope.get("rope_theta", values.get("rope_theta", 10000.0))
-    if not isinstance(base, int | float):
-        raise ValueError(f"{where}: rope_theta={shown(base)} must be a number.")
-    return float(base)
 
 
 def _integers(

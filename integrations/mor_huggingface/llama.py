@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mor_huggingface.rope import read_rope, write_rope
 from mor_layers import DecoderConfig, FixedDepth
 from mor_layers.settings.field_types import shown
 from mor_layers.weights import (
@@ -37,7 +38,6 @@ _ONLY: dict[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
     "sliding_window": None,
-    "rope_scaling": None,
     "use_sliding_window": False,
 }
 """The only supported value of each of these fields, if the field is given."""
@@ -101,27 +101,19 @@ def config_from_llama(values: Mapping[str, Any], where: str = CONFIG) -> Decoder
     values = _DEFAULTS.get(kind, {}) | dict(values)
     if kind in ("qwen2", "qwen3") and not values.get("use_sliding_window"):
         values["sliding_window"] = None  # without use_sliding_window, Qwen ignores sliding_window
-    rope = values.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"{where}: rope_parameters={shown(rope)}: expected a mapping.")
     for name, only in _ONLY.items():
         if values.get(name, only) != only:
             raise ValueError(
                 f"{where}: {name}={shown(values[name])} is not supported, only {only!r}."
             )
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(
-            f"{where}: rope_type={shown(rope['rope_type'])} is not supported, only 'default'."
-        )
+    base, scaling = read_rope(values, where)
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     for name in (*needed, "num_attention_heads"):
         if not isinstance(values.get(name), int):
             raise ValueError(f"{where}: {name}={shown(values.get(name))} must be an integer.")
     epsilon = values.get("rms_norm_eps", 1e-6)
-    base = rope.get("rope_theta", values.get("rope_theta", 10000.0))
-    for name, value in (("rms_norm_eps", epsilon), ("rope_theta", base)):
-        if not isinstance(value, int | float):
-            raise ValueError(f"{where}: {name}={shown(value)} must be a number.")
+    if not isinstance(epsilon, int | float):
+        raise ValueError(f"{where}: rms_norm_eps={shown(epsilon)} must be a number.")
     heads, head_dim = values["num_attention_heads"], values.get("head_dim")
     if not isinstance(head_dim, int | None):
         raise ValueError(f"{where}: head_dim={shown(head_dim)} must be an integer, or null.")
@@ -138,7 +130,8 @@ def config_from_llama(values: Mapping[str, Any], where: str = CONFIG) -> Decoder
         qkv_bias=kind == "qwen2",
         qk_norm=kind == "qwen3",
         rms_norm_epsilon=float(epsilon),
-        rope_base=float(base),
+        rope_base=base,
+        rope_scaling=scaling,
         tie_embeddings=values.get("tie_word_embeddings", False),
     )
 
@@ -188,7 +181,7 @@ def llama_config(config: DecoderConfig) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
         "rms_norm_eps": config.rms_norm_epsilon,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
+        **write_rope(config),
         "tie_word_embeddings": config.tie_embeddings,
     }
 

@@ -27,6 +27,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm  # type: ignore[import-
 from vllm.model_executor.layers.rotary_embedding import get_rope  # type: ignore[import-not-found]
 
 from mor_layers import DecoderConfig, StepContext
+from mor_layers.models import YarnScaling, write_rope_scaling
 from mor_vllm.plugin import cached_head_size, hides_rows
 from mor_vllm.projections import StepProjection
 
@@ -91,10 +92,9 @@ class StepAttention(nn.Module):
             is_own = "attention" in config.effective_recursion.own_per_step
             count = num_steps if is_own else 1
             self.query_norm, self.key_norm = (norms(config, count, size) for _ in range(2))
+        longest = vllm_config.model_config.max_model_len
         self.rotary = get_rope(
-            size,
-            max_position=vllm_config.model_config.max_model_len,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
+            size, max_position=longest, rope_parameters=rope_parameters(config, longest)
         )
         # vLLM reads a layer's number from the only number in its name: the index in the unrolled
         # model.
@@ -173,6 +173,31 @@ class StepAttention(nn.Module):
         if self.cached_size == self.head_size:
             return values
         return values.unflatten(-1, (-1, self.cached_size))[..., : self.head_size].flatten(-2)
+
+
+def rope_parameters(config: DecoderConfig, longest: int) -> dict[str, Any]:
+    """The rotary embedding in vLLM's terms, which are those of transformers.
+
+    Args:
+        longest: length of the longest sequence that is served.
+
+    Raises:
+        ValueError: with YaRN, it is longer than vLLM's table of rotations, which is not checked when it
+            is read.
+    """
+    values: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_base}
+    scaling = config.rope_scaling
+    if isinstance(scaling, YarnScaling):
+        reach = int(scaling.factor * scaling.original_max_position_embeddings)
+        if longest > reach:
+            raise ValueError(
+                f"max_model_len={longest} cannot be served by vLLM with rope_scaling={scaling}, which "
+                f"reaches {reach} tokens. Start the server with --max-model-len {reach}, or less."
+            )
+    if scaling is not None:
+        given = write_rope_scaling(scaling)
+        values |= {name: value for name, value in given.items() if value is not None}
+    return values
 
 
 def norms(config: DecoderConfig, count: int, size: int | None = None) -> nn.ModuleList:

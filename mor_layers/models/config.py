@@ -12,6 +12,7 @@ from mor_layers.layers import MoEConfig
 from mor_layers.models.latent_attention import LatentAttentionConfig
 from mor_layers.models.limits import MOST_LAYERS, MOST_NUMBERS, MOST_TOKENS
 from mor_layers.models.recursion_config import RecursionConfig, unrolled_lengths
+from mor_layers.models.rope_scaling import RopeScaling, YarnScaling
 from mor_layers.recursion import SharingSchedule
 from mor_layers.settings import check_types
 
@@ -46,6 +47,8 @@ class DecoderConfig:
     """Added to the mean square before taking the root."""
     rope_base: float = 10000.0
     """Base of the rotary position embedding."""
+    rope_scaling: RopeScaling | None = None
+    """How rotary frequencies are changed for longer texts; None: not at all."""
     tie_embeddings: bool = False
     """Whether input and output embeddings are one matrix."""
     recursion: RecursionConfig | tuple[RecursionConfig, ...] | None = None
@@ -90,6 +93,11 @@ class DecoderConfig:
         for name in ("rms_norm_epsilon", "rope_base", "embedding_scale"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0, and finite.")
+        if isinstance(self.rope_scaling, YarnScaling) and self.rope_base <= 1:
+            raise ValueError(
+                f"rope_base={self.rope_base} must be above 1 with YarnScaling, which divides by its "
+                "logarithm."
+            )
         if self.head_dim is not None and (self.head_dim < 2 or self.head_dim % 2):
             raise ValueError(
                 f"head_dim={self.head_dim} must be even and at least 2, because RoPE rotates the "

@@ -81,6 +81,8 @@ class LatentAttention(nn.Module):
         layer: 0-based index of the layer in its stack.
         norm_epsilon: of the norms of latent rows, which all steps share.
         make_output: makes the output projection, from its name and its two sizes.
+        softmax_factor: what scores are multiplied by, beside the usual root of the head size; see
+            `RopeScaling.latent_softmax_factor`.
     """
 
     def __init__(
@@ -91,9 +93,10 @@ class LatentAttention(nn.Module):
         num_heads: int,
         norm_epsilon: float,
         make_output: Callable[..., Projected],
+        softmax_factor: float = 1.0,
     ) -> None:
         super().__init__()
-        self.sizes, self.layer = sizes, layer
+        self.sizes, self.layer, self.softmax_factor = sizes, layer, softmax_factor
 
         def linear(into: int, out: int) -> nn.Linear:
             return nn.Linear(into, out, bias=False)
@@ -147,7 +150,8 @@ class LatentAttention(nn.Module):
         (heads,) = project((self.query_up,), hidden, context)
         heads = heads.unflatten(-1, (-1, self.sizes.head_size))
         content, position = heads.split(self._head_parts, dim=-1)
-        return torch.cat([content, rotary.turn(_regrouped(position))], dim=-1)
+        query = torch.cat([content, rotary.turn(_regrouped(position))], dim=-1)
+        return query if self.softmax_factor == 1 else query * self.softmax_factor
 
     def _rows(
         self, hidden: Float[Tensor, "w b h"], context: StepContext, rotary: Rotary

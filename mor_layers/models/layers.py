@@ -229,6 +229,7 @@ def _attention(config: DecoderConfig, layer: int, num_steps: int) -> Attention |
         config.num_heads,
         config.rms_norm_epsilon,
         _projections(config, num_steps),
+        1.0 if config.rope_scaling is None else config.rope_scaling.latent_softmax_factor,
     )
 
 
@@ -272,6 +273,7 @@ class DecoderStack(nn.Module):
     ) -> None:
         super().__init__()
         self.rotary_size, self.rope_base = config.rotary_size, config.rope_base
+        self.rope_scaling = config.rope_scaling
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer, num_norms, num_steps) for layer in range(num_layers)
         )
@@ -288,8 +290,13 @@ class DecoderStack(nn.Module):
         """`normed` is `hidden` after the norm that `entry_norm` tells, or None."""
         if self.input_norm is not None:
             hidden = self.input_norm(hidden)
-        positions = context.projected_positions
-        rotary = Rotary.at(positions, self.rotary_size, self.rope_base, hidden.dtype)
+        rotary = Rotary.at(
+            context.projected_positions,
+            self.rotary_size,
+            self.rope_base,
+            hidden.dtype,
+            self.rope_scaling,
+        )
         for layer in self.layers:
             hidden, normed = layer(hidden, context, rotary, normed), None
         return hidden

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mor_layers.models.rope_scaling import RopeScaling
+
 
 @dataclass(frozen=True)
 class Rotary:
@@ -20,14 +22,25 @@ class Rotary:
 
     @classmethod
     def at(
-        cls, positions: Int[Tensor, "k b"], head_size: int, base: float, dtype: torch.dtype
+        cls,
+        positions: Int[Tensor, "k b"],
+        head_size: int,
+        base: float,
+        dtype: torch.dtype,
+        scaling: RopeScaling | None = None,
     ) -> "Rotary":
-        """The rotation for each position, computed in fp32."""
+        """The rotation for each position, computed in fp32. With a scaling, it also lengthens heads."""
         exponent = torch.arange(0, head_size, 2, device=positions.device).float() / head_size
-        angles = positions[..., None].float() * base**-exponent  # [k b] -> [k b d/2]
+        frequencies = base**-exponent
+        if scaling is not None:
+            frequencies = scaling.scale(frequencies, base)
+        angles = positions[..., None].float() * frequencies  # [k b] -> [k b d/2]
         angles = torch.cat([angles, angles], dim=-1)[:, :, None]
-        first, second = angles.sin().chunk(2, dim=-1)
-        return cls(angles.cos().to(dtype), torch.cat([-first, second], dim=-1).to(dtype))
+        cos, sin = angles.cos(), angles.sin()
+        if scaling is not None and scaling.concentration != 1:
+            cos, sin = cos * scaling.concentration, sin * scaling.concentration
+        first, second = sin.chunk(2, dim=-1)
+        return cls(cos.to(dtype), torch.cat([-first, second], dim=-1).to(dtype))
 
     def turn(self, heads: Float[Tensor, "k b n d"]) -> Float[Tensor, "k b n d"]:
         """Rotate the heads of the first `k` rows."""

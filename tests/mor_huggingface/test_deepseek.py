@@ -42,6 +42,15 @@ SIZES: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
 }
 GROUPS = {"n_group": 4, "topk_group": 2}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 40.0,
+    "original_max_position_embeddings": 8,
+    "beta_fast": 2.0,
+    "beta_slow": 0.5,
+}
+"""With a ramp that a text of a few tokens shows."""
 CHECKPOINTS = {
     "V3": (DeepseekV3Config, GROUPS),
     "V3 as Moonlight, no row of queries": (
@@ -51,6 +60,14 @@ CHECKPOINTS = {
     "V3, experts everywhere, tied": (
         DeepseekV3Config,
         GROUPS | {"first_k_dense_replace": 0, "tie_word_embeddings": True},
+    ),
+    "V3, YaRN": (
+        DeepseekV3Config,
+        GROUPS | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+    ),
+    "V2, YaRN": (
+        DeepseekV2Config,
+        {"rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.4}},
     ),
     "V2": (DeepseekV2Config, GROUPS | {"topk_method": "group_limited_greedy"}),
     "V2, greedy": (DeepseekV2Config, {}),
@@ -94,8 +111,9 @@ def test_a_checkpoint_keeps_its_logits_and_comes_back_bit_for_bit(tmp_path, name
             assert written[field] == values[field], field
 
 
-def test_generation_with_caches_gives_the_tokens_of_the_public_code(tmp_path):
-    original = checkpoint(tmp_path / "hf", "V3")
+@pytest.mark.parametrize("name", ["V3", "V3, YaRN"])
+def test_generation_with_caches_gives_the_tokens_of_the_public_code(tmp_path, name):
+    original = checkpoint(tmp_path / "hf", name)
     commands.main(["convert", str(tmp_path / "hf"), str(tmp_path / "ours")])
     engine = DepthBatchingEngine(
         load_model(tmp_path / "ours").eval(), CacheSettings(1 << 14, max_length=32)
@@ -134,8 +152,8 @@ def with_settings(**changes) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 40}}, "rope_type='yarn'"),
-        ({"rope_scaling": {"type": "yarn", "factor": 40}}, "rope_scaling="),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 40}}, "rope_type='dynamic'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 0.5}}, "YarnScaling.factor=0.5 must be at"),
         ({"rope_interleave": False}, "rope_interleave=False"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05"),

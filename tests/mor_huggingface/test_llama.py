@@ -73,6 +73,32 @@ FAMILY = {
     "qwen3": Qwen3Config(**SIZES, head_dim=8),
     "smollm, tied": LlamaConfig(**SIZES | {"num_attention_heads": 2}, tie_word_embeddings=True),
     "heads wider than the model": LlamaConfig(**SIZES, head_dim=6),
+    "llama 3.1": LlamaConfig(
+        **SIZES,
+        head_dim=16,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500.0,
+            "factor": 8.0,
+            "low_freq_factor": 0.25,
+            "high_freq_factor": 1.0,
+            "original_max_position_embeddings": 8,
+        },
+    ),
+    "qwen2, YaRN": Qwen2Config(
+        **SIZES,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 50.0,
+            "factor": 4.0,
+            "beta_fast": 1.0,
+            "beta_slow": 0.1,
+            "original_max_position_embeddings": 8,
+        },
+    ),
+    "linear": LlamaConfig(
+        **SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0}
+    ),
 }
 
 
@@ -135,7 +161,9 @@ def test_a_recursion_without_a_router_unrolls_into_a_llama(tmp_path, sharing, sh
         ({"model_type": "qwen3", "attention_bias": True}, "attention_bias=True"),
         ({"model_type": "gemma"}, "model_type='gemma'"),
         ({"attention_bias": True}, "attention_bias=True"),
-        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type='llama3'"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters: missing .*'factor'"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type='longrope' is not supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"sliding_window": 32}, "sliding_window=32"),
         ({"head_dim": 7}, "head_dim=7 must be even"),
         ({"vocab_size": None}, "vocab_size=None"),

@@ -11,7 +11,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from mor_layers import DecoderConfig, RecursionConfig, RouterConfig
-from mor_layers.models import LatentAttentionConfig
+from mor_layers.models import ROPE_SCALINGS, LatentAttentionConfig, RopeScaling
 from mor_layers.recursion import SHARING_SCHEMES
 from mor_layers.routers import registered_routers
 
@@ -41,6 +41,12 @@ PLAUSIBLE: dict[str, list[Any]] = {
     "capacity_factor": [0.3, 1.0, 2.0],
     "mean_experts": [1, 1.5, 2.0],
     "rope_base": [1, 100.0, 10000.0],
+    "factor": [1.0, 4.0],
+    "original_max_position_embeddings": [4, 64],
+    "beta_fast": [2.0, 32.0],
+    "beta_slow": [0.5, 1.0],
+    "low_freq_factor": [0.5, 1.0],
+    "high_freq_factor": [2.0, 4.0],
     "seed": [0, 7],
     "streams": [2, 3, 4],
     "window": [1, 1, 2],
@@ -142,6 +148,13 @@ def routers(draw: st.DrawFn, steps: int, wrong: float) -> dict[str, Any]:
     return router | {"type": name}
 
 
+@st.composite
+def rope_scalings(draw: st.DrawFn, wrong: float) -> dict[str, Any]:
+    """Scaled rotary frequencies as YAML has them."""
+    name = draw(st.sampled_from(sorted(ROPE_SCALINGS)))
+    return draw(settings_of(ROPE_SCALINGS[name], wrong)) | {"rope_type": name}
+
+
 def _unshared(recursion: dict[str, Any]) -> int:
     """Layers outside of it; where a wrong value was drawn, any number does."""
     by_scheme = int(str(recursion["sharing"]).startswith("middle"))
@@ -161,6 +174,8 @@ def _values(hint: Any, name: str, wrong: float) -> st.SearchStrategy[Any]:
         return st.lists(
             _values(arguments[0], name, wrong), min_size=1, max_size=3, unique=True
         ).map(tuple)
+    if hint is RopeScaling:
+        return rope_scalings(wrong)
     if dataclasses.is_dataclass(hint):
         return settings_of(hint, wrong) if hint is not RouterConfig else routers(2, wrong)
     kinds = {bool: st.booleans(), int: st.sampled_from(_INTS), float: st.sampled_from(_FLOATS)}

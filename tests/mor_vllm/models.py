@@ -23,6 +23,7 @@ from mor_layers import (
     TokenChoice,
 )
 from mor_layers.layers import Sublayer
+from mor_layers.models import Llama3Scaling, YarnScaling
 from mor_layers.recursion import HyperConnections, LoopLoss
 from mor_layers.routers import DampedLoops, Deepened, ExitGate
 from tests.mor_layers.small_models import small_model
@@ -77,7 +78,12 @@ PRETRAINED = DecoderConfig(
 """What `make pretrain` trains, with fewer ids."""
 
 SERVED: dict[str, DecoderConfig] = {
-    "no recursion": replace(recursive(), recursion=None, num_unrolled_layers=3),
+    "no recursion": replace(
+        recursive(),
+        recursion=None,
+        num_unrolled_layers=3,
+        rope_scaling=YarnScaling(16.0, 8, 2.0, 0.5, mscale=1.0, mscale_all_dim=0.3),
+    ),
     "fixed depth": recursive(block=2, share_norms=False),
     "fixed depth, sharing, helps": recursive(**SHARING, **HELPED, share_norms=False),
     "random loops, exit state": recursive(RandomLoops(), **EXIT),
@@ -95,6 +101,7 @@ SERVED: dict[str, DecoderConfig] = {
         qkv_bias=True,
         qk_norm=True,
         rope_base=500.0,
+        rope_scaling=Llama3Scaling(8.0, 8, 0.25, 1.0),
         tie_embeddings=True,
     ),
     "expert choice": recursive(ExpertChoice(), block=2),

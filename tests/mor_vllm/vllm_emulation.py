@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 @dataclass
@@ -168,12 +170,11 @@ class LogitsProcessor(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    def __init__(self, head_size: int, max_position: int, base: float) -> None:
+    def __init__(self, head_size: int, frequencies: Tensor, rows: int, factor: float) -> None:
         super().__init__()
-        exponent = torch.arange(0, head_size, 2, dtype=torch.float) / head_size
-        angles = torch.outer(torch.arange(max_position, dtype=torch.float), 1.0 / base**exponent)
+        angles = torch.outer(torch.arange(rows, dtype=torch.float), frequencies)
         self.head_size = head_size
-        cache = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        cache = torch.cat([angles.cos(), angles.sin()], dim=-1) * factor
         self.register_buffer("cos_sin_cache", cache, persistent=False)
 
     def forward(
@@ -190,8 +191,16 @@ class RotaryEmbedding(nn.Module):
 
 
 def get_rope(head_size: int, max_position: int, rope_parameters: dict[str, Any]) -> RotaryEmbedding:
-    assert rope_parameters["rope_type"] == "default"
-    return RotaryEmbedding(head_size, max_position, rope_parameters["rope_theta"])
+    kind, base = rope_parameters["rope_type"], rope_parameters["rope_theta"]
+    if kind == "default":
+        exponent = torch.arange(0, head_size, 2, dtype=torch.float) / head_size
+        return RotaryEmbedding(head_size, 1.0 / base**exponent, max_position, 1.0)
+    config = LlamaConfig(head_dim=head_size, rope_parameters=dict(rope_parameters))
+    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, None)
+    if kind == "yarn":  # whose table vLLM makes as long as the scaling reaches
+        original = rope_parameters["original_max_position_embeddings"]
+        max_position = int(original * rope_parameters["factor"])
+    return RotaryEmbedding(head_size, frequencies, max_position, factor)
 
 
 def default_weight_loader(parameter: Tensor, loaded: Tensor) -> None:

@@ -166,6 +166,10 @@ def _architecture(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
     rope = values.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"{where}: rope_parameters={shown(rope)}: expected a mapping.")
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(
+            f"{where}: rope_type={shown(rope['rope_type'])} is not supported, only 'default'."
+        )
     return dict(values) | {
         "rope_theta": rope.get("rope_theta", values.get("rope_theta", 10000.0)),
         "num_key_value_heads": values.get("num_key_value_heads", values.get("num_attention_heads")),

@@ -53,6 +53,7 @@ def published_settings(config: DecoderConfig) -> dict[str, Any]:
 def _check_decoder(config: DecoderConfig) -> None:
     refused = {
         "moe": config.moe is not None,
+        "rope_scaling": config.rope_scaling is not None,
         "latent_attention": config.latent_attention is not None,
         "head_dim": config.head_size * config.num_heads != config.hidden_size,
         "qkv_bias": config.qkv_bias,

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from mor_layers import RouterConfig, from_mapping
+from mor_layers.models import ROPE_SCALINGS, RopeScaling
 from mor_layers.routers import registered_routers
 from mor_layers.settings import read_yaml, require_shallow
 from mor_tools.pretraining.settings import Settings
@@ -81,6 +82,7 @@ def _merged(path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
         for given in (file, changes):
             _require_mappings(Settings, OmegaConf.to_container(given))
         _merge_recursion(file, changes)
+        _forget_other_kind(file, changes, "model.rope_scaling", "rope_type")
         return OmegaConf.to_container(OmegaConf.merge(file, changes), resolve=True)  # type: ignore[return-value]
     except RecursionError as error:
         raise ValueError(
@@ -119,11 +121,15 @@ def _merge_recursion(file: DictConfig, changes: DictConfig) -> None:
 
 def _replace_router(recursion: Any, changes: Any) -> None:
     """Remove the settings of a recursion's router if the changes are to another type of router."""
-    if not isinstance(recursion, DictConfig) or not isinstance(changes, DictConfig):
-        return
-    new_type = OmegaConf.select(changes, "router.type")
-    if new_type not in (None, OmegaConf.select(recursion, "router.type")):
-        OmegaConf.update(recursion, "router", {}, merge=False)
+    if isinstance(recursion, DictConfig) and isinstance(changes, DictConfig):
+        _forget_other_kind(recursion, changes, "router", "type")
+
+
+def _forget_other_kind(settings: DictConfig, changes: DictConfig, place: str, kind: str) -> None:
+    """Remove the settings at a place if the changes are to another kind of them."""
+    chosen = OmegaConf.select(changes, f"{place}.{kind}")
+    if chosen not in (None, OmegaConf.select(settings, f"{place}.{kind}")):
+        OmegaConf.update(settings, place, {}, merge=False)
 
 
 def _require_mappings(kind: type, values: Any, where: str = "", many: bool = False) -> None:
@@ -189,6 +195,10 @@ def _describe(kind: type, indent: str) -> Iterator[str]:
             for name, router in sorted(registered_routers().items()):
                 yield f"{indent}    type: {name}"
                 yield from _describe(router, indent + " " * 8)
+        elif component is RopeScaling:
+            for name, scaling in ROPE_SCALINGS.items():
+                yield f"{indent}    rope_type: {name}"
+                yield from _describe(scaling, indent + " " * 8)
         elif component:
             yield from _describe(component, indent + " " * 4)
 

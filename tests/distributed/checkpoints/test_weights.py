@@ -25,11 +25,12 @@ from mor_layers import (
     Relaxation,
 )
 from mor_layers.layers import NormModulation
-from mor_layers.models import LatentAttentionConfig
+from mor_layers.models import LatentAttentionConfig, LinearScaling, Llama3Scaling, YarnScaling
 from mor_layers.recursion import HistoryInjection, HyperConnections
 from mor_megatron import Norm, causal_routing, default_layer_spec, recursion_block_spec
 from mor_megatron.checkpoints import decoder_tensors, load_tensors, whole_tensors
 from mor_megatron.checkpoints.weights import megatron_tensors
+from mor_megatron.parallel import rotary_settings
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pool import WorkerPool
 
@@ -104,7 +105,20 @@ MODELS: dict[str, dict[str, Any]] = {
         "recursion": replace(
             WISE, kv_policy="exit_state", relaxation=Relaxation(2, projections=("output", "up"))
         ),
-        "latent_attention": LatentAttentionConfig(16, 8, 4, 12),
+        "latent_attention": LatentAttentionConfig(16, 8, 8, 12),
+        "rope_scaling": YarnScaling(40.0, 16, 2.0, 0.5, mscale=1.0, mscale_all_dim=0.7),
+    },
+    "Llama 3.1's rotation": {
+        "recursion": WISE,
+        "head_dim": 12,
+        "rope_base": 500000.0,
+        "rope_scaling": Llama3Scaling(8.0, 8192),
+    },
+    "linear scaling": {"recursion": WISE, "rope_scaling": LinearScaling(3.0)},
+    "Qwen's YaRN": {
+        "recursion": WISE,
+        "head_dim": 12,
+        "rope_scaling": YarnScaling(4.0, 16, 2.0, 0.5, truncate=False),
     },
     "layers that route by themselves": {
         "recursion": RecursionConfig(
@@ -138,6 +152,7 @@ SAMPLE = [
     ("an expert router a step", "tp+sp"),
     ("DeepSeek-V2-Lite's", "tp+sp"),
     ("several recursions", "pp"),
+    ("Qwen's YaRN", "tp+sp"),
     ("no recursion", "pp"),
     ("depth and width", "one rank"),
 ]
@@ -217,6 +232,7 @@ def gpt(decoder: DecoderConfig, sequence_parallel: bool) -> GPTModel:
             "moe_token_dispatcher_type": "alltoall",
         }
     latent = decoder.latent_attention
+    rotary = rotary_settings(decoder.rope_base, decoder.rope_scaling, latent is not None)
     if latent is not None:
         options |= {
             "multi_latent_attention": True,
@@ -225,8 +241,7 @@ def gpt(decoder: DecoderConfig, sequence_parallel: bool) -> GPTModel:
             "qk_head_dim": latent.qk_nope_head_dim,
             "qk_pos_emb_head_dim": latent.qk_rope_head_dim,
             "v_head_dim": latent.v_head_dim,
-            "rope_type": "rope",
-            "rotary_base": decoder.rope_base,
+            **rotary.latent,
         }
     config = setup.tiny_config(
         num_layers=decoder.num_unrolled_layers,
@@ -238,6 +253,7 @@ def gpt(decoder: DecoderConfig, sequence_parallel: bool) -> GPTModel:
         layernorm_epsilon=decoder.rms_norm_epsilon,
         **options,
     )
+    rotary.set_attributes(config)
     without_experts = copy.copy(config)
     without_experts.num_moe_experts = None
     dense, inner = default_layer_spec(without_experts), default_layer_spec(config)
@@ -256,8 +272,7 @@ def gpt(decoder: DecoderConfig, sequence_parallel: bool) -> GPTModel:
         max_sequence_length=64,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
-        position_embedding_type="rope",
-        rotary_base=int(decoder.rope_base),
+        **rotary.model,
         parallel_output=False,
         share_embeddings_and_output_weights=decoder.tie_embeddings,
     ).eval()

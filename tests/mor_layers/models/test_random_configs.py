@@ -19,7 +19,7 @@ from mor_layers import (
     to_mapping,
 )
 from mor_layers.layers import NormModulation
-from mor_layers.models import LatentAttentionConfig
+from mor_layers.models import ROPE_SCALINGS, LatentAttentionConfig
 from mor_layers.recursion import HistoryInjection, HyperConnections, LoopLoss
 from tests.mor_layers.random_configs import OURS, decoders
 
@@ -37,6 +37,7 @@ NAMES = {
         LoopLoss,
         HyperConnections,
         LatentAttentionConfig,
+        *ROPE_SCALINGS.values(),
         *OURS.values(),
     )
     for field in dataclasses.fields(kind)
@@ -67,9 +68,12 @@ def built(values: Any) -> DecoderConfig:
         recursion = RecursionConfig(**recursion)
     if isinstance(moe, dict) and moe:
         moe = MoEConfig(**moe)
-    return DecoderConfig(
-        **(values | {"recursion": recursion, "moe": moe, "latent_attention": latent})
-    )
+    scaling = values.get("rope_scaling")
+    if isinstance(scaling, dict) and "rope_type" in scaling:
+        options = {name: value for name, value in scaling.items() if name != "rope_type"}
+        scaling = ROPE_SCALINGS[scaling["rope_type"]](**options)
+    nested = {"recursion": recursion, "moe": moe, "latent_attention": latent}
+    return DecoderConfig(**(values | nested | {"rope_scaling": scaling}))
 
 
 def built_router(router: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from mor_layers import RouterConfig
+from mor_layers.models import RopeScaling
 from mor_tools.pretraining.settings import Settings
 from tests.mor_layers.random_configs import OURS
 
@@ -38,6 +39,11 @@ PLAUSIBLE: dict[str, list[Any]] = {
     "model.head_dim": ["null", 4, 6],
     "model.rms_norm_epsilon": [1e-6, 0.1],
     "model.rope_base": [1, 100, 50000],
+    "model.rope_scaling": [
+        "null",
+        "{rope_type: linear, factor: 2}",
+        "{rope_type: yarn, factor: 4, original_max_position_embeddings: 8}",
+    ],
     "model.moe.ffn_hidden_size": [5, 16],
     "model.moe.num_experts": [2, 3, 4],
     "recursion.num_recursions": [1, 2, 3, 4],
@@ -90,7 +96,7 @@ def leaves(kind: type = Settings, prefix: str = "") -> dict[str, Any]:
         nested = next(filter(dataclasses.is_dataclass, typing.get_args(hint) or (hint,)), None)
         if path in LEFT_OUT:
             continue
-        if nested is None or nested is RouterConfig:
+        if nested is None or nested in (RouterConfig, RopeScaling):
             found[path] = hint
         else:
             found |= leaves(nested, f"{path}.")

@@ -15,6 +15,9 @@ from tests.mor_tools.pretraining.runs import (
 
 TWO_RANKS = ["parallel.tensor=2", "parallel.sequence_parallel=true"]
 QWEN = ["model.head_dim=12", "model.qkv_bias=true", "model.qk_norm=true"]
+QWEN += [
+    "model.rope_scaling={rope_type: yarn, factor: 4, original_max_position_embeddings: 8}",
+]
 
 
 @pytest.mark.full

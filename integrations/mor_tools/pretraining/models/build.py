@@ -32,6 +32,7 @@ from mor_megatron import (
 from mor_megatron.checkpoints import decoder_tensors, whole_tensors
 from mor_megatron.layers import validate
 from mor_megatron.models import has_transformer_engine
+from mor_megatron.parallel import RotarySettings, rotary_settings
 from mor_megatron.pipeline.rules import validate_pipeline
 from mor_megatron.training import weigh_loops
 from mor_tools.pretraining.models.decoder import (
@@ -108,10 +109,14 @@ def _gpt(
         pre_process=is_first,
         post_process=is_last,
         share_embeddings_and_output_weights=settings.model.tie_embeddings,
-        position_embedding_type="rope",
-        rotary_base=settings.model.rope_base,
         vp_stage=stage,
+        **_rotary(settings).model,
     )
+
+
+def _rotary(settings: Settings) -> RotarySettings:
+    model = settings.model
+    return rotary_settings(model.rope_base, model.rope_scaling, model.latent_attention is not None)
 
 
 def transformer_config(settings: Settings) -> TransformerConfig:
@@ -176,9 +181,11 @@ def transformer_config(settings: Settings) -> TransformerConfig:
             "moe_token_dispatcher_type": model.moe.dispatcher,
             "moe_grouped_gemm": has_cuda and has_transformer_engine(),
         }
-    latent = model.latent_attention
+    rotary, latent = _rotary(settings), model.latent_attention
     if latent is None:
-        return TransformerConfig(**fields)
+        config = TransformerConfig(**fields)
+        rotary.set_attributes(config)
+        return config
     fields |= {
         "multi_latent_attention": True,
         "q_lora_rank": latent.q_lora_rank,
@@ -188,8 +195,7 @@ def transformer_config(settings: Settings) -> TransformerConfig:
         "v_head_dim": latent.v_head_dim,
         "kv_channels": latent.head_size,
         "qk_layernorm": True,  # of latent rows
-        "rope_type": "rope",  # Megatron scales positions by default
-        "rotary_base": model.rope_base,
+        **rotary.latent,
     }
     return MLATransformerConfig(**fields)
 

@@ -41,6 +41,7 @@ def decoder_config(settings: Settings, vocab_size: int) -> DecoderConfig:
         qk_norm=model.qk_norm,
         rms_norm_epsilon=model.rms_norm_epsilon,
         rope_base=model.rope_base,
+        rope_scaling=model.rope_scaling,
         tie_embeddings=model.tie_embeddings,
         recursion=settings.recursion,
         latent_attention=model.latent_attention,

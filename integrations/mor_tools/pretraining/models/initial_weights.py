@@ -20,6 +20,7 @@ _SAME = (
     "qk_norm",
     "rms_norm_epsilon",
     "rope_base",
+    "rope_scaling",
     "latent_attention",
     "tie_embeddings",
 )

@@ -142,11 +142,13 @@ _SIZES = {
 
 def _check_sizes(folder: Path, dense: DecoderConfig, settings: Settings) -> None:
     wanted = decoder_config(settings, dense.vocab_size)
-    if dense.latent_attention != wanted.latent_attention:
-        raise ValueError(
-            f"uptrain.teacher={folder} has latent_attention={dense.latent_attention}, and the run's "
-            f"model {wanted.latent_attention}. Set model.latent_attention to the teacher's, or to null."
-        )
+    for name in ("latent_attention", "rope_scaling"):
+        theirs, ours = getattr(dense, name), getattr(wanted, name)
+        if theirs != ours:
+            raise ValueError(
+                f"uptrain.teacher={folder} has {name}={theirs}, and the run's model {ours}. Set "
+                f"model.{name} to the teacher's, or to null if it has none."
+            )
     other = [name for name in _SIZES if getattr(dense, name) != getattr(wanted, name)]
     if other:
         overrides = " ".join(f"model.{_SIZES[n]}={_plain(getattr(dense, n))}" for n in other)

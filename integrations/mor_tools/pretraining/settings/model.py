@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mor_layers.layers import MOST_EXPERTS
-from mor_layers.models import MOST_LAYERS, MOST_NUMBERS, LatentAttentionConfig
+from mor_layers.models import MOST_LAYERS, MOST_NUMBERS, LatentAttentionConfig, RopeScaling
+from mor_megatron.parallel import rotary_settings
 from mor_tools.pretraining.settings.rules import require, require_at_least, require_at_most
 
 Dispatcher = Literal["allgather", "alltoall"]
@@ -77,6 +78,9 @@ class ModelSettings:
     """Added to the mean square before taking the root."""
     rope_base: int = 10000
     """Base of the rotary position embedding."""
+    rope_scaling: RopeScaling | None = None
+    """How rotary frequencies are changed for longer texts: `{rope_type: linear, llama3 or yarn, factor:
+    ..., ...}`; null: not at all."""
     tie_embeddings: bool = False
     """Whether input and output embeddings are one matrix."""
     latent_attention: LatentAttentionConfig | None = None
@@ -114,6 +118,10 @@ class ModelSettings:
         )
         if self.latent_attention is not None:
             self._check_latent_attention()
+        try:
+            rotary_settings(self.rope_base, self.rope_scaling, self.latent_attention is not None)
+        except ValueError as error:
+            raise ValueError(f"{owner}.{error}") from error
 
     def _check_latent_attention(self) -> None:
         """Refuse settings that latent attention would not use."""
