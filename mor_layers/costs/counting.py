@@ -10,7 +10,6 @@ value size)`. Each product becomes two in the backward pass, one per factor.
 Norms, activations, rotary embeddings, softmax and activation recomputation are not counted.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice, pairwise
@@ -19,6 +18,7 @@ from typing import Self
 from mor_layers.costs.shapes import ModelShape, StackShape
 from mor_layers.layers import Projection
 from mor_layers.models import DecoderConfig
+from mor_layers.selection import capacity
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,9 @@ def account(
     Args:
         tokens_per_step: number of tokens that run each step of the routed stacks, in order of
             execution, including padding slots. Required if the settings do not determine them, as
-            for token choice. Default: `max(1, floor(c_r · s))`. The cost of attention is quadratic
-            in these numbers, so passing means over sequences can underestimate it.
+            for token choice. Default: what `selection.capacity` makes of the capacity factors. The cost
+            of attention is quadratic in these numbers, so passing means over sequences can
+            underestimate it.
         causal_half: count only half of the k · m pairs of attention, not all of them as the formula
             of `scaled_dot_product_attention` does. This is a lower bound for kernels that skip
             masked blocks.
@@ -260,7 +261,8 @@ def _runs(
                     "the router's settings do not determine how many tokens run each step. Pass "
                     "tokens_per_step."
                 )
-            tokens = tuple(max(1, math.floor(c * s)) for c in stack.router.capacity_factors)
+            multiple = stack.router.capacity_multiple
+            tokens = tuple(capacity(c, s, multiple) for c in stack.router.capacity_factors)
         for step, (n, k) in enumerate(pairwise((s, *tokens))):
             if not 0 <= k <= n:
                 raise ValueError(f"tokens per step {tokens} must be in 0..{s} and never increase.")

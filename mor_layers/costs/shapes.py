@@ -67,6 +67,8 @@ class RouterShape:
     """Total number of parameters. None: the number of weights of the scorers."""
     trained_shares: tuple[float, ...] | None = None
     """For each step, the share of its runs that gradients go through in training. None: all."""
+    capacity_multiple: int = 1
+    """What the number of tokens that `capacity_factors` give is rounded up to a multiple of."""
 
     @classmethod
     def from_recursion(cls, config: RecursionConfig, hidden_size: int) -> Self | None:
@@ -80,7 +82,11 @@ class RouterShape:
         trained = router.trained_shares_for(steps)
         if factors == trained == (1.0,) * steps and not any(scorers) and not count:
             return None
-        return cls(scorers, factors, count, None if trained == (1.0,) * steps else trained)
+        shares, multiple = (
+            None if trained == (1.0,) * steps else trained,
+            router.rounds_capacities_to,
+        )
+        return cls(scorers, factors, count, shares, multiple)
 
     @property
     def parameters(self) -> int:

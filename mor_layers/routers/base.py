@@ -21,7 +21,7 @@ from mor_layers.routers.declarations import (
     observed_notes,
 )
 from mor_layers.routers.loop_state import LoopState
-from mor_layers.selection import RoutingDecision
+from mor_layers.selection import RoutingDecision, capacity
 from mor_layers.selection.fused import add_gated
 
 
@@ -229,6 +229,20 @@ class RouterConfig(ABC):
         return self.capacity_factors_for(num_recursions)
 
     @property
+    def rounds_capacities_to(self) -> int:
+        """What the number of tokens that run a step is rounded up to a multiple of."""
+        return 1
+
+    def capacities_for(self, num_recursions: int, length: int) -> tuple[int, ...] | None:
+        """How many tokens of a document of `length` tokens each step is expected to run, or None if
+        the settings do not determine it.
+        """
+        factors, multiple = self.capacity_factors_for(num_recursions), self.rounds_capacities_to
+        if factors is None:
+            return None
+        return tuple(capacity(factor, length, multiple) for factor in factors)
+
+    @property
     def learns_exits(self) -> bool:
         """Whether `Router.teach` has losses, for which training reads out the states of all steps."""
         return False
@@ -249,8 +263,8 @@ class RouterConfig(ABC):
 
     @property
     def has_fixed_capacities(self) -> bool:
-        """Whether step r of training runs exactly `max(1, floor(c_r · s))` tokens of each sequence,
-        with c from `capacity_factors_for`, in batches without documents and padding."""
+        """Whether each step of training runs exactly as many tokens of each sequence as `capacities_for`
+        says, in batches without documents and padding."""
         return False
 
     @property

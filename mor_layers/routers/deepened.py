@@ -53,6 +53,10 @@ class Deepened(RouterConfig):
         factors = self.router.capacity_factors_for(num_recursions - self.extra_steps)
         return None if factors is None else self._continued(factors)
 
+    @property
+    def rounds_capacities_to(self) -> int:
+        return self.router.rounds_capacities_to
+
     def mean_experts_for(self, num_recursions: int) -> tuple[float, ...] | None:
         means = self.router.mean_experts_for(num_recursions - self.extra_steps)
         return None if means is None else self._continued(means)

@@ -34,6 +34,7 @@ Architecture = Literal["linear", "mlp"]
 Combination = Literal["weighted", "additive", "residual"]
 ExpertActivation = Literal["sigmoid", "tanh", "none"]
 Predictor = Literal["aux_loss", "aux_router"]
+LARGEST_MULTIPLE = 1 << 20
 
 
 @register_router("expert_choice")
@@ -51,6 +52,10 @@ class ExpertChoice(RouterConfig):
     """Hidden states are divided by it before scoring. Above 0."""
     capacity_factors: tuple[float, ...] | None = None
     """Share of the sequence kept at each step, in (0, 1], not increasing. Default: (N_r-r+1)/N_r."""
+    capacity_multiple: int = 1
+    """Number of tokens that a step keeps of a document is rounded up to a multiple of this, but not
+    above the document's length. A multiple of 128 fills the tiles of a GPU's matrix products: tokens
+    that fill the last tile take no time. 1: no rounding."""
     warmup_steps: int = 0
     """Optimizer steps over which capacities decrease from 1 to their factors (cosine). 0: none."""
     predictor: Predictor = "aux_loss"
@@ -84,6 +89,11 @@ class ExpertChoice(RouterConfig):
             z_loss_coefficient=self.z_loss_coefficient,
             predictor_coefficient=self.predictor_weight,
         )
+        if not 1 <= self.capacity_multiple <= LARGEST_MULTIPLE:
+            raise ValueError(
+                f"{name}.capacity_multiple={self.capacity_multiple} must be between 1 (no rounding) and "
+                f"{LARGEST_MULTIPLE}. Use the row size of your GPU's tiles, such as 128."
+            )
         if self.warmup_steps >= 2**63:  # the counter's largest value
             raise ValueError(f"{name}.warmup_steps={self.warmup_steps} must be below 2^63.")
         if not 0.0 < self.threshold < 1.0:
@@ -107,6 +117,10 @@ class ExpertChoice(RouterConfig):
 
     def capacity_factors_for(self, num_recursions: int) -> tuple[float, ...]:
         return checked_capacity_factors(self.capacity_factors, num_recursions)
+
+    @property
+    def rounds_capacities_to(self) -> int:
+        return self.capacity_multiple
 
     def capacity_factors_at(self, num_recursions: int, training_step: int) -> tuple[float, ...]:
         final = self.capacity_factors_for(num_recursions)
@@ -151,6 +165,7 @@ class ExpertChoice(RouterConfig):
             # Without an activation the published code leaves alpha out.
             "alpha": self.activation == "none" and self.alpha != 1.0,
             "gate_bias": self.gate_bias is not None,
+            "capacity_multiple": self.capacity_multiple != 1,
             "combine": self.combine == "residual",
         }
         return PublishedRouter(
@@ -228,13 +243,14 @@ class ExpertChoiceRouter(Router):
         assert logits is not None
         weights = self.config.alpha * self._activate(logits[..., 0])
         bar = self._bar(step) if causal else None
+        capacity = self.capacity_factor(step), self.config.capacity_multiple
         if bar is not None:
             decision = previous.keep_where(self._handicapped(logits[..., -1], previous) > bar)
         elif previous.plan is None:
-            decision = previous.keep_top(weights, self.capacity_factor(step))
+            decision = previous.keep_top(weights, *capacity)
         else:
             ranked = self._handicapped(logits[..., 0], previous)
-            decision = previous.keep_top(ranked, self.capacity_factor(step))
+            decision = previous.keep_top(ranked, *capacity)
         return decision.with_gates(decision.taken(weights))
 
     def assess(

@@ -4,13 +4,13 @@ Legend: `b` batch, `s` sequence, `n` candidates of a step, `k` tokens that run i
 token in a router's plan.
 """
 
-import math
 from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mor_layers.selection.capacity import capacities, capacity
 from mor_layers.selection.tokens import Tokens, take_rows
 
 
@@ -122,26 +122,31 @@ class RoutingDecision:
         assert self.tokens.is_padding is not None
         return self.keep_where(self.tokens.is_padding.logical_not())
 
-    def keep_top(self, weights: Float[Tensor, "n b"], share: float) -> "RoutingDecision":
+    def keep_top(
+        self, weights: Float[Tensor, "n b"], share: float, multiple: int = 1
+    ) -> "RoutingDecision":
         """Keep the tokens with the largest weights in every document.
 
         Args:
             weights: one per candidate; only their order matters.
-            share: share of the document's length, in (0, 1]. `max(1, floor(share · length))` tokens
-                are kept. A share of 1 keeps everything, and neither sorts nor gathers.
+            share: share of the document's length, in (0, 1]. `capacity(share, length, multiple)`
+                tokens are kept. A share of 1 keeps everything, and neither sorts nor gathers.
+            multiple: what the number of tokens kept of a document is rounded up to a multiple of.
         """
         if share >= 1.0:
             return self.keep_valid()
         weights = weights.detach()
         if self.tokens.is_plain:
-            capacity = max(1, math.floor(share * self.tokens.sequence_length))
-            if capacity == weights.shape[0]:
+            kept = capacity(share, self.tokens.sequence_length, multiple)
+            if kept == weights.shape[0]:
                 return self.keep_all()
-            rows = weights.topk(capacity, dim=0, sorted=False).indices.sort(dim=0).values
+            rows = weights.topk(kept, dim=0, sorted=False).indices.sort(dim=0).values
             return self._take(rows, None)
-        return self.keep_where(self._is_top(weights, share))
+        return self.keep_where(self._is_top(weights, share, multiple))
 
-    def _is_top(self, weights: Float[Tensor, "n b"], share: float) -> Bool[Tensor, "n b"]:
+    def _is_top(
+        self, weights: Float[Tensor, "n b"], share: float, multiple: int
+    ) -> Bool[Tensor, "n b"]:
         tokens = self.tokens
         if tokens.is_padding is not None:
             weights = weights.masked_fill(tokens.is_padding, -torch.inf)
@@ -160,6 +165,4 @@ class RoutingDecision:
         lengths = tokens.document_lengths
         if lengths is None:  # plain until a ragged selection
             lengths = torch.full_like(rank, tokens.sequence_length)
-        # float64, so that share · length is rounded as Python rounds it on the plain path.
-        capacity = (lengths.double() * share).floor().clamp(min=1)
-        return rank < capacity
+        return rank < capacities(share, lengths, multiple)

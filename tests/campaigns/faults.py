@@ -42,14 +42,14 @@ FAULTS = [
     # Selection.
     Fault(
         "a capacity rounds up",
-        CORE + "selection/decision.py",
-        "max(1, math.floor(share * self.tokens.sequence_length))",
-        "max(1, math.ceil(share * self.tokens.sequence_length))",
+        CORE + "selection/capacity.py",
+        "max(1, math.floor(share * length))",
+        "max(1, math.ceil(share * length))",
         SELECTION,
     ),
     Fault(
         "a capacity of documents rounds to nearest",
-        CORE + "selection/decision.py",
+        CORE + "selection/capacity.py",
         "(lengths.double() * share).floor()",
         "(lengths.double() * share).round()",
         SELECTION,
@@ -57,8 +57,8 @@ FAULTS = [
     Fault(
         "a capacity is counted in candidates, not in the sequence",
         CORE + "selection/decision.py",
-        "share * self.tokens.sequence_length",
-        "share * weights.shape[0]",
+        "capacity(share, self.tokens.sequence_length, multiple)",
+        "capacity(share, weights.shape[0], multiple)",
         SELECTION,
     ),
     Fault(

@@ -251,18 +251,20 @@ _LAYOUTS = [
     )
 ]
 
+_TIMED = ROUTERS | {"tiles": ExpertChoice(alpha=0.5, capacity_multiple=128)}
 _TINY = {"hidden_size": 64, "length": 32, "rounds": 1, "has_bar": False}
 _SPEED = [
     Case(
         f"speed/{name}",
         f"{how}, saved time is {BAR:g} of the saved FLOPs or more; bf16, h = 2048, s = 4096",
         realised_savings.saves_time,
-        {"router": ROUTERS[router], "policies": POLICIES, "execution": execution},
+        {"router": _TIMED[router], "policies": POLICIES, "execution": execution},
         _TINY,
         needs=ENGINE if execution.has_engine else (),
     )
     for name, how, router, execution in (
         ("expert/eager", "eager and as a CUDA graph", "expert", Execution(is_static=True)),
+        ("expert/tiles", "in tiles of 128 rows", "tiles", Execution(is_static=True)),
         ("token/eager", "eager", "token", Execution()),
         (
             "expert/compiled",

@@ -38,6 +38,7 @@ PLAUSIBLE: dict[str, list[Any]] = {
     "expert_routers": ["shared", "shared", "per_step"],
     "continue_shares": [0.2, 0.7],
     "capacity_factors": [0.3, 1.0],
+    "capacity_multiple": [1, 4, 128],
     "capacity_factor": [0.3, 1.0, 2.0],
     "mean_experts": [1, 1.5, 2.0],
     "rope_base": [1, 100.0, 10000.0],

@@ -100,6 +100,7 @@ def expert_choice(
     combine: str = "weighted",
     predictor_logit: Callable[[int, Tensor], Tensor] | None = None,
     threshold: float | None = None,
+    multiple: int = 1,
     documents: Int[Tensor, "s b"] | None = None,
     is_padding: Bool[Tensor, "s b"] | None = None,
 ) -> Recursion:
@@ -109,6 +110,7 @@ def expert_choice(
         logit: of a step and one token's state.
         predictor_logit: of a second router that foresees the selection; None: the router itself.
         threshold: choose causally, by the predictor's probability; None: choose the largest.
+        multiple: what capacities are rounded up to a multiple of.
     """
     state, depth = _Grid(hidden), torch.zeros(hidden.shape[:2], dtype=torch.long)
     found = split_documents(len(hidden), hidden.shape[1], documents, is_padding)
@@ -131,6 +133,7 @@ def expert_choice(
                 weights[position] = alpha * _activate(activation, logits[position])
             if threshold is None or factor == 1.0:
                 capacity = max(1, math.floor(factor * len(document.positions)))
+                capacity = multiple * math.ceil(capacity / multiple)
                 by_weight = sorted(candidates[number], key=lambda p: -weights[p].item())
                 chosen = sorted(by_weight[:capacity])
             else:
@@ -475,6 +478,7 @@ def route(
             settings.combine,
             None if own else lambda r, x: score(within(weights, f"predictors.{r}"), x)[0],
             settings.threshold if causal else None,
+            settings.capacity_multiple,
             **where,
         )
     if kind == "TokenChoice":

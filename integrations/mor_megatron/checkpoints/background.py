@@ -13,9 +13,13 @@ once all ranks have written their parts. Until then, `runs.load` does not see it
     saves.finish(waits=True)
 """
 
+import ctypes
 import multiprocessing
-from collections.abc import Iterator, Sequence
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mor_megatron.checkpoints import runs
 from mor_megatron.checkpoints.integrity import raise_together
 from mor_megatron.checkpoints.writer import errors_kept
+
+_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 class BackgroundSaves:
@@ -66,6 +72,8 @@ class BackgroundSaves:
             request = dist_checkpointing.save(
                 state, str(unfinished.partial), async_sharded_save=True, async_strategy="mcore"
             )
+        if request.async_fn is not None:  # a rank may have nothing to write
+            request = request._replace(async_fn=_ending_with_this_process(request.async_fn))
         self._calls.schedule_async_request(request)
         self._under_way = unfinished
         return unfinished.target
@@ -108,8 +116,32 @@ def _results_from_forks() -> Iterator[None]:
     `__main__` guard.
     """
     previous = filesystem_async._results_queue
-    filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
+    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+    manager.start(_end_with, (os.getpid(),))
+    filesystem_async._results_queue = manager.Queue()
     try:
         yield
     finally:
         filesystem_async._results_queue = previous
+
+
+def _ending_with_this_process(write: Callable[..., None]) -> Callable[..., None]:
+    """`write`, for a forked process that ends when this one is killed.
+
+    It would otherwise go on writing while the next session, which may begin at once, removes the
+    folder and writes another checkpoint of the same step into a folder of the same name.
+    """
+    parent = os.getpid()
+
+    def run(*arguments: Any, **options: Any) -> None:
+        _end_with(parent)
+        write(*arguments, **options)
+
+    return run
+
+
+def _end_with(parent: int) -> None:
+    """Let the kernel kill this process when `parent`, which forked it, ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended already
+        os._exit(1)

@@ -13,6 +13,7 @@ from typing import Self
 import torch
 
 from mor_layers import RecursionConfig
+from mor_layers.selection import capacity
 
 WORD_BYTES = 4
 """Bytes of an int32 or fp32, the formats of positions, gates and plans."""
@@ -34,6 +35,8 @@ class CarriedRows:
     """Numbers per token in the router's plan (p) at each step."""
     shares: tuple[float, ...] | None = None
     """Share of the sequence that runs each step, or None if it depends on the tokens."""
+    capacity_multiple: int = 1
+    """What the number of tokens of a share is rounded up to a multiple of."""
     has_documents: bool = False
     """Whether the sequences of a batch may have several documents, or padding."""
     states: int = 1
@@ -65,6 +68,7 @@ class CarriedRows:
             tuple(step.has_gates for step in notes),
             tuple(step.plan_size for step in notes),
             shares,
+            router.rounds_capacities_to,
             documents,
             *_loop_state_sizes(recursion),
             context,
@@ -109,7 +113,7 @@ class CarriedRows:
         """Number of tokens that run a step, or None if only the sent tensor determines it."""
         if self.shares is None:
             return None
-        return max(1, math.floor(self.shares[step] * sequence_length))
+        return capacity(self.shares[step], sequence_length, self.capacity_multiple)
 
     def room(self, sequence_length: int) -> int:
         """Number of tokens in the block that the tensor has room for."""

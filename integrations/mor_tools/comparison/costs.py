@@ -6,6 +6,7 @@ from functools import cached_property
 
 from mor_layers.costs import account
 from mor_layers.routers.capacity import default_capacity_factors
+from mor_layers.selection import capacity
 from mor_tools.planner import Workload
 from mor_tools.pretraining.models.decoder import routed_shares
 from mor_tools.pretraining.models.workload import workload
@@ -113,9 +114,10 @@ class Costs:
 
     def _planned_shares(self, step: int) -> list[float]:
         """The planned shares of an optimizer step, as `flops_with` takes them."""
-        shares = list[float]()
+        length, shares = self.settings.data.sequence_length, list[float]()
         for recursion in self.settings.recursions:
-            number = recursion.num_recursions
-            planned = recursion.router.capacity_factors_at(number, step)
-            shares += planned or default_capacity_factors(number)
+            number, router = recursion.num_recursions, recursion.router
+            planned = router.capacity_factors_at(number, step) or default_capacity_factors(number)
+            multiple = router.rounds_capacities_to
+            shares += [capacity(share, length, multiple) / length for share in planned]
         return shares

@@ -25,6 +25,7 @@ FREE_TO_CHANGE = (
     "training.micro_batch_size",
     "training.recompute",
     "training.checkpoint_every",
+    "training.checkpoint_in_background",
     "training.timeout_seconds",
     "data.prepared_folder",
     "data.workers",

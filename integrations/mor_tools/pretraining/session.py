@@ -188,7 +188,9 @@ class Session:
             is_stable_end = trainer.step == settings.training.decay_start
             if is_stable_end or trainer.step % settings.training.checkpoint_every == 0:
                 trainer.save()
+            trainer.finish_save()
         trainer.save()
+        trainer.finish_save(waits=True)
         stopped = (
             f"stopped after step {trainer.step} of {settings.training.steps}, saved in "
             f"{trainer.saved_folder}."
@@ -316,13 +318,14 @@ class Session:
 
 def _plan(settings: Settings) -> Plan:
     """The facts about the run that follow from its settings."""
-    planned = [
-        PlannedSteps(r.num_recursions, r.router.capacity_factors_for(r.num_recursions))
-        for r in settings.recursions
-    ]
-    warmups = [
-        getattr(r.router, "warmup_steps", 0) for r in settings.recursions
-    ]  # not all have one
+    length = settings.data.sequence_length
+    planned, warmups = [], []
+    for recursion in settings.recursions:
+        number, router = recursion.num_recursions, recursion.router
+        capacities = router.capacities_for(number, length)
+        shares = capacities and tuple(tokens / length for tokens in capacities)
+        planned.append(PlannedSteps(number, shares))
+        warmups.append(getattr(router, "warmup_steps", 0))  # not all routers have one
     return Plan(settings.training.global_batch_size, planned, max(warmups, default=0))
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import tee
@@ -33,6 +33,7 @@ from mor_megatron import (
     update_routers,
 )
 from mor_megatron.checkpoints import describe, runs
+from mor_megatron.checkpoints.background import BackgroundSaves
 from mor_tools.formats import RUN_CHECKPOINTS
 from mor_tools.pretraining import distributed
 from mor_tools.pretraining.data.datasets import batches
@@ -85,6 +86,9 @@ class Trainer:
         self.saved_step: int | None = None
         """Step of the newest checkpoint known to be valid; None if there is none."""
         self.watch = watch
+        self._background = BackgroundSaves() if settings.training.checkpoint_in_background else None
+        self._begun_step: int | None = None
+        """Step of the checkpoint that is being written in the background."""
         self._losses_not_finite: str | None = None
         self.chunks = _data_parallel(settings, chunks)
         self.optimizer = build_optimizer(settings, self.chunks)
@@ -163,18 +167,43 @@ class Trainer:
         return loss, routing_reports(self.chunks)
 
     def save(self) -> None:
-        """Write a checkpoint of the current step, unless there is one already."""
-        if self.saved_step != self.step:
-            self.watch.beat(f"step {self.step}: writing a checkpoint")
-            runs.save(
-                self.checkpoints,
-                self.step,
-                self.chunks,
-                self.optimizer,
-                self.scheduler,
-                describe(self.decoder),
-            )
+        """Write a checkpoint of the current step, unless there is one already.
+
+        In the background, this waits for the checkpoint before, and only begins to write this one.
+
+        Raises:
+            OSError: a checkpoint could not be written, possibly the one before; raised on every rank.
+        """
+        self.finish_save(waits=self.step != self._begun_step)
+        if self.step in (self.saved_step, self._begun_step):
+            return
+        self.watch.beat(f"step {self.step}: writing a checkpoint")
+        state = self.chunks, self.optimizer, self.scheduler, describe(self.decoder)
+        if self._background is not None:
+            self._background.begin(self.checkpoints, self.step, *state)
+            self._begun_step = self.step
+        else:
+            runs.save(self.checkpoints, self.step, *state)
             self.saved_step = self.step
+
+    def finish_save(self, waits: bool = False) -> None:
+        """Publish the checkpoint that is written in the background, if all ranks have written it.
+
+        Call it after each step, and wait before the program ends.
+
+        Raises:
+            OSError: it could not be written; raised on every rank.
+        """
+        if self._background is None or self._begun_step is None:
+            return
+        if waits:
+            self.watch.beat(f"step {self._begun_step}: writing a checkpoint")
+        try:
+            if self._background.finish(waits) is not None:
+                self.saved_step, self._begun_step = self._begun_step, None
+        except OSError:
+            self._begun_step = None
+            raise
 
     @property
     def saved_folder(self) -> Path | None:
@@ -239,6 +268,8 @@ class Trainer:
         gathered: list[str | None] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(gathered, here)
         where = [f"rank {rank} ({found})" for rank, found in enumerate(gathered) if found]
+        with suppress(OSError):  # what this run failed of comes first
+            self.finish_save(waits=True)
         kept = "There is no checkpoint yet, so running again starts over."
         if self.saved_step is not None:
             kept = f"The last valid checkpoint is {self.saved_folder}; run again to resume from it."

@@ -166,7 +166,11 @@ MORE = {
         config=SP,
     ),
     "PP=2, helps, expert": Case(
-        replace(recursion(3, "expert"), router=replace(EXPERT, gate_bias=0.5), **HELPS)
+        replace(
+            recursion(3, "expert"),
+            router=replace(EXPERT, gate_bias=0.5, capacity_multiple=5),
+            **HELPS,
+        )
     ),
     "TP=2+SP x PP=2, long ends, token": Case(
         replace(recursion(2, "token"), prelude_layers=2, coda_layers=3), tp=2, config=SP

@@ -30,6 +30,12 @@ TRAVELS = [
     (RandomDepth((0.7, 0.5, 0.1)), 8 + 5 + 1, 8 + 4 * (2 + 1)),
     # 1 + 8 · 2 words are 68 bytes: a row, or two.
     (ExpertChoice(), 8 + 8 + 1, 8 + 4 * (2 + 2)),
+    # floor(0.5 · 8) = 4 tokens become 6; 1 + 6 · 2 words are a row, or 2 · 3 rows of tokens and words.
+    (
+        ExpertChoice(capacity_factors=(0.5, 0.3, 0.1), capacity_multiple=3),
+        8 + 6 + 1,
+        8 + 4 * (2 + 2),
+    ),
     (ExpertChoice(warmup_steps=5), 8 + 8 + 1, 8 + 4 * (2 + 2)),
     # Two numbers planned for each token: 1 + 8 · 3 words are 100 bytes.
     (TokenChoice(), 8 + 8 + 2, 8 + 4 * (2 + 3)),

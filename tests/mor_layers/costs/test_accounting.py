@@ -257,6 +257,12 @@ def test_each_part_of_the_forward_flops_is_what_its_modules_took(router, kv_poli
     assert (parts.embedding, parts.norms, parts.expert_router) == (0, 0, 0)
 
 
+def test_capacities_in_tiles_are_counted_as_they_run():
+    cost = account(small_config(ExpertChoice(capacity_multiple=4), block_size=2), 11)
+    # floor(2/3 · 11) = 7 and floor(1/3 · 11) = 3 tokens, rounded up to tiles of 4.
+    assert [step.tokens for step in cost.steps] == [11, 11, 8, 4, 11]
+
+
 def test_steps_and_the_output_sum_to_the_totals():
     cost = account(small_config(ExpertChoice(), block_size=2), 11)
     assert [step.stack for step in cost.steps] == ["prelude", "block", "block", "block", "coda"]

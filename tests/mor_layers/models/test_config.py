@@ -273,6 +273,11 @@ BY_CONSTRUCTOR: dict[str, tuple[Callable[[], object], str, str]] = {
         "ExpertChoice.warmup_steps=-1",
         "0 or more",
     ),
+    "a multiple of nothing": (
+        lambda: ExpertChoice(capacity_multiple=0),
+        "ExpertChoice.capacity_multiple=0",
+        "between 1 (no rounding)",
+    ),
     "a certain threshold": (
         lambda: ExpertChoice(threshold=1.0),
         "ExpertChoice.threshold=1.0",

@@ -38,6 +38,7 @@ ROUTERS: dict[str, RouterConfig] = {
     "random_depth": RandomDepth((0.9, 0.6, 0.2)),
     "expert_choice": ExpertChoice(),
     "expert_choice_warmup": ExpertChoice(warmup_steps=5),
+    "expert_choice_tiles": ExpertChoice(capacity_multiple=4),
     "expert_choice_mlp": ExpertChoice("mlp", predictor="aux_router", gate_bias=0.5),
     "token_choice": TokenChoice(),
     "token_choice_mlp": TokenChoice("mlp", gate_bias=-1.0, activation="sigmoid"),
@@ -116,7 +117,11 @@ def test_fixed_capacities_are_kept_exactly(name):
     assert factors is not None
     router = randomized(config.build(HIDDEN_SIZE, STEPS))
     widths = [decision.tokens.shape[0] for decision in decisions(router)]
-    assert widths == [max(1, int(factor * LENGTH)) for factor in factors]
+    assert tuple(widths) == config.capacities_for(STEPS, LENGTH)
+    for width, factor in zip(widths, factors, strict=True):
+        asked = max(1, int(factor * LENGTH))
+        assert asked <= width < asked + config.rounds_capacities_to
+        assert width % config.rounds_capacities_to == 0 or width == LENGTH
 
 
 @pytest.mark.parametrize("name", ROUTERS)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mor_layers import RoutingDecision, Tokens
-from mor_layers.selection import put_rows, take_rows
+from mor_layers.selection import capacity, put_rows, take_rows
+from mor_layers.selection.capacity import capacities
 from tests.mor_layers.small_models import columns
 from tests.oracles import loops as reference
 
@@ -49,7 +50,7 @@ def kept_positions(tokens: Tokens) -> list[list[int]]:
 
 
 def top_positions(
-    whole: Tokens, candidates: Tokens, weights: torch.Tensor, share: float
+    whole: Tokens, candidates: Tokens, weights: torch.Tensor, share: float, multiple: int = 1
 ) -> list[list[int]]:
     """What `keep_top` must keep, document by document."""
     documents = reference.split_documents(*whole.shape, whole.documents, whole.is_padding)
@@ -59,17 +60,21 @@ def top_positions(
         weight = {int(candidates.positions[i, j]): weights[i, j] for i in range(len(weights))}
         running = [p for p in document.positions if p in kept_positions(candidates)[j]]
         capacity = max(1, math.floor(share * len(document.positions)))
+        capacity = multiple * math.ceil(capacity / multiple)  # a slice ends at the document's end
         kept[j] += sorted(running, key=lambda p: -weight[p])[:capacity]
     return [sorted(positions) for positions in kept]
 
 
-@given(tokens=batches(), first=shares, second=shares, seed=seeds)
-def test_the_tokens_of_largest_weight_stay_in_order_in_every_document(tokens, first, second, seed):
+@given(tokens=batches(), first=shares, second=shares, multiple=st.integers(1, 6), seed=seeds)
+def test_the_tokens_of_largest_weight_stay_in_order_in_every_document(
+    tokens, first, second, multiple, seed
+):
     decision = RoutingDecision.everything(tokens)
     for share in (max(first, second), min(first, second)):
         candidates, weights = decision.tokens, random_weights(decision.tokens, seed)
-        decision = decision.keep_top(weights, share)
-        assert kept_positions(decision.tokens) == top_positions(tokens, candidates, weights, share)
+        decision = decision.keep_top(weights, share, multiple)
+        expected = top_positions(tokens, candidates, weights, share, multiple)
+        assert kept_positions(decision.tokens) == expected
         assert decision.tokens.is_padding is not None or share == 1 or tokens.is_plain
 
 
@@ -117,6 +122,23 @@ def test_plain_sequences_keep_what_one_marked_document_keeps(length, share):
     assert kept_positions(kept[0]) == kept_positions(kept[1])
     assert kept[0].shape[0] == max(1, math.floor(share * length))
     assert kept[0].is_plain
+
+
+@pytest.mark.parametrize(
+    ("share", "length", "multiple", "tokens"),
+    [
+        (1 / 3, 4096, 1, 1365),
+        (1 / 3, 4096, 128, 1408),
+        (0.5, 256, 128, 128),  # a multiple already
+        (0.01, 1000, 64, 64),  # never 0
+        (0.01, 50, 1, 1),
+        (0.9, 100, 64, 100),  # 90 tokens would be 128, more than there are
+    ],
+)
+def test_capacities_are_rounded_up_to_tiles_within_the_document(share, length, multiple, tokens):
+    assert capacity(share, length, multiple) == tokens
+    lengths = torch.tensor([[length], [0]])
+    assert capacities(share, lengths, multiple).tolist() == [[tokens], [0]]
 
 
 @pytest.mark.parametrize("documents", [None, columns([4, 4, 4, 1, 1, 1, 1])])

@@ -131,6 +131,7 @@ def test_damage_is_named(folder):
         (replace(small_config(), head_dim=4), "head_dim=4"),
         (small_config(ExpertChoice(threshold=0.4)), "threshold=0.4"),
         (small_config(ExpertChoice(gate_bias=1.0)), "gate_bias=1.0"),
+        (small_config(ExpertChoice(capacity_multiple=8)), "capacity_multiple=8"),
         (small_config(TokenChoice(gate_bias=1.0, activation="sigmoid")), "gate_bias=1.0"),
         (small_config(TokenChoice(balancing="none")), "balancing='none'"),
         (small_config(RandomDepth()), "router='RandomDepth'"),

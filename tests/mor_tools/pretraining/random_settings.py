@@ -21,6 +21,7 @@ LEFT_OUT = {
     "data.tokenizer",
     "data.loader",
     "data.workers",
+    "training.checkpoint_in_background",
     "training.initial_weights",
     "training.timeout_seconds",
     "wandb",

@@ -64,6 +64,9 @@ class TrainingSettings:
     branch. Optimizer and schedule start anew. null: random weights."""
     checkpoint_every: int = 200
     """Steps between checkpoints; the start of the decay and the end of a run always write one."""
+    checkpoint_in_background: bool = False
+    """Whether training goes on while a process forked from each rank writes a checkpoint. The memory of
+    the host must have room for a copy of the weights and the state of the optimizer."""
     timeout_seconds: float = 600.0
     """Longest time for a micro-batch, including communication, or for a checkpoint. After this time the
     run ends and reports which rank hangs. At most 30 days."""
