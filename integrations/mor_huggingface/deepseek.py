@@ -5,8 +5,8 @@ that a checkpoint with experts is a model of ours whose prelude is dense (`dense
 runs once. V2 (arXiv 2405.04434) scores experts by softmax and does not normalise gates; V3 (arXiv
 2412.19437) scores them by sigmoid, chooses them by score plus bias, and normalises gates. Moonlight is a
 V3. Config and tensors are those of transformers' `deepseek_v2` and `deepseek_v3`. A checkpoint that uses
-an unsupported setting is rejected with an error that names the setting: layers of multi-token
-prediction, quantized weights.
+an unsupported setting is rejected with an error that names the setting, such as quantized weights.
+Layers of multi-token prediction, which V3 has after its last one, are our heads.
 
 Legend: `e` experts, `f` width of an expert, `h` hidden.
 """
@@ -14,7 +14,7 @@ Legend: `e` experts, `f` width of an expert, `h` hidden.
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mor_huggingface.rope import read_rope, write_rope
 from mor_layers import DecoderConfig, FixedDepth, MoEConfig, RecursionConfig
-from mor_layers.models import LatentAttentionConfig
+from mor_layers.models import LatentAttentionConfig, MultiTokenPrediction
 from mor_layers.settings.field_types import shown
 from mor_layers.weights import (
     CONFIG,
@@ -45,10 +45,19 @@ from mor_layers.weights import (
 
 LATENT_EPSILON = 1e-6
 """Of the norms of latent rows, which is not a setting of theirs. Ours have that of the other norms."""
+MOST_HEADS = 8
+"""Layers of multi-token prediction that are read. Released checkpoints have one."""
 _BIAS_UPDATE_RATE = 0.001
 """Of V3's bias (section 4.2), which its config.json does not have."""
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.((?:gate|up|down)_proj)\.weight")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+_HEAD = {
+    "embedding_norm.weights.0": "enorm.weight",
+    "state_norm.weights.0": "hnorm.weight",
+    "projection.weight": "eh_proj.weight",
+    "norm.weights.0": "shared_head.norm.weight",
+}
 _INTEGERS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
@@ -114,8 +123,8 @@ def open_deepseek(folder: Path) -> StoredModel:
     config = config_from_deepseek(values, str(folder / CONFIG))
     tensors = open_tensors(folder)
     require_layers(config, len(tensors), folder)
-    _refuse_further_layers(config, tensors, folder)
-    joined = _Joined(tensors)
+    config = _with_heads(config, tensors, folder)
+    joined = _Joined(_without_copies(config, tensors, folder))
     weights = fitting(config, deepseek_names(config), joined.tensors(), folder)
     return StoredModel(config, weights, carried(values), side_files(folder))
 
@@ -139,6 +148,9 @@ def write_deepseek(
                 places[f"{place}.{expert}.{projection}.weight"] = (ours, expert)
         else:
             places[theirs] = (ours, 0 if _is_single(theirs) else None)
+    output = "embedding.weight" if config.tie_embeddings else "output.weight"
+    for copy, original in _copies(config).items():
+        places[copy] = ("embedding.weight" if original == _EMBEDDING else output, None)
 
     def read(name: str) -> Tensor:
         ours, index = places[name]
@@ -243,24 +255,55 @@ def deepseek_config(family: Family, config: DecoderConfig) -> dict[str, Any]:
         "first_k_dense_replace": layers if moe is None else config.schedule.prelude,
     }
     if family is V3:
-        values |= {"rope_interleave": True, "num_nextn_predict_layers": 0}
+        further = config.multi_token_prediction
+        heads = 0 if further is None else further.num_heads
+        values |= {"rope_interleave": True, "num_nextn_predict_layers": heads}
     return values if moe is None else values | _expert_values(family, moe, config)
 
 
 def deepseek_names(config: DecoderConfig) -> dict[str, str]:
     """The name in a checkpoint of each tensor, with one for the same projection of all experts."""
-    names = {"embedding.weight": "model.embed_tokens.weight"}
+    names = {"embedding.weight": _EMBEDDING}
     for depth, (ours, _) in enumerate(unrolled_layers(config)):
-        theirs = f"model.layers.{depth}"
-        own = layer_names(config, ours, theirs)
-        if config.moe is not None and not (config.dense_ends and ours.startswith("prelude.")):
-            own = {name: other for name, other in own.items() if ".mlp." not in name}
-            own |= _expert_names(config.moe, f"{ours}.mlp", f"{theirs}.mlp")
-        names |= own
+        is_dense = config.dense_ends and ours.startswith("prelude.")
+        moe = None if is_dense else config.moe
+        names |= _layer_names(config, moe, ours, f"model.layers.{depth}")
+    for head, theirs in enumerate(_head_places(config)):
+        ours = f"prediction_heads.{head}"
+        names |= {f"{ours}.{own}": f"{theirs}.{other}" for own, other in _HEAD.items()}
+        names |= _layer_names(config, config.head_config.moe, f"{ours}.layers.layers.0", theirs)
     names["norm.weights.0"] = "model.norm.weight"
     if not config.tie_embeddings:
-        names["output.weight"] = "lm_head.weight"
+        names["output.weight"] = _OUTPUT
     return names
+
+
+def _layer_names(
+    config: DecoderConfig, moe: MoEConfig | None, ours: str, theirs: str
+) -> dict[str, str]:
+    """The names of the tensors of one layer, with the given experts."""
+    names = layer_names(config, ours, theirs)
+    if moe is None:
+        return names
+    names = {name: other for name, other in names.items() if ".mlp." not in name}
+    return names | _expert_names(moe, f"{ours}.mlp", f"{theirs}.mlp")
+
+
+def _head_places(config: DecoderConfig) -> list[str]:
+    """Where a checkpoint has the layers of multi-token prediction."""
+    further, first = config.multi_token_prediction, config.num_unrolled_layers
+    heads = 0 if further is None else further.num_heads
+    return [f"model.layers.{first + head}" for head in range(heads)]
+
+
+def _copies(config: DecoderConfig) -> dict[str, str]:
+    """The copies of other tensors that layers of multi-token prediction have."""
+    output = _EMBEDDING if config.tie_embeddings else _OUTPUT
+    copies = {}
+    for place in _head_places(config):
+        copies |= {f"{place}.embed_tokens.weight": _EMBEDDING}
+        copies |= {f"{place}.shared_head.head.weight": output}
+    return copies
 
 
 def _expert_names(moe: MoEConfig, ours: str, theirs: str) -> dict[str, str]:
@@ -310,18 +353,36 @@ class _Joined:
         return torch.stack([self._tensors[f"{place}.{e}.{projection}.weight"] for e in experts])
 
 
-def _refuse_further_layers(
+def _with_heads(config: DecoderConfig, tensors: Mapping[str, Tensor], where: Path) -> DecoderConfig:
+    """The settings with as many heads as there are layers of multi-token prediction in the files.
+
+    transformers leaves these layers out when it saves a model, whatever config.json says.
+    """
+    numbers = {int(match[1]) for match in map(_LAYER.match, tensors) if match is not None}
+    heads = max(numbers, default=0) + 1 - config.num_unrolled_layers
+    if heads < 1:
+        return config
+    if heads > MOST_HEADS:
+        raise ValueError(
+            f"{where}: there are tensors of {heads} layers after the {config.num_unrolled_layers} of "
+            f"config.json (num_hidden_layers); at most {MOST_HEADS} can be those of multi-token "
+            "prediction."
+        )
+    return replace(config, multi_token_prediction=MultiTokenPrediction(heads))
+
+
+def _without_copies(
     config: DecoderConfig, tensors: Mapping[str, Tensor], where: Path
-) -> None:
-    """Raise ValueError if there are layers of multi-token prediction."""
-    for name in tensors:
-        match = _LAYER.match(name)
-        if match is not None and int(match[1]) >= config.num_unrolled_layers:
+) -> Mapping[str, Tensor]:
+    """The tensors without copies of others, which must be equal to these."""
+    copies = {copy: other for copy, other in _copies(config).items() if copy in tensors}
+    for copy, other in copies.items():
+        if other in tensors and not torch.equal(tensors[copy], tensors[other]):
             raise ValueError(
-                f"{where}: {name!r} belongs to a layer of multi-token prediction "
-                f"(num_nextn_predict_layers) after the {config.num_unrolled_layers} layers of the "
-                "model, which ours do not have. Remove these layers' tensors from the files."
+                f"{where}: {copy!r} differs from {other!r}, and our heads have no embedding and no "
+                "output of their own."
             )
+    return LazyTensors([name for name in tensors if name not in copies], tensors.__getitem__)
 
 
 def _integers(
@@ -413,7 +474,8 @@ def _expert_values(family: Family, moe: MoEConfig, config: DecoderConfig) -> dic
 def _require_plain(family: Family, config: DecoderConfig) -> None:
     """Raise ValueError unless every layer runs once, with experts in all but the first ones."""
     for name in config.beyond_llama:
-        _refuse(family, name, getattr(config, name))
+        if family is not V3 or name != "multi_token_prediction":
+            _refuse(family, name, getattr(config, name))
     recursion, schedule = config.recursion, config.schedule
     if recursion is None:
         if config.dense_ends:

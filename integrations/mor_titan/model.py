@@ -56,6 +56,11 @@ class MoRModel(BaseModel):
                 ValueError: for the first such setting.
             """
             self.seed = config.debug.seed or 0
+            if self.decoder_config.multi_token_prediction is not None:
+                raise ValueError(
+                    "multi_token_prediction is not trained by torchtitan, whose loss sees the logits of "
+                    "the next token only. Leave it out, or train with the PyTorch or Megatron model."
+                )
             if any(recursion.loop_loss for recursion in self.decoder_config.recursions):
                 raise ValueError(
                     "loop_loss needs the labels inside the model, which torchtitan gives to the loss "

@@ -79,7 +79,8 @@ class Accounting:
     """FLOPs per forward pass that do not depend on the batch, for the row norms of weights with
     `dora` deltas. They are not part of `forward`."""
     further_losses: tuple[Parts, Parts] = (Parts(), Parts())
-    """FLOPs, forward and backward, of losses after all loops but the last, which only training has."""
+    """FLOPs, forward and backward, of losses after all loops but the last, and of the heads of
+    multi-token prediction, which only training has."""
 
     @property
     def training(self) -> Parts:
@@ -170,6 +171,14 @@ def account(
         _times(shape.num_losses - 1, sum((step.forward for step in ends), Parts(output=head))),
         _times(shape.num_losses - 1, sum((step.backward for step in ends), Parts(output=2 * head))),
     )
+    for stack in shape.heads:
+        alone = replace(shape, stacks=(stack,), heads=(), num_losses=1)
+        own = account(alone, sequence_length, None, causal_half, recomputes_scores)
+        joining = Parts(projections=2 * sequence_length * 2 * h * h)
+        further = (
+            further[0] + own.forward + joining,
+            further[1] + own.backward + joining + joining,
+        )
     return Accounting(sequence_length, parameters, tuple(steps), forward, backward, once, further)
 
 
@@ -275,7 +284,8 @@ def count_parameters(shape: ModelShape) -> Parts:
     count = Parts(embedding=matrix, norms=h, output=0 if shape.tie_embeddings else matrix)
     biases = shape.query_size + 2 * shape.kv_size if shape.qkv_bias else 0
     latent_norms = 0 if shape.latent is None else shape.latent.norm_weights
-    for stack in shape.stacks:
+    count += Parts(norms=3 * h * len(shape.heads), projections=2 * h * h * len(shape.heads))
+    for stack in (*shape.stacks, *shape.heads):
         layers, experts = stack.num_layers, stack.mlp.num_experts
         norms = (
             (4 if stack.sandwich_norms else 2)

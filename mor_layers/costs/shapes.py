@@ -245,6 +245,9 @@ class ModelShape:
     num_losses: int = 1
     """How often states are read out in training: once, or after every loop. Each time the layers after
     the last recursion and the output run."""
+    heads: tuple[StackShape, ...] = ()
+    """The layer of each head of multi-token prediction, which only training runs. A head also projects
+    two states to one, has three norms, and multiplies by the output matrix."""
 
     @classmethod
     def from_decoder(cls, config: DecoderConfig, router: RouterShape | None = None) -> Self:
@@ -282,6 +285,7 @@ class ModelShape:
             config.head_size if config.qk_norm else 0,
             LatentShape.of_decoder(config),
             last.num_recursions if last.loop_loss is not None else 1,
+            _heads(config),
         )
 
     def tokens_per_step(self, shares: Sequence[float], length: int) -> list[float] | None:
@@ -321,6 +325,14 @@ class ModelShape:
         """The plain model of the same depth, in which each repeat has weights of its own."""
         stacks = (StackShape(s.name, s.num_layers * s.num_recursions, s.mlp) for s in self.stacks)
         return replace(self, stacks=tuple(stacks), num_losses=1)
+
+
+def _heads(config: DecoderConfig) -> tuple[StackShape, ...]:
+    given = config.multi_token_prediction
+    if given is None:
+        return ()
+    mlp = MLPShape.of_layer(config.head_config)
+    return (StackShape("head", 1, mlp, sandwich_norms=config.sum_norms),) * given.num_heads
 
 
 def _blocks(part: DecoderConfig, router: RouterShape | None) -> list[StackShape]:

@@ -10,7 +10,11 @@ from mor_layers.generation.engine import DepthBatchingEngine, Event
 from mor_layers.generation.incremental import IncrementalDecoder
 from mor_layers.generation.sampling import Sampling
 from mor_layers.generation.scheduling import Request
-from mor_layers.generation.speculation import Speculation, SpeculativeDecoder
+from mor_layers.generation.speculation import (
+    HeadSpeculation,
+    Speculation,
+    SpeculativeDecoder,
+)
 from mor_layers.generation.tensor_parallel import shard
 
 __all__ = [
@@ -19,6 +23,7 @@ __all__ = [
     "Calibration",
     "DepthBatchingEngine",
     "Event",
+    "HeadSpeculation",
     "IncrementalDecoder",
     "Request",
     "Sampling",

@@ -1,12 +1,16 @@
-"""Self-speculative decoding: a few steps of the recursion draft tokens, and all steps verify them.
+"""Speculative decoding by the model itself: a part of it drafts tokens, and all of it verifies them.
 
-The draft of a token is read out after its first steps, with the model's own last layers, norm and head.
-When a few tokens are drafted, the remaining steps run on all of them at once. What the draft computed
-is not computed again: keys and values of the first steps are the same for a draft and for the full
-model, under every KV policy, because a step depends on no later one.
+With `Speculation`, the first steps of the recursion draft. The draft of a token is read out after these
+steps, with the model's own last layers, norm and head. When a few tokens are drafted, the remaining
+steps run on all of them at once. What the draft computed is not computed again: keys and values of the
+first steps are the same for a draft and for the full model, under every KV policy, because a step
+depends on no later one.
 
     draft    token → steps 1..d → read out → next token → steps 1..d → read out → ...
     verify   all of these tokens together → steps d+1..N_r → read out → accept or correct
+
+With `HeadSpeculation`, the heads of multi-token prediction draft (`head_drafts`), and the model runs on
+all drafts at once, with the token before them. A round then also gives the token after the last draft.
 
 A step of decoding costs the time to read the weights, whether one token runs it or several do, so drafts
 save the time of the deep steps. The result does not depend on them: greedy decoding gives the tokens
@@ -23,9 +27,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
+from mor_layers.generation.head_drafts import HeadDrafts
 from mor_layers.generation.in_flight import Pool, Rows
 from mor_layers.generation.incremental import IncrementalDecoder
 from mor_layers.generation.sampling import Sampling, distribution
@@ -47,6 +53,19 @@ class Speculation:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
 
 
+@dataclass(frozen=True)
+class HeadSpeculation:
+    """Tokens are drafted by the heads of multi-token prediction."""
+
+    num_drafts: int | None = None
+    """Number of tokens that are drafted before they are verified: that of the heads that are used. At
+    least 1; None: all heads."""
+
+    def __post_init__(self) -> None:
+        if self.num_drafts is not None and self.num_drafts < 1:
+            raise ValueError(f"num_drafts={self.num_drafts} must be at least 1.")
+
+
 @dataclass
 class Counts:
     """What speculation did, and what it saved."""
@@ -66,12 +85,17 @@ class Counts:
     """Steps of the tokens that remained."""
 
     def add(
-        self, depths: Int[Tensor, "b k"], num_accepted: Int[Tensor, " b"], kept: Int[Tensor, " b"]
+        self,
+        depths: Int[Tensor, "b k"],
+        num_drafts: int,
+        num_accepted: Int[Tensor, " b"],
+        kept: Int[Tensor, " b"],
     ) -> None:
-        """Count a round: the depths of all tokens that ran, and how many of each text remained."""
+        """Count a round: the depths of all tokens that ran, how many drafts of each text there were and
+        were accepted, and how many of the tokens remained."""
         is_kept = torch.arange(depths.shape[1], device=depths.device) < kept[:, None]
         remaining = depths.where(is_kept, 0).sum(dim=1)
-        self.drafted += depths.numel()
+        self.drafted += num_drafts * len(depths)
         self.accepted += int(num_accepted.sum())
         self.token_steps += int(depths.sum())
         self.plain_token_steps += int(remaining.sum())
@@ -107,7 +131,7 @@ class _Drafts:
 
 
 class SpeculativeDecoder:
-    """Continues a batch of texts by drafts of the first steps.
+    """Continues a batch of texts by drafts of the first steps, or of the model's heads.
 
     Args:
         model: the model. It is put into evaluation mode.
@@ -116,28 +140,20 @@ class SpeculativeDecoder:
             always the most likely token.
 
     Raises:
-        ValueError: the model has no recursion whose steps a draft could leave out, or the logits are
-            changed in a way that depends on the text so far.
+        ValueError: the model has no recursion whose steps a draft could leave out, or no heads, or the
+            logits are changed in a way that depends on the text so far.
     """
 
     def __init__(
         self,
         model: MoRTransformer,
-        speculation: Speculation,
+        speculation: Speculation | HeadSpeculation,
         sampling: Sampling | None = None,
     ) -> None:
-        recursion = model.config.only_recursion("speculation")
-        steps = 1 if recursion is None else recursion.num_recursions
-        if recursion is None or len(model.recursions) > 1:
-            raise ValueError(
-                "drafts leave out the last steps of a block that runs several times, and this model has "
-                "none: it is plain, or its layers repeat one by one. Use IncrementalDecoder."
-            )
-        if speculation.draft_depth >= steps:
-            raise ValueError(
-                f"draft_depth={speculation.draft_depth} must be below the {steps} steps of the model, "
-                "so that a draft leaves some of them out."
-            )
+        if isinstance(speculation, HeadSpeculation):
+            _require_heads(model, speculation)
+        else:
+            _require_steps(model, speculation)
         sampling = sampling or Sampling()
         if sampling.adjusts_logits:
             raise ValueError(
@@ -166,29 +182,49 @@ class SpeculativeDecoder:
                 f"max_new_tokens={max_new_tokens}: each must be at least 1."
             )
         decoder, counts = IncrementalDecoder(self.model, len(prompts)), Counts()
-        texts = [[token] for token in self._begin(decoder, prompts).tolist()]
+        heads = None
+        if isinstance(self.speculation, HeadSpeculation):
+            heads = HeadDrafts(self.model, len(prompts), self.num_drafts)
+        texts = [[token] for token in self._begin(decoder, prompts, heads).tolist()]
         while True:
             left = [0 if text[-1] in stop_ids else max_new_tokens - len(text) for text in texts]
             if not any(left):
                 return Speculated(texts, counts)
             last = torch.tensor([text[-1] for text in texts], device=self.device)
             is_open = torch.tensor(left, device=self.device) > 0
-            num_drafts = min(self.speculation.num_drafts, max(left))
-            found = self._round(decoder, last, is_open, num_drafts, counts)
+            num_drafts = min(self.num_drafts, max(left))
+            if heads is None:
+                found = self._round(decoder, last, is_open, num_drafts, counts)
+            else:
+                found = self._round_of_heads(decoder, heads, is_open, num_drafts, counts)
             for text, new, most in zip(texts, found, left, strict=True):
                 new = new[:most]
                 stops = [i for i, token in enumerate(new) if token in stop_ids]
                 text += new[: stops[0] + 1] if stops else new
 
-    def _begin(self, decoder: IncrementalDecoder, prompts: Sequence[Sequence[int]]) -> Tensor:
+    @property
+    def num_drafts(self) -> int:
+        """Number of tokens that are drafted before they are verified."""
+        return self.speculation.num_drafts or len(self.model.prediction_heads)
+
+    def _begin(
+        self,
+        decoder: IncrementalDecoder,
+        prompts: Sequence[Sequence[int]],
+        heads: HeadDrafts | None,
+    ) -> Tensor:
         """Run the prompts, and choose the first token of each text."""
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         is_token = torch.arange(int(lengths.max())) < lengths[:, None]
         ids = torch.zeros(is_token.shape, dtype=torch.long)
         ids[is_token] = torch.tensor([token for prompt in prompts for token in prompt])
-        states = decoder.extend(ids.to(self.device), is_token.to(self.device))
-        last = states[torch.arange(len(prompts)), lengths - 1]
-        return self._draw(self._chances(last))
+        ids, texts = ids.to(self.device), torch.arange(len(prompts), device=self.device)
+        states = decoder.extend(ids, is_token.to(self.device))
+        lengths = lengths.to(self.device)
+        first = self._draw(self._chances(states[texts, lengths - 1]))
+        if heads is not None:
+            heads.append(texts, ids, lengths, states, first)
+        return first
 
     def _round(
         self,
@@ -212,11 +248,50 @@ class SpeculativeDecoder:
         # The last draft has not run itself. It does in the next round, if it was accepted.
         kept = (num_accepted + 1).clamp(max=num_drafts)
         decoder.keep(before.index_add(0, texts, kept))
-        counts.add(rows.steps.view_as(drafts.tokens), num_accepted, kept)
+        counts.add(rows.steps.view_as(drafts.tokens), num_drafts, num_accepted, kept)
         new: list[list[int]] = [[] for _ in range(len(last))]
         answers = (texts, drafts.tokens, num_accepted, correction)
         for text, tokens, count, corrected in zip(*(a.tolist() for a in answers), strict=True):
             new[text] = tokens if count == num_drafts else [*tokens[:count], corrected]
+        return new
+
+    def _round_of_heads(
+        self,
+        decoder: IncrementalDecoder,
+        heads: HeadDrafts,
+        is_open: Bool[Tensor, " b"],
+        num_drafts: int,
+        counts: Counts,
+    ) -> list[list[int]]:
+        """Draft tokens with the heads, run the model on all of them, and keep what is right.
+
+        Returns:
+            The new tokens of each text: the drafts that were accepted, and the one after them.
+        """
+        texts, before = is_open.nonzero()[:, 0], decoder.is_token.sum(dim=1)
+
+        def choose(states: Float[Tensor, "o h"]) -> tuple[Tensor, Tensor]:
+            chances = self._chances(states)
+            return self._draw(chances), chances
+
+        drafts, proposed = heads.draft(texts, num_drafts, choose)
+        last = heads.ids[texts, heads.lengths[texts] - 1]
+        run = torch.cat([last[:, None], drafts], dim=1)  # [o 1+k]
+        ids = run.new_zeros(len(is_open), run.shape[1]).index_copy(0, texts, run)
+        states = decoder.extend(ids, is_open[:, None].expand_as(ids))[texts]
+        wanted = self._chances(states.flatten(0, 1)).unflatten(0, run.shape)
+        num_accepted, following = self._verified(drafts, proposed, wanted)
+        kept = num_accepted + 1
+        places = before[texts, None] + torch.arange(run.shape[1], device=self.device)
+        depths = decoder.depths[texts[:, None], places]
+        counts.passes += int(depths.max())
+        counts.add(depths, num_drafts, num_accepted, kept)
+        decoder.keep(before.index_add(0, texts, kept))
+        heads.append(texts, run, kept, states, following)
+        new: list[list[int]] = [[] for _ in range(len(is_open))]
+        answers = (texts, drafts, num_accepted, following)
+        for text, tokens, count, after in zip(*(a.tolist() for a in answers), strict=True):
+            new[text] = [*tokens[:count], after]
         return new
 
     def _draft(
@@ -230,6 +305,7 @@ class SpeculativeDecoder:
         """Draft tokens one by one, each read out after the first steps of the one before."""
         token, tokens, chances = last, list[Tensor](), list[Tensor]()
         exited, paused = list[Rows](), list[Pool]()
+        assert isinstance(self.speculation, Speculation)
         for _ in range(num_drafts):
             entering = decoder.enter(token[:, None], is_open[:, None])
             early, pool = decoder.recur(entering, self.speculation.draft_depth)
@@ -247,6 +323,7 @@ class SpeculativeDecoder:
         self, decoder: IncrementalDecoder, drafts: "_Drafts", counts: Counts
     ) -> Rows:
         """Run all tokens of a round through the steps that their drafts left out."""
+        assert isinstance(self.speculation, Speculation)
         decoder.cached.are_alone, late = False, list[Rows]()
         if any(len(pool) for pool in drafts.paused):
             depth = self.speculation.draft_depth
@@ -258,23 +335,26 @@ class SpeculativeDecoder:
         self,
         given: Int[Tensor, "b k"],
         proposed: Float64[Tensor, "b k v"],
-        wanted: Float64[Tensor, "b k v"],
+        wanted: Float64[Tensor, "b w v"],
     ) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
         """How many drafts of each text are accepted, and the token in place of the first that is not.
 
         A draft x is accepted with probability min(1, p(x)/q(x)), where q proposed it and p is wanted.
         Otherwise a token is drawn from max(0, p - q), which makes up for what q proposes too rarely.
+        Where `wanted` has one entry more than there are drafts, `w = k + 1`, the token after the last
+        accepted draft is drawn from it.
         """
-        chosen = given[..., None]
-        ratio = (wanted.gather(-1, chosen) / proposed.gather(-1, chosen))[..., 0]
+        chosen, num_drafts = given[..., None], given.shape[1]
+        ratio = (wanted[:, :num_drafts].gather(-1, chosen) / proposed.gather(-1, chosen))[..., 0]
         draw = torch.rand(
             ratio.shape, dtype=torch.float64, generator=self.random, device=self.device
         )
         is_accepted = draw < ratio
         num_accepted = is_accepted.long().cumprod(dim=1).sum(dim=1)
-        at = num_accepted.clamp(max=given.shape[1] - 1)[:, None, None].expand(
+        at = num_accepted.clamp(max=wanted.shape[1] - 1)[:, None, None].expand(
             -1, 1, wanted.shape[-1]
         )
+        proposed = F.pad(proposed, (0, 0, 0, wanted.shape[1] - num_drafts))
         rest = (wanted - proposed).clamp(min=0.0).gather(1, at)[:, 0]
         # Without any rest, p equals q, and no draft is rejected.
         rest = rest.where(rest.sum(dim=-1, keepdim=True) > 0, wanted.gather(1, at)[:, 0])
@@ -289,3 +369,29 @@ class SpeculativeDecoder:
         if self.sampling.temperature == 0:
             return chances.argmax(dim=-1)
         return torch.multinomial(chances, 1, generator=self.random)[:, 0]
+
+
+def _require_steps(model: MoRTransformer, speculation: Speculation) -> None:
+    """Raise ValueError unless the model has steps that a draft can leave out."""
+    recursion = model.config.only_recursion("speculation")
+    steps = 1 if recursion is None else recursion.num_recursions
+    if recursion is None or len(model.recursions) > 1:
+        raise ValueError(
+            "drafts leave out the last steps of a block that runs several times, and this model has "
+            "none: it is plain, or its layers repeat one by one. Use IncrementalDecoder."
+        )
+    if speculation.draft_depth >= steps:
+        raise ValueError(
+            f"draft_depth={speculation.draft_depth} must be below the {steps} steps of the model, "
+            "so that a draft leaves some of them out."
+        )
+
+
+def _require_heads(model: MoRTransformer, speculation: HeadSpeculation) -> None:
+    """Raise ValueError unless the model has as many heads as there are drafts."""
+    heads = len(model.prediction_heads)
+    if heads < (speculation.num_drafts or 1):
+        raise ValueError(
+            f"num_drafts={speculation.num_drafts} needs as many heads, and the model has {heads}. Train "
+            "it with multi_token_prediction, or use Speculation, which drafts with the first steps."
+        )

@@ -4,6 +4,8 @@ from mor_layers.models.config import DecoderConfig
 from mor_layers.models.latent_attention import LatentAttentionConfig
 from mor_layers.models.layers import DecoderLayer, DecoderStack
 from mor_layers.models.limits import MOST_LAYERS, MOST_NUMBERS, MOST_TOKENS
+from mor_layers.models.multi_token_prediction import MultiTokenPrediction
+from mor_layers.models.prediction_heads import PredictionHead
 from mor_layers.models.recursion_config import RecursionConfig, unrolled_lengths
 from mor_layers.models.rope_scaling import (
     ROPE_SCALINGS,
@@ -29,6 +31,8 @@ __all__ = [
     "LinearScaling",
     "Llama3Scaling",
     "MoRTransformer",
+    "MultiTokenPrediction",
+    "PredictionHead",
     "RecursionConfig",
     "RopeScaling",
     "YarnScaling",

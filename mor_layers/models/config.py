@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from mor_layers.layers import MoEConfig
 from mor_layers.models.latent_attention import LatentAttentionConfig
 from mor_layers.models.limits import MOST_LAYERS, MOST_NUMBERS, MOST_TOKENS
+from mor_layers.models.multi_token_prediction import MultiTokenPrediction
 from mor_layers.models.recursion_config import RecursionConfig, unrolled_lengths
 from mor_layers.models.rope_scaling import RopeScaling, YarnScaling
 from mor_layers.recursion import SharingSchedule
@@ -61,6 +62,9 @@ class DecoderConfig:
     dense_ends: bool = False
     """Whether the layers outside of recursions (without recursion, the first and the last layer) keep
     a dense MLP although `moe` is set."""
+    multi_token_prediction: MultiTokenPrediction | None = None
+    """Heads that predict further tokens; None: only the next one is predicted. Their layers are like the
+    model's last one."""
     embedding_scale: float = 1.0
     """What embeddings of tokens are multiplied by. Above 0. The output matrix is not, even if tied."""
     sum_norms: bool = False
@@ -193,8 +197,20 @@ class DecoderConfig:
     def beyond_llama(self) -> tuple[str, ...]:
         """The settings in use, outside of the recursion and of latent attention, that a Llama does not
         have."""
-        used = {"embedding_scale": self.embedding_scale != 1, "sum_norms": self.sum_norms}
+        used = {
+            "embedding_scale": self.embedding_scale != 1,
+            "sum_norms": self.sum_norms,
+            "multi_token_prediction": self.multi_token_prediction is not None,
+        }
         return tuple(name for name, is_used in used.items() if is_used)
+
+    @property
+    def head_config(self) -> "DecoderConfig":
+        """The plain decoder whose layers the heads of multi-token prediction have: those of the last
+        layer, with its experts."""
+        is_dense = self.dense_ends and self.parts[-1].schedule.coda > 0
+        moe = None if is_dense else self.moe
+        return replace(self, moe=moe, dense_ends=False, recursion=None, multi_token_prediction=None)
 
     @property
     def recursions(self) -> tuple[RecursionConfig, ...]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mor_layers.layers import RelaxedLinear
 from mor_layers.models.config import DecoderConfig
 from mor_layers.models.layers import DecoderStack, ScaledEmbedding, StepNorm
+from mor_layers.models.prediction_heads import PredictionHead, head_losses
 from mor_layers.models.recursion_config import RecursionConfig
 from mor_layers.recursion import (
     ExpertUse,
@@ -49,12 +50,15 @@ class DecoderOutput:
     """Statistics and losses of the experts of each layer after the recursion."""
 
     loop_losses: dict[str, Tensor] = field(default_factory=dict)
-    """Losses on the states after each loop, multiplied by their coefficients."""
+    """Losses on the states after each loop, and of the heads of multi-token prediction, multiplied by
+    their coefficients."""
     between_experts: tuple[dict[int, ExpertUse], ...] = ()
     """Statistics and losses of the experts of each layer between two recursions, for every such pair."""
     owners: tuple[int, ...] = ()
     """The recursion that each of `recursions` is a block of, by its 0-based number among those of the
     model. Empty if there is only one."""
+    head_experts: tuple[dict[int, ExpertUse], ...] = ()
+    """Statistics and losses of the experts of each head of multi-token prediction, if they ran."""
 
     @property
     def losses(self) -> dict[str, Tensor]:
@@ -63,7 +67,8 @@ class DecoderOutput:
         Where there are several recursions, the names of their losses begin with `recursion_1/`,
         `recursion_2/` and so on.
         """
-        stacks = (self.prelude_experts, *self.between_experts, self.coda_experts)
+        before, after = self.prelude_experts, self.coda_experts
+        stacks = (before, *self.between_experts, after, *self.head_experts)
         outside = [use.losses for stack in stacks for use in stack.values()]
         losses = [run.losses for run in self.recursions]
         for index, owner in enumerate(self.owners):
@@ -175,6 +180,11 @@ class MoRTransformer(nn.Module):
         exit_norm = self._recursions[-1].exit_norm
         self.coda = DecoderStack(outside, schedules[-1].coda, norms_input=exit_norm)
         self.norm = StepNorm(config.hidden_size, config.rms_norm_epsilon)
+        further = config.multi_token_prediction
+        self.prediction_heads = nn.ModuleList(
+            PredictionHead(config.head_config)
+            for _ in range(0 if further is None else further.num_heads)
+        )
         self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.apply(self._initialize)
         if config.tie_embeddings:
@@ -218,6 +228,7 @@ class MoRTransformer(nn.Module):
                 recursion=recursion,
                 num_unrolled_layers=own + before + after,
                 dense_ends=self.config.dense_ends and before + after > 0,
+                multi_token_prediction=None,
             )
             with torch.device("meta"):
                 link = MoRTransformer(config)
@@ -226,6 +237,10 @@ class MoRTransformer(nn.Module):
             link.coda = self.coda if is_last else link.coda
             chain.append(link.train(self.training))
         return chain
+
+    @property
+    def _heads(self) -> list[PredictionHead]:
+        return [cast(PredictionHead, head) for head in self.prediction_heads]
 
     @property
     def num_heads(self) -> tuple[int, int]:
@@ -290,11 +305,20 @@ class MoRTransformer(nn.Module):
                 right = right.unflatten(0, (len(weights), -1)).transpose(1, 2)  # -> [r s b]
                 router = self.recursions[-1].router
                 losses |= router.teach(outputs[-1].states, right, labels.T >= 0)
+        heads: tuple[dict[int, ExpertUse], ...] = ()
+        further = self.config.multi_token_prediction
+        if further is not None and labels is not None and self.training:
+            states = hidden[:, -len(ids) :]  # of the last loop
+            found = head_losses(
+                self._heads, self.embedding, self.output, states, ids.T, labels.T, tokens
+            )
+            losses["multi_token_prediction"] = further.loss_coefficient * found.loss
+            heads = found.expert_use
         logits = logits[-len(ids) :]  # of the last loop
         owners = tuple(self._owners) if between else ()
         experts = before.expert_use, after.expert_use
         return DecoderOutput(
-            logits, tuple(outputs), lm_loss, *experts, losses, tuple(between), owners
+            logits, tuple(outputs), lm_loss, *experts, losses, tuple(between), owners, heads
         )
 
     def generate(
@@ -358,3 +382,7 @@ class MoRTransformer(nn.Module):
         for i, stack in enumerate(self.between):
             cast(DecoderStack, stack).advance(0, [output.between_experts[i] for output in outputs])
         self.coda.advance(0, [output.coda_experts for output in outputs])
+        for i, head in enumerate(self._heads):
+            uses = [output.head_experts[i] for output in outputs if output.head_experts]
+            if uses:
+                head.layers.advance(0, uses)

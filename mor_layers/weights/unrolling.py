@@ -32,6 +32,7 @@ def _require_unrollable(part: DecoderConfig) -> None:
     merges, recursion = ("relaxation", "own_per_step"), part.effective_recursion
     beyond = [name for name in recursion.beyond_published if name not in merges]
     beyond += ["sum_norms"] * part.sum_norms
+    beyond += ["multi_token_prediction"] * (part.multi_token_prediction is not None)
     if beyond:
         raise ValueError(
             f"{beyond[0]} is set, which a plain decoder does not support. Keep the model as it is."

@@ -440,9 +440,9 @@ FAULTS = [
     Fault(
         "positions are those among the selected",
         CORE + "models/rotary.py",
-        "angles = positions[..., None].float() * base**-exponent",
+        "angles = positions[..., None].float() * frequencies",
         "angles = torch.arange(len(positions))[:, None].expand_as(positions)[..., None].float()"
-        " * base**-exponent",
+        " * frequencies",
         MODEL,
     ),
     # Generation.
@@ -763,5 +763,41 @@ FAULTS = [
         "builder.add_document([*encoding.ids, tokenizer.eod], [len(encoding.ids) + 1])",
         "builder.add_document([*encoding.ids], [len(encoding.ids)])",
         PRETRAINING + "/test_text.py",
+    ),
+    # Scaled rotary embeddings, heads of multi-token prediction, DeepSeek's experts.
+    Fault(
+        "YaRN's ramp is over frequencies of twice the original length",
+        CORE + "models/rope_scaling.py",
+        "turned = self.original_max_position_embeddings / (turns * 2 * math.pi)",
+        "turned = self.original_max_position_embeddings / (turns * math.pi)",
+        "mor_layers/models/test_rope_scaling.py",
+    ),
+    Fault(
+        "latent attention leaves YaRN's growth of scores out",
+        CORE + "models/rope_scaling.py",
+        "return self._growth(self.mscale_all_dim or 0.0) ** 2",
+        "return self._growth(0.0) ** 2",
+        "mor_huggingface/test_deepseek.py",
+    ),
+    Fault(
+        "a head is compared with the token before the one it predicts",
+        CORE + "models/prediction_heads.py",
+        "targets = _later(labels, distance, -1)",
+        "targets = _later(labels, distance - 1, -1)",
+        "mor_layers/models/test_prediction_heads.py",
+    ),
+    Fault(
+        "heads keep rows of rejected drafts",
+        CORE + "generation/head_drafts.py",
+        "self._first[texts] = (ends + 2 - len(self.heads)).clamp(min=0)",
+        "self._first[texts] = (ends + 1).clamp(min=0)",
+        "mor_layers/generation/test_speculation.py",
+    ),
+    Fault(
+        "every step takes the expert bias of the first",
+        MEGATRON + "checkpoints/weights.py",
+        "return parts[0][_step_of(name)]",
+        "return parts[0][0]",
+        "distributed/checkpoints/test_weights.py",
     ),
 ]

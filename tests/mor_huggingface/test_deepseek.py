@@ -9,12 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV3Config
+from transformers.cache_utils import MtpCache
+from transformers.modeling_layers import MtpModel
 
 from mor_huggingface.deepseek import V2, V3, config_from_deepseek, deepseek_config
 from mor_layers import DecoderConfig, ExpertChoice, MoEConfig, RecursionConfig, load_model
 from mor_layers.costs import account
 from mor_layers.generation import CacheSettings, DepthBatchingEngine, Request
-from mor_layers.models import LatentAttentionConfig
+from mor_layers.models import LatentAttentionConfig, MultiTokenPrediction
+from mor_layers.recursion import StepContext
+from mor_layers.selection import Tokens
 from mor_tools import commands
 from mor_tools.formats import detected
 from tests.mor_layers.costs.test_accounting import BATCH, measure
@@ -175,13 +179,72 @@ def test_settings_that_ours_do_not_have_are_refused_by_name(changes, reason):
         config_from_deepseek(with_settings(**changes))
 
 
-def test_a_layer_of_multi_token_prediction_is_refused(tmp_path, capsys):
-    checkpoint(tmp_path / "hf", "V3")
+def with_heads(folder: Path, count: int) -> MtpModel:
+    """Layers of multi-token prediction with random weights, saved as released checkpoints have them."""
+    main = checkpoint(folder, "V3, YaRN")
+    heads = randomized(MtpModel(main, count)).eval()
+    tensors = load_file(folder / "model.safetensors")
+    with torch.no_grad():  # which are those of the model, and were drawn anew
+        heads.embed_tokens.weight.copy_(tensors["model.embed_tokens.weight"])
+        heads.shared_head.weight.copy_(tensors["lm_head.weight"])
+    shared = ("embed_tokens.", "shared_head.", "rotary_emb.")
+    for name, tensor in heads.state_dict().items():
+        if name.startswith(shared):
+            continue
+        _, layer, rest = name.split(".", 2)
+        place = f"model.layers.{int(layer) + SIZES['num_hidden_layers']}"
+        rest = rest.removeprefix("mtp_block.").replace("post_norm.", "shared_head.norm.")
+        if rest.startswith("mlp.experts."):  # transformers holds all experts in one tensor
+            for expert, part in enumerate(tensor):
+                if rest.endswith("gate_up_proj"):
+                    halves = zip(("gate_proj", "up_proj"), part.chunk(2), strict=True)
+                else:
+                    halves = zip(("down_proj",), (part,), strict=True)
+                for projection, weight in halves:
+                    tensors[f"{place}.mlp.experts.{expert}.{projection}.weight"] = weight.clone()
+        else:
+            tensors[f"{place}.{rest}"] = tensor
+        tensors[f"{place}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors[f"{place}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": count}))
+    return heads
+
+
+def test_layers_of_multi_token_prediction_are_heads_and_come_back_bit_for_bit(tmp_path):
+    theirs = with_heads(tmp_path / "hf", 2)
+    commands.main(["convert", str(tmp_path / "hf"), str(tmp_path / "ours")])
+    to = ["--to", "deepseek_v3"]
+    commands.main(["convert", str(tmp_path / "ours"), str(tmp_path / "back"), *to])
+    before, after = (load_file(tmp_path / f / "model.safetensors") for f in ("hf", "back"))
+    assert set(before) == set(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (
+        json.loads((tmp_path / "back" / "config.json").read_text())["num_nextn_predict_layers"] == 2
+    )
+    model, ids = load_model(tmp_path / "ours").eval(), random_ids(2, 9)
+    states = torch.randn(2, 9, SIZES["hidden_size"])
+    places = torch.arange(9).expand(2, 9)
+    cache = MtpCache(config=theirs.config)
+    with torch.no_grad():
+        wanted, found = states, states.transpose(0, 1)
+        for layer, head in enumerate(model.prediction_heads):
+            wanted = theirs.forward_layer(layer, wanted, places, cache, input_ids=ids)
+            context = StepContext(0, Tokens.whole_sequence(9, 2))
+            found = head(found, model.embedding(ids.T), context)
+            torch.testing.assert_close(found.transpose(0, 1), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_copy_that_differs_is_refused(tmp_path, capsys):
+    with_heads(tmp_path / "hf", 1)
     path = tmp_path / "hf" / "model.safetensors"
-    save_file(load_file(path) | {"model.layers.4.eh_proj.weight": torch.zeros(2)}, path)
+    tensors = load_file(path)
+    tensors["model.layers.4.embed_tokens.weight"][0] += 1
+    save_file(tensors, path)
     with pytest.raises(SystemExit):
         commands.main(["convert", str(tmp_path / "hf"), str(tmp_path / "ours")])
-    assert "'model.layers.4.eh_proj.weight' belongs to a layer" in capsys.readouterr().err
+    assert "'model.layers.4.embed_tokens.weight' differs from" in capsys.readouterr().err
     assert not (tmp_path / "ours").exists()
 
 
@@ -197,6 +260,11 @@ EXPERTS = MoEConfig(8, 2, scores="sigmoid", bias_update_rate=0.01, shared_ffn_hi
         (V3, replace(PLAIN, rms_norm_epsilon=1e-5), "rms_norm_epsilon=1e-05"),
         (V2, replace(PLAIN, recursion=RecursionConfig(2, router=ExpertChoice())), "recursion="),
         (V2, replace(PLAIN, moe=EXPERTS), "moe.scores=sigmoid"),
+        (
+            V2,
+            replace(PLAIN, multi_token_prediction=MultiTokenPrediction()),
+            "multi_token_prediction=MultiTokenPrediction",
+        ),
         (V3, replace(PLAIN, moe=MoEConfig(8, 2)), "moe.scores=softmax"),
         (V3, replace(PLAIN, moe=replace(EXPERTS, bias_update_rate=0.0)), "bias_update_rate=0.0"),
         (V3, replace(PLAIN, moe=replace(EXPERTS, shared_ffn_hidden_size=10)), "hidden_size=10"),

@@ -110,7 +110,7 @@ def test_in_training_all_tokens_run_all_steps(tmp_path):
         ({"total_ut_steps": "4"}, "total_ut_steps='4'"),
         ({"early_exit_step": 2}, "early_exit_step=2"),
         ({"early_exit_threshold": "x"}, "early_exit_threshold='x'"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling="),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "rope_type='dynamic'"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ],
 )

@@ -26,7 +26,7 @@ def megatron_tensors(weights: Mapping[str, Tensor], config: DecoderConfig) -> di
     """Convert the state dict of a `MoRTransformer` to whole tensors by Megatron's names.
 
     Raises:
-        ValueError: a tensor is missing, or the experts have loss-free biases.
+        ValueError: a tensor is missing, or Megatron has no place for a setting.
     """
     return dict(megatron_view(weights, config))
 
@@ -35,7 +35,7 @@ def decoder_tensors(tensors: Mapping[str, Tensor], config: DecoderConfig) -> dic
     """The inverse of `megatron_tensors`.
 
     Raises:
-        ValueError: a tensor is missing, or the experts have loss-free biases.
+        ValueError: a tensor is missing, or Megatron has no place for a setting.
     """
     return dict(decoder_view(tensors, config))
 
@@ -59,25 +59,27 @@ def decoder_view(
     Args:
         where: the origin of the tensors, for error messages.
     """
-    places = {
-        ours: (theirs, index)
-        for theirs, names in megatron_names(config, tensors).items()
-        for index, ours in enumerate(names)
-    }
+    places: dict[str, list[tuple[str, int]]] = {}
+    for theirs, names in megatron_names(config, tensors).items():
+        for index, ours in enumerate(names):
+            places.setdefault(ours, []).append((theirs, index))
     shapes = tensor_shapes(config)
     last: dict[str, Tensor] = {}
 
-    def read(name: str) -> Tensor:
-        theirs, index = places[name]
+    def part_of(theirs: str, index: int) -> Tensor:
         if theirs not in last:
             last.clear()
             last[theirs] = _named(tensors, theirs)
-        whole, shape = last[theirs], shapes[name]
         try:
-            part = _split(theirs, whole, config)[index]
+            return _split(theirs, last[theirs], config)[index]
         except (RuntimeError, IndexError):  # the shape does not allow splitting
-            part = whole
-        fits = part.shape == shape
+            return last[theirs]
+
+    def read(name: str) -> Tensor:
+        parts = [part_of(theirs, index) for theirs, index in places[name]]
+        part = parts[0] if len(parts) == 1 else torch.cat(parts)
+        theirs, shape = places[name][-1][0], shapes[name]
+        whole, fits = last[theirs], part.shape == shape
         if not (fits or (name in _VOCABULARY and part.shape[1:] == shape[1:])):
             raise ValueError(
                 f"{where}: {theirs!r} has shape {tuple(whole.shape)}, which does not give {name!r} "
@@ -157,6 +159,12 @@ def _names(config: DecoderConfig, routers: Iterable[str]) -> dict[str, tuple[str
             block, layer = int(ours.split(".")[1]), ours.rpartition(".")[2]
             place = f"decoder.layers.{blocks[block]}.recursion.layers.{layer}"
             names |= _layer_names(config, place, ours, config.moe, recursion, num_norms)
+    further = config.multi_token_prediction
+    for head in range(0 if further is None else further.num_heads):
+        theirs, ours = f"mtp.layers.{head}", f"prediction_heads.{head}"
+        names |= {f"{theirs}.{t}": (f"{ours}.{o}",) for t, o in _HEAD.items()}
+        place, moe = f"{theirs}.transformer_layer", config.head_config.moe
+        names |= _layer_names(config, place, f"{ours}.layers.layers.0", moe)
     for block, depth in blocks.items():
         theirs, ours = f"decoder.layers.{depth}.recursion", f"recursions.{block}"
         own = [name for name in routers if name.startswith(f"{ours}.router.")]
@@ -184,7 +192,8 @@ def _beside_layers(recursion: RecursionConfig) -> list[str]:
 
 def _refuse_what_megatron_lacks(config: DecoderConfig) -> None:
     """Raise ValueError for settings of a decoder that no layer of ours in Megatron has."""
-    given = {name: getattr(config, name) for name in config.beyond_llama}
+    beyond = [name for name in config.beyond_llama if name != "multi_token_prediction"]
+    given = {name: getattr(config, name) for name in beyond}
     for recursion in config.recursions:
         given |= {
             n: getattr(recursion, n) for n in ("adapter", "exit_norm") if getattr(recursion, n)
@@ -280,16 +289,7 @@ _ATTENTION = ("self_attention", "attention")
 
 
 def _expert_names(moe: MoEConfig, recursion: RecursionConfig | None) -> dict[str, tuple[str, ...]]:
-    if moe.beyond_plain:
-        raise ValueError(
-            f"{moe.shown_beyond_plain()} is not converted to Megatron. Keep the model in our format, or "
-            "leave these settings out."
-        )
-    if moe.bias_update_rate:
-        raise ValueError(
-            f"MoEConfig.bias_update_rate={moe.bias_update_rate} adds a bias to softmax scores, but "
-            "Megatron supports expert biases only with sigmoid scores. Use a balance loss instead."
-        )
+    _refuse_other_experts(moe, recursion)
     steps = 1 if recursion is None else recursion.num_recursions
     has_own = recursion is not None and recursion.expert_routers == "per_step"
     names: dict[str, tuple[str, ...]] = {
@@ -299,9 +299,55 @@ def _expert_names(moe: MoEConfig, recursion: RecursionConfig | None) -> dict[str
     }
     if recursion is not None and recursion.mean_experts is not None:
         names["router.widths.values"] = ("router.widths.values",)
+    if moe.bias_update_rate:  # one of ours for all steps, one of theirs for each
+        of_steps = [f"biases.{step}." for step in range(steps)] if recursion is not None else [""]
+        names |= {f"router.{place}{_EXPERT_BIAS}": ("router.bias",) for place in of_steps}
+    if moe.shared_ffn_hidden_size:
+        names[f"{_SHARED}{_GATED}"] = ("shared.gate", "shared.up")
+        names[f"{_SHARED}linear_fc2.weight"] = ("shared.down",)
     return names
 
 
+def _refuse_other_experts(moe: MoEConfig, recursion: RecursionConfig | None) -> None:
+    """Raise ValueError for experts that Megatron's router chooses or weighs in another way."""
+    sigmoid = moe.scores == "sigmoid"
+    summed = moe.experts_per_token // moe.groups_per_token
+    rules = (
+        (
+            moe.bias_update_rate and not sigmoid,
+            f"MoEConfig.bias_update_rate={moe.bias_update_rate} adds a bias to softmax scores, but "
+            "Megatron supports expert biases only with sigmoid scores. Use a balance loss instead.",
+        ),
+        (
+            sigmoid and not moe.normalizes_gates and moe.experts_per_token > 1,
+            "MoEConfig.normalizes_gates=False with sigmoid scores is not converted to Megatron, which "
+            "divides such gates by their sum. Keep the model in our format.",
+        ),
+        (
+            moe.num_groups > 1 and summed != (2 if sigmoid else 1),
+            f"MoEConfig.num_groups={moe.num_groups} with experts_per_token={moe.experts_per_token} and "
+            f"groups_per_token={moe.groups_per_token} is not converted to Megatron, which chooses "
+            f"groups by the sum of their best {summed} scores ({moe.experts_per_token} // "
+            f"{moe.groups_per_token}), and this model by {2 if sigmoid else 1}. Keep the model in our "
+            "format.",
+        ),
+        (
+            moe.beyond_plain and recursion is not None and recursion.mean_experts is not None,
+            f"{moe.shown_beyond_plain()} with a mean number of experts is not converted to Megatron, "
+            "whose thresholds are of plain softmax scores. Keep the model in our format.",
+        ),
+    )
+    for is_wrong, reason in rules:
+        if is_wrong:
+            raise ValueError(reason)
+
+
+_HEAD = {
+    "enorm.weight": "embedding_norm.weights.0",
+    "hnorm.weight": "state_norm.weights.0",
+    "eh_proj.weight": "projection.weight",
+    "final_layernorm.weight": "norm.weights.0",
+}
 _QUERIES = {"linear_q_proj.weight": "query_up.weight"}
 _QUERY_ROWS = {
     "linear_q_down_proj.weight": "query_down.weight",
@@ -316,12 +362,17 @@ _LATENT_ROWS = {
 _QKV, _QKV_BIAS, _GATED = "linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight"
 _DENSE_NORM, _EXPERTS_NORM = "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."
 _EXPERTS, _EXPERT_ROUTER = "experts.linear_fc1.weight", "router.weight"
+_EXPERT_BIAS, _SHARED = "expert_bias", "shared_experts."
 
 
 def _fuse(name: str, parts: list[Tensor], config: DecoderConfig) -> Tensor:
     if name.endswith((_QKV, _QKV_BIAS)):  # [g q d h], [g 1 d h] twice -> [g (q+2) d, h]
         heads = (config.kv_heads, -1, config.head_size)
         return torch.cat([part.unflatten(0, heads) for part in parts], dim=1).flatten(0, 2)
+    if _SHARED in name:  # [1 f h], [1 f h] -> [2f h]
+        return torch.cat(parts, dim=1)[0]
+    if name.endswith(_EXPERT_BIAS):  # [r e] -> [e]
+        return parts[0][_step_of(name)]
     if name.endswith(_EXPERTS):  # [e f h], [e f h] -> [e 2f h]
         return torch.cat(parts, dim=1)
     if name.endswith(f"mlp.{_EXPERT_ROUTER}") and len(parts) > 1:  # r of [e h] -> [r e h]
@@ -334,11 +385,22 @@ def _split(name: str, tensor: Tensor, config: DecoderConfig) -> list[Tensor]:
         heads = tensor.unflatten(0, (config.kv_heads, -1, config.head_size))
         queries = heads.shape[1] - 2
         return [part.flatten(0, 2) for part in heads.split([queries, 1, 1], dim=1)]
+    if _SHARED in name:
+        parts = tensor.chunk(2) if name.endswith(_GATED) else [tensor]
+        return [part[None] for part in parts]
+    if name.endswith(_EXPERT_BIAS):
+        return [tensor[None]]
     if name.endswith(_EXPERTS):
         return list(tensor.chunk(2, dim=1))
     if name.endswith(f"mlp.{_EXPERT_ROUTER}"):
         return list(tensor.unbind()) if tensor.dim() == 3 else [tensor]
     return list(tensor.chunk(2)) if name.endswith(_GATED) else [tensor]
+
+
+def _step_of(name: str) -> int:
+    """The step that a tensor in a list of `biases` belongs to; 0 outside of a recursion."""
+    _, found, rest = name.rpartition("biases.")
+    return int(rest.split(".")[0]) if found else 0
 
 
 def load_tensors(chunks: list[nn.Module], tensors: Mapping[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 
-from mor_megatron.layers import local_norm
+from mor_megatron.layers import RecursionLayer, local_norm
 from mor_megatron.models.gpt import final_norm, unrolled_layer_specs
 
 
@@ -34,9 +34,19 @@ def mtp_block_spec(
         config: `mtp_num_layers` is the number of heads; None makes none.
         layer_spec: spec of the layer in each head. Default: that of the last unrolled layer.
         vp_stage: the virtual stage, where recursion steps are virtual stages.
+
+    Raises:
+        ValueError: `layer_spec` is a recursion.
     """
     if config.mtp_num_layers is None:
         return None
+    if layer_spec is not None and layer_spec.module is RecursionLayer:
+        raise ValueError(
+            "layer_spec is a recursion, but a head of multi-token prediction is a plain layer: Megatron "
+            "reads the attention of a head's layer from its spec, and numbers heads from 1 again, so "
+            "that two recursions would have one number in statistics and checkpoints. Leave layer_spec "
+            "out, or pass the spec of a plain layer."
+        )
     layer_spec = layer_spec or unrolled_layer_specs(config)[-1]
     norm = final_norm(layer_spec)
     is_local = norm is local_norm()

@@ -25,16 +25,32 @@ from mor_layers import (
     Relaxation,
 )
 from mor_layers.layers import NormModulation
-from mor_layers.models import LatentAttentionConfig, LinearScaling, Llama3Scaling, YarnScaling
+from mor_layers.models import (
+    LatentAttentionConfig,
+    LinearScaling,
+    Llama3Scaling,
+    MultiTokenPrediction,
+    YarnScaling,
+)
 from mor_layers.recursion import HistoryInjection, HyperConnections
-from mor_megatron import Norm, causal_routing, default_layer_spec, recursion_block_spec
+from mor_megatron import (
+    Norm,
+    causal_routing,
+    default_layer_spec,
+    mtp_block_spec,
+    recursion_block_spec,
+)
 from mor_megatron.checkpoints import decoder_tensors, load_tensors, whole_tensors
-from mor_megatron.checkpoints.weights import megatron_tensors
+from mor_megatron.checkpoints.weights import megatron_names, megatron_tensors
 from mor_megatron.parallel import rotary_settings
 from tests.distributed import megatron_setup as setup
 from tests.distributed.pool import WorkerPool
 
 EXPERTS = MoEConfig(4, 2, ffn_hidden_size=24)
+DEEPSEEK = MoEConfig(
+    8, 4, 24, bias_update_rate=0.01, scores="sigmoid", gate_scale=2.5, num_groups=4,
+    groups_per_token=2, shared_ffn_hidden_size=20,
+)  # fmt: skip
 WISE = RecursionConfig(3, router=ExpertChoice())
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {"recursion": WISE},
@@ -120,6 +136,39 @@ MODELS: dict[str, dict[str, Any]] = {
         "head_dim": 12,
         "rope_scaling": YarnScaling(4.0, 16, 2.0, 0.5, truncate=False),
     },
+    "DeepSeek-V3's experts": {
+        "num_unrolled_layers": 4,
+        "recursion": RecursionConfig(1, prelude_layers=1, coda_layers=0),
+        "moe": DEEPSEEK,
+        "dense_ends": True,
+        "latent_attention": LatentAttentionConfig(16, 8, 4, 12, q_lora_rank=24),
+        "multi_token_prediction": MultiTokenPrediction(),
+    },
+    "DeepSeek-V3's experts, three steps": {"recursion": WISE, "moe": DEEPSEEK},
+    "DeepSeek-V2's experts": {
+        "recursion": replace(WISE, kv_policy="exit_state"),
+        "moe": MoEConfig(
+            8,
+            2,
+            24,
+            normalizes_gates=False,
+            gate_scale=2.0,
+            num_groups=4,
+            groups_per_token=2,
+            shared_ffn_hidden_size=20,
+        ),
+    },
+    "heads that predict further tokens": {
+        "recursion": WISE,
+        "multi_token_prediction": MultiTokenPrediction(2, 0.3),
+    },
+    "heads with experts, latent attention": {
+        "recursion": replace(WISE, prelude_layers=2, coda_layers=0),
+        "moe": EXPERTS,
+        "dense_ends": True,
+        "latent_attention": LatentAttentionConfig(16, 8, 4, 12),
+        "multi_token_prediction": MultiTokenPrediction(),
+    },
     "layers that route by themselves": {
         "recursion": RecursionConfig(
             1, "middle_sequence", ExpertChoice(capacity_factors=(0.5,)), anchor_every=2
@@ -153,6 +202,9 @@ SAMPLE = [
     ("DeepSeek-V2-Lite's", "tp+sp"),
     ("several recursions", "pp"),
     ("Qwen's YaRN", "tp+sp"),
+    ("DeepSeek-V3's experts", "ep"),
+    ("DeepSeek-V3's experts, three steps", "tp+sp"),
+    ("heads with experts, latent attention", "tp+sp"),
     ("no recursion", "pp"),
     ("depth and width", "one rank"),
 ]
@@ -177,7 +229,7 @@ class Found:
 def there_and_back(model: dict[str, Any], layout: dict[str, Any], sp: bool) -> Found:
     setup.initialize(**layout)
     torch.manual_seed(0)
-    decoder = DecoderConfig(64, 32, 64, num_unrolled_layers=8, num_heads=4, **model)
+    decoder = DecoderConfig(64, 32, 64, **{"num_unrolled_layers": 8, "num_heads": 4} | model)
     ours = MoRTransformer(decoder).eval()
     with torch.no_grad():
         for tensor in ours.state_dict().values():
@@ -230,7 +282,17 @@ def gpt(decoder: DecoderConfig, sequence_parallel: bool) -> GPTModel:
             "moe_ffn_hidden_size": decoder.moe.ffn_hidden_size,
             "moe_layer_freq": [at_ends] * before + [1] * between + [at_ends] * after,
             "moe_token_dispatcher_type": "alltoall",
+            "moe_router_score_function": decoder.moe.scores,
+            "moe_router_pre_softmax": not decoder.moe.normalizes_gates,
+            "moe_router_topk_scaling_factor": decoder.moe.gate_scale,
+            "moe_router_enable_expert_bias": decoder.moe.bias_update_rate > 0,
+            "moe_shared_expert_intermediate_size": decoder.moe.shared_ffn_hidden_size or None,
         }
+        if decoder.moe.num_groups > 1:
+            options |= {
+                "moe_router_num_groups": decoder.moe.num_groups,
+                "moe_router_group_topk": decoder.moe.groups_per_token,
+            }
     latent = decoder.latent_attention
     rotary = rotary_settings(decoder.rope_base, decoder.rope_scaling, latent is not None)
     if latent is not None:
@@ -242,6 +304,12 @@ def gpt(decoder: DecoderConfig, sequence_parallel: bool) -> GPTModel:
             "qk_pos_emb_head_dim": latent.qk_rope_head_dim,
             "v_head_dim": latent.v_head_dim,
             **rotary.latent,
+        }
+    heads = decoder.multi_token_prediction
+    if heads is not None:
+        options |= {
+            "mtp_num_layers": heads.num_heads,
+            "mtp_loss_scaling_factor": heads.loss_coefficient,
         }
     config = setup.tiny_config(
         num_layers=decoder.num_unrolled_layers,
@@ -275,6 +343,7 @@ def gpt(decoder: DecoderConfig, sequence_parallel: bool) -> GPTModel:
         **rotary.model,
         parallel_output=False,
         share_embeddings_and_output_weights=decoder.tie_embeddings,
+        mtp_block_spec=mtp_block_spec(config),
     ).eval()
 
 
@@ -284,3 +353,58 @@ def test_weights_go_there_and_back(pool: WorkerPool, model: str, layout: str) ->
     found = pool.run(there_and_back, ranks, model=MODELS[model], layout=parallel, sp=sp)
     assert [f.changed for f in found] == [[], *[None] * (ranks - 1)]
     assert max(f.logits for f in found) < 1e-5
+
+
+def gradients_of_heads(model: dict[str, Any]) -> dict[str, float]:
+    """Largest differences of gradients with those of the torch model, and the largest gradient."""
+    setup.initialize()
+    torch.manual_seed(0)
+    decoder = DecoderConfig(64, 32, 64, num_unrolled_layers=8, num_heads=4, **model)
+    ours, ids = MoRTransformer(decoder), torch.randint(0, 64, (2, 12))
+    theirs = gpt(decoder, False).train()
+    theirs.output_layer.gather_output = False  # as Megatron's loss expects it
+    load_tensors([theirs], megatron_tensors(ours.state_dict(), decoder))
+    labels, positions = torch.randint(0, 64, (2, 12)), torch.arange(12).expand(2, 12)
+    ours(ids, labels=labels).loss.backward()
+    theirs(ids, positions, None, labels=labels).mean().backward()
+    differences = {"size": 1.0}
+    for head, other in zip(ours.prediction_heads, theirs.mtp.layers, strict=True):
+        pairs = {
+            "projection": (head.projection.weight, other.eh_proj.weight),
+            "norm": (head.norm.weights[0], other.final_layernorm.weight),
+            "down": (
+                head.layers.layers[0].mlp.down.weight,
+                other.mtp_model_layer.mlp.linear_fc2.weight,
+            ),
+        }
+        for name, (own, wanted) in pairs.items():
+            difference = (own.grad - wanted.grad).abs().max().item()
+            differences[name] = max(differences.get(name, 0.0), difference)
+            differences["size"] = min(differences["size"], wanted.grad.abs().max().item())
+    own, wanted = ours.embedding.weight, theirs.embedding.word_embeddings.weight
+    return differences | {"embedding": (own.grad - wanted.grad).abs().max().item()}
+
+
+def test_heads_get_megatrons_gradients(pool: WorkerPool) -> None:
+    model = {
+        "recursion": RecursionConfig(3),
+        "multi_token_prediction": MultiTokenPrediction(2, 0.3),
+    }
+    found = pool.run(gradients_of_heads, 1, model=model)[0]
+    assert found.pop("size") > 1e-4
+    assert max(found.values()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("moe", "reason"),
+    [
+        (MoEConfig(4, 2, bias_update_rate=0.1), "bias_update_rate=0.1 adds a bias to softmax"),
+        (replace(DEEPSEEK, normalizes_gates=False), "normalizes_gates=False with sigmoid scores"),
+        (replace(DEEPSEEK, experts_per_token=2), r"best 1 scores \(2 // 2\), and this model by 2"),
+        (MoEConfig(8, 6, num_groups=4, groups_per_token=3), r"scores \(6 // 3\), and .* by 1"),
+    ],
+)
+def test_experts_that_megatron_chooses_otherwise_are_refused(moe: MoEConfig, reason: str) -> None:
+    decoder = DecoderConfig(64, 32, 64, 8, 4, recursion=WISE, moe=moe)
+    with pytest.raises(ValueError, match=reason):
+        megatron_names(decoder, [])

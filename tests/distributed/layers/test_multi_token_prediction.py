@@ -11,12 +11,18 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor, nn
 
 from mor_layers import ExpertChoice, FixedDepth, RecursionConfig, TokenChoice
 from mor_layers.recursion import KVPolicy
-from mor_megatron import mtp_block_spec, recursion_block_spec, update_routers
+from mor_megatron import (
+    mtp_block_spec,
+    recursion_block_spec,
+    recursion_layer_spec,
+    update_routers,
+)
 from mor_megatron.checkpoints import runs
 from tests.distributed import megatron_setup as setup
 from tests.distributed.fields.trial import MLA
@@ -263,3 +269,10 @@ def test_heads_are_in_the_last_stage(pool: WorkerPool) -> None:
     (first, layout), (last, _) = pool.run(places_of_heads, 2)
     assert (first, last) == (False, True)
     assert [kind.name for kind in layout[1][0]][-3:] == ["mtp", "mtp", "loss"]
+
+
+def test_a_head_that_is_a_recursion_is_refused() -> None:
+    config = TransformerConfig(num_layers=8, hidden_size=8, num_attention_heads=2, **MTP)
+    inner = recursion_layer_spec([ModuleSpec(module=nn.Identity)], RecursionConfig(2))
+    with pytest.raises(ValueError, match="layer_spec is a recursion, but a head of multi-token"):
+        mtp_block_spec(config, inner)

@@ -19,7 +19,7 @@ from mor_layers import (
     to_mapping,
 )
 from mor_layers.layers import NormModulation
-from mor_layers.models import ROPE_SCALINGS, LatentAttentionConfig
+from mor_layers.models import ROPE_SCALINGS, LatentAttentionConfig, MultiTokenPrediction
 from mor_layers.recursion import HistoryInjection, HyperConnections, LoopLoss
 from tests.mor_layers.random_configs import OURS, decoders
 
@@ -37,6 +37,7 @@ NAMES = {
         LoopLoss,
         HyperConnections,
         LatentAttentionConfig,
+        MultiTokenPrediction,
         *ROPE_SCALINGS.values(),
         *OURS.values(),
     )
@@ -72,8 +73,12 @@ def built(values: Any) -> DecoderConfig:
     if isinstance(scaling, dict) and "rope_type" in scaling:
         options = {name: value for name, value in scaling.items() if name != "rope_type"}
         scaling = ROPE_SCALINGS[scaling["rope_type"]](**options)
+    heads = values.get("multi_token_prediction")
+    if isinstance(heads, dict) and heads:
+        heads = MultiTokenPrediction(**heads)
     nested = {"recursion": recursion, "moe": moe, "latent_attention": latent}
-    return DecoderConfig(**(values | nested | {"rope_scaling": scaling}))
+    nested |= {"rope_scaling": scaling, "multi_token_prediction": heads}
+    return DecoderConfig(**(values | nested))
 
 
 def built_router(router: Any) -> Any:
