@@ -124,11 +124,12 @@ class RecursionLayer(TransformerLayer):
         *,
         recursion: RecursionConfig,
         part: BlockPart | None = None,
+        keeps_together: bool = False,
         pg_collection: ProcessGroupCollection | None = None,
         vp_stage: int | None = None,
         **unused: Any,
     ) -> None:
-        validate(config, recursion)
+        validate(config, recursion, keeps_together)
         require_whole_block(config, is_whole=part is None)
         if part is None and recursion.loop_loss is not None:
             _require_room_for_all_loops(config)
