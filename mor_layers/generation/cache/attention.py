@@ -3,7 +3,8 @@
 Two implementations give the same result. `IndexedAttention` reads rows in place: a sparse pattern
 names the rows whose products with the queries are the scores, and whose values are summed. The cost of
 a sequence is proportional to its rows, and nothing is copied or padded. It is used for single tokens on
-a CPU, where it takes about a quarter of the time of the other. `GatheredAttention` copies rows into a
+a CPU, where it takes about a quarter of the time of the other; rows of fewer than 32 bits are first
+expanded into a scratch, which still takes a third of the time. `GatheredAttention` copies rows into a
 rectangle for `scaled_dot_product_attention`. It is used for chunks of a prompt, whose many queries
 share the copy, and it supports every device and precision.
 
@@ -31,7 +32,10 @@ MIN_GATHERED_QUERIES = 4
 
 
 class IndexedAttention:
-    """Every token reads its own list of rows in place. For CPUs, in single and double precision.
+    """Every token reads its own list of rows in place. For CPUs.
+
+    Products with a sparse pattern need single or double precision. Rows of less are computed with in
+    single precision.
 
     Args:
         visible: the rows that each token sees.
@@ -43,11 +47,12 @@ class IndexedAttention:
         per_row = arena.num_vectors * num_kv_heads
         counts, longest = visible.counts, int(visible.counts.max())
         table = visible.table.index_select(0, visible.lists)[:, :longest]
-        self.gathered_rows, num_rows = None, arena.data.shape[1]
-        if arena.scales is not None:  # 8-bit rows are expanded first, into a scratch arena
+        self.expanded, num_rows = None, arena.data.shape[1]
+        dtype = torch.promote_types(arena.dtype, torch.float32)
+        if arena.data.dtype != dtype:
             is_row = torch.arange(longest) < counts[:, None]  # [t m]
-            self.gathered_rows = table[is_row]
-            num_rows = len(self.gathered_rows)
+            self.expanded = _ExpandedRows(arena, table[is_row], dtype)
+            num_rows = len(self.expanded.rows)
             table = (is_row.flatten().cumsum(0) - 1).view_as(is_row)
         # The vectors of a row are its g keys, then its g values. A group of query heads shares one.
         # A token's heads follow one another, so that they find its rows in the processor's cache.
@@ -65,19 +70,16 @@ class IndexedAttention:
         self.values = self.keys + (per_row - num_kv_heads)  # the same where a row is both
         bounds = bounds.to(index)
         self.begins = bounds[:-1]
-        self.scores = torch.full((tn, longest), -torch.inf, dtype=arena.dtype)
-        self.pattern = _pattern(bounds, self.keys, num_vectors, arena.dtype)
+        self.scores = torch.full((tn, longest), -torch.inf, dtype=dtype)
+        self.pattern = _pattern(bounds, self.keys, num_vectors, dtype)
 
     def __call__(
         self, arena: KVArena, layer: int, query: Float[Tensor, "t n d"]
     ) -> Float[Tensor, "t n d"]:
-        if self.gathered_rows is None:
-            vectors = arena.vectors(layer)
-        else:
-            vectors = arena.gather(layer, self.gathered_rows).flatten(0, 2)
+        vectors = arena.vectors(layer) if self.expanded is None else self.expanded(arena, layer)
         torch.sparse.sampled_addmm(
             self.pattern,
-            query.flatten(0, 1),
+            query.flatten(0, 1).to(vectors.dtype),
             vectors.T,
             beta=0.0,
             alpha=1.0 / math.sqrt(query.shape[-1]),
@@ -93,7 +95,28 @@ class IndexedAttention:
             mode="sum",
             per_sample_weights=weights,
         )
-        return out.view_as(query)
+        return out.view_as(query).to(query.dtype)
+
+
+class _ExpandedRows:
+    """Copies of some rows in a wider precision.
+
+    All layers of a tick share the memory, because new memory for each costs more than the copying.
+    """
+
+    def __init__(self, arena: KVArena, rows: Int[Tensor, " t"], dtype: torch.dtype) -> None:
+        self.rows, shape = rows, (len(rows), *arena.data.shape[2:])
+        self.stored = torch.empty(shape, dtype=arena.data.dtype)
+        self.wide = torch.empty(shape, dtype=dtype)
+
+    def __call__(self, arena: KVArena, layer: int) -> Float[Tensor, "v d"]:
+        torch.index_select(arena.data[layer], 0, self.rows, out=self.stored)
+        if arena.scales is None:
+            self.wide.copy_(self.stored)
+        else:
+            scales = arena.scales[layer].index_select(0, self.rows)[..., None]
+            torch.mul(self.stored, scales, out=self.wide)
+        return self.wide.flatten(0, 2)
 
 
 @cache
@@ -186,7 +209,7 @@ class CachedAttention:
         num_heads: int,
         are_alone: bool = False,
     ) -> None:
-        is_indexable = arena.data.device.type == "cpu" and arena.dtype.itemsize >= 4
+        is_indexable = arena.data.device.type == "cpu"
         if is_indexable and (are_alone or bool((slots[1:] != slots[:-1]).all())):  # the common case
             self.parts = [(None, IndexedAttention(visible, arena, num_heads))]
             return

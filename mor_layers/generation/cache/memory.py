@@ -94,7 +94,7 @@ class KVArena:
 
     def vectors(self, layer: int) -> Float[Tensor, "v d"]:
         """All keys and values of a layer, not copied; in a row, key heads precede value heads."""
-        assert self.scales is None, "8-bit rows must be gathered"
+        assert self.scales is None, "8-bit rows must be expanded"
         return self.data[layer].flatten(0, 2)
 
     def gather(self, layer: int, rows: Int[Tensor, " t"]) -> Float[Tensor, "t p g d"]:

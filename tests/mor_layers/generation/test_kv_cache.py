@@ -61,37 +61,54 @@ def test_rows_are_handed_out_once_and_come_back(history) -> None:
     assert pages.pages_in_use == sum(pages.pages_for(len(rows)) for rows in expected)
 
 
-@pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "is_int8"),
+    [
+        (torch.float32, False),
+        (torch.float32, True),
+        (torch.bfloat16, False),
+        (torch.float64, False),
+    ],
+)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 2), (3, 3), (6, 1)])
 def test_both_ways_of_attention_equal_a_loop(
-    num_heads: int, num_kv_heads: int, is_int8: bool
+    num_heads: int, num_kv_heads: int, dtype: torch.dtype, is_int8: bool
 ) -> None:
     torch.manual_seed(0)
-    arena = KVArena(2, 40, num_kv_heads, 8, is_int8=is_int8)
+    arena = KVArena(2, 40, num_kv_heads, 8, dtype, is_int8=is_int8)
     rows = torch.arange(40)
-    arena.write(1, rows, *torch.randn(2, 40, num_kv_heads, 8))
+    arena.write(1, rows, *torch.randn(2, 40, num_kv_heads, 8, dtype=dtype))
+    arena.write(0, rows, *torch.randn(2, 40, num_kv_heads, 8, dtype=dtype))  # another layer
     # Three single tokens, a span of five whose tokens see ever more, and another one.
     lengths = [1, 1, 5, 1]
     counts = torch.tensor([3, 11, 2, 3, 4, 7, 8, 1])
     lists = torch.tensor([3, 0, 1, 1, 1, 1, 1, 2])
     table = torch.stack([torch.randperm(40)[:12] for _ in range(4)])
-    query = torch.randn(8, num_heads, 8)
+    query = torch.randn(8, num_heads, 8).to(dtype)
     visible = Visible(table, lists, counts)
-    exact = arena.gather(1, rows)
+    exact, wide = arena.gather(1, rows).double(), query.double()
     expected = []
     for i, (number, count) in enumerate(zip(lists, counts, strict=True)):
         key, value = exact[table[number, :count]].unbind(1)
-        expected.append(reference.attention(query[i : i + 1], [99], key, value, list(range(count))))
+        expected.append(reference.attention(wide[i : i + 1], [99], key, value, list(range(count))))
     expected = torch.cat(expected)
+    tolerance = 1e-5 if dtype.itemsize >= 4 else 2e-2  # bf16 has eight bits of precision
     ways = {
         "indexed": IndexedAttention(visible, arena, num_heads),
         "gathered": GatheredAttention(visible, torch.tensor(lengths)),
         "mixed": CachedAttention(visible, lists, arena, num_heads),
     }
     for name, attention in ways.items():
-        for _ in range(2):  # what a layer leaves behind must not reach the next
-            out = attention(arena, 1, query)
-        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5, msg=name)
+        for layer in (0, 1):  # what a layer leaves behind must not reach the next
+            out = attention(arena, layer, query)
+        assert out.dtype == dtype
+        torch.testing.assert_close(
+            out.double(),
+            expected,
+            rtol=tolerance,
+            atol=tolerance,
+            msg=name,
+        )
 
 
 def test_8_bit_rows_are_within_half_a_step() -> None:
