@@ -463,15 +463,15 @@ FAULTS = [
     Fault(
         "sharing counts tokens of every step",
         CORE + "generation/cache/policies.py",
-        "return tokens.slots[: int((tokens.steps == 0).sum())]",
-        "return tokens.slots[: int((tokens.steps <= 1).sum())]",
+        "return int((self.steps == 0).sum())",
+        "return int((self.steps <= 1).sum())",
         ENGINE,
     ),
     Fault(
         "released pages are lost",
         CORE + "generation/cache/memory.py",
-        "self._free.extend(page for page in pages if page not in self.kept)",
-        "self._free.extend(page for page in pages[1:] if page not in self.kept)",
+        "self._put_back([page for page in pages if page not in self.kept])",
+        "self._put_back([page for page in pages[1:] if page not in self.kept])",
         CACHE + " mor_layers/generation/test_soak.py",
     ),
     Fault(
