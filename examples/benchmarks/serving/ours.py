@@ -163,10 +163,9 @@ class Load:
         """Time the layers and the logits, or the graph that is a whole tick."""
         model, runner = self.model, self.engine.runner
         if self.options.compiler is not None:  # a clock within would break the graph
-            links: Any = runner._links
-            for link in links:
-                if (tick := getattr(link, "static", None)) is not None:
-                    tick._run = self._timed(tick._run)
+            for link in runner.links:
+                if link.static is not None:
+                    link.static._run = self._timed(link.static._run)  # type: ignore[assignment]
             return
         for stack in (model.prelude, *(block.layers for block in model.recursions), model.coda):
             stack.forward = self._timed(stack.forward)  # type: ignore[method-assign]
