@@ -800,4 +800,33 @@ FAULTS = [
         "return parts[0][0]",
         "distributed/checkpoints/test_weights.py",
     ),
+    # Several recursions.
+    Fault(
+        "a metric keeps the number that its step has within the recursion",
+        TOOLS + "reports/rows.py",
+        'f"step_{int(found[1]) + earlier}/"',
+        'f"step_{int(found[1])}/"',
+        "mor_tools/pretraining/test_report.py",
+    ),
+    Fault(
+        "scores of a later recursion are noted at the steps of the first",
+        CORE + "inspection.py",
+        "scores[first + score.step, positions]",
+        "scores[score.step, positions]",
+        "mor_layers/test_inspection.py",
+    ),
+    Fault(
+        "every recursion is calibrated to the first one's shares",
+        CORE + "generation/depth/calibration.py",
+        "return [shares[end - count : end] for end, count",
+        "return [shares[:count] for end, count",
+        "mor_layers/generation/test_calibration.py",
+    ),
+    Fault(
+        "a stage may begin between layers that balance depth",
+        MEGATRON + "parallel/stages.py",
+        "return recursion.anchor_every or num_blocks",
+        "return 1",
+        "mor_layers/models/test_mixture_of_depths.py",
+    ),
 ]
