@@ -35,7 +35,6 @@ from mor_layers.generation.cache import (
 )
 from mor_layers.generation.in_flight import Pool, Rows
 from mor_layers.generation.products import Products
-from mor_layers.generation.static_block import Backend, StaticBlock
 from mor_layers.models import DecoderStack, MoRTransformer
 from mor_layers.recursion import Exited, RecursionBlock
 from mor_layers.selection import RoutingDecision, Tokens
@@ -48,11 +47,10 @@ class CachedModel:
         model: the model, on the device and in the precision to use. It is put into evaluation mode.
         settings: size and layout of the caches.
         products: computes the layers' matrix products. Default: with the model's own weights.
-        compiler: backend of `torch.compile` for the layers of the recursion, see `static_block`.
+        has_spare_slot: whether the caches have one more slot than sequences, see `Caches`.
 
     Raises:
-        ValueError: `kv_bytes` is less than one page, the experts drop tokens, or the layers cannot
-            be compiled.
+        ValueError: `kv_bytes` is less than one page, or the experts drop tokens.
     """
 
     def __init__(
@@ -60,7 +58,7 @@ class CachedModel:
         model: MoRTransformer,
         settings: CacheSettings,
         products: Products | None = None,
-        compiler: Backend | None = None,
+        has_spare_slot: bool = False,
     ) -> None:
         self.model, self.settings = model.eval(), settings
         self.products = products or Products()
@@ -85,9 +83,8 @@ class CachedModel:
         self.num_straight = 0 if self.is_pooled else len(self.blocks) * self.num_steps
         num_outer = self.num_prelude + self.num_straight + len(model.coda.layers)
         num_inner = len(self.blocks[0].layers.layers) if self.is_pooled else 0
-        self.caches = Caches(model, settings, num_outer, num_inner)
+        self.caches = Caches(model, settings, num_outer, num_inner, has_spare_slot)
         self.policy, self.outer_pages = self.caches.policy, self.caches.outer_pages
-        self.static = None if compiler is None else self._compiled(compiler)
         self.unstored: list[Rows] = []
         """Exited tokens whose states the cache policy will store in the next pass."""
         self.are_alone = False
@@ -171,11 +168,8 @@ class CachedModel:
             entering = torch.cat(
                 [block.enter(step, rows.hidden[own], pool.origin_of(own)) for step, own in parts]
             )
-        if self.static is not None and len(pool) <= self.static.most:
-            output = self.static(entering, tokens, entered, self._exited_states(exited))
-        else:
-            context = self._inner_context(pool, entered, exited)
-            output = block.run_layers(entering[:, None], context)[:, 0]  # [t h] -> [t 1 h] -> [t h]
+        context = self._inner_context(pool, entered, exited)
+        output = block.run_layers(entering[:, None], context)[:, 0]  # [t h] -> [t 1 h] -> [t h]
         self.unstored = []
         return pool.advanced(self._combined(pool, output), entered.entries)
 
@@ -205,15 +199,6 @@ class CachedModel:
         """Remove the keys and values of a sequence, and its exited tokens that are not stored yet."""
         self.unstored = [rows.without(slot) for rows in self.unstored]
         self.caches.release(slot)
-
-    def _compiled(self, backend: Backend) -> StaticBlock:
-        if not self.is_pooled:
-            raise ValueError(
-                "the compiler is for the layers of a recursion that routes tokens, and this model has "
-                "none. Use compiler=None."
-            )
-        layers = self.blocks[0].layers
-        return StaticBlock(layers, self.policy, self.caches.inner, self.settings.num_slots, backend)
 
     def _inner_context(
         self, pool: Pool, entered: Entered, exited: TokensInFlight | None

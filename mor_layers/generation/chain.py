@@ -14,7 +14,6 @@ from mor_layers.generation.cache import Caches, CacheSettings
 from mor_layers.generation.cache.caches import bytes_per_token
 from mor_layers.generation.cached_model import CachedModel
 from mor_layers.generation.products import Products
-from mor_layers.generation.static_block import Backend
 from mor_layers.models import MoRTransformer
 
 
@@ -22,7 +21,7 @@ def cached_chain(
     model: MoRTransformer,
     settings: CacheSettings,
     products: Products | None = None,
-    compiler: Backend | None = None,
+    has_spare_slot: bool = False,
 ) -> list[CachedModel]:
     """The model with its caches, as one cached model for each of its recursions.
 
@@ -35,7 +34,7 @@ def cached_chain(
     products = products or Products()
     links = model.eval().chain()
     if len(links) == 1:
-        return [CachedModel(model, settings, products, compiler)]
+        return [CachedModel(model, settings, products, has_spare_slot)]
     steps = [link.config.effective_recursion.num_recursions for link in links]
     shares = _divided(settings.shares, steps)
     weights = [bytes_per_token(*pair) for pair in zip(links, shares, strict=True)]
@@ -44,7 +43,7 @@ def cached_chain(
         kv_bytes = max(1, int(settings.kv_bytes * weight / sum(weights)))
         # Prefixes are shared between texts by pages of one link, and their owners would differ.
         given = replace(settings, kv_bytes=kv_bytes, shares=own, prefix_sharing="off")
-        cached.append(CachedModel(link, given, products, compiler))
+        cached.append(CachedModel(link, given, products, has_spare_slot))
     return cached
 
 

@@ -27,7 +27,7 @@ from mor_layers.generation.sampling import (
     sample,
 )
 from mor_layers.generation.scheduling import FinishReason, Progress, Request, Scheduler
-from mor_layers.generation.static_block import Backend
+from mor_layers.generation.static_tick import Backend
 from mor_layers.generation.text_stream import TextStream
 from mor_layers.models import MoRTransformer
 
@@ -97,11 +97,11 @@ class DepthBatchingEngine:
         packs_weights: whether to compute with copies of the weights, concatenated and laid out for
             the device. They take as much memory as the weights, and are made again when weights
             change. Without them the engine is slower and computes with the model's own.
-        compiler: backend of `torch.compile`, or its name, for the layers of the recursion. None: they
-            run operation by operation.
+        compiler: backend of `torch.compile`, or its name, for ticks as one graph. None: ticks run
+            operation by operation.
 
     Raises:
-        ValueError: a size is below 1, the layers cannot be compiled, or `kv_bytes` is too small for a
+        ValueError: a size is below 1, the model cannot be compiled, or `kv_bytes` is too small for a
             single page.
     """
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mor_layers.models import MoRTransformer
+from mor_layers.routers import Router
 
 Members = dict[str, Any]
 """A module's parameters, buffers, submodules or attributes, by name."""
@@ -19,7 +19,7 @@ class ModelState:
     change that bypasses PyTorch's version counter (`parameter.data.copy_(...)`) is not seen.
     """
 
-    def __init__(self, model: MoRTransformer) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._note()
 
@@ -53,14 +53,14 @@ class ModelState:
                     if tensor is not None:
                         version = None if tensor.is_inference() else tensor._version
                         self._tensors.append((members, name, tensor, tensor.data_ptr(), version))
-        for block in self._model.recursions:
-            for module in block.router.modules():  # type: ignore[union-attr]
-                self._settings += [
-                    (vars(module), name, value)
-                    for name, value in vars(module).items()
-                    if name[0] != "_" and _is_plain(value)
-                ]
+        routers = (module for module in self._model.modules() if isinstance(module, Router))
+        for module in {part for router in routers for part in router.modules()}:
+            self._settings += [
+                (vars(module), name, value)
+                for name, value in vars(module).items()
+                if name[0] != "_" and _is_plain(value)
+            ]
 
 
 def _is_plain(value: object) -> bool:
-    return isinstance(value, bool | int | float | str) or is_dataclass(value)
+    return isinstance(value, bool | int | float | str | tuple) or is_dataclass(value)

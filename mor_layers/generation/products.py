@@ -50,8 +50,8 @@ def multiply(
     hidden: Float[Tensor, "... i"], weight: Tensor, bias: Float[Tensor, " o"] | None = None
 ) -> Float[Tensor, "... o"]:
     """`F.linear` without gradients. `weight` is `[o i]`, or the result of `reordered`."""
-    if has_onednn(weight):
-        return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
+    if weight.is_mkldnn or has_onednn(weight):
+        return torch.ops.mkldnn._linear_pointwise.default(hidden, weight, bias, "none", [], "")
     return F.linear(hidden, weight, bias)
 
 
@@ -91,10 +91,10 @@ class Products:
 
     @staticmethod
     def _single(projection: Projected, hidden: Tensor, context: StepContext | None) -> Tensor:
-        if not _is_known(projection):
+        if not is_known(projection):
             return run_projection(projection, hidden, context)
         steps = list(zip(weights_of(projection), _biases_of(projection), strict=True))
-        return _completed(projection, hidden, _product(steps, hidden, context), context)
+        return completed(projection, hidden, _product(steps, hidden, context), context)
 
 
 class PackedProducts(Products):
@@ -108,7 +108,7 @@ class PackedProducts(Products):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._packed: dict[tuple[object, ...], _Packed] = {}
+        self._packed: dict[tuple[object, ...], Packed] = {}
         self._parameters = WatchedParameters(model)
 
     def refresh(self) -> None:
@@ -118,32 +118,43 @@ class PackedProducts(Products):
     def __call__(
         self, projections: tuple[Projected, ...], hidden: Tensor, context: StepContext | None
     ) -> tuple[Tensor, ...]:
-        packed = self._packed.get(projections)
+        packed = self.packed(projections)
         if packed is None:
-            if not all(_is_known(projection) for projection in projections):
-                return super().__call__(projections, hidden, context)
-            weights = zip(*(weights_of(projection) for projection in projections), strict=True)
-            biases = zip(*(_biases_of(projection) for projection in projections), strict=True)
-            packed = self._packed[projections] = _Packed(list(weights), list(biases))
+            return super().__call__(projections, hidden, context)
         joined = _product(packed.steps, hidden, context)
         outputs = (joined,) if len(projections) == 1 else joined.split(packed.widths, dim=-1)
         return tuple(
-            _completed(projection, hidden, output, context)
+            completed(projection, hidden, output, context)
             for projection, output in zip(projections, outputs, strict=True)
         )
+
+    def packed(self, projections: tuple[Projected, ...]) -> "Packed | None":
+        """The copies for some projections; None if one of them must run as the module that it is."""
+        packed = self._packed.get(projections)
+        if packed is None:
+            if not all(is_known(projection) for projection in projections):
+                return None
+            weights = zip(*(weights_of(projection) for projection in projections), strict=True)
+            biases = zip(*(_biases_of(projection) for projection in projections), strict=True)
+            packed = self._packed[projections] = Packed(list(weights), list(biases))
+        return packed
 
     def expert(self, experts: Experts, index: int, hidden: Tensor) -> Tensor:
         packed = self._packed.get((experts, index))
         if packed is None:
             into = experts.gate[index], experts.up[index]
-            packed = self._packed[experts, index] = _Packed([into, (experts.down[index],)])
+            packed = self._packed[experts, index] = Packed([into, (experts.down[index],)])
         (into, _), (out, _) = packed.steps
         gate, up = multiply(hidden, into).split(packed.widths, dim=-1)
         return multiply(F.silu(gate) * up, out)
 
 
-class _Packed:
+class Packed:
     """Several weights that become one product; once, or for each step.
+
+    Attributes:
+        widths: number of outputs of each projection.
+        steps: for each step, the joined weight and bias, as `multiply` takes them.
 
     Args:
         weights: those of each step, `[o i]`.
@@ -181,8 +192,8 @@ def _product(
     )
 
 
-def _is_known(projection: nn.Module) -> bool:
-    """Whether a projection is the product with its weight, and what `_completed` adds."""
+def is_known(projection: nn.Module) -> bool:
+    """Whether a projection is the product with its weight, and what `completed` adds."""
     if type(projection) not in (nn.Linear, RelaxedLinear, StepLinear):
         return False
     return all(type(weight) in (Tensor, nn.Parameter) for weight in weights_of(projection))
@@ -195,7 +206,7 @@ def _biases_of(projection: Projected) -> list[Tensor | None]:
     return [None if isinstance(projection, RelaxedLinear) else projection.bias]
 
 
-def _completed(
+def completed(
     projection: Projected, hidden: Tensor, output: Tensor, context: StepContext | None
 ) -> Tensor:
     """What the module makes of its product: deltas, and hooks, which sum over ranks."""

@@ -302,8 +302,11 @@ class Scheduler:
         request that has had its turn, of a client that runs no less than the waiting one. These
         conditions keep two requests from preempting each other without making progress.
         """
-        progress, waiting = self.last(), self._next() if self.waiting else None
-        if progress is None or waiting is None or self.clock() - waiting.queued < PATIENCE:
+        now = self.clock()
+        if all(now - p.queued < PATIENCE for p in self.waiting):  # the common case, in every tick
+            return None
+        progress, waiting = self.last(), self._next()
+        if progress is None or now - waiting.queued < PATIENCE:
             return None
         running, client = self._running_by_client(), waiting.request.client
         if running[progress.request.client] - running[client] >= 2:

@@ -35,12 +35,12 @@ class Rotary:
         if scaling is not None:
             frequencies = scaling.scale(frequencies, base)
         angles = positions[..., None].float() * frequencies  # [k b] -> [k b d/2]
-        angles = torch.cat([angles, angles], dim=-1)[:, :, None]
+        angles = angles[:, :, None]
         cos, sin = angles.cos(), angles.sin()
         if scaling is not None and scaling.concentration != 1:
             cos, sin = cos * scaling.concentration, sin * scaling.concentration
-        first, second = sin.chunk(2, dim=-1)
-        return cls(cos.to(dtype), torch.cat([-first, second], dim=-1).to(dtype))
+        cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+        return cls(cos.to(dtype), sin.to(dtype))
 
     def turn(self, heads: Float[Tensor, "k b n d"]) -> Float[Tensor, "k b n d"]:
         """Rotate the heads of the first `k` rows."""

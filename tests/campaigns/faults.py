@@ -64,8 +64,8 @@ FAULTS = [
     Fault(
         "selected tokens stand in the order of their weights",
         CORE + "selection/decision.py",
-        "topk(capacity, dim=0, sorted=False).indices.sort(dim=0).values",
-        "topk(capacity, dim=0).indices",
+        "topk(kept, dim=0, sorted=False).indices.sort(dim=0).values",
+        "topk(kept, dim=0).indices",
         SELECTION,
     ),
     Fault(
@@ -463,15 +463,15 @@ FAULTS = [
     Fault(
         "sharing counts tokens of every step",
         CORE + "generation/cache/policies.py",
-        "return tokens.slots[: int((tokens.steps == 0).sum())]",
-        "return tokens.slots[: int((tokens.steps <= 1).sum())]",
+        "return int((self.steps == 0).sum())",
+        "return int((self.steps <= 1).sum())",
         ENGINE,
     ),
     Fault(
         "released pages are lost",
         CORE + "generation/cache/memory.py",
-        "self._free.extend(page for page in pages if page not in self.kept)",
-        "self._free.extend(page for page in pages[1:] if page not in self.kept)",
+        "self._put_back([page for page in pages if page not in self.kept])",
+        "self._put_back([page for page in pages[1:] if page not in self.kept])",
         CACHE + " mor_layers/generation/test_soak.py",
     ),
     Fault(

@@ -218,8 +218,8 @@ _GRAPHS = [
 _SERVING = [
     Case(
         f"serving/{policy}",
-        "a block that replays CUDA graphs gives the full pass's tokens and depths, fp32",
-        serving.replayed_block_gives_the_full_pass,
+        "ticks that replay CUDA graphs give the full pass's tokens and depths, fp32",
+        serving.replayed_ticks_give_the_full_pass,
         {"recursion": RecursionConfig(3, router=ROUTERS["token"], kv_policy=policy)},
     )
     for policy in POLICIES[:3]

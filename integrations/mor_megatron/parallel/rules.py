@@ -251,15 +251,6 @@ STEPS_AS_STAGES_RULES = (
         _nothing_goes_round_message,
     ),
     Rule(
-        "pipeline: gradients through some steps only",
-        lambda a: a.is_spread and a.only is not None and a.only.router.truncates_gradients,
-        lambda a, n: (
-            f"{n.recursion}.router={a.only and a.only.router} cannot be used with "
-            f"{n.steps_as_stages}: stages send the gradients of all steps back. Leave backward_steps "
-            f"out, or use {n.one_stage}."
-        ),
-    ),
-    Rule(
         "pipeline: the block cannot be split evenly",
         lambda a: a.is_spread and _uneven_block(a),
         _uneven_block_message,

@@ -73,13 +73,20 @@ class Caches:
         model: the model whose layers use them.
         num_outer: number of layers that run once.
         num_inner: number of layers of the shared block; 0 if nothing is routed.
+        has_spare_slot: whether there is one more slot than sequences, for rows of a graph that hold no
+            token. It occupies no pages.
 
     Raises:
         ValueError: the memory is too small for a single page, or `shares` has another length.
     """
 
     def __init__(
-        self, model: MoRTransformer, settings: CacheSettings, num_outer: int, num_inner: int
+        self,
+        model: MoRTransformer,
+        settings: CacheSettings,
+        num_outer: int,
+        num_inner: int,
+        has_spare_slot: bool = False,
     ) -> None:
         weight = model.embedding.weight
         recursion = model.config.effective_recursion
@@ -116,7 +123,7 @@ class Caches:
             )
             for layers, pages in ((num_outer, num_outer_pages), (num_inner, num_inner_pages))
         )
-        slots, length = settings.num_slots, settings.max_length
+        slots, length = settings.num_slots + has_spare_slot, settings.max_length
         self.outer_pages = PagedRows(num_outer_pages, page, slots, length, weight.device)
         """A list for each slot: rows of the layers that run once."""
         self.policy = kind(slots, steps, num_inner_pages, page, length, weight.device)

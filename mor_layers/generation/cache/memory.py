@@ -4,11 +4,11 @@ Legend: `t` tokens, `l` lists, `g` key-value heads, `d` head size,
 `p` vectors of a head in a row (a key and a value, or a latent row).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -146,7 +146,11 @@ class PagedRows:
         """Number of kept pages that no list uses."""
         self.reclaim: Callable[[int], None] = lambda count: None
         """Called to free a number of idle pages."""
-        self._free = list(range(num_pages))[::-1]
+        # A stack: the first `_num_free` entries are free pages. It is a tensor, so that a graph can take
+        # pages from it; `_top` is the number of entries inside a graph, see `append_in_graph`.
+        self._stack = torch.arange(num_pages - 1, -1, -1, device=device)
+        self._num_free = num_pages
+        self._top = torch.zeros(1, dtype=torch.long, device=device)
         self._in_page = torch.arange(page_size, device=device)
 
     @property
@@ -156,11 +160,16 @@ class PagedRows:
     @property
     def pages_free(self) -> int:
         """Number of pages that are free, or idle and therefore free when they are needed."""
-        return len(self._free) + self.num_idle
+        return self._num_free + self.num_idle
+
+    @property
+    def free_pages(self) -> list[int]:
+        """The pages that are free; the last one is taken first."""
+        return self._stack[: self._num_free].tolist()
 
     def has_free(self, num_rows: int) -> bool:
         """Whether so many further rows fit in any case: a list opens at most one page for each."""
-        return num_rows <= len(self._free)
+        return num_rows <= self._num_free
 
     def pages_for(self, count: int) -> int:
         """Number of pages of a list of `count` rows."""
@@ -176,10 +185,16 @@ class PagedRows:
         """Whether there are enough pages for `append` to these lists. Reclaims idle pages if needed."""
         if self.has_free(len(lists)):
             return True
-        missing = self.pages_needed(lists) - len(self._free)
+        missing = self.pages_needed(lists) - self._num_free
         if missing > 0:
             self.reclaim(missing)
-        return missing <= 0 or self.pages_needed(lists) <= len(self._free)
+        return missing <= 0 or self.pages_needed(lists) <= self._num_free
+
+    def reserve(self, num_rows: int) -> bool:
+        """Whether so many further rows fit in any case, once idle pages have been reclaimed for them."""
+        if not self.has_free(num_rows):
+            self.reclaim(num_rows - self._num_free)
+        return self.has_free(num_rows)
 
     def append(
         self, lists: Int[Tensor, " t"], are_distinct: bool = False
@@ -203,14 +218,51 @@ class PagedRows:
         own_places = places - self.borrowed.index_select(0, lists)
         opens_page = (own_places % self.page_size == 0).nonzero()[:, 0]
         if len(opens_page):
-            assert len(opens_page) <= len(self._free), "ask pages_needed first"
-            pages = torch.tensor(
-                [self._free.pop() for _ in range(len(opens_page))], device=lists.device
-            )
+            pages = self._taken(len(opens_page))
             columns = places[opens_page, None] + self._in_page
             rows = pages[:, None] * self.page_size + self._in_page
             self.row_of[lists[opens_page, None], columns] = rows
         return places, self.row_of[lists, places]
+
+    def begin_graph(self) -> None:
+        """Prepare calls of `append_in_graph`, for whose rows there must be free pages (`reserve`)."""
+        self._top.fill_(self._num_free)
+
+    def append_in_graph(
+        self, lists: Int[Tensor, " t"], is_new: Bool[Tensor, " t"]
+    ) -> tuple[Int[Tensor, " t"], Int[Tensor, " t"]]:
+        """`append` as arithmetic on the device, whose shapes do not depend on values.
+
+        Args:
+            is_new: which of the tokens are real. The others must name lists of a spare slot, which
+                stay empty; the last list must be one of these.
+
+        Returns:
+            As `append`. Places and rows of tokens that are not real are of no use.
+        """
+        index = torch.arange(len(lists), device=lists.device)
+        is_before = (lists[:, None] == lists) & (index[:, None] > index) & is_new
+        places = self.counts[lists] + is_before.sum(dim=1)
+        self.counts.index_add_(0, lists, is_new.long())
+        opens_page = is_new & ((places - self.borrowed[lists]) % self.page_size == 0)
+        num_taken = opens_page.long().cumsum(0)
+        pages = self._stack[(self._top - num_taken).clamp(0, self._stack.shape[0] - 1)]
+        self._top.sub_(num_taken[-1:])
+        # What opens no page writes into the last list, which nobody reads.
+        target = torch.where(opens_page, lists, self.row_of.shape[0] - 1)
+        columns = torch.where(opens_page, places, 0)[:, None] + self._in_page
+        rows = pages[:, None] * self.page_size + self._in_page
+        self.row_of.index_put_((target[:, None], columns), rows)
+        return places, self.row_of[lists, places]
+
+    @property
+    def num_free_in_graph(self) -> Int[Tensor, " 1"]:
+        """Number of free pages after calls of `append_in_graph`, to be passed to `end_graph`."""
+        return self._top
+
+    def end_graph(self, num_free: int) -> None:
+        """Take note of the pages that a graph has taken."""
+        self._num_free = num_free
 
     def release(self, lists: Int[Tensor, " l"]) -> None:
         """Empty some lists, and free their pages except those that are kept."""
@@ -221,7 +273,7 @@ class PagedRows:
         columns = (begins[:, None] + column * self.page_size).where(is_used, 0)
         first_rows = self.row_of[lists].gather(1, columns)
         pages = (first_rows[is_used] // self.page_size).tolist()
-        self._free.extend(page for page in pages if page not in self.kept)
+        self._put_back([page for page in pages if page not in self.kept])
         self.counts[lists] = 0
         self.borrowed[lists] = 0
 
@@ -234,11 +286,14 @@ class PagedRows:
     def discard(self, pages: Iterable[int]) -> None:
         """Free kept pages that no list uses."""
         self.kept.difference_update(pages)
-        self._free.extend(pages)
+        self._put_back(list(pages))
 
     def grow(self, num_pages: int) -> None:
         """Add free pages; the arena must grow by the same rows."""
-        self._free[:0] = range(self.num_pages + num_pages - 1, self.num_pages - 1, -1)
+        first, device = self.num_pages, self._stack.device
+        added = torch.arange(first + num_pages - 1, first - 1, -1, device=device)
+        self._stack = torch.cat([added, self._stack])  # those that there were are taken first
+        self._num_free += num_pages
         self.num_pages += num_pages
 
     def lengthen(self, max_rows: int) -> None:
@@ -253,7 +308,7 @@ class PagedRows:
         first_rows = self.row_of[:, :: self.page_size]
         column = torch.arange(first_rows.shape[1], device=counts.device)
         is_freed = (column >= after[:, None]) & (column < before[:, None])
-        self._free.extend((first_rows[is_freed] // self.page_size).tolist())
+        self._put_back((first_rows[is_freed] // self.page_size).tolist())
         self.counts = counts.clone()
 
     def select(self, lists: Int[Tensor, " l"]) -> tuple[Int[Tensor, " p"], Int[Tensor, " p"]]:
@@ -272,10 +327,24 @@ class PagedRows:
         pages = (used.cumsum(0) - used)[:, None] + column
         rows = pages[..., None] * self.page_size + self._in_page
         self.row_of = torch.where(is_used[..., None], rows, 0).flatten(1)
-        self.counts, self._free, self.num_pages = counts, [], int(used.sum())
+        self.counts, self.num_pages = counts, int(used.sum())
+        self._stack, self._num_free = counts.new_zeros(self.num_pages), 0
         self.borrowed = torch.zeros_like(counts)
         owners = torch.arange(len(lists), device=lists.device).repeat_interleave(used)
         return first_rows[is_used] // self.page_size, owners
+
+    def _taken(self, count: int) -> Int[Tensor, " p"]:
+        """Take pages from the stack, the last one first."""
+        assert count <= self._num_free, "ask pages_needed first"
+        self._num_free -= count
+        return self._stack[self._num_free : self._num_free + count].flip(0)
+
+    def _put_back(self, pages: Sequence[int]) -> None:
+        """Put free pages onto the stack."""
+        if pages:
+            end = self._num_free + len(pages)
+            self._stack[self._num_free : end] = torch.tensor(pages, device=self._stack.device)
+            self._num_free = end
 
     def _width(self, max_rows: int) -> int:
         # The page that a list opens after borrowed rows may begin anywhere, and end beyond `max_rows`.

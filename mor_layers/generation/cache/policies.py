@@ -23,7 +23,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mor_layers.generation.cache.memory import PagedRows
@@ -42,6 +42,15 @@ class TokensInFlight:
     """What `CachePolicy.enter` returned for them at the previous step; unspecified at step 0."""
     are_alone: bool = False
     """Whether it is known that no slot has more than one of them."""
+    is_running: Bool[Tensor, " t"] | None = None
+    """Inside a graph: which rows hold a token; the slot of the others is the last one, which is spare.
+    None: all of them, outside of graphs."""
+    num_first: int | None = None
+    """Inside a graph: the tokens that run step 0 are among so many first ones. None: find out."""
+
+    def count_first(self) -> int:
+        """How many of the first tokens may run step 0."""
+        return int((self.steps == 0).sum()) if self.num_first is None else self.num_first
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,19 @@ class CachePolicy(ABC):
             tokens: tokens that are about to run the block.
             exited: tokens that exited before the last step; only if `keeps_exited`.
         """
+
+    def append(
+        self, tokens: TokensInFlight, exited: TokensInFlight | None
+    ) -> tuple[Int[Tensor, " w"], Int[Tensor, " w"]]:
+        """New entries in `lists_to_grow`: their indices in these lists, and their rows."""
+        lists = self.lists_to_grow(tokens, exited)
+        if tokens.is_running is None:
+            # Several tokens of a slot may have exited since their rows were stored last.
+            return self.pages.append(lists, tokens.are_alone and exited is None)
+        is_new = tokens.is_running
+        if exited is not None and exited.is_running is not None:
+            is_new = torch.cat([is_new, exited.is_running])
+        return self.pages.append_in_graph(lists, is_new[: len(lists)])
 
     def pages_needed(self, tokens: TokensInFlight, exited: TokensInFlight | None) -> int:
         """Number of pages that `enter` would need."""
@@ -194,7 +216,7 @@ class RecursionWise(CachePolicy):
 
     def enter(self, tokens: TokensInFlight, exited: TokensInFlight | None) -> Entered:
         lists = self.lists_to_grow(tokens, exited)
-        places, rows = self.pages.append(lists, tokens.are_alone)
+        places, rows = self.append(tokens, exited)
         return Entered(rows, places, Visible(self.pages.row_of, lists, places + 1))
 
     def tables(self, slot: int) -> Tensor:
@@ -228,10 +250,10 @@ class RecursiveSharing(CachePolicy):
         return tokens_per_step[:1]
 
     def lists_to_grow(self, tokens: TokensInFlight, exited: TokensInFlight | None) -> Tensor:
-        return tokens.slots[: int((tokens.steps == 0).sum())]
+        return tokens.slots[: tokens.count_first()]
 
     def enter(self, tokens: TokensInFlight, exited: TokensInFlight | None) -> Entered:
-        places, rows = self.pages.append(self.lists_to_grow(tokens, exited), tokens.are_alone)
+        places, rows = self.append(tokens, exited)
         entries = torch.cat([places, tokens.entries[len(places) :]])
         return Entered(rows, entries, Visible(self.pages.row_of, tokens.slots, entries + 1))
 
@@ -296,10 +318,9 @@ class SharingWithUpdate(_Overlaid):
     """Each step sees the first step's rows, except where it has rows of its own."""
 
     def enter(self, tokens: TokensInFlight, exited: TokensInFlight | None) -> Entered:
-        places, rows = self.pages.append(self.lists_to_grow(tokens, exited), tokens.are_alone)
-        is_first = tokens.steps == 0
-        entries = torch.where(is_first, places, tokens.entries)
-        n = int(is_first.sum())
+        places, rows = self.append(tokens, exited)
+        entries = torch.where(tokens.steps == 0, places, tokens.entries)
+        n = tokens.count_first()
         self._show_from(tokens.slots[:n], tokens.steps[:n], places[:n], rows[:n])
         self.seen[tokens.slots[n:], tokens.steps[n:], entries[n:]] = rows[n:]
         return Entered(rows, entries, self._visible(tokens, entries))
@@ -333,9 +354,7 @@ class ExitState(_Overlaid):
         return torch.cat([lists, exited.slots * self.lists_per_slot + self.num_steps])
 
     def enter(self, tokens: TokensInFlight, exited: TokensInFlight | None) -> Entered:
-        # Several tokens of a slot may have exited since their rows were stored last.
-        are_distinct = tokens.are_alone and exited is None
-        _, rows = self.pages.append(self.lists_to_grow(tokens, exited), are_distinct)
+        _, rows = self.append(tokens, exited)
         own = rows[: len(tokens.slots)]
         self.seen[tokens.slots, tokens.steps, tokens.positions] = own
         if exited is not None:

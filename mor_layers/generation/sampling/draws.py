@@ -213,8 +213,12 @@ def _limited(
 
 
 def _drawn(logits: Float64[Tensor, "b k"], draw: Float64[Tensor, " b"]) -> Int[Tensor, " b"]:
-    """The first candidate at which the cumulative probability exceeds the random number."""
-    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
+    """The first candidate at which the cumulative probability exceeds the random number.
+
+    Args:
+        logits: those of each request, the largest of which is 0.
+    """
+    cumulative = logits.exp().cumsum(dim=-1)  # not divided by its total, which `wanted` contains
     total = cumulative[:, -1:]
     # Strictly below the total, so that a candidate of probability 0 is never drawn.
     wanted = torch.minimum(draw[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))

@@ -57,7 +57,7 @@ def assert_cleared(recorder: Recorder) -> None:
     assert engine.prefixes.num_blocks_idle == 0
     for pages in (engine.caches.outer_pages, engine.caches.policy.pages):
         assert not pages.kept and pages.num_idle == 0
-        assert sorted(pages._free) == list(range(pages.num_pages))
+        assert sorted(pages.free_pages) == list(range(pages.num_pages))
         assert not pages.counts.any() and not pages.borrowed.any()
 
 
@@ -386,7 +386,7 @@ def test_borrowed_rows_are_not_freed_and_own_ones_follow_them() -> None:
     pages.release(second)
     assert pages.pages_free == 6
     pages.discard(list(pages.kept))
-    assert sorted(pages._free) == list(range(8)) and not pages.kept
+    assert sorted(pages.free_pages) == list(range(8)) and not pages.kept
 
 
 def test_settings_name_what_may_be_shared() -> None:

@@ -1,0 +1,14 @@
+"""A tick as one compiled graph: `tick` is the graph, `driver` the host's part of it.
+
+rows       tokens in flight, in tensors whose shapes say nothing about them
+routing    the router's decisions, without sizes that depend on them
+attention  to the cache, in place or gathered; `context` hands it to the layers
+tick       the whole tick as a function of tensors
+compiling  the function as a graph; `replay` records it on a GPU; `sizes` of its tensors
+driver     chooses sizes, runs the graph, and reads what the host must know
+"""
+
+from mor_layers.generation.static_tick.compiling import Backend
+from mor_layers.generation.static_tick.driver import StaticTick
+
+__all__ = ["Backend", "StaticTick"]
