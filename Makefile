@@ -8,7 +8,7 @@ ARGUMENTS ?=
 export PYTHONPATH := $(CURDIR):$(CURDIR)/integrations
 use_python = python=$(or $(PYTHON),$$(.ci/setup)) &&
 
-.PHONY: help env pretrain test test-full test-gpu test-vllm test-bridge test-titan test-deepspeed test-megatron-lm faults campaign soak sweep lint docs walk wheel bench
+.PHONY: help env pretrain test test-full test-gpu test-vllm test-bridge test-titan test-deepspeed test-megatron-lm faults campaign soak sweep lint docs walk wheel bench bench-vllm
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -79,3 +79,7 @@ wheel:  ## build the wheel into dist/, and try it with torch alone and with each
 
 bench:  ## compare training steps with and without recursion
 	@$(use_python) OMP_NUM_THREADS=1 $$python examples/benchmarks/training_step.py $(ARGUMENTS)
+
+bench-vllm:  ## our engine beside stock vLLM on one core (ten minutes; .ci/setup-vllm: 6 GB)
+	@$(use_python) vllm=$$(.ci/setup-vllm) && OMP_NUM_THREADS=1 \
+	    $$python examples/benchmarks/beside_vllm.py --vllm-python "$$vllm" $(ARGUMENTS)

@@ -16,44 +16,29 @@ waits for memory is near the second, one that waits for its multipliers near the
 
 import argparse
 import json
-import random
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from itertools import count
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from mor_layers import DecoderConfig, ExpertChoice, MoRTransformer, RecursionConfig
-from mor_layers.costs import account
-from mor_layers.generation import (
-    CACHE_POLICIES,
-    CacheSettings,
-    DepthBatchingEngine,
-    Request,
-    Sampling,
-    calibrate,
-)
+from mor_layers import MoRTransformer
+from mor_layers.generation import CACHE_POLICIES, calibrate
 from mor_layers.recursion import KVPolicy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.machine import machine
+from benchmarks.serving.feed import Requests, Turn
+from benchmarks.serving.limits import Served, kv_bytes_ratio, sequence_bytes
+from benchmarks.serving.ours import EngineOptions, Load, clock
+from benchmarks.serving.shapes import SHAPES, decoder_config
 
 Budget = Literal["equal_batch", "equal_kv"]
-
-HAS_GPU = torch.cuda.is_available()
-SHAPES = {  # hidden, query heads, key-value heads, MLP, layers that a plain model has
-    "small": (192, 6, 2, 512, 18),
-    "135M": (576, 9, 3, 1536, 30),
-    "360M": (960, 15, 5, 2560, 34),
-}
 
 
 @dataclass(frozen=True)
@@ -84,163 +69,19 @@ class Row:
     """Of the time, what is spent outside the layers and the logits."""
 
 
-def decoder_config(shape: str, vocabulary: int, steps: int, policy: KVPolicy) -> DecoderConfig:
-    """A model of the shape; layers are added until they divide."""
-    hidden, heads, kv_heads, ffn, layers = SHAPES[shape]
-    recursion = None
-    if steps > 1:
-        recursion = RecursionConfig(steps, "middle_cycle", ExpertChoice(), policy)
-        layers += -(layers - 2) % steps
-    return DecoderConfig(vocabulary, hidden, ffn, layers, heads, kv_heads, recursion=recursion)
-
-
-class Load:
-    """An engine that is never without work.
-
-    Args:
-        slots: sequences in flight at most.
-        kv_bytes: memory for keys and values.
-    """
-
-    def __init__(
-        self, model: MoRTransformer, options: argparse.Namespace, slots: int, kv_bytes: int
-    ) -> None:
-        self.model, self.options, self.slots = model, options, slots
-        self.longest_prompt = options.prompt + options.prompt // 2
-        length = self.longest_prompt + options.new_tokens
-        settings = CacheSettings(kv_bytes, slots, length + 1, page_size=4)
-        # No prompt waits for its turn: that would hold the plain model up, whose ticks are fewer.
-        every = slots * length
-        self.engine = DepthBatchingEngine(model, settings, length, tokens_per_tick=every)
-        self._random, self._numbers = random.Random(0), count()
-        self._inside = 0.0
-        for stack in (model.prelude, *(block.layers for block in model.recursions), model.coda):
-            stack.forward = self._timed(stack.forward)  # type: ignore[method-assign]
-        cached = self.engine.runner.cached
-        cached.logits = self._timed(cached.logits)  # type: ignore[method-assign]
-
-    def _timed(self, run: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any) -> Any:
-            began = clock()
-            try:
-                return run(*arguments)
-            finally:
-                self._inside += clock() - began
-
-        return timed
-
-    @property
-    def texts(self) -> Tensor:
-        """Beginnings of what is in flight, `[b s]`: the longest few, as long as they all are."""
-        running = self.engine.scheduler.running.values()
-        texts = sorted((p.tokens for p in running), key=len)
-        older = texts[max(len(texts) // 2, len(texts) - 12) :]
-        return torch.tensor([text[: len(older[0])] for text in older])
-
-    def run(self, tokens: int) -> tuple[float, float, float, float]:
-        """Generate so many tokens.
-
-        Returns:
-            Tokens a second, sequences in flight, mean depth, and the engine's own share.
-        """
-        counters, vocabulary = self.engine.counters, self.model.config.vocab_size
-        goal, self._inside = counters.generated_tokens + tokens, 0.0
-        before, in_flight, ticks, began = replace(counters), 0, 0, clock()
-        while counters.generated_tokens < goal:
-            while self.engine.num_running + self.engine.num_waiting < self.slots + 2:
-                number, new = next(self._numbers), self.options.new_tokens
-                size = self._random.randint(self.options.prompt // 2 + 1, self.longest_prompt)
-                if number < self.slots:  # of all ages, as in a server that has run for long
-                    age = self._random.randrange(new)
-                    size, new = size + age, new - age
-                ids = tuple(self._random.randrange(vocabulary) for _ in range(size))
-                self.engine.submit(Request(ids, new, Sampling(1.0, seed=number)))
-            self.engine.step()
-            in_flight, ticks = in_flight + self.engine.num_running, ticks + 1
-        seconds = clock() - began
-        done = counters.generated_tokens - before.generated_tokens
-        # The last token of a request is never computed.
-        computed = done + counters.prompt_tokens - before.prompt_tokens
-        computed -= counters.finished - before.finished
-        depth = (counters.steps - before.steps) / computed
-        return done / seconds, in_flight / ticks, depth, 1 - self._inside / seconds
-
-
-def clock() -> float:
-    """Seconds of this thread's processor; of the wall where a GPU works."""
-    if HAS_GPU:
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
-
-
-def sequence_bytes(config: DecoderConfig, length: int, itemsize: int) -> float:
-    """Expected bytes of one sequence's keys and values."""
-    return account(config, length).kv_bytes(bytes_per_number=itemsize)
-
-
-def generated_flops(config: DecoderConfig, options: argparse.Namespace, depth: float) -> float:
-    """FLOPs of a generated token of the given mean depth, its share of the prompt included."""
-    length = options.prompt + options.new_tokens
-    tokens, shares = None, _shares(config)
-    if len(shares) > 1:
-        deeper = (depth - 1) / (sum(shares) - 1)
-        tokens = [length * min(1.0, share * deeper) for share in shares[1:]]
-        tokens = [length, *tokens]
-    cost = account(config, length, tokens, causal_half=True)
-    # Logits are computed where a token is generated only.
-    logits = cost.forward.output / length
-    return (cost.forward.total - cost.forward.output) / options.new_tokens + logits
-
-
-def numbers_read(
-    config: DecoderConfig, options: argparse.Namespace, depth: float, sequences: float
-) -> float:
-    """Numbers, weights and keys, that are read for a generated token."""
-    length = options.prompt + options.new_tokens / 2
-    cost = account(config, round(length))
-    weights = cost.parameters.total - cost.parameters.embedding
-    runs = 2 if config.recursion is not None else 0
-    layers = (config.num_unrolled_layers - runs) / len(_shares(config))
-    row = 2 * config.kv_heads * config.head_size
-    seen = sum(_seen(config)) * layers + runs
-    # A tick reads the weights once, and finishes sequences / depth tokens.
-    return weights * depth / sequences + seen * row * length
-
-
-def _shares(config: DecoderConfig) -> tuple[float, ...]:
-    if config.recursion is None:
-        return (1.0,)
-    steps = config.recursion.num_recursions
-    return config.recursion.router.capacity_factors_for(steps) or (1.0,) * steps
-
-
-def _seen(config: DecoderConfig) -> list[float]:
-    """For each step, rows that its queries see times the share of tokens that run it."""
-    shares = _shares(config)
-    is_wise = config.recursion is None or config.recursion.kv_policy == "recursion_wise"
-    return [share * (share if is_wise else shares[0]) for share in shares]
-
-
-def kv_bytes_ratio(config: DecoderConfig) -> float:
-    """Rows that the routed layers keep, over one for each step of each token."""
-    assert config.recursion is not None
-    kind, shares = CACHE_POLICIES[config.recursion.kv_policy], _shares(config)
-    return sum(kind.rows_for(shares, 1.0)) / len(shares)
-
-
 def compare(
     shape: str, steps: int, policy: KVPolicy, plain: MoRTransformer, options: argparse.Namespace
 ) -> Iterator[Row]:
     """One recursion against the plain model, under both budgets."""
     torch.manual_seed(1)
     dtype = getattr(torch, options.dtype)
-    model = MoRTransformer(decoder_config(shape, options.vocabulary, steps, policy))
-    model = model.to(options.device, dtype)
+    config = decoder_config(shape, options.vocabulary, steps, policy, options.layers)
+    model = MoRTransformer(config).to(options.device, dtype)
     length = options.prompt + options.new_tokens
     text = torch.randint(options.vocabulary, (8, length), device=options.device)
-    calibrate(model, [text])  # roughly; what the model writes itself counts, see below
+    calibrate(model, [text])  # roughly; what the model writes itself counts, see `settle`
     sizes = [sequence_bytes(m.config, length, dtype.itemsize) for m in (plain, model)]
+    shortest, longest = options.prompt // 2 + 1, options.prompt + options.prompt // 2
     for budget in options.budgets:
         if budget == "equal_batch":
             # Memory for half as much again: nobody has to give way.
@@ -251,21 +92,21 @@ def compare(
             total = round(options.kv_sequences * sizes[0] * 1.05)
             memory = [total, total]
             slots = [max(1, int(total / size)) for size in sizes]
-        loads = [
-            Load(m, options, s, b) for m, s, b in zip((plain, model), slots, memory, strict=True)
-        ]
-        for load in loads:  # fill up
-            load.run(load.slots)
-        for _ in range(2):  # what is written follows the depths, and they follow it
-            calibrate(model, [loads[1].texts.to(options.device)])
-            loads[1].run(loads[1].slots)
+        loads = []
+        for own, number, size in zip((plain, model), slots, memory, strict=True):
+            requests = Requests(
+                shortest, longest, options.new_tokens, options.vocabulary, number, waiting=2
+            )
+            # A compiler is for a recursion; the plain model runs operation by operation.
+            engine = EngineOptions(compiler=None if own is plain else options.compiler)
+            loads.append(Load(own, requests, size, engine))
+            loads[-1].settle()
         rounds = [[load.run(options.tokens) for load in loads] for _ in range(options.turns)]
-        ratios = tuple(sorted(own[0] / base[0] for base, own in rounds))
-        base, own = ([statistics.median(r[i][j] for r in rounds) for j in range(4)] for i in (0, 1))
-        flops = [generated_flops(m.config, options, r[2]) for m, r in ((plain, base), (model, own))]
-        read = [
-            numbers_read(m.config, options, r[2], r[1]) for m, r in ((plain, base), (model, own))
-        ]
+        ratios = tuple(sorted(own.rate / base.rate for base, own in rounds))
+        base, own = (
+            _Medians.of([turns[place] for turns in rounds], load, options)
+            for place, load in enumerate(loads)
+        )
         yield Row(
             shape,
             steps,
@@ -274,15 +115,31 @@ def compare(
             statistics.median(ratios),
             ratios,
             kv_bytes_ratio(model.config),
-            mean_depth=own[2],
-            flop_limit=flops[0] / flops[1],
-            byte_limit=read[0] / read[1],
-            sequences=own[1],
-            plain_sequences=base[1],
-            tokens_per_second=own[0],
-            plain_tokens_per_second=base[0],
-            engine_share=own[3],
+            mean_depth=own.served.depth,
+            flop_limit=base.served.flops / own.served.flops,
+            byte_limit=base.served.numbers_read / own.served.numbers_read,
+            sequences=own.served.sequences,
+            plain_sequences=base.served.sequences,
+            tokens_per_second=own.rate,
+            plain_tokens_per_second=base.rate,
+            engine_share=own.own_share,
         )
+
+
+@dataclass(frozen=True)
+class _Medians:
+    """Of the turns of an engine."""
+
+    rate: float
+    own_share: float
+    served: Served
+
+    @classmethod
+    def of(cls, turns: list[Turn], load: Load, options: argparse.Namespace) -> "_Medians":
+        in_flight = statistics.median(turn.in_flight for turn in turns)
+        length = options.prompt, options.new_tokens
+        served = Served(load.model.config, *length, load.depth, in_flight)
+        return cls(statistics.median(turn.rate for turn in turns), load.own_share, served)
 
 
 def hugging_face(plain: MoRTransformer, options: argparse.Namespace) -> float:
@@ -323,6 +180,7 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     add = options.add_argument
     add("--shapes", nargs="+", choices=SHAPES, default=["small", "360M"])
+    add("--layers", type=int, help="of the plain model, instead of those of the shape")
     add("--recursions", nargs="+", type=int, default=[2, 3, 4])
     add(
         "--policies",
@@ -345,6 +203,7 @@ def parser() -> argparse.ArgumentParser:
     add("--vocabulary", type=int, default=2048, help="the logits cost both models alike")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and caches")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--compiler", help="backend of torch.compile for the engine with a recursion")
     add("--hugging-face", action="store_true", help="also time `generate` of transformers")
     add("--json", metavar="FILE", help="write the rows here")
     return options
@@ -360,7 +219,9 @@ def main() -> None:
         console = Console(width=140)
     for shape in options.shapes:
         torch.manual_seed(0)
-        plain = MoRTransformer(decoder_config(shape, options.vocabulary, 1, "recursion_wise"))
+        plain = MoRTransformer(
+            decoder_config(shape, options.vocabulary, 1, "recursion_wise", options.layers)
+        )
         plain = plain.to(options.device, getattr(torch, options.dtype))
         if options.hugging_face:
             references[shape] = hugging_face(plain, options)

@@ -6,7 +6,7 @@ not cancel is noise: the median over rounds ignores a few disturbed ones, and it
 tells how far it can be trusted. Rounds are added until that interval is narrow.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy
@@ -46,13 +46,8 @@ class Rounds:
 
     def estimate(self) -> "Estimate":
         """What the rounds so far say; there must be at least one."""
-        ratios = numpy.array(self.ratios)
-        generator = numpy.random.default_rng(0)  # the same rounds always say the same
-        picks = generator.integers(len(ratios), size=(RESAMPLES, len(ratios)))
-        medians = numpy.median(ratios[picks], axis=1)
-        low, high = numpy.quantile(medians, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
         share = float(numpy.median(self.shares)) if self.shares else None
-        return Estimate(float(numpy.median(ratios)), float(low), float(high), len(ratios), share)
+        return estimate(self.ratios, share)
 
 
 @dataclass(frozen=True)
@@ -83,6 +78,20 @@ class Estimate:
         if self.high < 1:
             return "faster"
         return "slower" if self.low > 1 else "no difference seen"
+
+
+def estimate(ratios: Sequence[float], share: float | None = None) -> Estimate:
+    """The median of the ratios of rounds, at least one, and its bootstrap interval.
+
+    Args:
+        share: of the processor in the median run.
+    """
+    own = numpy.array(ratios)
+    generator = numpy.random.default_rng(0)  # the same rounds always say the same
+    picks = generator.integers(len(own), size=(RESAMPLES, len(own)))
+    medians = numpy.median(own[picks], axis=1)
+    low, high = numpy.quantile(medians, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Estimate(float(numpy.median(own)), float(low), float(high), len(own), share)
 
 
 def measure(

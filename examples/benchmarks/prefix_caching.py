@@ -27,9 +27,10 @@ from mor_layers import MoRTransformer
 from mor_layers.generation import CACHE_POLICIES, CacheSettings, DepthBatchingEngine, Request
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.generation import SHAPES, clock, decoder_config
 from benchmarks.machine import machine
 from benchmarks.paired_timing import Estimate, Rounds, Timing
+from benchmarks.serving.ours import clock
+from benchmarks.serving.shapes import SHAPES, decoder_config
 
 
 @dataclass(frozen=True)

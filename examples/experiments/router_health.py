@@ -98,8 +98,6 @@ def routers(plan: Plan) -> dict[str, tuple[RouterConfig, Published]]:
             TokenChoice(),
             Published(max_violation=0.266, entropy=1.056),
         ),
-        "token choice, loss-free bias": (TokenChoice(balancing="loss_free"), Published()),
-        "token choice, no balancing": (TokenChoice(balancing="none"), Published()),
     }
 
 

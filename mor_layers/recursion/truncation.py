@@ -13,15 +13,22 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
-def cut(states: Float[Tensor, "n b w"], block: nn.Module) -> Float[Tensor, "n b w"]:
+def cut(
+    states: Float[Tensor, "n b w"], block: nn.Module, *inputs: Tensor
+) -> Float[Tensor, "n b w"]:
     """The states without what came before.
 
     Parameters that only earlier steps use get a gradient of zero, because frameworks that reduce
     gradients while the backward pass runs wait for every parameter.
+
+    Args:
+        states: what goes on.
+        block: the module whose parameters get a gradient of zero.
+        inputs: tensors that get a gradient of zero too, because something waits for their gradients.
     """
     if not torch.is_grad_enabled():
         return states
-    trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
+    trained = [tensor for tensor in (*block.parameters(), *inputs) if tensor.requires_grad]
     return _Cut.apply(states.detach(), *trained)  # type: ignore[return-value]
 
 

@@ -65,8 +65,8 @@ FAULTS = [
     Fault(
         "selected tokens stand in the order of their weights",
         CORE + "selection/decision.py",
-        "topk(capacity, dim=0, sorted=False).indices.sort(dim=0).values",
-        "topk(capacity, dim=0).indices",
+        "topk(kept, dim=0, sorted=False).indices.sort(dim=0).values",
+        "topk(kept, dim=0).indices",
         SELECTION,
     ),
     Fault(

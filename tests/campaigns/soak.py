@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx2 as httpx
@@ -61,10 +61,14 @@ class Soak:
         count: number of calls.
         seed: other seeds, other calls.
         num_bodies: number of different bodies of calls that are answered.
+        first: number of the first call. A call depends only on its number and the seed, so a soak can
+            go on where another one ended, or repeat the calls around a failure.
     """
 
-    def __init__(self, server: Running, count: int, seed: int = 0, num_bodies: int = 40) -> None:
-        self.server, self.count, self.seed = server, count, seed
+    def __init__(
+        self, server: Running, count: int, seed: int = 0, num_bodies: int = 40, first: int = 0
+    ) -> None:
+        self.server, self.count, self.seed, self.first = server, count, seed, first
         self.endings: Counter[tuple[str, str]] = Counter()
         self.failures: list[str] = []
         source = random.Random(seed)
@@ -72,9 +76,14 @@ class Soak:
         self.texts = list(map(_Alone(server), self.bodies))
         self._memory = 0
 
-    def run(self) -> None:
-        """Make all calls, and wait until the server has nothing left to do."""
+    def run(self, every: int = 500, told: Callable[[int], None] = lambda done: None) -> None:
+        """Make all calls, and wait until the server has nothing left to do.
+
+        Args:
+            every: number of calls after which `told` is called with how many are done.
+        """
         threads = threading.active_count()
+        self._every, self._told = every, told
         asyncio.run(self._run())
         self.server.wait_until_idle()
         service, engine = self.server.service, self.server.engine
@@ -89,7 +98,7 @@ class Soak:
             self.failures.append(f"the process grew by {self.growth / 2**20:.0f} MiB")
 
     async def _run(self) -> None:
-        numbers = iter(range(self.count))
+        numbers = iter(range(self.first, self.first + self.count))
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=CALLERS)
         async with httpx.AsyncClient(
             base_url=self.server.url, limits=limits, timeout=120.0
@@ -106,8 +115,11 @@ class Soak:
                 self.failures.append(f"call {number}, {kind}: {type(error).__name__}: {error}")
                 ending = "failed"
             self.endings[kind, ending] += 1
-            if number == self.count // 3:
+            done = self.endings.total()
+            if done == max(1, self.count // 3):
                 self._memory = _peak_memory()
+            if done % self._every == 0:
+                self._told(done)
 
     @property
     def growth(self) -> int:
@@ -267,11 +279,19 @@ def main() -> None:
     options.add_argument(
         "--seed", type=int, default=0, help="other seeds, other calls (default: 0)"
     )
+    options.add_argument(
+        "--first", type=int, default=0, help="number of the first call, to go on from (default: 0)"
+    )
     chosen = options.parse_args()
     begun, own = time.monotonic(), server()
+
+    def tell(done: int) -> None:
+        passed, failed = time.monotonic() - begun, len(soak.failures)
+        print(f"{done:,} calls, {passed:.0f} seconds, {failed} failed", file=sys.stderr, flush=True)
+
     try:
-        soak = Soak(own, chosen.requests, chosen.seed)
-        soak.run()
+        soak = Soak(own, chosen.requests, chosen.seed, first=chosen.first)
+        soak.run(told=tell)
         preemptions = own.engine.counters.preemptions
     finally:
         own.stop()

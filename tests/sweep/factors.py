@@ -58,10 +58,12 @@ ROUTERS = {
     "expert choice, odd capacities": ExpertChoice(
         capacity_factors=(0.9, 0.58, 0.3), predictor="aux_router", alpha=0.5
     ),
+    "expert choice, tiles": ExpertChoice(alpha=0.5, capacity_multiple=5),
     "token choice": TokenChoice(z_loss_coefficient=0.01),
     "token choice, loss-free": TokenChoice(balancing="loss_free"),
     "depth and width": DepthAndWidth(),
     "random loops": RandomLoops(seed=0),
+    "random loops, the last train": RandomLoops(draw="largest", backward_steps=2),
     "damped loops": DampedLoops(),
     "adaptive halting": AdaptiveHalting(),
     "exit gate": ExitGate(),

@@ -11,6 +11,11 @@ from tests.sweep.draw import described, draw, pairs_of
 from tests.sweep.train import Outcome, refusal
 
 SMALL = {"colour": ("red", "green", "blue"), "size": ("small", "large"), "form": ("round", "flat")}
+NEEDED = {
+    "taught exit gate": {"recipe": "loss after every loop"},
+    "random loops, the last train": {"recipe": "stabilised"},
+}
+"""What some values need beside the usual ones."""
 USUAL = {name: values[0] for name, values in factors.FACTORS.items()}
 
 
@@ -56,7 +61,7 @@ def test_a_case_that_the_library_refuses_is_not_run(changes, reason):
 def test_every_value_of_a_factor_can_run(name):
     for value in factors.FACTORS[name]:
         layers = [value] if name == "layers" else ["dense", "experts", "latent attention"]
-        recipe = {"recipe": "loss after every loop"} if value == "taught exit gate" else {}
+        recipe = NEEDED.get(value, {})
         cases = [USUAL | recipe | {"layers": kind} | {name: value} for kind in layers]
         assert any(refusal(case) is None for case in cases), value
 

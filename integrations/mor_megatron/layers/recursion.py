@@ -124,11 +124,12 @@ class RecursionLayer(TransformerLayer):
         *,
         recursion: RecursionConfig,
         part: BlockPart | None = None,
+        keeps_together: bool = False,
         pg_collection: ProcessGroupCollection | None = None,
         vp_stage: int | None = None,
         **unused: Any,
     ) -> None:
-        validate(config, recursion)
+        validate(config, recursion, keeps_together)
         require_whole_block(config, is_whole=part is None)
         if part is None and recursion.loop_loss is not None:
             _require_room_for_all_loops(config)
@@ -269,9 +270,7 @@ class RecursionLayer(TransformerLayer):
             )
         if inference_context is not None:
             refuse_inputs(padding_mask=padding_mask, packed_seq_params=packed_seq_params)
-            length = inference_context.sequence_len_offset + len(hidden_states)
-            rotation = self._rotation(rotary_pos_emb, hidden_states, length)
-            return self._generate(hidden_states, inference_context, rotation, context)
+            return self._generate(hidden_states, inference_context, rotary_pos_emb, context)
         packed = self.inputs.packed(hidden_states, attention_mask, packed_seq_params)
         tokens, num_documents = self.inputs.tokens(
             hidden_states, attention_mask, padding_mask, packed
@@ -398,22 +397,31 @@ class RecursionLayer(TransformerLayer):
     def _generate(
         self,
         hidden: Tensor,
-        memory: StaticInferenceContext,
-        rotation: StepRotation | None,
+        memory: Any,
+        rotary_pos_emb: Tensor | None,
         context: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """`[n b h] -> [n b h]` for the prompt, or for the next tokens of each sequence, and the context
         of the next layer.
         """
-        if self.config.sequence_parallel or not memory.is_static_batching():
+        if not isinstance(memory, StaticInferenceContext):
             raise ValueError(
-                "a recursion generates with a StaticInferenceContext and sequence_parallel=False, "
-                f"not with {type(memory).__name__} and "
-                f"sequence_parallel={self.config.sequence_parallel}. For continuous batching use "
-                "mor_layers.DepthBatchingEngine (see mor_megatron.checkpoints.torch_model)."
+                f"a recursion generates with a StaticInferenceContext, not with a "
+                f"{type(memory).__name__}: Megatron's pages have a row of every token in every layer, "
+                "and its kernels read all of them, but a token has no rows at steps after its exit. "
+                "For continuous batching use mor_layers.generation.DepthBatchingEngine with the model "
+                "that mor_megatron.checkpoints.torch_model makes of this one."
+            )
+        if self.config.sequence_parallel:
+            raise ValueError(
+                "a recursion generates with sequence_parallel=False, not with sequence_parallel=True, "
+                "because the next token of a sequence cannot be spread over ranks. Turn it off in the "
+                "config, or use mor_layers.generation.DepthBatchingEngine (see "
+                "mor_megatron.checkpoints.torch_model)."
             )
         stack = cast(StepStack, self.recursion.layers)
         length, batch = hidden.shape[:2]
+        rotation = self._rotation(rotary_pos_emb, hidden, memory.sequence_len_offset + length)
         steps, policy = self.statistics.num_recursions, self.recursion.kv_policy
         cache = StaticCache(memory, policy, steps, stack.layers_per_step, stack.first_layer, batch)
         tokens = cache.entering(length, hidden.device)

@@ -6,12 +6,23 @@ from megatron.core.transformer import TransformerConfig
 from mor_layers import RecursionConfig
 from mor_layers.layers import MLP_PROJECTIONS
 from mor_megatron.layers.graphs import graph_rules
-from mor_megatron.parallel import SEVERAL_STAGES_RULES, Arrangement, Names, require_rules
+from mor_megatron.parallel import (
+    SEPARATE_LAYERS_RULES,
+    Arrangement,
+    Names,
+    require_rules,
+)
 from mor_megatron.platform import has_transformer_engine
 
 
-def validate(config: TransformerConfig, recursion: RecursionConfig) -> None:
+def validate(
+    config: TransformerConfig, recursion: RecursionConfig, keeps_together: bool = True
+) -> None:
     """Refuse settings with which a recursion would compute a wrong result or fail.
+
+    Args:
+        keeps_together: whether layers that tell one another which tokens they ran are on one stage, as
+            `recursion_block_spec` lays them out.
 
     Raises:
         ValueError: for the first such setting, with the reason and what to use instead.
@@ -19,7 +30,7 @@ def validate(config: TransformerConfig, recursion: RecursionConfig) -> None:
     arrangement = Arrangement(
         config.num_layers, recursion, pipeline=config.pipeline_model_parallel_size
     )
-    require_rules(arrangement, SEVERAL_STAGES_RULES, Names())
+    require_rules(arrangement, () if keeps_together else SEPARATE_LAYERS_RULES, Names())
     for is_wrong, given, reason in _rules(config, recursion):
         if is_wrong:
             raise ValueError(f"{given} cannot be used with a recursion: {reason}")

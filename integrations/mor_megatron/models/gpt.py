@@ -10,7 +10,7 @@ prelude layer, a block of 2 layers that runs 3 times, and a coda layer.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, cast
 
 import torch
@@ -44,7 +44,7 @@ from mor_megatron.layers import (
     document_attention,
     local_norm,
 )
-from mor_megatron.parallel import even_stages
+from mor_megatron.parallel import blocks_per_part, even_stages
 from mor_megatron.platform import has_transformer_engine
 
 
@@ -334,7 +334,12 @@ def _parts(
             anchor_every=None,
             depth_balance=recursion.depth_balance if router is recursion.router else None,
         )
-        blocks.append([recursion_layer_spec(shared, own)] + [absorbed] * (len(unrolled) - 1))
+        layer = recursion_layer_spec(shared, own)
+        layer.params["keeps_together"] = True
+        blocks.append([layer] + [absorbed] * (len(unrolled) - 1))
+    together = blocks_per_part(recursion, len(blocks))
+    starts = range(0, len(blocks), together)
+    blocks = [list(chain(*blocks[start : start + together])) for start in starts]
     ends = [dense_layer_spec or spec for spec in layer_specs]
     return [[spec] for spec in ends[:prelude]] + blocks + [[spec] for spec in ends[end:]]
 

@@ -10,8 +10,9 @@ from mor_megatron.parallel.rotary import RotarySettings, rotary_settings
 from mor_megatron.parallel.rules import (
     BATCH_RULES,
     LAYOUT_RULES,
-    SEVERAL_STAGES_RULES,
+    SEPARATE_LAYERS_RULES,
     STEPS_AS_STAGES_RULES,
+    TAUGHT_EXITS_RULES,
     Arrangement,
     Names,
     PipelineLayout,
@@ -19,19 +20,21 @@ from mor_megatron.parallel.rules import (
     broken_rule,
     require_rules,
 )
-from mor_megatron.parallel.stages import even_stages
+from mor_megatron.parallel.stages import blocks_per_part, even_stages
 
 __all__ = [
     "BATCH_RULES",
     "LAYOUT_RULES",
-    "SEVERAL_STAGES_RULES",
+    "SEPARATE_LAYERS_RULES",
     "STEPS_AS_STAGES_RULES",
+    "TAUGHT_EXITS_RULES",
     "Arrangement",
     "CarriedRows",
     "Names",
     "PipelineLayout",
     "RotarySettings",
     "Rule",
+    "blocks_per_part",
     "broken_rule",
     "even_stages",
     "require_rules",

@@ -14,6 +14,7 @@ from typing import Literal
 from mor_layers import RecursionConfig
 from mor_layers.models import unrolled_lengths
 from mor_layers.recursion import SharingSchedule
+from mor_megatron.parallel.stages import blocks_per_part, even_stages
 
 PipelineLayout = Literal["one_stage", "steps_as_stages"]
 
@@ -78,14 +79,27 @@ class Arrangement:
         """Whether recursion steps are virtual pipeline stages."""
         return self.pipeline_layout == "steps_as_stages"
 
+    @cached_property
+    def part_depths(self) -> tuple[int, ...]:
+        """Unrolled layers of each part that a stage cannot split: single layers, whole recursions."""
+        if not self.schedules:
+            return (1,) * self.num_unrolled_layers
+        depths = list[int]()
+        for recursion, schedule in zip(self.recursions, self.schedules, strict=True):
+            # A step of a cyclic recursion runs the whole block, so the block is one part. In a sequence
+            # scheme each layer repeats by itself, so each is a part.
+            blocks = [schedule.num_recursions * schedule.block_size // schedule.num_blocks]
+            blocks *= schedule.num_blocks
+            together = blocks_per_part(recursion, len(blocks))
+            starts = range(0, len(blocks), together)
+            parts = [sum(blocks[start : start + together]) for start in starts]
+            depths += [1] * schedule.prelude + parts + [1] * schedule.coda
+        return tuple(depths)
+
     @property
     def num_parts(self) -> int:
-        """Number of parts that a stage cannot split: single layers, and whole recursions."""
-        if not self.schedules:
-            return self.num_unrolled_layers
-        # A step of a cyclic recursion runs the whole block, so the block is one part. In a sequence
-        # scheme each layer repeats by itself, so each is a part.
-        return sum(schedule.num_unshared + schedule.num_blocks for schedule in self.schedules)
+        """Number of parts that a stage cannot split."""
+        return len(self.part_depths)
 
     @property
     def model_devices(self) -> int:
@@ -237,15 +251,6 @@ STEPS_AS_STAGES_RULES = (
         _nothing_goes_round_message,
     ),
     Rule(
-        "pipeline: gradients through some steps only",
-        lambda a: a.is_spread and a.only is not None and a.only.router.truncates_gradients,
-        lambda a, n: (
-            f"{n.recursion}.router={a.only and a.only.router} cannot be used with "
-            f"{n.steps_as_stages}: stages send the gradients of all steps back. Leave backward_steps "
-            f"out, or use {n.one_stage}."
-        ),
-    ),
-    Rule(
         "pipeline: the block cannot be split evenly",
         lambda a: a.is_spread and _uneven_block(a),
         _uneven_block_message,
@@ -262,29 +267,44 @@ def _learns_exits(recursion: RecursionConfig) -> bool:
     return recursion.router.learns_exits
 
 
-SEVERAL_STAGES_RULES = (
+def _ends_together(a: Arrangement) -> bool:
+    """Whether the last stage holds all of the last recursion, if the parts are divided evenly."""
+    if a.is_spread or a.pipeline > a.num_parts:
+        return False
+    coda = a.schedules[-1].coda
+    return len(even_stages(a.part_depths, a.pipeline)[-1]) > coda
+
+
+SEPARATE_LAYERS_RULES = (
     Rule(
         "pipeline: depth balance in one stage",
         lambda a: a.pipeline > 1 and a.first(_balances_depth) is not None,
         lambda a, n: (
             f"{n.recursion}.depth_balance={a.first(_balances_depth).depth_balance} cannot be used "
             f"with {n.pipeline}={a.pipeline}: layers tell the next which tokens they ran, but stages "
-            f"send hidden states only. Use {n.pipeline}=1, or leave it out and put anchors between the "
-            "layers (anchor_every=2)."
-        ),
-    ),
-    Rule(
-        "pipeline: an exit gate is taught in one stage",
-        lambda a: a.pipeline > 1 and a.first(_learns_exits) is not None,
-        lambda a, n: (
-            f"{n.recursion}.router={a.first(_learns_exits).router} cannot be taught with "
-            f"{n.pipeline}={a.pipeline}: which read-outs are right is only known on the last stage, "
-            "and nothing is sent back but gradients of hidden states. Use "
-            f"{n.pipeline}=1, or leave teaching out."
+            f"send hidden states only. Use {n.pipeline}=1, or {n.one_stage}, which keeps layers up to "
+            "an anchor on one stage."
         ),
     ),
 )
-"""Rules for a recursion in a model of several pipeline stages, whatever its layout."""
+"""Rules for layers that are laid out one by one, so that any two of them may be on different stages."""
+
+TAUGHT_EXITS_RULES = (
+    Rule(
+        "pipeline: an exit gate is taught on the last stage",
+        lambda a: a.pipeline > 1 and a.first(_learns_exits) is not None and not _ends_together(a),
+        lambda a, n: (
+            f"{n.recursion}.router={a.first(_learns_exits).router} cannot be taught with "
+            f"{n.pipeline}={a.pipeline}"
+            + (f" and {n.steps_as_stages}" if a.is_spread else "")
+            + ": which read-outs are right is only known on the last stage, which has to hold the "
+            "whole recursion, and nothing is sent back but gradients of hidden states. Use "
+            f"{n.pipeline}={1 if a.is_spread or a.pipeline == 2 else 2} with {n.one_stage}, fewer "
+            "layers after the recursion, or leave teaching out."
+        ),
+    ),
+)
+"""Rules for a router that learns from what is read out."""
 
 LAYOUT_RULES = (
     Rule(
@@ -329,7 +349,7 @@ LAYOUT_RULES = (
             "Megatron-Core requires it to train experts with tensor parallelism."
         ),
     ),
-    *SEVERAL_STAGES_RULES,
+    *TAUGHT_EXITS_RULES,
     *STEPS_AS_STAGES_RULES,
     Rule(
         "pipeline: layers do not divide",

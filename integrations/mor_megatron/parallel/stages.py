@@ -5,6 +5,19 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
 
+from mor_layers import RecursionConfig
+
+
+def blocks_per_part(recursion: RecursionConfig, num_blocks: int) -> int:
+    """How many of a recursion's blocks, one after another, no stage may separate.
+
+    With `depth_balance`, layers tell the next ones which tokens they ran, until an anchor at which
+    counting begins anew. Stages send hidden states only.
+    """
+    if recursion.depth_balance is None:
+        return 1
+    return recursion.anchor_every or num_blocks
+
 
 def even_stages(depths: Sequence[int], size: int) -> tuple[tuple[int, ...], ...]:
     """Divide consecutive parts into stages so that the deepest stage is as shallow as possible.

@@ -6,7 +6,13 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 
 from mor_layers import RecursionConfig
 from mor_layers.recursion import SharingSchedule
-from mor_megatron.parallel import STEPS_AS_STAGES_RULES, Arrangement, Names, require_rules
+from mor_megatron.parallel import (
+    STEPS_AS_STAGES_RULES,
+    TAUGHT_EXITS_RULES,
+    Arrangement,
+    Names,
+    require_rules,
+)
 
 
 def validate_pipeline(
@@ -24,7 +30,7 @@ def validate_pipeline(
         pipeline_layout="steps_as_stages",
         context=config.context_parallel_size,
     )
-    require_rules(arrangement, STEPS_AS_STAGES_RULES, Names())
+    require_rules(arrangement, (*TAUGHT_EXITS_RULES, *STEPS_AS_STAGES_RULES), Names())
     for is_wrong, given, reason in _rules(config, recursion, schedule):
         if is_wrong:
             raise ValueError(f"{given} cannot run with recursion steps as virtual stages: {reason}")

@@ -23,6 +23,7 @@ from torch import Tensor
 from mor_layers import RecursionConfig, RecursionOutput, RoutingDecision, Tokens
 from mor_layers.profiling import named_range
 from mor_layers.recursion import Exited, ExitStateContext, SharingContext, begin_step
+from mor_layers.recursion.truncation import cut
 from mor_megatron.layers import BlockPart, RecursionLayer, RecursionSubmodules, refuse_inputs
 from mor_megatron.pipeline.state import CarriedLayout, CarriedState, Flight, GradientsOfLaterSteps
 from mor_megatron.step import (
@@ -163,16 +164,20 @@ class RecursionStage(RecursionLayer):
         if packed_seq_params is not None:
             packed = packed_documents(packed_seq_params, length)
         with named_range(f"mor/step {step + 1}"):
-            if not self.is_entry:
-                state = self.layout.unpack(hidden, step, flight.tokens)
+            if self.is_entry:
+                arrived = self._arrive(step, hidden, flight, packed)
             else:
-                state = self._arrive(step, hidden, flight, packed)
-                state = self._enter(step, self._route(step, state, flight, is_again), flight)
-            rotation = self._rotation(rotary_pos_emb, state.rows, length, packed)
-            state = self._run_layers(step, state, flight, rotation)
-        if is_last and self.is_exit:
-            return self._leave(state.full, flight, packed)
-        return self.layout.pack(state, step, flight.tokens)
+                arrived = self.layout.unpack(hidden, step, flight.tokens)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and arrived.trains):
+                state = arrived
+                if self.is_entry:
+                    state = self._enter(step, self._route(step, state, flight, is_again), flight)
+                rotation = self._rotation(rotary_pos_emb, state.rows, length, packed)
+                state = self._run_layers(step, state, flight, rotation)
+                if is_last and self.is_exit:
+                    return self._leave(state.full, flight, packed)
+                carried = self.layout.pack(state, step, flight.tokens)
+        return carried if arrived.trains else self._cut(carried, hidden, step, arrived, flight)
 
     def _sequence(
         self,
@@ -204,12 +209,15 @@ class RecursionStage(RecursionLayer):
         self, step: int, hidden: Tensor, flight: Flight, packed: PackedDocuments | None
     ) -> CarriedState:
         """The candidates of a step, from the model's input or from the last rank's tensor."""
+        first_trained = self.recursion.router.first_trained_step
         if step > 0:
-            return self.layout.unpack(hidden, step - 1, flight.tokens, is_between=True)
+            arrived = self.layout.unpack(hidden, step - 1, flight.tokens, is_between=True)
+            return replace(arrived, trains=step >= first_trained)
         relayout = self._relayout(hidden, flight.tokens.sequence_length, packed)
         hidden = hidden if relayout is None else relayout.to_sequence(hidden)
         hidden = self.recursion.begin(hidden)
-        return CarriedState(hidden, hidden, RoutingDecision.everything(flight.tokens))
+        decision = RoutingDecision.everything(flight.tokens)
+        return CarriedState(hidden, hidden, decision, trains=step >= first_trained)
 
     def _route(
         self, step: int, state: CarriedState, flight: Flight, is_again: bool
@@ -227,7 +235,7 @@ class RecursionStage(RecursionLayer):
         first = replace(flight.decisions[0], losses={})
         decisions = (first, decision) if step else (decision,)
         selected = self._attach_losses(RecursionOutput(selected, decisions))
-        return CarriedState(state.full, selected, decision)
+        return CarriedState(state.full, selected, decision, trains=state.trains)
 
     def _enter(self, step: int, state: CarriedState, flight: Flight) -> CarriedState:
         """What enters the first layer, and what the last rank must know of the loop state."""
@@ -263,7 +271,7 @@ class RecursionStage(RecursionLayer):
                 notes = recursion.placement.shard(decision.with_plan(notes)).plan
             output = recursion.combine(step, selected, output, decision, origin, notes)
             full = recursion.placement.write_back(state.full, output, decision)
-            state = CarriedState(full, output, decision, state.notes)
+            state = replace(state, full=full, rows=output)
             if self.reads_every_loop and self.training and step < self.num_recursions - 1:
                 kept.append(recursion.end(full))
         output = self._leave_for_later(step, output, flight, context, kept)
@@ -293,6 +301,20 @@ class RecursionStage(RecursionLayer):
         is_all = tokens.is_padding is None and len(tokens.positions) == tokens.sequence_length
         among_all = replace(state.decision, rows=None if is_all else tokens.positions)
         return self.recursion.select(flight.origin, among_all)
+
+    def _cut(
+        self, carried: Tensor, hidden: Tensor, step: int, arrived: CarriedState, flight: Flight
+    ) -> Tensor:
+        """The tensor to send after a step that does not train.
+
+        The schedule and data parallelism wait for gradients of what was received and of the layers, and
+        get zeros. Only what entered the recursion, which later steps inject, has learned something.
+        """
+        carried = cut(carried, self.recursion, hidden)
+        if not (step == 0 and self.is_entry and self.keeps_origin and torch.is_grad_enabled()):
+            return carried
+        assert flight.origin is not None
+        return GradientsOfLaterSteps.apply(carried, [flight.origin], arrived.full)  # type: ignore[return-value]
 
     def _leave_for_later(
         self, step: int, output: Tensor, flight: Flight, context: Any, kept: list[Tensor]

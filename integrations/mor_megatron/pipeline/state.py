@@ -42,6 +42,8 @@ class CarriedState:
     notes: Tensor | None = None
     """The notes of the loop state about the tokens of the step, `[k b m]`. Between two steps, nobody
     reads them."""
+    trains: bool = True
+    """Whether gradients go through the step. The first rank knows it from its router."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class CarriedLayout(CarriedRows):
             assert state.notes is not None
             words += state.notes.unbind(dim=-1)
         states = state.rows.shape[-1] // self.hidden_size
-        frame = _Frame(self, tokens.sequence_length, len(positions), states)
+        assert state.trains or self.shares is None, "no place to say that a step does not train"
+        frame = _Frame(self, tokens.sequence_length, len(positions), states, state.trains)
         return _Pack.apply(frame, state.full, state.rows, *words)  # type: ignore[return-value]
 
     def sequence(self, carried: Tensor) -> Tokens:
@@ -98,9 +101,10 @@ class CarriedLayout(CarriedRows):
         s = sequence.sequence_length
         if self.is_bare:
             return CarriedState(carried, carried, RoutingDecision.everything(sequence))
-        k = self.width(step, s)
+        k, trains = self.width(step, s), True
         if k is None:  # read from the tensor, which synchronizes with the device
             k = int(_Frame(self, s, 0, 1).words(carried[:, :1].detach(), 1))
+            trains, k = k >= 0, max(k, ~k)
         gates, plans = self.has_gates[step], self.plan_sizes[step]
         frame = _Frame(self, s, k, self.states if is_between else 1)
         count = gates + plans + self.num_notes
@@ -116,7 +120,7 @@ class CarriedLayout(CarriedRows):
             plan=torch.stack(words[gates : gates + plans], dim=-1) if plans else None,
         )
         notes = torch.stack(words[gates + plans :], dim=-1) if self.num_notes else None
-        return CarriedState(full, rows, decision, notes)
+        return CarriedState(full, rows, decision, notes, trains)
 
 
 def _document_words(sequence: Tokens) -> Tensor:
@@ -132,8 +136,9 @@ def _document_words(sequence: Tokens) -> Tensor:
 class _Frame:
     """The layout of one tensor, for a sequence of `s` tokens of which `k` run the step.
 
-    Its bits are: `k`, the document of each token of the sequence if documents are sent, and for each of
-    the `k` tokens a position and `count` further numbers.
+    Its bits are: `k`, or its complement if gradients do not go through the step, the document of each
+    token of the sequence if documents are sent, and for each of the `k` tokens a position and `count`
+    further numbers.
     """
 
     layout: CarriedLayout
@@ -141,12 +146,15 @@ class _Frame:
     k: int
     states: int
     """Rows that a token in the block takes."""
+    trains: bool = True
+    """Whether gradients go through the step."""
 
     def join(self, full: Tensor, rows: Tensor, words: Sequence[Tensor]) -> Tensor:
         layout = self.layout
         batch = full.shape[1]
         full, rows = self._as_rows(full, layout.states), self._as_rows(rows, self.states)
-        header = torch.full((1, batch), self.k, dtype=torch.int32, device=full.device)
+        first = self.k if self.trains else ~self.k
+        header = torch.full((1, batch), first, dtype=torch.int32, device=full.device)
         # [1 b], [k b], ... -> [b words] -> [b elements] -> [b rows h] -> [rows b h]
         bits = torch.cat([header, *(word.view(torch.int32) for word in words)]).T.contiguous()
         bits = bits.view(full.dtype)

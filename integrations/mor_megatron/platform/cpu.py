@@ -77,6 +77,9 @@ class _InOrder:
     def synchronize(self) -> None:
         pass
 
+    def wait(self, stream: Any = None) -> None:
+        pass
+
     def wait_event(self, event: Any) -> None:
         pass
 

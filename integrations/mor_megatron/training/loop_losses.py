@@ -36,7 +36,8 @@ def weigh_loops(model: nn.Module | Iterable[nn.Module]) -> None:
     layer, a model in training returns the logits of all loops if it gets no labels.
 
     Raises:
-        ValueError: a recursion that is not the last one has a `loop_loss`.
+        ValueError: a recursion that is not the last one has a `loop_loss`, or its router learns exits
+            and it is on an earlier pipeline stage than the output layer.
     """
     chunks = [model] if isinstance(model, nn.Module) else list(model)
     own = list(recursion_layers(chunks))
@@ -51,6 +52,12 @@ def weigh_loops(model: nn.Module | Iterable[nn.Module]) -> None:
     models: list[Any] = [unwrap_model(chunk) for chunk in chunks]
     assert all(isinstance(gpt, GPTModel) for gpt in models)
     outputs = [gpt for gpt in models if gpt.post_process]
+    if any(_on_all_stages([not outputs and recursion.learns_exits for recursion in own])):
+        raise ValueError(
+            "an exit gate is taught by what is read out, but the output layer is on a later pipeline "
+            "stage than its recursion. Use a pipeline_model_parallel_layout whose last stage has the "
+            "whole recursion and all layers after it, or leave teaching out."
+        )
     for recursion in own:
         recursion.returns_every_loop = not outputs
         for gpt in outputs:
@@ -63,14 +70,14 @@ def weigh_loops(model: nn.Module | Iterable[nn.Module]) -> None:
                 layer.register_forward_pre_hook(_masks_of_all_loops, with_kwargs=True)
 
 
-def _on_all_stages(own: list[LoopLoss | None]) -> list[LoopLoss | None]:
+def _on_all_stages[T](own: list[T]) -> list[T]:
     """What the recursions of all pipeline stages have, in order."""
     group = parallel_state.get_pipeline_model_parallel_group()
     if group.size() == 1:
         return own
     stages: list[Any] = [None] * group.size()
     torch.distributed.all_gather_object(stages, own, group=group)
-    return [loop_loss for stage in stages for loop_loss in stage]
+    return [each for stage in stages for each in stage]
 
 
 def _announce(

@@ -99,7 +99,7 @@ def _microbatches(work: Workload, layout: Layout) -> int:
 
 
 def _stages(work: Workload, layout: Layout, hardware: Hardware, efficiency: float) -> list[_Stage]:
-    placed = place(work.shape, layout.pipeline_layout, layout.pipeline)
+    placed = place(work.shape, layout.pipeline_layout, layout.pipeline, work.part_depths)
     last = len(placed) - 1
     alike: dict[Hashable, _Stage] = {}
     stages = []

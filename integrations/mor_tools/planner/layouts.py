@@ -6,7 +6,7 @@ from itertools import accumulate
 
 from mor_layers import DecoderConfig
 from mor_layers.costs import Accounting, ModelShape, account
-from mor_megatron.parallel import CarriedRows, PipelineLayout
+from mor_megatron.parallel import Arrangement, CarriedRows, PipelineLayout
 from mor_tools.planner.memory import Recompute
 from mor_tools.planner.stages import unrolled
 from mor_tools.planner.traffic import Traffic
@@ -68,6 +68,11 @@ class Workload:
     def first_run(self) -> tuple[int, ...]:
         """Index in `cost.steps` of the first step of each stack."""
         return (0, *accumulate(stack.num_recursions for stack in self.shape.stacks))[:-1]
+
+    @cached_property
+    def part_depths(self) -> tuple[int, ...]:
+        """Unrolled layers of the parts that no pipeline stage may split."""
+        return Arrangement(self.model.num_unrolled_layers, self.model.recursion).part_depths
 
     @cached_property
     def last_block(self) -> int:

@@ -37,24 +37,29 @@ def unrolled(shape: ModelShape) -> ModelShape:
     return replace(shape, stacks=tuple(stacks))
 
 
-def place(shape: ModelShape, layout: PipelineLayout, stages: int) -> Stages:
+def place(
+    shape: ModelShape, layout: PipelineLayout, stages: int, part_depths: tuple[int, ...]
+) -> Stages:
     """Assign all layers and steps to stages.
+
+    Args:
+        part_depths: unrolled layers of the parts that stay together, see `Arrangement.part_depths`.
 
     Raises:
         ValueError: there are more stages than parts.
     """
     if layout == "steps_as_stages" and stages > 1:
         return _spread(shape, stages)
-    depths = tuple(s.num_layers * s.num_recursions for s in shape.stacks)
-    placed, index = [], 0
-    for size in map(len, even_stages(depths, stages)):
-        parts = [
-            Part(i, stack, step, stack.num_layers)
-            for i, stack in enumerate(shape.stacks[index : index + size], index)
-            for step in range(stack.num_recursions)
-        ]
+    stacks = list(enumerate(shape.stacks))[::-1]  # the next one is the last
+    placed = []
+    for depth in map(sum, even_stages(part_depths, stages)):
+        parts = list[Part]()
+        while depth > 0:
+            index, stack = stacks.pop()
+            steps = range(stack.num_recursions)
+            parts += [Part(index, stack, step, stack.num_layers) for step in steps]
+            depth -= stack.num_layers * stack.num_recursions
         placed.append([parts])
-        index += size
     return placed
 
 

@@ -217,6 +217,7 @@ CASES += [
     ("several recursions", "tp+sp moe"),
     ("several recursions", "full recompute"),
     ("layers that balance depth", "full recompute"),
+    ("layers that balance depth", "pp"),
     ("layers that balance depth", "dp overlap"),
     ("fixed, deltas", "pp"),
     ("token, sharing, deltas", "dp overlap"),

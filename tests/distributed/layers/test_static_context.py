@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.inference.config import InferenceConfig
 from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 
 from mor_layers import ExpertChoice
 from mor_layers.layers import NormModulation
@@ -117,19 +119,24 @@ def test_layers_that_route_by_themselves(pool: WorkerPool) -> None:
 def refusals() -> list[str]:
     setup.initialize(tp=2)
     config = decoder_config("expert", "recursion_wise", with_experts=False)
+    paged = InferenceConfig(max_sequence_length=64, buffer_size_gb=0.01, block_size_tokens=16)
     messages = []
-    for sequence_parallel, room in ((True, 8), (False, 3)):
+    for sequence_parallel, memory in (
+        (True, StaticInferenceContext(1, 8)),
+        (False, StaticInferenceContext(1, 3)),
+        (False, DynamicInferenceContext(setup.tiny_config(), paged)),
+    ):
         model = gpt(config, sequence_parallel)
-        memory = StaticInferenceContext(1, room)
         layer = model.decoder.layers[1]
         hidden = torch.zeros(4 // (1 + sequence_parallel), 1, 32)
-        with pytest.raises(ValueError, match=r"Static|inference context") as caught:
+        with pytest.raises(ValueError, match=r"parallel|inference context|Static") as caught:
             layer(hidden, inference_context=memory)
         messages.append(str(caught.value))
     return messages
 
 
 def test_what_cannot_be_generated_with_is_refused(pool: WorkerPool) -> None:
-    spread, small = pool.run(refusals, 2)[0]
+    spread, small, dynamic = pool.run(refusals, 2)[0]
     assert "sequence_parallel=True" in spread and "DepthBatchingEngine" in spread
     assert "4 tokens exceed the inference context" in small and "max_sequence_length=3" in small
+    assert "not with a DynamicInferenceContext" in dynamic and "DepthBatchingEngine" in dynamic

@@ -66,6 +66,9 @@ OWN: Options = {"own_per_step": ("attention",)}
 LOOPS = RecursionConfig(
     3, router=RandomLoops(seed=0), relaxation=Relaxation(2, projections=("query",))
 )
+LAST_STEPS = RecursionConfig(
+    3, router=RandomLoops(draw="largest", backward_steps=2), input_injection=True
+)
 
 
 STREAMS: Options = {"hyper_connections": HyperConnections(2), "input_injection": True}
@@ -95,6 +98,9 @@ SAMPLE = {
         config=SP | MOE | FULL_RECOMPUTE,
     ),
     "PP=2, random loops": Case(LOOPS),
+    "PP=2, random loops, the last step trains, experts": Case(
+        replace(LAST_STEPS, router=RandomLoops(draw="largest", backward_steps=1)), config=MOE
+    ),
     "TP=2+SP x PP=2, latent attention, token, sharing": Case(
         recursion(2, "token", SHARING), tp=2, config=SP | MLA
     ),
@@ -210,6 +216,24 @@ MORE = {
         recursion(3, "expert", EXIT), cp=2, length=16, config=MLA
     ),
     "PP=2, a loss per token, experts": Case(recursion(3, "expert"), config=MOE | PER_TOKEN),
+    "PP=2 x DP=2, random loops, the last steps train, overlap": Case(
+        LAST_STEPS, dp=2, ddp={"overlap_grad_reduce": True}
+    ),
+    **{
+        f"TP=2+SP x PP=2, random loops, the last steps train, {policy}, {what}": Case(
+            replace(LAST_STEPS, kv_policy=policy, share_norms=policy == EXIT, **more),
+            tp=2,
+            config=SP | config,
+        )
+        for policy in ("recursion_wise", UPDATE, EXIT)
+        for what, more, config in (
+            ("full recompute", {}, FULL_RECOMPUTE),
+            ("streams", {"hyper_connections": HyperConnections(2)}, {}),
+        )
+    },
+    "PP=4, 4 steps, random loops, the last steps train": Case(
+        replace(LAST_STEPS, num_recursions=4), pp=4
+    ),
     "PP=2, own attention, random loops": Case(replace(LOOPS, relaxation=None, **OWN)),
 }
 

@@ -48,6 +48,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], RecursionConfig]] 
     "tp, taught gate": (2, {"tp": 2}, {}, TAUGHT),
     "dp x full recompute, taught gate": (2, {}, FULL_RECOMPUTE, TAUGHT),
     "pp, token": (2, {"pp": 2}, {}, TOKEN),
+    "pp, taught gate": (2, {"pp": 2}, {}, TAUGHT),
     "pp x full recompute, experts": (3, {"pp": 3}, MOE | FULL_RECOMPUTE, EXPERT),
 }
 DAILY = ("tp+sp, expert", "ep x full recompute", "pp, token", "tp+sp, taught gate")
@@ -160,6 +161,21 @@ def test_the_loss_is_that_of_the_torch_model(pool: WorkerPool, recursion) -> Non
     assert training[0] == pytest.approx(training[1], abs=1e-5)
     assert evaluation[0] == pytest.approx(evaluation[1], abs=1e-5)
     assert training[0] != pytest.approx(evaluation[0], abs=1e-3)
+
+
+def taught_before_the_last_stage() -> str | None:
+    setup.initialize(pp=2)
+    config = {"pipeline_model_parallel_layout": "Et*7|tL"}
+    try:
+        built(TAUGHT, config)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_a_gate_is_not_taught_on_an_earlier_stage_than_the_last(pool: WorkerPool) -> None:
+    for told in pool.run(taught_before_the_last_stage, 2):
+        assert told is not None and "whose last stage has the whole recursion" in told
 
 
 def refusals() -> list[str]:

@@ -20,7 +20,7 @@ from mor_layers.costs import account
 from mor_layers.generation import Request, calibrate
 from mor_layers.inspection import inspect_text
 from mor_layers.weights import load_model, recursive_weights, save_model, unrolled_weights
-from mor_megatron.parallel import SEVERAL_STAGES_RULES, Arrangement, Names, require_rules
+from mor_megatron.parallel import SEPARATE_LAYERS_RULES, Arrangement, Names, require_rules
 from mor_tools.formats import published_names
 from mor_vllm.plugin import require_servable
 from tests.mor_layers.costs.test_accounting import BATCH, measure
@@ -158,16 +158,28 @@ def test_a_folder_keeps_it_and_a_dense_model_becomes_one(tmp_path):
         assert torch.equal(ours, theirs)
 
 
-def refused_by_several_stages() -> None:
+def refused_one_by_one() -> None:
     arrangement = Arrangement(7, mixed(balance=0.1).recursion, pipeline=2)
-    require_rules(arrangement, SEVERAL_STAGES_RULES, Names())
+    require_rules(arrangement, SEPARATE_LAYERS_RULES, Names())
+
+
+def test_layers_that_balance_depth_stay_together_up_to_an_anchor():
+    def depths(anchor_every: int | None, balance: float | None) -> tuple[int, ...]:
+        recursion = RecursionConfig(
+            1, "middle_sequence", CHOICE, anchor_every=anchor_every, depth_balance=balance
+        )
+        return Arrangement(9, recursion).part_depths
+
+    assert depths(3, None) == (1,) * 9
+    assert depths(3, 0.1) == (1, 3, 3, 1, 1)
+    assert depths(None, 0.1) == (1, 7, 1)
 
 
 @pytest.mark.parametrize(("mistake", "message"), [
     (lambda: RecursionConfig(2, depth_balance=0.1), "needs layers that route by themselves"),
     (lambda: mixed(balance=0.0), "must be above 0 and finite"),
     (lambda: mixed(2, RandomDepth((0.4,)), 0.1), "with ExpertChoice"),
-    (refused_by_several_stages, "stages send hidden states only"),
+    (refused_one_by_one, "stages send hidden states only"),
     (lambda: RecursionConfig(1, "sequence", CHOICE, anchor_every=1), "must be at least 2"),
     (lambda: RecursionConfig(1, "cycle", CHOICE, anchor_every=2), "needs layers that route"),
     (lambda: RecursionConfig(1, "sequence", FixedDepth(), anchor_every=2), "lets tokens skip"),

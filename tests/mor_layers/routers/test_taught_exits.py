@@ -11,7 +11,7 @@ from mor_layers import DecoderConfig, MoRTransformer, RecursionConfig
 from mor_layers.recursion import LoopLoss
 from mor_layers.routers import ExitGate
 from mor_layers.weights import load_model, save_model
-from mor_megatron.parallel import SEVERAL_STAGES_RULES, Arrangement, Names, require_rules
+from mor_megatron.parallel import TAUGHT_EXITS_RULES, Arrangement, Names, require_rules
 from tests.mor_layers.small_models import gradients, random_ids, small_config, small_model
 
 STEPS = 4
@@ -100,8 +100,30 @@ def test_what_cannot_be_taught_is_refused():
         ExitGate(teaching=-1.0)
     with pytest.raises(ValueError, match="teaching"):
         ExitGate(teaching=math.nan)
-    arrangement = Arrangement(STEPS, taught().recursion, pipeline=2)
-    with pytest.raises(
-        ValueError, match="Use pipeline_model_parallel_size=1, or leave teaching out"
-    ):
-        require_rules(arrangement, SEVERAL_STAGES_RULES, Names())
+
+
+@pytest.mark.parametrize(
+    ("coda", "pipeline", "layout", "fix"),
+    [
+        (1, 2, "one_stage", None),  # the prelude, and all the rest
+        (0, 2, "one_stage", None),
+        (1, 3, "one_stage", "pipeline_model_parallel_size=2 with recursion_block_spec"),
+        (
+            9,
+            2,
+            "one_stage",
+            "pipeline_model_parallel_size=1 with recursion_block_spec, fewer layers",
+        ),
+        (1, 2, "steps_as_stages", "recursion steps as virtual stages: which .*_size=1 with"),
+    ],
+)
+def test_the_last_stage_has_to_hold_what_is_taught(coda, pipeline, layout, fix):
+    recursion = replace(taught().recursion, sharing="cycle", prelude_layers=1, coda_layers=coda)
+    arrangement = Arrangement(
+        1 + 2 * STEPS + coda, recursion, pipeline=pipeline, pipeline_layout=layout
+    )
+    if fix is None:
+        require_rules(arrangement, TAUGHT_EXITS_RULES, Names())
+        return
+    with pytest.raises(ValueError, match=fix):
+        require_rules(arrangement, TAUGHT_EXITS_RULES, Names())

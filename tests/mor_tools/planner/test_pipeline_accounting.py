@@ -21,6 +21,7 @@ from mor_tools.planner import (
     timeline,
 )
 from mor_tools.planner.schedule import simulate
+from mor_tools.planner.stages import place
 
 SEQUENCE = 1024
 FAST = replace(HARDWARE["h100"], intra_gbps=1e15, inter_gbps=1e15)
@@ -158,6 +159,21 @@ def test_stages_hold_several_recursions_each_whole() -> None:
     assert refusal(work, Layout(pipeline=7)) is None
     assert refusal(work, Layout(pipeline=8)) is not None
     assert refusal(work, spread(2)) == "pipeline: the steps of several recursions"
+
+
+def test_layers_that_balance_depth_are_on_one_stage_up_to_an_anchor() -> None:
+    router = ExpertChoice(capacity_factors=(0.25,))
+    recursion = RecursionConfig(1, "middle_sequence", router, anchor_every=3, depth_balance=0.1)
+    model = replace(decoder(FixedDepth()), num_unrolled_layers=1 + 9 + 1, recursion=recursion)
+    work = Workload(model, SEQUENCE, 8)
+    assert work.part_depths == (1, 3, 3, 3, 1)
+    placed = place(work.shape, "one_stage", 3, work.part_depths)
+    assert [sum(part.layers for part in parts) for (parts,) in placed] == [4, 3, 4]
+    plan = planned(model, Layout(pipeline=3))
+    assert sum(s.parameters for s in plan.stages) == work.cost.parameters.total
+    assert busy_flops(plan) == pytest.approx(8 * work.cost.training.total)
+    assert refusal(work, Layout(pipeline=5)) is None
+    assert refusal(work, Layout(pipeline=6)) == "pipeline: more stages than parts"
 
 
 def test_steps_as_stages_divide_the_block_and_shrink_the_bubble() -> None:

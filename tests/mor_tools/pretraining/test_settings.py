@@ -128,14 +128,6 @@ def test_a_wrong_setting_is_answered_with_what_is_allowed(override, answer):
             ["recursion.sharing=middle_sequence", "recursion.router.type=fixed_depth"],
             "Use 'cycle' or 'middle_cycle'",
         ),
-        (
-            [
-                "recursion.router.type=random_loops",
-                "recursion.router.backward_steps=1",
-                "recursion.input_injection=true",
-            ],
-            "Leave backward_steps out",
-        ),
     ],
 )
 def test_steps_that_cannot_be_stages_are_answered(overrides, answer):

@@ -81,6 +81,11 @@ def test_a_recipe_has_several_recursions():
     assert routed.router == TokenChoice()
     with pytest.raises(ValueError, match=r"Say which one you mean, e.g. recursion.0.kv_policy="):
         read_settings(path, ["recursion.kv_policy=exit_state"])
+    spread = ["parallel.pipeline=2", "parallel.pipeline_layout=steps_as_stages"]
+    with pytest.raises(ValueError, match="recursion has 2 entries, but parallel"):
+        read_settings(path, spread)
+    with pytest.raises(ValueError, match="one with a single recursion, but recursion lists 2"):
+        read_settings(path, ["uptrain.teacher=folder"])
     assert read_settings(path, ["recursion=null"]).recursion is None
     one = read_settings(path, ["recursion=[{num_recursions: 3}]"])
     assert one.recursion == RecursionConfig(3)
