@@ -51,11 +51,12 @@ class Compiled[**P, R]:
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if self._is_compiled:
             return self._graph(*args, **kwargs)
-        self._is_compiled = True
         for tensor, dimension in self._rows(*args, **kwargs):
             torch._dynamo.mark_dynamic(tensor, dimension)
         with config.patch(use_duck_shape=False):  # sizes that happen to be equal may differ later
-            return self._graph(*args, **kwargs)
+            result = self._graph(*args, **kwargs)
+        self._is_compiled = True
+        return result
 
 
 def _guards_of_sizes(guards: Sequence[Any]) -> list[bool]:
