@@ -44,7 +44,9 @@ class Compiled[**P, R]:
         # Graphs belong to code objects. This one is nobody else's, so that no graph of another function
         # is taken for one of this.
         run.__code__ = run.__code__.replace()
-        options = {"guard_filter_fn": _guards_of_sizes}
+        options = None
+        if hasattr(torch.compiler, "keep_tensor_guards_unsafe"):  # PyTorch lets guards be chosen
+            options = {"guard_filter_fn": _guards_of_sizes}
         self._graph = torch.compile(run, fullgraph=True, backend=self._backend, options=options)
         self._is_compiled = False
 
