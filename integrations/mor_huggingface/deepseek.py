@@ -5,8 +5,8 @@ that a checkpoint with experts is a model of ours whose prelude is dense (`dense
 runs once. V2 (arXiv 2405.04434) scores experts by softmax and does not normalise gates; V3 (arXiv
 2412.19437) scores them by sigmoid, chooses them by score plus bias, and normalises gates. Moonlight is a
 V3. Config and tensors are those of transformers' `deepseek_v2` and `deepseek_v3`. A checkpoint that uses
-an unsupported setting is rejected with an error that names the setting, such as quantized weights.
-Layers of multi-token prediction, which V3 has after its last one, are our heads.
+an unsupported setting is rejected with an error that names the setting. Layers of multi-token
+prediction, which V3 has after its last one, are our heads, and weights in FP8 are read as bfloat16.
 
 Legend: `e` experts, `f` width of an expert, `h` hidden.
 """
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mor_huggingface.fp8 import without_fp8
 from mor_huggingface.rope import read_rope, write_rope
 from mor_layers import DecoderConfig, FixedDepth, MoEConfig, RecursionConfig
 from mor_layers.models import LatentAttentionConfig, MultiTokenPrediction
@@ -68,7 +69,6 @@ _ONLY: dict[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
     "rope_interleave": True,
-    "quantization_config": None,
     "moe_layer_freq": 1,
     "rms_norm_eps": LATENT_EPSILON,
 }
@@ -121,7 +121,7 @@ def open_deepseek(folder: Path) -> StoredModel:
     """
     values = read_config(folder)
     config = config_from_deepseek(values, str(folder / CONFIG))
-    tensors = open_tensors(folder)
+    tensors = without_fp8(open_tensors(folder), values, str(folder / CONFIG))
     require_layers(config, len(tensors), folder)
     config = _with_heads(config, tensors, folder)
     joined = _Joined(_without_copies(config, tensors, folder))

@@ -34,6 +34,9 @@ from mor_vllm.plugin import FIRST_STEP, dial_of, hides_rows, require_servable
 from mor_vllm.precision import in_fp32
 from mor_vllm.projections import StepProjection, place_of_projection
 
+HEADS = "prediction_heads."
+"""Begins the names of tensors of multi-token prediction."""
+
 
 class MaskedRecursion(RecursionBlock):
     """Runs every token through every step; a token that has exited keeps its state.
@@ -164,6 +167,8 @@ class MoRForCausalLM(nn.Module):
         places = dict(self.named_parameters()) | dict(self.named_buffers())
         seen, loaded = set(), set()
         for name, tensor in weights:
+            if name.startswith(f"model.{HEADS}"):  # which only train, and draft for our own decoder
+                continue
             place, part = place_of(name)
             if place not in places:
                 raise ValueError(
@@ -175,7 +180,8 @@ class MoRForCausalLM(nn.Module):
             load(target, tensor) if part is None else load(target, tensor, part)
             seen.add(name)
             loaded.add(place)
-        missing = {f"model.{name}" for name in weight_names(self.decoder_config)} - seen
+        wanted = [n for n in weight_names(self.decoder_config) if not n.startswith(HEADS)]
+        missing = {f"model.{name}" for name in wanted} - seen
         if missing:
             raise ValueError(f"the folder lacks {', '.join(sorted(missing)[:3])}.")
         for module in self.modules():

@@ -199,6 +199,7 @@ def require_servable(
                 "its layers are a Llama's. Use DepthBatchingEngine.",
             )
             for name in config.beyond_llama
+            if name != "multi_token_prediction"  # plain inference leaves the heads out
         ),
         (
             recursion.adapter is not None or recursion.exit_norm,

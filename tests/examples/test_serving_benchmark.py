@@ -3,15 +3,16 @@
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
 from benchmarks import beside_vllm
-from benchmarks.paired_timing import estimate
+from benchmarks.paired_timing import Estimate, estimate
 from benchmarks.serving.feed import Feed, Requests, Turn
 from benchmarks.serving.limits import Prices, Served
 from benchmarks.serving.ours import EngineOptions, Load
-from benchmarks.serving.rounds import Row, take_turns
+from benchmarks.serving.rounds import Row, into_page, take_turns
 from benchmarks.serving.shapes import decoder_config
 from mor_layers import MoRTransformer
 
@@ -233,11 +234,12 @@ def test_a_record_has_each_ratio_and_what_was_compared(tmp_path, monkeypatch, ca
     file = tmp_path / "record.json"
     monkeypatch.setattr(beside_vllm, "VLLMProcess", InPlace)
     command = ["beside_vllm.py", "--vllm-python", "-", *SHORT.split(), "--json", str(file)]
-    table = tmp_path / "table.md"
-    monkeypatch.setattr(sys, "argv", [*command, "--profile", "--markdown", str(table)])
+    page = tmp_path / "page.md"
+    page.write_text("# Costs\n<!-- beside vLLM: throughput -->\n\n| old |\n| --- |\n\nMore.\n")
+    monkeypatch.setattr(sys, "argv", [*command, "--profile", "--page", str(page)])
     beside_vllm.main()
     record = json.loads(file.read_text())
-    assert record["equality"] == "20 of 20 greedy texts of 6 tokens are equal"
+    assert record["equality"] == "0 of 120 greedy tokens are chosen otherwise"
     assert len(record["rows"]) == 7
     assert all(row["found"]["rounds"] in (2, 4) and row["verdict"] for row in record["rows"])
     assert set(record["equal batch"]) == {"vllm", "plain", "plain, few", "routed"}
@@ -245,7 +247,9 @@ def test_a_record_has_each_ratio_and_what_was_compared(tmp_path, monkeypatch, ca
     assert record["equal kv"]["routed"]["sequences"] > 2
     assert record["operations"]["routed"][0]["milliseconds"] > 0
     assert "MoR-4" in capsys.readouterr().out
-    assert table.read_text().count("\n| engine's own share") == 2
+    text = page.read_text()
+    assert text.startswith("# Costs\n") and text.endswith(" |\n\nMore.\n") and "old" not in text
+    assert text.count("\n| engine's own share") == 2
 
     monkeypatch.setattr(sys, "argv", [*command, "--first-token", "--prompt", "9"])
     beside_vllm.main()
@@ -254,13 +258,31 @@ def test_a_record_has_each_ratio_and_what_was_compared(tmp_path, monkeypatch, ca
     assert len(record["seconds_to_first_token"]["vllm"]) >= 4
 
 
+@pytest.mark.parametrize("kind", ["throughput", "first token"])
+def test_the_page_has_the_recorded_figures(kind: str) -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    name = f"beside_vllm_{kind.replace(' ', '_')}.json"
+    record = json.loads((docs / "measurements" / name).read_text())
+    rows = [
+        Row(row["name"], Estimate(**row["found"]), row["target"], row["is_least"])
+        for row in record["rows"]
+    ]
+    page = (docs / "pages" / "costs.md").read_text("utf-8")
+    assert into_page(page, kind, rows) == page
+
+
+def test_a_page_without_a_place_for_the_table_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no line '<!-- beside vLLM: first token -->'"):
+        into_page("# Costs\n", "first token", [])
+
+
 @pytest.mark.full
 def test_vllms_process_serves_the_same_weights(tmp_path, monkeypatch, stand_in) -> None:
     file = tmp_path / "record.json"
     monkeypatch.setattr(sys, "argv", [*stand_in(), "--json", str(file)])
     beside_vllm.main()
     record = json.loads(file.read_text())
-    assert record["equality"] == "20 of 20 greedy texts of 6 tokens are equal"
+    assert record["equality"] == "0 of 120 greedy tokens are chosen otherwise"
     assert record["vllm"]["max_num_seqs"] == 4 and not record["vllm"]["prefix_caching"]
     assert record["equal kv"]["vllm"]["sequences"] < 4
 
@@ -268,7 +290,7 @@ def test_vllms_process_serves_the_same_weights(tmp_path, monkeypatch, stand_in) 
 @pytest.mark.full
 def test_another_model_and_an_engine_that_fails_are_errors(monkeypatch, stand_in) -> None:
     monkeypatch.setattr(sys, "argv", stand_in(wrong="^ 1"))
-    with pytest.raises(RuntimeError, match="does not serve the same model: only 0 of 20"):
+    with pytest.raises(RuntimeError, match="not serve the same model: 20 of 20 greedy"):
         beside_vllm.main()
     monkeypatch.setattr(sys, "argv", stand_in(wrong="+ nothing"))
     with pytest.raises(RuntimeError, match=r"(?s)vLLM's process ended with 1.*nothing"):

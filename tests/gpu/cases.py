@@ -252,6 +252,7 @@ _LAYOUTS = [
 ]
 
 _TIMED = ROUTERS | {"tiles": ExpertChoice(alpha=0.5, capacity_multiple=128)}
+_SMALL_TILES = {"tiles": {"router": ExpertChoice(alpha=0.5, capacity_multiple=4)}}
 _TINY = {"hidden_size": 64, "length": 32, "rounds": 1, "has_bar": False}
 _SPEED = [
     Case(
@@ -259,7 +260,7 @@ _SPEED = [
         f"{how}, saved time is {BAR:g} of the saved FLOPs or more; bf16, h = 2048, s = 4096",
         realised_savings.saves_time,
         {"router": _TIMED[router], "policies": POLICIES, "execution": execution},
-        _TINY,
+        _TINY | _SMALL_TILES.get(router, {}),
         needs=ENGINE if execution.has_engine else (),
     )
     for name, how, router, execution in (

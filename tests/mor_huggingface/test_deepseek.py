@@ -1,6 +1,7 @@
 """DeepSeek checkpoints written by transformers go to our format and back with equal logits."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV3Config
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    FineGrainedFP8Config,
+)
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
@@ -162,7 +168,6 @@ def with_settings(**changes) -> dict[str, Any]:
         ({"attention_bias": True}, "attention_bias=True"),
         ({"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05"),
         ({"moe_layer_freq": 2}, "moe_layer_freq=2"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config="),
         ({"norm_topk_prob": False}, "norm_topk_prob=False"),
         ({"scoring_func": "softmax"}, "scoring_func='softmax'"),
         ({"num_key_value_heads": 2}, "num_key_value_heads=2"),
@@ -245,6 +250,84 @@ def test_a_copy_that_differs_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         commands.main(["convert", str(tmp_path / "hf"), str(tmp_path / "ours")])
     assert "'model.layers.4.embed_tokens.weight' differs from" in capsys.readouterr().err
+    assert not (tmp_path / "ours").exists()
+
+
+BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [5, 3]}
+"""Whose last blocks are cut, as those of the released latent rows (576 = 4.5 · 128) are."""
+
+
+def in_fp8(
+    folder: Path, sizes: tuple[int, int] | None = None, **changes: Any
+) -> dict[str, torch.Tensor]:
+    """Quantize the matrices of the layers as released checkpoints have them.
+
+    Returns:
+        What the checkpoint then stands for, number by number.
+    """
+    rows, columns = sizes or BLOCKS["weight_block_size"]
+    tensors, meant = {}, {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        meant[name] = tensors[name] = tensor.to(torch.bfloat16)
+        if tensor.dim() < 2 or not re.search(r"_proj|self_attn", name):
+            continue  # embedding, output, norms and routers stay as they are
+        stored = torch.zeros_like(tensor, dtype=torch.float8_e4m3fn)
+        scales = torch.zeros(-(-tensor.shape[0] // rows), -(-tensor.shape[1] // columns))
+        meant[name] = torch.zeros_like(tensor, dtype=torch.bfloat16)
+        for i in range(scales.shape[0]):
+            for j in range(scales.shape[1]):
+                block = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
+                scales[i, j] = tensor[block].abs().max() / 448
+                stored[block] = (tensor[block] / scales[i, j]).to(torch.float8_e4m3fn)
+                meant[name][block] = (stored[block].float() * scales[i, j]).to(torch.bfloat16)
+        tensors |= {name: stored, f"{name}_scale_inv": scales}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    values = json.loads((folder / "config.json").read_text())
+    given = values | {"quantization_config": BLOCKS | changes, "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(given))
+    return meant
+
+
+def test_weights_in_fp8_are_read_as_what_they_stand_for(tmp_path):
+    with_heads(tmp_path / "hf", 1)
+    meant = in_fp8(tmp_path / "hf")
+    commands.main(["convert", str(tmp_path / "hf"), str(tmp_path / "ours")])
+    to = ["--to", "deepseek_v3"]
+    commands.main(["convert", str(tmp_path / "ours"), str(tmp_path / "back"), *to])
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert set(back) == set(meant)
+    assert all(torch.equal(back[name], meant[name]) for name in meant)
+    assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
+
+
+def test_weights_in_fp8_are_what_transformers_makes_of_them(tmp_path):
+    checkpoint(tmp_path / "hf", "V2")
+    in_fp8(tmp_path / "hf", (4, 4), weight_block_size=[4, 4])  # transformers cuts no blocks
+    commands.main(["convert", str(tmp_path / "hf"), str(tmp_path / "ours")])
+    quantization = FineGrainedFP8Config(weight_block_size=(4, 4), dequantize=True)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", dtype=torch.bfloat16, quantization_config=quantization
+    )
+    model, ids = load_model(tmp_path / "ours").float().eval(), random_ids(2, 9)
+    with torch.no_grad():
+        expected = theirs.float().eval()(ids).logits
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"quant_method": "gptq"}, "quantization_config.quant_method='gptq' is not supported"),
+        ({"weight_block_size": 128}, "weight_block_size=128 must be two positive integers"),
+        ({"weight_block_size": [4, 4]}, "and scales of shape .* for blocks of 4"),
+    ],
+)
+def test_other_quantizations_are_refused_by_name(tmp_path, capsys, changes, reason):
+    checkpoint(tmp_path / "hf", "V2")
+    in_fp8(tmp_path / "hf", **changes)
+    with pytest.raises(SystemExit):
+        commands.main(["convert", str(tmp_path / "hf"), str(tmp_path / "ours")])
+    assert re.search(reason, capsys.readouterr().err)
     assert not (tmp_path / "ours").exists()
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 
+from mor_layers import DecoderConfig
+from mor_layers.models import MultiTokenPrediction
 from mor_layers.weights import load_model
 from mor_titan.folders import save_folder
 from tests.mor_titan.decoders import DECODERS
@@ -228,3 +231,15 @@ def test_what_is_not_supported_is_refused_by_name() -> None:
     reasons = json.loads(run.stdout.splitlines()[-1])
     for reason, part in zip(reasons, expected.values(), strict=True):
         assert reason is None if part is None else part in reason, reason
+
+
+def test_heads_of_multi_token_prediction_are_refused_by_name() -> None:
+    from mor_titan.model import MoRModel
+
+    heads = MultiTokenPrediction()
+    config = MoRModel.Config.from_decoder(
+        DecoderConfig(32, 16, 24, 2, 2, multi_token_prediction=heads)
+    )
+    assert config.decoder_config.multi_token_prediction == heads
+    with pytest.raises(ValueError, match="multi_token_prediction is not trained by torchtitan"):
+        config.update_from_config(config=SimpleNamespace(debug=SimpleNamespace(seed=0)))

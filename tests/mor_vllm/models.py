@@ -23,7 +23,7 @@ from mor_layers import (
     TokenChoice,
 )
 from mor_layers.layers import Sublayer
-from mor_layers.models import Llama3Scaling, YarnScaling
+from mor_layers.models import Llama3Scaling, MultiTokenPrediction, YarnScaling
 from mor_layers.recursion import HyperConnections, LoopLoss
 from mor_layers.routers import DampedLoops, Deepened, ExitGate
 from tests.mor_layers.small_models import small_model
@@ -82,6 +82,7 @@ SERVED: dict[str, DecoderConfig] = {
         recursive(),
         recursion=None,
         num_unrolled_layers=3,
+        multi_token_prediction=MultiTokenPrediction(2),
         rope_scaling=YarnScaling(16.0, 8, 2.0, 0.5, mscale=1.0, mscale_all_dim=0.3),
     ),
     "fixed depth": recursive(block=2, share_norms=False),

@@ -31,7 +31,7 @@ from mor_layers import (
 from mor_layers.generation.depth import turn_dial
 from mor_layers.layers import NormModulation
 from mor_layers.layers.moe import Assignment, Experts
-from mor_layers.models import LatentAttentionConfig, MultiTokenPrediction
+from mor_layers.models import LatentAttentionConfig
 from mor_layers.recursion import HistoryInjection, HyperConnections, StateAdapter
 from mor_layers.routers import AdaptiveHalting, Deepened, Router, registered_routers
 from mor_vllm import plugin as vllm_plugin
@@ -138,7 +138,6 @@ REFUSED = {
         "latent_attention",
         "embedding_scale",
         "sum_norms",
-        "multi_token_prediction",
     },
     RecursionConfig: {"history", "norm_modulation", "anchor_every", "adapter", "exit_norm"},
 }
@@ -202,10 +201,6 @@ def default_of(setting: Field) -> Any:
         ),
         (replace(small_config(), embedding_scale=2.0), "embedding_scale=2.0 cannot be served"),
         (replace(small_config(), sum_norms=True), "sum_norms=True cannot be served"),
-        (
-            replace(small_config(), multi_token_prediction=MultiTokenPrediction()),
-            "multi_token_prediction=.* cannot be served",
-        ),
         (
             replace(plain_config(5), recursion=RecursionConfig(3, adapter=StateAdapter())),
             r"adapter=StateAdapter\(.*\), exit_norm=False cannot be served",

@@ -4,6 +4,7 @@ A round is A, B, C, C, B, A: a drift of the machine's speed, a straight line ove
 adds the same to all and cancels in their ratios.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -138,6 +139,23 @@ def markdown(rows: Sequence[Row]) -> str:
     """The rows as a table of a page."""
     lines = [HEADINGS, ("---",) * len(HEADINGS), *(row.cells for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def into_page(page: str, kind: str, rows: Sequence[Row]) -> str:
+    """A page with the rows in place of the table that follows its comment `<!-- beside vLLM: kind -->`.
+
+    Raises:
+        ValueError: the page has no such comment.
+    """
+    mark = f"<!-- beside vLLM: {kind} -->\n\n"
+    before, found, after = page.partition(mark)
+    if not found:
+        raise ValueError(
+            f"the page has no line {mark.strip()!r}, after which the table would stand."
+        )
+    lines = after.splitlines(keepends=True)
+    rest = itertools.dropwhile(lambda line: line.startswith("|"), lines)
+    return before + mark + markdown(rows) + "".join(rest)
 
 
 def _rate(turns: tuple[Turn, Turn]) -> float:

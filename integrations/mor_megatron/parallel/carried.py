@@ -59,7 +59,8 @@ class CarriedRows:
         """The layout for a recursion, from what its router declares to note about tokens."""
         router, steps = recursion.router, recursion.num_recursions
         notes, shares = router.notes_for(steps), None
-        if router.has_fixed_capacities and not documents:
+        is_fixed = router.has_fixed_capacities and not router.truncates_gradients
+        if is_fixed and not documents:  # otherwise, each tensor says what it holds
             shares = router.capacity_factors_for(steps)
         return cls(
             hidden_size,

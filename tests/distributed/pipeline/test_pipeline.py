@@ -305,6 +305,34 @@ def test_a_rank_holds_its_part_of_the_block_and_the_first_one_routes(pool) -> No
     assert last == ([12, 13], set())
 
 
+def numbers_kept(case: Case) -> int:
+    """How many numbers a rank keeps for the backward passes of a batch, beside its parameters."""
+    initialize(case, is_pipeline=True)
+    chunks, kept = build(case, is_pipeline=True), 0
+    own = {p.untyped_storage().data_ptr() for chunk in chunks for p in chunk.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept += tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward_backward(chunks, setup.random_tokens(2, SEQUENCE_LENGTH))
+    return kept
+
+
+@pytest.mark.full
+def test_steps_that_do_not_train_keep_nothing_on_any_rank(pool) -> None:
+    routers = (RandomLoops(draw="largest", backward_steps=1), FixedDepth())
+    kept = [
+        pool.run(numbers_kept, 2, case=Case(replace(LAST_STEPS, router=router)))
+        for router in routers
+    ]
+    for one_step, all_steps in zip(*kept, strict=True):
+        assert one_step < 0.6 * all_steps  # of three steps, and of the ends
+
+
 BF16: Options = {
     "bf16": True,
     "params_dtype": torch.bfloat16,

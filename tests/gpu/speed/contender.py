@@ -90,7 +90,9 @@ class Contender:
             for _ in range(WARM_UP):
                 self.step()
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
+        torch.cuda.synchronize()
+        # Of this thread alone: NCCL's watchdog, which asks whether collectives are done, may go on.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.step()
         return graph.replay
 
@@ -122,7 +124,7 @@ def _model(decoder: DecoderConfig, execution: Execution) -> GPTModel:
         num_query_groups=decoder.kv_heads,
         ffn_hidden_size=decoder.ffn_hidden_size,
         use_cpu_initialization=not on_gpu,
-        bias_activation_fusion=on_gpu,
+        bias_activation_fusion=on_gpu and not execution.is_compiled,  # then Inductor fuses it
         cuda_graph_impl="full_iteration" if execution.is_static else "none",
         **BF16,
     )
