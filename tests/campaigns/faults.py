@@ -33,6 +33,7 @@ SCHEDULER = "mor_layers/generation/test_scheduling.py"
 SAMPLING = "mor_layers/generation/test_sampling.py"
 RELAXATION = "mor_layers/layers/test_relaxation.py"
 TEACHING = "mor_layers/training"
+GRAPH = "mor_layers/generation/test_static_tick.py"
 DEPTH = "mor_layers/generation/test_calibration.py mor_layers/routers"
 LAYERS = "distributed/layers"
 MEGATRON_TRAINING = "distributed/training distributed/layers/test_recursion_layer.py"
@@ -501,6 +502,48 @@ FAULTS = [
         "[:, None] // (num_heads // num_kv_heads)",
         "[:, None] % num_kv_heads",
         ENGINE,
+    ),
+    Fault(
+        "a graph takes the pages of a tick from the wrong end",
+        CORE + "generation/cache/memory.py",
+        "pages = self._stack[(self._top - num_taken)",
+        "pages = self._stack[(self._top - 1 - num_taken)",
+        GRAPH,
+    ),
+    Fault(
+        "in a graph, tokens of a list in one tick share a row",
+        CORE + "generation/cache/memory.py",
+        "places = self.counts[lists] + is_before.sum(dim=1)",
+        "places = self.counts[lists]",
+        GRAPH,
+    ),
+    Fault(
+        "a graph routes all rows by the rule of the first step",
+        CORE + "generation/static_tick/tick.py",
+        "is_own = rows.steps == step",
+        "is_own = rows.steps >= 1",
+        GRAPH,
+    ),
+    Fault(
+        "who finds no room to leave a graph is forgotten",
+        CORE + "generation/static_tick/tick.py",
+        "return states, is_through | (has_exit & (self.exits.left == 0))",
+        "return states, has_exit & (self.exits.left == 0)",
+        GRAPH,
+    ),
+    Fault(
+        "a chunk leaves a graph as if it were one token",
+        CORE + "generation/link.py",
+        "self._exits.left[span.slot] += 1",
+        "self._exits.left[span.slot] += 0",
+        GRAPH,
+    ),
+    Fault(
+        "rows of a graph without a token write to the cache",
+        CORE + "generation/static_tick/attention.py",
+        "source = torch.where(is_written, index, is_written.long().argmax())",
+        "source = index",
+        GRAPH,
     ),
     Fault(
         "prompts go before tokens",
