@@ -116,7 +116,9 @@ class CachedModel:
                 own = replace(context, first_layer=self.num_prelude + index, step=step)
                 begun = begun if step else hidden
                 entering = block.enter(step, hidden, begun)
-                hidden = block.run_layers(entering[:, None], own)[:, 0]  # [t h] -> [t 1 h] -> [t h]
+                output = block.run_layers(entering[:, None], own)  # [t h] -> [t 1 h]
+                everything = RoutingDecision.everything(own.tokens)
+                hidden = block.combine(step, hidden[:, None], output, everything, None)[:, 0]
         hidden = self.blocks[0].begin(hidden)
         origin = hidden if self.blocks[0].needs_origin else None
         steps = torch.full_like(slots, self.num_straight)

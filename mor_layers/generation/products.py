@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from mor_layers.generation.watched import WatchedParameters
 from mor_layers.layers import (
+    Assignment,
     Experts,
     Projected,
     RelaxedLinear,
@@ -88,6 +89,12 @@ class Products:
         """The output of one expert."""
         gate, up = (multiply(hidden, weight[index]) for weight in (experts.gate, experts.up))
         return multiply(F.silu(gate) * up, experts.down[index])
+
+    def chosen_experts(
+        self, experts: Experts, hidden: Float[Tensor, "t h"], assignment: Assignment
+    ) -> Float[Tensor, "t h"] | None:
+        """The output of a mixture, as one operation of a graph; None if there is no such operation."""
+        return None
 
     @staticmethod
     def _single(projection: Projected, hidden: Tensor, context: StepContext | None) -> Tensor:

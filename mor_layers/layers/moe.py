@@ -379,8 +379,20 @@ class Experts(nn.Module):
         gated = torch.cat(outputs) * assignment.gates.flatten()[order][:, None]
         return torch.zeros_like(hidden).index_add(0, token, gated)  # [a h] -> [t h]
 
-    def of_all(self, hidden: Float[Tensor, "t h"], assignment: Assignment) -> Float[Tensor, "t h"]:
-        """The same, for graphs: every token runs every expert, whatever was chosen."""
+    def of_all(
+        self,
+        hidden: Float[Tensor, "t h"],
+        assignment: Assignment,
+        products: Products | None = None,
+    ) -> Float[Tensor, "t h"]:
+        """The same, for graphs: every token runs every expert, whatever was chosen.
+
+        Args:
+            products: computes what was chosen in one operation of the graph, if it can.
+        """
+        chosen = None if products is None else products.chosen_experts(self, hidden, assignment)
+        if chosen is not None:
+            return chosen
         weights = torch.zeros(len(hidden), len(self.gate), dtype=hidden.dtype, device=hidden.device)
         gates = assignment.gates * assignment.is_taken
         weights = weights.scatter(1, assignment.experts, gates)  # [t c] -> [t e]
@@ -450,7 +462,7 @@ class MoE(nn.Module):
         step = step if isinstance(step, int) else step.expand(hidden.shape[:2]).flatten()
         assignment, use = self.router(rows, step, padding)
         if has_static_shapes:
-            output = self.experts.of_all(rows, assignment)
+            output = self.experts.of_all(rows, assignment, products)
         else:
             output = self.experts(rows, assignment, products)
         if self.shared is not None:

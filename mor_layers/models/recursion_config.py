@@ -190,12 +190,12 @@ class RecursionConfig:
                 f"residual_scale={self.residual_scale} needs cycle or middle_cycle sharing, in which "
                 f"a block repeats as a whole, not {self.sharing!r}. Leave it out."
             )
-        if not isinstance(self.router, FixedDepth) and self.num_recursions > 1:
+        if not self.router.repeats_layers and self.num_recursions > 1:
             raise ValueError(
                 f"sharing={self.sharing!r} cannot route tokens with "
                 f"{type(self.router).__name__}: its layers repeat one by one, so no step runs the "
-                "whole block. Use cycle or middle_cycle, or router FixedDepth, or num_recursions=1, "
-                "with which each layer routes by itself."
+                "whole block. Use cycle or middle_cycle, or router FixedDepth or DampedLoops, or "
+                "num_recursions=1, with which each layer routes by itself."
             )
         if self.kv_policy != "recursion_wise":
             raise ValueError(

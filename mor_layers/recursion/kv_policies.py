@@ -53,6 +53,12 @@ class Products(Protocol):
         """The output of one expert of a mixture."""
         ...
 
+    def chosen_experts(
+        self, experts: Any, hidden: Float[Tensor, "t h"], assignment: Any
+    ) -> Float[Tensor, "t h"] | None:
+        """The output of a mixture, as one operation of a graph; None if there is no such operation."""
+        ...
+
 
 @dataclass(frozen=True)
 class Exited:

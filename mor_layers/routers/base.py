@@ -243,6 +243,12 @@ class RouterConfig(ABC):
         return tuple(capacity(factor, length, multiple) for factor in factors)
 
     @property
+    def repeats_layers(self) -> bool:
+        """Whether several steps also make sense where layers repeat one by one (sequence sharing), each
+        with this router for itself: every token runs every step."""
+        return False
+
+    @property
     def learns_exits(self) -> bool:
         """Whether `Router.teach` has losses, for which training reads out the states of all steps."""
         return False

@@ -24,6 +24,10 @@ class FixedDepth(RouterConfig):
         return (1.0,) * num_recursions
 
     @property
+    def repeats_layers(self) -> bool:
+        return True
+
+    @property
     def has_fixed_capacities(self) -> bool:
         return True
 

@@ -6,9 +6,9 @@ A layer with a residual is a step of Euler's method along the depth. Running pre
 full length takes the state to where the layers after them have never seen it; N steps of length α = 1/N
 end about where one step does, by a finer path. So a pretrained model can be looped without training.
 
-Source: "Training-Free Looped Transformers" (arXiv 2605.23872), in what it calls block mode. Where we
-differ: its layer mode, in which each layer repeats before the next one runs, and its solvers of higher
-order are not implemented.
+Source: "Training-Free Looped Transformers" (arXiv 2605.23872): its block mode with cycle sharing, and
+its layer mode, in which each layer repeats before the next one runs, with sequence sharing. Where we
+differ: its solvers of higher order are not implemented.
 
 Legend: `b` batch, `k` tokens, `h` hidden.
 """
@@ -29,7 +29,7 @@ from mor_layers.settings import check_types
 @register_router("damped_loops")
 @dataclass(frozen=True)
 class DampedLoops(RouterConfig):
-    """Every token runs every step: `x <- x + damping · (f(x) - x)`. Not with sequence sharing."""
+    """Every token runs every step: `x <- x + damping · (f(x) - x)`."""
 
     damping: float | None = None
     """How far a step moves the state towards the block's output, in (0, 1]. None: 1 / num_recursions.
@@ -54,6 +54,10 @@ class DampedLoops(RouterConfig):
 
     @property
     def has_fixed_capacities(self) -> bool:
+        return True
+
+    @property
+    def repeats_layers(self) -> bool:
         return True
 
     @property

@@ -33,14 +33,7 @@ def looped_weights(
             "only a plain model can be looped, but this one has a recursion, or experts in only some of "
             "its layers. Use a model with recursion=None and dense_ends=False."
         )
-    if "sequence" in recursion.sharing:
-        raise ValueError(
-            f"sharing={recursion.sharing!r} repeats layers one by one, but the loop is round a whole "
-            "block. Use cycle or middle_cycle."
-        )
-    default = 1 if recursion.sharing == "middle_cycle" else 0
-    ends = [recursion.prelude_layers, recursion.coda_layers]
-    prelude, coda = (default if length is None else length for length in ends)
+    prelude, coda = recursion.ends
     size = plain.num_unrolled_layers - prelude - coda
     if size < 1:
         raise ValueError(

@@ -33,6 +33,7 @@ SCHEDULER = "mor_layers/generation/test_scheduling.py"
 SAMPLING = "mor_layers/generation/test_sampling.py"
 RELAXATION = "mor_layers/layers/test_relaxation.py"
 TEACHING = "mor_layers/training"
+GRAPH = "mor_layers/generation/test_static_tick.py"
 DEPTH = "mor_layers/generation/test_calibration.py mor_layers/routers"
 LAYERS = "distributed/layers"
 MEGATRON_TRAINING = "distributed/training distributed/layers/test_recursion_layer.py"
@@ -503,6 +504,48 @@ FAULTS = [
         ENGINE,
     ),
     Fault(
+        "a graph takes the pages of a tick from the wrong end",
+        CORE + "generation/cache/memory.py",
+        "pages = self._stack[(self._top - num_taken)",
+        "pages = self._stack[(self._top - 1 - num_taken)",
+        GRAPH,
+    ),
+    Fault(
+        "in a graph, tokens of a list in one tick share a row",
+        CORE + "generation/cache/memory.py",
+        "places = self.counts[lists] + is_before.sum(dim=1)",
+        "places = self.counts[lists]",
+        GRAPH,
+    ),
+    Fault(
+        "a graph routes all rows by the rule of the first step",
+        CORE + "generation/static_tick/tick.py",
+        "is_own = rows.steps == step",
+        "is_own = rows.steps >= 1",
+        GRAPH,
+    ),
+    Fault(
+        "who finds no room to leave a graph is forgotten",
+        CORE + "generation/static_tick/tick.py",
+        "return states, is_through | (has_exit & (self.exits.left == 0))",
+        "return states, has_exit & (self.exits.left == 0)",
+        GRAPH,
+    ),
+    Fault(
+        "a chunk leaves a graph as if it were one token",
+        CORE + "generation/link.py",
+        "self._exits.left[span.slot] += 1",
+        "self._exits.left[span.slot] += 0",
+        GRAPH,
+    ),
+    Fault(
+        "rows of a graph without a token write to the cache",
+        CORE + "generation/static_tick/attention.py",
+        "source = torch.where(is_written, index, is_written.long().argmax())",
+        "source = index",
+        GRAPH,
+    ),
+    Fault(
         "prompts go before tokens",
         CORE + "generation/scheduling.py",
         "idle.sort(key=lambda p: (p.num_left > 1, p.number))",
@@ -799,5 +842,34 @@ FAULTS = [
         "return parts[0][_step_of(name)]",
         "return parts[0][0]",
         "distributed/checkpoints/test_weights.py",
+    ),
+    # Several recursions.
+    Fault(
+        "a metric keeps the number that its step has within the recursion",
+        TOOLS + "reports/rows.py",
+        'f"step_{int(found[1]) + earlier}/"',
+        'f"step_{int(found[1])}/"',
+        "mor_tools/pretraining/test_report.py",
+    ),
+    Fault(
+        "scores of a later recursion are noted at the steps of the first",
+        CORE + "inspection.py",
+        "scores[first + score.step, positions]",
+        "scores[score.step, positions]",
+        "mor_layers/test_inspection.py",
+    ),
+    Fault(
+        "every recursion is calibrated to the first one's shares",
+        CORE + "generation/depth/calibration.py",
+        "return [shares[end - count : end] for end, count",
+        "return [shares[:count] for end, count",
+        "mor_layers/generation/test_calibration.py",
+    ),
+    Fault(
+        "a stage may begin between layers that balance depth",
+        MEGATRON + "parallel/stages.py",
+        "return recursion.anchor_every or num_blocks",
+        "return 1",
+        "mor_layers/models/test_mixture_of_depths.py",
     ),
 ]

@@ -44,18 +44,21 @@ class Compiled[**P, R]:
         # Graphs belong to code objects. This one is nobody else's, so that no graph of another function
         # is taken for one of this.
         run.__code__ = run.__code__.replace()
-        options = {"guard_filter_fn": _guards_of_sizes}
+        options = None
+        if hasattr(torch.compiler, "keep_tensor_guards_unsafe"):  # PyTorch lets guards be chosen
+            options = {"guard_filter_fn": _guards_of_sizes}
         self._graph = torch.compile(run, fullgraph=True, backend=self._backend, options=options)
         self._is_compiled = False
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if self._is_compiled:
             return self._graph(*args, **kwargs)
-        self._is_compiled = True
         for tensor, dimension in self._rows(*args, **kwargs):
             torch._dynamo.mark_dynamic(tensor, dimension)
         with config.patch(use_duck_shape=False):  # sizes that happen to be equal may differ later
-            return self._graph(*args, **kwargs)
+            result = self._graph(*args, **kwargs)
+        self._is_compiled = True
+        return result
 
 
 def _guards_of_sizes(guards: Sequence[Any]) -> list[bool]:

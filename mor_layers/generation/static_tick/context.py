@@ -19,7 +19,8 @@ class StaticContext(StepContext):
     """What layers know about rows, `[t 1 h]`, whose steps are values.
 
     Where a tick without a graph computes only what is chosen, a graph computes everything and selects:
-    each row runs the projections of every step, and every expert.
+    each row runs the projections of every step and, unless an operation runs the chosen ones, every
+    expert.
     """
 
     step: Int[Tensor, "t 1"]  # type: ignore[assignment]

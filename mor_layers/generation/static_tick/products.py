@@ -1,8 +1,9 @@
-"""PackedInGraph: products with packed weights, as an operation that a compiler leaves as it is.
+"""PackedInGraph: products with packed weights, as operations that a compiler leaves as they are.
 
 On CPUs the packed weights of `products` are in a layout that only oneDNN reads, and no compiler takes
-them as inputs of a graph. The operation finds them by number when the graph runs, so copies that have
-been made again need no new graph.
+them as inputs of a graph. The operations find them by number when the graph runs, so copies that have
+been made again need no new graph. A mixture of experts is one operation, inside which only the chosen
+ones run.
 
 Legend: `t` rows, `i` inputs and `o` outputs of a projection.
 """
@@ -21,7 +22,14 @@ from mor_layers.generation.products import (
     is_known,
     multiply,
 )
-from mor_layers.layers import Projected, StepLinear, weights_of
+from mor_layers.layers import (
+    Assignment,
+    Experts,
+    Projected,
+    StepLinear,
+    run_projection,
+    weights_of,
+)
 from mor_layers.recursion import StepContext
 
 
@@ -42,6 +50,8 @@ class PackedInGraph(Products):
         ]
         self.indices = {module: index for index, module in enumerate(self.projections)}
         self.widths = {module: len(weights_of(module)[0]) for module in self.projections}
+        self.mixtures = [module for module in model.modules() if isinstance(module, Experts)]
+        self.mixture_indices = {module: index for index, module in enumerate(self.mixtures)}
         self.number = next(_NUMBERS)
         _PRODUCTS[self.number] = self
 
@@ -51,8 +61,10 @@ class PackedInGraph(Products):
         hidden: Float[Tensor, "t 1 i"],
         context: StepContext | None,
     ) -> tuple[Float[Tensor, "t 1 o"], ...]:
-        if not all(projection in self.indices for projection in projections):
-            return super().__call__(projections, hidden, context)
+        if any(projection not in self.indices for projection in projections):
+            if len(projections) == 1:
+                return (run_projection(projections[0], hidden, context),)
+            return tuple(self((projection,), hidden, context)[0] for projection in projections)
         indices = [self.indices[projection] for projection in projections]
         widths = [self.widths[projection] for projection in projections]
 
@@ -69,6 +81,19 @@ class PackedInGraph(Products):
             for projection, output in zip(projections, joined.split(widths, dim=-1), strict=True)
         )
 
+    def expert(
+        self, experts: Experts, index: int, hidden: Float[Tensor, "t h"]
+    ) -> Float[Tensor, "t h"]:
+        at = self.number, self.mixture_indices[experts], index
+        return torch.ops.mor_layers.one_expert(hidden, *at)
+
+    def chosen_experts(
+        self, experts: Experts, hidden: Float[Tensor, "t h"], assignment: Assignment
+    ) -> Float[Tensor, "t h"]:
+        at = self.number, self.mixture_indices[experts]
+        given = assignment.experts, assignment.gates, assignment.is_taken
+        return torch.ops.mor_layers.chosen_experts(hidden, *given, *at)
+
 
 _NUMBERS = count()
 _PRODUCTS: WeakValueDictionary[int, PackedInGraph] = WeakValueDictionary()
@@ -78,6 +103,29 @@ _LIBRARY = torch.library.Library("mor_layers", "FRAGMENT")
 _LIBRARY.define(
     "packed_product(Tensor hidden, int products, int[] projections, int step, int width) -> Tensor"
 )
+_LIBRARY.define(
+    "chosen_experts(Tensor hidden, Tensor experts, Tensor gates, Tensor is_taken, int products, "
+    "int mixture) -> Tensor"
+)
+_LIBRARY.define("one_expert(Tensor hidden, int products, int mixture, int index) -> Tensor")
+
+
+def _one_expert(hidden: Tensor, products: int, mixture: int, index: int) -> Tensor:
+    found = _PRODUCTS[products]
+    return found.products.expert(found.mixtures[mixture], index, hidden)
+
+
+def _chosen_experts(
+    hidden: Tensor,
+    experts: Tensor,
+    gates: Tensor,
+    is_taken: Tensor,
+    products: int,
+    mixture: int,
+) -> Tensor:
+    found = _PRODUCTS[products]
+    assignment = Assignment(experts, gates, is_taken)
+    return found.mixtures[mixture](hidden, assignment, found.products)
 
 
 def _packed_product(
@@ -96,4 +144,10 @@ def _fake_product(
 
 
 _LIBRARY.impl("packed_product", _packed_product, "CPU")
+_LIBRARY.impl("chosen_experts", _chosen_experts, "CPU")
+_LIBRARY.impl("one_expert", _one_expert, "CPU")
+for _name in ("chosen_experts", "one_expert"):
+    torch.library.register_fake(
+        f"mor_layers::{_name}", lambda hidden, *given: torch.empty_like(hidden)
+    )
 torch.library.register_fake("mor_layers::packed_product", _fake_product)

@@ -115,6 +115,7 @@ RECURSIONS: dict[str, RecursionConfig | tuple[RecursionConfig, ...]] = {
         anchor_every=3,
         depth_balance=0.5,
     ),
+    "layers that repeat in damped steps": RecursionConfig(3, "middle_sequence", DampedLoops(0.6)),
     "halting": RecursionConfig(3, router=AdaptiveHalting(bias=0.0), kv_policy="exit_state"),
     "expert, deltas": RecursionConfig(
         3, router=EXPERT.router, relaxation=Relaxation(3, "dora", ATTENTION, 0.5)
@@ -218,6 +219,7 @@ CASES += [
     ("several recursions", "full recompute"),
     ("layers that balance depth", "full recompute"),
     ("layers that balance depth", "pp"),
+    ("layers that repeat in damped steps", "pp"),
     ("layers that balance depth", "dp overlap"),
     ("fixed, deltas", "pp"),
     ("token, sharing, deltas", "dp overlap"),

@@ -19,7 +19,7 @@ from mor_layers import (
 )
 from mor_layers.generation import Request
 from mor_layers.models.rotary import Rotary
-from mor_layers.recursion import StepContext
+from mor_layers.recursion import Sharing, StepContext
 from mor_layers.routers import DampedLoops
 from mor_layers.selection import Tokens
 from mor_layers.weights import looped_weights
@@ -32,8 +32,14 @@ LOOPED = range(2, 5)
 """The layers of six that repeat."""
 
 
-def by_hand(plain: MoRTransformer, ids: Tensor, loops: int, damping: float) -> Tensor:
-    """Logits of the plain model, whose middle layers run `loops` times, each time part of the way."""
+def by_hand(
+    plain: MoRTransformer, ids: Tensor, loops: int, damping: float, one_by_one: bool = False
+) -> Tensor:
+    """Logits of the plain model, whose middle layers run `loops` times, each time part of the way.
+
+    Args:
+        one_by_one: whether each layer repeats before the next one runs.
+    """
     tokens = Tokens.whole_sequence(*ids.T.shape)
     config, context = plain.config, StepContext(0, tokens)
     rotary = Rotary.at(tokens.positions, config.rotary_size, config.rope_base, torch.float32)
@@ -45,16 +51,20 @@ def by_hand(plain: MoRTransformer, ids: Tensor, loops: int, damping: float) -> T
         return hidden
 
     hidden = run(plain.embedding(ids.T), range(LOOPED.start))
-    for _ in range(loops):
-        hidden = hidden + damping * (run(hidden, LOOPED) - hidden)
+    blocks = [range(number, number + 1) for number in LOOPED] if one_by_one else [LOOPED]
+    for block in blocks:
+        for _ in range(loops):
+            hidden = hidden + damping * (run(hidden, block) - hidden)
     hidden = run(hidden, range(LOOPED.stop, len(layers)))
     return plain.output(plain.norm(hidden)).transpose(0, 1)
 
 
-def looped(plain: MoRTransformer, router: DampedLoops, loops: int) -> MoRTransformer:
+def looped(
+    plain: MoRTransformer, router: DampedLoops, loops: int, sharing: Sharing = "middle_cycle"
+) -> MoRTransformer:
     ends = {"prelude_layers": LOOPED.start, "coda_layers": 6 - LOOPED.stop}
     config, weights = looped_weights(
-        plain.state_dict(), plain.config, RecursionConfig(loops, router=router, **ends)
+        plain.state_dict(), plain.config, RecursionConfig(loops, sharing, router, **ends)
     )
     model = MoRTransformer(config)
     model.load_state_dict(dict(weights))
@@ -73,6 +83,18 @@ def test_the_layers_between_the_ends_repeat_in_damped_steps(moe, loops, given, d
     with torch.no_grad():
         expected = by_hand(plain, ids, loops, damping)
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("moe", [None, MoEConfig(4)], ids=["dense", "experts"])
+def test_layers_repeat_one_by_one_in_damped_steps(moe):
+    plain, ids = small_model(replace(PLAIN, moe=moe)).eval(), random_ids(2, 9)
+    model = looped(plain, DampedLoops(0.6), 3, "sequence")
+    assert model.config.num_unrolled_layers == 3 + 3 * 3
+    with torch.no_grad():
+        expected = by_hand(plain, ids, 3, 0.6, one_by_one=True)
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    request = Request(prompt(5), 6)
+    assert_exact(model, request, serve(model, [request])[0])
 
 
 def test_a_whole_step_is_fixed_depth() -> None:
@@ -102,6 +124,11 @@ def test_mor_convert_loops_a_folder(tmp_path: Path, capsys) -> None:
     with torch.no_grad():
         expected = by_hand(plain, ids, 2, 0.6)
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    by_layer = str(tmp_path / "by_layer")
+    main(["convert", source, by_layer, *loop, "--sharing", "sequence"])
+    with torch.no_grad():
+        found, expected = load_model(by_layer).eval()(ids).logits, by_hand(plain, ids, 2, 0.5, True)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for options, message in (
         ([*loop, "--init", "average"], "--init has no effect with --repeat"),
         (["--recursions", "3", "--damping", "0.5"], "--damping has no effect without --repeat"),
@@ -118,7 +145,6 @@ def test_mor_convert_loops_a_folder(tmp_path: Path, capsys) -> None:
     ("plain", "recursion", "reason"),
     [
         (small_config(), RecursionConfig(2, router=DampedLoops()), "only a plain model"),
-        (PLAIN, RecursionConfig(2, sharing="sequence"), "repeats layers one by one"),
         (PLAIN, RecursionConfig(2, router=ExpertChoice()), "has no counterpart"),
     ],
 )
@@ -133,5 +159,3 @@ def test_settings_out_of_range_are_refused() -> None:
             DampedLoops(damping)
     with pytest.raises(ValueError, match="DampedLoops needs several steps"):
         RecursionConfig(1, router=DampedLoops())
-    with pytest.raises(ValueError, match="cannot route tokens with DampedLoops"):
-        RecursionConfig(2, "middle_sequence", DampedLoops())

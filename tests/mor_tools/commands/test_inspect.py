@@ -126,6 +126,18 @@ def test_a_decoder_without_recursion_has_a_page():
     assert "undefined of the token itself" in render(seen, list(TEXT), "page")
 
 
+def test_steps_of_several_recursions_say_whose_they_are():
+    early, late = RecursionConfig(2, "cycle", block_layers=1), RecursionConfig(3, "cycle")
+    late = replace(late, router=ExpertChoice())
+    config = replace(CONFIG, recursion=(early, late), num_unrolled_layers=5)
+    seen = inspect_text(small_model(config), torch.tensor(list(TEXT.encode())), 16)
+    page = render(seen, list(TEXT), "page")
+    assert "<th>step (recursion)</th>" in page
+    names = re.findall(r"<td>(\d \(\d\))</td>", page)
+    assert names == ["1 (1)", "2 (1)", "3 (2)", "4 (2)", "5 (2)"]
+    assert scalars(seen)["inspect/step_5/share"] == pytest.approx(seen.shares[4])
+
+
 def test_a_long_text_is_shown_in_part_and_says_so(monkeypatch):
     monkeypatch.setattr(pages, "MOST_TOKENS", 10)
     seen = inspect_text(small_model(CONFIG), torch.tensor(list(TEXT.encode())), 16)
