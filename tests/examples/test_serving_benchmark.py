@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import beside_vllm
 from benchmarks.paired_timing import Estimate, estimate
@@ -15,6 +16,7 @@ from benchmarks.serving.ours import EngineOptions, Load
 from benchmarks.serving.rounds import Row, into_page, take_turns
 from benchmarks.serving.shapes import decoder_config
 from mor_layers import MoRTransformer
+from mor_layers.generation import calibrate
 
 
 class Counting:
@@ -256,6 +258,18 @@ def test_a_record_has_each_ratio_and_what_was_compared(tmp_path, monkeypatch, ca
     record = json.loads(file.read_text())
     assert [row["target"] for row in record["rows"]] == [1.0] * 4
     assert len(record["seconds_to_first_token"]["vllm"]) >= 4
+
+
+def test_a_compiled_tick_is_timed_as_a_whole() -> None:
+    torch.manual_seed(0)
+    model = MoRTransformer(decoder_config("small", 64, 2, "recursive_sharing", layers=4))
+    calibrate(model, [torch.randint(64, (4, 32))])
+    requests = Requests(2, 3, 6, vocabulary=64, in_flight=4)
+    load = Load(model, requests, 1 << 22, EngineOptions(temperature=0.0, compiler="eager"))
+    load.settle()  # calibrates again, so that the graph is compiled anew
+    load.forget()
+    assert load.run(12).tokens >= 12
+    assert 0 < load.own_share < 1 and 1 <= load.depth <= 2
 
 
 @pytest.mark.parametrize("kind", ["throughput", "first token"])

@@ -47,6 +47,18 @@ class EngineOptions:
     """Of sampling; 0 takes the most likely token."""
 
 
+@dataclass(frozen=True)
+class _TimedGraph:
+    """A compiled tick with a clock around it."""
+
+    run: Callable[..., Any]
+    forget: Callable[[], None]
+    """Compile anew."""
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.run(*arguments)
+
+
 class Load:
     """Our engine, never without work.
 
@@ -165,7 +177,8 @@ class Load:
         if self.options.compiler is not None:  # a clock within would break the graph
             for link in runner.links:
                 if link.static is not None:
-                    link.static._run = self._timed(link.static._run)  # type: ignore[assignment]
+                    run: Any = link.static._run
+                    link.static._run = _TimedGraph(self._timed(run), run.forget)  # type: ignore
             return
         for stack in (model.prelude, *(block.layers for block in model.recursions), model.coda):
             stack.forward = self._timed(stack.forward)  # type: ignore[method-assign]
