@@ -249,6 +249,12 @@ class RouterConfig(ABC):
         return False
 
     @property
+    def replaces_states(self) -> bool:
+        """Whether `Router.combine` returns the block's output as it is, whatever state entered the block.
+        Pipeline stages then need not send that state."""
+        return False
+
+    @property
     def learns_exits(self) -> bool:
         """Whether `Router.teach` has losses, for which training reads out the states of all steps."""
         return False

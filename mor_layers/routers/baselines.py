@@ -28,6 +28,10 @@ class FixedDepth(RouterConfig):
         return True
 
     @property
+    def replaces_states(self) -> bool:
+        return True
+
+    @property
     def has_fixed_capacities(self) -> bool:
         return True
 

@@ -45,6 +45,8 @@ class CarriedRows:
     """Numbers per token in the notes of the `LoopState` (m)."""
     context: int = 1
     """Number of context-parallel ranks."""
+    replaces_states: bool = False
+    """Whether a step replaces the state that entered it, so that nobody needs that one afterwards."""
 
     @classmethod
     def of(
@@ -73,13 +75,15 @@ class CarriedRows:
             documents,
             *_loop_state_sizes(recursion),
             context,
+            router.replaces_states,
         )
 
     @property
     def is_bare(self) -> bool:
-        """Whether all tokens run all steps, so that only their hidden states are sent."""
+        """Whether all tokens run all steps, and only their hidden states in the block are sent."""
         has_notes = any(self.has_gates) or any(self.plan_sizes) or self.num_notes or self.states > 1
-        return self.shares is not None and min(self.shares) == 1.0 and not has_notes
+        runs_all = self.shares is not None and min(self.shares) == 1.0
+        return runs_all and self.replaces_states and not has_notes
 
     def carried_length(self, sequence_length: int) -> int:
         """The length to pass to the schedule instead of `sequence_length`, over all ranks."""

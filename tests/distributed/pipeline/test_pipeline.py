@@ -19,7 +19,7 @@ from mor_layers import (
 )
 from mor_layers.layers import NormModulation
 from mor_layers.recursion import HistoryInjection, HyperConnections, LoopLoss
-from mor_layers.routers import AdaptiveHalting
+from mor_layers.routers import AdaptiveHalting, DampedLoops
 from tests.distributed import megatron_setup as setup
 from tests.distributed.fields.trial import MLA
 from tests.distributed.pipeline.pipeline_setup import (
@@ -104,6 +104,7 @@ SAMPLE = {
     "TP=2+SP x PP=2, latent attention, token, sharing": Case(
         recursion(2, "token", SHARING), tp=2, config=SP | MLA
     ),
+    "PP=2, damped loops": Case(RecursionConfig(3, router=DampedLoops())),
     "PP=2, cycle, fixed depth, a norm a step": Case(
         RecursionConfig(3, sharing="cycle", router=FixedDepth(), share_norms=False)
     ),

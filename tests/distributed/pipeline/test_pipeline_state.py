@@ -17,7 +17,7 @@ from mor_layers import (
     Tokens,
 )
 from mor_layers.recursion import HistoryInjection, HyperConnections
-from mor_layers.routers import AdaptiveHalting
+from mor_layers.routers import AdaptiveHalting, DampedLoops
 from mor_megatron.parallel import CarriedRows
 from mor_tools.planner.schedule import simulate
 
@@ -41,7 +41,9 @@ TRAVELS = [
     (TokenChoice(), 8 + 8 + 2, 8 + 4 * (2 + 3)),
     # A number for each of three steps: 1 + 8 · 4 words are 132 bytes.
     (DepthAndWidth(), 8 + 8 + 2, 8 + 4 * (2 + 3)),
-    # Positions alone, and any of them may run: 1 + 8 words are 36 bytes.
+    # Positions alone: 1 + 8 words are 36 bytes.
+    (DampedLoops(), 8 + 8 + 1, 8 + 4 * (2 + 1)),
+    # Any of them may run.
     (RandomLoops(), 8 + 8 + 1, 8 + 4 * (2 + 1)),
 ]
 
