@@ -250,7 +250,7 @@ class RouterConfig(ABC):
 
     @property
     def replaces_states(self) -> bool:
-        """Whether `Router.combine` returns the block's output as it is, whatever state entered the block.
+        """Whether `Router.combine` returns the block's output as it is, whatever state entered it.
         Pipeline stages then need not send that state."""
         return False
 
