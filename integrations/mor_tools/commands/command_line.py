@@ -100,7 +100,7 @@ def _generate(options: argparse.ArgumentParser) -> None:
         default=[],
         help="string at which generation stops; may be repeated",
     )
-    add("--int8-kv", action="store_true", help="keep keys and values in 8 bits; not exact")
+    _eight_bits(options)
     add("--calibrate", metavar="FILE", help="held-out text to set thresholds from")
     add("--dial", type=float, default=1.0, help="compute relative to training; needs --calibrate")
     add("--extra-steps", type=int, default=0, help="recursion steps beyond those of training")
@@ -187,7 +187,7 @@ def _serve(options: argparse.ArgumentParser) -> None:
     add(
         "--kv-mib", type=float, default=256, help="memory for keys and values in MiB (default: 256)"
     )
-    add("--int8-kv", action="store_true", help="keep keys and values in 8 bits; not exact")
+    _eight_bits(options)
     add(
         "--prefix-sharing",
         choices=("client", "all", "off"),
@@ -223,6 +223,12 @@ def _serve(options: argparse.ArgumentParser) -> None:
     add("--api-key-file", help="file with one API key per line, which `ps` does not show")
     add("--timeout", type=float, default=120, help="seconds that a call may take (default: 120)")
     add("--grace", type=int, default=10, help="seconds to finish calls at shutdown (default: 10)")
+
+
+def _eight_bits(options: argparse.ArgumentParser) -> None:
+    add = options.add_mutually_exclusive_group().add_argument
+    add("--int8-kv", action="store_true", help="keep keys and values as 8-bit integers; not exact")
+    add("--fp8-kv", action="store_true", help="keep them as 8-bit floating point; not exact")
 
 
 def flag(name: str) -> str:

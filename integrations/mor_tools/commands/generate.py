@@ -57,7 +57,10 @@ def generate(served: ServedModel, options: argparse.Namespace, console: Console)
         stop=tuple(options.stop),
     )
     settings = CacheSettings.for_all_steps(
-        served.model, len(ids) + options.max_new_tokens, is_int8=options.int8_kv
+        served.model,
+        len(ids) + options.max_new_tokens,
+        is_int8=options.int8_kv,
+        is_fp8=options.fp8_kv,
     )
     engine = DepthBatchingEngine(served.model, settings, decode=decode)
     depths: list[int] = []

@@ -35,6 +35,7 @@ def engine_options(options: argparse.Namespace) -> EngineOptions:
         options.slots,
         options.max_length,
         is_int8=options.int8_kv,
+        is_fp8=options.fp8_kv,
         prefix_sharing=options.prefix_sharing,
     )
     return EngineOptions(

@@ -114,8 +114,8 @@ class _ExpandedRows:
         if arena.scales is None:
             self.wide.copy_(self.stored)
         else:
-            scales = arena.scales[layer].index_select(0, self.rows)[..., None]
-            torch.mul(self.stored, scales, out=self.wide)
+            scales = arena.scales[layer].index_select(0, self.rows)
+            arena.dequantized(self.stored, scales, out=self.wide)
         return self.wide.flatten(0, 2)
 
 

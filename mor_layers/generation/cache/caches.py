@@ -11,7 +11,7 @@ from typing import Literal, Self, get_args
 import torch
 from torch import Tensor
 
-from mor_layers.generation.cache.memory import KVArena, PagedRows
+from mor_layers.generation.cache.memory import EightBits, KVArena, PagedRows
 from mor_layers.generation.cache.policies import CACHE_POLICIES
 from mor_layers.models import MoRTransformer
 
@@ -41,29 +41,45 @@ class CacheSettings:
     """Which requests of an engine share the rows of tokens that they begin with: those of one
     `client`, so that no client can find out by timing what another one has sent; `all`; or none
     (`off`)."""
+    is_fp8: bool = False
+    """Store 8-bit floating point (E4M3) with one fp32 scale per head. Not exact. Not with `is_int8`."""
 
     def __post_init__(self) -> None:
         for name in ("kv_bytes", "num_slots", "max_length", "page_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.is_int8 and self.is_fp8:
+            raise ValueError("is_int8=True and is_fp8=True: rows have one format. Use one of them.")
         if self.prefix_sharing not in get_args(PrefixSharing):
             raise ValueError(
                 f"prefix_sharing={self.prefix_sharing!r} must be one of "
                 f"{', '.join(map(repr, get_args(PrefixSharing)))}."
             )
 
+    @property
+    def eight_bits(self) -> EightBits | None:
+        """The format of rows of 8-bit numbers; None if they are stored as the model computes them."""
+        return "fp8" if self.is_fp8 else "int8" if self.is_int8 else None
+
     @classmethod
     def for_all_steps(
-        cls, model: MoRTransformer, max_length: int, num_slots: int = 1, is_int8: bool = False
+        cls,
+        model: MoRTransformer,
+        max_length: int,
+        num_slots: int = 1,
+        is_int8: bool = False,
+        is_fp8: bool = False,
     ) -> Self:
         """Enough memory for every token of `num_slots` texts to run every step, so it cannot run out."""
         config, dtype = model.config, model.embedding.weight.dtype
         layers, page = config.num_unrolled_layers, cls.page_size
-        row = KVArena.bytes_per_row(layers, *kept_of(model)[:2], dtype, is_int8, kept_of(model)[2])
+        heads, size, vectors = kept_of(model)
+        eight_bits = "int8" if is_int8 or is_fp8 else None  # both take as much
+        row = KVArena.bytes_per_row(layers, heads, size, dtype, eight_bits, vectors)
         # Each list may end within a page, and so may the division of the memory.
         kv_bytes = (num_slots * (max_length + page) + page) * row
         shares = (1.0,) * len(expected_shares(model))
-        return cls(kv_bytes, num_slots, max_length, is_int8=is_int8, shares=shares)
+        return cls(kv_bytes, num_slots, max_length, is_int8=is_int8, is_fp8=is_fp8, shares=shares)
 
 
 class Caches:
@@ -97,7 +113,7 @@ class Caches:
         (heads, size, vectors), page = kept_of(model), settings.page_size
         outer_bytes, inner_bytes = (
             page
-            * KVArena.bytes_per_row(layers, heads, size, weight.dtype, settings.is_int8, vectors)
+            * KVArena.bytes_per_row(layers, heads, size, weight.dtype, settings.eight_bits, vectors)
             for layers in (num_outer, num_inner)
         )
         inner_rows = sum(kind.rows_for(self.shares, 1.0))
@@ -118,7 +134,7 @@ class Caches:
                 size,
                 weight.dtype,
                 weight.device,
-                settings.is_int8,
+                settings.eight_bits,
                 vectors,
             )
             for layers, pages in ((num_outer, num_outer_pages), (num_inner, num_inner_pages))

@@ -5,11 +5,18 @@ Legend: `t` tokens, `l` lists, `g` key-value heads, `d` head size,
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+EightBits = Literal["int8", "fp8"]
+"""Formats of rows whose numbers have 8 bits: integers, which are evenly spaced, or floating point
+(E4M3), which is finer near 0."""
+_LARGEST = {"int8": 127.0, "fp8": 448.0}
+"""The largest number of each."""
 
 
 class KVArena:
@@ -21,7 +28,7 @@ class KVArena:
         num_heads: key-value heads, or 1 where rows are latent.
         num_vectors: vectors of each head: a key and a value, or 1 where one vector is both, as a latent
             row.
-        is_int8: store 8-bit integers and one scale (fp32) per head of each key and value.
+        eight_bits: store numbers of 8 bits and one scale (fp32) per head of each key and value.
     """
 
     def __init__(
@@ -32,13 +39,14 @@ class KVArena:
         head_size: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        is_int8: bool = False,
+        eight_bits: EightBits | None = None,
         num_vectors: int = 2,
     ) -> None:
-        self.dtype = dtype
+        self.dtype, self.eight_bits = dtype, eight_bits
         shape = (num_layers, num_rows, num_vectors, num_heads, head_size)
-        self.data = torch.zeros(shape, dtype=torch.int8 if is_int8 else dtype, device=device)
-        self.scales = torch.zeros(shape[:-1], device=device) if is_int8 else None
+        # The bits of fp8 are kept as integers, because few operations take it.
+        self.data = torch.zeros(shape, dtype=torch.int8 if eight_bits else dtype, device=device)
+        self.scales = torch.zeros(shape[:-1], device=device) if eight_bits else None
 
     @staticmethod
     def bytes_per_row(
@@ -46,11 +54,11 @@ class KVArena:
         num_heads: int,
         head_size: int,
         dtype: torch.dtype,
-        is_int8: bool,
+        eight_bits: EightBits | None = None,
         num_vectors: int = 2,
     ) -> int:
         """Bytes that a row needs in all layers together."""
-        head = head_size + 4 if is_int8 else head_size * dtype.itemsize
+        head = head_size + 4 if eight_bits else head_size * dtype.itemsize
         return num_layers * num_vectors * num_heads * head
 
     @property
@@ -88,7 +96,7 @@ class KVArena:
         assert (value is None) == (self.num_vectors == 1)
         new = key[:, None] if value is None else torch.stack([key, value], dim=1)  # [t p g d]
         if self.scales is not None:
-            new, scale = quantized(new)
+            new, scale = self.quantized(new)
             self.scales[layer].index_copy_(0, rows, scale)
         self.data[layer].index_copy_(0, rows, new)
 
@@ -102,15 +110,32 @@ class KVArena:
         data = self.data[layer].index_select(0, rows)
         if self.scales is None:
             return data
-        return (data * self.scales[layer].index_select(0, rows)[..., None]).to(self.dtype)
+        return self.dequantized(data, self.scales[layer].index_select(0, rows)).to(self.dtype)
 
+    def quantized(
+        self, vectors: Float[Tensor, "t p g d"]
+    ) -> tuple[Int[Tensor, "t p g d"], Float[Tensor, "t p g"]]:
+        """What is stored of vectors: 8 bits of each number, and the scale of each head."""
+        assert self.eight_bits is not None
+        vectors = vectors.float()
+        scales = vectors.abs().amax(dim=-1).clamp(min=1e-30) / _LARGEST[self.eight_bits]
+        scaled = vectors / scales[..., None]
+        if self.eight_bits == "fp8":
+            return scaled.to(torch.float8_e4m3fn).view(torch.int8), scales
+        return scaled.round().to(torch.int8), scales
 
-def quantized(
-    vectors: Float[Tensor, "t p g d"],
-) -> tuple[Int[Tensor, "t p g d"], Float[Tensor, "t p g"]]:
-    """Vectors as 8-bit integers, and the factors that turn them back."""
-    scale = vectors.float().abs().amax(dim=-1).clamp(min=1e-30) / 127.0
-    return (vectors.float() / scale[..., None]).round().to(torch.int8), scale
+    def dequantized(
+        self,
+        bits: Int[Tensor, "t p g d"],
+        scales: Float[Tensor, "t p g"],
+        out: Float[Tensor, "t p g d"] | None = None,
+    ) -> Float[Tensor, "t p g d"]:
+        """The vectors that stored bits and scales stand for, in fp32; in `out`, if it is given."""
+        if self.eight_bits == "int8":
+            return torch.mul(bits, scales[..., None], out=out)
+        numbers = bits.view(torch.float8_e4m3fn)
+        numbers = numbers.float() if out is None else out.copy_(numbers)
+        return numbers.mul_(scales[..., None])
 
 
 class PagedRows:

@@ -19,7 +19,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mor_layers.generation.cache import CachedAttention, KVArena, Visible
-from mor_layers.generation.cache.memory import quantized
 
 Attend = Callable[[int, Tensor, Tensor | None, Tensor | None], Tensor]
 """From a layer, queries `[t n d]`, keys and values `[w g d]` to the output `[t n d]`."""
@@ -192,12 +191,12 @@ class Gathered:
             if key is not None:
                 new = torch.stack([key] if value is None else [key, value], dim=1)  # [w p g d]
                 if scales is not None:
-                    new, factors = quantized(new)
+                    new, factors = self.arena.quantized(new)
                     put(scales, factors)
                 put(data, new)
             seen = data.index_select(0, table.flatten())
             if scales is not None:
-                seen = seen * scales.index_select(0, table.flatten())[..., None]
+                seen = self.arena.dequantized(seen, scales.index_select(0, table.flatten()))
             seen = seen.to(query.dtype).unflatten(0, table.shape)
             vectors = seen.permute(2, 0, 3, 1, 4)  # [t m p g d] -> [p t g m d]
             keys, values = vectors[0], vectors[-1]  # the same where a row is both

@@ -34,7 +34,9 @@ class Recorder:
         cache = {"num_slots": 4, "max_length": 64, "page_size": 4}
         cache |= {name: arguments.pop(name) for name in list(arguments) if name in cache}
         cache |= {
-            n: arguments.pop(n) for n in ("is_int8", "shares", "prefix_sharing") if n in arguments
+            n: arguments.pop(n)
+            for n in ("is_int8", "is_fp8", "shares", "prefix_sharing")
+            if n in arguments
         }
         settings = CacheSettings(kv_bytes, **cache)
         self.engine = DepthBatchingEngine(model, settings, sampler=self._sample, **arguments)

@@ -537,11 +537,12 @@ def test_half_precision_runs_the_other_way_of_attention() -> None:
     assert_exact(model, request, served, tolerance=0.15)
 
 
+@pytest.mark.parametrize("eight_bits", ["is_int8", "is_fp8"])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_8_bit_rows_change_little(policy: KVPolicy) -> None:
+def test_8_bit_rows_change_little(policy: KVPolicy, eight_bits: str) -> None:
     model = model_for("token_choice", policy)
     request = Request(prompt(9), 3)
-    exact, coarse = serve(model, [request])[0], Recorder(model, is_int8=True)
+    exact, coarse = serve(model, [request])[0], Recorder(model, **{eight_bits: True})
     coarse.submit(request)
     first = torch.stack([exact.logits[0], coarse.finish()[0].logits[0]])
     assert 0 < (first[0] - first[1]).abs().max() < 0.1

@@ -10,6 +10,7 @@ from mor_layers.costs import account
 from mor_layers.generation import CacheSettings, DepthBatchingEngine, Request
 from mor_layers.generation.cache import CachedAttention, KVArena, PagedRows, Visible
 from mor_layers.generation.cache.attention import GatheredAttention, IndexedAttention
+from mor_layers.generation.cache.memory import EightBits
 from mor_layers.generation.runner import ModelRunner
 from mor_layers.recursion import KVPolicy
 from tests.mor_layers.generation.served import Recorder, prompt
@@ -62,20 +63,21 @@ def test_rows_are_handed_out_once_and_come_back(history) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "is_int8"),
+    ("dtype", "eight_bits"),
     [
-        (torch.float32, False),
-        (torch.float32, True),
-        (torch.bfloat16, False),
-        (torch.float64, False),
+        (torch.float32, None),
+        (torch.float32, "int8"),
+        (torch.float32, "fp8"),
+        (torch.bfloat16, None),
+        (torch.float64, None),
     ],
 )
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 2), (3, 3), (6, 1)])
 def test_both_ways_of_attention_equal_a_loop(
-    num_heads: int, num_kv_heads: int, dtype: torch.dtype, is_int8: bool
+    num_heads: int, num_kv_heads: int, dtype: torch.dtype, eight_bits: EightBits | None
 ) -> None:
     torch.manual_seed(0)
-    arena = KVArena(2, 40, num_kv_heads, 8, dtype, is_int8=is_int8)
+    arena = KVArena(2, 40, num_kv_heads, 8, dtype, eight_bits=eight_bits)
     rows = torch.arange(40)
     arena.write(1, rows, *torch.randn(2, 40, num_kv_heads, 8, dtype=dtype))
     arena.write(0, rows, *torch.randn(2, 40, num_kv_heads, 8, dtype=dtype))  # another layer
@@ -111,24 +113,30 @@ def test_both_ways_of_attention_equal_a_loop(
         )
 
 
-def test_8_bit_rows_are_within_half_a_step() -> None:
-    arena = KVArena(1, 5, 2, 8, is_int8=True)
+@pytest.mark.parametrize("eight_bits", ["int8", "fp8"])
+def test_8_bit_rows_are_within_half_a_step(eight_bits: EightBits) -> None:
+    arena = KVArena(1, 5, 2, 8, eight_bits=eight_bits)
     heads = torch.randn(2, 5, 2, 8)
     heads[0, 3] = 0
     arena.write(0, torch.arange(5), *heads)
     rows = arena.gather(0, torch.arange(5)).transpose(0, 1)
-    step = heads.abs().amax(-1, keepdim=True) / 127
+    largest = heads.abs().amax(-1, keepdim=True)
+    step = largest / 127
+    if eight_bits == "fp8":  # three bits behind the leading one, of numbers down to 2^-6
+        step = torch.maximum(heads.abs() / 8, largest / 448 * 2**-9)
     assert ((rows - heads).abs() <= step / 2 + 1e-6).all()
-    assert arena.num_bytes == 5 * KVArena.bytes_per_row(1, 2, 8, torch.float32, is_int8=True)
+    assert arena.num_bytes == 5 * KVArena.bytes_per_row(1, 2, 8, torch.float32, eight_bits)
 
 
-@pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.parametrize("eight_bits", [{}, {"is_int8": True}, {"is_fp8": True}])
 @pytest.mark.parametrize("sharing", ["cycle", "middle_cycle"])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_bytes_are_those_allocated(policy: KVPolicy, sharing: str, is_int8: bool) -> None:
+def test_bytes_are_those_allocated(
+    policy: KVPolicy, sharing: str, eight_bits: dict[str, bool]
+) -> None:
     model = small_model(small_config(ExpertChoice(), 3, sharing, policy, block_size=2))
     for kv_bytes in (20_000, 100_001):
-        settings = CacheSettings(kv_bytes, 3, 50, page_size=4, is_int8=is_int8)
+        settings = CacheSettings(kv_bytes, 3, 50, page_size=4, **eight_bits)
         caches = ModelRunner(model, settings, 8).caches
         tensors = [a.data for a in (caches.outer, caches.inner)]
         tensors += [a.scales for a in (caches.outer, caches.inner) if a.scales is not None]

@@ -212,10 +212,11 @@ def test_logprobs_of_prompts_are_the_same() -> None:
 
 
 @pytest.mark.usefixtures("uncompiled")
-def test_an_8_bit_cache_is_rounded_once() -> None:
+@pytest.mark.parametrize("eight_bits", ["is_int8", "is_fp8"])
+def test_an_8_bit_cache_is_rounded_once(eight_bits: str) -> None:
     model = small_model(small_config(ROUTERS["token_choice"], 3, kv_policy="recursive_sharing"))
     requests = [Request(prompt(1 + i % 3, i), 2 + i % 5) for i in range(8)]
-    options = {"num_slots": 8, "is_int8": True}
+    options = {"num_slots": 8, eight_bits: True}
     plain, static = (serve(model, requests, compiler=c, **options) for c in (None, "eager"))
     for wanted, got in zip(plain, static, strict=True):
         assert (got.tokens, got.depths) == (wanted.tokens, wanted.depths)
