@@ -485,8 +485,15 @@ FAULTS = [
     Fault(
         "8-bit keys lose their scale",
         CORE + "generation/cache/memory.py",
-        ".amax(dim=-1).clamp(min=1e-30) / 127.0",
-        ".amax(dim=-1).clamp(min=1e-30) / 128.0",
+        '{"int8": 127.0,',
+        '{"int8": 128.0,',
+        ENGINE,
+    ),
+    Fault(
+        "8-bit floating point is read as integers",
+        CORE + "generation/cache/memory.py",
+        'if self.eight_bits == "int8":',
+        "if self.eight_bits:",
         ENGINE,
     ),
     Fault(

@@ -15,6 +15,7 @@ import os
 import socket
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -125,25 +126,37 @@ class RunLock:
         holder = _parsed(found)
         if self._is_held(holder, age):
             raise ValueError(self._refusal(holder, age))
-        # Another process may be doing the same, and may have created its own lock meanwhile. Only
-        # one of them can rename a given file; one that finds it has renamed a newer lock puts it
-        # back.
-        aside = mine.with_name(f"{mine.name}.aside")
-        try:
-            self._file.rename(aside)
-        except FileNotFoundError:
+        if not self._remove(found, mine):
             return None
-        if aside.read_bytes() != found:
-            _linked(aside, self._file)
-            aside.unlink()
-            return None
-        aside.unlink()
         if holder is None or set(holder.launchers) & set(self._holder.launchers):
             return None
         return (
             f"{self._folder} was left locked by a run on {holder.host} (process {holder.pid}, "
             f"since {holder.since}) that has ended without releasing it; it is taken over."
         )
+
+    def _remove(self, found: bytes, mine: Path) -> bool:
+        """Remove the lock with this content, unless another process does so; returns whether we did."""
+        # One process at a time: otherwise a slow one could remove the lock that a quick one has created
+        # in the place of the one that both have found.
+        turn = self._folder / f".{NAME}.turn"
+        if not _linked(mine, turn):
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # a process that died leaves its turn behind
+                if mine.stat().st_mtime - turn.stat().st_mtime > self._stale_after:
+                    turn.unlink()
+            time.sleep(0.01)
+            return False
+        try:
+            if self._file.read_bytes() != found:
+                return False
+            self._file.unlink()
+        except FileNotFoundError:
+            return False
+        finally:
+            turn.unlink(missing_ok=True)
+        return True
 
     def _is_held(self, holder: Holder | None, age: float) -> bool:
         if holder is not None and holder.machine == self._holder.machine:

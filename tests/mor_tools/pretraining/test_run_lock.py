@@ -149,7 +149,7 @@ def test_a_lock_that_cannot_be_read_counts_by_its_age(tmp_path):
 def test_of_many_that_find_an_abandoned_lock_one_gets_it(tmp_path):
     for _ in range(10):
         write_lock(tmp_path, ELSEWHERE, age=1000)
-        locks, refused = [RunLock(tmp_path) for _ in range(6)], []
+        locks, refused = [RunLock(tmp_path, lost=pytest.fail) for _ in range(6)], []
 
         def take(lock: RunLock, refused: list = refused) -> None:
             try:
@@ -168,7 +168,7 @@ def test_of_many_that_find_an_abandoned_lock_one_gets_it(tmp_path):
         assert names(tmp_path) == []
 
 
-def test_a_lock_that_was_taken_in_between_is_put_back(tmp_path, monkeypatch):
+def test_a_lock_that_was_taken_in_between_stays(tmp_path, monkeypatch):
     write_lock(tmp_path, ELSEWHERE, age=1000)
     quick, slow = RunLock(tmp_path), RunLock(tmp_path)
     is_held = slow._is_held
@@ -184,6 +184,22 @@ def test_a_lock_that_was_taken_in_between_is_put_back(tmp_path, monkeypatch):
     assert names(tmp_path) == [NAME]
     assert held_by(tmp_path)["token"] == quick._holder.token
     quick.release()
+
+
+def test_one_process_at_a_time_removes_an_abandoned_lock(tmp_path):
+    write_lock(tmp_path, ELSEWHERE, age=1000)
+    turn = tmp_path / f".{NAME}.turn"
+    turn.touch()  # another process has found the same lock, and is slow
+    lock = RunLock(tmp_path)
+    thread = threading.Thread(target=lock.acquire)
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive() and held_by(tmp_path)["token"] == ELSEWHERE.token
+    os.utime(turn, (1, 1))  # it has died in the meantime
+    thread.join(10)
+    assert held_by(tmp_path)["token"] == lock._holder.token
+    lock.release()
+    assert names(tmp_path) == []
 
 
 def test_without_hard_links_one_run_gets_the_folder_too(tmp_path, monkeypatch):
