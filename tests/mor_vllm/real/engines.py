@@ -2,6 +2,9 @@
 
 import gc
 import json
+import subprocess
+import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +27,8 @@ ROUGH = {
     "num_gpu_blocks_override": 40,
 }
 
+_START = 300
+"""Seconds that a server may take until it answers."""
 END = 256
 """The token that ends a text."""
 
@@ -71,6 +76,18 @@ def engine(folder: Path, **settings: Any) -> Iterator[Any]:
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
+    """Wait until a server answers, on a machine that may be busy."""
+    for _ in range(_START):
+        assert server.poll() is None, f"the server ended with {server.returncode}"
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return
+        except OSError:
+            time.sleep(1)
+    raise AssertionError(f"the server did not answer within {_START} seconds")
 
 
 def save_with_tokenizer(model: MoRTransformer, folder: Path) -> None:

@@ -5,8 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,10 +23,8 @@ from tests.mor_vllm.real.engines import (
     greedy,
     mixed_prompts,
     save_with_tokenizer,
+    wait_for,
 )
-
-# Seconds that a server may take until it answers, on a machine that is busy.
-_START = 300
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +142,7 @@ def test_vllm_serve_answers_the_openai_client(model, folder):
 
     server = subprocess.Popen(command, env=environment)
     try:
-        _wait_for(f"http://127.0.0.1:{port}/health", server)
+        wait_for(f"http://127.0.0.1:{port}/health", server)
         answers = asyncio.run(ask())
     finally:
         server.terminate()
@@ -165,17 +161,6 @@ def _continued(model: MoRTransformer, folder: Path, text: str) -> list[int]:
         if ids[-1] == END:
             break
     return ids
-
-
-def _wait_for(address: str, server: subprocess.Popen) -> None:
-    for _ in range(_START):
-        assert server.poll() is None, f"vllm serve ended with {server.returncode}"
-        try:
-            with urllib.request.urlopen(address, timeout=5):
-                return
-        except OSError:
-            time.sleep(1)
-    raise AssertionError(f"vllm serve did not answer within {_START} seconds")
 
 
 def test_the_dial_of_depth_is_a_setting_of_the_server(tmp_path):

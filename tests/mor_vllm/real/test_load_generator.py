@@ -4,8 +4,6 @@ import argparse
 import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,10 @@ from typing import Any
 import pytest
 
 from tests.mor_vllm.models import served_model
-from tests.mor_vllm.real.engines import save_with_tokenizer
+from tests.mor_vllm.real.engines import save_with_tokenizer, wait_for
 
 CALLS, PROMPT, ANSWER, AT_ONCE = 48, 24, 12, 12
 """Calls of a run, the tokens of their prompts and answers, and how many are open at once."""
-START = 120
-"""Seconds that the server may take to load, on a machine that is busy."""
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +40,6 @@ def port(folder) -> Iterator[int]:
     finally:
         server.terminate()
         server.wait(timeout=60)
-
-
-def wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
-    for _ in range(START):
-        assert server.poll() is None, f"mor serve ended with {server.returncode}"
-        try:
-            with urllib.request.urlopen(address, timeout=5):
-                return
-        except OSError:
-            time.sleep(1)
-    raise AssertionError(f"mor serve did not answer within {START} seconds")
 
 
 @pytest.mark.parametrize(
