@@ -36,7 +36,7 @@ from mor_layers.costs import account
 from mor_layers.generation import turn_dial
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from experiments.text_pieces import TextPieces
+from experiments.text_pieces import TextPieces, training_step
 
 STEPS = 3
 BLOCK_SIZE = 2
@@ -122,13 +122,7 @@ def train(
     spent, step, tokens = 0.0, 0, plan.batch * plan.length
     while step < plan.steps or (budget is not None and spent < budget):
         ids = text.sample(text.training, plan.batch, generator)
-        output = model(ids[:, :-1], labels=ids[:, 1:])
-        optimizer.zero_grad()
-        output.loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        model.advance([output])
+        output = training_step(model, optimizer, schedule, ids)
         ran = [float(d.tokens.count) / tokens for d in output.recursions[0].decisions]
         flops = _flops_per_token(config, ran, plan)
         before, spent, step = spent, spent + flops * tokens, step + 1

@@ -34,7 +34,7 @@ from mor_layers.inspection import inspect_text
 from mor_tools.comparison.statistics import Spread
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from experiments.text_pieces import TextPieces
+from experiments.text_pieces import TextPieces, training_step
 
 STEPS = 3
 BLOCK_SIZE = 2
@@ -106,28 +106,19 @@ def train(router: RouterConfig, seed: int, text: TextPieces, plan: Plan) -> MoRT
     torch.manual_seed(seed)
     recursion = RecursionConfig(STEPS, router=router)
     layers, h = 2 + BLOCK_SIZE * STEPS, plan.hidden_size
-    model = MoRTransformer(
-        DecoderConfig(plan.vocabulary, h, h * 8 // 3, layers, 4, 2, tie_embeddings=True,
-                      recursion=recursion)
-    )  # fmt: skip
+    sizes = (plan.vocabulary, h, h * 8 // 3, layers, 4, 2)
+    model = MoRTransformer(DecoderConfig(*sizes, tie_embeddings=True, recursion=recursion))
     optimizer = torch.optim.AdamW(model.parameters(), plan.learning_rate, weight_decay=0.1)
 
-    def rate(
-        step: int,
-    ) -> float:  # warm-up over a twentieth of the steps, decay over the last third
+    def rate(step: int) -> float:
+        """Warm-up over a twentieth of the steps, decay over the last third."""
         return min(1.0, 20 * (step + 1) / plan.steps, 3 * (plan.steps - step) / plan.steps)
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(plan.steps):
         ids = text.sample(text.training, plan.batch, generator)
-        output = model(ids[:, :-1], labels=ids[:, 1:])
-        optimizer.zero_grad()
-        output.loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        model.advance([output])
+        training_step(model, optimizer, schedule, ids)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Random pieces of the text that ships with Python, for small experiments.
+"""Random pieces of the text that ships with Python, and a training step on some, for small experiments.
 
 Legend: `b` pieces, `s` length.
 """
@@ -7,7 +7,11 @@ import torch
 from jaxtyping import Int
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
+from mor_layers import MoRTransformer
+from mor_layers.models import DecoderOutput
 from mor_tools.pretraining.data.text import prepare
 from mor_tools.pretraining.settings import DataSettings
 
@@ -34,3 +38,17 @@ class TextPieces:
         """Pieces of `ids`, inputs with the label of the last."""
         starts = torch.randint(len(ids) - self.length, (count,), generator=generator)
         return torch.stack([ids[start : start + self.length + 1] for start in starts.tolist()])
+
+
+def training_step(
+    model: MoRTransformer, optimizer: Optimizer, schedule: LRScheduler, ids: Int[Tensor, "b s+1"]
+) -> DecoderOutput:
+    """Learn from some pieces, with gradients clipped to a norm of 1."""
+    output = model(ids[:, :-1], labels=ids[:, 1:])
+    optimizer.zero_grad()
+    output.loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+    model.advance([output])
+    return output
