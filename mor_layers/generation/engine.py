@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from mor_layers.generation.cache import CacheSettings
-from mor_layers.generation.runner import Finished, FinishedSpan, ModelRunner
 from mor_layers.generation.sampling import (
     Logprobs,
     Sampler,
@@ -27,8 +26,9 @@ from mor_layers.generation.sampling import (
     sample,
 )
 from mor_layers.generation.scheduling import FinishReason, Progress, Request, Scheduler
-from mor_layers.generation.static_tick import Backend
 from mor_layers.generation.text_stream import TextStream
+from mor_layers.generation.tick.graph import Backend
+from mor_layers.generation.tick.runner import Finished, FinishedSpan, ModelRunner
 from mor_layers.models import MoRTransformer
 
 NOT_FINITE = (

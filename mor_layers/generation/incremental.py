@@ -17,9 +17,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mor_layers.generation.cache import Caches, CacheSettings, KVArena, PagedRows
-from mor_layers.generation.cached_model import CachedModel
-from mor_layers.generation.chain import ChainedCaches, cached_chain, caches_of
-from mor_layers.generation.in_flight import Pool, Rows
+from mor_layers.generation.tick.cached_model import CachedModel
+from mor_layers.generation.tick.chain import ChainedCaches, cached_chain, caches_of
+from mor_layers.generation.tick.in_flight import Pool, Rows
 from mor_layers.models import MoRTransformer
 
 

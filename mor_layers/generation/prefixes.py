@@ -24,8 +24,8 @@ from functools import partial
 import torch
 
 from mor_layers.generation.cache.memory import PagedRows
-from mor_layers.generation.cached_model import CachedModel
 from mor_layers.generation.model_state import ModelState
+from mor_layers.generation.tick.cached_model import CachedModel
 
 Tokens = tuple[int, ...]
 

@@ -18,7 +18,7 @@ from mor_layers import (
     TokenChoice,
 )
 from mor_layers.generation import CacheSettings, Request, Sampling, shard
-from mor_layers.generation.lockstep import LockstepEngine
+from mor_layers.generation.ranks.lockstep import LockstepEngine
 from mor_layers.generation.sampling import sample
 from mor_layers.layers.relaxation import PROJECTIONS
 from mor_layers.models import LatentAttentionConfig

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mor_layers.generation.in_flight import Pool, Rows
+from mor_layers.generation.tick.in_flight import Pool, Rows
 
 NUM_STEPS = 3
 

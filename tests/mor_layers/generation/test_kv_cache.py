@@ -11,7 +11,7 @@ from mor_layers.generation import CacheSettings, DepthBatchingEngine, Request
 from mor_layers.generation.cache import CachedAttention, KVArena, PagedRows, Visible
 from mor_layers.generation.cache.attention import GatheredAttention, IndexedAttention
 from mor_layers.generation.cache.memory import EightBits
-from mor_layers.generation.runner import ModelRunner
+from mor_layers.generation.tick.runner import ModelRunner
 from mor_layers.recursion import KVPolicy
 from tests.mor_layers.generation.served import Recorder, prompt
 from tests.mor_layers.small_models import small_config, small_model

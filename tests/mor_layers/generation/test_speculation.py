@@ -14,7 +14,7 @@ from mor_layers.generation import (
     Speculation,
     SpeculativeDecoder,
 )
-from mor_layers.generation.head_drafts import HeadDrafts
+from mor_layers.generation.drafts.head_drafts import HeadDrafts
 from mor_layers.generation.sampling import distribution, sample
 from mor_layers.models import LatentAttentionConfig, MultiTokenPrediction
 from mor_layers.recursion import KVPolicy, StepContext

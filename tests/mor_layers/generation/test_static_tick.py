@@ -23,8 +23,8 @@ from mor_layers.generation import (
     with_early_exit,
 )
 from mor_layers.generation.cache import PagedRows
-from mor_layers.generation.static_tick import StaticTick
-from mor_layers.generation.static_tick.sizes import FINEST, padded_size
+from mor_layers.generation.tick.graph import StaticTick
+from mor_layers.generation.tick.graph.sizes import FINEST, padded_size
 from mor_layers.layers import Relaxation
 from mor_layers.models import LatentAttentionConfig
 from mor_layers.recursion import HistoryInjection, HyperConnections, KVPolicy, StateAdapter

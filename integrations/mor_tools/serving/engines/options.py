@@ -7,8 +7,8 @@ import torch
 from torch.distributed import ProcessGroup
 
 from mor_layers.generation import CacheSettings, DepthBatchingEngine
-from mor_layers.generation.lockstep import LockstepEngine
-from mor_layers.generation.tensor_parallel import shard
+from mor_layers.generation.ranks.lockstep import LockstepEngine
+from mor_layers.generation.ranks.tensor_parallel import shard
 from mor_tools.serving.loading import ServedModel, load
 
 

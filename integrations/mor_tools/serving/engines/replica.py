@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from mor_layers.generation import Event, Request
-from mor_layers.generation.lockstep import LockstepEngine
+from mor_layers.generation.ranks.lockstep import LockstepEngine
 from mor_tools.serving.calls.grammars import GrammarConstraint
 from mor_tools.serving.engines.metrics import Statistics
 from mor_tools.serving.engines.options import EngineOptions

@@ -33,8 +33,8 @@ from mor_layers.generation.cache import (
     TokensInFlight,
     Visible,
 )
-from mor_layers.generation.in_flight import Pool, Rows
 from mor_layers.generation.products import Products
+from mor_layers.generation.tick.in_flight import Pool, Rows
 from mor_layers.models import DecoderStack, MoRTransformer
 from mor_layers.recursion import Exited, RecursionBlock
 from mor_layers.selection import RoutingDecision, Tokens

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mor_layers.generation.model_state import ModelState
-from mor_layers.generation.static_tick.rows import StaticRows
+from mor_layers.generation.tick.graph.rows import StaticRows
 from mor_layers.recursion import RecursionBlock
 from mor_layers.selection import RoutingDecision, Tokens
 

@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mor_layers.generation.in_flight import Pool, Rows
+from mor_layers.generation.tick.in_flight import Pool, Rows
 
 if TYPE_CHECKING:
-    from mor_layers.generation.static_tick.routing import StaticRouting
+    from mor_layers.generation.tick.graph.routing import StaticRouting
 
 
 @dataclass(frozen=True)

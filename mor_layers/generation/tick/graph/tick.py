@@ -22,13 +22,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mor_layers.generation.cache import KVArena, TokensInFlight, Visible
-from mor_layers.generation.cached_model import CachedModel
-from mor_layers.generation.in_flight import Rows
-from mor_layers.generation.span_exits import SpanExits
-from mor_layers.generation.static_tick.attention import Gathered, ReadInPlace
-from mor_layers.generation.static_tick.context import StaticContext
-from mor_layers.generation.static_tick.routing import StaticRouting
-from mor_layers.generation.static_tick.rows import StaticRows, first_where
+from mor_layers.generation.tick.cached_model import CachedModel
+from mor_layers.generation.tick.graph.attention import Gathered, ReadInPlace
+from mor_layers.generation.tick.graph.context import StaticContext
+from mor_layers.generation.tick.graph.routing import StaticRouting
+from mor_layers.generation.tick.graph.rows import StaticRows, first_where
+from mor_layers.generation.tick.in_flight import Rows
+from mor_layers.generation.tick.span_exits import SpanExits
 from mor_layers.models import DecoderStack
 from mor_layers.recursion import Exited, Products
 from mor_layers.selection import Tokens

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mor_layers.generation.in_flight import Rows
+from mor_layers.generation.tick.in_flight import Rows
 
 
 class SpanExits:

@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from mor_layers.generation.cache import Caches, CacheSettings
 from mor_layers.generation.cache.caches import bytes_per_token
-from mor_layers.generation.cached_model import CachedModel
 from mor_layers.generation.products import Products
+from mor_layers.generation.tick.cached_model import CachedModel
 from mor_layers.models import MoRTransformer
 
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mor_layers.generation.static_tick.attention import Attend
+from mor_layers.generation.tick.graph.attention import Attend
 from mor_layers.recursion import Exited, Products, StepContext
 
 

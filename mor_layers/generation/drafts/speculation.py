@@ -31,10 +31,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
-from mor_layers.generation.head_drafts import HeadDrafts
-from mor_layers.generation.in_flight import Pool, Rows
+from mor_layers.generation.drafts.head_drafts import HeadDrafts
 from mor_layers.generation.incremental import IncrementalDecoder
 from mor_layers.generation.sampling import Sampling, distribution
+from mor_layers.generation.tick.in_flight import Pool, Rows
 from mor_layers.models import MoRTransformer
 
 

@@ -1,6 +1,6 @@
 """Link: one recursion of a model, the layers around it, and the spans in flight there.
 
-A tick runs operation by operation, in any case, or as one compiled graph (`static_tick`), if there are
+A tick runs operation by operation, in any case, or as one compiled graph (`graph`), if there are
 free pages for the worst case. The tokens in flight go from one form to the other in between.
 
 Legend: `t` tokens in flight, `h` hidden, `v` vocabulary.
@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mor_layers.generation.cached_model import CachedModel
-from mor_layers.generation.in_flight import Pool, Rows
 from mor_layers.generation.scheduling import Span
-from mor_layers.generation.span_exits import SpanExits
-from mor_layers.generation.static_tick import Backend, StaticTick
+from mor_layers.generation.tick.cached_model import CachedModel
+from mor_layers.generation.tick.graph import Backend, StaticTick
+from mor_layers.generation.tick.in_flight import Pool, Rows
+from mor_layers.generation.tick.span_exits import SpanExits
 
 
 @dataclass(frozen=True)

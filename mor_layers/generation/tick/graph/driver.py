@@ -17,19 +17,19 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from mor_layers.generation.cached_model import CachedModel
-from mor_layers.generation.in_flight import Pool, Rows
 from mor_layers.generation.products import PackedProducts
 from mor_layers.generation.scheduling import Span
-from mor_layers.generation.span_exits import SpanExits
-from mor_layers.generation.static_tick.attention import Gathered
-from mor_layers.generation.static_tick.compiling import Backend, Compiled, obstacle
-from mor_layers.generation.static_tick.products import PackedInGraph
-from mor_layers.generation.static_tick.replay import Replay
-from mor_layers.generation.static_tick.routing import StaticRouting
-from mor_layers.generation.static_tick.rows import StaticRows
-from mor_layers.generation.static_tick.sizes import padded_size
-from mor_layers.generation.static_tick.tick import Room, Ticked, TickGraph
+from mor_layers.generation.tick.cached_model import CachedModel
+from mor_layers.generation.tick.graph.attention import Gathered
+from mor_layers.generation.tick.graph.compiling import Backend, Compiled, obstacle
+from mor_layers.generation.tick.graph.products import PackedInGraph
+from mor_layers.generation.tick.graph.replay import Replay
+from mor_layers.generation.tick.graph.routing import StaticRouting
+from mor_layers.generation.tick.graph.rows import StaticRows
+from mor_layers.generation.tick.graph.sizes import padded_size
+from mor_layers.generation.tick.graph.tick import Room, Ticked, TickGraph
+from mor_layers.generation.tick.in_flight import Pool, Rows
+from mor_layers.generation.tick.span_exits import SpanExits
 from mor_layers.generation.watched import WatchedParameters
 
 

@@ -16,12 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mor_layers.generation.cache import CacheSettings
-from mor_layers.generation.chain import cached_chain, caches_of
-from mor_layers.generation.link import Left, Link
 from mor_layers.generation.prefixes import PrefixCache
 from mor_layers.generation.products import PackedProducts, Products
 from mor_layers.generation.scheduling import Span
-from mor_layers.generation.static_tick import Backend
+from mor_layers.generation.tick.chain import cached_chain, caches_of
+from mor_layers.generation.tick.graph import Backend
+from mor_layers.generation.tick.link import Left, Link
 from mor_layers.models import MoRTransformer
 from mor_layers.profiling import named
 
@@ -55,7 +55,7 @@ class ModelRunner:
         settings: size and layout of the caches.
         max_span: largest number of tokens in a span.
         packs_weights: whether to compute with copies of the weights, see `products`.
-        compiler: backend of `torch.compile` for ticks as one graph, see `static_tick`.
+        compiler: backend of `torch.compile` for ticks as one graph, see `graph`.
 
     Raises:
         ValueError: `kv_bytes` is less than one page, the experts drop tokens, or the model cannot be

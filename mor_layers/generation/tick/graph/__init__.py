@@ -8,7 +8,7 @@ compiling  the function as a graph; `replay` records it on a GPU; `sizes` of its
 driver     chooses sizes, runs the graph, and reads what the host must know
 """
 
-from mor_layers.generation.static_tick.compiling import Backend
-from mor_layers.generation.static_tick.driver import StaticTick
+from mor_layers.generation.tick.graph.compiling import Backend
+from mor_layers.generation.tick.graph.driver import StaticTick
 
 __all__ = ["Backend", "StaticTick"]
