@@ -260,6 +260,7 @@ def test_a_record_has_each_ratio_and_what_was_compared(tmp_path, monkeypatch, ca
     assert len(record["seconds_to_first_token"]["vllm"]) >= 4
 
 
+@pytest.mark.full
 def test_a_compiled_tick_is_timed_as_a_whole() -> None:
     torch.manual_seed(0)
     model = MoRTransformer(decoder_config("small", 64, 2, "recursive_sharing", layers=4))
