@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 
 import pytest
@@ -34,7 +35,7 @@ from mor_layers.costs import (
 from mor_layers.costs.counting import flop_ratio, table
 from mor_layers.costs.shapes import MLPShape, ScorerMatrix
 from mor_layers.layers.relaxation import PROJECTIONS
-from mor_layers.recursion import KV_POLICIES, LoopLoss, SharingContext
+from mor_layers.recursion import KV_POLICIES, KVPolicy, LoopLoss, SharingContext
 from tests.mor_layers.small_models import plain_config, random_ids, small_config, small_model
 from tests.pairs import pairwise_sweep
 
@@ -101,6 +102,35 @@ def measure(model: MoRTransformer, ids: Tensor, fused: bool = False) -> Measured
         training = counter.get_total_flops()
     widths = [d.tokens.shape[0] for r in output.recursions for d in r.decisions]
     return Measured(forward, training, modules, widths)
+
+
+@dataclass
+class Routed:
+    """What a model of a router and a KV policy took, measured once for all tests that ask."""
+
+    measured: Measured
+    cost: Accounting
+    projected: int
+    """Bytes of all keys and values that were computed."""
+    stored: int
+    """Bytes of the keys and values that the steps share."""
+
+
+@cache
+def routed(router: str, kv_policy: KVPolicy) -> Routed:
+    config = small_config(ROUTERS[router], kv_policy=kv_policy, block_size=2)
+    model = small_model(config)
+    projected: list[int] = []
+    for name, module in model.named_modules():
+        if name.endswith((".key", ".value")):
+            module.register_forward_hook(lambda *call: projected.append(call[2].nbytes))
+    contexts: list[object] = []
+    model.recursions[0].layers.register_forward_pre_hook(lambda _, args: contexts.append(args[1]))
+    measured = measure(model, random_ids(BATCH, 11))
+    last = contexts[-1]
+    shared = last.store.values() if isinstance(last, SharingContext) else ()
+    stored = sum(tensor.nbytes for pair in shared for tensor in pair)
+    return Routed(measured, account_like(measured, config, 11), sum(projected), stored)
 
 
 def _fused_forward(query, key, value, *_, out_shape=None, **__) -> int:
@@ -234,21 +264,15 @@ def test_fused_attention_computes_its_scores_again(kv_policy):
 
 @pytest.mark.parametrize(("router", "kv_policy"), ROUTED)
 def test_each_part_of_the_forward_flops_is_what_its_modules_took(router, kv_policy):
-    config = small_config(ROUTERS[router], kv_policy=kv_policy, block_size=2)
-    measured = measure(small_model(config), random_ids(BATCH, 11))
+    flops = routed(router, kv_policy).measured.forward_by_module
 
     def modules(*endings: str) -> int:
-        flops = measured.forward_by_module
         return sum(n for name, n in flops.items() if name.rsplit(".", 1)[-1] in endings)
 
     projections = modules("query", "key", "value", "output")
-    head = measured.forward_by_module["MoRTransformer.output"]
-    scorers = sum(
-        n
-        for name, n in measured.forward_by_module.items()
-        if ".scorer" in name or ".predictors" in name
-    )
-    parts = account_like(measured, config, 11).forward
+    head = flops["MoRTransformer.output"]
+    scorers = sum(n for name, n in flops.items() if ".scorer" in name or ".predictors" in name)
+    parts = routed(router, kv_policy).cost.forward
     assert BATCH * parts.projections == projections - head
     assert BATCH * parts.attention == modules("attention") - (projections - head)
     assert BATCH * parts.mlp == modules("mlp")
@@ -301,27 +325,15 @@ def test_parameters_are_those_of_the_model(router, sharing, share_norms, tie_emb
 
 @pytest.mark.parametrize(("router", "kv_policy"), ROUTED)
 def test_kv_bytes_are_those_of_the_keys_and_values_that_are_computed(router, kv_policy):
-    config = small_config(ROUTERS[router], kv_policy=kv_policy, block_size=2)
-    model = small_model(config)
-    projected: list[Tensor] = []
-    for name, module in model.named_modules():
-        if name.endswith((".key", ".value")):
-            module.register_forward_hook(lambda *call: projected.append(call[2]))
-    measured = measure(model, random_ids(BATCH, 11))
-    cost = account_like(measured, config, 11)
-    assert BATCH * cost.kv_bytes(4) == sum(tensor.nbytes for tensor in projected)
+    cost, projected = routed(router, kv_policy).cost, routed(router, kv_policy).projected
+    assert BATCH * cost.kv_bytes(4) == projected
     assert cost.kv_bytes(4) == 2 * cost.kv_bytes(2)
 
 
 @pytest.mark.parametrize("kv_policy", ["recursive_sharing", "sharing_with_update"])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_the_first_steps_kv_bytes_are_those_of_the_sharing_store(router, kv_policy):
-    config = small_config(ROUTERS[router], kv_policy=kv_policy, block_size=2)
-    model = small_model(config)
-    contexts: list[SharingContext] = []
-    model.recursions[0].layers.register_forward_pre_hook(lambda _, args: contexts.append(args[1]))
-    cost = account_like(measure(model, random_ids(BATCH, 11)), config, 11)
-    stored = sum(t.nbytes for pair in contexts[-1].store.values() for t in pair)
+    cost, stored = routed(router, kv_policy).cost, routed(router, kv_policy).stored
     first, *later = (step for step in cost.steps if step.stack == "block")
     assert BATCH * 4 * first.kv_numbers == stored
     if kv_policy == "recursive_sharing":

@@ -13,7 +13,7 @@ import torch
 
 from tests.distributed.pool import WorkerPool
 from tests.mor_tools.comparison.test_plan import DENSE, LOOPED, write
-from tests.mor_tools.pretraining.runs import write_text
+from tests.mor_tools.pretraining.runs import without_drawings, write_text
 
 SMALL = [
     "training.steps=6",
@@ -62,7 +62,7 @@ def compare_on_rank(
     comparison_runs.pretrain = counted
     printed = io.StringIO()
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with without_drawings(), contextlib.redirect_stdout(io.StringIO()):
             is_done = comparison_runs.compare(comparison, Console(file=printed, width=200))
     finally:
         comparison_runs.pretrain, StopRequest.__call__ = pretrain, whole

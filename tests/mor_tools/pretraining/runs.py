@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,28 @@ def resume_on_rank(*, folder: str) -> str:
         return pretrain_on_rank(arguments=["--config", "tiny.yaml"])
 
 
-def pretrain_on_rank(*, settings: Sequence[str] = (), arguments: list[str] | None = None) -> str:
+@contextlib.contextmanager
+def without_drawings() -> Iterator[None]:
+    """Reports name their figures but do not draw them, which takes as long as a small run's steps."""
+    from mor_tools.pretraining.reporting import report
+
+    drawn = report.svg
+    report.svg = lambda figure, description: f'<figure aria-label="{description}"></figure>'
+    try:
+        yield
+    finally:
+        report.svg = drawn
+
+
+def pretrain_on_rank(
+    *, settings: Sequence[str] = (), arguments: list[str] | None = None, draws: bool = False
+) -> str:
     """The script's work on a rank of the pool, and what it printed; run it with `pool.run`.
 
     Args:
         settings: changes to the small run.
         arguments: the whole command line, instead of the small run's.
+        draws: whether the report's figures are drawn.
     """
     from mor_megatron.platform import cpu
     from mor_tools.pretraining import distributed
@@ -75,8 +91,13 @@ def pretrain_on_rank(*, settings: Sequence[str] = (), arguments: list[str] | Non
     cpu.enable()
     read = load_settings(arguments or ["--config", TINY, *SMALL, *settings])
     read.data_parallel_size(distributed.world_size())
+    drawings = contextlib.nullcontext() if draws else without_drawings()
     try:
-        with distributed.model_parallel(read), contextlib.redirect_stdout(io.StringIO()) as printed:
+        with (
+            distributed.model_parallel(read),
+            drawings,
+            contextlib.redirect_stdout(io.StringIO()) as printed,
+        ):
             pretrain(read)
     finally:
         for number, handler in handlers.items():

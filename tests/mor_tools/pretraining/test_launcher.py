@@ -10,9 +10,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
-from mor_tools.pretraining.launcher import command
-from tests.mor_tools.pretraining.runs import ROOT, SMALL, TINY, write_text
+from mor_tools.pretraining.launcher import LauncherLost, command
+from tests.distributed.pool import WorkerPool
+from tests.mor_tools.pretraining.runs import ROOT, SMALL, TINY, pretrain_on_rank, write_text
 from tests.mor_tools.pretraining.test_several_nodes import lives, steps_noted
 
 CHILD = """
@@ -72,7 +74,42 @@ def test_a_process_notices_that_its_parent_was_killed(tmp_path, follow, is_lost,
     parent.stdout.close()
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.full)])
+def lose_torchrun(*, settings: list[str]) -> str:
+    """A run on two ranks, of which the second loses its parent in step 2; why it ends."""
+    from mor_tools.pretraining.training import Trainer
+
+    train_step, parent = Trainer.train_step, os.getppid
+
+    def losing(self, data):
+        if self.step == 1 and torch.distributed.get_rank() == 1:
+            os.getppid = lambda: 1
+        return train_step(self, data)
+
+    Trainer.train_step = losing
+    try:
+        pretrain_on_rank(settings=settings)
+    except LauncherLost as error:
+        return str(error)
+    finally:
+        Trainer.train_step, os.getppid = train_step, parent
+    return "the run was completed"
+
+
+def test_a_run_stops_with_a_checkpoint_where_one_rank_has_lost_its_torchrun(
+    pool: WorkerPool, tmp_path
+):
+    run = tmp_path / "run"
+    settings = [*write_text(tmp_path), f"output={run}"]
+    for reason in pool.run(lose_torchrun, 2, settings=settings):
+        assert "torchrun, which started this run's processes, has ended" in reason
+        assert f"stopped after step 2 of 4, saved in {run}/checkpoints/step_00000002." in reason
+        assert "Run the command again" in reason
+    assert names(run / "checkpoints") == ["latest", "step_00000002"]
+    assert not (run / "run.lock").exists()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("processes", [1, 2])
 def test_the_processes_of_a_killed_torchrun_stop_with_a_checkpoint(tmp_path, processes):
     run, log = tmp_path / "run", tmp_path / "log"
     settings = [*write_text(tmp_path), f"output={run}", "training.steps=100000"]

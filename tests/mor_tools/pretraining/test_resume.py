@@ -11,12 +11,13 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(pool: WorkerPool,
     common = [*write_text(tmp_path), "parallel.tensor=2", "parallel.sequence_parallel=true"]
     common += ["training.micro_batch_size=4"]
 
-    def pretrain(*settings: str) -> str:
-        return pool.run(pretrain_on_rank, 2, settings=[*common, *settings])[0]
+    def pretrain(*settings: str, draws: bool = False) -> str:
+        return pool.run(pretrain_on_rank, 2, settings=[*common, *settings], draws=draws)[0]
 
-    pretrain(f"output={whole}")
-    for name in ("report.html", "summary.json", "checkpoints/latest", "tensorboard"):
+    pretrain(f"output={whole}", draws=True)
+    for name in ("summary.json", "checkpoints/latest", "tensorboard"):
         assert (whole / name).exists()
+    assert (whole / "report.html").read_text().count("<svg") > 3
 
     assert "stopped after step 2 of 4" in pretrain(f"output={parts}", "training.stop_after=2")
     assert not (parts / "summary.json").exists()

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from mor_tools.pretraining.run_lock import NAME, Holder, RunLock, launcher
@@ -24,6 +25,11 @@ ELSEWHERE = Holder(
 
 def write_lock(folder: Path, holder: Holder, age: float = 0) -> None:
     (folder / NAME).write_text(json.dumps(asdict(holder)))
+    date_back(folder, age)
+
+
+def date_back(folder: Path, age: float) -> None:
+    """Make the last sign of the lock's holder `age` seconds old."""
     then = time.time() - age
     os.utime(folder / NAME, (then, then))
 
@@ -113,15 +119,18 @@ def test_a_host_and_process_ids_of_another_machine_say_nothing_here(tmp_path):
     assert run.stdout is not None and run.stdout.readline() == "has it\n"
     holder = held_by(tmp_path)
     assert holder["host"] == "node-9" and holder["pid"] < 10
-    time.sleep(2)  # more than one of its signs, and than what counts as abandoned here
+    date_back(tmp_path, 190)
+    wait_until(lambda: time.time() - (tmp_path / NAME).stat().st_mtime < 100)  # its next sign
     with pytest.raises(ValueError, match="in use by a run on node-9"):
-        RunLock(tmp_path, stale_after=1.5).acquire()
+        RunLock(tmp_path).acquire()
+    within = psutil.Process(run.pid).children(recursive=True)
     run.kill()
     run.wait()
+    psutil.wait_procs(within)
     with pytest.raises(ValueError, match="in use by a run on node-9"):  # its last sign is fresh
-        RunLock(tmp_path, stale_after=1.5).acquire()
-    time.sleep(1.6)
-    lock = RunLock(tmp_path, stale_after=1.5)
+        RunLock(tmp_path).acquire()
+    date_back(tmp_path, 190)
+    lock = RunLock(tmp_path)
     assert "node-9" in (lock.acquire() or "")
     lock.release()
 
