@@ -33,12 +33,12 @@ from mor_layers.routers import LoopState
 from mor_megatron.layers.block_part import BlockPart, CombiningRouter, UpdatingLoopState
 from mor_megatron.layers.experts.router import StepTopKRouter
 from mor_megatron.layers.graphs import is_graphed, require_whole_block
-from mor_megatron.layers.own_sublayers import attentions_of
 from mor_megatron.layers.quantization import require_one_precision
 from mor_megatron.layers.routing.auxiliary_loss import RouterLossScaler, listen_for_loss_scale
 from mor_megatron.layers.routing.counts import RoutingStatistics
 from mor_megatron.layers.sequence_inputs import SequenceInputs
 from mor_megatron.layers.stack import StepStack
+from mor_megatron.layers.sublayers.per_step import attentions_of
 from mor_megatron.layers.validation import validate
 from mor_megatron.step import (
     PackedDocuments,

@@ -14,7 +14,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from mor_layers import Tokens
-from mor_megatron.layers.latent_attention import RecursiveLatentAttention
+from mor_megatron.layers.attention.latent import RecursiveLatentAttention
 from mor_megatron.step import (
     PackedDocuments,
     StepRotation,
