@@ -11,7 +11,6 @@ prediction, which V3 has after its last one, are our heads, and weights in FP8 a
 Legend: `e` experts, `f` width of an expert, `h` hidden.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -28,20 +27,19 @@ from mor_layers.models import LatentAttentionConfig, MultiTokenPrediction
 from mor_layers.settings.field_types import shown
 from mor_layers.weights import (
     CONFIG,
-    SAFETENSORS,
     LazyTensors,
     StoredModel,
     carried,
-    copy_side_files,
     dtype_name,
     fitting,
     layer_names,
     open_tensors,
     read_config,
     require_layers,
+    require_supported,
     side_files,
     unrolled_layers,
-    write_tensors,
+    write_folder,
 )
 
 LATENT_EPSILON = 1e-6
@@ -157,10 +155,8 @@ def write_deepseek(
         tensor = model.weights[ours]
         return tensor if index is None else tensor[index]
 
-    write_tensors(folder / SAFETENSORS, LazyTensors(list(places), read), written)
     values |= {"dtype": dtype_name(model), **model.facts}
-    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
-    copy_side_files(model, folder)
+    write_folder(model, folder, values, LazyTensors(list(places), read), written)
 
 
 def config_from_deepseek(values: Mapping[str, Any], where: str = CONFIG) -> DecoderConfig:
@@ -178,12 +174,8 @@ def config_from_deepseek(values: Mapping[str, Any], where: str = CONFIG) -> Deco
     base, scaling = read_rope(values, where)
     only = _ONLY | dict(family.only)
     heads = values.get("num_attention_heads")
-    for name, supported in (only | {"num_key_value_heads": heads}).items():
-        given = values.get(name)
-        if given is not None and given != supported:
-            raise ValueError(
-                f"{where}: {name}={shown(given)} is not supported, only {supported!r}."
-            )
+    given = {name: value for name, value in values.items() if value is not None}
+    require_supported(given, only | {"num_key_value_heads": heads}, where)
     sizes = _integers(values, _INTEGERS, where)
     queries = values.get("q_lora_rank")
     if not isinstance(queries, int | None):

@@ -13,7 +13,6 @@ Their rotary pairs are neighbours, ours halves of a head, so rows of queries and
 Legend: `n` heads, `d` head size, `h` hidden, `f` width of the MLP.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,18 +26,17 @@ from mor_layers.recursion import StateAdapter
 from mor_layers.settings.field_types import shown
 from mor_layers.weights import (
     CONFIG,
-    SAFETENSORS,
     LazyTensors,
     StoredModel,
     carried,
-    copy_side_files,
     dtype_name,
     fitting,
     open_tensors,
     read_config,
     require_layers,
+    require_supported,
     side_files,
-    write_tensors,
+    write_folder,
 )
 
 MODEL_TYPE = "huginn_raven"
@@ -140,11 +138,9 @@ def write_huginn(
     for ours, theirs in _layers(config).items():
         makers |= _makers_of_layer(config, weights, ours, theirs)
     tensors = LazyTensors(list(makers), lambda name: makers[name]().contiguous())
-    write_tensors(folder / SAFETENSORS, tensors, written)
     facts = {name: value for name, value in model.facts.items() if name != _LENGTH}
     values |= {"block_size": length, "torch_dtype": dtype_name(model), **facts}
-    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
-    copy_side_files(model, folder)
+    write_folder(model, folder, values, tensors, written)
 
 
 def config_from_huginn(values: Mapping[str, Any], where: str = CONFIG) -> DecoderConfig:
@@ -157,11 +153,8 @@ def config_from_huginn(values: Mapping[str, Any], where: str = CONFIG) -> Decode
     for name, other in _OTHER_NAMES.items():
         values.setdefault(name, values.get(other))
     heads = values["n_heads"]
-    for name, only in (_ONLY | {"num_key_value_heads": heads}).items():
-        if values.get(name) not in (None, only):
-            raise ValueError(
-                f"{where}: {name}={shown(values[name])} is not supported, only {only!r}."
-            )
+    given = {name: value for name, value in values.items() if value is not None}
+    require_supported(given, _ONLY | {"num_key_value_heads": heads}, where)
     names = (
         "vocab_size", "n_embd", "n_heads", "intermediate_size", "n_layers_in_prelude",
         "n_layers_in_recurrent_block", "n_layers_in_coda", "mean_recurrence",

@@ -5,7 +5,6 @@ biases to queries, keys and values, and Qwen3 adds norms of queries and keys. A 
 an unsupported setting is rejected with an error that names the setting.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,20 @@ from mor_layers import DecoderConfig, FixedDepth
 from mor_layers.settings.field_types import shown
 from mor_layers.weights import (
     CONFIG,
-    SAFETENSORS,
     LazyTensors,
     StoredModel,
     carried,
-    copy_side_files,
     dtype_name,
     fitting,
     layer_names,
     open_tensors,
     read_config,
     require_layers,
+    require_supported,
     side_files,
     unrolled_layers,
     unrolled_weights,
-    write_tensors,
+    write_folder,
 )
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -81,10 +79,8 @@ def write_llama(
     plain, weights = unrolled_weights(model.weights, config)
     names = {theirs: ours for ours, theirs in llama_names(plain).items()}
     tensors = LazyTensors(list(names), lambda name: weights[names[name]])
-    write_tensors(folder / SAFETENSORS, tensors, written)
     values |= {"dtype": dtype_name(model), **model.facts}
-    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
-    copy_side_files(model, folder)
+    write_folder(model, folder, values, tensors, written)
 
 
 def config_from_llama(values: Mapping[str, Any], where: str = CONFIG) -> DecoderConfig:
@@ -101,11 +97,7 @@ def config_from_llama(values: Mapping[str, Any], where: str = CONFIG) -> Decoder
     values = _DEFAULTS.get(kind, {}) | dict(values)
     if kind in ("qwen2", "qwen3") and not values.get("use_sliding_window"):
         values["sliding_window"] = None  # without use_sliding_window, Qwen ignores sliding_window
-    for name, only in _ONLY.items():
-        if values.get(name, only) != only:
-            raise ValueError(
-                f"{where}: {name}={shown(values[name])} is not supported, only {only!r}."
-            )
+    require_supported(values, _ONLY, where)
     base, scaling = read_rope(values, where)
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     for name in (*needed, "num_attention_heads"):

@@ -8,7 +8,6 @@ Nanbeige/Nanbeige4.2-3B) has the layers of a Llama. One norm of theirs is up to 
 ours, which must be equal for a model to be written.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -23,11 +22,9 @@ from mor_layers.routers import ExitGate
 from mor_layers.settings.field_types import shown
 from mor_layers.weights import (
     CONFIG,
-    SAFETENSORS,
     LazyTensors,
     StoredModel,
     carried,
-    copy_side_files,
     dtype_name,
     fitting,
     layer_names,
@@ -35,8 +32,9 @@ from mor_layers.weights import (
     open_tensors,
     read_config,
     require_layers,
+    require_supported,
     side_files,
-    write_tensors,
+    write_folder,
 )
 
 _LAST_NORM = "norm.weights.0"
@@ -153,10 +151,8 @@ def write_looped(
             tensor = tensor.to(last.dtype)
         return tensor[None] if name == f"{_GATE}.weight" else tensor
 
-    write_tensors(folder / SAFETENSORS, LazyTensors(list(names), read), written)
     values |= {"dtype": dtype_name(model), **model.facts}
-    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
-    copy_side_files(model, folder)
+    write_folder(model, folder, values, LazyTensors(list(names), read), written)
 
 
 def config_from_looped(values: Mapping[str, Any], where: str = CONFIG) -> DecoderConfig:
@@ -169,11 +165,7 @@ def config_from_looped(values: Mapping[str, Any], where: str = CONFIG) -> Decode
     only = {"layer_types": None, **family.only}
     if set(values.get("layer_types") or ()) == {"full_attention"}:
         only.pop("layer_types")
-    for name, supported in only.items():
-        if values.get(name, supported) != supported:
-            raise ValueError(
-                f"{where}: {name}={shown(values[name])} is not supported, only {supported!r}."
-            )
+    require_supported(values, only, where)
     loops = values.get(family.loops)
     if not isinstance(loops, int) or loops not in _LOOPS:
         raise ValueError(

@@ -133,7 +133,6 @@ def write_model(
     """Write the files of a model into an existing folder, one tensor at a time."""
     names = {f"{_PREFIX}{name}": name for name in model.weights}
     tensors = LazyTensors(list(names), lambda name: model.weights[names[name]])
-    write_tensors(folder / SAFETENSORS, tensors, written)
     values = {
         "model_type": MODEL_TYPE,
         "architectures": ["MoRForCausalLM"],
@@ -142,6 +141,25 @@ def write_model(
         **model.facts,
         SETTINGS: to_mapping(model.config),
     }
+    write_folder(model, folder, values, tensors, written)
+
+
+def write_folder(
+    model: StoredModel,
+    folder: Path,
+    values: Mapping[str, Any],
+    tensors: LazyTensors,
+    written: Callable[[str], None] | None = None,
+) -> None:
+    """Write a model into an existing folder in any format that has a config.json: its tensors, its
+    settings and the tokenizer's files.
+
+    Args:
+        values: the contents of config.json.
+        tensors: the tensors under the names of the format. They are read one at a time.
+        written: called with the name of each tensor that was written.
+    """
+    write_tensors(folder / SAFETENSORS, tensors, written)
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
     copy_side_files(model, folder)
 
@@ -280,6 +298,22 @@ def read_config(folder: Path) -> dict[str, Any]:
         FileNotFoundError: it does not exist.
     """
     return read_json(folder / CONFIG)
+
+
+def require_supported(
+    values: Mapping[str, Any], supported: Mapping[str, Any], where: str | Path
+) -> None:
+    """Raise ValueError if a config.json has another value of a field than the only supported one.
+
+    Args:
+        supported: the only supported value of each of these fields, if the field is given.
+        where: the file, for the message.
+    """
+    for name, only in supported.items():
+        if values.get(name, only) != only:
+            raise ValueError(
+                f"{where}: {name}={shown(values[name])} is not supported, only {only!r}."
+            )
 
 
 def model_type_of(folder: Path) -> str | None:

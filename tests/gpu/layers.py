@@ -16,7 +16,7 @@ from mor_layers import DecoderConfig, MoRTransformer, RecursionConfig
 from mor_megatron import Norm, recursion_block_spec
 from mor_megatron.checkpoints import load_tensors
 from mor_megatron.checkpoints.weights import megatron_tensors
-from mor_megatron.layers.norms import FusedNorm
+from mor_megatron.layers.sublayers.norms import FusedNorm
 from tests.distributed import megatron_setup as setup
 from tests.distributed.layers.host_waits import is_ours
 from tests.distributed.platform import engine_models

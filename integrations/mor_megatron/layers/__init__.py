@@ -1,18 +1,13 @@
 """Megatron layers that know which recursion step they run, and the recursion itself as one layer."""
 
+from mor_megatron.layers.absorbed import AbsorbedLayer
+from mor_megatron.layers.attention.core import SDPACoreAttention
+from mor_megatron.layers.attention.documents import document_attention
+from mor_megatron.layers.attention.latent import LatentAttention
 from mor_megatron.layers.block_part import BlockPart
-from mor_megatron.layers.core_attention import SDPACoreAttention
-from mor_megatron.layers.document_attention import document_attention
 from mor_megatron.layers.experts.padding import aware_of_padding
 from mor_megatron.layers.experts.router import StepTopKRouter
-from mor_megatron.layers.latent_attention import LatentAttention
-from mor_megatron.layers.norms import Norm, local_norm
-from mor_megatron.layers.recursion import (
-    AbsorbedLayer,
-    RecursionLayer,
-    RecursionSubmodules,
-    refuse_inputs,
-)
+from mor_megatron.layers.recursion import RecursionLayer, RecursionSubmodules
 from mor_megatron.layers.routing.counts import RoutingReport
 from mor_megatron.layers.routing.training_log import log_routing
 from mor_megatron.layers.routing.updates import (
@@ -20,6 +15,8 @@ from mor_megatron.layers.routing.updates import (
     update_routers,
     update_routers_automatically,
 )
+from mor_megatron.layers.sequence_inputs import refuse_inputs
+from mor_megatron.layers.sublayers.norms import Norm, local_norm
 from mor_megatron.layers.validation import validate
 
 __all__ = [

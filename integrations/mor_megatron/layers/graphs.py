@@ -7,7 +7,7 @@ and no Python. So capacities must be fixed, nothing may wait for the device, and
 which Python adds up, are not kept.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from megatron.core.transformer import TransformerConfig
@@ -92,3 +92,14 @@ def require_whole_block(config: TransformerConfig, is_whole: bool) -> None:
             "stages: Python passes the state of routing between them. Keep the recursion inside one "
             "stage, or use cuda_graph_impl='none'."
         )
+
+
+def require_equal_sequences(config: TransformerConfig, **inputs: Any) -> None:
+    """Raise ValueError for the first of these inputs, by which sequences differ, that is not None."""
+    for name, given in inputs.items():
+        if given is not None:
+            raise ValueError(
+                f"{name} cannot be used with cuda_graph_impl={config.cuda_graph_impl!r}: how "
+                "many tokens are selected would depend on it. Train on sequences of one document "
+                "without padding (create_attention_mask=False), or use cuda_graph_impl='none'."
+            )

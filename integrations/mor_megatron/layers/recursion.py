@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
-from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     get_cuda_rng_tracker,
@@ -32,21 +31,26 @@ from mor_layers.recursion import over_loops
 from mor_layers.routers import LoopState
 from mor_megatron.layers.block_part import BlockPart, CombiningRouter, UpdatingLoopState
 from mor_megatron.layers.experts.router import StepTopKRouter
-from mor_megatron.layers.graphs import is_graphed, require_whole_block
-from mor_megatron.layers.own_sublayers import attentions_of
+from mor_megatron.layers.graphs import (
+    is_graphed,
+    require_equal_sequences,
+    require_whole_block,
+)
 from mor_megatron.layers.quantization import require_one_precision
 from mor_megatron.layers.routing.auxiliary_loss import RouterLossScaler, listen_for_loss_scale
 from mor_megatron.layers.routing.counts import RoutingStatistics
-from mor_megatron.layers.sequence_inputs import SequenceInputs
+from mor_megatron.layers.sequence_inputs import SequenceInputs, refuse_inputs
 from mor_megatron.layers.stack import StepStack
-from mor_megatron.layers.validation import validate
+from mor_megatron.layers.sublayers.per_step import attentions_of
+from mor_megatron.layers.validation import (
+    require_room_for_all_loops,
+    require_static_generation,
+    validate,
+)
 from mor_megatron.step import (
     PackedDocuments,
-    Relayout,
-    SequenceParallelPlacement,
     StaticCache,
     StepRotation,
-    zigzag_positions,
 )
 
 
@@ -132,7 +136,7 @@ class RecursionLayer(TransformerLayer):
         validate(config, recursion, keeps_together)
         require_whole_block(config, is_whole=part is None)
         if part is None and recursion.loop_loss is not None:
-            _require_room_for_all_loops(config)
+            require_room_for_all_loops(config)
         config.hetereogenous_dist_checkpoint = True
         listen_for_loss_scale(config)
         # Not TransformerLayer.__init__, which would build the parts of a single layer.
@@ -150,7 +154,7 @@ class RecursionLayer(TransformerLayer):
         require_one_precision(config, self.layer_number - 1, unrolled)
         part = part or BlockPart(len(submodules.layer_specs))
         self.is_entry = part.routes
-        placement = self._placement()
+        self.inputs = SequenceInputs(config, pg_collection)
         stack = StepStack(
             config,
             submodules.layer_specs,
@@ -186,12 +190,11 @@ class RecursionLayer(TransformerLayer):
             stack,
             router,
             recursion.kv_policy,
-            placement,
+            self.inputs.placement(),
             step_input=step_input,
             streams=streams,
             history=history,
         )
-        self.inputs = SequenceInputs(config, pg_collection)
         self.statistics = RoutingStatistics(recursion.num_recursions)
         self.loop_loss, self.depth_balance = recursion.loop_loss, recursion.depth_balance
         self.learns_exits = recursion.router.learns_exits
@@ -207,15 +210,6 @@ class RecursionLayer(TransformerLayer):
         # Evaluation, which may route causally, would replay the pass of training.
         is_training = self.training and not self.causal_routing
         return is_training and super()._should_call_local_cudagraph(*args, **kwargs)
-
-    def _refuse_unequal_sequences(self, **inputs: Any) -> None:
-        for name, given in inputs.items():
-            if given is not None:
-                raise ValueError(
-                    f"{name} cannot be used with cuda_graph_impl={self.config.cuda_graph_impl!r}: how "
-                    "many tokens are selected would depend on it. Train on sequences of one document "
-                    "without padding (create_attention_mask=False), or use cuda_graph_impl='none'."
-                )
 
     @property
     def expert_routers(self) -> list[StepTopKRouter]:
@@ -263,7 +257,8 @@ class RecursionLayer(TransformerLayer):
         """
         refuse_inputs(attention_bias=attention_bias)
         if self.is_graphed:
-            self._refuse_unequal_sequences(
+            require_equal_sequences(
+                self.config,
                 attention_mask=attention_mask,
                 padding_mask=padding_mask,
                 packed_seq_params=packed_seq_params,
@@ -276,7 +271,7 @@ class RecursionLayer(TransformerLayer):
             hidden_states, attention_mask, padding_mask, packed
         )
         rotation = self._rotation(rotary_pos_emb, hidden_states, tokens.sequence_length, packed)
-        relayout = self._relayout(hidden_states, tokens.sequence_length, packed)
+        relayout = self.inputs.relayout(tokens.sequence_length, packed, hidden_states.device)
         if relayout is not None:
             hidden_states = relayout.to_sequence(hidden_states)
         # Recomputation runs the forward pass twice, the first time without gradients. It is counted
@@ -329,7 +324,7 @@ class RecursionLayer(TransformerLayer):
             is_counted = is_counted & ~tokens.is_padding
         losses = self.recursion.router.teach(states, is_right, is_counted, gather)
         loss = torch.stack(list(losses.values())).sum()
-        return loss * tokens.count if self.config.calculate_per_token_loss else loss
+        return self._as_megatron_averages(loss, tokens)
 
     def sharded_state_dict(
         self,
@@ -361,28 +356,6 @@ class RecursionLayer(TransformerLayer):
                 parts[f"{name}."] = getattr(self.recursion, name)
         return parts
 
-    def _placement(self) -> SequenceParallelPlacement | None:
-        """How the rows of a step are placed: in sequence order over the ranks that share a
-        sequence.
-        """
-        if self.config.context_parallel_size == 1:
-            is_spread = self.config.sequence_parallel
-            return SequenceParallelPlacement(self.tp_group) if is_spread else None
-        groups = self.pg_collection
-        return SequenceParallelPlacement(
-            groups.tp_cp if self.config.sequence_parallel else groups.cp
-        )
-
-    def _relayout(
-        self, hidden: Tensor, length: int, packed: PackedDocuments | None
-    ) -> Relayout | None:
-        size, placement = self.config.context_parallel_size, self.recursion.placement
-        if size == 1:
-            return None
-        assert isinstance(placement, SequenceParallelPlacement)
-        positions = zigzag_positions(length, size, packed=packed).cpu()
-        return Relayout(positions, placement.group, hidden.device)
-
     def _rotation(
         self,
         rotary_pos_emb: Tensor | None,
@@ -404,21 +377,7 @@ class RecursionLayer(TransformerLayer):
         """`[n b h] -> [n b h]` for the prompt, or for the next tokens of each sequence, and the context
         of the next layer.
         """
-        if not isinstance(memory, StaticInferenceContext):
-            raise ValueError(
-                f"a recursion generates with a StaticInferenceContext, not with a "
-                f"{type(memory).__name__}: Megatron's pages have a row of every token in every layer, "
-                "and its kernels read all of them, but a token has no rows at steps after its exit. "
-                "For continuous batching use mor_layers.generation.DepthBatchingEngine with the model "
-                "that mor_megatron.checkpoints.torch_model makes of this one."
-            )
-        if self.config.sequence_parallel:
-            raise ValueError(
-                "a recursion generates with sequence_parallel=False, not with sequence_parallel=True, "
-                "because the next token of a sequence cannot be spread over ranks. Turn it off in the "
-                "config, or use mor_layers.generation.DepthBatchingEngine (see "
-                "mor_megatron.checkpoints.torch_model)."
-            )
+        require_static_generation(self.config, memory)
         stack = cast(StepStack, self.recursion.layers)
         length, batch = hidden.shape[:2]
         rotation = self._rotation(rotary_pos_emb, hidden, memory.sequence_len_offset + length)
@@ -473,78 +432,18 @@ class RecursionLayer(TransformerLayer):
         own = self.recursion.placement.shard(RoutingDecision.everything(tokens)).tokens
         # Ranks that share a sequence each have a part of the mean.
         penalty = self.loop_loss.penalty(states, own.is_padding, tokens.count)
-        if self.config.calculate_per_token_loss:
-            penalty = penalty * tokens.count
+        penalty = self._as_megatron_averages(penalty, tokens)
         return RouterLossScaler.apply(hidden, penalty)  # type: ignore[return-value]
 
     def _attach_losses(self, output: RecursionOutput) -> Tensor:
         if not (self.training and torch.is_grad_enabled() and output.losses):
             return output.hidden
         loss = torch.stack(list(output.losses.values())).sum()
-        if self.config.calculate_per_token_loss:
-            # Megatron divides the gradients by the global number of tokens at the end of the batch.
-            loss = loss * output.decisions[0].tokens.count
+        loss = self._as_megatron_averages(loss, output.decisions[0].tokens)
         return RouterLossScaler.apply(output.hidden, loss)  # type: ignore[return-value]
 
-
-class AbsorbedLayer(TransformerLayer):
-    """An entry in the list of layers whose work is done by the RecursionLayer before it.
-
-    Megatron counts the layers, and derives stages and checkpoint keys from their numbers. With one
-    entry per unrolled layer, all of these numbers are right without further changes.
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int = 1,
-        pg_collection: ProcessGroupCollection | None = None,
-        vp_stage: int | None = None,
-        **unused: Any,
-    ) -> None:
-        GraphableMegatronModule.__init__(self, config=config, vp_stage=vp_stage)
-        pp_group = None if pg_collection is None else pg_collection.pp
-        offset = get_transformer_layer_offset(config, vp_stage, get_pg_rank(pp_group))
-        self.layer_number = layer_number + offset
-        self.is_mtp_layer = self.is_moe_layer = False
-
-    def create_mcore_cudagraph_manager(self, config: TransformerConfig) -> None:
-        """Nothing: there is nothing to capture."""
-
-    def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, *args: Any, context: Tensor | None = None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        return hidden_states, context
-
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Empty: this layer has no parameters."""
-        return {}
-
-
-def _require_room_for_all_loops(config: TransformerConfig) -> None:
-    """Raise ValueError if the stages after a recursion would expect the states of a single loop."""
-    if config.pipeline_model_parallel_size == 1:
-        return
-    if config.virtual_pipeline_model_parallel_size is not None:
-        raise ValueError(
-            "loop_loss cannot be used with a recursion inside one of several virtual stages: Megatron's "
-            "interleaved schedule receives tensors before it knows their size. Set "
-            "virtual_pipeline_model_parallel_size=None, or use recursion_pipeline_spec."
-        )
-    if not config.variable_seq_lengths:
-        raise ValueError(
-            "loop_loss with pipeline parallelism sends the states of all loops to the stages after the "
-            "recursion, which variable_seq_lengths=False gives no room for. Set "
-            "variable_seq_lengths=True on all stages, as recursion_block_spec does."
-        )
-
-
-def refuse_inputs(**inputs: Any) -> None:
-    """Raise ValueError for the first of these inputs that is not None."""
-    for name, given in inputs.items():
-        if given is not None:
-            raise ValueError(
-                f"RecursionLayer does not take {name} here. Describe several documents in a sequence by "
-                "packed_seq_params, or by attention_mask (reset_attention_mask=True in "
-                "GPTDatasetConfig)."
-            )
+    def _as_megatron_averages(self, mean: Tensor, tokens: Tokens) -> Tensor:
+        """A mean over tokens, or their sum where Megatron divides the gradients by the global number of
+        tokens at the end of the batch.
+        """
+        return mean * tokens.count if self.config.calculate_per_token_loss else mean

@@ -14,14 +14,17 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from mor_layers import Tokens
-from mor_megatron.layers.latent_attention import RecursiveLatentAttention
+from mor_megatron.layers.attention.latent import RecursiveLatentAttention
 from mor_megatron.step import (
     PackedDocuments,
+    Relayout,
+    SequenceParallelPlacement,
     StepRotation,
     documents_of,
     in_sequence_order,
     packed_documents,
     require_no_mask,
+    zigzag_positions,
 )
 
 
@@ -31,6 +34,29 @@ class SequenceInputs:
 
     config: TransformerConfig
     groups: ProcessGroupCollection
+
+    def placement(self) -> SequenceParallelPlacement | None:
+        """How the rows of a step are placed: in sequence order over the ranks that share a sequence.
+
+        None: every rank has all rows.
+        """
+        is_spread = self.config.sequence_parallel
+        if self.config.context_parallel_size > 1:
+            return SequenceParallelPlacement(self.groups.tp_cp if is_spread else self.groups.cp)
+        return SequenceParallelPlacement(self.groups.tp) if is_spread else None
+
+    def relayout(
+        self, length: int, packed: PackedDocuments | None, device: torch.device
+    ) -> Relayout | None:
+        """The exchange between Megatron's split of a sequence and that of `placement`; None: they are
+        the same.
+        """
+        size, placement = self.config.context_parallel_size, self.placement()
+        if size == 1:
+            return None
+        assert placement is not None
+        positions = zigzag_positions(length, size, packed=packed).cpu()
+        return Relayout(positions, placement.group, device)
 
     def packed(
         self, hidden: Tensor, attention_mask: Tensor | None, packed_seq_params: Any
@@ -143,3 +169,14 @@ def refuse_joined_samples(config: TransformerConfig) -> None:
             f"{kinds!r}: a step runs different numbers of tokens of the samples, and its experts see "
             "them as one. Use a micro-batch of one sample, or 'aux_loss'."
         )
+
+
+def refuse_inputs(**inputs: Any) -> None:
+    """Raise ValueError for the first of these inputs that is not None."""
+    for name, given in inputs.items():
+        if given is not None:
+            raise ValueError(
+                f"RecursionLayer does not take {name} here. Describe several documents in a sequence by "
+                "packed_seq_params, or by attention_mask (reset_attention_mask=True in "
+                "GPTDatasetConfig)."
+            )

@@ -24,19 +24,23 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from mor_layers import RecursionConfig, StepContext
-from mor_megatron.layers.attention import RecursiveSelfAttention
+from mor_megatron.layers.attention.core import SDPACoreAttention, window_of
+from mor_megatron.layers.attention.grouped_query import RecursiveSelfAttention
+from mor_megatron.layers.attention.latent import LatentAttention, RecursiveLatentAttention
 from mor_megatron.layers.block_part import BlockPart
-from mor_megatron.layers.core_attention import SDPACoreAttention, window_of
 from mor_megatron.layers.experts.moe import RecursiveMoELayer
 from mor_megatron.layers.experts.padding import PaddedMoELayer, PaddedTopKRouter
 from mor_megatron.layers.experts.router import StepTopKRouter
-from mor_megatron.layers.latent_attention import LatentAttention, RecursiveLatentAttention
-from mor_megatron.layers.modulation import attach_modulation
-from mor_megatron.layers.own_sublayers import StepModules, attentions_of, give_own_sublayers
 from mor_megatron.layers.quantization import filled, row_alignment
-from mor_megatron.layers.relaxation import attach_deltas
-from mor_megatron.layers.sandwich import attach_output_norms, like_norms_of, scale_branches
-from mor_megatron.layers.step_aware import StepAware
+from mor_megatron.layers.sublayers.modulation import attach_modulation
+from mor_megatron.layers.sublayers.per_step import StepModules, attentions_of, give_own_sublayers
+from mor_megatron.layers.sublayers.relaxation import attach_deltas
+from mor_megatron.layers.sublayers.sandwich import (
+    attach_output_norms,
+    like_norms_of,
+    scale_branches,
+)
+from mor_megatron.layers.sublayers.step_aware import StepAware
 from mor_megatron.step import (
     CachedStep,
     GatheredStep,

@@ -1,6 +1,9 @@
 """Megatron settings that cannot run with a recursion, refused before anything is built."""
 
+from typing import Any
+
 from megatron.core.enums import Fp8Recipe
+from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.transformer import TransformerConfig
 
 from mor_layers import RecursionConfig
@@ -288,3 +291,40 @@ def _rules(config: TransformerConfig, recursion: RecursionConfig) -> list[tuple[
             "largest mean.",
         ),
     ]
+
+
+def require_room_for_all_loops(config: TransformerConfig) -> None:
+    """Raise ValueError if the stages after a recursion would expect the states of a single loop."""
+    if config.pipeline_model_parallel_size == 1:
+        return
+    if config.virtual_pipeline_model_parallel_size is not None:
+        raise ValueError(
+            "loop_loss cannot be used with a recursion inside one of several virtual stages: Megatron's "
+            "interleaved schedule receives tensors before it knows their size. Set "
+            "virtual_pipeline_model_parallel_size=None, or use recursion_pipeline_spec."
+        )
+    if not config.variable_seq_lengths:
+        raise ValueError(
+            "loop_loss with pipeline parallelism sends the states of all loops to the stages after the "
+            "recursion, which variable_seq_lengths=False gives no room for. Set "
+            "variable_seq_lengths=True on all stages, as recursion_block_spec does."
+        )
+
+
+def require_static_generation(config: TransformerConfig, context: Any) -> None:
+    """Raise ValueError if a recursion cannot generate with this inference context or config."""
+    if not isinstance(context, StaticInferenceContext):
+        raise ValueError(
+            f"a recursion generates with a StaticInferenceContext, not with a "
+            f"{type(context).__name__}: Megatron's pages have a row of every token in every layer, "
+            "and its kernels read all of them, but a token has no rows at steps after its exit. "
+            "For continuous batching use mor_layers.generation.DepthBatchingEngine with the model "
+            "that mor_megatron.checkpoints.torch_model makes of this one."
+        )
+    if config.sequence_parallel:
+        raise ValueError(
+            "a recursion generates with sequence_parallel=False, not with sequence_parallel=True, "
+            "because the next token of a sequence cannot be spread over ranks. Turn it off in the "
+            "config, or use mor_layers.generation.DepthBatchingEngine (see "
+            "mor_megatron.checkpoints.torch_model)."
+        )

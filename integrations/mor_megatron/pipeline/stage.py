@@ -213,7 +213,7 @@ class RecursionStage(RecursionLayer):
         if step > 0:
             arrived = self.layout.unpack(hidden, step - 1, flight.tokens, is_between=True)
             return replace(arrived, trains=step >= first_trained)
-        relayout = self._relayout(hidden, flight.tokens.sequence_length, packed)
+        relayout = self.inputs.relayout(flight.tokens.sequence_length, packed, hidden.device)
         hidden = hidden if relayout is None else relayout.to_sequence(hidden)
         hidden = self.recursion.begin(hidden)
         decision = RoutingDecision.everything(flight.tokens)
@@ -362,7 +362,7 @@ class RecursionStage(RecursionLayer):
         hidden = self.recursion.end(full)
         if flight.states and self._returns_every_loop():
             hidden = self._all_loops(hidden, (*flight.states, hidden), flight.tokens)
-        relayout = self._relayout(hidden, flight.tokens.sequence_length, packed)
+        relayout = self.inputs.relayout(flight.tokens.sequence_length, packed, hidden.device)
         hidden = hidden if relayout is None else relayout.to_zigzag(hidden)
         hidden = hidden.contiguous()  # a history ends in a slice
         return make_viewless_tensor(hidden, hidden.requires_grad, keep_graph=True)

@@ -6,7 +6,6 @@ a YAML file of the folder, which is the configuration of the released code. The 
 files NAME.json and NAME.safetensors with tensors `param.*`, as in the reference cases.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,9 @@ from mor_layers.settings import read_yaml
 from mor_layers.settings.field_types import shown
 from mor_layers.weights import (
     CONFIG,
-    SAFETENSORS,
     LazyTensors,
     StoredModel,
     carried,
-    copy_side_files,
     dtype_name,
     fitting,
     open_tensor_file,
@@ -31,9 +28,10 @@ from mor_layers.weights import (
     read_config,
     read_json,
     require_layers,
+    require_supported,
     side_files,
     weight_names,
-    write_tensors,
+    write_folder,
 )
 from mor_tools.formats.published import config_from_published, published_aliases, published_names
 from mor_tools.formats.published_settings import published_settings
@@ -100,7 +98,6 @@ def write_published(
     settings = published_settings(model.config)
     names = {theirs: ours for ours, theirs in published_names(model.config).items()}
     tensors = LazyTensors(list(names), lambda name: model.weights[names[name]])
-    write_tensors(folder / SAFETENSORS, tensors, written)
     values = {
         "model_type": "llama",
         "hidden_act": "silu",
@@ -109,8 +106,7 @@ def write_published(
         **model.facts,
         **settings,
     }
-    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
-    copy_side_files(model, folder)
+    write_folder(model, folder, values, tensors, written)
 
 
 def _weights(config: DecoderConfig, tensors: Mapping[str, Tensor], where: Path) -> LazyTensors:
@@ -158,11 +154,7 @@ def _pair(source: Path) -> tuple[Path, Path]:
 
 
 def _architecture(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    for name, only in _WITHOUT_PLACE.items():
-        if values.get(name, only) != only:
-            raise ValueError(
-                f"{where}: {name}={shown(values[name])} is not supported, only {only!r}."
-            )
+    require_supported(values, _WITHOUT_PLACE, where)
     rope = values.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"{where}: rope_parameters={shown(rope)}: expected a mapping.")

@@ -15,7 +15,7 @@ from mor_layers import RecursionConfig
 from mor_layers.recursion import Exited, KVPolicy, block_masks
 from mor_layers.recursion.kv_policies import begin_step
 from mor_layers.selection import Tokens
-from mor_megatron.layers.step_attention import visible_in
+from mor_megatron.layers.attention.step import visible_in
 from tests.distributed.layers.test_context_parallel import (
     POLICIES,
     Outcome,

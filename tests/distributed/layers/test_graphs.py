@@ -16,9 +16,8 @@ from megatron.core.transformer.module import MegatronModule
 from mor_layers import ExpertChoice, FixedDepth, RandomDepth, RecursionConfig, TokenChoice
 from mor_layers.recursion import LoopLoss
 from mor_megatron import recursion_block_spec
-from mor_megatron.layers import recursion_layers
+from mor_megatron.layers import AbsorbedLayer, recursion_layers
 from mor_megatron.layers.graphs import require_whole_block
-from mor_megatron.layers.recursion import AbsorbedLayer
 from mor_megatron.layers.routing.auxiliary_loss import RouterLossScaler
 from mor_megatron.layers.validation import validate
 from mor_megatron.training import causal_routing, routing_reports

@@ -9,7 +9,7 @@ from torch import Tensor
 from mor_layers import ExpertChoice, RecursionConfig
 from mor_megatron import default_layer_spec, recursion_block_spec
 from mor_megatron.checkpoints import runs
-from mor_megatron.layers.norms import FusedNorm
+from mor_megatron.layers.sublayers.norms import FusedNorm
 from tests.distributed import megatron_setup as setup
 
 

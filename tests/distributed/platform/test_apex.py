@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mor_megatron.layers import norms
+from mor_megatron.layers.sublayers import norms
 from mor_megatron.platform import has_apex
 from mor_megatron.platform.apex import installed_apex
 from tests.distributed.platform import apex_models

@@ -10,7 +10,7 @@ import torch
 from mor_layers import MoRTransformer, RandomLoops, RecursionConfig, Relaxation, StepContext, Tokens
 from mor_layers.costs import account
 from mor_layers.recursion import HyperConnections, LoopLoss
-from mor_layers.routers.random_loops import RandomLoopsRouter
+from mor_layers.routers.loops.random_loops import RandomLoopsRouter
 from tests.mor_layers.costs.test_accounting import BATCH, measure
 from tests.mor_layers.small_models import gradients, random_ids, small_config, small_model
 

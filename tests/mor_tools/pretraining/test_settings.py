@@ -235,7 +235,7 @@ def test_another_router_type_starts_from_its_own_defaults():
 
 
 def test_a_router_of_ones_own_is_named_by_module_and_class():
-    name = "mor_layers.routers.baselines:FixedDepth"
+    name = "mor_layers.routers.loops.baselines:FixedDepth"
     assert load_settings([*TINY, f"recursion.router.type={name}"]).recursion.router == FixedDepth()
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mor_layers import RecursionConfig
 from mor_megatron.layers.experts.router import StepTopKRouter
-from mor_megatron.layers.step_aware import StepAware
+from mor_megatron.layers.sublayers.step_aware import StepAware
 
 
 class RecursiveMoELayer(StepAware, MoELayer):

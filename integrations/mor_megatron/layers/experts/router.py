@@ -23,7 +23,7 @@ from mor_layers import RecursionConfig
 from mor_layers.modules import PreciseBuffers
 from mor_layers.routers import NUM_BINS, Thresholds
 from mor_megatron.layers.experts.padding import PaddedTopKRouter
-from mor_megatron.layers.step_aware import StepAware
+from mor_megatron.layers.sublayers.step_aware import StepAware
 
 
 class ExpertCells(PreciseBuffers):

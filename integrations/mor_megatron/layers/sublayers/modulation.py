@@ -11,7 +11,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor, nn
 
 from mor_layers.layers import Modulator, NormModulation
-from mor_megatron.layers.step_aware import StepAware
+from mor_megatron.layers.sublayers.step_aware import StepAware
 
 _PLACES = {"input_layernorm": "self_attention", "pre_mlp_layernorm": "mlp"}
 

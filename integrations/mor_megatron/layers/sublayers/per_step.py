@@ -16,7 +16,7 @@ from torch import nn
 
 from mor_layers import RecursionConfig
 from mor_layers.layers import Sublayer
-from mor_megatron.layers.step_aware import StepAware
+from mor_megatron.layers.sublayers.step_aware import StepAware
 
 _PLACES: dict[Sublayer, str] = {"attention": "self_attention", "mlp": "mlp"}
 _NORMS: dict[Sublayer, str] = {"attention": "input_layernorm", "mlp": "pre_mlp_layernorm"}

@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mor_layers.routers.base import Router, RouterConfig, StepScores
+from mor_layers.routers.choice.expert_choice import Architecture
 from mor_layers.routers.declarations import ScorerMatrix, StepNotes
-from mor_layers.routers.expert_choice import Architecture
 from mor_layers.routers.registry import register_router
 from mor_layers.routers.scorer import Scorer, bar_above, scorer_matrices
 from mor_layers.routers.thresholds import Thresholds

@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.campaigns.faults import FAULTS, Fault
+from tests.campaigns.planted_faults.every_fault import FAULTS
+from tests.campaigns.planted_faults.fault import Fault
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 _LEFT_OUT = shutil.ignore_patterns(
     ".git", "runs", "site", "build", "dist", "__pycache__", ".*_cache"
 )
@@ -36,7 +37,7 @@ def planted(fault: Fault, root: Path) -> str:
     if source.count(fault.old) != 1:
         raise ValueError(
             f"{fault.what}: {fault.file} has {source.count(fault.old)} places that read "
-            f"{fault.old!r}; there must be one. Mend its entry in {Path(__file__).parent}/faults.py."
+            f"{fault.old!r}; there must be one. Mend its entry in {Path(__file__).parent}."
         )
     return source.replace(fault.old, fault.new)
 
@@ -111,7 +112,3 @@ def main(arguments: Sequence[str]) -> int:
     for fault in survived:
         print(f"survived: {fault.file}: {fault.what}")
     return int(found < chosen.at_least * len(faults))
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

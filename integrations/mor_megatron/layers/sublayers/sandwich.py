@@ -12,7 +12,7 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor, nn
 
-from mor_megatron.layers.norms import Norm
+from mor_megatron.layers.sublayers.norms import Norm
 
 Build = Callable[[], nn.Module]
 

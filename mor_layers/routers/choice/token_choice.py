@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mor_layers.routers import losses
 from mor_layers.routers.base import Router, RouterConfig, StepScores
+from mor_layers.routers.choice.expert_choice import Architecture, Combination
 from mor_layers.routers.declarations import PublishedRouter, ScorerMatrix, StepNotes
-from mor_layers.routers.expert_choice import Architecture, Combination
 from mor_layers.routers.registry import register_router
 from mor_layers.routers.scorer import Scorer, published_scorer, require_gates, scorer_matrices
 from mor_layers.selection import RoutingDecision

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from mor_layers import StepContext
 from mor_layers.recursion import Exited
-from mor_megatron.layers.core_attention import SDPACoreAttention
+from mor_megatron.layers.attention.core import SDPACoreAttention
 from mor_megatron.layers.quantization import filled, row_alignment
-from mor_megatron.layers.relaxation import StepDeltas
+from mor_megatron.layers.sublayers.relaxation import StepDeltas
 from mor_megatron.step import StepRotation, attend_packed, takes_packed
 
 if TYPE_CHECKING:  # what the other base class is, for the type checker alone

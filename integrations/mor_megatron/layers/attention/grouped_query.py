@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mor_layers import StepContext
 from mor_layers.recursion import Exited
-from mor_megatron.layers.step_attention import StepAttention
+from mor_megatron.layers.attention.step import StepAttention
 from mor_megatron.step import StepRotation
 
 

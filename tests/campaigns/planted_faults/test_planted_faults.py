@@ -4,8 +4,9 @@ import ast
 
 import pytest
 
-from tests.campaigns.faults import FAULTS, Fault
-from tests.campaigns.planted_faults import ROOT, main, planted
+from tests.campaigns.planted_faults.every_fault import FAULTS
+from tests.campaigns.planted_faults.fault import Fault
+from tests.campaigns.planted_faults.run import ROOT, main, planted
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)

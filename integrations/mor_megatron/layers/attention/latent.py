@@ -31,8 +31,8 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor
 
 from mor_layers import StepContext
+from mor_megatron.layers.attention.step import StepAttention
 from mor_megatron.layers.quantization import filled, row_alignment
-from mor_megatron.layers.step_attention import StepAttention
 from mor_megatron.step import StepRotation, padded
 
 

@@ -37,8 +37,8 @@ from torch.nn import functional as F
 
 from mor_layers import Relaxation
 from mor_layers.layers import Projection, StepDelta, norms_over_ranks
-from mor_megatron.layers.own_sublayers import attentions_of
-from mor_megatron.layers.step_aware import StepAware
+from mor_megatron.layers.sublayers.per_step import attentions_of
+from mor_megatron.layers.sublayers.step_aware import StepAware
 
 _ATTENTION: tuple[Projection, ...] = ("query", "key", "value", "output")
 

@@ -1,0 +1,1 @@
+"""Attention of a recursion's steps: of Megatron's two kinds, over the selected tokens, and its core."""

@@ -1,0 +1,1 @@
+"""Routers by which a token stops once its own states say so."""

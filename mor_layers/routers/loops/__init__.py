@@ -1,0 +1,1 @@
+"""Routers that do not look at the tokens: the depth is fixed, or drawn at random."""
