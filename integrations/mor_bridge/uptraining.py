@@ -10,7 +10,7 @@ from megatron.bridge.models.hf_pretrained.state import SafeTensorsStateSource, S
 from torch import Tensor
 
 from mor_huggingface import MoRConfig
-from mor_huggingface.llama import open_llama
+from mor_huggingface.checkpoints.llama import open_llama
 from mor_layers import RecursionConfig
 from mor_layers.weights import SAFETENSORS, Initialization, dtype_name, recursive_weights
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mor_huggingface.llama import open_llama, write_llama
+from mor_huggingface.checkpoints.llama import open_llama, write_llama
 from mor_layers import (
     DecoderConfig,
     ExpertChoice,

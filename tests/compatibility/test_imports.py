@@ -9,6 +9,7 @@ import mor_layers
 from mor_layers import moved
 
 DOCUMENTED = [
+    "mor_huggingface.llama.open_llama",
     "mor_layers.accounting.account",
     "mor_layers.accounting.flop_ratio",
     "mor_layers.attention.StepContext",

@@ -18,7 +18,7 @@ from transformers import (
 
 import huggingface_layers
 from huggingface_layers import HuggingFaceLayers, RecursiveLM
-from mor_huggingface.llama import llama_names
+from mor_huggingface.checkpoints.llama import llama_names
 from mor_layers import (
     DecoderConfig,
     ExpertChoice,

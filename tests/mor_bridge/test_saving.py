@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from mor_huggingface.llama import open_llama
+from mor_huggingface.checkpoints.llama import open_llama
 from mor_layers import ExpertChoice, MoRTransformer, RecursionConfig
 from mor_layers.weights import load_model, recursive_weights, save_model
 from tests.distributed.pool import WorkerPool

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
-from mor_huggingface.deepseek import V2, V3, config_from_deepseek, deepseek_config
+from mor_huggingface.checkpoints.deepseek import V2, V3, config_from_deepseek, deepseek_config
 from mor_layers import DecoderConfig, ExpertChoice, MoEConfig, RecursionConfig, load_model
 from mor_layers.costs import account
 from mor_layers.generation import CacheSettings, DepthBatchingEngine, Request

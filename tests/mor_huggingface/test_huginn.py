@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mor_huggingface.huginn import config_from_huginn, huginn_config, open_huginn
+from mor_huggingface.checkpoints.huginn import config_from_huginn, huginn_config, open_huginn
 from mor_layers import MoRTransformer, RecursionConfig, load_model
 from mor_layers.costs import account
 from mor_layers.generation import Request

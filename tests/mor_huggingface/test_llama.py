@@ -18,7 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from mor_huggingface.llama import open_llama, write_llama
+from mor_huggingface.checkpoints.llama import open_llama, write_llama
 from mor_layers import FixedDepth, MoRTransformer, RecursionConfig, load_model, save_model
 from mor_layers.recursion import SHARING_SCHEMES
 from mor_layers.weights import open_model, write_model

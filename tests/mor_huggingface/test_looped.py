@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mor_huggingface.looped import (
+from mor_huggingface.checkpoints.looped import (
     NANBEIGE,
     OURO,
     config_from_looped,

@@ -3,7 +3,7 @@
 import pytest
 from transformers import LlamaConfig
 
-from mor_huggingface.rope import read_rope
+from mor_huggingface.checkpoints.rope import read_rope
 from mor_layers.models import Llama3Scaling, YarnScaling
 
 LLAMA = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from benchmarks.serving.feed import Requests, Turn
-from mor_huggingface.llama import write_llama
+from mor_huggingface.checkpoints.llama import write_llama
 from mor_layers import MoRTransformer
 from mor_layers.weights import StoredModel
 

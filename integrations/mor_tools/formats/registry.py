@@ -136,13 +136,13 @@ def _megatron() -> Any:
 
 
 def _llama() -> Any:
-    from mor_huggingface import llama
+    from mor_huggingface.checkpoints import llama
 
     return llama
 
 
 def _looped() -> Any:
-    from mor_huggingface import looped
+    from mor_huggingface.checkpoints import looped
 
     return looped
 
@@ -163,7 +163,7 @@ def _format_of_looped(name: str) -> Format:
 
 
 def _deepseek() -> Any:
-    from mor_huggingface import deepseek
+    from mor_huggingface.checkpoints import deepseek
 
     return deepseek
 
@@ -185,7 +185,7 @@ def _format_of_deepseek(name: str) -> Format:
 
 
 def _huginn() -> Any:
-    from mor_huggingface import huginn
+    from mor_huggingface.checkpoints import huginn
 
     return huginn
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mor_huggingface.llama import write_llama
+from mor_huggingface.checkpoints.llama import write_llama
 from mor_layers import MoRTransformer, RecursionConfig, load_model, save_model
 from mor_layers.training.distillation import logits_divergence
 from mor_layers.weights import open_model, recursive_weights

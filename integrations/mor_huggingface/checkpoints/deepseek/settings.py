@@ -1,62 +1,22 @@
-"""Reads DeepSeek-V2 and DeepSeek-V3 checkpoints, and writes models of ours as such checkpoints.
+"""The settings in a config.json of DeepSeek, and ours.
 
-Their attention is our `latent_attention`. The first layers have a dense MLP and the others experts, so
-that a checkpoint with experts is a model of ours whose prelude is dense (`dense_ends`) and whose block
-runs once. V2 (arXiv 2405.04434) scores experts by softmax and does not normalise gates; V3 (arXiv
-2412.19437) scores them by sigmoid, chooses them by score plus bias, and normalises gates. Moonlight is a
-V3. Config and tensors are those of transformers' `deepseek_v2` and `deepseek_v3`. A checkpoint that uses
-an unsupported setting is rejected with an error that names the setting. Layers of multi-token
-prediction, which V3 has after its last one, are our heads, and weights in FP8 are read as bfloat16.
-
-Legend: `e` experts, `f` width of an expert, `h` hidden.
+A checkpoint that uses an unsupported setting is rejected with an error that names the setting.
 """
 
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from mor_huggingface.fp8 import without_fp8
-from mor_huggingface.rope import read_rope, write_rope
+from mor_huggingface.checkpoints.rope import read_rope, write_rope
 from mor_layers import DecoderConfig, FixedDepth, MoEConfig, RecursionConfig
-from mor_layers.models import LatentAttentionConfig, MultiTokenPrediction
+from mor_layers.models import LatentAttentionConfig
 from mor_layers.settings.field_types import shown
-from mor_layers.weights import (
-    CONFIG,
-    LazyTensors,
-    StoredModel,
-    carried,
-    dtype_name,
-    fitting,
-    layer_names,
-    open_tensors,
-    read_config,
-    require_layers,
-    require_supported,
-    side_files,
-    unrolled_layers,
-    write_folder,
-)
+from mor_layers.weights import CONFIG, require_supported
 
 LATENT_EPSILON = 1e-6
 """Of the norms of latent rows, which is not a setting of theirs. Ours have that of the other norms."""
-MOST_HEADS = 8
-"""Layers of multi-token prediction that are read. Released checkpoints have one."""
 _BIAS_UPDATE_RATE = 0.001
 """Of V3's bias (section 4.2), which its config.json does not have."""
-_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.((?:gate|up|down)_proj)\.weight")
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
-_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-_HEAD = {
-    "embedding_norm.weights.0": "enorm.weight",
-    "state_norm.weights.0": "hnorm.weight",
-    "projection.weight": "eh_proj.weight",
-    "norm.weights.0": "shared_head.norm.weight",
-}
 _INTEGERS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
@@ -108,55 +68,6 @@ V3 = Family(
     {"scoring_func": "sigmoid", "norm_topk_prob": True, "topk_method": "noaux_tc"},
 )
 FAMILIES = {family.model_type: family for family in (V2, V3)}
-
-
-def open_deepseek(folder: Path) -> StoredModel:
-    """Open a checkpoint. Its tensors are read on access.
-
-    Raises:
-        ValueError: a setting is not supported, or a file is missing or damaged.
-        FileNotFoundError: the folder does not exist.
-    """
-    values = read_config(folder)
-    config = config_from_deepseek(values, str(folder / CONFIG))
-    tensors = without_fp8(open_tensors(folder), values, str(folder / CONFIG))
-    require_layers(config, len(tensors), folder)
-    config = _with_heads(config, tensors, folder)
-    joined = _Joined(_without_copies(config, tensors, folder))
-    weights = fitting(config, deepseek_names(config), joined.tensors(), folder)
-    return StoredModel(config, weights, carried(values), side_files(folder))
-
-
-def write_deepseek(
-    family: Family, model: StoredModel, folder: Path, written: Callable[[str], None] | None = None
-) -> None:
-    """Write a checkpoint into an existing folder, tensor by tensor.
-
-    Raises:
-        ValueError: the model is not of this family.
-    """
-    config = model.config
-    values = deepseek_config(family, config)
-    places: dict[str, tuple[str, int | None]] = {}
-    for ours, theirs in deepseek_names(config).items():
-        if ".experts." in theirs:
-            assert config.moe is not None
-            place, projection = theirs.rsplit(".", 1)
-            for expert in range(config.moe.num_experts):
-                places[f"{place}.{expert}.{projection}.weight"] = (ours, expert)
-        else:
-            places[theirs] = (ours, 0 if _is_single(theirs) else None)
-    output = "embedding.weight" if config.tie_embeddings else "output.weight"
-    for copy, original in _copies(config).items():
-        places[copy] = ("embedding.weight" if original == _EMBEDDING else output, None)
-
-    def read(name: str) -> Tensor:
-        ours, index = places[name]
-        tensor = model.weights[ours]
-        return tensor if index is None else tensor[index]
-
-    values |= {"dtype": dtype_name(model), **model.facts}
-    write_folder(model, folder, values, LazyTensors(list(places), read), written)
 
 
 def config_from_deepseek(values: Mapping[str, Any], where: str = CONFIG) -> DecoderConfig:
@@ -251,130 +162,6 @@ def deepseek_config(family: Family, config: DecoderConfig) -> dict[str, Any]:
         heads = 0 if further is None else further.num_heads
         values |= {"rope_interleave": True, "num_nextn_predict_layers": heads}
     return values if moe is None else values | _expert_values(family, moe, config)
-
-
-def deepseek_names(config: DecoderConfig) -> dict[str, str]:
-    """The name in a checkpoint of each tensor, with one for the same projection of all experts."""
-    names = {"embedding.weight": _EMBEDDING}
-    for depth, (ours, _) in enumerate(unrolled_layers(config)):
-        is_dense = config.dense_ends and ours.startswith("prelude.")
-        moe = None if is_dense else config.moe
-        names |= _layer_names(config, moe, ours, f"model.layers.{depth}")
-    for head, theirs in enumerate(_head_places(config)):
-        ours = f"prediction_heads.{head}"
-        names |= {f"{ours}.{own}": f"{theirs}.{other}" for own, other in _HEAD.items()}
-        names |= _layer_names(config, config.head_config.moe, f"{ours}.layers.layers.0", theirs)
-    names["norm.weights.0"] = "model.norm.weight"
-    if not config.tie_embeddings:
-        names["output.weight"] = _OUTPUT
-    return names
-
-
-def _layer_names(
-    config: DecoderConfig, moe: MoEConfig | None, ours: str, theirs: str
-) -> dict[str, str]:
-    """The names of the tensors of one layer, with the given experts."""
-    names = layer_names(config, ours, theirs)
-    if moe is None:
-        return names
-    names = {name: other for name, other in names.items() if ".mlp." not in name}
-    return names | _expert_names(moe, f"{ours}.mlp", f"{theirs}.mlp")
-
-
-def _head_places(config: DecoderConfig) -> list[str]:
-    """Where a checkpoint has the layers of multi-token prediction."""
-    further, first = config.multi_token_prediction, config.num_unrolled_layers
-    heads = 0 if further is None else further.num_heads
-    return [f"model.layers.{first + head}" for head in range(heads)]
-
-
-def _copies(config: DecoderConfig) -> dict[str, str]:
-    """The copies of other tensors that layers of multi-token prediction have."""
-    output = _EMBEDDING if config.tie_embeddings else _OUTPUT
-    copies = {}
-    for place in _head_places(config):
-        copies |= {f"{place}.embed_tokens.weight": _EMBEDDING}
-        copies |= {f"{place}.shared_head.head.weight": output}
-    return copies
-
-
-def _expert_names(moe: MoEConfig, ours: str, theirs: str) -> dict[str, str]:
-    names = {f"{ours}.router.weights.0": f"{theirs}.gate.weight"}
-    if moe.bias_update_rate:
-        names[f"{ours}.router.bias"] = f"{theirs}.gate.e_score_correction_bias"
-    for projection in ("gate", "up", "down"):
-        names[f"{ours}.experts.{projection}"] = f"{theirs}.experts.{projection}_proj"
-        names[f"{ours}.shared.{projection}"] = f"{theirs}.shared_experts.{projection}_proj.weight"
-    return names
-
-
-def _is_single(name: str) -> bool:
-    """Whether ours has a first dimension of size one: of the only shared expert, or the only step."""
-    return ".shared_experts." in name or name.endswith(".e_score_correction_bias")
-
-
-class _Joined:
-    """The tensors of a checkpoint, in which those of all experts become one, `[e f h]` or `[e h f]`."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors, self._numbers = tensors, dict[str, set[int]]()
-        self._names: dict[str, None] = {}
-        for name in tensors:
-            match = _EXPERT.fullmatch(name)
-            if match is None:
-                if not name.endswith("rotary_emb.inv_freq"):
-                    self._names[name] = None
-                continue
-            joined = f"{match[1]}.{match[3]}"
-            self._names[joined] = None
-            self._numbers.setdefault(joined, set()).add(int(match[2]))
-
-    def tensors(self) -> LazyTensors:
-        return LazyTensors(list(self._names), self._read)
-
-    def _read(self, name: str) -> Tensor:
-        if name not in self._numbers:
-            tensor = self._tensors[name]
-            return tensor[None] if _is_single(name) else tensor
-        place, projection = name.rsplit(".", 1)
-        experts = range(len(self._numbers[name]))
-        if set(experts) != self._numbers[name]:
-            raise ValueError(
-                f"{name!r}: experts are missing, there are {sorted(self._numbers[name])}."
-            )
-        return torch.stack([self._tensors[f"{place}.{e}.{projection}.weight"] for e in experts])
-
-
-def _with_heads(config: DecoderConfig, tensors: Mapping[str, Tensor], where: Path) -> DecoderConfig:
-    """The settings with as many heads as there are layers of multi-token prediction in the files.
-
-    transformers leaves these layers out when it saves a model, whatever config.json says.
-    """
-    numbers = {int(match[1]) for match in map(_LAYER.match, tensors) if match is not None}
-    heads = max(numbers, default=0) + 1 - config.num_unrolled_layers
-    if heads < 1:
-        return config
-    if heads > MOST_HEADS:
-        raise ValueError(
-            f"{where}: there are tensors of {heads} layers after the {config.num_unrolled_layers} of "
-            f"config.json (num_hidden_layers); at most {MOST_HEADS} can be those of multi-token "
-            "prediction."
-        )
-    return replace(config, multi_token_prediction=MultiTokenPrediction(heads))
-
-
-def _without_copies(
-    config: DecoderConfig, tensors: Mapping[str, Tensor], where: Path
-) -> Mapping[str, Tensor]:
-    """The tensors without copies of others, which must be equal to these."""
-    copies = {copy: other for copy, other in _copies(config).items() if copy in tensors}
-    for copy, other in copies.items():
-        if other in tensors and not torch.equal(tensors[copy], tensors[other]):
-            raise ValueError(
-                f"{where}: {copy!r} differs from {other!r}, and our heads have no embedding and no "
-                "output of their own."
-            )
-    return LazyTensors([name for name in tensors if name not in copies], tensors.__getitem__)
 
 
 def _integers(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mor_huggingface.llama import config_from_llama, llama_config
+from mor_huggingface.checkpoints.llama import config_from_llama, llama_config
 from mor_layers import DecoderConfig, FixedDepth, RecursionConfig, RouterConfig
 from mor_layers.routers import ExitGate
 from mor_layers.settings.field_types import shown

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mor_huggingface.rope import read_rope, write_rope
+from mor_huggingface.checkpoints.rope import read_rope, write_rope
 from mor_layers import DecoderConfig, FixedDepth
 from mor_layers.settings.field_types import shown
 from mor_layers.weights import (

@@ -1,0 +1,1 @@
+"""Checkpoints of published models as transformers writes them: read, and written."""
