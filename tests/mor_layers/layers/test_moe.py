@@ -195,7 +195,7 @@ def test_experts_run_once_on_their_tokens_and_on_no_others(monkeypatch) -> None:
     layer, rows = layer_of("top 2"), []
     plain = torch.nn.functional.linear
     monkeypatch.setattr(
-        "mor_layers.layers.moe.F.linear", lambda x, w: rows.append(len(x)) or plain(x, w)
+        "mor_layers.layers.moe.experts.F.linear", lambda x, w: rows.append(len(x)) or plain(x, w)
     )
     _, use = layer(random_states(7, 2, HIDDEN), 0, PADDING)
     logits, *products = rows
