@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 # of tests cannot be forgotten.
 _DISTRIBUTED = (
     "tests/distributed",
-    "tests/mor_tools/pretraining/test_several_nodes.py",
+    "tests/mor_tools/pretraining/processes/test_several_nodes.py",
     "tests/test_reference.py",
     "tests/compatibility",
     "tests/gpu",

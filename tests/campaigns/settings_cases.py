@@ -12,8 +12,8 @@ from mor_tools.pretraining.command_line import load_settings
 from mor_tools.pretraining.models import build, sizes
 from mor_tools.pretraining.settings import Settings
 from tests.campaigns import hostile
-from tests.mor_tools.pretraining.random_settings import LEFT_OUT, leaves
 from tests.mor_tools.pretraining.runs import SMALL, TINY
+from tests.mor_tools.pretraining.settings.random_settings import LEFT_OUT, leaves
 
 HINTS = leaves()
 NAMES = sorted({*HINTS, *LEFT_OUT, "model", "model.moe", "recursion", "data", "training"})

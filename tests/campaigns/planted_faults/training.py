@@ -97,20 +97,20 @@ TRAINING_FAULTS = [
         TOOLS + "pretraining/data/text.py",
         "key=lambda d: _hash([d.name]))",
         "key=lambda d: d.name)",
-        PRETRAINING + "/test_text.py",
+        PRETRAINING + "/data/test_text.py",
     ),
     Fault(
         "documents have no end",
         TOOLS + "pretraining/data/text.py",
         "builder.add_document([*encoding.ids, tokenizer.eod], [len(encoding.ids) + 1])",
         "builder.add_document([*encoding.ids], [len(encoding.ids)])",
-        PRETRAINING + "/test_text.py",
+        PRETRAINING + "/data/test_text.py",
     ),
     Fault(
         "a metric keeps the number that its step has within the recursion",
         TOOLS + "reports/rows.py",
         'f"step_{int(found[1]) + earlier}/"',
         'f"step_{int(found[1])}/"',
-        "mor_tools/pretraining/test_report.py",
+        "mor_tools/pretraining/reporting/test_report.py",
     ),
 ]

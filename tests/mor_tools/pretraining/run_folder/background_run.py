@@ -1,6 +1,6 @@
 """A run on one process that may fork, as the pool's workers may not: its checkpoints need it to.
 
-    python -m tests.mor_tools.pretraining.background_run FOLDER KILLED_AT key=value ...
+    python -m tests.mor_tools.pretraining.run_folder.background_run FOLDER KILLED_AT key=value ...
 
 During the save of step KILLED_AT, which then takes a minute, it notes its children in FOLDER/children
 and is killed. 0: it is not.

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 
 from tests.distributed.pool import WorkerPool
-from tests.mor_tools.pretraining.random_settings import leaves, overrides
 from tests.mor_tools.pretraining.runs import history, pretrain_on_rank, write_text
+from tests.mor_tools.pretraining.settings.random_settings import leaves, overrides
 
 SHORT = ["training.steps=2", "training.decay_steps=1", "evaluation.every=2", "log_every=1"]
 INSTRUCTION = re.compile(

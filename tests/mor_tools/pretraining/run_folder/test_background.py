@@ -17,7 +17,13 @@ RUN = ["training.steps=6", "training.checkpoint_every=2", "evaluation.every=6", 
 
 def run(folder: Path, killed_at: int, settings: list[str]) -> tuple[int, str]:
     """A run in `folder`/run that saves in the background: its exit code, and what it printed."""
-    program = [sys.executable, "-W", "ignore", "-m", "tests.mor_tools.pretraining.background_run"]
+    program = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "tests.mor_tools.pretraining.run_folder.background_run",
+    ]
     given = [*settings, f"output={folder}/run", "training.checkpoint_in_background=true"]
     log = folder / "log"
     with log.open("w") as file:  # not a pipe, whose end comes when the last writer has ended

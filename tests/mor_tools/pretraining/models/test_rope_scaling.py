@@ -5,8 +5,8 @@ import pytest
 from mor_layers.models import Llama3Scaling, YarnScaling
 from mor_tools.pretraining.command_line import load_settings, schema
 from mor_tools.pretraining.models.decoder import decoder_config
+from tests.mor_tools.pretraining.models.test_latent_attention import LATENT
 from tests.mor_tools.pretraining.runs import SMALL, TINY
-from tests.mor_tools.pretraining.test_latent_attention import LATENT
 
 
 def scaled(*settings: str):

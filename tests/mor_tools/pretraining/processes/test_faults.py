@@ -12,8 +12,13 @@ import torch
 from torch import Tensor
 
 from tests.distributed.pool import WorkerPool
+from tests.mor_tools.pretraining.processes.test_several_nodes import (
+    rank_of,
+    started,
+    steps_noted,
+    wait_until,
+)
 from tests.mor_tools.pretraining.runs import continued, history, pretrain_on_rank, write_text
-from tests.mor_tools.pretraining.test_several_nodes import rank_of, started, steps_noted, wait_until
 
 RUN = ["training.steps=6", "training.checkpoint_every=2", "evaluation.every=6", "log_every=1"]
 

@@ -14,8 +14,8 @@ import torch
 
 from mor_tools.pretraining.launcher import LauncherLost, command
 from tests.distributed.pool import WorkerPool
+from tests.mor_tools.pretraining.processes.test_several_nodes import lives, steps_noted
 from tests.mor_tools.pretraining.runs import ROOT, SMALL, TINY, pretrain_on_rank, write_text
-from tests.mor_tools.pretraining.test_several_nodes import lives, steps_noted
 
 CHILD = """
 import os, sys, time

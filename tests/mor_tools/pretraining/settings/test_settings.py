@@ -14,7 +14,7 @@ from mor_tools.pretraining.data.text import PreparedText
 from mor_tools.pretraining.models import sizes
 from mor_tools.pretraining.settings import Settings
 
-CONFIGS = Path(__file__).parents[3] / "examples" / "configs"
+CONFIGS = Path(__file__).parents[4] / "examples" / "configs"
 TINY = ["--config", str(CONFIGS / "tiny.yaml")]
 
 WRONG = {

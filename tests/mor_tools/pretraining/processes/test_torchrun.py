@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from mor_tools.commands import main
+from tests.mor_tools.pretraining.processes.test_launcher import wait_until
+from tests.mor_tools.pretraining.processes.test_several_nodes import steps_noted
 from tests.mor_tools.pretraining.runs import SMALL, TINY, write_text
-from tests.mor_tools.pretraining.test_launcher import wait_until
-from tests.mor_tools.pretraining.test_several_nodes import steps_noted
 from tests.mor_tools.terminals import ENVIRONMENT, on_a_terminal
 
 TORCHRUN = [sys.executable, "-m", "mor_tools.pretraining.torchrun", "--standalone"]
