@@ -129,6 +129,6 @@ keep_old_modules(
         "specs": ("models.gpt", "platform.transformer_engine"),
         "statistics": ("layers.routing.counts",),
         "validation": ("layers.validation",),
-        "weights": ("checkpoints.weights",),
+        "weights": ("checkpoints.weights", "checkpoints.shards"),
     },
 )

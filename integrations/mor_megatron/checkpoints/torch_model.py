@@ -6,7 +6,8 @@ from torch import nn
 from mor_layers import DecoderConfig, MoRTransformer
 from mor_layers.generation import shard
 from mor_layers.weights import state_of
-from mor_megatron.checkpoints.weights import decoder_tensors, whole_tensors
+from mor_megatron.checkpoints.shards import whole_tensors
+from mor_megatron.checkpoints.weights import decoder_tensors
 
 
 def tensor_parallel_decoder(chunks: list[nn.Module], config: DecoderConfig) -> MoRTransformer:
