@@ -60,7 +60,10 @@ class StepNorm(nn.Module):
         """The norm of a step; None if a modulation follows it."""
         if self.modulation is not None:
             return None
-        return RMSNormWeight(self.weights[step if len(self.weights) > 1 else 0], self.epsilon)
+        # Looked at only: ZeRO takes an index of the list for a use, and would gather the weight for
+        # the module that runs now instead of for this norm.
+        weights = tuple(self.weights.parameters())
+        return RMSNormWeight(weights[step if len(weights) > 1 else 0], self.epsilon)
 
 
 class Attention(nn.Module):

@@ -167,6 +167,13 @@ MODEL_FAULTS = [
         MODEL + " test_reference.py",
     ),
     Fault(
+        "the block reads the weight of a norm that it only looks at",
+        CORE + "models/layers.py",
+        "weights = tuple(self.weights.parameters())",
+        "weights = tuple(self.weights)",
+        "mor_layers/models/test_uses_of_weights.py",
+    ),
+    Fault(
         "positions are those among the selected",
         CORE + "models/rotary.py",
         "angles = positions[..., None].float() * frequencies",

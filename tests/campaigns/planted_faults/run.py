@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from tests.campaigns.planted_faults.every_fault import FAULTS
 from tests.campaigns.planted_faults.fault import Fault
 
@@ -25,6 +27,7 @@ _LEFT_OUT = shutil.ignore_patterns(
     ".git", "runs", "site", "build", "dist", "__pycache__", ".*_cache"
 )
 _SECONDS = 900
+_NOTHING_RAN = (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 
 def planted(fault: Fault, root: Path) -> str:
@@ -43,7 +46,11 @@ def planted(fault: Fault, root: Path) -> str:
 
 
 def is_found(fault: Fault, copy: Path) -> bool:
-    """Whether a test fails once the fault is in the copy, which is whole again afterwards."""
+    """Whether a test fails once the fault is in the copy, which is whole again afterwards.
+
+    Raises:
+        ValueError: none of its tests runs, so that nothing could notice it.
+    """
     file = copy / fault.file
     before = file.read_text("utf-8")
     file.write_text(planted(fault, copy), "utf-8")
@@ -59,6 +66,11 @@ def is_found(fault: Fault, copy: Path) -> bool:
             )
         except subprocess.TimeoutExpired:
             return True  # a test that hangs is noticed
+        if run.returncode in _NOTHING_RAN:
+            raise ValueError(
+                f"{fault.what}: no test of {fault.tests!r} runs every day. Mend its entry in "
+                f"{Path(__file__).parent}."
+            )
         return run.returncode != 0
     finally:
         file.write_text(before, "utf-8")
