@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import httpx2 as httpx
 import openai
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from mor_layers.generation import DepthBatchingEngine, Request, scheduling
-from mor_tools.commands import generate, main
+from mor_tools.commands import generate, main, serve
 from mor_tools.serving import loading
 from mor_tools.serving.access import Access
 from mor_tools.serving.app import Limits
@@ -735,12 +737,38 @@ def test_a_caller_whose_event_loop_is_gone_is_not_served_on() -> None:
     worker.close()
 
 
+def test_a_server_compiles_before_it_listens() -> None:
+    with torch.compiler.set_stance("force_eager"):  # the function of a graph, as it is
+        engine = engine_of(options_of(*SIZES, "--compiler", "eager"))
+        graph = engine.runner.links[0].static
+        assert graph is not None and graph.has_tokens, "no tick has run"
+        assert engine.is_idle and engine.counters.ticks == engine.counters.finished == 0
+        assert engine.caches.num_bytes_in_use == 0
+
+
+@pytest.mark.full
+def test_a_compiled_server_answers_as_one_that_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    compiled, wanted = CompileCounterWithBackend("aot_eager"), serve.engine_options
+    monkeypatch.setattr(
+        serve, "engine_options", lambda given: replace(wanted(given), compiler=compiled)
+    )
+    with running() as own:
+        assert compiled.frame_count == 1
+        for number in range(1, 6):
+            answer = own.post({"prompt": "x" * number, "max_tokens": 20, "temperature": 0, "n": 2})
+            texts = {choice["text"] for choice in answer.json()["choices"]}
+            assert texts == {own.alone("x" * number, 20)}
+        assert compiled.frame_count == 1
+
+
 def test_wrong_arguments_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = tmp_path / "empty"
     empty.write_text("\n")
     for arguments in (
         ["--model", "nowhere"],
         ["--kv-mib", "0.001"],
+        ["--compiler", "nothing"],
         ["--api-key-file", str(empty)],
         ["--api-key", ""],
     ):
