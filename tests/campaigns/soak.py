@@ -3,7 +3,7 @@
     whole, streamed, read slowly    answered with the text that an engine of one's own gives
     left                            the caller hangs up
     late                            its time limit is too short, and sometimes just long enough
-    impossible                      refused with status 400 and the reason
+    impossible                      refused with status 400 or 404 and the reason
     hostile                         a body of `body_cases`, served or refused with 4xx and a reason
 
 More callers come at once than the server takes; most of those that it turns away try again. The cache
@@ -21,6 +21,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx2 as httpx
@@ -28,7 +29,7 @@ import httpx2 as httpx
 from mor_layers.generation import CacheSettings, DepthBatchingEngine
 from mor_tools.serving.calls import completions
 from mor_tools.serving.calls.protocol import Bounds
-from tests.campaigns.body_cases import hostile_body
+from tests.campaigns.body_cases import TEMPLATE, hostile_body
 from tests.mor_tools.serving.running import Running
 
 SERVER = ["--slots", "8", "--max-length", "48", "--kv-mib", "0.15", "--chunk-size", "16"]
@@ -177,7 +178,7 @@ class _Call:
         if kind == "impossible":
             body = self.source.choice(IMPOSSIBLE)
             answer = await self._post(body | {"stream": self.source.random() < 0.5})
-            return self._refused(answer, (400,))
+            return self._refused(answer, (404,) if "model" in body else (400,))
         if kind == "hostile":
             return await self._hostile()
         return await self._streamed(pause=0.03 if kind == "read slowly" else 0.0)
@@ -235,7 +236,8 @@ class _Call:
         if answer.status_code == 200:
             return "answered"
         # A body may ask for less time than any text takes.
-        return self._refused(answer, (400, 413, 504) if b"timeout" in content else (400, 413))
+        late = (504,) if b"timeout" in content else ()
+        return self._refused(answer, (400, 404, 413, *late))
 
     @staticmethod
     def _refused(answer: httpx.Response, allowed: tuple[int, ...]) -> str:
@@ -269,7 +271,9 @@ def _peak_memory() -> int:
 def server() -> Running:
     """A server that is too small for its callers."""
     keys = [option for client in CLIENTS for option in ("--api-key", client)]
-    return Running(*SERVER, *keys)
+    own = Running(*SERVER, *keys)
+    own.service.model = replace(own.service.model, chat_template=TEMPLATE)
+    return own
 
 
 def main() -> None:

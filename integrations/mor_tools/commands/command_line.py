@@ -203,6 +203,12 @@ def _serve(options: argparse.ArgumentParser) -> None:
         help="longest prompt plus continuation in tokens (default: 2048)",
     )
     add("--chunk-size", type=int, default=64, help="prompt tokens processed at once (default: 64)")
+    add(
+        "--compiler",
+        choices=("inductor", "aot_eager", "eager"),
+        help="backend of torch.compile for a whole tick as one graph, which is compiled before the "
+        "server listens; default: no graph",
+    )
     add("--max-tokens", type=int, default=512, help="largest max_tokens of a call (default: 512)")
     add(
         "--max-waiting",

@@ -6,9 +6,9 @@
 
 Without --model a small model with random weights answers. POST /v1/chat/completions needs a chat
 template in the model's folder. Beyond the protocol: `top_k`, `min_p`, `repetition_penalty`, `priority`,
-`ignore_eos`, `timeout`, `cache_salt`, and in answers `depths`, the recursion steps that each token cost.
-GET /metrics, /health and /v1/models. --replicas runs copies of the model in processes of their own, and
---tensor-parallel shards each over processes.
+`ignore_eos`, `stop_token_ids`, `timeout`, `cache_salt`, and in answers `depths`, the recursion steps of
+each token. GET /metrics, /health and /v1/models. --replicas runs copies of the model in processes of
+their own, and --tensor-parallel shards each over processes.
 On SIGINT or SIGTERM the server takes no new calls, and ends the running ones within --grace seconds. An
 engine that fails ends it with exit status 1.
 """
@@ -45,6 +45,7 @@ def engine_options(options: argparse.Namespace) -> EngineOptions:
         options.device,
         options.dtype,
         options.trust_remote_code,
+        options.compiler,
     )
 
 

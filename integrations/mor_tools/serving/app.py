@@ -12,6 +12,7 @@ from itertools import chain
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
@@ -77,6 +78,7 @@ class Service:
         self.model, self.limits = model, limits
         self.access = Access() if access is None else access
         self.worker = worker
+        self.begun = int(time.time())
         self.answers: Counter[int] = Counter()
         self._parsers = ThreadPoolExecutor(NUM_PARSERS, "parser")
         self._open: Counter[str] = Counter()  # number of open requests of each client
@@ -94,11 +96,15 @@ class Service:
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/models", self.models),
+            Route("/v1/models/{name}", self.one_model),
             Route("/health", self.health),
             Route("/metrics", self.metrics),
         ]
         control = Middleware(AccessControl, access=self.access)
-        return Starlette(routes=routes, middleware=[control], lifespan=lifespan)
+        handlers = {HTTPException: _protocol_error}
+        return Starlette(
+            routes=routes, middleware=[control], exception_handlers=handlers, lifespan=lifespan
+        )
 
     async def drain(self, grace: float, is_urgent: Callable[[], bool]) -> None:
         """Accept no more requests, and wait until the running ones have ended.
@@ -139,8 +145,25 @@ class Service:
         return response
 
     async def models(self, _: HTTPRequest) -> Response:
-        entry = {"id": self.model.name, "object": "model", "created": 0, "owned_by": "mor_layers"}
-        return JSONResponse({"object": "list", "data": [entry]})
+        return JSONResponse({"object": "list", "data": [self._entry]})
+
+    async def one_model(self, http: HTTPRequest) -> Response:
+        """The entry of a model in the list of all models."""
+        name = http.path_params["name"]
+        if name != self.model.name:
+            message = f"model {name[:80]!r} is not served. Use {self.model.name!r}."
+            return ServiceError(404, message).response()
+        return JSONResponse(self._entry)
+
+    @property
+    def _entry(self) -> dict[str, Any]:
+        return {
+            "id": self.model.name,
+            "object": "model",
+            "created": self.begun,
+            "owned_by": "mor_layers",
+            "max_model_len": self.worker.max_length,  # as vLLM has it
+        }
 
     async def health(self, _: HTTPRequest) -> Response:
         """Whether the server accepts requests. It does not after the signal to stop."""
@@ -211,7 +234,7 @@ class Service:
                 self._parsers, parse, body, self.model, bounds, client
             )
         except BadRequestError as error:
-            raise ServiceError(400, str(error), error.parameter) from error
+            raise ServiceError(error.status, str(error), error.parameter) from error
 
     async def _whole(
         self, http: HTTPRequest, call: Call, streams: list[AsyncIterator[Event]]
@@ -255,7 +278,7 @@ class Service:
             yield self._line(call, first, usage)
             async for item in rest:
                 yield self._line(call, item, usage)
-            if call.include_usage:
+            if call.usage.at_end:
                 yield _data(call.response([], is_part=True) | {"usage": usage.as_dict()})
             yield "data: [DONE]\n\n"
         except ServiceError as error:
@@ -266,7 +289,8 @@ class Service:
     def _line(self, call: Call, item: tuple[int, Event], usage: Usage) -> str:
         index, event = item
         usage.add(event)
-        return _data(call.response([call.choices[index].part(event)], is_part=True))
+        part = call.response([call.choices[index].part(event)], is_part=True)
+        return _data(part | ({"usage": usage.as_dict()} if call.usage.always else {}))
 
 
 class _EventStream(StreamingResponse):
@@ -294,6 +318,13 @@ class _EventStream(StreamingResponse):
                 pass  # the response is incomplete, so the server closes the connection
             finally:
                 await self.lines.aclose()
+
+
+async def _protocol_error(http: HTTPRequest, error: Exception) -> Response:
+    """The response to a path or a method that is not served."""
+    assert isinstance(error, HTTPException)
+    message = f"{http.method} {http.url.path[:80]} is not served: {error.detail}."
+    return ServiceError(error.status_code, message, headers=error.headers).response()
 
 
 def _data(value: dict[str, Any]) -> str:

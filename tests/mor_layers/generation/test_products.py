@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mor_layers import MoEConfig, MoRTransformer
 from mor_layers.generation import Request, products
 from mor_layers.generation.products import PackedProducts
+from mor_layers.generation.tick.graph import products as graph_products
 from mor_layers.layers import Relaxation
 from mor_layers.models import DecoderConfig
 from tests.mor_layers.generation.served import Recorder, assert_exact, prompt, serve
@@ -53,7 +54,11 @@ def test_products_of_every_kind_of_layer(config: DecoderConfig, packs_weights: b
     assert list(model.state_dict()) == names
 
 
-def test_projections_of_the_same_rows_are_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("compiler", [None, "eager"])
+def test_projections_of_the_same_rows_are_one_product(
+    compiler: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, widths = small_model(plain_config(2)), []
 
     def counted(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -62,23 +67,34 @@ def test_projections_of_the_same_rows_are_one_product(monkeypatch: pytest.Monkey
         return output
 
     multiply = products.multiply
-    monkeypatch.setattr(products, "multiply", counted)
-    serve(model, [Request(prompt(4), 1)])
+    for module in (products, graph_products):
+        monkeypatch.setattr(module, "multiply", counted)
+    serve(model, [Request(prompt(1), 1)], compiler=compiler)
     size, half, width = model.config.hidden_size, 6, model.config.ffn_hidden_size
     layer = [size + 2 * half, size, 2 * width, size]  # q and k and v, output, gate and up, down
     assert widths == [*layer, *layer, model.config.vocab_size]
 
 
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("compiler", [None, "eager"])
 @pytest.mark.parametrize("assign", [False, True])
-def test_weights_that_change_are_packed_again(assign: bool) -> None:
+def test_weights_are_packed_once_and_again_when_they_change(
+    assign: bool, compiler: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, other = small_model(BASE), small_model(BASE, seed=1)
-    recorder = Recorder(model)
-    for weights in (None, other.state_dict()):
+    packed, pack = [], products.Packed
+    monkeypatch.setattr(products, "Packed", lambda *given: packed.append(given) or pack(*given))
+    recorder, counts = Recorder(model, compiler=compiler), []
+    for weights in (None, None, other.state_dict(), None):
         if weights is not None:
             model.load_state_dict(weights, assign=assign)
         recorder.submit(REQUESTS[0])
         served = recorder.finish()[-1]
         assert_exact(model, REQUESTS[0], served)
+        counts.append(len(packed))
+    num_layers = model.config.schedule.num_unshared + model.config.schedule.block_size
+    each = 4 * num_layers + 1  # q and k and v, output, gate and up, down; logits
+    assert counts == [each, each, 2 * each, 2 * each]
     assert served.tokens == serve(other, [REQUESTS[0]])[0].tokens
 
 

@@ -5,7 +5,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,14 @@ def engine_of(options: argparse.Namespace) -> DepthBatchingEngine:
     """The engine of a server with these options."""
     wanted = serve.engine_options(options)
     return wanted.engine(wanted.load())
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Wait for ten seconds at most."""
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline, "what is waited for does not happen"
+        time.sleep(0.01)
 
 
 class Running:
@@ -72,7 +80,9 @@ class Running:
         headers = {"content-type": "application/json"} | {
             name.replace("_", "-"): value for name, value in headers.items()
         }
-        return httpx.post(f"{self.url}/v1/completions", content=content, headers=headers)
+        return httpx.post(
+            f"{self.url}/v1/completions", content=content, headers=headers, timeout=30
+        )
 
     def slow_down(self, seconds: float = 0.01) -> None:
         """Let every tick take so long."""
@@ -80,10 +90,7 @@ class Running:
         self.engine.step = lambda: time.sleep(seconds) or step()  # type: ignore[method-assign]
 
     def wait_until_idle(self) -> None:
-        deadline = time.monotonic() + 10
-        while not self.engine.is_idle:
-            assert time.monotonic() < deadline, "requests are left over"
-            time.sleep(0.01)
+        wait_until(lambda: self.engine.is_idle)
         assert self.engine.caches.num_bytes_in_use == 0
 
 

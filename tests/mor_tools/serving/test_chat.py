@@ -156,6 +156,8 @@ def test_without_a_limit_an_answer_has_what_is_left(server: Running) -> None:
         ({"tools": [{"type": "function"}]}, "tools=.* is not supported"),
         ({"response_format": {"type": "yaml"}}, "response_format must be"),
         ({"max_completion_tokens": 101}, "must be in 1..100"),
+        ({"extra_body": {"continue_final_message": True}}, "continue_final_message=True is not"),
+        ({"extra_body": {"chat_template": "{{ 1 }}"}}, "chat_template=.* is not supported"),
     ],
     ids=str,
 )

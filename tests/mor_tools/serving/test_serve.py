@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,24 @@ import httpx2 as httpx
 import openai
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from mor_layers.generation import DepthBatchingEngine, Request, scheduling
-from mor_tools.commands import generate, main
+from mor_tools.commands import generate, main, serve
 from mor_tools.serving import loading
 from mor_tools.serving.access import Access
 from mor_tools.serving.app import Limits
+from mor_tools.serving.calls import completions
+from mor_tools.serving.calls.protocol import UNSUPPORTED
 from mor_tools.serving.engines.worker import EngineWorker, UnavailableError
-from tests.mor_tools.serving.running import SIZES, Running, engine_of, options_of, running
+from tests.mor_tools.serving.running import (
+    SIZES,
+    Running,
+    engine_of,
+    options_of,
+    running,
+    wait_until,
+)
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +165,6 @@ def test_many_callers_at_once_get_what_each_gets_alone(server: Running) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"model": "other"}, "is not served"),
         ({"prompt": ""}, "ids is empty"),
         ({"prompt": [1, 999]}, "vocabulary"),
         ({"prompt": "x" * 200}, "exceed max_length"),
@@ -172,6 +182,13 @@ def test_many_callers_at_once_get_what_each_gets_alone(server: Running) -> None:
         ({"extra_body": {"min_p": 2}}, "min_p"),
         ({"extra_body": {"priority": 1 << 63}}, "priority"),
         ({"stop": ["a"] * 5}, "up to 4"),
+        ({"n": 2, "best_of": 3}, "best_of must be n"),
+        ({"extra_body": {"stop_token_ids": [256]}}, "token ids in 0..255"),
+        ({"extra_body": {"stop_token_ids": [True]}}, "token ids in 0..255"),
+        ({"extra_body": {"stop_token_ids": [1] * 200}}, "up to 128"),
+        ({"extra_body": {"min_tokens": 3}}, "min_tokens=3 is not supported"),
+        ({"extra_body": {"use_beam_search": True}}, "use_beam_search=True is not supported"),
+        ({"extra_body": {"top_k": -2}}, "top_k"),
         ({"extra_body": {"depth": 3}}, "unknown parameter 'depth'"),
         ({"extra_body": {"max_tokens": "many"}}, "expected int"),
     ],
@@ -183,6 +200,64 @@ def test_impossible_calls_are_refused_with_a_reason(server, arguments, message, 
         server.client.completions.create(
             **{"model": "random", "prompt": "x", "stream": stream} | arguments
         )
+
+
+NEUTRAL = {
+    name: value
+    for name, allowed in (UNSUPPORTED | completions.UNSUPPORTED).items()
+    for value in allowed
+}
+"""Of each field that is not supported, a value that has no effect."""
+
+
+def test_fields_of_other_servers_are_taken_where_they_have_no_effect(server: Running) -> None:
+    others = {"user": "me", "metadata": {"a": "b"}, "request_id": "x", "top_k": -1, "best_of": 1}
+    others |= {"safety_identifier": "y", "prompt_cache_key": "z", "stop_token_ids": []}
+    body = {"prompt": "Hello", "max_tokens": 4, "temperature": 0} | NEUTRAL | others
+    answer = server.post(body)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["text"] == server.alone("Hello", 4)
+
+
+def test_tokens_of_the_body_end_its_text(server: Running) -> None:
+    free = server.alone("Hello", 30)
+    end = next(character for character in free[3:] if character.isascii())
+    answer = server.post(
+        {"prompt": "Hello", "max_tokens": 30, "temperature": 0, "stop_token_ids": [ord(end)]}
+    ).json()
+    assert answer["choices"][0]["text"] == free[: free.index(end)]
+    assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_stream_tells_the_usage_so_far(server: Running) -> None:
+    arguments = {"model": "random", "prompt": "Hello", "max_tokens": 4, "stream": True}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(server.client.completions.create(**arguments, stream_options=options))
+    assert [chunk.usage.completion_tokens for chunk in chunks] == [1, 2, 3, 4, 4]
+    assert {chunk.usage.prompt_tokens for chunk in chunks} == {5}
+    for options in ({}, {"include_usage": False, "continuous_usage_stats": True}):
+        chunks = list(server.client.completions.create(**arguments, stream_options=options))
+        assert len(chunks) == 4 and all(chunk.usage is None for chunk in chunks)
+
+
+def test_models_and_paths_that_are_not_served(server: Running) -> None:
+    model = server.client.models.retrieve("random")
+    assert model.id == "random" and model.max_model_len == 128
+    assert abs(model.created - time.time()) < 3600
+    with pytest.raises(openai.NotFoundError, match="'other' is not served"):
+        server.client.models.retrieve("other")
+    for stream in (False, True):
+        with pytest.raises(openai.NotFoundError, match="'other' is not served"):
+            server.client.completions.create(model="other", prompt="x", stream=stream)
+    for method, path, status in (
+        ("GET", "/v1/completions", 405),
+        ("POST", "/v1/models", 405),
+        ("POST", "/v1/embeddings", 404),
+        ("GET", "/" + "x" * 500, 404),
+    ):
+        answer = httpx.request(method, server.url + path)
+        message = answer.json()["error"]["message"]
+        assert answer.status_code == status and "is not served" in message and len(message) < 200
 
 
 def test_bodies_that_are_no_calls(server: Running) -> None:
@@ -501,13 +576,27 @@ def test_too_many_calls_are_turned_away() -> None:
         own.client.completions.create(model="random", prompt="x")
 
 
+def test_a_full_queue_costs_nobody_who_is_in_it() -> None:
+    with running("--slots", "2", "--max-waiting", "1") as own, ThreadPoolExecutor(3) as callers:
+        own.slow_down(0.002)
+        arguments = {"max_tokens": 40, "temperature": 0}
+        calls = []
+        for number in range(3):  # two run and one waits
+            calls.append(callers.submit(own.post, arguments | {"prompt": "x" * (1 + number)}))
+            wait_until(lambda: own.engine.num_running + own.engine.num_waiting == len(calls))
+        for _ in range(3):
+            refused = own.post(arguments | {"prompt": "y"})
+            assert refused.status_code == 429 and "Try again later" in refused.text
+        for number, call in enumerate(calls):
+            (choice,) = call.result().json()["choices"]
+            assert choice["text"] == own.alone("x" * (1 + number), 40)
+        assert own.engine.counters.finished == 3
+
+
 def wait_until_refusing(own: Running) -> None:
     """Tell a server to stop, and wait until it takes no more calls."""
     own.server.should_exit = True
-    deadline = time.monotonic() + 10
-    while own.service.worker.is_alive:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: not own.service.worker.is_alive)
 
 
 def test_shutdown_lets_calls_end_and_takes_no_new_ones() -> None:
@@ -524,6 +613,40 @@ def test_shutdown_lets_calls_end_and_takes_no_new_ones() -> None:
         assert httpx.get(f"{own.url}/health").status_code == 503
         chunks += list(stream)
         assert len(chunks) == 60 and chunks[-1].choices[0].finish_reason == "length"
+    assert own.engine.is_idle and own.engine.caches.num_bytes_in_use == 0
+
+
+def test_shutdown_under_load_answers_or_refuses_every_call() -> None:
+    """Callers who call again and again get whole answers, and in the end a refusal."""
+    with running() as own, ThreadPoolExecutor(6) as callers:
+        own.slow_down(0.002)
+        expected = [own.alone("x" * (1 + number), 8) for number in range(6)]
+        body = {"max_tokens": 8, "temperature": 0}
+
+        def call_until_refused(number: int) -> int:
+            arguments = body | {"prompt": "x" * (1 + number), "stream": number % 2 == 0}
+            for answered in range(1000):
+                answer = own.post(arguments)
+                if answer.status_code == 503:
+                    assert "shutting down" in answer.json()["error"]["message"]
+                    return answered
+                assert answer.status_code == 200
+                parts = [answer.text]
+                if arguments["stream"]:
+                    *parts, end, rest = answer.text.split("\n\n")
+                    assert (end, rest) == ("data: [DONE]", "")
+                parts = [json.loads(part.removeprefix("data: "))["choices"][0] for part in parts]
+                assert "".join(part["text"] for part in parts) == expected[number]
+                if not own.service.worker.is_alive:  # the port may be closed by now
+                    return answered + 1
+            raise AssertionError("was never refused")
+
+        calls = [callers.submit(call_until_refused, number) for number in range(6)]
+        wait_until(lambda: own.engine.counters.finished >= 8)
+        wait_until_refusing(own)
+        answered = [call.result() for call in calls]
+    # Callers who wait for a slot when the signal comes are served, too.
+    assert sum(answered) == own.engine.counters.finished > 8
     assert own.engine.is_idle and own.engine.caches.num_bytes_in_use == 0
 
 
@@ -614,12 +737,38 @@ def test_a_caller_whose_event_loop_is_gone_is_not_served_on() -> None:
     worker.close()
 
 
+def test_a_server_compiles_before_it_listens() -> None:
+    with torch.compiler.set_stance("force_eager"):  # the function of a graph, as it is
+        engine = engine_of(options_of(*SIZES, "--compiler", "eager"))
+        graph = engine.runner.links[0].static
+        assert graph is not None and graph.has_tokens, "no tick has run"
+        assert engine.is_idle and engine.counters.ticks == engine.counters.finished == 0
+        assert engine.caches.num_bytes_in_use == 0
+
+
+@pytest.mark.full
+def test_a_compiled_server_answers_as_one_that_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    compiled, wanted = CompileCounterWithBackend("aot_eager"), serve.engine_options
+    monkeypatch.setattr(
+        serve, "engine_options", lambda given: replace(wanted(given), compiler=compiled)
+    )
+    with running() as own:
+        assert compiled.frame_count == 1
+        for number in range(1, 6):
+            answer = own.post({"prompt": "x" * number, "max_tokens": 20, "temperature": 0, "n": 2})
+            texts = {choice["text"] for choice in answer.json()["choices"]}
+            assert texts == {own.alone("x" * number, 20)}
+        assert compiled.frame_count == 1
+
+
 def test_wrong_arguments_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = tmp_path / "empty"
     empty.write_text("\n")
     for arguments in (
         ["--model", "nowhere"],
         ["--kv-mib", "0.001"],
+        ["--compiler", "nothing"],
         ["--api-key-file", str(empty)],
         ["--api-key", ""],
     ):

@@ -20,9 +20,15 @@ from mor_tools.serving.loading import ServedModel
 from mor_tools.serving.tokenizers import Tokenizer
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (None, True),
     "audio": (None,),
+    "chat_template": (None,),
+    "continue_final_message": (None, False),
+    "documents": (None,),
+    "echo": (None, False),
     "functions": (None, []),
     "modalities": (None, ["text"]),
+    "parallel_tool_calls": (None, True, False),
     "tool_choice": (None, "none", "auto"),
     "tools": (None, []),
 }
@@ -71,7 +77,7 @@ def parse(body: bytes | bytearray, model: ServedModel, bounds: Bounds, client: s
         requests,
         choices,
         options.stream,
-        options.include_usage,
+        options.usage,
         kind="chat.completion",
         part_kind="chat.completion.chunk",
         prefix="chatcmpl",

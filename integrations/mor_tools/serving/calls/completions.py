@@ -18,7 +18,7 @@ from mor_tools.serving.calls.protocol import (
 from mor_tools.serving.loading import ServedModel
 from mor_tools.serving.tokenizers import Tokenizer
 
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {"best_of": (None, 1), "suffix": (None, "")}
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {"suffix": (None, "")}
 """Fields of the protocol that are not supported, with the values that have no effect."""
 
 
@@ -51,7 +51,7 @@ def parse(body: bytes | bytearray, model: ServedModel, bounds: Bounds, client: s
         requests,
         choices,
         options.stream,
-        options.include_usage,
+        options.usage,
         kind="text_completion",
         part_kind="text_completion",
         prefix="cmpl",

@@ -7,11 +7,16 @@ from typing import Any, NoReturn
 
 
 class BadRequestError(Exception):
-    """The body is invalid, or requests something that is not supported."""
+    """The body is invalid, or requests something that is not supported.
 
-    def __init__(self, message: str, parameter: str | None = None) -> None:
+    Args:
+        parameter: the field that is to blame.
+        status: the HTTP status of the response.
+    """
+
+    def __init__(self, message: str, parameter: str | None = None, status: int = 400) -> None:
         super().__init__(message)
-        self.parameter = parameter
+        self.parameter, self.status = parameter, status
 
 
 def json_value(body: bytes | bytearray) -> object:

@@ -12,8 +12,29 @@ from mor_tools.serving.calls.fields import BadRequestError, Fields
 from mor_tools.serving.calls.grammars import GrammarConstraint, GrammarError
 from mor_tools.serving.loading import ServedModel
 
-IGNORED = {"user", "metadata"}
+IGNORED = {"metadata", "prompt_cache_key", "request_id", "safety_identifier", "user"}
 """Fields that are accepted and ignored, because they do not affect the response."""
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (None, False),
+    "allowed_token_ids": (None,),
+    "bad_words": (None, []),
+    "detokenize": (None, True),
+    "include_stop_str_in_output": (None, False),
+    "length_penalty": (None, 1),
+    "min_tokens": (None, 0),
+    "prompt_logprobs": (None,),
+    "return_token_ids": (None, False),
+    "service_tier": (None, "auto", "default"),
+    "skip_special_tokens": (None, False),
+    "spaces_between_special_tokens": (None, True),
+    "store": (None, False),
+    "truncate_prompt_tokens": (None,),
+    "use_beam_search": (None, False),
+}
+"""Fields of these protocols, and of vLLM's extensions to them, that are not supported, with the values
+that have no effect and are therefore allowed."""
+MAX_STOP_IDS = 128
+"""Largest number of tokens that a body may name as ends of its text."""
 MAX_CHOICES = 16
 """Largest number of prompts times choices in one call."""
 MAX_LOGPROBS = 20
@@ -58,7 +79,7 @@ class Call:
     choices: list[Choice]
     """The choice that each request becomes."""
     stream: bool
-    include_usage: bool
+    usage: "UsageParts"
     kind: str
     """What the protocol calls a whole response."""
     part_kind: str
@@ -104,13 +125,23 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class UsageParts:
+    """Where a stream reports the number of tokens."""
+
+    at_end: bool = False
+    """In a last part without choices."""
+    always: bool = False
+    """In every part, so far."""
+
+
+@dataclass(frozen=True)
 class Options:
     """What both protocols allow a body to set."""
 
     count: int
     """Number of choices per prompt."""
     stream: bool
-    include_usage: bool
+    usage: UsageParts
     request: Request
     """A request with these settings, whose prompt and length are still to be set."""
     constraint: GrammarConstraint | None
@@ -146,15 +177,21 @@ def take_options(
     Raises:
         BadRequestError: one of them is invalid.
     """
+    given.refuse(UNSUPPORTED)
     name = given.take("model", str, model.name)
     if name != model.name:
-        raise BadRequestError(f"model={name[:80]!r} is not served. Use {model.name!r}.", "model")
+        message = f"model={name[:80]!r} is not served. Use {model.name!r}."
+        raise BadRequestError(message, "model", status=404)
     count = given.take("n", int, 1)
     if count < 1 or count * num_prompts > MAX_CHOICES:
         raise BadRequestError(
             f"n={str(count)[:20]} for {num_prompts} prompt(s): request 1 to {MAX_CHOICES} choices "
             "in total.",
             "n",
+        )
+    if given.take_int("best_of", range(1, MAX_CHOICES + 1), count) not in (1, count):
+        raise BadRequestError(
+            "best_of must be n, or left out: all choices are returned.", "best_of"
         )
     stream = given.take("stream", bool, False)
     seed = given.take_int("seed", SEEDS, None)
@@ -164,7 +201,7 @@ def take_options(
     try:
         sampling = Sampling(
             given.take("temperature", float, 1.0),
-            given.take("top_k", int, 0),
+            _top_k(given.take("top_k", int, 0)),
             given.take("top_p", float, 1.0),
             given.take("min_p", float, 0.0),
             uuid.uuid4().int % UINT64 if seed is None else seed,
@@ -177,7 +214,7 @@ def take_options(
             (0,),
             1,
             sampling,
-            () if given.take("ignore_eos", bool, False) else model.stop_ids,
+            _stop_ids(given, model),
             _stop(given.values.pop("stop", None)),
             timeout,
             priority=given.take_int("priority", INT64, 0),
@@ -186,13 +223,13 @@ def take_options(
         )
     except ValueError as error:
         raise BadRequestError(str(error)) from error
-    includes_usage = _includes_usage(given.take("stream_options", dict, {}), stream)
+    usage = _usage_parts(given.take("stream_options", dict, {}), stream)
     form = _grammar(given)
     try:
         constraint = None if form is None else model.grammars.constraint(form)
     except GrammarError as error:
         raise BadRequestError(str(error)) from error
-    return Options(count, stream, includes_usage, request, constraint)
+    return Options(count, stream, usage, request, constraint)
 
 
 def failure(event: Event) -> tuple[int, str] | None:
@@ -213,6 +250,24 @@ def _stop(stop: object) -> tuple[str, ...]:
     if not isinstance(stop, list) or len(stop) > 4 or not all(isinstance(s, str) for s in stop):
         raise BadRequestError("stop must be a string or a list of up to 4 strings.", "stop")
     return tuple(stop)
+
+
+def _stop_ids(given: Fields, model: ServedModel) -> tuple[int, ...]:
+    """The tokens that end a text: those of the model, unless they are ignored, and those of the body."""
+    own = () if given.take("ignore_eos", bool, False) else model.stop_ids
+    ids = given.take("stop_token_ids", list, [])
+    allowed = range(model.config.vocab_size)
+    if len(ids) > MAX_STOP_IDS or not all(type(i) is int and i in allowed for i in ids):
+        raise BadRequestError(
+            f"stop_token_ids must be up to {MAX_STOP_IDS} token ids in {allowed.start}.."
+            f"{allowed.stop - 1}.",
+            "stop_token_ids",
+        )
+    return (*own, *ids)
+
+
+def _top_k(count: int) -> int:
+    return 0 if count == -1 else count  # vLLM and SGLang write no limit as -1
 
 
 def _grammar(given: Fields) -> dict[str, Any] | None:
@@ -267,12 +322,15 @@ def _logit_bias(values: dict[str, Any]) -> tuple[tuple[int, float], ...]:
     return tuple((int(token), float(bias)) for token, bias in values.items())
 
 
-def _includes_usage(options: dict[str, object], stream: bool) -> bool:
+def _usage_parts(options: dict[str, object], stream: bool) -> UsageParts:
     if options and not stream:
         raise BadRequestError("stream_options requires stream=true.", "stream_options")
-    include_usage = options.get("include_usage", False)
-    if set(options) - {"include_usage"} or not isinstance(include_usage, bool):
+    values = [options.get(name, False) for name in ("include_usage", "continuous_usage_stats")]
+    known = set(options) <= {"include_usage", "continuous_usage_stats"}
+    if not known or not all(isinstance(value, bool) for value in values):
         raise BadRequestError(
-            "stream_options may only contain include_usage, true or false.", "stream_options"
+            "stream_options may only contain include_usage and continuous_usage_stats, true or false.",
+            "stream_options",
         )
-    return include_usage
+    at_end, always = map(bool, values)
+    return UsageParts(at_end, at_end and always)

@@ -7,7 +7,7 @@ sizes is a recorded graph of its own, so there are few of them.
 FEWEST = 2
 """Smallest size, because the compiler makes special cases of 0 and 1."""
 
-FINEST = 8
+FINEST = 4
 """Smallest size of recorded graphs. Further sizes are multiples of it."""
 
 
