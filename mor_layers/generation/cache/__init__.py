@@ -3,6 +3,7 @@
 from mor_layers.generation.cache.attention import CachedAttention, CachedContext
 from mor_layers.generation.cache.caches import Caches, CacheSettings
 from mor_layers.generation.cache.memory import KVArena, PagedRows
+from mor_layers.generation.cache.native import attends_natively
 from mor_layers.generation.cache.policies import (
     CACHE_POLICIES,
     CachePolicy,
@@ -23,4 +24,5 @@ __all__ = [
     "PagedRows",
     "TokensInFlight",
     "Visible",
+    "attends_natively",
 ]

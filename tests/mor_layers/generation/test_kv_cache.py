@@ -1,5 +1,8 @@
 """Bookkeeping, bytes, and attention to rows of a cache, each against plain loops."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,9 +11,17 @@ from hypothesis import strategies as st
 from mor_layers import ExpertChoice
 from mor_layers.costs import account
 from mor_layers.generation import CacheSettings, DepthBatchingEngine, Request
-from mor_layers.generation.cache import CachedAttention, KVArena, PagedRows, Visible
+from mor_layers.generation.cache import (
+    CachedAttention,
+    KVArena,
+    PagedRows,
+    Visible,
+    attends_natively,
+)
+from mor_layers.generation.cache import attention as cache_attention
 from mor_layers.generation.cache.attention import GatheredAttention, IndexedAttention
 from mor_layers.generation.cache.memory import EightBits
+from mor_layers.generation.cache.native import PagedAttention
 from mor_layers.generation.tick.runner import ModelRunner
 from mor_layers.recursion import KVPolicy
 from tests.mor_layers.generation.served import Recorder, prompt
@@ -73,7 +84,7 @@ def test_rows_are_handed_out_once_and_come_back(history) -> None:
     ],
 )
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 2), (3, 3), (6, 1)])
-def test_both_ways_of_attention_equal_a_loop(
+def test_all_ways_of_attention_equal_a_loop(
     num_heads: int, num_kv_heads: int, dtype: torch.dtype, eight_bits: EightBits | None
 ) -> None:
     torch.manual_seed(0)
@@ -98,8 +109,10 @@ def test_both_ways_of_attention_equal_a_loop(
     ways = {
         "indexed": IndexedAttention(visible, arena, num_heads),
         "gathered": GatheredAttention(visible, torch.tensor(lengths)),
-        "mixed": CachedAttention(visible, lists, arena, num_heads),
+        "chosen": CachedAttention(visible, lists, arena, num_heads),
     }
+    with without_kernel():
+        ways["mixed"] = CachedAttention(visible, lists, arena, num_heads)
     for name, attention in ways.items():
         for layer in (0, 1):  # what a layer leaves behind must not reach the next
             out = attention(arena, layer, query)
@@ -111,6 +124,54 @@ def test_both_ways_of_attention_equal_a_loop(
             atol=tolerance,
             msg=name,
         )
+
+
+@pytest.mark.parametrize("eight_bits", [None, "int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_vectors", [1, 2])
+@pytest.mark.parametrize("head_size", [20, 64, 128])
+def test_the_kernel_equals_pytorch(
+    head_size: int, num_vectors: int, dtype: torch.dtype, eight_bits: EightBits | None
+) -> None:
+    """In blocks of 64 rows and tiles of 16 tokens, some of them incomplete; one token sees nothing."""
+    torch.manual_seed(0)
+    arena = KVArena(1, 300, 2, head_size, dtype, "cpu", eight_bits, num_vectors)
+    assert attends_natively(arena)
+    key, value = torch.randn(2, 300, 2, head_size, dtype=dtype)
+    arena.write(0, torch.arange(300), key, value if num_vectors == 2 else None)
+    table = torch.randperm(300)[None, :200].repeat(3, 1)
+    lists = torch.tensor([0] * 19 + [1, 2, 2, 0])
+    counts = torch.tensor([*range(110, 129), 64, 65, 199, 0])
+    query = torch.randn(23, 6, head_size).to(dtype)
+    query[4] *= 5  # one row outweighs all others
+    visible = Visible(table, lists, counts)
+    out = PagedAttention(visible)(arena, 0, query)
+    with without_kernel():
+        seen = Visible(table, lists[:-1], counts[:-1])
+        expected = CachedAttention(seen, lists[:-1], arena, 6)(arena, 0, query[:-1])
+    assert out.dtype == dtype and (out[-1] == 0).all()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2  # bf16 has eight bits of precision
+    torch.testing.assert_close(out[:-1], expected, rtol=tolerance, atol=tolerance)
+
+
+def test_the_kernel_passes_on_what_is_not_a_number() -> None:
+    """A request whose states are not finite must be found out, and no other one changed."""
+    arena = KVArena(1, 4, 1, 8)
+    arena.data.normal_()
+    query = torch.randn(3, 2, 8)
+    visible = Visible(torch.arange(4)[None].repeat(3, 1), torch.arange(3), torch.tensor([4, 4, 4]))
+    expected = PagedAttention(visible)(arena, 0, query)
+    query[1] = float("nan")
+    out = PagedAttention(visible)(arena, 0, query)
+    assert out[1].isnan().all() and torch.equal(out[[0, 2]], expected[[0, 2]])
+
+
+@contextmanager
+def without_kernel() -> Iterator[None]:
+    """As where there is no compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_attention, "attends_natively", lambda arena: False)
+        yield
 
 
 @pytest.mark.parametrize("eight_bits", ["int8", "fp8"])

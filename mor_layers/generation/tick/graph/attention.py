@@ -10,6 +10,7 @@ Legend: `t` rows of a graph, `w` of them that may write to the cache, `m` rows s
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from weakref import WeakValueDictionary
 
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mor_layers.generation.cache import CachedAttention, KVArena, Visible
+from mor_layers.generation.cache import CachedAttention, KVArena, Visible, attends_natively
 
 Attend = Callable[[int, Tensor, Tensor | None, Tensor | None], Tensor]
 """From a layer, queries `[t n d]`, keys and values `[w g d]` to the output `[t n d]`."""
@@ -64,12 +65,16 @@ class ReadInPlace:
         self, visible: Visible, slots: Tensor, is_token: Tensor, rows: Tensor, is_written: Tensor
     ) -> None:
         """Find out what the tokens see, when the graph runs."""
-        self.tokens, self.written = _where(is_token), _where(is_written)
+        self.written, self.tokens = _where(is_written), None
         self.rows = rows if self.written is None else rows[self.written]
-        self.attention = None
+        if attends_natively(self.arena):  # rows without a token come along, and see nothing
+            visible = replace(visible, counts=visible.counts.where(is_token, 0))
+        else:
+            self.tokens = _where(is_token)
         if self.tokens is not None:
             lists, counts = visible.lists[self.tokens], visible.counts[self.tokens]
             visible, slots = Visible(visible.table, lists, counts), slots[self.tokens]
+        self.attention = None
         if len(slots):
             self.attention = CachedAttention(
                 visible, slots, self.arena, self.num_heads, self.are_alone

@@ -1,0 +1,72 @@
+"""Compiles `paged_attention.cpp` for the processor at hand, once, and loads it.
+
+The library is kept where PyTorch keeps compiled extensions (`TORCH_EXTENSIONS_DIR`, or a folder of the
+user's cache), under a name that depends on the source, the command and the processor. It contains no
+part of PyTorch, so it takes about a second to make, and serves every version of it.
+"""
+
+import ctypes
+import fcntl
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("paged_attention.cpp")
+_FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fno-math-errno")
+_SECONDS = 120
+"""After this time, a compiler that has not finished is given up."""
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled library; None where there is no compiler or it fails, which is then logged."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None or sys.platform not in ("linux", "darwin"):
+        return None
+    try:
+        return ctypes.CDLL(str(_built(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or error
+        logger.warning("attention could not be compiled, and PyTorch takes its place: %s", said)
+        return None
+
+
+def _built(compiler: str) -> Path:
+    """The library's file, which is made if there is none."""
+    command = [compiler, *_FLAGS, *["-fopenmp"] * (sys.platform == "linux"), str(SOURCE), "-o"]
+    parts = SOURCE.read_bytes(), " ".join(command).encode(), _processor().encode()
+    digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    target = Path(folder) / "mor_layers" / f"{SOURCE.stem}-{digest}.so"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # One process compiles and others wait. The lock ends with its process, however that ends, and the
+    # library gets its name when it is complete.
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            made = target.with_suffix(f".{os.getpid()}")
+            subprocess.run(
+                [*command, str(made)], check=True, capture_output=True, text=True, timeout=_SECONDS
+            )
+            made.replace(target)
+    return target
+
+
+def _processor() -> str:
+    """What distinguishes processors that need libraries of their own."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    features = (line for line in lines if line.lower().startswith(("flags", "features")))
+    return f"{platform.machine()} {platform.processor()} {next(features, '')}"
