@@ -1,70 +1,21 @@
-// Attention of tokens to rows of a paged cache, which are read in place. `build.py` compiles this.
+// Attention of tokens to rows of a paged cache, which are read in place.
 //
 // A tile is a few tokens of one sequence. Its queries read the rows of a key head in blocks, and keep a
 // running softmax (Milakov and Gimelshein 2018, arXiv 1805.02867), so that a row is read once for all of
 // them. Rows of fewer than 32 bits are expanded block by block, into the first-level cache.
-//
-// The compiler makes vector instructions of `Vec` for the processor at hand.
 
 #include <algorithm>
-#include <bit>
-#include <cstdint>
-#include <limits>
 #include <type_traits>
 #include <vector>
 
+#include "numbers.h"
+
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kWidth = 16;
-#elif defined(__AVX__)
-constexpr int kWidth = 8;
-#else
-constexpr int kWidth = 4;
-#endif
-constexpr int kRows = 64;       // rows of a block
-constexpr int kTokens = 16;     // tokens of a tile, at most
-constexpr int kQueries = 4;     // queries whose sums stay in registers
-constexpr int kLine = 64;       // bytes that the processor fetches at once
+constexpr int kRows = 64;     // rows of a block
+constexpr int kTokens = 16;   // tokens of a tile, at most
+constexpr int kLine = 64;     // bytes that the processor fetches at once
 constexpr float kNone = -std::numeric_limits<float>::infinity();
-
-typedef float Vec __attribute__((vector_size(4 * kWidth)));
-typedef float UnalignedVec __attribute__((vector_size(4 * kWidth), aligned(4)));
-
-inline Vec load(const float* from) { return *reinterpret_cast<const UnalignedVec*>(from); }
-inline void store(float* to, Vec value) { *reinterpret_cast<UnalignedVec*>(to) = value; }
-
-// Formats of rows.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Fp8 {
-  uint8_t bits;
-};
-inline float number(float x) { return x; }
-inline float number(BFloat16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
-inline float number(int8_t x) { return x; }
-inline float number(Fp8 x) {  // E4M3, whose exponents are 120 less than those of fp32
-  const uint32_t magnitude = x.bits & 0x7f, sign = x.bits & 0x80;
-  return std::bit_cast<float>(sign << 24 | magnitude << 20) * 0x1p120f;
-}
-
-// exp(x) of x <= 0, to 2 units in the last place (the polynomial of Cephes).
-inline float exp_of(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  constexpr int32_t kRounds = 0x4b400000;  // the bits of 1.5 * 2^23: adding it rounds to an integer
-  const float shifted = x * 1.44269504f + std::bit_cast<float>(kRounds);
-  const float whole = shifted - std::bit_cast<float>(kRounds);
-  const float r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return p * std::bit_cast<float>((std::bit_cast<int32_t>(shifted) - kRounds + 127) << 23);
-}
 
 #if defined(__clang__)
 #define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -269,16 +220,13 @@ void attend_tile(const Cache& cache, void (Block::*read)(const Cache&, const int
 
 }  // namespace
 
-// Formats of the cache, as `build.py` counts them.
-enum Format : int64_t { kFloat, kBFloat16, kInt8, kFp8 };
-
 // Attention of `num_tokens` queries `[tokens heads size]`. A token sees the first `counts[t]` rows of its list
 // `table[lists[t]]`; one that sees none gets zeros.
-extern "C" void paged_attention(const float* query, float* out, const void* data, const float* scales,
-                                const int64_t* table, const int64_t* lists, const int64_t* counts,
-                                int64_t num_tokens, int64_t num_heads, int64_t list_size, int64_t num_vectors,
-                                int64_t num_kv_heads, int64_t size, int64_t format, int64_t num_threads,
-                                float scale) {
+extern "C" void mor_paged_attention(int64_t format, const float* query, float* out, const void* data,
+                                    const float* scales, const int64_t* table, const int64_t* lists,
+                                    const int64_t* counts, int64_t num_tokens, int64_t num_heads,
+                                    int64_t list_size, int64_t num_vectors, int64_t num_kv_heads, int64_t size,
+                                    int64_t num_threads, float scale) {
   const Cache cache{data, scales, num_vectors, num_kv_heads, size};
   const auto read = format == kFloat      ? &Block::read<float>
                     : format == kBFloat16 ? &Block::read<BFloat16>
