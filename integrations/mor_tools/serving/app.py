@@ -52,7 +52,9 @@ class Limits:
     max_body_bytes: int = 1 << 20
     """Largest size of a body. Larger ones get the status 413."""
     body_timeout: float = 30.0
-    """Seconds within which the whole body must arrive."""
+    """Seconds within which the head of a request must arrive, and then the whole body."""
+    max_connections: int = 1000
+    """Largest number of connections. Further ones are closed."""
     read_timeout: float = 30.0
     """Seconds after which a stream is closed if the client does not read."""
     timeout: float | None = 120.0

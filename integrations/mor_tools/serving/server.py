@@ -1,11 +1,18 @@
 """The HTTP server process and its graceful shutdown."""
 
+from functools import partial
+
 import uvicorn
 
 from mor_tools.serving.app import Service
+from mor_tools.serving.connection import Connection
 
 FLUSH_SECONDS = 3
 """Seconds to send responses that are still buffered when all calls have ended."""
+
+KEEP_ALIVE_SECONDS = 75
+"""Seconds that an idle connection stays open. Clients and proxies close theirs sooner, so that none
+sends a request at the moment at which the server closes the connection."""
 
 
 class Server(uvicorn.Server):
@@ -20,11 +27,18 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, service: Service, grace: float, **settings: object) -> None:
-        app = service.app()
+        app, limits = service.app(), service.limits
+        connection = partial(
+            Connection,
+            head_timeout=limits.body_timeout,
+            max_connections=limits.max_connections,
+        )
         super().__init__(
             uvicorn.Config(
                 app,
+                http=connection,  # type: ignore[arg-type]
                 log_level="warning",
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=FLUSH_SECONDS,
                 **settings,  # type: ignore[arg-type]
             )

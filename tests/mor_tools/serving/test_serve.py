@@ -8,7 +8,9 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -333,6 +335,43 @@ def test_a_large_body_is_refused_before_it_is_read(server: Running) -> None:
     with socket.create_connection(server.socket.getsockname(), timeout=5) as connection:
         connection.sendall(head.encode())
         assert connection.recv(1 << 12).startswith(b"HTTP/1.1 413")
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
+    """A server that waits for a request for a moment, and has three connections at most."""
+    monkeypatch.setattr(serve, "Limits", partial(Limits, body_timeout=0.5, max_connections=3))
+    with running() as own:
+        yield own
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/completions HTTP/1.1\r\nHost: loc"])
+def test_a_connection_that_sends_no_request_is_closed(impatient: Running, sent: bytes) -> None:
+    with socket.create_connection(impatient.socket.getsockname(), timeout=10) as connection:
+        connection.sendall(sent)
+        assert impatient.post({"prompt": "x", "max_tokens": 1}).status_code == 200
+        assert connection.recv(1 << 12) == b""
+
+
+def test_a_connection_that_has_sent_a_request_stays_open(impatient: Running) -> None:
+    with httpx.Client(base_url=impatient.url) as client:
+        assert client.get("/health").text == "ok"
+        kept = set(impatient.server.server_state.connections)
+        time.sleep(0.7)
+        assert client.get("/health").text == "ok"
+        assert impatient.server.server_state.connections == kept and len(kept) == 1
+
+
+def test_connections_beyond_the_limit_are_closed(impatient: Running) -> None:
+    address = impatient.socket.getsockname()
+    with ExitStack() as places:
+        for _ in range(3):
+            places.enter_context(socket.create_connection(address))
+        wait_until(lambda: len(impatient.server.server_state.connections) == 3)
+        with pytest.raises((httpx.ReadError, httpx.RemoteProtocolError)):
+            httpx.get(f"{impatient.url}/health")
+    wait_until(lambda: not impatient.server.server_state.connections)
+    assert httpx.get(f"{impatient.url}/health").text == "ok"
 
 
 def test_web_pages_cannot_post(server: Running) -> None:
@@ -735,6 +774,19 @@ def test_a_caller_whose_event_loop_is_gone_is_not_served_on() -> None:
     assert worker.is_alive and not worker.has_work
     assert worker.engine.counters.generated_tokens < 100
     worker.close()
+
+
+def test_options_reach_the_engine() -> None:
+    sizes = ["--slots", "3", "--max-length", "40", "--chunk-size", "5", "--kv-mib", "0.5"]
+    given = [*sizes, "--prefix-sharing", "all", "--dtype", "bfloat16"]
+    for eight_bits in ("int8", "fp8"):
+        engine = engine_of(options_of(*given, f"--{eight_bits}-kv"))
+        cache = engine.caches.settings
+        assert (cache.num_slots, cache.max_length, cache.kv_bytes) == (3, 40, 1 << 19)
+        assert (cache.eight_bits, cache.prefix_sharing) == (eight_bits, "all")
+        assert engine.scheduler.chunk_size == 5
+        assert engine.runner.model.embedding.weight.dtype == torch.bfloat16
+        assert len(list(engine.stream(Request((1, 2), 3)))) == 3
 
 
 def test_a_server_compiles_before_it_listens() -> None:
