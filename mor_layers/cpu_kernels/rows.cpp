@@ -15,8 +15,8 @@ inline float gated(float x, float y) {
 }
 
 template <typename Number>
-void swiglu(const Number* gate, const Number* up, Number* out, int64_t num_rows, int64_t size, int64_t gate_stride,
-            int64_t up_stride, int64_t num_threads) {
+void swiglu(const Number* gate, const Number* up, Number* out, int64_t num_rows, int64_t size,
+            int64_t gate_stride, int64_t up_stride, int64_t num_threads) {
 #pragma omp parallel for num_threads(num_threads) if (num_rows * size >= kWorthThreads)
   for (int64_t r = 0; r < num_rows; ++r) {
     const Number *const x = gate + r * gate_stride, *const y = up + r * up_stride;
@@ -28,8 +28,9 @@ void swiglu(const Number* gate, const Number* up, Number* out, int64_t num_rows,
 
 // A row has `num_heads` heads; all of them turn by the same angles.
 template <typename Number>
-void rotate(const Number* heads, const Number* cos, const Number* sin, Number* out, int64_t num_rows,
-            int64_t num_heads, int64_t size, int64_t row_stride, int64_t num_threads) {
+void rotate(const Number* heads, const Number* cos, const Number* sin, Number* out,
+            int64_t num_rows, int64_t num_heads, int64_t size, int64_t row_stride,
+            int64_t num_threads) {
   const int64_t half = size / 2;
 #pragma omp parallel for num_threads(num_threads) if (num_rows * num_heads * size >= kWorthThreads)
   for (int64_t r = 0; r < num_rows; ++r) {
@@ -48,8 +49,8 @@ void rotate(const Number* heads, const Number* cos, const Number* sin, Number* o
 }
 
 template <typename Number>
-void rms_norm(const Number* rows, const Number* weight, Number* out, int64_t num_rows, int64_t size, int64_t stride,
-              int64_t num_threads, float epsilon) {
+void rms_norm(const Number* rows, const Number* weight, Number* out, int64_t num_rows, int64_t size,
+              int64_t stride, int64_t num_threads, float epsilon) {
 #pragma omp parallel for num_threads(num_threads) if (num_rows * size >= kWorthThreads)
   for (int64_t r = 0; r < num_rows; ++r) {
     const Number* const x = rows + r * stride;
@@ -73,25 +74,28 @@ void in_format(int64_t format, Run run) {
 
 extern "C" {
 
-void mor_swiglu(int64_t format, const void* gate, const void* up, void* out, int64_t num_rows, int64_t size,
-                int64_t gate_stride, int64_t up_stride, int64_t num_threads) {
+void mor_swiglu(int64_t format, const void* gate, const void* up, void* out, int64_t num_rows,
+                int64_t size, int64_t gate_stride, int64_t up_stride, int64_t num_threads) {
   in_format(format, [&]<typename T>(T) {
-    swiglu((const T*)gate, (const T*)up, (T*)out, num_rows, size, gate_stride, up_stride, num_threads);
-  });
-}
-
-void mor_rotate(int64_t format, const void* heads, const void* cos, const void* sin, void* out, int64_t num_rows,
-                int64_t num_heads, int64_t size, int64_t row_stride, int64_t num_threads) {
-  in_format(format, [&]<typename T>(T) {
-    rotate((const T*)heads, (const T*)cos, (const T*)sin, (T*)out, num_rows, num_heads, size, row_stride,
+    swiglu((const T*)gate, (const T*)up, (T*)out, num_rows, size, gate_stride, up_stride,
            num_threads);
   });
 }
 
-void mor_rms_norm(int64_t format, const void* rows, const void* weight, void* out, int64_t num_rows, int64_t size,
-                  int64_t stride, int64_t num_threads, float epsilon) {
+void mor_rotate(int64_t format, const void* heads, const void* cos, const void* sin, void* out,
+                int64_t num_rows, int64_t num_heads, int64_t size, int64_t row_stride,
+                int64_t num_threads) {
   in_format(format, [&]<typename T>(T) {
-    rms_norm((const T*)rows, (const T*)weight, (T*)out, num_rows, size, stride, num_threads, epsilon);
+    rotate((const T*)heads, (const T*)cos, (const T*)sin, (T*)out, num_rows, num_heads, size,
+           row_stride, num_threads);
+  });
+}
+
+void mor_rms_norm(int64_t format, const void* rows, const void* weight, void* out, int64_t num_rows,
+                  int64_t size, int64_t stride, int64_t num_threads, float epsilon) {
+  in_format(format, [&]<typename T>(T) {
+    rms_norm((const T*)rows, (const T*)weight, (T*)out, num_rows, size, stride, num_threads,
+             epsilon);
   });
 }
 
