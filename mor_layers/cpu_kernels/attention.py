@@ -1,7 +1,7 @@
 """Attention to rows of a paged cache, which are read in place.
 
-Legend: `t` tokens, `n` query heads, `g` key-value heads, `d` head size, `r` rows of the cache, `p` vectors
-of a head in a row, `l` lists of up to `m` rows.
+Legend: `t` tokens, `n` query heads, `g` key-value heads, `d` head size, `r` rows of the cache,
+`p` vectors of a head in a row, `l` lists of up to `m` rows.
 """
 
 import math
@@ -22,7 +22,9 @@ def attends_to(data: Tensor, dtype: torch.dtype) -> bool:
         dtype: of the numbers before they were stored. Sums would be too coarse for double precision.
     """
     is_known = data.dtype in FORMATS and dtype in (torch.float32, torch.bfloat16)
-    return is_known and data.device.type == "cpu" and are_kernels_allowed() and library() is not None
+    return (
+        is_known and data.device.type == "cpu" and are_kernels_allowed() and library() is not None
+    )
 
 
 def paged_attention(

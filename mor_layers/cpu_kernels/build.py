@@ -21,7 +21,8 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-_FLAGS = "-O3 -march=native -std=c++20 -fPIC -shared -fno-math-errno -fno-trapping-math".split()
+_FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared")
+_NUMBERS = ("-fno-math-errno", "-fno-trapping-math")  # nothing asks which operation failed
 _THREADS = {"linux": "-fopenmp", "darwin": "-fopenmp-simd"}
 _SECONDS = 120
 """After this time, a compiler that has not finished is given up."""
@@ -37,7 +38,9 @@ def library() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(_built(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or error
-        logger.warning("kernels could not be compiled, and plain PyTorch takes their place: %s", said)
+        logger.warning(
+            "kernels could not be compiled, and plain PyTorch takes their place: %s", said
+        )
         return None
 
 
@@ -58,7 +61,7 @@ def kernel(name: str, *types: type) -> Callable[..., None]:
 def _built(compiler: str) -> Path:
     """The library's file, which is made if there is none."""
     sources = sorted(FOLDER.glob("*.cpp"))
-    command = [compiler, *_FLAGS, _THREADS[sys.platform], *map(str, sources), "-o"]
+    command = [compiler, *_FLAGS, *_NUMBERS, _THREADS[sys.platform], *map(str, sources), "-o"]
     parts = [path.read_bytes() for path in (*sources, *FOLDER.glob("*.h"))]
     parts += [" ".join(command[: -len(sources) - 1]).encode(), _processor().encode()]
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]

@@ -17,8 +17,8 @@ def applies(values: Tensor, *others: Tensor) -> bool:
     """Whether kernels compute with rows like these.
 
     They do without gradients on a CPU, in single precision or bf16, where there is a C++ compiler.
-    `torch.compile` fuses plain PyTorch by itself, so what it traces is always that. Subclasses of tensors
-    are left to PyTorch.
+    `torch.compile` fuses plain PyTorch by itself, so what it traces is always that. Subclasses of
+    tensors are left to PyTorch.
 
     Args:
         values: rows of states.

@@ -81,12 +81,16 @@ def _row_stride(tensor: Tensor, num_inner: int) -> int | None:
     """
     sizes, strides = tensor.shape, tensor.stride()
     expected = 1
-    for size, stride in zip(sizes[: -num_inner - 1 : -1], strides[: -num_inner - 1 : -1], strict=True):
+    for size, stride in zip(
+        sizes[: -num_inner - 1 : -1], strides[: -num_inner - 1 : -1], strict=True
+    ):
         if size != 1 and stride != expected:
             return None
         expected *= size
     found = None
-    for size, stride in zip(sizes[-num_inner - 1 :: -1], strides[-num_inner - 1 :: -1], strict=True):
+    for size, stride in zip(
+        sizes[-num_inner - 1 :: -1], strides[-num_inner - 1 :: -1], strict=True
+    ):
         if size == 1:
             continue
         if found is None:

@@ -62,7 +62,7 @@ class StepNorm(nn.Module):
             return None
         # Looked at only: ZeRO takes an index of the list for a use, and would gather the weight for
         # the module that runs now instead of for this norm.
-        weights = tuple(self.weights.parameters())
+        weights = [own for _, own in self.weights.named_parameters(remove_duplicate=False)]
         return RMSNormWeight(weights[step if len(weights) > 1 else 0], self.epsilon)
 
 

@@ -16,7 +16,11 @@ from mor_layers.generation.cache import (
     Visible,
     is_read_by_kernel,
 )
-from mor_layers.generation.cache.attention import GatheredAttention, IndexedAttention, PagedAttention
+from mor_layers.generation.cache.attention import (
+    GatheredAttention,
+    IndexedAttention,
+    PagedAttention,
+)
 from mor_layers.generation.cache.memory import EightBits
 from mor_layers.generation.tick.runner import ModelRunner
 from mor_layers.recursion import KVPolicy
