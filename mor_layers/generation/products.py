@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mor_layers.cpu_kernels import swiglu
 from mor_layers.generation.watched import WatchedParameters
 from mor_layers.layers import (
     Assignment,
@@ -88,7 +89,7 @@ class Products:
     ) -> Float[Tensor, "t h"]:
         """The output of one expert."""
         gate, up = (multiply(hidden, weight[index]) for weight in (experts.gate, experts.up))
-        return multiply(F.silu(gate) * up, experts.down[index])
+        return multiply(swiglu(gate, up), experts.down[index])
 
     def chosen_experts(
         self, experts: Experts, hidden: Float[Tensor, "t h"], assignment: Assignment
@@ -153,7 +154,7 @@ class PackedProducts(Products):
             packed = self._packed[experts, index] = Packed([into, (experts.down[index],)])
         (into, _), (out, _) = packed.steps
         gate, up = multiply(hidden, into).split(packed.widths, dim=-1)
-        return multiply(F.silu(gate) * up, out)
+        return multiply(swiglu(gate, up), out)
 
 
 class Packed:

@@ -8,10 +8,10 @@ from functools import partial
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mor_layers.cpu_kernels import rms_norm, swiglu
 from mor_layers.layers import (
     Modulator,
     MoE,
@@ -53,7 +53,7 @@ class StepNorm(nn.Module):
         if len(self.weights) > 1:  # one step for all rows or, in generation, a step per row
             is_int = isinstance(step, int)
             weight = self.weights[step] if is_int else torch.stack(tuple(self.weights))[step]
-        normed = F.rms_norm(hidden.float(), hidden.shape[-1:], eps=self.epsilon).to(hidden) * weight
+        normed = rms_norm(hidden, weight, self.epsilon)
         return normed if self.modulation is None else self.modulation(normed, step)
 
     def at(self, step: int) -> RMSNormWeight | None:
@@ -62,7 +62,7 @@ class StepNorm(nn.Module):
             return None
         # Looked at only: ZeRO takes an index of the list for a use, and would gather the weight for
         # the module that runs now instead of for this norm.
-        weights = tuple(self.weights.parameters())
+        weights = [own for _, own in self.weights.named_parameters(remove_duplicate=False)]
         return RMSNormWeight(weights[step if len(weights) > 1 else 0], self.epsilon)
 
 
@@ -147,7 +147,7 @@ class MLP(nn.Module):
     def forward(self, hidden: Float[Tensor, "k b h"], context: StepContext) -> Tensor:
         """`[k b h] -> [k b h]`."""
         gate, up = project((self.gate, self.up), hidden, context)
-        (output,) = project((self.down,), F.silu(gate) * up, context)
+        (output,) = project((self.down,), swiglu(gate, up), context)
         return output
 
 

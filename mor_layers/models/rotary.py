@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mor_layers.cpu_kernels import rotate
 from mor_layers.models.rope_scaling import RopeScaling
 
 
@@ -44,6 +45,4 @@ class Rotary:
 
     def turn(self, heads: Float[Tensor, "k b n d"]) -> Float[Tensor, "k b n d"]:
         """Rotate the heads of the first `k` rows."""
-        first, second = heads.chunk(2, dim=-1)
-        cos, sin = self.cos[: len(heads)], self.sin[: len(heads)]
-        return heads * cos + torch.cat([second, first], dim=-1) * sin
+        return rotate(heads, self.cos[: len(heads)], self.sin[: len(heads)])

@@ -25,6 +25,7 @@ from mor_huggingface.checkpoints.looped import (
     write_looped,
 )
 from mor_layers import MoRTransformer, RecursionConfig, load_model
+from mor_layers.cpu_kernels import without_cpu_kernels
 from mor_layers.routers import ExitGate
 from mor_layers.weights import StoredModel
 from mor_tools import commands
@@ -33,6 +34,13 @@ from mor_tools.formats import detected
 PLACE = Path(__file__).parent
 SOURCE = PLACE / "ouro_checkpoint"
 RECORDED = load_file(PLACE / "ouro_recorded.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def same_operations():
+    """As in the public code: loops multiply the differences of rounding."""
+    with without_cpu_kernels():
+        yield
 
 
 def with_settings(folder: Path, **changes) -> Path:

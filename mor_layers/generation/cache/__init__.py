@@ -1,9 +1,8 @@
 """The paged cache of keys and values for generation, with one implementation per KV policy."""
 
-from mor_layers.generation.cache.attention import CachedAttention, CachedContext
+from mor_layers.generation.cache.attention import CachedAttention, CachedContext, is_read_by_kernel
 from mor_layers.generation.cache.caches import Caches, CacheSettings
 from mor_layers.generation.cache.memory import KVArena, PagedRows
-from mor_layers.generation.cache.native import attends_natively
 from mor_layers.generation.cache.policies import (
     CACHE_POLICIES,
     CachePolicy,
@@ -24,5 +23,5 @@ __all__ = [
     "PagedRows",
     "TokensInFlight",
     "Visible",
-    "attends_natively",
+    "is_read_by_kernel",
 ]

@@ -1,6 +1,6 @@
 """Attention of tokens in flight to rows of a cache, without a loop over sequences.
 
-Three implementations give the same result. `PagedAttention` (in `native`) is a kernel that a C++
+Three implementations give the same result. `PagedAttention` is a kernel that a C++
 compiler makes for the processor at hand: tokens read rows in place, in any format of the cache. It is
 used on CPUs wherever there is a compiler, for single tokens and for chunks of a prompt. The others
 consist of operations of PyTorch. `IndexedAttention` reads rows in place, too: a sparse pattern names
@@ -25,13 +25,36 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mor_layers.cpu_kernels import attends_to, paged_attention
 from mor_layers.generation.cache.memory import KVArena
-from mor_layers.generation.cache.native import PagedAttention, attends_natively
 from mor_layers.generation.cache.policies import Visible
 from mor_layers.recursion import Exited, Products, StepContext
 
 MIN_GATHERED_QUERIES = 4
 """From this number of tokens of one sequence on, copying its rows is faster than reading them again."""
+
+
+class PagedAttention:
+    """Every token reads its own list of rows in place. For CPUs with a C++ compiler.
+
+    Args:
+        visible: the rows that each token sees. A token that sees none gets zeros.
+    """
+
+    def __init__(self, visible: Visible) -> None:
+        self.table = visible.table
+        self.lists, self.counts = visible.lists.contiguous(), visible.counts.contiguous()
+
+    def __call__(
+        self, arena: KVArena, layer: int, query: Float[Tensor, "t n d"]
+    ) -> Float[Tensor, "t n d"]:
+        data, scales = arena.layer(layer)
+        return paged_attention(query, data, scales, self.table, self.lists, self.counts)
+
+
+def is_read_by_kernel(arena: KVArena) -> bool:
+    """Whether `PagedAttention` reads an arena."""
+    return attends_to(arena.layer(0)[0], arena.dtype)
 
 
 class IndexedAttention:
@@ -212,7 +235,7 @@ class CachedAttention:
         num_heads: int,
         are_alone: bool = False,
     ) -> None:
-        if attends_natively(arena):
+        if is_read_by_kernel(arena):
             self.parts = [(None, PagedAttention(visible))]
             return
         is_indexable = arena.data.device.type == "cpu"

@@ -100,6 +100,13 @@ class KVArena:
             self.scales[layer].index_copy_(0, rows, scale)
         self.data[layer].index_copy_(0, rows, new)
 
+    def layer(self, layer: int) -> tuple[Tensor, Float[Tensor, "r p g"] | None]:
+        """What a layer stores, `[r p g d]` in the format of the arena, and the scales of 8-bit rows."""
+        data = self.data[layer]
+        if self.eight_bits == "fp8":
+            data = data.view(torch.float8_e4m3fn)
+        return data, None if self.scales is None else self.scales[layer]
+
     def vectors(self, layer: int) -> Float[Tensor, "v d"]:
         """All keys and values of a layer, not copied; in a row, key heads precede value heads."""
         assert self.scales is None, "8-bit rows must be expanded"

@@ -1,8 +1,5 @@
 """Bookkeeping, bytes, and attention to rows of a cache, each against plain loops."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from hypothesis import given
@@ -10,18 +7,21 @@ from hypothesis import strategies as st
 
 from mor_layers import ExpertChoice
 from mor_layers.costs import account
+from mor_layers.cpu_kernels import without_cpu_kernels
 from mor_layers.generation import CacheSettings, DepthBatchingEngine, Request
 from mor_layers.generation.cache import (
     CachedAttention,
     KVArena,
     PagedRows,
     Visible,
-    attends_natively,
+    is_read_by_kernel,
 )
-from mor_layers.generation.cache import attention as cache_attention
-from mor_layers.generation.cache.attention import GatheredAttention, IndexedAttention
+from mor_layers.generation.cache.attention import (
+    GatheredAttention,
+    IndexedAttention,
+    PagedAttention,
+)
 from mor_layers.generation.cache.memory import EightBits
-from mor_layers.generation.cache.native import PagedAttention
 from mor_layers.generation.tick.runner import ModelRunner
 from mor_layers.recursion import KVPolicy
 from tests.mor_layers.generation.served import Recorder, prompt
@@ -111,7 +111,7 @@ def test_all_ways_of_attention_equal_a_loop(
         "gathered": GatheredAttention(visible, torch.tensor(lengths)),
         "chosen": CachedAttention(visible, lists, arena, num_heads),
     }
-    with without_kernel():
+    with without_cpu_kernels():
         ways["mixed"] = CachedAttention(visible, lists, arena, num_heads)
     for name, attention in ways.items():
         for layer in (0, 1):  # what a layer leaves behind must not reach the next
@@ -136,7 +136,7 @@ def test_the_kernel_equals_pytorch(
     """In blocks of 64 rows and tiles of 16 tokens, some of them incomplete; one token sees nothing."""
     torch.manual_seed(0)
     arena = KVArena(1, 300, 2, head_size, dtype, "cpu", eight_bits, num_vectors)
-    assert attends_natively(arena)
+    assert is_read_by_kernel(arena)
     key, value = torch.randn(2, 300, 2, head_size, dtype=dtype)
     arena.write(0, torch.arange(300), key, value if num_vectors == 2 else None)
     table = torch.randperm(300)[None, :200].repeat(3, 1)
@@ -146,7 +146,7 @@ def test_the_kernel_equals_pytorch(
     query[4] *= 5  # one row outweighs all others
     visible = Visible(table, lists, counts)
     out = PagedAttention(visible)(arena, 0, query)
-    with without_kernel():
+    with without_cpu_kernels():
         seen = Visible(table, lists[:-1], counts[:-1])
         expected = CachedAttention(seen, lists[:-1], arena, 6)(arena, 0, query[:-1])
     assert out.dtype == dtype and (out[-1] == 0).all()
@@ -164,14 +164,6 @@ def test_the_kernel_passes_on_what_is_not_a_number() -> None:
     query[1] = float("nan")
     out = PagedAttention(visible)(arena, 0, query)
     assert out[1].isnan().all() and torch.equal(out[[0, 2]], expected[[0, 2]])
-
-
-@contextmanager
-def without_kernel() -> Iterator[None]:
-    """As where there is no compiler."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_attention, "attends_natively", lambda arena: False)
-        yield
 
 
 @pytest.mark.parametrize("eight_bits", ["int8", "fp8"])

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mor_layers import MoRTransformer
+from mor_layers.cpu_kernels import without_cpu_kernels
 from mor_layers.generation import (
     CacheSettings,
     DepthBatchingEngine,
@@ -67,6 +68,16 @@ def coming_and_going(model: MoRTransformer, recorder: Recorder, count: int = 12)
 def test_every_router_and_policy_is_exact(router: str, policy: KVPolicy, sharing: str) -> None:
     model = small_model(small_config(ALL_ROUTERS[router], 3, sharing, policy))
     coming_and_going(model, Recorder(model, num_slots=6, chunk_size=3, compiler="eager"))
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("compiler", [None, "eager"])
+def test_ticks_are_exact_without_a_c_compiler(policy: KVPolicy, compiler: str | None) -> None:
+    model = small_model(small_config(ROUTERS["expert_choice"], 3, kv_policy=policy))
+    with without_cpu_kernels():
+        recorder = Recorder(model, num_slots=6, chunk_size=5, compiler=compiler)
+        coming_and_going(model, recorder, count=8)
 
 
 @pytest.mark.usefixtures("uncompiled")

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mor_layers.generation.cache import CachedAttention, KVArena, Visible, attends_natively
+from mor_layers.generation.cache import CachedAttention, KVArena, Visible, is_read_by_kernel
 
 Attend = Callable[[int, Tensor, Tensor | None, Tensor | None], Tensor]
 """From a layer, queries `[t n d]`, keys and values `[w g d]` to the output `[t n d]`."""
@@ -67,7 +67,7 @@ class ReadInPlace:
         """Find out what the tokens see, when the graph runs."""
         self.written, self.tokens = _where(is_written), None
         self.rows = rows if self.written is None else rows[self.written]
-        if attends_natively(self.arena):  # rows without a token come along, and see nothing
+        if is_read_by_kernel(self.arena):  # rows without a token come along, and see nothing
             visible = replace(visible, counts=visible.counts.where(is_token, 0))
         else:
             self.tokens = _where(is_token)

@@ -1,70 +1,22 @@
-// Attention of tokens to rows of a paged cache, which are read in place. `build.py` compiles this.
+// Attention of tokens to rows of a paged cache, which are read in place.
 //
-// A tile is a few tokens of one sequence. Its queries read the rows of a key head in blocks, and keep a
-// running softmax (Milakov and Gimelshein 2018, arXiv 1805.02867), so that a row is read once for all of
-// them. Rows of fewer than 32 bits are expanded block by block, into the first-level cache.
-//
-// The compiler makes vector instructions of `Vec` for the processor at hand.
+// A tile is a few tokens of one sequence. Its queries read the rows of a key head in blocks, and
+// keep a running softmax (Milakov and Gimelshein 2018, arXiv 1805.02867), so that a row is read
+// once for all of them. Rows of fewer than 32 bits are expanded block by block, into the
+// first-level cache.
 
 #include <algorithm>
-#include <bit>
-#include <cstdint>
-#include <limits>
 #include <type_traits>
 #include <vector>
 
+#include "numbers.h"
+
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kWidth = 16;
-#elif defined(__AVX__)
-constexpr int kWidth = 8;
-#else
-constexpr int kWidth = 4;
-#endif
-constexpr int kRows = 64;       // rows of a block
-constexpr int kTokens = 16;     // tokens of a tile, at most
-constexpr int kQueries = 4;     // queries whose sums stay in registers
-constexpr int kLine = 64;       // bytes that the processor fetches at once
+constexpr int kRows = 64;    // rows of a block
+constexpr int kTokens = 16;  // tokens of a tile, at most
+constexpr int kLine = 64;    // bytes that the processor fetches at once
 constexpr float kNone = -std::numeric_limits<float>::infinity();
-
-typedef float Vec __attribute__((vector_size(4 * kWidth)));
-typedef float UnalignedVec __attribute__((vector_size(4 * kWidth), aligned(4)));
-
-inline Vec load(const float* from) { return *reinterpret_cast<const UnalignedVec*>(from); }
-inline void store(float* to, Vec value) { *reinterpret_cast<UnalignedVec*>(to) = value; }
-
-// Formats of rows.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Fp8 {
-  uint8_t bits;
-};
-inline float number(float x) { return x; }
-inline float number(BFloat16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
-inline float number(int8_t x) { return x; }
-inline float number(Fp8 x) {  // E4M3, whose exponents are 120 less than those of fp32
-  const uint32_t magnitude = x.bits & 0x7f, sign = x.bits & 0x80;
-  return std::bit_cast<float>(sign << 24 | magnitude << 20) * 0x1p120f;
-}
-
-// exp(x) of x <= 0, to 2 units in the last place (the polynomial of Cephes).
-inline float exp_of(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  constexpr int32_t kRounds = 0x4b400000;  // the bits of 1.5 * 2^23: adding it rounds to an integer
-  const float shifted = x * 1.44269504f + std::bit_cast<float>(kRounds);
-  const float whole = shifted - std::bit_cast<float>(kRounds);
-  const float r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return p * std::bit_cast<float>((std::bit_cast<int32_t>(shifted) - kRounds + 127) << 23);
-}
 
 #if defined(__clang__)
 #define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -85,8 +37,8 @@ inline Vec pair_sums(Vec a, Vec b) {
 #endif
 }
 
-// The product of a query with N keys. With N = kWidth, there is one in each place. V: vectors of a head, or 0
-// for any `size`.
+// The product of a query with N keys. With N = kWidth, there is one in each place. V: vectors of a
+// head, or 0 for any `size`.
 template <int V, int N>
 inline Vec products(const float* query, const float* const* keys, int size) {
   if constexpr (N == 1) {
@@ -96,14 +48,15 @@ inline Vec products(const float* query, const float* const* keys, int size) {
     for (int i = kWidth; i < end; i += kWidth) sum += load(query + i) * load(keys[0] + i);
     return sum;
   } else {
-    return pair_sums(products<V, N / 2>(query, keys, size), products<V, N / 2>(query, keys + N / 2, size));
+    return pair_sums(products<V, N / 2>(query, keys, size),
+                     products<V, N / 2>(query, keys + N / 2, size));
   }
 }
 
 // Add weighted rows to the outputs of Q queries, in V vectors of their columns.
 template <int Q, int V>
-inline void add_rows(const float* weights, const float* const* rows, int num_rows, int column, float* outputs,
-                     int size) {
+inline void add_rows(const float* weights, const float* const* rows, int num_rows, int column,
+                     float* outputs, int size) {
   Vec sums[Q][V];
 #pragma GCC unroll 4
   for (int q = 0; q < Q; ++q)
@@ -125,15 +78,17 @@ inline void add_rows(const float* weights, const float* const* rows, int num_row
 }
 
 template <int Q>
-inline void add_rows(const float* weights, const float* const* rows, int num_rows, float* outputs, int size) {
+inline void add_rows(const float* weights, const float* const* rows, int num_rows, float* outputs,
+                     int size) {
   int column = 0;
   for (; column + 4 * kWidth <= size; column += 4 * kWidth)
     add_rows<Q, 4>(weights, rows, num_rows, column, outputs, size);
-  for (; column < size; column += kWidth) add_rows<Q, 1>(weights, rows, num_rows, column, outputs, size);
+  for (; column < size; column += kWidth)
+    add_rows<Q, 1>(weights, rows, num_rows, column, outputs, size);
 }
 
-// A layer of the cache, `[rows vectors heads size]`: a row has a key and a value of each head, or one vector that
-// is both.
+// A layer of the cache, `[rows vectors heads size]`: a row has a key and a value of each head, or
+// one vector that is both.
 struct Cache {
   const void* data;
   const float* scales;  // `[rows vectors heads]`, or null
@@ -150,7 +105,8 @@ struct Block {
   std::vector<float> expanded;
 
   template <typename Stored>
-  void read(const Cache& cache, const int64_t* rows, int num_rows, int num_ahead, int head, int padded) {
+  void read(const Cache& cache, const int64_t* rows, int num_rows, int num_ahead, int head,
+            int padded) {
     const Stored* const data = static_cast<const Stored*>(cache.data) + head * cache.size;
     const bool is_float = std::is_same_v<Stored, float> && padded == cache.size;
     if (!is_float) expanded.resize(2 * kRows * padded);
@@ -167,7 +123,8 @@ struct Block {
       const int64_t at = rows[r] * cache.num_vectors * cache.num_heads + head;
       float* const to = expanded.data() + 2 * r * padded;
       expand(key, cache.size, cache.scales ? cache.scales[at] : 1.0f, to, padded);
-      expand(value, cache.size, cache.scales ? cache.scales[at + (cache.num_vectors - 1) * cache.num_heads] : 1.0f,
+      expand(value, cache.size,
+             cache.scales ? cache.scales[at + (cache.num_vectors - 1) * cache.num_heads] : 1.0f,
              to + padded, padded);
       keys[r] = to, values[r] = to + padded;
     }
@@ -197,7 +154,8 @@ struct Scratch {
 };
 
 // Turn the scores of the first `num_seen` rows into weights, and those of others into 0.
-inline void soften(float* scores, int num_seen, int num_rows, float& largest, float& sum, float* output, int size) {
+inline void soften(float* scores, int num_seen, int num_rows, float& largest, float& sum,
+                   float* output, int size) {
   const int end = (num_seen + kWidth - 1) / kWidth * kWidth;
   std::fill(scores + num_seen, scores + end, kNone);
   Vec most = load(scores);
@@ -225,15 +183,18 @@ inline void soften(float* scores, int num_seen, int num_rows, float& largest, fl
 
 // The heads of a tile's queries that read one key head.
 template <int V>
-void attend_tile(const Cache& cache, void (Block::*read)(const Cache&, const int64_t*, int, int, int, int),
-                 const int64_t* rows, const int64_t* counts, int num_tokens, int head, int group, float scale,
-                 const float* query, float* out, int64_t token_size, Scratch& s) {
+void attend_tile(const Cache& cache,
+                 void (Block::*read)(const Cache&, const int64_t*, int, int, int, int),
+                 const int64_t* rows, const int64_t* counts, int num_tokens, int head, int group,
+                 float scale, const float* query, float* out, int64_t token_size, Scratch& s) {
   const int size = V ? V * kWidth : (cache.size + kWidth - 1) / kWidth * kWidth;
   const int num_queries = num_tokens * group;
   s.queries.assign(num_queries * size, 0.0f), s.outputs.assign(num_queries * size, 0.0f);
   s.largest.assign(num_queries, kNone), s.sums.assign(num_queries, 0.0f);
   s.scores.resize(num_queries * kRows);
-  const auto offset = [&](int q) { return q / group * token_size + (head * group + q % group) * cache.size; };
+  const auto offset = [&](int q) {
+    return q / group * token_size + (head * group + q % group) * cache.size;
+  };
   for (int q = 0; q < num_queries; ++q)
     for (int i = 0; i < cache.size; ++i) s.queries[q * size + i] = query[offset(q) + i] * scale;
 
@@ -248,17 +209,24 @@ void attend_tile(const Cache& cache, void (Block::*read)(const Cache&, const int
       const int num_seen = std::clamp<int64_t>(counts[q / group] - start, 0, num_rows);
       for (int r = 0; r < num_seen; r += kWidth)
         store(scores + r, products<V, kWidth>(s.queries.data() + q * size, s.block.keys + r, size));
-      if (num_seen == 0) std::fill_n(scores, num_rows, 0.0f);
-      else soften(scores, num_seen, num_rows, s.largest[q], s.sums[q], s.outputs.data() + q * size, size);
+      if (num_seen == 0)
+        std::fill_n(scores, num_rows, 0.0f);
+      else
+        soften(scores, num_seen, num_rows, s.largest[q], s.sums[q], s.outputs.data() + q * size,
+               size);
     }
     for (int q = 0; q < num_queries;) {
       const float* const weights = s.scores.data() + q * kRows;
       float* const outputs = s.outputs.data() + q * size;
       const int left = num_queries - q;
-      if (left >= 4) add_rows<4>(weights, s.block.values, num_rows, outputs, size), q += 4;
-      else if (left == 3) add_rows<3>(weights, s.block.values, num_rows, outputs, size), q += 3;
-      else if (left == 2) add_rows<2>(weights, s.block.values, num_rows, outputs, size), q += 2;
-      else add_rows<1>(weights, s.block.values, num_rows, outputs, size), q += 1;
+      if (left >= 4)
+        add_rows<4>(weights, s.block.values, num_rows, outputs, size), q += 4;
+      else if (left == 3)
+        add_rows<3>(weights, s.block.values, num_rows, outputs, size), q += 3;
+      else if (left == 2)
+        add_rows<2>(weights, s.block.values, num_rows, outputs, size), q += 2;
+      else
+        add_rows<1>(weights, s.block.values, num_rows, outputs, size), q += 1;
     }
   }
   for (int q = 0; q < num_queries; ++q) {
@@ -269,28 +237,30 @@ void attend_tile(const Cache& cache, void (Block::*read)(const Cache&, const int
 
 }  // namespace
 
-// Formats of the cache, as `build.py` counts them.
-enum Format : int64_t { kFloat, kBFloat16, kInt8, kFp8 };
-
-// Attention of `num_tokens` queries `[tokens heads size]`. A token sees the first `counts[t]` rows of its list
-// `table[lists[t]]`; one that sees none gets zeros.
-extern "C" void paged_attention(const float* query, float* out, const void* data, const float* scales,
-                                const int64_t* table, const int64_t* lists, const int64_t* counts,
-                                int64_t num_tokens, int64_t num_heads, int64_t list_size, int64_t num_vectors,
-                                int64_t num_kv_heads, int64_t size, int64_t format, int64_t num_threads,
-                                float scale) {
+// Attention of `num_tokens` queries `[tokens heads size]`. A token sees the first `counts[t]` rows
+// of its list `table[lists[t]]`; one that sees none gets zeros.
+extern "C" void mor_paged_attention(int64_t format, const float* query, float* out,
+                                    const void* data, const float* scales, const int64_t* table,
+                                    const int64_t* lists, const int64_t* counts, int64_t num_tokens,
+                                    int64_t num_heads, int64_t list_size, int64_t num_vectors,
+                                    int64_t num_kv_heads, int64_t size, int64_t num_threads,
+                                    float scale) {
   const Cache cache{data, scales, num_vectors, num_kv_heads, size};
   const auto read = format == kFloat      ? &Block::read<float>
                     : format == kBFloat16 ? &Block::read<BFloat16>
                     : format == kFp8      ? &Block::read<Fp8>
                                           : &Block::read<int8_t>;
-  const auto attend = size == 4 * kWidth ? attend_tile<4> : size == 8 * kWidth ? attend_tile<8> : attend_tile<0>;
+  const auto attend = size == 4 * kWidth   ? attend_tile<4>
+                      : size == 8 * kWidth ? attend_tile<8>
+                                           : attend_tile<0>;
   struct Tile {
     int64_t first, num_tokens;
   };
   std::vector<Tile> tiles;
   for (int64_t first = 0, next; first < num_tokens; first = next) {
-    for (next = first + 1; next < std::min(num_tokens, first + kTokens) && lists[next] == lists[first];) ++next;
+    for (next = first + 1;
+         next < std::min(num_tokens, first + kTokens) && lists[next] == lists[first];)
+      ++next;
     tiles.push_back({first, next - first});
   }
   const int64_t num_items = tiles.size() * num_kv_heads, token_size = num_heads * size;
@@ -301,8 +271,8 @@ extern "C" void paged_attention(const float* query, float* out, const void* data
     for (int64_t item = 0; item < num_items; ++item) {
       const auto [first, n] = tiles[item / num_kv_heads];
       attend(cache, read, table + lists[first] * list_size, counts + first, n, item % num_kv_heads,
-             num_heads / num_kv_heads, scale, query + first * token_size, out + first * token_size, token_size,
-             scratch);
+             num_heads / num_kv_heads, scale, query + first * token_size, out + first * token_size,
+             token_size, scratch);
     }
   }
 }

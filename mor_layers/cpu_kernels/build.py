@@ -1,8 +1,8 @@
-"""Compiles `paged_attention.cpp` for the processor at hand, once, and loads it.
+"""Compiles the C++ files of this folder for the processor at hand, once, and loads them.
 
 The library is kept where PyTorch keeps compiled extensions (`TORCH_EXTENSIONS_DIR`, or a folder of the
-user's cache), under a name that depends on the source, the command and the processor. It contains no
-part of PyTorch, so it takes about a second to make, and serves every version of it.
+user's cache), under a name that depends on the sources, the command and the processor. It contains no
+part of PyTorch, so it takes two seconds to make, and serves every version of it.
 """
 
 import ctypes
@@ -14,13 +14,16 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("paged_attention.cpp")
-_FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fno-math-errno")
+FOLDER = Path(__file__).parent
+_FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared")
+_NUMBERS = ("-fno-math-errno", "-fno-trapping-math")  # nothing asks which operation failed
+_THREADS = {"linux": "-fopenmp", "darwin": "-fopenmp-simd"}
 _SECONDS = 120
 """After this time, a compiler that has not finished is given up."""
 
@@ -29,23 +32,41 @@ _SECONDS = 120
 def library() -> ctypes.CDLL | None:
     """The compiled library; None where there is no compiler or it fails, which is then logged."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None or sys.platform not in ("linux", "darwin"):
+    if compiler is None or sys.platform not in _THREADS:
         return None
     try:
         return ctypes.CDLL(str(_built(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or error
-        logger.warning("attention could not be compiled, and PyTorch takes its place: %s", said)
+        logger.warning(
+            "kernels could not be compiled, and plain PyTorch takes their place: %s", said
+        )
         return None
+
+
+@cache
+def kernel(name: str, *types: type) -> Callable[..., None]:
+    """A function of the library, which there must be.
+
+    Args:
+        types: of its arguments, from `ctypes`.
+    """
+    compiled = library()
+    assert compiled is not None, "ask `applies` first"
+    function = compiled[name]
+    function.argtypes, function.restype = types, None
+    return function
 
 
 def _built(compiler: str) -> Path:
     """The library's file, which is made if there is none."""
-    command = [compiler, *_FLAGS, *["-fopenmp"] * (sys.platform == "linux"), str(SOURCE), "-o"]
-    parts = SOURCE.read_bytes(), " ".join(command).encode(), _processor().encode()
+    sources = sorted(FOLDER.glob("*.cpp"))
+    command = [compiler, *_FLAGS, *_NUMBERS, _THREADS[sys.platform], *map(str, sources), "-o"]
+    parts = [path.read_bytes() for path in (*sources, *FOLDER.glob("*.h"))]
+    parts += [" ".join(command[: -len(sources) - 1]).encode(), _processor().encode()]
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     folder = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
-    target = Path(folder) / "mor_layers" / f"{SOURCE.stem}-{digest}.so"
+    target = Path(folder) / "mor_layers" / f"cpu_kernels-{digest}.so"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -58,6 +79,8 @@ def _built(compiler: str) -> Path:
             subprocess.run(
                 [*command, str(made)], check=True, capture_output=True, text=True, timeout=_SECONDS
             )
+            with made.open("rb") as file:
+                os.fsync(file.fileno())  # a power failure must not leave an empty file
             made.replace(target)
     return target
 
