@@ -11,11 +11,12 @@ from one thread.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import Tensor
 
 from mor_layers.generation.cache import CacheSettings
+from mor_layers.generation.events import Counters, Event
 from mor_layers.generation.sampling import (
     Logprobs,
     Sampler,
@@ -27,7 +28,7 @@ from mor_layers.generation.sampling import (
 )
 from mor_layers.generation.scheduling import FinishReason, Progress, Request, Scheduler
 from mor_layers.generation.text_stream import TextStream
-from mor_layers.generation.tick.graph import Backend
+from mor_layers.generation.tick.graph import NUM_STOP_IDS, Backend
 from mor_layers.generation.tick.runner import Finished, FinishedSpan, ModelRunner
 from mor_layers.models import MoRTransformer
 
@@ -35,51 +36,6 @@ NOT_FINITE = (
     "the model's logits are not finite, so the next token cannot be chosen. Check the weights, or run "
     "the model in a wider precision."
 )
-
-
-@dataclass(frozen=True)
-class Event:
-    """An event of one request."""
-
-    number: int
-    """The number of the request, as returned by `submit`."""
-    token: int | None = None
-    """The generated token, or None if the event has none, for example after a cancellation."""
-    depth: int | None = None
-    """Number of steps that the preceding token took. The logits of `token` were computed from it."""
-    prompt_depths: tuple[int, ...] = ()
-    """Number of steps that each prompt token took. Only set in the event of the first token."""
-    cached_tokens: int = 0
-    """Number of prompt tokens that were not computed, because their keys and values were in the cache
-    for another request, or for this one before it was preempted. Only set in the event of the first
-    token."""
-    logprobs: Logprobs | None = None
-    """Of `token`, if the request asks for it."""
-    prompt_logprobs: tuple[Logprobs, ...] = ()
-    """Of each prompt token but the first, if the request asks for them. Only set in the event of the
-    first token."""
-    text: str = ""
-    """Text that became final. Text that may turn out to begin a stop string is held back."""
-    finish_reason: FinishReason | None = None
-    """Why the request ended. Only set in its last event."""
-    error: str = ""
-    """The error message, if `finish_reason` is "error"."""
-
-
-@dataclass
-class Counters:
-    """Statistics of an engine since it was built."""
-
-    ticks: int = 0
-    prompt_tokens: int = 0
-    """Prompt tokens computed. Tokens recomputed after a preemption count again."""
-    cached_tokens: int = 0
-    """Tokens that were not computed, because requests shared a prefix."""
-    generated_tokens: int = 0
-    steps: int = 0
-    """Recursion steps that all computed tokens took in total."""
-    preemptions: int = 0
-    finished: int = 0
 
 
 class DepthBatchingEngine:
@@ -99,10 +55,13 @@ class DepthBatchingEngine:
             change. Without them the engine is slower and computes with the model's own.
         compiler: backend of `torch.compile`, or its name, for ticks as one graph. None: ticks run
             operation by operation.
+        runs_ahead: whether a tick may start before the host knows what the last one did, so that the
+            device does not wait for the host. Events then come one tick later. Needs a compiler.
+            Default: on GPUs, where the host does not run the graph.
 
     Raises:
-        ValueError: a size is below 1, the model cannot be compiled, or `kv_bytes` is too small for a
-            single page.
+        ValueError: a size is below 1, the model cannot be compiled, `kv_bytes` is too small for a
+            single page, or ticks cannot run ahead.
     """
 
     def __init__(
@@ -116,12 +75,17 @@ class DepthBatchingEngine:
         clock: Callable[[], float] = time.monotonic,
         packs_weights: bool = True,
         compiler: Backend | None = None,
+        runs_ahead: bool | None = None,
     ) -> None:
         if tokens_per_tick is None:
             tokens_per_tick = cache.num_slots + chunk_size
         if chunk_size < 1 or tokens_per_tick < 1:
             raise ValueError(
                 f"chunk_size={chunk_size} and tokens_per_tick={tokens_per_tick} must be at least 1."
+            )
+        if runs_ahead and compiler is None:
+            raise ValueError(
+                "runs_ahead=True needs ticks that are graphs. Pass a compiler, or leave it out."
             )
         self.runner = ModelRunner(model, cache, chunk_size, packs_weights, compiler)
         self.caches, self.prefixes = self.runner.caches, self.runner.prefixes
@@ -140,11 +104,21 @@ class DepthBatchingEngine:
         self._texts: dict[int, TextStream] = {}
         self._prompt_logprobs: dict[int, list[Logprobs]] = {}
         self._pending: list[Event] = []
+        # A sequence that goes on without the host is not planned, so there must be room for all of them.
+        self._chooses_in_graph = (
+            self.runner.chooses_tokens and sampler is sample and tokens_per_tick >= cache.num_slots
+        )
+        self._runs_ahead = (
+            self.runner.cached.device.type == "cuda" if runs_ahead is None else runs_ahead
+        )
+        self._leaving: list[tuple[Progress, bool]] = []
+        """Ended requests that keep their slots until no tick is under way, and whether their logits were
+        finite."""
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is open and no event is pending."""
-        return not self._open and not self._pending
+        """Whether no request is open, no event is pending, and no tick is under way."""
+        return not (self._open or self._pending or self.runner.num_started)
 
     @property
     def max_length(self) -> int:
@@ -153,7 +127,7 @@ class DepthBatchingEngine:
 
     @property
     def num_running(self) -> int:
-        return len(self.scheduler.running)
+        return len(self.scheduler.running) - len(self._leaving)
 
     @property
     def num_waiting(self) -> int:
@@ -184,6 +158,7 @@ class DepthBatchingEngine:
         if request.stop and self.decode is None:
             raise ValueError("stop strings need an engine with `decode`. Pass it, or use stop_ids.")
         progress = self.scheduler.submit(request)
+        progress.may_continue = self._chooses_in_graph and _may_continue(request)
         self._open[progress.number] = progress
         self._prompt_logprobs[progress.number] = []
         if self.decode is not None:
@@ -211,19 +186,21 @@ class DepthBatchingEngine:
         """Run one tick: every token in flight runs the block once.
 
         Returns:
-            The events of this tick, in order, with at most one new token per request.
+            The events of this tick, in order, with at most one new token per request; those of the
+            tick before if ticks run ahead.
         """
         self.prefixes.begin_tick()
-        for progress in self.scheduler.overdue():
-            self._pending.append(self._finish(progress, "timeout"))
-        self._admit()
-        spans = self.scheduler.plan(self._share_prefixes())
-        self.prefixes.begin([span.slot for span in spans])
-        finished = self.runner.tick(spans, self._make_room)
-        self.counters.ticks += 1
-        events = self._generated(finished)
+        has_finished = self.runner.num_started > 0 and not self._can_run_ahead()
+        if has_finished:
+            self._finish_tick()
+        if not self.runner.num_started:
+            self._let_come_and_go()
+        if self._open or not has_finished:
+            self._start_tick()
+        if not has_finished and self.runner.num_started > self._num_unread:
+            self._finish_tick()
         pending, self._pending = self._pending, []
-        return pending + events
+        return pending
 
     def run(self) -> Iterator[Event]:
         """Run until every request has ended, and yield all events."""
@@ -238,6 +215,44 @@ class DepthBatchingEngine:
                         yield event
         finally:  # the caller may abandon the iterator early
             self.cancel(number)
+
+    def _can_run_ahead(self) -> bool:
+        """Whether the next tick can start although the last one has not finished.
+
+        Only tokens may enter then. Requests come, go and give way when no tick is under way.
+        """
+        if self._leaving or self.prefixes.readers or not self._num_unread:
+            return False
+        if self.scheduler.has_changes(self.caches.pages_free, self.prefixes.pages_borrowed):
+            return False
+        return self.runner.can_start(self.scheduler.num_ready)
+
+    @property
+    def _num_unread(self) -> int:
+        """Number of ticks that may be under way when `step` returns."""
+        running = self.scheduler.running.values()
+        return int(self._runs_ahead and bool(self._open) and all(p.may_continue for p in running))
+
+    def _let_come_and_go(self) -> None:
+        """Give up the slots of requests that have ended, and give slots to others."""
+        for progress, is_finite in self._leaving:
+            self._vacate(progress, is_finite)
+        self._leaving.clear()
+        for progress in self.scheduler.overdue():
+            self._pending.append(self._finish(progress, "timeout"))
+        self._admit()
+
+    def _start_tick(self) -> None:
+        spans = self.scheduler.plan(self._share_prefixes(), self.runner.num_following)
+        self.prefixes.begin([span.slot for span in spans])
+        self.runner.start(spans, self._make_room)
+        self.counters.ticks += 1
+
+    def _finish_tick(self) -> None:
+        """Wait for the first tick that is under way, and note its events."""
+        finished = self.runner.finish(self._make_room)
+        events = self._generated(finished)
+        self._pending += events
 
     def _admit(self) -> None:
         """Give slots to waiting requests. Preempt clients that use more than their share."""
@@ -302,20 +317,33 @@ class DepthBatchingEngine:
         return slot
 
     def _generated(self, finished: Finished) -> list[Event]:
-        done = []
+        known, unknown, rows, num_rows = [], [], [], 0
         for entry in finished.spans:
-            progress = self.scheduler.running[entry.span.slot]
+            progress, row = self.scheduler.running[entry.span.slot], num_rows
+            num_rows += entry.needs_token
+            if progress.number not in self._open:  # it ended while the tick was under way
+                continue
             progress.in_flight = 0
             progress.depths += entry.depths
             self.counters.steps += sum(entry.depths)
             if entry.span.start < len(progress.request.ids):
                 self.counters.prompt_tokens += len(entry.depths)
-            if entry.span.is_last:
-                done.append((progress, entry.depths[-1]))
             if entry.logits is not None:
                 self._note_prompt_logprobs(progress, entry)
-        self.prefixes.store()
-        return self._sampled(done, finished.logits) if done else []
+            if entry.chosen is not None:
+                known.append((progress, entry.depths[-1], entry.chosen.token))
+                progress.in_flight = int(entry.chosen.goes_on)
+                progress.num_started += progress.in_flight
+            elif entry.needs_token:
+                unknown.append((progress, entry.depths[-1]))
+                rows.append(row)
+        if not self.runner.num_started:
+            self.prefixes.store()
+        events = [self._advance(*own) for own in known]
+        if unknown:
+            logits = finished.logits if len(rows) == num_rows else finished.logits[rows]
+            events += self._sampled(unknown, logits)
+        return events
 
     def _note_prompt_logprobs(self, progress: Progress, entry: FinishedSpan) -> None:
         """Store the log-probabilities of the prompt tokens that follow those of a span."""
@@ -349,7 +377,7 @@ class DepthBatchingEngine:
         ).tolist()  # without logprobs, the only wait for the device
         logprobs = self._logprobs(progresses, tokens, logits)
         return [
-            self._advance(progress, tokens[row], depth, logprobs.get(row))
+            self._advance(progress, depth, tokens[row], logprobs.get(row))
             if tokens[row] >= 0
             else self._finish(progress, "error", error=problems.get(row, NOT_FINITE))
             for row, (progress, depth) in enumerate(done)
@@ -372,7 +400,7 @@ class DepthBatchingEngine:
         return dict(zip(rows, found, strict=True))
 
     def _advance(
-        self, progress: Progress, token: int, depth: int, logprobs: Logprobs | None
+        self, progress: Progress, depth: int, token: int, logprobs: Logprobs | None = None
     ) -> Event:
         """Add a token to a sequence."""
         progress.tokens.append(token)
@@ -413,12 +441,11 @@ class DepthBatchingEngine:
     def _finish(
         self, progress: Progress, reason: FinishReason, drop: bool = True, error: str = ""
     ) -> Event:
-        slot = progress.slot
-        self.scheduler.leave(progress)
-        if slot is not None and error == NOT_FINITE:
-            self.prefixes.forget(slot)
-        if slot is not None and drop:
-            self.runner.drop(slot)
+        is_finite = error != NOT_FINITE
+        if self.runner.num_started and progress.slot is not None:
+            self._leaving.append((progress, is_finite))
+        else:
+            self._vacate(progress, is_finite, drop)
         del self._open[progress.number], self._prompt_logprobs[progress.number]
         stream = self._texts.pop(progress.number, None)
         self.counters.finished += 1
@@ -429,6 +456,22 @@ class DepthBatchingEngine:
             except Exception as raised:  # raised by the tokenizer for this text
                 reason, error = "error", _undecodable(raised)
         return Event(progress.number, text=text, finish_reason=reason, error=error)
+
+    def _vacate(self, progress: Progress, is_finite: bool, drop: bool = True) -> None:
+        """Give up the slot of a request that has ended, or its place in the queue."""
+        slot = progress.slot
+        self.scheduler.leave(progress)
+        if slot is not None and not is_finite:
+            self.prefixes.forget(slot)
+        if slot is not None and drop:
+            self.runner.drop(slot)
+
+
+def _may_continue(request: Request) -> bool:
+    """Whether a graph can choose the tokens of a request."""
+    needs_host = request.constraint is not None or request.num_logprobs is not None
+    is_simple = not (needs_host or request.sampling.adjusts_logits)
+    return is_simple and len(request.stop_ids) <= NUM_STOP_IDS
 
 
 def _undecodable(raised: Exception) -> str:

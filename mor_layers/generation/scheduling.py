@@ -84,6 +84,17 @@ class Request:
         return len(self.ids) + self.max_new_tokens - 1
 
 
+@dataclass(frozen=True)
+class Continuation:
+    """How a sequence goes on without the host: what chooses its next tokens, and when it ends."""
+
+    sampling: Sampling
+    num_generated: int
+    """Number of tokens that it has generated."""
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+
+
 @dataclass
 class Progress:
     """The state of a request."""
@@ -114,6 +125,8 @@ class Progress:
     """How many of them were not computed, because another request had the same prefix."""
     shares_prefix: bool = True
     """Whether it may take part in the sharing of prefixes."""
+    may_continue: bool = False
+    """Whether it may go on without the host, see `Continuation`."""
     promised: tuple[int, ...] = ()
     """Number of pages of each kind that are expected for it while it runs."""
 
@@ -125,6 +138,16 @@ class Progress:
     def num_left(self) -> int:
         """Number of known tokens that have not entered the model yet."""
         return len(self.tokens) - self.num_started
+
+    @property
+    def continuation(self) -> Continuation | None:
+        """How it goes on after its last known token without the host, if it may."""
+        if not self.may_continue:
+            return None
+        request = self.request
+        return Continuation(
+            request.sampling, self.num_generated, request.max_new_tokens, request.stop_ids
+        )
 
     @property
     def has_had_its_turn(self) -> bool:
@@ -145,6 +168,12 @@ class Span:
     """Whether the span ends with the last known token, so that its logits give the next one."""
     needs_all_logits: bool = False
     """Whether the logits of all its tokens are needed, not only those of the last one."""
+    continuation: Continuation | None = None
+    """How the sequence goes on after a single token that is its last known one; None: the host says."""
+
+    def followed_by(self, token: int) -> "Span":
+        """The span of the next token of a sequence that goes on without the host."""
+        return Span(self.slot, self.start + 1, [token], True, False, self.continuation)
 
 
 class Scheduler:
@@ -195,6 +224,7 @@ class Scheduler:
         deadline = None if request.timeout is None else now + request.timeout
         number, tokens = self._submitted, list(request.ids)
         progress = Progress(number, request, tokens, now, deadline, self._next_place(), now)
+        progress.promised = (0,) * len(self.budgets)
         self._submitted += 1
         self.waiting.append(progress)
         return progress
@@ -221,26 +251,23 @@ class Scheduler:
             The admitted requests.
         """
         admitted = []
-        budgets = [b - used for b, used in zip_longest(self.budgets, borrowed, fillvalue=0)]
-        while self.waiting and self._free_slots:
-            progress = self._next()
-            demand = self.demand(progress.request.max_length)
-            wanted = [p + d for p, d in zip(self._promised, demand, strict=True)]
+        while (progress := self._next_that_fits(free, borrowed)) is not None:
             known = self.demand(len(progress.tokens))
             free = tuple(f - k for f, k in zip(free, known, strict=True))
-            exceeds = any(w > b for w, b in zip(wanted, budgets, strict=True))
-            if self.running and (exceeds or min(free) < 0):
-                break
             self.waiting.remove(progress)
             progress.slot = self._free_slots.pop()
             progress.num_started = progress.in_flight = progress.num_shared = 0
             progress.depths = []
             progress.num_known = len(progress.tokens)
-            progress.promised = demand
+            self._promise(progress, self.demand(progress.request.max_length))
             self.running[progress.slot] = progress
-            self._promised = wanted
             admitted.append(progress)
         return admitted
+
+    def has_changes(self, free: tuple[int, ...], borrowed: tuple[int, ...] = ()) -> bool:
+        """Whether a request may come, must end, or must give way now; arguments as for `admit`."""
+        may_come = self._next_that_fits(free, borrowed) is not None
+        return may_come or bool(self.overdue()) or self.unfair() is not None
 
     def share(self, progress: Progress, depths: list[int]) -> None:
         """Continue a request whose first or next tokens need not be computed.
@@ -253,11 +280,12 @@ class Scheduler:
         progress.num_shared += len(depths)
         self._promise(progress, self.demand(progress.request.max_length - progress.num_shared))
 
-    def plan(self, held: Collection[int] = ()) -> list[Span]:
+    def plan(self, held: Collection[int] = (), num_entering: int = 0) -> list[Span]:
         """Choose the spans that enter the model now: generated tokens first, then prompt chunks.
 
         Args:
             held: slots of sequences that do not continue now.
+            num_entering: tokens that enter anyway.
         """
         idle = [
             p
@@ -265,10 +293,10 @@ class Scheduler:
             if not p.in_flight and p.num_left and p.slot not in held
         ]
         idle.sort(key=lambda p: (p.num_left > 1, p.number))
-        spans, room = [], self.tokens_per_tick
+        spans, room = [], self.tokens_per_tick - num_entering
         for progress in idle:
             length = min(progress.num_left, self.chunk_size, room)
-            if length == 0:
+            if length <= 0:
                 break
             start, room = progress.num_started, room - length
             progress.num_started += length
@@ -280,8 +308,16 @@ class Scheduler:
                 and not progress.num_generated
                 and start < len(request.ids) - 1
             )
-            spans.append(Span(progress.slot, start, ids, not progress.num_left, needs_all))
+            is_last = not progress.num_left
+            continuation = progress.continuation if is_last and length == 1 else None
+            spans.append(Span(progress.slot, start, ids, is_last, needs_all, continuation))
         return spans
+
+    @property
+    def num_ready(self) -> int:
+        """Number of tokens that `plan` would choose, at most."""
+        ready = (p.num_left for p in self.running.values() if not p.in_flight)
+        return sum(min(count, self.chunk_size) for count in ready)
 
     def last(self) -> Progress | None:
         """The request to preempt when pages run out, or None if at most one request runs.
@@ -340,6 +376,20 @@ class Scheduler:
         if progress.has_had_its_turn:
             progress.place = self._next_place()
         self.waiting.append(progress)
+
+    def _next_that_fits(self, free: tuple[int, ...], borrowed: tuple[int, ...]) -> Progress | None:
+        """The next request, if there are a slot and pages for it; see `admit`."""
+        if not self.waiting or not self._free_slots:
+            return None
+        progress = self._next()
+        if not self.running:
+            return progress
+        known = self.demand(len(progress.tokens))
+        demand = self.demand(progress.request.max_length)
+        wanted = [p + d for p, d in zip(self._promised, demand, strict=True)]
+        budgets = [b - used for b, used in zip_longest(self.budgets, borrowed, fillvalue=0)]
+        exceeds = any(w > b for w, b in zip(wanted, budgets, strict=True))
+        return None if exceeds or any(k > f for k, f in zip(known, free, strict=True)) else progress
 
     def _promise(self, progress: Progress, demand: tuple[int, ...]) -> None:
         change = zip(self._promised, demand, progress.promised, strict=True)

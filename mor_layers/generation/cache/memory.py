@@ -179,10 +179,13 @@ class PagedRows:
         self.reclaim: Callable[[int], None] = lambda count: None
         """Called to free a number of idle pages."""
         # A stack: the first `_num_free` entries are free pages. It is a tensor, so that a graph can take
-        # pages from it; `_top` is the number of entries inside a graph, see `append_in_graph`.
+        # pages from it; `_top` is the number of entries inside a graph, see `append_in_graph`. While
+        # graphs are under way, the host does not know it, and pages that it returns wait.
         self._stack = torch.arange(num_pages - 1, -1, -1, device=device)
         self._num_free = num_pages
         self._top = torch.zeros(1, dtype=torch.long, device=device)
+        self._num_graphs = 0
+        self._returned: list[int] = []
         self._in_page = torch.arange(page_size, device=device)
 
     @property
@@ -257,8 +260,13 @@ class PagedRows:
         return places, self.row_of[lists, places]
 
     def begin_graph(self) -> None:
-        """Prepare calls of `append_in_graph`, for whose rows there must be free pages (`reserve`)."""
-        self._top.fill_(self._num_free)
+        """Prepare calls of `append_in_graph`, for whose rows there must be free pages (`reserve`).
+
+        A further graph may begin before the last one has ended.
+        """
+        if not self._num_graphs:
+            self._top.fill_(self._num_free)
+        self._num_graphs += 1
 
     def append_in_graph(
         self, lists: Int[Tensor, " t"], is_new: Bool[Tensor, " t"]
@@ -293,8 +301,12 @@ class PagedRows:
         return self._top
 
     def end_graph(self, num_free: int) -> None:
-        """Take note of the pages that a graph has taken."""
+        """Take note of the pages that the first of the graphs under way has taken."""
         self._num_free = num_free
+        self._num_graphs -= 1
+        if not self._num_graphs:
+            returned, self._returned = self._returned, []
+            self._put_back(returned)
 
     def release(self, lists: Int[Tensor, " l"]) -> None:
         """Empty some lists, and free their pages except those that are kept."""
@@ -373,7 +385,9 @@ class PagedRows:
 
     def _put_back(self, pages: Sequence[int]) -> None:
         """Put free pages onto the stack."""
-        if pages:
+        if self._num_graphs:
+            self._returned += pages
+        elif pages:
             end = self._num_free + len(pages)
             self._stack[self._num_free : end] = torch.tensor(pages, device=self._stack.device)
             self._num_free = end

@@ -77,6 +77,15 @@ class Sampling:
         """Whether top-k or top-p restricts the tokens that can be sampled."""
         return self.top_k > 0 or self.top_p < 1
 
+    @property
+    def signed_seed(self) -> int:
+        """The seed as a signed 64-bit integer, which a tensor can hold."""
+        return _signed(self.seed)
+
+    def top_k_of(self, vocabulary: int) -> int:
+        """How many tokens `top_k` leaves of so many."""
+        return min(self.top_k, vocabulary) or vocabulary
+
 
 Sampler = Callable[[Tensor, Sequence[Sampling], Sequence[int]], Tensor]
 """A function that chooses the next tokens, with the signature of `sample`."""
@@ -121,29 +130,47 @@ def _most_likely(
 def _sampled(
     logits: Float[Tensor, "b v"], settings: Sequence[Sampling], numbers: Sequence[int]
 ) -> Int[Tensor, " b"]:
-    return _drawn(_scaled(logits, settings), _draws(settings, numbers, logits.device))
+    return drawn(_scaled(logits, settings), _draws(settings, numbers, logits.device))
 
 
 def _sampled_within_limits(
     logits: Float[Tensor, "b v"], settings: Sequence[Sampling], numbers: Sequence[int]
 ) -> Int[Tensor, " b"]:
-    draws = _draws(settings, numbers, logits.device)
-    return _limited(_scaled(logits, settings), settings, draws)
+    device, vocabulary = logits.device, logits.shape[-1]
+    top_k = torch.tensor([own.top_k_of(vocabulary) for own in settings], device=device)
+    top_p = torch.tensor([own.top_p for own in settings], dtype=torch.float64, device=device)
+    scaled, draws = _scaled(logits, settings), _draws(settings, numbers, device)
+    tokens, is_decided = drawn_within_limits(scaled, top_k, top_p, draws, NUM_CANDIDATES)
+    rows = is_decided.logical_not().nonzero()[:, 0]
+    if len(rows):
+        rest = scaled[rows], top_k[rows], top_p[rows], draws[rows]
+        tokens[rows], _ = drawn_within_limits(*rest, vocabulary)
+    return tokens
 
 
 def _scaled(logits: Float[Tensor, "b v"], settings: Sequence[Sampling]) -> Float64[Tensor, "b v"]:
-    """The logits at each request's temperature, without the tokens that its `min_p` leaves out."""
-    temperature = torch.tensor(
-        [own.temperature for own in settings], dtype=torch.float64, device=logits.device
-    )
+    pairs = torch.tensor([(own.temperature, own.min_p) for own in settings], dtype=torch.float64)
+    temperature, min_p = pairs.to(logits.device).unbind(dim=1)
+    return scaled(logits, temperature, min_p if any(own.min_p for own in settings) else None)
+
+
+def scaled(
+    logits: Float[Tensor, "b v"],
+    temperature: Float64[Tensor, " b"],
+    min_p: Float64[Tensor, " b"] | None = None,
+) -> Float64[Tensor, "b v"]:
+    """The logits at each request's temperature, without the tokens that its `min_p` leaves out.
+
+    Args:
+        min_p: None: no request limits its tokens in this way.
+    """
     # Subtract the largest logit before dividing. It is then 0 at any temperature. At very small
     # temperatures the others become -inf, which is the correct limit, whereas the logits themselves
     # would overflow.
     scaled = logits.to(torch.float64, copy=True)
     scaled.sub_(scaled.amax(dim=-1, keepdim=True)).div_(temperature[:, None])
-    if any(own.min_p for own in settings):
-        min_p = torch.tensor([own.min_p for own in settings], dtype=torch.float64)
-        scaled.masked_fill_(scaled < min_p.log().to(scaled)[:, None], -torch.inf)
+    if min_p is not None and (min_p.is_cuda or bool(min_p.any())):  # a GPU is not asked
+        scaled.masked_fill_(scaled < min_p.log()[:, None], -torch.inf)
     return scaled
 
 
@@ -152,8 +179,13 @@ def _draws(
 ) -> Float64[Tensor, " b"]:
     """The random number of each request."""
     pairs = zip(settings, numbers, strict=True)
-    draws = [_uniform(own.seed, number) for own, number in pairs]
-    return torch.tensor(draws, dtype=torch.float64, device=device)
+    bits = [random_bits(own.signed_seed, number) for own, number in pairs]
+    return uniform(torch.tensor(bits, device=device))
+
+
+def uniform(bits: Int[Tensor, " b"]) -> Float64[Tensor, " b"]:
+    """Numbers in [0, 1) from `random_bits`."""
+    return bits.double() / (1 << 53)
 
 
 def distribution(logits: Float[Tensor, "b v"], settings: Sampling) -> Float64[Tensor, "b v"]:
@@ -182,37 +214,42 @@ def has_distribution(logits: Float[Tensor, "b v"]) -> Bool[Tensor, " b"]:
     return logits.amax(dim=-1).isfinite()  # the maximum propagates NaN
 
 
-def _limited(
-    logits: Float64[Tensor, "b v"], settings: Sequence[Sampling], draw: Float64[Tensor, " b"]
-) -> Int[Tensor, " b"]:
+def drawn_within_limits(
+    logits: Float64[Tensor, "b v"],
+    top_k: Int[Tensor, " b"],
+    top_p: Float64[Tensor, " b"],
+    draw: Float64[Tensor, " b"],
+    num_candidates: int,
+) -> tuple[Int[Tensor, " b"], Bool[Tensor, " b"]]:
+    """Tokens drawn within `top_k` and `top_p`, with shapes that do not depend on values.
+
+    Args:
+        logits: what `scaled` returned.
+        top_k: at most the vocabulary.
+        num_candidates: how many of the most likely tokens are looked at, at most.
+
+    Returns:
+        The tokens, and for which requests they are right: for all if every token is a candidate.
+    """
     vocabulary = logits.shape[-1]
-    device = logits.device
-    top_p = torch.tensor([own.top_p for own in settings], dtype=torch.float64, device=device)
-    top_k = torch.tensor(
-        [min(own.top_k, vocabulary) or vocabulary for own in settings], device=device
-    )
+    count = min(num_candidates, vocabulary)
     total = logits.logsumexp(dim=-1, keepdim=True)
-    for count in sorted({min(NUM_CANDIDATES, vocabulary), vocabulary}):
-        best, tokens = logits.topk(count, dim=-1)
-        probabilities = (best - total).exp()
-        within_k = torch.arange(count, device=device) < top_k[:, None]
-        # top-p counts the probability left after top-k, as is customary.
-        kept = probabilities * within_k
-        if count < vocabulary and not bool((top_k <= count).all()):
-            kept_total = torch.where(top_k <= count, kept.sum(dim=-1), 1.0)
-            if bool((kept.sum(dim=-1) < top_p * kept_total).any()):
-                continue
-        else:
-            kept_total = kept.sum(dim=-1)
-        before = (kept.cumsum(dim=-1) - kept) / kept_total[:, None]
-        # The most likely token is always kept, because its `before` is 0 and top_p is above 0.
-        is_kept = within_k & (before < top_p[:, None])
-        chosen = _drawn(best.masked_fill(~is_kept, -torch.inf), draw)
-        return tokens.gather(-1, chosen[:, None])[:, 0]
-    raise AssertionError("all tokens were candidates")
+    best, tokens = logits.topk(count, dim=-1)
+    probabilities = (best - total).exp()
+    within_k = torch.arange(count, device=logits.device) < top_k[:, None]
+    # top-p counts the probability left after top-k, as is customary.
+    kept = probabilities * within_k
+    kept_sum = kept.sum(dim=-1)
+    kept_total = kept_sum.where(top_k <= count, 1.0)
+    before = (kept.cumsum(dim=-1) - kept) / kept_total[:, None]
+    # The most likely token is always kept, because its `before` is 0 and top_p is above 0.
+    is_kept = within_k & (before < top_p[:, None])
+    chosen = drawn(best.masked_fill(~is_kept, -torch.inf), draw)
+    chosen = chosen.clamp(max=count - 1)  # a row without a distribution has no candidate at all
+    return tokens.gather(-1, chosen[:, None])[:, 0], kept_sum >= top_p * kept_total
 
 
-def _drawn(logits: Float64[Tensor, "b k"], draw: Float64[Tensor, " b"]) -> Int[Tensor, " b"]:
+def drawn(logits: Float64[Tensor, "b k"], draw: Float64[Tensor, " b"]) -> Int[Tensor, " b"]:
     """The first candidate at which the cumulative probability exceeds the random number.
 
     Args:
@@ -225,15 +262,32 @@ def _drawn(logits: Float64[Tensor, "b k"], draw: Float64[Tensor, " b"]) -> Int[T
     return torch.searchsorted(cumulative, wanted, right=True)[:, 0]
 
 
-def _uniform(seed: int, number: int) -> float:
-    """A number in [0, 1): entry `number` of the SplitMix64 sequence that starts at `seed`."""
-    mask = (1 << 64) - 1
-    state = (_mixed(seed & mask) + (number + 1) * 0x9E3779B97F4A7C15) & mask
-    return (_mixed(state) >> 11) / (1 << 53)
+def random_bits[Number: (int, Tensor)](seed: Number, number: Number) -> Number:
+    """53 random bits: those of entry `number` of the SplitMix64 sequence that starts at `seed`.
+
+    Args:
+        seed: see `Sampling.signed_seed`; integers, or tensors of them for a graph.
+    """
+    state = _wrapped(_mixed(seed) + (number + 1) * _signed(0x9E3779B97F4A7C15))
+    return _shifted(_mixed(state), 11)
 
 
-def _mixed(state: int) -> int:
-    mask = (1 << 64) - 1
-    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
-    return state ^ (state >> 31)
+def _mixed[Number: (int, Tensor)](state: Number) -> Number:
+    state = _wrapped((state ^ _shifted(state, 30)) * _signed(0xBF58476D1CE4E5B9))
+    state = _wrapped((state ^ _shifted(state, 27)) * _signed(0x94D049BB133111EB))
+    return state ^ _shifted(state, 31)
+
+
+def _shifted[Number: (int, Tensor)](state: Number, bits: int) -> Number:
+    """Numbers without so many of their last bits, of 64 without a sign."""
+    return (state >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _wrapped[Number: (int, Tensor)](state: Number) -> Number:
+    """The signed 64-bit integers that have the same last bits, as tensors hold them anyway."""
+    return state if isinstance(state, Tensor) else _signed(state)
+
+
+def _signed(number: int) -> int:
+    """The signed 64-bit integer that has the last 64 bits of a number."""
+    return ((number + (1 << 63)) & ((1 << 64) - 1)) - (1 << 63)

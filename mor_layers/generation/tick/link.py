@@ -1,13 +1,15 @@
 """Link: one recursion of a model, the layers around it, and the spans in flight there.
 
 A tick runs operation by operation, in any case, or as one compiled graph (`graph`), if there are
-free pages for the worst case. The tokens in flight go from one form to the other in between.
+free pages for the worst case. The tokens in flight go from one form to the other in between. A graph may
+start before the host has read what the last one did.
 
 Legend: `t` tokens in flight, `h` hidden, `v` vocabulary.
 """
 
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -16,9 +18,18 @@ from torch import Tensor
 
 from mor_layers.generation.scheduling import Span
 from mor_layers.generation.tick.cached_model import CachedModel
-from mor_layers.generation.tick.graph import Backend, StaticTick
+from mor_layers.generation.tick.graph import NOT_CHOSEN, Backend, LeftTick, StaticTick
 from mor_layers.generation.tick.in_flight import Pool, Rows
 from mor_layers.generation.tick.span_exits import SpanExits
+
+
+@dataclass(frozen=True)
+class Next:
+    """The next token of a sequence, which a graph chose."""
+
+    token: int
+    goes_on: bool
+    """Whether it enters the next tick without the host."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,8 @@ class Left:
     """Number of steps that each token took."""
     logits: Float[Tensor, "t v"] | None = None
     """Logits of their tokens, if they have been computed."""
+    chosen: dict[int, Next] = field(default_factory=dict)
+    """By slot, the next tokens that a graph chose."""
 
 
 class Link:
@@ -66,32 +79,65 @@ class Link:
         self._exits = SpanExits(cached.settings.num_slots + 1, max_span, embedding)
         self._held: set[int] = set()
         """Slots whose span does not leave inside a graph: `SpanExits.left` counts one token too many."""
+        self._results: deque[Left | list[Span]] = deque()
+        """Of the ticks that have started: what left, or for a graph the spans held when it started."""
         self.static: StaticTick | None = None
         if compiler is not None:
             self.static = StaticTick(cached, self._exits, compiler, is_last)
 
+    @property
+    def num_started(self) -> int:
+        """Ticks that have started and not finished."""
+        return len(self._results)
+
+    @property
+    def num_following(self) -> int:
+        """Tokens that enter the next tick without being given to it, at most."""
+        return 0 if self.static is None else self.static.num_following
+
+    def can_start(self, num_entering: int) -> bool:
+        """Whether a further tick can start although one has not finished."""
+        if self.static is None or not self.static.num_started:
+            return False
+        in_flight = sum(len(span.ids) for span in self._spans.values())
+        return self.static.fits_ahead(in_flight + num_entering)
+
     def tick(self, spans: list[Span], hidden: Tensor | None, make_room: Callable[[], int]) -> Left:
-        """Add spans, run every token in flight once through the block, and return spans that are done.
+        """`start` and `finish`."""
+        self.start(spans, hidden, make_room)
+        return self.finish()
+
+    def start(self, spans: list[Span], hidden: Tensor | None, make_room: Callable[[], int]) -> None:
+        """Add spans, and run every token in flight once through the block.
 
         Args:
             hidden: states of the tokens of the spans, `[t h]`; None to embed them.
             make_room: called when pages run out. It removes a sequence, here too, and returns its slot.
         """
-        if not spans and not self._spans:
-            return self._leave([])
-        if self.static is not None:
-            if self.static.fits(sum(len(span.ids) for span in spans), len(self._waiting)):
-                return self._run_graph(self.static, spans, hidden)
-            if self.static.has_tokens:
-                self._waiting = self.static.give()
-        entering = self._route(self._enter(spans, hidden, make_room))
-        pool = self._fit(self._waiting.behind(entering), make_room)
-        self._waiting = self._route(self.cached.run(pool))
-        self._note_exits()
-        return self._leave(self._done(self._exits.left.tolist()))
+        if self._results:  # `can_start` has been asked
+            assert self.static is not None
+            self._start_graph(self.static, spans, hidden)
+        elif not spans and not self._spans:
+            self._results.append(self._leave([]))
+        elif self.static is not None and self.static.fits(
+            sum(len(span.ids) for span in spans), len(self._waiting)
+        ):
+            self._start_graph(self.static, spans, hidden)
+        else:
+            self._results.append(self._run(self._with_following(spans), hidden, make_room))
+
+    def finish(self) -> Left:
+        """Return the spans that are done in the first of the ticks that have started."""
+        result = self._results.popleft()
+        if isinstance(result, Left):
+            return result
+        assert self.static is not None
+        return self._finish_graph(self.static.finish(), result)
 
     def forget(self, slot: int) -> None:
         """Remove the tokens in flight of a sequence."""
+        if self.static is not None:
+            self.static.leave_to_host(slot)
         if self._spans.pop(slot, None) is None:
             return
         self._held.discard(slot)
@@ -101,19 +147,52 @@ class Link:
         self._waiting = self._waiting.without(slot)
         self._through = [rows.without(slot) for rows in self._through]
 
-    def _run_graph(self, static: StaticTick, spans: list[Span], hidden: Tensor | None) -> Left:
-        """Run a tick as a graph."""
+    def _run(self, spans: list[Span], hidden: Tensor | None, make_room: Callable[[], int]) -> Left:
+        """Run a tick operation by operation."""
+        entering = self._route(self._enter(spans, hidden, make_room))
+        pool = self._fit(self._waiting.behind(entering), make_room)
+        self._waiting = self._route(self.cached.run(pool))
+        self._note_exits()
+        left = self._exits.left.tolist()
+        return self._leave([span for span in self._spans.values() if self._is_done(span, left)])
+
+    def _with_following(self, spans: list[Span]) -> list[Span]:
+        """Take the tokens in flight from the graph. Those that would follow enter with the others."""
+        if self.static is None:
+            return spans
+        self.static.note(spans)
+        if not self.static.has_tokens:
+            return spans
+        self._waiting, following = self.static.give()
+        return [*(self._spans[slot] for slot in following), *spans]
+
+    def _start_graph(self, static: StaticTick, spans: list[Span], hidden: Tensor | None) -> None:
         if not static.has_tokens:
             static.take(self._waiting)
             self._waiting = self._waiting.take([])
         self._add(spans)
-        ticked = static(spans, hidden, self._spans)
-        for span in ticked.spans:
-            del self._spans[span.slot]
-        rest = self._leave([span for span in self._done(ticked.left) if span.slot in self._held])
-        if not rest.spans and all(span.is_last for span in ticked.spans):
-            return Left(ticked.spans, ticked.ended, ticked.depths, ticked.logits)
-        return _joined(Left(ticked.spans, ticked.ended, ticked.depths), rest)
+        static.note(spans)
+        static.start(spans, hidden, self._spans)
+        self._results.append([self._spans[slot] for slot in self._held])
+
+    def _finish_graph(self, ticked: LeftTick, held: list[Span]) -> Left:
+        spans, chosen = [self._spans[slot] for slot in ticked.slots], dict[int, Next]()
+        for span, token, goes_on in zip(spans, ticked.tokens, ticked.goes_on, strict=True):
+            if token != NOT_CHOSEN:
+                chosen[span.slot] = Next(token, goes_on)
+            if goes_on:
+                self._spans[span.slot] = span.followed_by(token)
+            else:
+                del self._spans[span.slot]
+        # The tokens of a span that is held now and was not when the tick started are not in the report.
+        done = [
+            span
+            for span in held
+            if self._spans.get(span.slot) is span and self._is_done(span, ticked.left)
+        ]
+        if not done and all(span.is_last for span in spans):
+            return Left(spans, ticked.ended, ticked.depths, ticked.logits, chosen)
+        return _joined(Left(spans, ticked.ended, ticked.depths, chosen=chosen), self._leave(done))
 
     def _add(self, spans: list[Span]) -> None:
         for span in spans:
@@ -172,13 +251,13 @@ class Link:
             pool = pool.without(make_room())
         return pool
 
-    def _done(self, left: list[int]) -> list[Span]:
-        """The spans whose tokens have all exited.
+    def _is_done(self, span: Span, left: list[int]) -> bool:
+        """Whether the tokens of a span have all exited.
 
         Args:
             left: by slot, the number of tokens that have not.
         """
-        return [span for slot, span in self._spans.items() if left[slot] == (slot in self._held)]
+        return left[span.slot] == (span.slot in self._held)
 
     def _leave(self, spans: list[Span]) -> Left:
         """Run the layers after the recursion on spans whose tokens have all exited."""
@@ -203,4 +282,9 @@ def _joined(first: Left, second: Left) -> Left:
     rows = [row for i in order for row in range(ends[i] - len(spans[i].ids), ends[i])]
     hidden, depths = torch.cat([first.hidden, second.hidden]), first.depths + second.depths
     index = torch.tensor(rows, dtype=torch.long).to(hidden.device)
-    return Left([spans[i] for i in order], hidden[index], [depths[row] for row in rows])
+    return Left(
+        [spans[i] for i in order],
+        hidden[index],
+        [depths[row] for row in rows],
+        chosen=first.chosen | second.chosen,
+    )

@@ -9,6 +9,7 @@ Legend: `b` sequences, `t` tokens in flight, `h` hidden, `v` vocabulary.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, islice
 
 import torch
@@ -21,7 +22,7 @@ from mor_layers.generation.products import PackedProducts, Products
 from mor_layers.generation.scheduling import Span
 from mor_layers.generation.tick.chain import cached_chain, caches_of
 from mor_layers.generation.tick.graph import Backend
-from mor_layers.generation.tick.link import Left, Link
+from mor_layers.generation.tick.link import Left, Link, Next
 from mor_layers.models import MoRTransformer
 from mor_layers.profiling import named
 
@@ -35,6 +36,13 @@ class FinishedSpan:
     """Number of steps that each token of the span took."""
     logits: Float[Tensor, "t v"] | None = None
     """Logits after each token of the span, if it needs all of them."""
+    chosen: Next | None = None
+    """The next token, if a graph chose it."""
+
+    @property
+    def needs_token(self) -> bool:
+        """Whether the host must choose the next token."""
+        return self.span.is_last and self.chosen is None
 
 
 @dataclass(frozen=True)
@@ -42,9 +50,9 @@ class Finished:
     """The spans that finished in a tick."""
 
     spans: list[FinishedSpan]
-    """The spans with `is_last` come first, because only these have a row in `logits`."""
+    """The spans with `is_last` come first."""
     logits: Float[Tensor, "b v"]
-    """Logits of the next token, one row for each span with `is_last`."""
+    """Logits of the next token, one row for each span that `needs_token`."""
 
 
 class ModelRunner:
@@ -86,25 +94,53 @@ class ModelRunner:
         """Number of CUDA graphs that ticks have been recorded as."""
         return sum(link.static.num_recorded for link in self.links if link.static is not None)
 
+    @property
+    def chooses_tokens(self) -> bool:
+        """Whether sequences can go on without the host, see `Continuation`."""
+        return len(self.links) == 1 and self.links[0].static is not None
+
+    @property
+    def num_started(self) -> int:
+        """Ticks that have started and not finished."""
+        return self.links[0].num_started
+
+    @property
+    def num_following(self) -> int:
+        """Tokens that enter the next tick without being given to it, at most."""
+        return self.links[0].num_following
+
+    def can_start(self, num_entering: int) -> bool:
+        """Whether a further tick can start although one has not finished.
+
+        Nothing else but `start` and `finish` may be called then.
+
+        Args:
+            num_entering: tokens that enter, at most.
+        """
+        return self.chooses_tokens and self.links[0].can_start(num_entering)
+
     @torch.inference_mode()
     @named("mor/tick")
-    def tick(self, spans: list[Span], make_room: Callable[[], int]) -> Finished:
+    def start(self, spans: list[Span], make_room: Callable[[], int]) -> None:
         """Add spans, and run every token in flight once through the block of its recursion.
 
         Args:
             spans: the spans to add. Their slots must have no other span in flight.
             make_room: called when pages run out. It takes out a sequence and returns its slot.
         """
+        self.links[0].start(spans, None, partial(self._drop_one, make_room))
 
-        def drop_one() -> int:
-            slot = make_room()
-            self.drop(slot)
-            return slot
+    @torch.inference_mode()
+    def finish(self, make_room: Callable[[], int]) -> Finished:
+        """Wait for the first of the ticks that have started, and return the spans that are done.
 
-        left = self.links[0].tick(spans, None, drop_one)
+        Args:
+            make_room: as for `start`.
+        """
+        left = self.links[0].finish()
         for link in self.links[1:]:
             self._note_depths(left)
-            left = link.tick(left.spans, left.hidden, drop_one)
+            left = link.tick(left.spans, left.hidden, partial(self._drop_one, make_room))
         return self._finished(left)
 
     @torch.inference_mode()
@@ -117,6 +153,11 @@ class ModelRunner:
         for link in self.links:
             link.cached.drop(slot)
         self.prefixes.leave(slot)
+
+    def _drop_one(self, make_room: Callable[[], int]) -> int:
+        slot = make_room()
+        self.drop(slot)
+        return slot
 
     def _note_depths(self, left: Left) -> None:
         """Store the depths of the tokens of spans that go on to the next link."""
@@ -138,11 +179,16 @@ class ModelRunner:
                 span,
                 self._depths.pop(span.slot),
                 cached.logits(hidden[end - len(span.ids) : end]) if span.needs_all_logits else None,
+                left.chosen.get(span.slot),
             )
             for span, end in zip(spans, ends, strict=True)
         ]
-        if left.logits is not None:
+        last = [end - 1 for own, end in zip(finished, ends, strict=True) if own.needs_token]
+        if left.logits is not None and len(last) == len(hidden):
             return Finished(finished, left.logits)
-        last = [end - 1 for span, end in zip(spans, ends, strict=True) if span.is_last]
+        if not last:
+            return Finished(finished, hidden.new_zeros(0, self.model.config.vocab_size))
         index = torch.tensor(last, dtype=torch.long).to(cached.device)
+        if left.logits is not None:
+            return Finished(finished, left.logits[index])
         return Finished(finished, cached.logits(hidden[index]))

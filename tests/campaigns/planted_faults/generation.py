@@ -7,6 +7,7 @@ ENGINE = f"{CACHE} mor_layers/generation/test_engine.py"
 SCHEDULER = "mor_layers/generation/test_scheduling.py"
 SAMPLING = "mor_layers/generation/test_sampling.py"
 GRAPH = "mor_layers/generation/test_static_tick.py"
+AHEAD = "mor_layers/generation/test_running_ahead.py"
 
 GENERATION_FAULTS = [
     Fault(
@@ -143,6 +144,34 @@ GENERATION_FAULTS = [
         GRAPH,
     ),
     Fault(
+        "a graph draws every token of a sequence with the same number",
+        CORE + "generation/tick/graph/choosing.py",
+        "self.num_generated.index_add_(0, slots, is_chosen.long())",
+        "self.num_generated.index_add_(0, slots, (is_chosen & False).long())",
+        AHEAD,
+    ),
+    Fault(
+        "a sequence goes on after a stop id",
+        CORE + "generation/tick/graph/choosing.py",
+        "is_last = is_last | (tokens[:, None] == self.whole[slots, 4:]).any(dim=1)",
+        "is_last = is_last | (tokens[:, None] == self.whole[slots, 6:]).any(dim=1)",
+        AHEAD,
+    ),
+    Fault(
+        "pages are returned while a graph takes some",
+        CORE + "generation/cache/memory.py",
+        "        if self._num_graphs:\n            self._returned += pages",
+        "        if not pages:\n            self._returned += pages",
+        AHEAD,
+    ),
+    Fault(
+        "a span leaves by the report of a tick that began before it",
+        CORE + "generation/tick/link.py",
+        "if self._spans.get(span.slot) is span and self._is_done(span, ticked.left)",
+        "if self._is_done(span, ticked.left)",
+        AHEAD,
+    ),
+    Fault(
         "prompts go before tokens",
         CORE + "generation/scheduling.py",
         "idle.sort(key=lambda p: (p.num_left > 1, p.number))",
@@ -173,8 +202,8 @@ GENERATION_FAULTS = [
     Fault(
         "a seed draws the same number for every token",
         CORE + "generation/sampling/draws.py",
-        "(number + 1) * 0x9E3779B97F4A7C15",
-        "0x9E3779B97F4A7C15",
+        "(number + 1) * _signed(0x9E3779B97F4A7C15)",
+        "_signed(0x9E3779B97F4A7C15)",
         SAMPLING,
     ),
     Fault(

@@ -79,9 +79,29 @@ def test_a_draw_depends_on_its_own_request_only() -> None:
     assert together[1] == logits[1].argmax()
 
 
+def split_mix(seed: int, number: int) -> float:
+    """The generator as its authors write it, in integers without a sign."""
+    mask = (1 << 64) - 1
+
+    def mixed(state: int) -> int:
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        return state ^ (state >> 31)
+
+    return (mixed((mixed(seed & mask) + (number + 1) * 0x9E3779B97F4A7C15) & mask) >> 11) / (
+        1 << 53
+    )
+
+
 def test_seeds_and_places_give_different_numbers() -> None:
-    numbers = {draws._uniform(seed, number) for seed in range(-30, 30) for number in range(30)}
-    assert len(numbers) == 1800 and all(0 <= n < 1 for n in numbers)
+    seeds = [*range(-30, 30), 1 << 63, 3**400]
+    pairs = [(seed, number) for seed in seeds for number in (*range(30), 10**9)]
+    signed = torch.tensor([(Sampling(seed=seed).signed_seed, number) for seed, number in pairs])
+    bits = draws.random_bits(*signed.unbind(dim=1))
+    assert bits.tolist() == [draws.random_bits(*pair) for pair in signed.tolist()]
+    numbers = draws.uniform(bits).tolist()
+    assert numbers == [split_mix(*pair) for pair in pairs]
+    assert len(set(numbers)) == len(pairs) and all(0 <= n < 1 for n in numbers)
 
 
 def drawn(logits: list[float], settings: Sampling, count: int = 200) -> set[int]:

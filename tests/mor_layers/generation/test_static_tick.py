@@ -25,7 +25,6 @@ from mor_layers.generation import (
     with_early_exit,
 )
 from mor_layers.generation.cache import PagedRows
-from mor_layers.generation.tick.graph import StaticTick
 from mor_layers.generation.tick.graph.sizes import FINEST, padded_size
 from mor_layers.models import DecoderStack
 from mor_layers.recursion import KVPolicy
@@ -34,20 +33,14 @@ from tests.mor_layers.generation.every_setting import SERVED
 from tests.mor_layers.generation.served import Recorder, assert_exact, prompt, serve
 from tests.mor_layers.generation.test_chain import model_of
 from tests.mor_layers.generation.test_engine import ALL_ROUTERS, POLICIES, SHARINGS
+from tests.mor_layers.generation.test_running_ahead import (
+    Client,
+    answers,
+    needing_the_host,
+    of_all_kinds,
+)
 from tests.mor_layers.small_models import ROUTERS, random_ids, small_config, small_model
 from tests.pairs import pairwise_sweep
-
-
-@pytest.fixture
-def recording(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The form that a GPU records runs on the CPU: few sizes, and rows of the cache are copied."""
-    begin = StaticTick.__init__
-
-    def in_few_sizes(self: StaticTick, *given: Any) -> None:
-        begin(self, *given, reads_in_place=False)
-        self.has_few_sizes = True
-
-    monkeypatch.setattr(StaticTick, "__init__", in_few_sizes)
 
 
 def coming_and_going(model: MoRTransformer, recorder: Recorder, count: int = 12) -> None:
@@ -198,7 +191,7 @@ def test_an_8_bit_cache_is_rounded_once(eight_bits: str) -> None:
 @pytest.mark.parametrize(
     ("router", "policy"),
     [
-        ("expert_choice", "recursive_sharing"),
+        pytest.param("expert_choice", "recursive_sharing", marks=pytest.mark.full),
         pytest.param("random_depth", "recursion_wise", marks=pytest.mark.full),
         pytest.param("depth_and_width", "sharing_with_update", marks=pytest.mark.full),
         pytest.param("expert_choice_first_step_too", "exit_state", marks=pytest.mark.full),
@@ -221,6 +214,17 @@ def test_one_graph_serves_whatever_is_in_flight(router: str, policy: KVPolicy) -
     for request, number in zip(requests, numbers, strict=True):
         assert_exact(model, request, served[number])
     assert compiled.frame_count == 1, "something in flight changed the graph"
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.full)])
+def test_the_graph_goes_on_without_the_host_in_every_way(backend: str) -> None:
+    torch.compiler.reset()
+    compiled = CompileCounterWithBackend(backend)
+    model = small_model(small_config(ROUTERS["token_choice"], 2))
+    client = Client(model, compiler=compiled, runs_ahead=True)
+    requests = of_all_kinds(10, 1) + needing_the_host(1) + of_all_kinds(4, 2)
+    assert answers(client, requests) == answers(Client(model), requests)
+    assert client.num_ahead > 10 and compiled.frame_count == 1
 
 
 @pytest.mark.full

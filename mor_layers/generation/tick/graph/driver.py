@@ -1,50 +1,41 @@
 """StaticTick: the host's part of a tick that is one graph.
 
-It chooses sizes, copies what enters to the device in one tensor, runs the graph, and reads one small
-tensor. The host knows how many tokens enter and how many stay in flight; how many sequences will leave,
-it guesses from the ticks before. It makes sure that there are free pages for the worst case.
+`start` chooses sizes, copies what enters to the device in one tensor, and runs the graph. `finish` reads
+one small tensor, the report. A tick may start before the report of the last one has been read. The
+device knows which tokens stay in flight and which follow; the host then makes room for all that may. It
+always makes sure that there are free pages for the worst case. How many sequences will leave, it guesses
+from the ticks before.
 
 Legend: `t` rows, `h` hidden, `v` vocabulary.
 """
 
 import math
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import compress
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor
 
 from mor_layers.generation.products import PackedProducts
 from mor_layers.generation.scheduling import Span
 from mor_layers.generation.tick.cached_model import CachedModel
 from mor_layers.generation.tick.graph.attention import Gathered
+from mor_layers.generation.tick.graph.choosing import on_device
 from mor_layers.generation.tick.graph.compiling import Backend, Compiled, obstacle
 from mor_layers.generation.tick.graph.products import PackedInGraph
 from mor_layers.generation.tick.graph.replay import Replay
+from mor_layers.generation.tick.graph.report import LeftTick, Started
 from mor_layers.generation.tick.graph.routing import StaticRouting
 from mor_layers.generation.tick.graph.rows import StaticRows
-from mor_layers.generation.tick.graph.sizes import padded_size
+from mor_layers.generation.tick.graph.sizes import FEWEST, padded_size
 from mor_layers.generation.tick.graph.tick import Room, Ticked, TickGraph
 from mor_layers.generation.tick.in_flight import Pool, Rows
 from mor_layers.generation.tick.span_exits import SpanExits
 from mor_layers.generation.watched import WatchedParameters
-
-
-@dataclass(frozen=True)
-class LeftTick:
-    """What a tick that ran as a graph leaves to the host."""
-
-    spans: list[Span]
-    """Spans of one token that have run all layers."""
-    ended: Float[Tensor, "t h"]
-    """States of their tokens."""
-    logits: Float[Tensor, "t v"] | None
-    depths: list[int]
-    left: list[int]
-    """By slot, the number of tokens that have not exited yet; see `StaticTick.held`."""
 
 
 class StaticTick:
@@ -96,7 +87,13 @@ class StaticTick:
         self._nothing = torch.zeros(padded_size(0, self.has_few_sizes), 0, device=cached.device)
         self._rows: StaticRows | None = None
         self._is_through: Tensor | None = None
+        self._pages = cached.outer_pages, cached.policy.pages
+        self._nobody = self.graph.nowhere[[1, 0, 1, 1]]
+        """Id, slot, position and place in a row that no token enters in, `[4 1]`."""
+        self._following = self._nobody[:, :0]
+        self._follows: set[int] = set()
         self._num_running = 0
+        self._started: deque[Started] = deque()
         self._usual: float | None = None
         """Number of sequences that leave in a tick, averaged over the last ones."""
 
@@ -110,6 +107,16 @@ class StaticTick:
         """Whether the tokens in flight are here, and not in a `Pool`."""
         return self._rows is not None
 
+    @property
+    def num_started(self) -> int:
+        """Ticks that have started, and whose reports have not been read."""
+        return len(self._started)
+
+    @property
+    def num_following(self) -> int:
+        """Tokens that enter the next tick without the host, at most; exact if no tick is under way."""
+        return self.graph.choosing.num_continuing if self._started else len(self._follows)
+
     def fits(self, num_entering: int, num_elsewhere: int) -> bool:
         """Whether a tick can run as a graph: pages suffice in any case, and rows are not too many.
 
@@ -117,14 +124,36 @@ class StaticTick:
             num_entering: tokens that enter.
             num_elsewhere: tokens in flight that are not here yet, see `take`.
         """
+        assert not self._started, "ask `fits_ahead` while a tick is under way"
+        num_entering += len(self._follows)
         rows = self._num_running + num_elsewhere + num_entering
-        # A graph copies for each token of a chunk what they could share, unless it reads in place.
-        if self.has_few_sizes and rows > 2 * self.cached.settings.num_slots:
+        if self._are_too_many(rows):
             return False
         unstored = num_entering + sum(len(rows) for rows in self.cached.unstored)
         most = rows + (unstored if self.cached.policy.keeps_exited else 0)
         outer, inner = self.cached.outer_pages, self.cached.policy.pages
         return inner.reserve(most) and (not outer.num_pages or outer.reserve(num_entering))
+
+    def fits_ahead(self, num_in_flight: int) -> bool:
+        """Whether a further tick can start before the reports of those under way have been read.
+
+        Args:
+            num_in_flight: tokens in flight, with those that enter.
+        """
+        if self._rows is None or self._are_too_many(num_in_flight):
+            return False
+        most = sum(own.most_rows for own in self._started) + self._most_rows(num_in_flight)
+        outer, inner = self.cached.outer_pages, self.cached.policy.pages
+        return inner.has_free(most) and (not outer.num_pages or outer.has_free(most))
+
+    def _are_too_many(self, rows: int) -> bool:
+        # A graph copies for each token of a chunk what they could share, unless it reads in place.
+        return self.has_few_sizes and rows > 2 * self.cached.settings.num_slots
+
+    def _most_rows(self, num_in_flight: int) -> int:
+        """Rows of each kind that a tick of so many tokens writes to the cache, at most."""
+        # Besides its own row, that of a token which exited in the last tick, or exits at once.
+        return num_in_flight * (3 if self.cached.policy.keeps_exited else 1)
 
     def take(self, pool: Pool) -> None:
         """Continue with tokens that are about to run their next step."""
@@ -133,23 +162,36 @@ class StaticTick:
         self._rows, self._num_running = rows.padded(missing, self.graph.nowhere), len(pool)
         self._is_through = torch.zeros_like(self.exits.left, dtype=torch.bool)
 
-    def give(self) -> Pool:
-        """Hand over the tokens that are about to run their next step."""
-        assert self._rows is not None, "there are none here"
-        pool = self._rows.to_pool(self.routing)
+    def give(self) -> tuple[Pool, set[int]]:
+        """Hand over the tokens that are about to run their next step, and the slots of those that would
+        follow."""
+        assert self._rows is not None and not self._started, "there are none here"
+        pool, follows = self._rows.to_pool(self.routing), self._follows
         self._rows, self._is_through, self._num_running = None, None, 0
-        return pool
+        self._following, self._follows = self._nobody[:, :0], set()
+        return pool, follows
+
+    def leave_to_host(self, slot: int) -> None:
+        """Choose no further tokens of a sequence."""
+        self.graph.choosing.forget(slot)
 
     def forget(self, slot: int) -> None:
         """Remove the tokens in flight of a sequence."""
+        self._follows.discard(slot)
         if self._rows is not None and self._is_through is not None:
             self._rows = self._rows.without(slot)
             self._is_through[slot] = False
+            is_other = self._following[1] != slot
+            self._following = self._following.where(is_other, self._nobody)
 
-    def __call__(
+    def note(self, spans: Sequence[Span]) -> None:
+        """Take note of how sequences go on whose tokens enter, here or elsewhere."""
+        self.graph.choosing.note(spans)
+
+    def start(
         self, spans: Sequence[Span], hidden: Tensor | None, in_flight: dict[int, Span]
-    ) -> LeftTick:
-        """Run a tick.
+    ) -> None:
+        """Start a tick.
 
         Args:
             spans: spans that enter.
@@ -166,8 +208,7 @@ class StaticTick:
         are_alone = all(len(span.ids) == 1 for span in in_flight.values())
         for cache in (self.graph.prelude_cache, self.graph.block_cache, self.graph.coda_cache):
             cache.are_alone = are_alone
-        pages = self.cached.outer_pages, self.cached.policy.pages
-        for own in pages:
+        for own in self._pages:
             own.begin_graph()
         if self._replay is not None and self._parameters.have_changed():
             self._replay.forget()
@@ -181,37 +222,42 @@ class StaticTick:
             self._rows.tensors,
         )
         self._rows, self._is_through = StaticRows(*ticked.rows), ticked.is_through
-        num_leaving = len(ticked.ended)
-        (
-            self._num_running,
-            *free,
-        ) = (report := ticked.report.tolist())[:3]
-        for own, num_free in zip(pages, free, strict=True):
-            own.end_graph(num_free)
+        self._following = ticked.following
         self._note_unstored(ticked)
-        slots, depths = report[3 : 3 + num_leaving], report[3 + num_leaving : 3 + 2 * num_leaving]
-        count = sum(slot != self.graph.spare_slot for slot in slots)  # they come first
+        # Until the report says more, all may be running.
+        self._num_running = sum(len(span.ids) for span in in_flight.values())
+        most_rows = self._most_rows(self._num_running)
+        self._started.append(Started(ticked, most_rows, is_recorded=self._replay is not None))
+
+    def finish(self) -> LeftTick:
+        """Wait for the first of the ticks under way."""
+        left = self._started.popleft().read(self.graph.spare_slot)
+        for own, num_free in zip(self._pages, left.num_free, strict=True):
+            own.end_graph(num_free)
+        count = len(left.slots)
         self._usual = count if self._usual is None else 0.9 * self._usual + 0.1 * count
-        return LeftTick(
-            [in_flight[slot] for slot in slots[:count]],
-            ticked.ended[:count],
-            None if ticked.logits is None else ticked.logits[:count],
-            depths[:count],
-            report[3 + 2 * num_leaving :],
-        )
+        if not self._started:  # what is in flight now is known
+            self._num_running = left.num_running
+            self._follows = set(compress(left.slots, left.goes_on))
+            self._following = self._following[:, : len(self._follows)]
+            self._compact_unstored()
+        return left
 
     def _entering(
         self, spans: Sequence[Span], hidden: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
+        """Tokens that enter, with those that follow: `TickGraph`'s arguments of these names."""
         ids = [i for span in spans for i in span.ids]
-        missing = padded_size(len(ids), self.has_few_sizes) - len(ids)
+        count = len(ids) + self._following.shape[1]
+        missing = padded_size(count, self.has_few_sizes) - count
         slots = [span.slot for span in spans for _ in span.ids]
         places = [place for span in spans for place in range(len(span.ids))]
         positions = [span.start + place for span in spans for place in range(len(span.ids))]
         rows = [ids, slots + [self.graph.spare_slot] * missing, positions, places]
         padded = [row + [0] * (len(ids) + missing - len(row)) for row in rows]
+        new = on_device(padded, torch.long, self.cached.device)
         given = None if hidden is None else F.pad(hidden, (0, 0, 0, missing))
-        return torch.tensor(padded).to(self.cached.device, non_blocking=True), given
+        return torch.cat([self._following, new], dim=1), given
 
     def _unstored(self) -> tuple[Tensor, Tensor] | None:
         """States and notes of the tokens whose states the policy stores now."""
@@ -231,11 +277,18 @@ class StaticTick:
         return hidden.new_zeros(missing, hidden.shape[1]), self.graph.nowhere.repeat(1, missing)
 
     def _note_unstored(self, ticked: Ticked) -> None:
+        """Note the states of exited tokens, among rows that hold none."""
         if self.cached.policy.keeps_exited:
-            index = ticked.is_unstored.nonzero()[:, 0]
+            notes = torch.where(ticked.is_unstored, ticked.rows[1], self.graph.nowhere)
+            self.cached.unstored.append(Rows(ticked.exited, notes))
+
+    def _compact_unstored(self) -> None:
+        """Leave out the rows that hold no token."""
+        unstored, self.cached.unstored = self.cached.unstored, []
+        for rows in unstored:
+            index = (rows.slots != self.graph.spare_slot).nonzero()[:, 0]
             if len(index):
-                rows = Rows(ticked.exited[index], ticked.rows[1][:, index])
-                self.cached.unstored.append(rows)
+                self.cached.unstored.append(rows.take(index))
 
     def _room(self, in_flight: dict[int, Span]) -> Room:
         leaving = len(in_flight)
@@ -243,9 +296,19 @@ class StaticTick:
             leaving = min(leaving, math.ceil(self._usual + math.sqrt(self._usual)))
         longest = 0
         if isinstance(self.graph.block_cache, Gathered):
-            longest = max((span.start + len(span.ids) for span in in_flight.values()), default=0)
-        sizes = (padded_size(n, self.has_few_sizes) for n in (self._num_running, leaving, longest))
-        return Room(*(self._nothing.new_zeros(size, 0) for size in sizes))
+            ends = (span.start + len(span.ids) for span in in_flight.values())
+            longest = max(ends, default=0) + len(self._started)  # a token may have followed
+        few = self.has_few_sizes
+        leaving = padded_size(leaving, few)
+        counts = self.graph.choosing.counts
+        ways = (FEWEST + min(padded_size(n, few), leaving) if n else FEWEST for n in counts)
+        new = self._nothing.new_zeros
+        return Room(
+            waiting=new(padded_size(self._num_running, few), 0),
+            leaving=new(leaving, 0),
+            seen=new(padded_size(longest, few), 0),
+            ways=new(*ways, 0),
+        )
 
     def _without_effect(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """Arguments of the same shapes, in which no row holds a token."""
@@ -258,7 +321,7 @@ class StaticTick:
             rows, notes=nowhere.expand_as(rows.notes), is_running=torch.zeros_like(rows.is_running)
         )
         return (
-            nowhere[[1, 0, 1, 1]].expand_as(entering),
+            self._nobody.expand_as(entering),
             given,
             unstored,
             torch.zeros_like(is_through),
@@ -277,10 +340,11 @@ def _rows(
 ) -> list[tuple[Tensor, int]]:
     """The arguments of `TickGraph` that have rows, and the dimension of these."""
     hidden, notes, *rest = waiting
-    first, second = [*room, hidden, *rest], [entering, notes]
+    first, second = [*room, hidden, *rest], [room.ways, entering, notes]
     if given is not None:
         first.append(given)
     if unstored is not None:
         first.append(unstored[0])
         second.append(unstored[1])
-    return [(tensor, 0) for tensor in first] + [(tensor, 1) for tensor in second]
+    dimensions = [(tensor, 0) for tensor in first] + [(tensor, 1) for tensor in second]
+    return [*dimensions, (room.ways, 2)]

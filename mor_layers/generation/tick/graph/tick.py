@@ -1,8 +1,9 @@
 """TickGraph: a whole tick as one function of tensors, whatever is in flight.
 
     enter: embedding, prelude, route -> run: block, combine -> route -> leave: coda, norm, logits
-                                         ^                      |
-                   rows that stay -------'----------------------'
+      ^                                  ^                      |                            |
+      |            rows that stay -------'----------------------'                            |
+      '------------------------ tokens that follow ------------------------ choose ----------'
 
 Which row holds a token, at which step it is, what it writes and sees, which pages it takes and whether
 it exits are values of tensors, never their shapes, and nothing waits for the device. A sequence leaves
@@ -24,6 +25,7 @@ from torch import Tensor
 from mor_layers.generation.cache import KVArena, TokensInFlight, Visible
 from mor_layers.generation.tick.cached_model import CachedModel
 from mor_layers.generation.tick.graph.attention import Gathered, ReadInPlace
+from mor_layers.generation.tick.graph.choosing import Choosing, Chosen
 from mor_layers.generation.tick.graph.context import StaticContext
 from mor_layers.generation.tick.graph.routing import StaticRouting
 from mor_layers.generation.tick.graph.rows import StaticRows, first_where
@@ -43,6 +45,8 @@ class Room(NamedTuple):
     """Rows for sequences that leave."""
     seen: Tensor
     """Rows of the cache that a token sees at most; only `Gathered` needs it."""
+    ways: Tensor
+    """`[p q r 0]`: for each way of choosing tokens, rows for sequences that leave, and `FEWEST` more."""
 
 
 class Ticked(NamedTuple):
@@ -50,11 +54,14 @@ class Ticked(NamedTuple):
 
     report: Int[Tensor, " n"]
     """What the host must know: number of running tokens, of free pages of the layers that run once, and
-    of the recursion; slots, then depths of the sequences that leave; `SpanExits.left`."""
+    of the recursion; of the sequences that leave, slots, depths, next tokens, and whether these follow;
+    `SpanExits.left`."""
     ended: Float[Tensor, "l h"]
     """States of the sequences that leave, after the last layer."""
     logits: Float[Tensor, "l v"] | None
     """Their logits; None if layers of another graph follow."""
+    following: Int[Tensor, "4 l"]
+    """Those of their next tokens that enter the next tick without the host; see `Chosen`."""
     is_through: Bool[Tensor, " s"]
     """Which sequences found no room to leave."""
     exited: Float[Tensor, "t h"]
@@ -90,6 +97,8 @@ class TickGraph:
         self.reads_out, self.products = reads_out, products
         self.model, self.policy, self.block = cached.model, cached.policy, cached.blocks[0]
         self.spare_slot = len(exits.left) - 1
+        vocabulary = cached.model.config.vocab_size
+        self.choosing = Choosing(self.spare_slot + 1, vocabulary, cached.device)
         self.nowhere = torch.tensor([[self.spare_slot], [0], [0], [0], [0]], device=cached.device)
         """The notes of a row that holds no token, `[5 1]`."""
 
@@ -130,10 +139,13 @@ class TickGraph:
         slots, is_leaving = first_where(is_ready, len(room.leaving))
         slots = torch.where(is_leaving, slots, self.spare_slot)
         ended = self._leave(slots, is_leaving, room)
+        logits = self._logits(ended)
+        chosen = self._choose(logits, slots, room)
         return Ticked(
-            self._report(rows, slots),
+            self._report(rows, slots, chosen),
             ended,
-            self._logits(ended),
+            logits,
+            chosen.following,
             is_ready.scatter(0, slots, torch.zeros_like(is_leaving)),
             states,
             is_exit & (rows.steps < self.routing.num_steps),
@@ -270,11 +282,22 @@ class TickGraph:
         (logits,) = self.products((self.model.output,), normed, None)
         return logits
 
-    def _report(self, rows: StaticRows, slots: Int[Tensor, " l"]) -> Int[Tensor, " n"]:
+    def _choose(
+        self, logits: Float[Tensor, "l v"] | None, slots: Int[Tensor, " l"], room: Room
+    ) -> Chosen:
+        """Choose the next tokens of the sequences that leave, if the logits are here."""
+        if logits is None:
+            return self.choosing.nothing(slots)
+        positions = self.exits.positions[slots, 0]
+        return self.choosing(logits, slots, positions, room.ways)
+
+    def _report(
+        self, rows: StaticRows, slots: Int[Tensor, " l"], chosen: Chosen
+    ) -> Int[Tensor, " n"]:
         pages = self.cached.outer_pages, self.policy.pages
         free = [own.num_free_in_graph for own in pages]
-        depths = self.exits.depths[slots, 0]
-        return torch.cat([rows.is_running.sum()[None], *free, slots, depths, self.exits.left])
+        leaving = slots, self.exits.depths[slots, 0], chosen.tokens, chosen.goes_on.long()
+        return torch.cat([rows.is_running.sum()[None], *free, *leaving, self.exits.left])
 
     def _outer(
         self,
