@@ -23,11 +23,12 @@ HAS_GPU = torch.cuda.is_available()
 
 
 def clock() -> float:
-    """Seconds of this process's processor; of the wall where a GPU works."""
+    """Processor seconds; those of the wall where a GPU works."""
     if HAS_GPU:
         torch.cuda.synchronize()
         return time.perf_counter()
-    return time.process_time()
+    # Looking up the time of all threads takes 0.1 ms between products, that of one less than 1 us.
+    return time.thread_time() if torch.get_num_threads() == 1 else time.process_time()
 
 
 @dataclass(frozen=True)
