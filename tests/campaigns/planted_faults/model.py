@@ -169,8 +169,8 @@ MODEL_FAULTS = [
     Fault(
         "the block reads the weight of a norm that it only looks at",
         CORE + "models/layers.py",
-        "weights = tuple(self.weights.parameters())",
-        "weights = tuple(self.weights)",
+        "[own for _, own in self.weights.named_parameters(remove_duplicate=False)]",
+        "list(self.weights)",
         "mor_layers/models/test_uses_of_weights.py",
     ),
     Fault(

@@ -11,9 +11,10 @@ from tests.campaigns.planted_faults.run import ROOT, is_found, main, planted
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
-def test_a_fault_can_be_planted_and_is_python(fault):
+def test_a_fault_can_be_planted(fault):
     changed = planted(fault, ROOT)
-    ast.parse(changed)
+    if fault.file.endswith(".py"):
+        ast.parse(changed)
     assert changed != (ROOT / fault.file).read_text("utf-8")
     for name in fault.tests.split():
         assert (ROOT / "tests" / name).exists(), name

@@ -198,17 +198,24 @@ def test_wandb_gets_what_tensorboard_gets_and_goes_on_as_the_same_run(tmp_path):
         for row in part:
             history.add(row)
         history.close()
-    files = list((tmp_path / "wandb").rglob("run-*.wandb"))
-    assert len({file.name for file in files}) == 1
-    logged: dict[str, list[float]] = {}
-    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns):
-        for data in wandb_records(file.read_bytes()):
-            for item in Record.FromString(data).history.item:
-                name = item.key or "/".join(item.nested_key)
-                logged.setdefault(name, []).append(json.loads(item.value_json))
-    assert logged["step"] == [1, 2, 3, 4]
+
+    def logged() -> dict[str, list[float]]:
+        files = list((tmp_path / "wandb").rglob("run-*.wandb"))
+        assert len({file.name for file in files}) == 1
+        found: dict[str, list[float]] = {}
+        for file in sorted(files, key=lambda file: file.stat().st_mtime_ns):
+            for data in wandb_records(file.read_bytes()):
+                for item in Record.FromString(data).history.item:
+                    name = item.key or "/".join(item.nested_key)
+                    found.setdefault(name, []).append(json.loads(item.value_json))
+        return found
+
+    deadline = time.monotonic() + 20  # a process of wandb's own writes the files
+    while len(logged().get("step", [])) < 4 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert logged()["step"] == [1, 2, 3, 4]
     for name, value in EXPECTED.items():
-        assert logged[name][0] == pytest.approx(value)
+        assert logged()[name][0] == pytest.approx(value)
 
 
 def wandb_records(data: bytes) -> Iterator[bytes]:
