@@ -308,6 +308,13 @@ def test_layers_that_are_not_routed_are_refused() -> None:
         DepthBatchingEngine(model, CacheSettings(1 << 20), compiler="eager")
 
 
+def test_a_compiler_that_there_is_not_is_refused_at_once() -> None:
+    with pytest.raises(
+        ValueError, match="'nothing' is no backend of torch.compile. Use .*'inductor'"
+    ):
+        DepthBatchingEngine(small_model(small_config()), CacheSettings(1 << 20), compiler="nothing")
+
+
 @pytest.mark.parametrize("part", ["recursions.0.layers", "coda"])
 def test_hooks_are_refused(part: str) -> None:
     model = small_model(small_config())

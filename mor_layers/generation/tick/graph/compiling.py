@@ -24,6 +24,9 @@ class Compiled[**P, R]:
         run: the function.
         backend: of `torch.compile`.
         rows: from the arguments to the tensors that have rows, with the dimension of these.
+
+    Raises:
+        ValueError: there is no such backend.
     """
 
     def __init__(
@@ -32,6 +35,9 @@ class Compiled[**P, R]:
         backend: Backend,
         rows: Callable[P, list[tuple[Tensor, int]]],
     ) -> None:
+        if isinstance(backend, str) and backend not in torch.compiler.list_backends(()):
+            usual = ", ".join(map(repr, torch.compiler.list_backends()))
+            raise ValueError(f"compiler={backend!r} is no backend of torch.compile. Use {usual}.")
         self._run, self._backend, self._rows = run, backend, rows
         self.forget()
 
