@@ -310,7 +310,7 @@ def test_layers_that_are_not_routed_are_refused() -> None:
 
 def test_a_compiler_that_there_is_not_is_refused_at_once() -> None:
     with pytest.raises(
-        ValueError, match="'nothing' is no backend of torch.compile. Use .*'inductor'"
+        ValueError, match=r"'nothing' is no backend of torch\.compile\. Use .*'inductor'"
     ):
         DepthBatchingEngine(small_model(small_config()), CacheSettings(1 << 20), compiler="nothing")
 
