@@ -5,10 +5,10 @@ compiler makes for the processor at hand: tokens read rows in place, in any form
 used on CPUs wherever there is a compiler, for single tokens and for chunks of a prompt. The others
 consist of operations of PyTorch. `IndexedAttention` reads rows in place, too: a sparse pattern names
 those whose products with the queries are the scores, and whose values are summed. It takes the kernel's
-place for single tokens, in up to twice its time, or ten times where rows have fewer than 32 bits and are
-expanded first. `GatheredAttention` copies rows into a rectangle for `scaled_dot_product_attention`. It
-takes the kernel's place for chunks, whose many queries share the copy, and it is used for everything on
-other devices.
+place for single tokens, in up to twice its time, or many times it where rows have fewer than 32 bits
+and are expanded first. `GatheredAttention` copies rows into a rectangle for
+`scaled_dot_product_attention`. It takes the kernel's place for chunks, whose many queries share the
+copy, and it is used for everything on other devices.
 
 Legend: `t` tokens in flight, `c` spans (runs of tokens of one sequence), `q` queries of the longest
 span, `n` query heads, `g` key-value heads, `d` head size, `m` rows seen, `z` all scores.
