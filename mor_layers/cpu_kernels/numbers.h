@@ -8,7 +8,7 @@
 
 namespace {
 
-// Formats of numbers in memory, as `numbers.py` counts them.
+// Formats of numbers in memory, as `capability.py` counts them.
 enum Format : int64_t { kFloat, kBFloat16, kInt8, kFp8 };
 
 struct BFloat16 {
